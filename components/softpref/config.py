@@ -1,0 +1,177 @@
+"""From a file, keyword values and an `overrides` string to one checked dataclass, the same way in every stage.
+
+Knows nothing of any stage: a stage hands in its own dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from softpref.errors import ConfigError
+
+Config = TypeVar("Config")
+
+_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """Read a YAML or JSON file that holds one mapping.
+
+    Raises:
+        ConfigError: the file is absent, is not YAML, or holds something else than a mapping.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"configuration file {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration file {path} is not valid YAML or JSON: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"configuration file {path} holds a {type(values).__name__}, expected a mapping")
+    return values
+
+
+def parse_overrides(overrides: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Read the JSON `overrides` parameter of a stage; an empty string or None means none.
+
+    Raises:
+        ConfigError: the text is not JSON, or not a JSON object.
+    """
+    if overrides is None or overrides == "":
+        return {}
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    try:
+        values = json.loads(overrides)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f'overrides is not JSON ({error}); write it like {{"logging_steps": 5}}, got {overrides!r}'
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"overrides must be a JSON object, got {overrides!r}")
+    return values
+
+
+def build_config(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
+    """Build `cls`, a dataclass, from layers of values, later ones winning.
+
+    Text values are turned into the field's type (`"0.5"` into a float), so that the console, a recipe and
+    the KFP form can share one path. A float without a fraction is accepted where an integer is asked for,
+    because KFP hands integers inside JSON over as floats.
+
+    Raises:
+        ConfigError: an unknown key (the closest known one is named), a value of a wrong type, a missing
+            required field, or whatever the dataclass itself refuses.
+    """
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values.update(layer)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"{cls.__name__} has no parameter {key!r}{closest(key, fields)}")
+    hints = typing.get_type_hints(cls)
+    converted = {key: _convert(cls, key, value, hints[key]) for key, value in values.items()}
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in converted
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}")
+    try:
+        return cls(**converted)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{cls.__name__}: {error}") from error
+
+
+def closest(key: str, known: typing.Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the known name most like `key`, or the known names when none is close."""
+    known = sorted(known)
+    matches = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
+    if matches:
+        return f"; did you mean {matches[0]!r}?"
+    return f"; known: {', '.join(known)}" if len(known) <= 40 else ""
+
+
+def _convert(cls: type, key: str, value: Any, hint: Any) -> Any:
+    """`value` as the annotated type, or a ConfigError that names the parameter."""
+    options = _flatten(hint)
+    if value is None or (isinstance(value, str) and value == "" and str not in options):
+        if type(None) in options or Any in options:
+            return None
+        raise ConfigError(f"{cls.__name__}.{key} needs a value, got none")
+    for option in options:
+        origin = typing.get_origin(option)
+        if option is Any:
+            return value
+        if origin is typing.Literal:
+            if value in typing.get_args(option):
+                return value
+        elif option is bool:
+            if isinstance(value, bool):
+                return value
+            if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
+                return value.lower() in _TRUE
+        elif option is int:
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+            if isinstance(value, float) and value.is_integer():
+                return int(value)
+            if isinstance(value, str) and value.lstrip("+-").isdigit():
+                return int(value)
+        elif option is float:
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return float(value)
+            if isinstance(value, str):
+                try:
+                    return float(value)
+                except ValueError:
+                    pass
+        elif option is str:
+            if isinstance(value, str):
+                return value
+        elif (origin or option) in (dict, list, tuple):
+            container = origin or option
+            if isinstance(value, str):
+                try:
+                    value = json.loads(value)
+                except json.JSONDecodeError:
+                    continue
+            if isinstance(value, container) or (container is tuple and isinstance(value, list)):
+                return container(value)
+        elif isinstance(option, type) and isinstance(value, option):
+            return value
+        elif isinstance(option, type) and not option.__module__.startswith("builtins"):
+            return value  # an enum or class that the dataclass converts by itself
+    allowed = " or ".join(
+        " | ".join(repr(choice) for choice in typing.get_args(option))
+        if typing.get_origin(option) is typing.Literal
+        else getattr(option, "__name__", str(option))
+        for option in options
+        if option is not type(None)
+    )
+    raise ConfigError(f"{cls.__name__}.{key} must be {allowed}, got {value!r}")
+
+
+def _flatten(hint: Any) -> list[Any]:
+    """The members of a union, narrow types first so that `"5"` for `int | str` stays what was meant."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [option for member in typing.get_args(hint) for option in _flatten(member)]
+    return [hint]

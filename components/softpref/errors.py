@@ -1,0 +1,13 @@
+"""The errors that tell a person what to change. Anything else that is raised is a defect of ours."""
+
+
+class SoftprefError(ValueError):
+    """Base of the errors that a person can mend; the console prints their message without a traceback."""
+
+
+class ConfigError(SoftprefError):
+    """A parameter, a configuration file or a model path is wrong: what, where, and what would be right."""
+
+
+class DataError(SoftprefError):
+    """Preference data is unusable: which file or row, what was found, and what was expected."""
