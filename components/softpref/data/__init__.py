@@ -1,0 +1,1 @@
+"""Stage 1, data: sources become checked preference rows on disk."""

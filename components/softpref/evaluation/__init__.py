@@ -1,0 +1,1 @@
+"""Stage 4, evaluation: figures with intervals, the report, the comparison of a sweep."""

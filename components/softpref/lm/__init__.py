@@ -1,0 +1,1 @@
+"""What the stages share of language models: loading, tokens, sampling, scoring."""

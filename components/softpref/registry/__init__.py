@@ -1,0 +1,1 @@
+"""Stage 5, registry: the gate, registration and the champion."""

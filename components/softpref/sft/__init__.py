@@ -1,0 +1,1 @@
+"""Stage 2, SFT: the reference model."""
