@@ -1,0 +1,161 @@
+"""Loads and saves models and tokenizers: Hub id, local folder or GGUF file. Trains nothing.
+
+Weights are read from safetensors (or GGUF) only, and code from a checkpoint is run only where asked.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from softpref.errors import ConfigError
+
+METADATA_FILE = "softpref.json"
+
+
+def check_model_source(source: str) -> None:
+    """Refuse a model path that cannot be loaded, in milliseconds and before anything costly runs.
+
+    A name that is neither a path nor looks like a Hub id (`name` or `owner/name`) is refused; whether a Hub id
+    exists is known only when it is asked for.
+
+    Raises:
+        ConfigError: says what is missing and what would be right.
+    """
+    path = Path(source)
+    if source.endswith(".gguf"):
+        if not path.is_file():
+            raise ConfigError(f"base model {source}: there is no such GGUF file")
+        return
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"base model {source}: the folder holds no config.json; is it a checkpoint?")
+        weights = list(path.glob("*.safetensors"))
+        if not weights:
+            raise ConfigError(
+                f"base model {source}: the folder holds no *.safetensors; "
+                "convert other weights first, they are not loaded because unpickling can run code"
+            )
+        return
+    if path.is_absolute() or source.startswith(("./", "../", "~")) or source.count("/") > 1 or not source:
+        raise ConfigError(
+            f"base model {source!r} does not exist; give a checkpoint folder, a .gguf file or a Hub id like "
+            "owner/name"
+        )
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    revision: str | None = None,
+) -> Any:
+    """Load a causal language model from a Hub id, a checkpoint folder (adapters included) or a GGUF file.
+
+    Args:
+        dtype: `float32`, `bfloat16`, or `auto` for the checkpoint's own.
+        device: moved there when given.
+
+    Raises:
+        ConfigError: the model is absent or cannot be read; the message says what was tried.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_model_source(source)
+    path = Path(source)
+    try:
+        if source.endswith(".gguf"):
+            model = _load_gguf(path, dtype)
+        elif (path / "adapter_config.json").is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                revision=revision or "main",
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"base model {source} cannot be loaded: {error}") from error
+    return model.to(device) if device else model
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """Load the tokenizer of a model, with a padding token (the end token serves where none is named).
+
+    Raises:
+        ConfigError: it is absent, cannot be read, or has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    check_model_source(source)
+    path = Path(source)
+    try:
+        if source.endswith(".gguf"):
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, trust_remote_code=trust_remote_code, revision=revision or "main"
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"the tokenizer of {source} cannot be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {source} has no eos_token; add one, a completion must end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_metadata(folder: str | Path, values: dict[str, Any]) -> None:
+    """Write what later stages need to know of a model folder (`softpref.json`)."""
+    (Path(folder) / METADATA_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def load_metadata(folder: str | Path) -> dict[str, Any]:
+    """Read `softpref.json` of a model folder; empty for a model that softpref did not write."""
+    path = Path(folder) / METADATA_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def sampling_generation_config(model: Any, tokenizer: Any) -> Any:
+    """A generation config that serves the model's own distribution: sampling at temperature 1, no cut.
+
+    Softness lives in the distribution; a served model that decodes greedily would throw it away.
+    """
+    from transformers import GenerationConfig
+
+    from softpref.lm.tokenization import stop_token_ids
+
+    stops = stop_token_ids(tokenizer, model)
+    return GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stops[0] if len(stops) == 1 else stops,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _load_gguf(path: Path, dtype: str) -> Any:
+    """Dequantize a GGUF file into an ordinary model: one loaded directly refuses to be saved."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    target = torch.float32 if dtype in ("auto", "float32") else getattr(torch, dtype)
+    quantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    config = quantized.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=target)
+    model.load_state_dict(quantized.state_dict())
+    model.tie_weights()
+    model.generation_config = quantized.generation_config
+    return model

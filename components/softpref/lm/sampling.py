@@ -1,0 +1,144 @@
+"""Draws completions from exactly the model's own distribution. Offers no temperature, top-k or top-p.
+
+The KL estimate weighs samples as if they came from the distribution that is scored. A generation config
+that ships with a checkpoint (temperature 0.6, top-p 0.9 …) would break that in silence, therefore the loop
+here reads the model's logits and nothing else. The generator is the caller's, so that it can be part of a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Sample(NamedTuple):
+    """One sampled completion.
+
+    Attributes:
+        prompt: prompt ids.
+        completion: sampled ids, the stop token included when one was drawn.
+        logp: log-probability of the completion under the model that sampled it, nats.
+        truncated: the length limit came before a stop token.
+    """
+
+    prompt: list[int]
+    completion: list[int]
+    logp: float
+    truncated: bool
+
+
+@torch.no_grad()
+def sample_completions(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    generator: torch.Generator,
+    batch_size: int = 64,
+    progress: Callable[[int], Any] | None = None,
+) -> list[Sample]:
+    """Sample one completion for each prompt at temperature 1 over the whole vocabulary, in eval mode.
+
+    Prompts are served in order of length so that batches hold little padding; the result is in the order
+    given. Rows that have ended leave the batch once half of it has.
+
+    Args:
+        prompts: prompt ids, each with at least one token.
+        stop_ids: tokens that end a completion; they belong to it.
+        generator: source of randomness, on the model's device.
+        progress: called with the number of completions that a batch has added.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    samples: list[Sample | None] = [None] * len(prompts)
+    with evaluation_mode(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = [list(prompts[i]) for i in rows]
+            for i, sample in zip(
+                rows,
+                _sample_batch(model, batch, max_new_tokens, set(stop_ids), pad_id, generator, device),
+                strict=True,
+            ):
+                samples[i] = sample
+            if progress:
+                progress(len(rows))
+    return [sample for sample in samples if sample is not None]
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Eval mode inside, the former mode afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _sample_batch(
+    model: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop_ids: set[int],
+    pad_id: int,
+    generator: torch.Generator,
+    device: torch.device,
+) -> list[Sample]:
+    from transformers import DynamicCache
+
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for row, prompt in enumerate(prompts):  # padded on the left: all rows speak at the same place
+        ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    stops = torch.tensor(sorted(stop_ids), device=device)
+    alive = torch.arange(len(prompts), device=device)  # original row of each batch row
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    drawn = torch.zeros((len(prompts), max_new_tokens), dtype=torch.long, device=device)
+    lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
+    logps = torch.zeros(len(prompts), dtype=torch.float32, device=device)
+    cache = DynamicCache(config=model.config)
+    for step in range(max_new_tokens):
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        scores = output.logits[:, -1].float().log_softmax(-1)
+        tokens = torch.multinomial(scores.exp(), 1, generator=generator).squeeze(-1)
+        going = ~ended[alive]
+        rows = alive[going]
+        drawn[rows, step] = tokens[going]
+        lengths[rows] += 1
+        logps[rows] += scores.gather(-1, tokens[:, None]).squeeze(-1)[going]
+        ended[rows] = torch.isin(tokens[going], stops)
+        left = int((~ended).sum())
+        if left == 0:
+            break
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
+        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        if left <= len(alive) // 2:
+            keep = (~ended[alive]).nonzero().squeeze(-1)
+            alive, ids, mask, positions = alive[keep], ids[keep], mask[keep], positions[keep]
+            cache.batch_select_indices(keep)
+    return [
+        Sample(prompt, completion[:length], logp, not has_ended)
+        for prompt, completion, length, logp, has_ended in zip(
+            prompts, drawn.tolist(), lengths.tolist(), logps.tolist(), ended.tolist(), strict=True
+        )
+    ]

@@ -1,0 +1,138 @@
+"""From a prompt and a completion, text or messages, to token ids, and back. Holds no model and no padding.
+
+The split between prompt and completion is made in token space, so that what is scored is exactly what the
+policy would have generated: prompt tokens first, then completion tokens, then one end-of-sequence token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from softpref.errors import ConfigError, DataError
+
+Text = str | Sequence[dict[str, str]]
+"""A prompt or completion: plain text, or messages such as `[{"role": "user", "content": "…"}]`."""
+
+
+class TokenizedSequence(NamedTuple):
+    """One prompt with one completion.
+
+    Attributes:
+        prompt: ids before the completion, beginning-of-sequence token included where the tokenizer has one.
+        completion: ids after it; ends with the end-of-sequence token unless `truncated`.
+        truncated: the completion was cut at the length limit and therefore carries no end token.
+    """
+
+    prompt: list[int]
+    completion: list[int]
+    truncated: bool
+
+
+def tokenize_prompt(tokenizer: Any, prompt: Text, *, max_length: int | None = None) -> list[int]:
+    """Ids of a prompt, ready for generation: a chat gets its generation prompt, plain text its start token.
+
+    Args:
+        max_length: keep at most this many ids; the *end* of the prompt is kept, since it stands next to the
+            completion.
+
+    Raises:
+        ConfigError: a chat prompt for a tokenizer without a chat template.
+        DataError: the prompt has no token.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt, add_special_tokens=True)["input_ids"]
+        if ids and ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id != tokenizer.bos_token_id:
+            ids = ids[:-1]  # some tokenizers close every text; a prompt is not closed
+    else:
+        ids = _chat_ids(tokenizer, prompt, add_generation_prompt=True)
+    if not ids:
+        raise DataError(f"the prompt {prompt!r} has no token; a prompt needs at least one")
+    return ids if max_length is None else ids[-max_length:]
+
+
+def tokenize_sequence(
+    tokenizer: Any,
+    prompt: Text,
+    completion: Text,
+    *,
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+) -> TokenizedSequence:
+    """Tokenize one completion of a prompt; exactly one end token closes it unless it is cut.
+
+    Args:
+        max_prompt_length: prompts longer than this lose their beginning.
+        max_completion_length: completions longer than this (end token included) lose their end, and with it
+            the end token: a cut text did not end there.
+
+    Raises:
+        DataError: the completion has no token, or the chat template does not keep the prompt's tokens as the
+            beginning of the whole conversation's.
+        ConfigError: the tokenizer has no end-of-sequence token or lacks a chat template.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ConfigError("the tokenizer has no eos_token; set one, for a completion must be able to end")
+    prompt_ids = tokenize_prompt(tokenizer, prompt)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        while completion_ids and completion_ids[-1] == eos:
+            completion_ids = completion_ids[:-1]
+        if not completion_ids:
+            raise DataError(f"the completion {completion!r} has no token")
+        completion_ids = [*completion_ids, eos]
+    elif not isinstance(prompt, str) and not isinstance(completion, str):
+        whole = _chat_ids(tokenizer, [*prompt, *completion], add_generation_prompt=False)
+        if whole[: len(prompt_ids)] != prompt_ids:
+            raise DataError(
+                "the chat template does not keep the prompt's tokens as the beginning of the conversation's; "
+                f"prompt ends with {tokenizer.decode(prompt_ids[-8:])!r}, conversation has "
+                f"{tokenizer.decode(whole[max(0, len(prompt_ids) - 8) : len(prompt_ids)])!r} there"
+            )
+        completion_ids = _close(whole[len(prompt_ids) :], eos)
+        if completion_ids == [eos]:
+            raise DataError(f"the completion {completion!r} has no token")
+    else:
+        raise DataError("prompt and completion must both be text or both be messages")
+    truncated = max_completion_length is not None and len(completion_ids) > max_completion_length
+    if truncated:
+        completion_ids = completion_ids[:max_completion_length]
+    if max_prompt_length is not None:
+        prompt_ids = prompt_ids[-max_prompt_length:]
+    return TokenizedSequence(prompt_ids, completion_ids, truncated)
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of completion ids without special tokens, exactly as tokenized (no clean-up of spaces)."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def stop_token_ids(tokenizer: Any, model: Any) -> list[int]:
+    """Ids that end a completion: the tokenizer's end token and those of the model's generation config.
+
+    Chat models often name several (`<|im_end|>` beside `<|endoftext|>`).
+    """
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [named] if isinstance(named, int) else list(named or [])
+    return sorted({*ids, tokenizer.eos_token_id} - {None})
+
+
+def _chat_ids(
+    tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool
+) -> list[int]:
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "the data are messages but the tokenizer has no chat template; "
+            "use a chat model's tokenizer or turn the data into plain text"
+        )
+    return tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+    )
+
+
+def _close(ids: list[int], eos: int) -> list[int]:
+    """End with exactly one end token: drop what a template writes after it, such as a line break."""
+    if eos in ids:
+        return ids[: len(ids) - ids[::-1].index(eos)]
+    return [*ids, eos]
