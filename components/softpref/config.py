@@ -1,4 +1,4 @@
-"""From a file, keyword values and an `overrides` string to one checked dataclass, the same way in every stage.
+"""From a file, keyword values and an `overrides` string to one checked dataclass, alike in every stage.
 
 Knows nothing of any stage: a stage hands in its own dataclass.
 """

@@ -17,7 +17,7 @@ METADATA_FILE = "softpref.json"
 def check_model_source(source: str) -> None:
     """Refuse a model path that cannot be loaded, in milliseconds and before anything costly runs.
 
-    A name that is neither a path nor looks like a Hub id (`name` or `owner/name`) is refused; whether a Hub id
+    A name that is neither a path nor a Hub id (`name` or `owner/name`) is refused; whether a Hub id
     exists is known only when it is asked for.
 
     Raises:

@@ -1,0 +1,177 @@
+"""The story world: very short stories whose every possible text and expert reward are known.
+
+A prompt asks for a story about a hero with a trait. A story fills four slots with six options each, so a
+prompt has 6⁴ = 1,296 stories. Experts judge a story by how well it suits the trait and the hero, with a
+reward known here; their preferences follow Bradley-Terry. Whatever a trained model does can therefore be
+compared with theory by enumeration. Holds the world alone: no files, no splits, no training.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+_HEROES = ("fox", "owl", "bear", "mouse", "rabbit", "otter", "crow", "goat", "cat", "heron")
+_TRAITS = ("brave", "gentle", "clever", "lonely")
+_SLOTS: tuple[tuple[str, ...], ...] = (
+    ("One morning", "At dusk", "On a rainy day", "In deep winter", "Long ago", "Under a full moon"),
+    (
+        "climbed the old hill",
+        "crossed the wide river",
+        "walked into the dark woods",
+        "sailed to a small island",
+        "crept through the tall grass",
+        "wandered down to the village",
+    ),
+    (
+        "met a lost child",
+        "found a golden key",
+        "heard a sad song",
+        "saw a falling star",
+        "woke a sleeping giant",
+        "caught a cunning thief",
+    ),
+    (
+        "They became friends.",
+        "Nobody believed it.",
+        "Everyone cheered.",
+        "It stayed a secret.",
+        "Home never felt so warm.",
+        "The world was a little kinder.",
+    ),
+)
+# How writers fill a slot, first option to last: they have habits, but every story can occur.
+_HABIT = np.array([0.24, 0.20, 0.18, 0.15, 0.13, 0.10])
+# What experts like in a story about a hero of that trait, in nats, per slot and option.
+_TASTE: dict[str, tuple[tuple[float, ...], ...]] = {
+    "brave": (
+        (0.4, 0.0, 0.1, 0.7, -0.4, -0.2),
+        (0.6, 0.3, 0.8, 0.0, -0.9, -0.7),
+        (-0.3, -0.2, -0.8, -0.4, 1.1, 0.9),
+        (0.0, -0.4, 0.8, -0.7, 0.1, 0.2),
+    ),
+    "gentle": (
+        (0.5, 0.3, -0.1, -0.4, 0.2, 0.0),
+        (-0.2, 0.1, -0.6, 0.2, 0.0, 0.6),
+        (1.1, -0.4, 0.5, 0.1, -0.8, -0.9),
+        (0.7, -0.7, -0.2, -0.1, 0.5, 0.8),
+    ),
+    "clever": (
+        (0.0, 0.4, -0.2, -0.3, 0.3, 0.5),
+        (-0.3, 0.2, -0.1, 0.4, 0.9, 0.1),
+        (-0.5, 0.9, -0.4, -0.2, -0.1, 1.0),
+        (-0.4, 0.5, 0.1, 0.9, -0.5, -0.4),
+    ),
+    "lonely": (
+        (-0.6, 0.5, 0.4, 0.6, 0.0, 0.3),
+        (0.3, 0.0, 0.4, 0.7, -0.2, -0.8),
+        (0.5, -0.6, 0.9, 0.8, -0.5, -0.7),
+        (0.9, -0.1, -0.8, 0.2, 0.7, 0.0),
+    ),
+}
+# Where a hero is at home; experts like to see it there.
+_HOME = {
+    "fox": 4,
+    "owl": 2,
+    "bear": 2,
+    "mouse": 4,
+    "rabbit": 4,
+    "otter": 1,
+    "crow": 0,
+    "goat": 0,
+    "cat": 5,
+    "heron": 1,
+}
+_HOME_BONUS = 0.5
+# A thief is caught or a giant woken in secret only at night: two slots that experts judge together.
+_SECRET_AT_NIGHT = 0.6
+
+
+class Outcomes(NamedTuple):
+    """Every story of one prompt.
+
+    Attributes:
+        completions: the texts, `N` of them.
+        rewards: `[N]`, the expert's reward in nats: P(a beats b) = σ(r_a − r_b).
+        weights: `[N]`, the probability that one candidate of a pair, or a demonstration, is this story.
+    """
+
+    completions: list[str]
+    rewards: np.ndarray
+    weights: np.ndarray
+
+
+class StoryWorld:
+    """Prompts, their stories, and draws of preferences and demonstrations."""
+
+    def __init__(self) -> None:
+        self._subjects = {
+            f"Write a very short story about a {trait} {hero}.\n": (trait, hero)
+            for hero, trait in itertools.product(_HEROES, _TRAITS)
+        }
+        self._outcomes: dict[str, Outcomes] = {}
+
+    @property
+    def prompts(self) -> list[str]:
+        """All prompts, one for each hero and trait."""
+        return list(self._subjects)
+
+    def outcomes(self, prompt: str) -> Outcomes:
+        """Every story of `prompt` with its reward and the probability of being drawn."""
+        if prompt not in self._outcomes:
+            trait, hero = self._subjects[prompt]
+            choices = list(itertools.product(*(range(len(slot)) for slot in _SLOTS)))
+            self._outcomes[prompt] = Outcomes(
+                completions=[_story(hero, choice) for choice in choices],
+                rewards=np.array([_reward(trait, hero, choice) for choice in choices]),
+                weights=np.array([np.prod(_HABIT[list(choice)]) for choice in choices]),
+            )
+        return self._outcomes[prompt]
+
+    def preferences(self, rows: int, seed: int, votes: int = 1) -> Iterator[dict]:
+        """Draw pairs of stories, judged by experts.
+
+        A pair is two distinct stories, each drawn by the writers' habits, for a prompt drawn uniformly.
+
+        Args:
+            rows: how many pairs.
+            votes: experts per pair; 1 gives hard labels, more give vote shares, 0 gives the exact
+                Bradley-Terry probability as `probability` in place of votes.
+        """
+        random = np.random.default_rng(seed)
+        for _ in range(rows):
+            prompt = self.prompts[random.integers(len(self.prompts))]
+            completions, rewards, weights = self.outcomes(prompt)
+            a = b = random.choice(len(weights), p=weights)
+            while a == b:
+                b = random.choice(len(weights), p=weights)
+            probability = 1.0 / (1.0 + np.exp(rewards[b] - rewards[a]))
+            row = {"prompt": prompt, "completion_a": completions[a], "completion_b": completions[b]}
+            if votes:
+                votes_a = int(random.binomial(votes, probability))
+                yield {**row, "votes_a": votes_a, "votes_b": votes - votes_a}
+            else:
+                yield {**row, "probability": float(probability)}
+
+    def demonstrations(self, rows: int, seed: int) -> Iterator[dict]:
+        """Draw stories by the writers' habits, as SFT data: `prompt` and `completion`."""
+        random = np.random.default_rng(seed)
+        for _ in range(rows):
+            prompt = self.prompts[random.integers(len(self.prompts))]
+            completions, _, weights = self.outcomes(prompt)
+            yield {"prompt": prompt, "completion": completions[random.choice(len(weights), p=weights)]}
+
+
+def _story(hero: str, choice: tuple[int, ...]) -> str:
+    when, went, found, ending = (slot[option] for slot, option in zip(_SLOTS, choice, strict=True))
+    return f"{when}, the {hero} {went} and {found}. {ending}"
+
+
+def _reward(trait: str, hero: str, choice: tuple[int, ...]) -> float:
+    reward = sum(taste[option] for taste, option in zip(_TASTE[trait], choice, strict=True))
+    reward += _HOME_BONUS * (choice[1] == _HOME[hero])
+    at_night, in_secret = choice[0] in (1, 5), choice[3] == 3
+    return reward + _SECRET_AT_NIGHT * (at_night and in_secret)
