@@ -2,8 +2,9 @@
 
 The KL estimate weighs samples as if they came from the distribution that is scored. A generation config
 that ships with a checkpoint (temperature 0.6, top-p 0.9 …) would break that in silence, therefore the loop
-here reads the model's logits and nothing else. The generator is the caller's, so that it can be part of a
-checkpoint.
+here reads the model's logits and nothing else. Randomness comes as a table of uniform numbers, one row per
+sample, so that a sample depends on its row alone: not on the batch it was computed in, nor on how many
+processes share the work, nor on what a run had drawn before it was interrupted.
 """
 
 from __future__ import annotations
@@ -31,15 +32,20 @@ class Sample(NamedTuple):
     truncated: bool
 
 
+def sampling_noise(count: int, max_new_tokens: int, seed: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1) for `count` samples: `[count, max_new_tokens]` float64, fixed by `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, max_new_tokens, generator=generator, dtype=torch.float64)
+
+
 @torch.no_grad()
 def sample_completions(
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    noise: torch.Tensor,
     stop_ids: Sequence[int],
     pad_id: int,
-    generator: torch.Generator,
     batch_size: int = 64,
     progress: Callable[[int], Any] | None = None,
 ) -> list[Sample]:
@@ -50,11 +56,14 @@ def sample_completions(
 
     Args:
         prompts: prompt ids, each with at least one token.
+        noise: `[len(prompts), max_new_tokens]` uniform numbers, see `sampling_noise`; its width is the limit
+            on a completion's length.
         stop_ids: tokens that end a completion; they belong to it.
-        generator: source of randomness, on the model's device.
         progress: called with the number of completions that a batch has added.
     """
     device = next(model.parameters()).device
+    if len(noise) != len(prompts):
+        raise ValueError(f"noise needs one row per prompt: {len(prompts)} prompts, {len(noise)} rows")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     samples: list[Sample | None] = [None] * len(prompts)
     with evaluation_mode(model):
@@ -63,7 +72,7 @@ def sample_completions(
             batch = [list(prompts[i]) for i in rows]
             for i, sample in zip(
                 rows,
-                _sample_batch(model, batch, max_new_tokens, set(stop_ids), pad_id, generator, device),
+                _sample_batch(model, batch, noise[rows].to(device), stop_ids, pad_id),
                 strict=True,
             ):
                 samples[i] = sample
@@ -86,14 +95,13 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 def _sample_batch(
     model: Any,
     prompts: list[list[int]],
-    max_new_tokens: int,
-    stop_ids: set[int],
+    noise: torch.Tensor,
+    stop_ids: Sequence[int],
     pad_id: int,
-    generator: torch.Generator,
-    device: torch.device,
 ) -> list[Sample]:
     from transformers import DynamicCache
 
+    device, max_new_tokens = noise.device, noise.shape[1]
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
     mask = torch.zeros((len(prompts), width), dtype=torch.long)
@@ -102,7 +110,7 @@ def _sample_batch(
         mask[row, width - len(prompt) :] = 1
     ids, mask = ids.to(device), mask.to(device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    stops = torch.tensor(sorted(stop_ids), device=device)
+    stops = torch.tensor(sorted(set(stop_ids)), device=device)
     alive = torch.arange(len(prompts), device=device)  # original row of each batch row
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     drawn = torch.zeros((len(prompts), max_new_tokens), dtype=torch.long, device=device)
@@ -119,7 +127,11 @@ def _sample_batch(
             logits_to_keep=1,
         )
         scores = output.logits[:, -1].float().log_softmax(-1)
-        tokens = torch.multinomial(scores.exp(), 1, generator=generator).squeeze(-1)
+        cumulative = scores.exp().cumsum(-1, dtype=torch.float64)
+        # the first token whose cumulative probability exceeds the noise: one of probability 0 never is
+        threshold = noise[alive, step, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+        tokens = tokens.clamp_max(scores.shape[-1] - 1)
         going = ~ended[alive]
         rows = alive[going]
         drawn[rows, step] = tokens[going]

@@ -1,0 +1,101 @@
+"""What both training stages share: guards, resuming, tracking of a Hugging Face trainer. No loss lives here."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from softpref.errors import ConfigError, SoftprefError
+
+
+class GuardedTrainer(Trainer):
+    """A `transformers.Trainer` that stops at the first non-finite loss or gradient, before the weights move.
+
+    The last good state is saved as a checkpoint and the offending batch beside it.
+    """
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            self._stop("loss", loss, inputs)
+        self._last_inputs = inputs
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(float(norm)):
+            self._stop("gradient norm", norm, self._last_inputs)
+        return norm
+
+    def _stop(self, what: str, value: Any, inputs: dict[str, Any]) -> None:
+        from safetensors.torch import save_file
+
+        step, folder = self.state.global_step, Path(self.args.output_dir)
+        batch_file = folder / "nonfinite_batch.safetensors"
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = {k: v.cpu().contiguous() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+            save_file(tensors, batch_file)
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+        if finite:
+            self._save_checkpoint(self.model, trial=None)
+            kept = f"the weights before it are in {folder / f'checkpoint-{step}'}"
+        else:
+            kept = f"the weights are no longer finite either; use the last checkpoint in {folder}"
+        raise SoftprefError(
+            f"{what} became {float(value)} at optimizer step {step + 1}; {kept}, the batch in {batch_file}. "
+            "A lower learning_rate, a longer warm-up or fp32 in place of bf16 are the usual remedies."
+        )
+
+
+class TrackingCallback(TrainerCallback):
+    """Hands what the trainer logs to a tracker, which knows nothing of training and never raises."""
+
+    def __init__(self, tracker: Any) -> None:
+        self.tracker = tracker
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            numbers = {k: float(v) for k, v in logs.items() if isinstance(v, (int, float))}
+            self.tracker.metrics(numbers, step=state.global_step)
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint that was written to its end, or None.
+
+    The trainer's state is the last file of a checkpoint; one without it was cut off by a kill.
+    """
+    found: list[tuple[int, Path]] = []
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        try:
+            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            found.append((int(state["global_step"]), folder))
+        except (OSError, ValueError, KeyError):
+            continue
+    return str(max(found)[1]) if found else None
+
+
+def device_has_bf16() -> bool:
+    """Whether the accelerator computes in bfloat16 natively; False on a CPU, where it is slower."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def require_devices(count: int) -> None:
+    """Refuse to train on fewer GPUs than were asked for.
+
+    A cluster can drop the request for a GPU without a word; the job would then crawl on a CPU.
+
+    Raises:
+        ConfigError: says how many were asked for and how many are there.
+    """
+    found = torch.cuda.device_count()
+    if found < count:
+        raise ConfigError(
+            f"{count} GPU(s) were asked for, but {found} can be seen here; check the pod's resource limits and "
+            "the node's device plugin, or set gpus to 0 to train on the CPU"
+        )

@@ -1,0 +1,96 @@
+"""Samples of the policy between two refreshes: which prompts, which slice at which step, what a checkpoint keeps.
+
+Knows no model: drawing is the caller's function. Prompts and randomness of a refresh follow from the seed
+and the optimizer step alone, so any number of processes draws the same samples between them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from softpref.lm.sampling import Sample, sampling_noise
+
+Draw = Callable[[list[list[int]], "object"], list[Sample]]
+
+
+class SampleBuffer:
+    """Completions drawn every `interval` optimizer steps and consumed in equal slices between.
+
+    Args:
+        prompts: prompt ids to draw from, uniformly; with the training rows' prompts, repeats and all, the
+            regulariser sees prompts as often as the preference term does.
+        size: completions per refresh, all processes together.
+        interval: optimizer steps a refresh lasts.
+        max_new_tokens: length limit of a completion.
+        seed: fixes prompts and noise of every refresh.
+        rank, world_size: this process takes the samples `rank`, `rank + world_size`, …
+        draw: `(prompts, noise [n, max_new_tokens]) -> samples`.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        size: int,
+        interval: int,
+        max_new_tokens: int,
+        seed: int,
+        draw: Draw,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._prompts = prompts
+        self._size, self._interval, self._max_new_tokens = size, interval, max_new_tokens
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._draw = draw
+        self._samples: list[Sample] = []
+        self.policy_step: int | None = None
+        """Optimizer step whose policy drew the present samples; None before the first refresh."""
+
+    def slice_for(self, step: int) -> list[Sample]:
+        """This process's samples for optimizer step `step` (counted from 0), drawn anew when they are due."""
+        if self.policy_step is None or step - self.policy_step >= self._interval:
+            self._refresh(step)
+        assert self.policy_step is not None
+        place = step - self.policy_step
+        first, last = (self._size * i // self._interval for i in (place, place + 1))
+        # samples are dealt round robin: sample g of all lies at g // world_size of process g % world_size
+        mine = range(first + (self._rank - first) % self._world_size, last, self._world_size)
+        return [self._samples[g // self._world_size] for g in mine]
+
+    def slice_size(self, step: int) -> int:
+        """Samples that all processes together consume at `step`, which `slice_for` has served."""
+        assert self.policy_step is not None
+        place = step - self.policy_step
+        return self._size * (place + 1) // self._interval - self._size * place // self._interval
+
+    def save(self, folder: str | Path) -> None:
+        """Write the buffer into a checkpoint, one file per process."""
+        state = {"policy_step": self.policy_step, "samples": [sample._asdict() for sample in self._samples]}
+        self._file(folder).write_text(json.dumps(state), encoding="utf-8")
+
+    def load(self, folder: str | Path) -> None:
+        """Continue from a checkpoint's buffer.
+
+        Raises:
+            FileNotFoundError: the checkpoint holds none for this process.
+        """
+        state = json.loads(self._file(folder).read_text(encoding="utf-8"))
+        self.policy_step = state["policy_step"]
+        self._samples = [Sample(**sample) for sample in state["samples"]]
+
+    def _refresh(self, step: int) -> None:
+        random = np.random.default_rng((self._seed, step))
+        rounds = -(-self._size // len(self._prompts))  # each prompt once before any comes twice
+        order = np.concatenate([random.permutation(len(self._prompts)) for _ in range(rounds)])[: self._size]
+        noise = sampling_noise(self._size, self._max_new_tokens, seed=int(random.integers(2**62)))
+        mine = range(self._rank, self._size, self._world_size)
+        self._samples = self._draw([list(self._prompts[order[g]]) for g in mine], noise[list(mine)])
+        self.policy_step = step
+
+    def _file(self, folder: str | Path) -> Path:
+        return Path(folder) / f"sample_buffer_{self._rank}_of_{self._world_size}.json"

@@ -1,0 +1,456 @@
+"""`SPOTrainer`: preference loss plus KL on the policy's own samples, as a `transformers.Trainer`.
+
+The mathematics is in `softpref.objectives`; here rows become batches, samples are drawn when they are due,
+and one optimizer step is scaled so that it does not depend on how it is cut into micro-batches or processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from softpref.errors import ConfigError, DataError
+from softpref.lm.sampling import Sample, evaluation_mode, sample_completions
+from softpref.lm.scoring import (
+    SequenceBatch,
+    completion_logits,
+    entropies,
+    gather_logps,
+    pad_sequences,
+    sequence_logps,
+    sum_by_sequence,
+)
+from softpref.lm.tokenization import stop_token_ids, tokenize_prompt, tokenize_sequence
+from softpref.lm.training import GuardedTrainer
+from softpref.objectives import dpo_loss, effective_sample_size, kl_loss, kl_per_token, preference_loss
+from softpref.spo.buffer import SampleBuffer
+from softpref.spo.config import SPOConfig
+
+
+class SPOTrainer(GuardedTrainer):
+    """Train a policy on preferences by soft preference optimization, or by a baseline on the same rows.
+
+    Args:
+        model: the policy to train, as it was before training, also when a run is resumed: the reference is
+            copied from it.
+        args: see `SPOConfig`; `args.method` picks the objective.
+        train_dataset: rows with `prompt`, `completions` (best first) and optionally `probability`
+            (P(first beats second), None for a hard label) and `kind`; also rows with `prompt`, `chosen` and
+            `rejected`. Text or messages. Any sequence of mappings, such as a `datasets.Dataset`.
+        eval_dataset: rows alike.
+        processing_class: the tokenizer.
+        ref_model: the frozen reference; by default the model as handed in (with an adapter: the adapter off).
+        prompt_dataset: rows with `prompt` from which the KL term draws; by default the training prompts.
+        peft_config: a `peft.LoraConfig`, to train an adapter.
+        callbacks: as in `transformers.Trainer`.
+
+    Metrics, averaged over all rows or samples since the last log: `loss/preference`, `logps/chosen`,
+    `logps/rejected`, `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (the
+    method's own implicit reward: α·logp for `spo`, β·(logp − logp_ref) for `dpo`), `kl/sequence` and
+    `kl/token` (nats), `entropy` (nats per token), `completions/mean_length`,
+    `completions/truncated_fraction`, `sampling/age` (steps since the samples were drawn), `sampling/ess`
+    (effective sample size, a fraction), `sampling/tokens_per_second`, `sampling/time_fraction`.
+
+    Raises:
+        ConfigError, DataError: before training, for anything that cannot be trained on.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: SPOConfig,
+        train_dataset: Sequence[Mapping[str, Any]] | None = None,
+        eval_dataset: Sequence[Mapping[str, Any]] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        ref_model: PreTrainedModel | nn.Module | None = None,
+        prompt_dataset: Iterable[Mapping[str, Any]] | None = None,
+        peft_config: Any | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if processing_class is None:
+            raise ConfigError("SPOTrainer needs processing_class, the tokenizer of the model")
+        pad_id = processing_class.pad_token_id
+        if pad_id is None:
+            pad_id = processing_class.eos_token_id
+        self._uses_adapter = peft_config is not None or hasattr(model, "peft_config")
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        for module in model.modules():  # preference training runs without dropout
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        self._needs_reference = args.method == "dpo" or args.samples_policy
+        if ref_model is None and self._needs_reference and not self._uses_adapter:
+            ref_model = deepcopy(model)
+        train_rows = None if train_dataset is None else PreferenceRows(train_dataset, processing_class, args)
+        eval_rows = None if eval_dataset is None else PreferenceRows(eval_dataset, processing_class, args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_Collator(pad_id),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.model_accepts_loss_kwargs = False  # losses are scaled here, over the global batch
+        self.ref_model = ref_model
+        if ref_model is not None:
+            ref_model.requires_grad_(False)
+            ref_model.to(self.args.device).eval()
+        self._pad_id = pad_id
+        self._stop_ids = stop_token_ids(processing_class, model)
+        self._means: dict[str, _Means] = {"train": _Means(), "eval": _Means()}
+        self._clock = _Clock()
+        self.buffer: SampleBuffer | None = None
+        if args.samples_policy and train_rows is not None:
+            prompts = (
+                [row["prompt"] for row in train_rows.rows]
+                if prompt_dataset is None
+                else [
+                    tokenize_prompt(processing_class, row["prompt"], max_length=args.max_prompt_length)
+                    for row in prompt_dataset
+                ]
+            )
+            if not prompts:
+                raise DataError("prompt_dataset holds no prompt; the KL term needs some to sample from")
+            self.buffer = SampleBuffer(
+                prompts,
+                size=args.samples_per_refresh,
+                interval=args.sampling_interval,
+                max_new_tokens=args.max_completion_length,
+                seed=args.seed,
+                draw=self._draw,
+                rank=args.process_index,
+                world_size=args.world_size,
+            )
+
+    # ------------------------------------------------------------------ one optimizer step
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, each with its share of the policy's samples."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = self._sum_over_processes(sum(len(batch["group_sizes"]) for batch in batches), device)
+        if self.buffer is not None and batches:
+            samples = self.buffer.slice_for(self.state.global_step)
+            size = self.buffer.slice_size(self.state.global_step)
+            for i, batch in enumerate(batches):
+                share = samples[len(samples) * i // len(batches) : len(samples) * (i + 1) // len(batches)]
+                batch.update(self._sample_tensors(share))
+                batch["samples_in_step"] = size
+        return batches, rows
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The objective of one micro-batch, as its share of the optimizer step's mean.
+
+        Sums are divided by the step's row and sample counts over all micro-batches and processes, then
+        multiplied by what the trainer and DDP divide by afterwards.
+        """
+        mode = "train" if model.training else "eval"
+        losses = self._preference_losses(model, inputs, self._means[mode])
+        if num_items_in_batch is None:
+            return losses.mean()
+        loss = losses.sum() / num_items_in_batch
+        if "sample_input_ids" in inputs:
+            kl = self._kl_losses(model, inputs, self._means[mode])
+            loss = loss + self.args.beta * kl.sum() / inputs["samples_in_step"]
+        return loss * self.current_gradient_accumulation_steps * self.args.world_size
+
+    def _preference_losses(self, model, inputs, means: _Means) -> Tensor:
+        args = self.args
+        batch = SequenceBatch(*(inputs[name] for name in SequenceBatch._fields))
+        logps = sequence_logps(model, batch)
+        sizes, probabilities = inputs["group_sizes"], inputs["probabilities"]
+        rewards = args.alpha * logps.detach()
+        if args.method == "dpo":
+            with torch.no_grad(), self._reference(model) as reference:
+                ref_logps = sequence_logps(reference, batch)
+            rewards = args.beta * (logps.detach() - ref_logps)
+            losses = dpo_loss(
+                logps,
+                ref_logps,
+                beta=args.beta,
+                label_smoothing=args.label_smoothing,
+                probabilities=probabilities,
+                soft_labels=args.soft_labels,
+            )
+        else:
+            losses = preference_loss(
+                logps,
+                sizes,
+                alpha=args.alpha,
+                kind=inputs["kind"],
+                probabilities=probabilities,
+                soft_labels=args.soft_labels,
+                weight_exponent=args.weight_exponent,
+            )
+        best = sizes.cumsum(0) - sizes
+        worst = sizes.cumsum(0) - 1
+        chosen, rejected = logps.detach()[best], logps.detach()[worst]
+        margins = rewards[best] - rewards[worst]
+        means.add("loss/preference", losses.detach())
+        means.add("logps/chosen", chosen)
+        means.add("logps/rejected", rejected)
+        means.add("rewards/chosen", rewards[best])
+        means.add("rewards/rejected", rewards[worst])
+        means.add("rewards/margins", margins)
+        means.add("rewards/accuracies", (margins > 0).float() + 0.5 * (margins == 0).float())
+        return losses
+
+    def _kl_losses(self, model, inputs, means: _Means) -> Tensor:
+        batch = SequenceBatch(*(inputs[f"sample_{name}"] for name in SequenceBatch._fields))
+        logits, targets = completion_logits(model, batch)
+        with torch.no_grad(), self._reference(model) as reference:
+            ref_logits = completion_logits(reference, batch).logits
+        token_kl = kl_per_token(logits, ref_logits)
+        token_logps = gather_logps(logits, targets)
+        losses = kl_loss(token_kl, token_logps, batch.lengths, kl_gradient=self.args.kl_gradient)
+        with torch.no_grad():
+            log_weights = sum_by_sequence(token_logps, batch.lengths) - inputs["sample_logps"]
+            means.add("kl/sequence", losses)
+            means.add("kl/token", token_kl)
+            means.add("entropy", entropies(logits))
+            means.add("completions/mean_length", batch.lengths.float())
+            means.add("completions/truncated_fraction", inputs["sample_truncated"])
+            means.add("sampling/ess", effective_sample_size(log_weights).expand(len(log_weights)))
+            means.add("sampling/age", inputs["sample_age"])
+        return losses
+
+    def _reference(self, model):
+        """Context that gives the reference: a model of its own, or the policy with its adapter off."""
+        if self.ref_model is not None:
+            return nullcontext(self.ref_model)
+        return _adapter_off(self.accelerator.unwrap_model(model))
+
+    # ------------------------------------------------------------------ sampling
+
+    def _draw(self, prompts: list[list[int]], noise: Any) -> list[Sample]:
+        started = time.perf_counter()
+        policy = self.accelerator.unwrap_model(self.model)
+        with self.compute_loss_context_manager():
+            samples = sample_completions(
+                policy,
+                prompts,
+                noise=noise,
+                stop_ids=self._stop_ids,
+                pad_id=self._pad_id,
+                batch_size=self.args.sampling_batch_size,
+            )
+        self._clock.add(time.perf_counter() - started, sum(len(sample.completion) for sample in samples))
+        return samples
+
+    def _sample_tensors(self, samples: list[Sample]) -> dict[str, Any]:
+        if not samples:
+            return {}
+        batch = pad_sequences([(sample.prompt, sample.completion) for sample in samples], self._pad_id)
+        assert self.buffer is not None
+        assert self.buffer.policy_step is not None
+        age = self.state.global_step - self.buffer.policy_step
+        return {
+            **{f"sample_{name}": tensor for name, tensor in batch._asdict().items()},
+            "sample_logps": torch.tensor([sample.logp for sample in samples]),
+            "sample_truncated": torch.tensor([float(sample.truncated) for sample in samples]),
+            "sample_age": torch.full((len(samples),), float(age)),
+        }
+
+    # ------------------------------------------------------------------ evaluation, logs, checkpoints
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss and metrics of an evaluation batch; no predictions are collected."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), evaluation_mode(model), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics gathered since the last log of this kind."""
+        evaluating = any(name.startswith("eval_") for name in logs)
+        means = self._means["eval" if evaluating else "train"].take(self._sum_over_processes)
+        prefix = "eval_" if evaluating else ""
+        if not evaluating and self.buffer is not None:
+            means.update(self._clock.take())
+        super().log({**logs, **{prefix + name: value for name, value in means.items()}}, start_time)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.buffer is not None:
+            self.buffer.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.buffer is not None:
+            self.buffer.load(checkpoint)
+
+    def _sum_over_processes(self, value: float, device: Any = None) -> float:
+        if self.args.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=device or self.args.device)
+        return self.accelerator.reduce(total, reduction="sum").item()
+
+
+class PreferenceRows(Dataset):
+    """Tokenized preference rows; everything that cannot be trained on is refused here, before training.
+
+    Raises:
+        DataError: names the row and what is wrong with it.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConfig) -> None:
+        from transformers.utils.logging import tqdm
+
+        self.rows: list[dict[str, Any]] = []
+        kinds: set[str] = set()
+        self.truncated = 0
+        for number, row in enumerate(tqdm(rows, desc="Tokenizing preferences", leave=False)):
+            try:
+                prompt, completions = _columns(row)
+                tokenized = [
+                    tokenize_sequence(
+                        tokenizer,
+                        prompt,
+                        completion,
+                        max_prompt_length=args.max_prompt_length,
+                        max_completion_length=args.max_completion_length,
+                    )
+                    for completion in completions
+                ]
+                probability = row.get("probability")
+                if probability is not None and not 0 <= probability <= 1:
+                    raise DataError(f"probability must be in [0, 1], got {probability}")
+            except DataError as error:
+                raise DataError(f"preference row {number}: {error}") from error
+            self.truncated += any(sequence.truncated for sequence in tokenized)
+            if len(tokenized) > 2:
+                kinds.add(row.get("kind") or "ranking")
+            self.rows.append(
+                {
+                    "prompt": tokenized[0].prompt,
+                    "completions": [sequence.completion for sequence in tokenized],
+                    "probability": 1.0 if probability is None else float(probability),
+                }
+            )
+        if not self.rows:
+            raise DataError("the preference data hold no row")
+        if args.preference_kind != "auto":
+            kinds = {args.preference_kind}
+        if len(kinds) > 1:
+            raise DataError(
+                f"rows of more than two completions are of several kinds ({', '.join(sorted(kinds))}); "
+                "train on one kind, or set preference_kind to say how all of them are read"
+            )
+        self.kind = kinds.pop() if kinds else "pairwise"
+        longest = max(len(row["completions"]) for row in self.rows)
+        if longest > 2 and (self.kind == "pairwise" or args.method == "dpo"):
+            raise ConfigError(
+                f"rows hold up to {longest} completions, but "
+                + ("method dpo takes pairs" if args.method == "dpo" else "preference_kind is pairwise")
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], "kind": self.kind}
+
+
+def _columns(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+    if "completions" in row:
+        completions = list(row["completions"])
+    elif "chosen" in row and "rejected" in row:
+        completions = [row["chosen"], row["rejected"]]
+    else:
+        raise DataError(f"needs completions, or chosen and rejected; has {', '.join(sorted(row))}")
+    if "prompt" not in row:
+        raise DataError(f"needs prompt; has {', '.join(sorted(row))}")
+    if len(completions) < 2:
+        raise DataError(f"needs at least two completions, got {len(completions)}")
+    return row["prompt"], completions
+
+
+class _Collator:
+    """Rows to one flat batch of sequences, the completions of a row next to each other."""
+
+    def __init__(self, pad_id: int) -> None:
+        self._pad_id = pad_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = pad_sequences(
+            [(row["prompt"], completion) for row in rows for completion in row["completions"]], self._pad_id
+        )
+        return {
+            **batch._asdict(),
+            "group_sizes": torch.tensor([len(row["completions"]) for row in rows]),
+            "probabilities": torch.tensor([row["probability"] for row in rows]),
+            "kind": rows[0]["kind"],
+        }
+
+
+class _adapter_off:
+    """Context that yields a PEFT model with its adapter disabled: the reference."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._context = model.disable_adapter()
+
+    def __enter__(self) -> Any:
+        self._context.__enter__()
+        return self._model
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+
+class _Mean(NamedTuple):
+    total: Tensor
+    count: int
+
+
+class _Means:
+    """Running means on the device; read once per log, so that no step waits for a copy."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, _Mean] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        total, count = values.detach().float().sum(), values.numel()
+        if name in self._values:
+            before = self._values[name]
+            total, count = before.total + total, before.count + count
+        self._values[name] = _Mean(total, count)
+
+    def take(self, sum_over_processes) -> dict[str, float]:
+        means = {}
+        for name in sorted(self._values):  # one order on every process
+            total, count = self._values[name]
+            means[name] = sum_over_processes(float(total)) / sum_over_processes(count)
+        self._values.clear()
+        return means
+
+
+class _Clock:
+    """Time and tokens that sampling took since the last log."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since, self._seconds, self._tokens = time.perf_counter(), 0.0, 0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        self._seconds += seconds
+        self._tokens += tokens
+
+    def take(self) -> dict[str, float]:
+        metrics = {"sampling/time_fraction": self._seconds / max(time.perf_counter() - self._since, 1e-9)}
+        if self._seconds:
+            metrics["sampling/tokens_per_second"] = self._tokens / self._seconds
+        self._reset()
+        return metrics
