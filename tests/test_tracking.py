@@ -1,0 +1,415 @@
+"""Tracking against real MLflow stores and a real server that is killed; no training here."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from softpref.errors import ConfigError
+from softpref.tracking import Tracker, end_run, open_parent, sync
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch):
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture
+def client(store):
+    from mlflow import MlflowClient
+
+    return MlflowClient(store)
+
+
+@pytest.fixture
+def dead_uri():
+    """The address of a server that is not there."""
+    return f"http://127.0.0.1:{_free_port()}"
+
+
+def tracker(folder, store, **changes):
+    return Tracker(
+        folder, **{"experiment": "stories", "run_name": "alpha-1", "tracking_uri": store, **changes}
+    )
+
+
+def history(client, run_id, key):
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+
+
+def mirrored(folder, kind="metrics"):
+    lines = (Path(folder) / "tracking.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def _free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Server:
+    """An `mlflow server` of the test's own on one port and one store, to be killed and started again."""
+
+    def __init__(self, folder):
+        self.folder, self.port = folder, _free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.store = f"sqlite:///{folder}/server.db"
+
+    def start(self):
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", self.store]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=self.folder,
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(self.uri + "/health", timeout=1).close()
+                return
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError((self.folder / "server.log").read_text())
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = Server(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+def test_server_killed_in_the_middle_costs_no_point_and_delays_no_call(server, tmp_path, caplog):
+    from mlflow import MlflowClient
+
+    slowest = 0.0
+
+    def log(tracker, steps):
+        nonlocal slowest
+        for step in steps:
+            begun = time.monotonic()
+            tracker.metrics({"loss": 1 / (step + 1), "not/finite": float("nan")}, step)
+            slowest = max(slowest, time.monotonic() - begun)
+            time.sleep(0.01)
+
+    (tmp_path / "note.txt").write_text("kept")
+    with tracker(tmp_path / "out", server.uri, exit_wait=60) as tracked:
+        log(tracked, range(60))
+        assert tracked.flush(30)
+        log(tracked, range(60, 90))
+        server.kill()
+        log(tracked, range(90, 150))
+        tracked.params({"alpha": 1.0})
+        tracked.artifact(tmp_path / "note.txt", "notes")
+        assert not tracked.flush(1.5)
+        server.start()
+        log(tracked, range(150, 200))
+
+    assert slowest < 0.5
+    client = MlflowClient(server.store)
+    run = client.get_run(tracked.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"alpha": "1.0"}
+    assert sorted(history(client, tracked.run_id, "loss")) == [(step, 1 / (step + 1)) for step in range(200)]
+    assert len(history(client, tracked.run_id, "not/finite")) == 200
+    assert [file.path for file in MlflowClient(server.uri).list_artifacts(tracked.run_id, "notes")] == [
+        "notes/note.txt"
+    ]
+    assert sum("cannot be reached" in record.message for record in caplog.records) == 1
+
+
+def test_stage_without_a_server_ends_in_time_and_a_later_sync_delivers_all(
+    dead_uri, store, client, tmp_path, caplog
+):
+    begun = time.monotonic()
+    with tracker(tmp_path / "out", dead_uri, exit_wait=2, tags={"alpha": 0.5}) as tracked:
+        for step in range(50):
+            tracked.metrics({"loss": step}, step)
+    assert time.monotonic() - begun < 15
+    assert tracked.run_id is None
+    assert f"softpref track-sync {tmp_path / 'out'}" in caplog.text
+
+    assert sync(tmp_path / "out", store).delivered == 52  # tags, points and the end
+    assert sync(tmp_path / "out", store).delivered == 0
+    (run,) = client.search_runs([client.get_experiment_by_name("stories").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["alpha"] == "0.5"
+    assert history(client, run.info.run_id, "loss") == [(step, step) for step in range(50)]
+
+
+def test_two_processes_may_make_one_sqlite_store_at_once_and_all_points_arrive(tmp_path, store, client):
+    script = f"""
+import sys, time
+from softpref.tracking import Tracker
+time.sleep(max(0, float(sys.argv[2]) - time.time()))
+with Tracker(sys.argv[1], experiment="race", run_name=sys.argv[1], tracking_uri={store!r}) as tracked:
+    for step in range(200):
+        tracked.metrics({{"loss": step}}, step)
+        time.sleep(0.005)
+"""
+    start = str(time.time() + 1)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / name), start]) for name in ("a", "b")
+    ]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    runs = client.search_runs([client.get_experiment_by_name("race").experiment_id])
+    assert len(runs) == 2
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        assert history(client, run.info.run_id, "loss") == [(step, step) for step in range(200)]
+
+
+def test_killed_stage_continues_its_run_and_repeated_points_stay_single(tmp_path, store, client):
+    script = f"""
+import os, signal
+from softpref.tracking import Tracker
+tracked = Tracker({str(tmp_path / "out")!r}, experiment="stories", run_name="alpha-1", tracking_uri={store!r})
+for step in range(10):
+    tracked.metrics({{"loss": step, "seconds": 1}}, step)
+assert tracked.flush(30)
+tracked.metrics({{"loss": 10}}, 10)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    with (tmp_path / "out" / "tracking.jsonl").open("a") as file:
+        file.write('{"n": 99, "kind": "metr')  # the line that the kill tore
+
+    with tracker(tmp_path / "out", store, parent_run_id="b" * 32) as tracked:
+        tracked.rewind(5)
+        for step in range(6, 20):
+            tracked.metrics({"loss": step, "seconds": 2}, step)
+
+    (run,) = client.search_runs([client.get_experiment_by_name("stories").experiment_id])
+    assert run.info.run_id == tracked.run_id
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["mlflow.parentRunId"] == "b" * 32
+    assert history(client, tracked.run_id, "loss") == [(step, step) for step in range(20)]
+    steps = Counter(
+        (record["step"], key) for record in mirrored(tmp_path / "out") for key in record["values"]
+    )
+    assert steps == {(step, key): 1 for step in range(20) for key in ("loss", "seconds")}
+    # another value cannot replace the delivered one in MLflow, it is shown as the step's latest
+    points = [
+        point.value for point in client.get_metric_history(tracked.run_id, "seconds") if point.step == 7
+    ]
+    assert points == [1, 2]
+
+
+def test_second_resume_still_knows_the_points_forgotten_by_the_first(tmp_path, store, client):
+    first = tracker(tmp_path / "out", store)
+    for step in range(8):
+        first.metrics({"loss": step}, step)
+    first.close("FAILED")
+    assert client.get_run(first.run_id).info.status == "FAILED"
+    second = tracker(tmp_path / "out", store)
+    second.rewind(3)
+    second.metrics({"loss": 4}, 4)
+    second.close("KILLED")
+    third = tracker(tmp_path / "out", store)
+    third.rewind(3)
+    for step in range(4, 8):
+        third.metrics({"loss": step}, step)
+    third.close()
+    assert {first.run_id} == {second.run_id, third.run_id}
+    assert history(client, first.run_id, "loss") == [(step, step) for step in range(8)]
+
+
+def test_nothing_is_stored_twice_when_an_answer_is_lost(tmp_path, store, client, monkeypatch):
+    from mlflow import MlflowClient
+
+    lost = Counter()
+
+    def losing(name):
+        real = getattr(MlflowClient, name)
+
+        def call(*arguments, **options):
+            result = real(*arguments, **options)
+            lost[name] += 1
+            if lost[name] == 1:
+                raise ConnectionError("the answer is lost")
+            return result
+
+        monkeypatch.setattr(MlflowClient, name, call)
+
+    losing("create_run")
+    losing("log_batch")
+    with tracker(tmp_path / "out", store) as tracked:
+        tracked.params({"alpha": 2})
+        for step in range(20):
+            tracked.metrics({"loss": step, "bad": float("nan")}, step)
+    assert lost["create_run"] == 1
+    assert lost["log_batch"] > 1
+    (run,) = client.search_runs([client.get_experiment_by_name("stories").experiment_id])
+    assert run.data.params == {"alpha": "2"}
+    assert history(client, run.info.run_id, "loss") == [(step, step) for step in range(20)]
+    assert len(history(client, run.info.run_id, "bad")) == 20
+
+
+def test_changed_and_long_parameters_are_recorded_and_raise_nothing(tmp_path, store, client, caplog):
+    whole = "x" * 20_000
+    with tracker(tmp_path / "out", store) as tracked:
+        tracked.params({"alpha": 1, "recipe": whole, "odd (name)": {"a": [1, None]}})
+        tracked.params({"alpha": 1})
+        tracked.params({"alpha": 2, "beta": 0.1})
+    run = client.get_run(tracked.run_id)
+    assert run.data.params["alpha"] == "1"
+    assert run.data.tags["param_changed.alpha"] == "2"
+    assert "param_changed.alpha" in caplog.text
+    assert run.data.params["beta"] == "0.1"
+    assert run.data.params["odd _name_"] == '{"a": [1, null]}'
+    assert run.data.params["recipe"].endswith("[cut]")
+    text = Path(client.download_artifacts(tracked.run_id, "params/recipe.txt", str(tmp_path))).read_text()
+    assert text == whole
+
+
+def test_one_value_that_mlflow_refuses_holds_up_no_other(tmp_path, store, client, caplog):
+    with tracker(tmp_path / "out", store) as tracked:
+        tracked.metrics({"loss": 1, "../up": 2, "none": None, "reward": float("-inf")}, 0)
+        tracked.artifact(tmp_path / "absent.txt")
+        tracked.metrics({"loss": 0.5}, 1)
+    assert history(client, tracked.run_id, "loss") == [(0, 1), (1, 0.5)]
+    assert history(client, tracked.run_id, "reward")[0][1] < -1e300
+    assert client.get_run(tracked.run_id).info.status == "FINISHED"
+    for part in ("'../up'", "metric none", "absent.txt"):
+        assert part in caplog.text
+
+
+def test_inherited_run_wins_and_is_left_open(tmp_path, store, client, monkeypatch):
+    other = open_parent("stories", "other", tracking_uri=store)
+    inherited = open_parent("stories", "inherited", tracking_uri=store)
+    monkeypatch.setenv("MLFLOW_RUN_ID", inherited)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    with Tracker(tmp_path / "out", experiment="stories", run_name="x", run_id=other) as tracked:
+        assert tracked.run_id == inherited
+        tracked.metrics({"loss": 1}, 0)
+    assert open_parent("stories", "sweep", {"kind": "sweep"}) == inherited
+    end_run(inherited)
+    run = client.get_run(inherited)
+    assert run.info.status == "RUNNING"
+    assert run.data.metrics == {"loss": 1}
+    assert run.data.tags["kind"] == "sweep"
+    assert len(client.search_runs([run.info.experiment_id])) == 2
+
+
+def test_evaluation_continues_the_training_run_and_sweep_runs_have_their_parent(tmp_path, store, client):
+    parent = open_parent("stories", "sweep", {"alphas": [0.5, 1]}, store)
+    with tracker(tmp_path / "train", store, parent_run_id=parent) as training:
+        training.metrics({"loss": 1}, 0)
+    with tracker(tmp_path / "evaluate", store, run_id=training.run_id) as evaluation:
+        evaluation.metrics({"win_rate": 0.7}, 0)
+    end_run(parent, "FINISHED", store)
+    run = client.get_run(training.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"loss": 1, "win_rate": 0.7}
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert client.get_run(parent).info.status == "FINISHED"
+    assert client.get_run(parent).data.tags["alphas"] == "[0.5, 1]"
+
+
+@pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_status_of_the_run_says_how_the_stage_ended(error, status, tmp_path, store, client):
+    with pytest.raises(error), tracker(tmp_path / "out", store) as tracked:
+        raise error
+    assert client.get_run(tracked.run_id).info.status == status
+
+
+def test_finished_run_is_left_alone_when_its_folder_is_used_again(tmp_path, store, client):
+    runs = []
+    for loss in (1, 2):
+        with tracker(tmp_path / "out", store) as tracked:
+            tracked.metrics({"loss": loss}, 0)
+        runs.append(tracked.run_id)
+    assert runs[0] != runs[1]
+    assert [history(client, run, "loss") for run in runs] == [[(0, 1)], [(0, 2)]]
+    assert (tmp_path / "out" / "tracking-1.jsonl").exists()
+
+
+def test_mirror_is_written_where_mlflow_is_not_installed(tmp_path, store, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with tracker(tmp_path / "out", store) as tracked:
+        tracked.metrics({"loss": float("inf")}, 3)
+    assert [(record["step"], float(record["values"]["loss"])) for record in mirrored(tmp_path / "out")] == [
+        (3, float("inf"))
+    ]
+    assert sum("mlflow is not installed" in record.message for record in caplog.records) == 1
+    assert open_parent("stories", "sweep", tracking_uri=store) is None
+    with pytest.raises(ConfigError, match="not installed"):
+        sync(tmp_path / "out")
+
+
+def test_unwritable_output_folder_is_a_warning(tmp_path, store, caplog):
+    (tmp_path / "file").write_text("no folder")
+    with tracker(tmp_path / "file" / "out", store) as tracked:
+        tracked.metrics({"loss": 1}, 0)
+        tracked.rewind(0)
+    assert "nothing of this run is tracked" in caplog.text
+
+
+def test_deleted_run_stops_the_sending_and_keeps_the_records(tmp_path, store, client, caplog):
+    run_id = open_parent("stories", "gone", tracking_uri=store)
+    client.delete_run(run_id)
+    with tracker(tmp_path / "out", store, run_id=run_id) as tracked:
+        tracked.metrics({"loss": 1}, 0)
+    assert "is deleted" in caplog.text
+    with pytest.raises(ConfigError, match="deleted"):
+        sync(tmp_path / "out")
+    client.restore_run(run_id)
+    assert sync(tmp_path / "out").delivered == 1
+    assert history(client, run_id, "loss") == [(0, 1)]
+
+
+def test_parent_is_none_at_once_when_no_server_answers(dead_uri, caplog):
+    begun = time.monotonic()
+    assert open_parent("stories", "sweep", tracking_uri=dead_uri) is None
+    end_run("a" * 32, "FINISHED", dead_uri)
+    end_run(None)
+    assert time.monotonic() - begun < 10
+    assert [record.levelno for record in caplog.records if record.name == "softpref.tracking"] == [
+        logging.WARNING
+    ] * 2
+
+
+def test_sync_says_what_is_wrong(tmp_path, dead_uri, store):
+    with pytest.raises(ConfigError, match=r"no tracking\.jsonl"):
+        sync(tmp_path)
+    with tracker(tmp_path / "out", dead_uri, exit_wait=0.1) as tracked:
+        tracked.metrics({"loss": 1}, 0)
+        with pytest.raises(ConfigError, match="being written by a running stage"):
+            sync(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"2 records of .* wait"):
+        sync(tmp_path / "out")
+
+
+def test_request_limits_are_given_back(tmp_path, store):
+    before = dict(os.environ)
+    with tracker(tmp_path / "out", store):
+        assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+    assert {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_HTTP")} == {
+        key: value for key, value in before.items() if key.startswith("MLFLOW_HTTP")
+    }
