@@ -1,0 +1,65 @@
+"""The KFP face of stage 1. Holds no logic: it builds a DataConfig and calls `softpref.data.stage.run`."""
+
+from kfp import dsl
+from kfp.dsl import HTML, Dataset, Metrics, Output
+
+from softpref.images import DATA_IMAGE
+
+
+@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+def prepare_data(
+    dataset: Output[Dataset],
+    page: Output[HTML],
+    metrics: Output[Metrics],
+    source: str = "story",
+    columns: str = "",
+    prompt_template: str = "",
+    rows: int = 0,
+    seed: int = 0,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    overrides: str = "",
+):
+    """Turn preferences of any source into a checked dataset with splits by prompt.
+
+    Args:
+        dataset: The dataset folder: train, validation and test splits, statistics, refused rows.
+        page: What the dataset holds: lengths, label confidence, splits, refused rows, examples.
+        metrics: Row counts.
+        source: "story" for the embedded story world, a Hugging Face Hub dataset id, or the path of a JSONL,
+            JSON, CSV or Parquet file, of a folder of them, or of a saved dataset.
+        columns: JSON object from role to column of the source, such as {"prompt": "question", "chosen":
+            "better", "rejected": "worse"}. Empty: columns named like the roles are used.
+        prompt_template: Builds the prompt from columns, such as "Debate: {debate}\\nArgument:". Empty: none.
+        rows: Rows to draw from the story world, or to sample from another source. 0: 4000, or all.
+        seed: Seed of draws, samples and splits.
+        validation_fraction: Share of the distinct prompts held out for validation.
+        test_fraction: Share of the distinct prompts held out for evaluation.
+        overrides: JSON object with any other parameter of DataConfig, such as {"votes": 5}.
+    """
+    from softpref.config import build_config, parse_overrides
+    from softpref.data.config import DataConfig
+    from softpref.data.stage import run
+
+    config = build_config(
+        DataConfig,
+        {
+            "source": source,
+            "columns": columns or {},
+            "prompt_template": prompt_template,
+            "rows": rows or None,
+            "seed": seed,
+            "validation_fraction": validation_fraction,
+            "test_fraction": test_fraction,
+        },
+        parse_overrides(overrides),
+    )
+    stats = run(config, dataset.path, page.path)
+    for split, count in stats["rows"].items():
+        dataset.metadata[f"{split}_rows"] = count
+        metrics.log_metric(f"{split}_rows", count)
+    dataset.metadata["dataset_hash"] = stats["dataset_hash"]
+    dataset.metadata["test_hash"] = stats["test_hash"]
+    metrics.log_metric("refused_rows", sum(stats["rejected"].values()))
+    metrics.log_metric("left_out_rows", sum(stats["left_out"].values()))
+    metrics.log_metric("soft_labels", stats["labels"]["soft"])

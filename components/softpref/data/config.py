@@ -1,0 +1,182 @@
+"""The parameters of stage 1: where preferences come from and how they become a dataset. Reads no data."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from typing import Any, Literal
+
+from softpref.data.columns import check_roles
+from softpref.errors import ConfigError
+
+STORY_ROWS = 4000
+STORY_SFT_ROWS = 4000
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Parameters of the data stage.
+
+    Args:
+        source (`str`, defaults to `"story"`): `"story"` (the embedded story world), a local file, a folder
+            of files, a saved `datasets` folder, or a Hugging Face Hub dataset id such as `"owner/name"`.
+        subset (`str`, *optional*): configuration name of a Hub dataset.
+        split (`str`, *optional*): which split of a Hub dataset or saved `DatasetDict` to read; `"train"` or
+            the only one when not given.
+        revision (`str`, *optional*): branch, tag or commit of a Hub dataset.
+        format (`str`, defaults to `"auto"`): `"jsonl"`, `"json"` (one array), `"csv"`, `"tsv"` or
+            `"parquet"`; `"auto"` goes by the file's suffix (also under `.gz`).
+        columns (`dict`, defaults to `{}`): our role to the source's column, for example `{"chosen":
+            "better"}`. Roles: `prompt`; `chosen`, `rejected`; `completion_a`, `completion_b` with `votes_a`,
+            `votes_b` and perhaps `votes_equal`, or `votes` (a list of columns, one vote each), or
+            `probability` (that A beats B), or `preference` (a label); `completions` with `scores` (higher is
+            better), `ranks` (lower is better) or `best` (index of the best, from 0), or with none when
+            already best first; `completion` with `score` or `rank`, one candidate per row, grouped by
+            prompt. `completions`, `scores`, `ranks` and `votes` take one list column or a list of columns.
+            Empty: columns that bear a role's name are used, and `stats.json` says which.
+        preference_values (`dict`, defaults to `{}`): what the labels of `preference` or `votes` mean: value
+            to `"a"`, `"b"` or `"tie"`. Empty: `a`, `b`, `tie` for `preference`; 1, 2, 0 for `votes`.
+        prompt_template (`str`, defaults to `""`): builds the prompt from `{column}` fields instead of a
+            prompt column.
+        implicit_prompt_end (`str`, defaults to `""`): for plain texts without a prompt column, the prompt
+            ends behind the last common occurrence of this text (for example `"\\n\\nAssistant:"`); empty
+            cuts at the last word boundary that all completions share.
+        as_messages (`bool`, defaults to `False`): turn plain prompts and completions into user and assistant
+            messages, for models with a chat template.
+        system_prompt (`str`, defaults to `""`): put in front of conversational prompts that have none.
+        list_kind (`str`, defaults to `"ranking"`): `"ranking"` trusts the whole order of a list,
+            `"best_of_n"` only its best.
+        group_size (`int`, defaults to `4`): the most completions in a ranking made from one-candidate rows.
+        labels (`str`, defaults to `"soft"`): `"soft"` keeps the share of votes as a probability, `"hard"`
+            keeps the winner alone.
+        ties (`str`, defaults to `"half"`): `"half"` counts a tie as half a vote for each (and refuses
+            rankings of three or more with equal scores); `"drop"` ignores tied votes, leaves out rows that
+            stay even, and leaves out all but the first of equally scored completions.
+        min_votes (`int`, defaults to `1`): rows with fewer counted votes are left out.
+        duplicates (`str`, defaults to `"auto"`): `"drop"` keeps the first of equal rows, `"keep"` all;
+            `"auto"` keeps them for the story world, whose repeated draws are independent, and drops them
+            elsewhere.
+        contradictions (`str`, defaults to `"keep"`): the same completions of the same prompt with another
+            winner are counted, and kept or all dropped.
+        max_characters (`int`, *optional*): rows whose prompt and longest completion exceed this together are
+            left out.
+        rows (`int`, *optional*): preference rows to draw from the story world (4000 when not given), or the
+            size of a seeded sample of the accepted rows of any other source (all when not given).
+        max_source_rows (`int`, *optional*): stop reading the source after this many rows.
+        max_rejected_fraction (`float`, defaults to `0.5`): a larger share of refused rows is an error.
+        validation_fraction (`float`, defaults to `0.1`): share of the distinct prompts held out for
+            validation.
+        test_fraction (`float`, defaults to `0.1`): share of the distinct prompts held out for the test.
+        seed (`int`, defaults to `0`): of the splits, of samples and of the story world's draws.
+        votes (`int`, defaults to `1`): votes per pair of the story world: 1 gives hard labels, more gives
+            shares of votes, 0 the experts' exact probability.
+        sft_rows (`int`, *optional*): demonstrations to draw from the story world (4000 when not given), or
+            the most to take from `sft_source`.
+        sft_source (`str`, *optional*): demonstrations for the reference model, read like `source`.
+        sft_columns (`dict`, defaults to `{}`): `prompt` and `completion` to the columns of `sft_source`.
+        prompts_source (`str`, *optional*): further prompts to sample from in training, read like `source`.
+        prompts_columns (`dict`, defaults to `{}`): `prompt` to the column of `prompts_source`.
+
+    Raises:
+        ConfigError: a value outside its range, an unknown role, or values that do not go together.
+    """
+
+    source: str = "story"
+    subset: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet"] = "auto"
+    columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+    preference_values: dict[str, str] = dataclasses.field(default_factory=dict)
+    prompt_template: str = ""
+    implicit_prompt_end: str = ""
+    as_messages: bool = False
+    system_prompt: str = ""
+    list_kind: Literal["ranking", "best_of_n"] = "ranking"
+    group_size: int = 4
+    labels: Literal["soft", "hard"] = "soft"
+    ties: Literal["half", "drop"] = "half"
+    min_votes: int = 1
+    duplicates: Literal["auto", "drop", "keep"] = "auto"
+    contradictions: Literal["keep", "drop"] = "keep"
+    max_characters: int | None = None
+    rows: int | None = None
+    max_source_rows: int | None = None
+    max_rejected_fraction: float = 0.5
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.1
+    seed: int = 0
+    votes: int = 1
+    sft_rows: int | None = None
+    sft_source: str | None = None
+    sft_columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prompts_source: str | None = None
+    prompts_columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ConfigError('source is empty; give "story", a file, a folder or a Hub dataset id')
+        for name, least in (
+            ("group_size", 2),
+            ("min_votes", 1),
+            ("votes", 0),
+            ("seed", 0),
+            ("rows", 1),
+            ("max_source_rows", 1),
+            ("sft_rows", 1),
+            ("max_characters", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        for name in ("validation_fraction", "test_fraction", "max_rejected_fraction"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{name} must lie between 0 and 1, got {value}")
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ConfigError(
+                f"validation_fraction {self.validation_fraction} and test_fraction {self.test_fraction} "
+                "leave nothing to train on; their sum must stay below 1"
+            )
+        for value, meaning in self.preference_values.items():
+            if meaning not in ("a", "b", "tie"):
+                raise ConfigError(
+                    f"preference_values maps {value!r} to {meaning!r}; each must be 'a', 'b' or 'tie'"
+                )
+        fields = self.template_fields
+        if self.prompt_template and not fields:
+            raise ConfigError(
+                f"prompt_template {self.prompt_template!r} has no {{column}} field, so all prompts would be equal"
+            )
+        if self.columns:
+            check_roles(self.columns, has_template=bool(fields))
+        for name, allowed in (("sft_columns", {"prompt", "completion"}), ("prompts_columns", {"prompt"})):
+            if unknown := set(getattr(self, name)) - allowed:
+                raise ConfigError(
+                    f"{name} has the role {min(unknown)!r}; known: {', '.join(sorted(allowed))}"
+                )
+        if self.source == "story":
+            for name in ("columns", "prompt_template", "as_messages", "system_prompt", "sft_source"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f'{name} does not go with source "story", whose rows are fixed plain text'
+                    )
+
+    @property
+    def template_fields(self) -> list[str]:
+        """The columns that `prompt_template` names, in order."""
+        try:
+            parts = list(string.Formatter().parse(self.prompt_template))
+        except ValueError as error:
+            raise ConfigError(f"prompt_template {self.prompt_template!r} is malformed: {error}") from error
+        fields = []
+        for _, field, spec, conversion in parts:
+            if field is None:
+                continue
+            if not field or spec or conversion:
+                raise ConfigError(
+                    f"prompt_template {self.prompt_template!r} may only hold plain {{column}} fields, and "
+                    "{{ }} for literal braces"
+                )
+            fields.append(field)
+        return fields

@@ -1,0 +1,477 @@
+"""One source record to one preference row, or a reason why not. Pure functions; no files, no counting."""
+
+from __future__ import annotations
+
+import json
+import math
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from softpref.data.columns import Layout
+from softpref.data.config import DataConfig
+
+Message = dict[str, str]
+Text = str | list[Message]  # plain text, or a conversation
+
+_MEANINGS = {
+    "preference": {"a": "a", "b": "b", "tie": "tie"},
+    "votes": {"1": "a", "2": "b", "0": "tie"},
+}
+_ROLES = ("system", "user", "assistant")
+
+
+class Refused(ValueError):
+    """A row that cannot be used: `rule` is what it broke (counted), `detail` where and how."""
+
+    def __init__(self, rule: str, detail: str = "") -> None:
+        super().__init__(f"{rule}: {detail}" if detail else rule)
+        self.rule = rule
+
+
+class LeftOut(Refused):
+    """A sound row that the configuration asked to leave out."""
+
+
+class Preference(NamedTuple):
+    """A prompt and its completions, best first.
+
+    `probability` is P(completions[0] beats completions[1]) of a pair with a soft label, else None.
+    """
+
+    prompt: Text
+    completions: list[Text]
+    kind: str
+    probability: float | None
+
+
+class Candidate(NamedTuple):
+    """One scored completion of a prompt (higher is better), to be ranked with others of the same prompt."""
+
+    prompt: Text
+    completion: Text
+    score: float
+
+
+class Demonstration(NamedTuple):
+    """A prompt and how to answer it, for the reference model."""
+
+    prompt: Text
+    completion: Text
+
+
+def read_preference(record: Mapping[str, Any], layout: Layout, config: DataConfig) -> Preference:
+    """Read a row of the forms pair, candidates and list.
+
+    Raises:
+        Refused: the row is unusable, for the reason given; `LeftOut` when the configuration leaves it out.
+    """
+    columns = layout.columns
+    if layout.form == "list":
+        raw = _several(record, "completions", columns["completions"])
+        if len(raw) < 2:
+            raise Refused("fewer than two completions", f"{len(raw)} in {columns['completions']!r}")
+        names = [f"completion {index + 1}" for index in range(len(raw))]
+    else:
+        roles = ("chosen", "rejected") if layout.form == "pair" else ("completion_a", "completion_b")
+        raw = [_field(record, columns[role]) for role in roles]
+        names = [f"{role} ({columns[role]!r})" for role in roles]
+    completions = [_text(value, "completion", name) for value, name in zip(raw, names, strict=True)]
+    prompt, completions = _split_prompt(_prompt(record, columns, config), completions, config)
+    _refuse_identical(completions, names)
+
+    if layout.form == "list":
+        scores = _scores(record, layout, len(completions))
+        only_best = config.list_kind == "best_of_n" or layout.label == ("best",)
+        row = _ranked(prompt, completions, scores, only_best, config.ties, config.labels)
+    else:
+        probability, hard = _probability(record, layout, config)
+        if probability < 0.5:
+            completions, probability = completions[::-1], 1 - probability
+        row = _pair(prompt, completions, probability, hard, config.ties, config.labels)
+    _limit_length(row.prompt, row.completions, config)
+    return row
+
+
+def read_candidate(record: Mapping[str, Any], layout: Layout, config: DataConfig) -> Candidate:
+    """Read a row that holds one completion and its score or rank.
+
+    Raises:
+        Refused: the row is unusable, for the reason given.
+    """
+    column = layout.columns["completion"]
+    completion = _text(_field(record, column), "completion", repr(column))
+    prompt, completions = _split_prompt(_prompt(record, layout.columns, config), [completion], config)
+    role = layout.label[0]
+    score = _number(_field(record, layout.columns[role]), role)
+    _limit_length(prompt, completions, config)
+    return Candidate(prompt, completions[0], -score if role == "rank" else score)
+
+
+def rank_candidates(candidates: Sequence[Candidate], config: DataConfig) -> Preference:
+    """Make one row of several candidates of the same prompt.
+
+    Raises:
+        Refused: too few, identical or tied completions.
+    """
+    if len(candidates) < 2:
+        raise Refused("fewer than two completions", "the prompt has no other completion to compare with")
+    completions = [candidate.completion for candidate in candidates]
+    _refuse_identical(completions, [f"completion {index + 1}" for index in range(len(completions))])
+    scores = [candidate.score for candidate in candidates]
+    only_best = config.list_kind == "best_of_n"
+    return _ranked(candidates[0].prompt, completions, scores, only_best, config.ties, config.labels)
+
+
+def read_demonstration(
+    record: Mapping[str, Any], columns: Mapping[str, str], config: DataConfig
+) -> Demonstration:
+    """Read a prompt and one completion.
+
+    Raises:
+        Refused: the row is unusable, for the reason given.
+    """
+    completion = _text(_field(record, columns["completion"]), "completion", repr(columns["completion"]))
+    prompt, completions = _split_prompt(_prompt(record, columns, config), [completion], config)
+    _limit_length(prompt, completions, config)
+    return Demonstration(prompt, completions[0])
+
+
+def read_prompt(record: Mapping[str, Any], columns: Mapping[str, str], config: DataConfig) -> Text:
+    """Read a prompt alone.
+
+    Raises:
+        Refused: the row is unusable, for the reason given.
+    """
+    prompt = _prompt(record, columns, config)
+    if prompt is None:
+        raise Refused("prompt is missing")
+    return _conversation_start(prompt, config)
+
+
+# Fields and their types
+
+
+def _field(record: Mapping[str, Any], column: str) -> Any:
+    value = record.get(column)
+    if value is None:
+        raise Refused("field is missing", repr(column))
+    return value
+
+
+def _several(record: Mapping[str, Any], role: str, columns: str | list[str]) -> list[Any]:
+    if isinstance(columns, list):
+        return [_field(record, column) for column in columns]
+    value = _field(record, columns)
+    if isinstance(value, str):  # a list inside a CSV cell
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise Refused(f"{role} is not a list", f"{columns!r} is the text {_short(value)}") from None
+    if not isinstance(value, list):
+        raise Refused(f"{role} is not a list", f"{columns!r} is {_describe(value)}")
+    return value
+
+
+def _text(value: Any, noun: str, where: str) -> Text:
+    """`value` when it is text or messages. Other types are refused, because `str(True)` is no answer."""
+    if isinstance(value, list):
+        return _messages(value, noun, where)
+    if not isinstance(value, str):
+        raise Refused(f"{noun} is not text", f"{where} is {_describe(value)}")
+    return _sound(value, noun, where)
+
+
+def _sound(value: str, noun: str, where: str) -> str:
+    if not value.strip():
+        raise Refused(f"{noun} is empty", where)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Refused("text is not valid UTF-8", where) from None
+    return value
+
+
+def _messages(value: list[Any], noun: str, where: str) -> list[Message]:
+    if not value:
+        raise Refused(f"{noun} is empty", f"{where} has no messages")
+    messages: list[Message] = []
+    for index, message in enumerate(value):
+        place = f"message {index + 1} of {where}"
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise Refused(f"{noun} is not text or messages", f"{place} has no role and content")
+        role, content = message["role"], message["content"]
+        if role not in _ROLES:
+            raise Refused("unknown role", f"{place} has the role {_short(role)}, known: {', '.join(_ROLES)}")
+        if any(message.get(name) for name in ("tool_calls", "function_call")):
+            raise Refused("tool calls are not supported", place)
+        if not isinstance(content, str):
+            raise Refused(f"{noun} is not text", f"the content of {place} is {_describe(content)}")
+        if role == "system" and index > 0:
+            raise Refused("wrong order of roles", f"{place} is a system message, which may only come first")
+        if messages and messages[-1]["role"] == role:
+            raise Refused("wrong order of roles", f"{place} and the one before are both from {role}")
+        messages.append({"role": role, "content": _sound(content, noun, place)})
+    return messages
+
+
+def _number(value: Any, role: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise Refused(f"{role} is not a number", _describe(value))
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise Refused(f"{role} is not a number", _describe(value)) from None
+    if not math.isfinite(number):
+        raise Refused(f"{role} is not finite", str(number))
+    return number
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, str):
+        return f"the text {_short(value)}"
+    kind = "boolean" if isinstance(value, bool) else "number" if isinstance(value, (int, float)) else None
+    if kind:
+        return f"the {kind} {json.dumps(value)}"
+    return "missing" if value is None else f"a {type(value).__name__}"
+
+
+def _short(value: Any) -> str:
+    text = ascii(value) if not isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# Prompts
+
+
+def _prompt(record: Mapping[str, Any], columns: Mapping[str, Any], config: DataConfig) -> Text | None:
+    if "prompt" in columns:
+        return _text(_field(record, columns["prompt"]), "prompt", repr(columns["prompt"]))
+    if config.prompt_template:
+        parts = []
+        for literal, field, _, _ in string.Formatter().parse(config.prompt_template):
+            parts.append(literal)
+            if field is not None:
+                value = _field(record, field)
+                if not isinstance(value, str):
+                    raise Refused("prompt is not text", f"{field!r} is {_describe(value)}")
+                parts.append(value)
+        return _sound("".join(parts), "prompt", "prompt_template")
+    return None
+
+
+def _split_prompt(
+    prompt: Text | None, completions: list[Text], config: DataConfig
+) -> tuple[Text, list[Text]]:
+    """Settle what is prompt and what is completion, and make both conversational or both plain."""
+    conversations = [completion for completion in completions if isinstance(completion, list)]
+    if conversations and len(conversations) < len(completions):
+        raise Refused("completions mix plain text and messages")
+    if not conversations:
+        plain = [completion for completion in completions if isinstance(completion, str)]
+        if prompt is None:
+            prompt, plain = cut_common_prefix(plain, config.implicit_prompt_end)
+        if isinstance(prompt, str) and not config.as_messages:
+            return prompt, list(plain)
+        conversations = [[{"role": "assistant", "content": text}] for text in plain]
+    elif prompt is None or any(messages[0]["role"] != "assistant" for messages in conversations):
+        # The conversations hold their prompt; a prompt column beside them only repeats its last question.
+        begin, conversations = cut_common_messages(conversations)
+        if prompt is not None and prompt not in (begin, begin[-1]["content"]):
+            raise Refused("prompt contradicts the messages", "the conversation opens with another prompt")
+        prompt = begin
+    for messages in conversations:
+        if [message["role"] for message in messages] != ["assistant"]:
+            roles = ", ".join(message["role"] for message in messages)
+            raise Refused("wrong order of roles", f"a completion is one assistant message, got {roles}")
+    return _conversation_start(prompt, config), list(conversations)
+
+
+def _conversation_start(prompt: Text, config: DataConfig) -> Text:
+    if isinstance(prompt, str):
+        if not config.as_messages:
+            return prompt
+        prompt = [{"role": "user", "content": prompt}]
+    if prompt[-1]["role"] != "user":
+        raise Refused("wrong order of roles", f"the prompt ends with a message from {prompt[-1]['role']}")
+    if prompt[0]["role"] == "assistant" or [message["role"] for message in prompt[:2]] == [
+        "system",
+        "assistant",
+    ]:
+        raise Refused("wrong order of roles", "the prompt begins with a message from assistant")
+    if config.system_prompt and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": config.system_prompt}, *prompt]
+    return prompt
+
+
+def cut_common_prefix(texts: Sequence[str], end: str = "") -> tuple[str, list[str]]:
+    """Split texts that share their beginning into that prompt and what differs.
+
+    The cut falls where a word ends in every text, so the completions keep their leading white space and
+    `prompt + completion` is the text again; or behind the last common `end` when it is given.
+
+    Raises:
+        Refused: no such place leaves a prompt and every completion.
+    """
+    shared = texts[0][: _shared_length(texts)]
+    if end:
+        places = [shared.rfind(end) + len(end)] if end in shared else []
+    else:
+        places = [
+            place
+            for place in range(len(shared), 0, -1)
+            if all(place < len(text) and text[place].isspace() for text in texts)
+            and not shared[place - 1].isspace()
+        ]
+    for place in places:
+        if all(text[place:].strip() for text in texts):
+            return shared[:place], [text[place:] for text in texts]
+    sought = f"the text {end!r}" if end else "a whole first word and something behind it"
+    raise Refused("no prompt found", f"there is no prompt column, and the texts do not share {sought}")
+
+
+def cut_common_messages(conversations: Sequence[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
+    """Split conversations that share their beginning into that prompt and the answers.
+
+    Raises:
+        Refused: they share no beginning that ends with a user message.
+    """
+    shared = _shared_length(conversations)
+    for place in range(min(shared, min(map(len, conversations)) - 1), 0, -1):
+        if conversations[0][place - 1]["role"] == "user":
+            return conversations[0][:place], [messages[place:] for messages in conversations]
+    raise Refused("no prompt found", "the conversations share no beginning that ends with a user message")
+
+
+def _shared_length(sequences: Sequence[Sequence[Any]]) -> int:
+    """How many leading items all sequences have in common."""
+    length = 0
+    for items in zip(*sequences, strict=False):
+        if any(item != items[0] for item in items):
+            break
+        length += 1
+    return length
+
+
+# Which is better
+
+
+def _probability(record: Mapping[str, Any], layout: Layout, config: DataConfig) -> tuple[float, bool]:
+    """P(first beats second), and whether the label is hard: a single vote, a name, chosen before rejected."""
+    columns, label = layout.columns, layout.label
+    if not label:
+        return 1.0, True
+    if label == ("probability",):
+        probability = _number(_field(record, columns["probability"]), "probability")
+        if not 0 <= probability <= 1:
+            raise Refused("probability is outside 0 to 1", str(probability))
+        return probability, False
+    if label == ("votes_a", "votes_b"):
+        roles = ["votes_a", "votes_b", *(["votes_equal"] if "votes_equal" in columns else [])]
+        counts = [_number(_field(record, columns[role]), role) for role in roles]
+        if min(counts) < 0:
+            raise Refused("negative votes", str(counts))
+        first, second, equal = counts if len(counts) == 3 else (*counts, 0.0)
+    else:
+        role = label[0]
+        values = (
+            _several(record, "votes", columns["votes"])
+            if role == "votes"
+            else [_field(record, columns["preference"])]
+        )
+        meanings = config.preference_values or _MEANINGS[role]
+        votes = [_meaning(value, role, meanings) for value in values]
+        first, second, equal = (float(votes.count(meaning)) for meaning in ("a", "b", "tie"))
+    if config.ties == "drop":
+        equal = 0.0
+    total = first + second + equal
+    if total == 0:
+        if config.ties == "drop":
+            raise LeftOut("tie")
+        raise Refused("no votes")
+    if label != ("preference",) and total < config.min_votes:
+        raise LeftOut("fewer votes than min_votes", f"{total:g} of {config.min_votes}")
+    return (first + equal / 2) / total, total == 1 and equal == 0
+
+
+def _meaning(value: Any, role: str, meanings: Mapping[str, str]) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    key = value if isinstance(value, str) else json.dumps(value)
+    folded = {known.casefold(): meaning for known, meaning in meanings.items()}
+    if key.strip().casefold() not in folded:
+        raise Refused(f"unknown {role} value", f"{_short(value)}, known: {', '.join(meanings)}")
+    return folded[key.strip().casefold()]
+
+
+def _pair(
+    prompt: Text, completions: list[Text], probability: float, hard: bool, ties: str, labels: str
+) -> Preference:
+    if probability == 0.5 and (ties == "drop" or labels == "hard"):
+        raise LeftOut("tie")
+    soft = not hard and labels == "soft"
+    return Preference(prompt, completions, "pairwise", probability if soft else None)
+
+
+def _scores(record: Mapping[str, Any], layout: Layout, count: int) -> list[float]:
+    """Scores of a list's completions, higher is better."""
+    if not layout.label:
+        return [float(-place) for place in range(count)]
+    role = layout.label[0]
+    if role == "best":
+        best = _number(_field(record, layout.columns["best"]), "best")
+        if not best.is_integer() or not 0 <= best < count:
+            raise Refused("best is out of range", f"{best:g}, expected 0 to {count - 1}")
+        return [float(place == best) for place in range(count)]
+    scores = [_number(value, role) for value in _several(record, role, layout.columns[role])]
+    if len(scores) != count:
+        raise Refused(f"{role} and completions differ in number", f"{len(scores)} and {count}")
+    return [-score for score in scores] if role == "ranks" else scores
+
+
+def _ranked(
+    prompt: Text, completions: list[Text], scores: list[float], only_best: bool, ties: str, labels: str
+) -> Preference:
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])  # stable: ties stay in given order
+    if len(order) == 2:
+        tie = scores[0] == scores[1]
+        pair = [completions[index] for index in order]
+        return _pair(prompt, pair, 0.5 if tie else 1.0, not tie, ties, labels)
+    first_of_score = [
+        index for place, index in enumerate(order) if place == 0 or scores[index] != scores[order[place - 1]]
+    ]
+    if only_best:  # ties below the best do no harm
+        top = scores[order[0]]
+        first_of_score = [order[0], *(index for index in order if scores[index] != top)]
+    if len(first_of_score) < len(order):
+        if ties == "half":
+            raise Refused("equal scores", "a ranking has no ties; ties='drop' leaves out all but the first")
+        if len(first_of_score) < 2:
+            raise LeftOut("tie")
+    kept = [completions[index] for index in first_of_score]
+    if len(kept) == 2:
+        return _pair(prompt, kept, 1.0, True, ties, labels)
+    return Preference(prompt, kept, "best_of_n" if only_best else "ranking", None)
+
+
+# Checks on the whole row
+
+
+def _refuse_identical(completions: Sequence[Text], names: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for completion, name in zip(completions, names, strict=True):
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        if (other := seen.setdefault(text.strip(), name)) != name:
+            raise Refused("completions are identical", f"{other} and {name}")
+
+
+def _limit_length(prompt: Text, completions: Sequence[Text], config: DataConfig) -> None:
+    if config.max_characters is not None:
+        length = characters(prompt) + max(map(characters, completions))
+        if length > config.max_characters:
+            raise LeftOut("longer than max_characters", f"{length} of {config.max_characters}")
+
+
+def characters(text: Text) -> int:
+    """Length in characters; of a conversation, that of its contents."""
+    return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)

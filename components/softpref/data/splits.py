@@ -1,0 +1,51 @@
+"""Which prompt belongs to which split. Works on prompts alone and never sees a completion."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+from softpref.errors import DataError
+
+SPLITS = ("train", "validation", "test")
+
+
+def prompt_key(prompt: str | list[dict[str, Any]]) -> bytes:
+    """A digest that is equal for prompts that differ only in case, white space or Unicode form."""
+    if isinstance(prompt, str):
+        text = _plain(prompt)
+    else:
+        text = "\n".join(f"{message['role']}\t{_plain(message['content'])}" for message in prompt)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def assign_splits(
+    keys: Iterable[bytes], *, validation_fraction: float, test_fraction: float, seed: int
+) -> dict[bytes, str]:
+    """Give every distinct prompt key one split, by the order of a seeded hash.
+
+    The counts are the fractions of the distinct prompts, rounded, with at least one prompt for each fraction
+    above zero. The order of `keys` does not matter.
+
+    Raises:
+        DataError: there are too few prompts for every wanted split to have one.
+    """
+    salt = str(seed).encode()
+    ordered = sorted(set(keys), key=lambda key: hashlib.blake2b(key, key=salt, digest_size=16).digest())
+    test = max(1, int(test_fraction * len(ordered) + 0.5)) if test_fraction else 0
+    validation = max(1, int(validation_fraction * len(ordered) + 0.5)) if validation_fraction else 0
+    if len(ordered) - test - validation < 1:
+        wanted = 1 + bool(test_fraction) + bool(validation_fraction)
+        raise DataError(
+            f"{len(ordered)} distinct prompts cannot fill train{', validation' if validation else ''}"
+            f"{', test' if test else ''} without sharing a prompt; at least {wanted} are needed, or smaller "
+            "fractions (0 leaves a split empty)"
+        )
+    names = ["test"] * test + ["validation"] * validation
+    return {key: names[rank] if rank < len(names) else "train" for rank, key in enumerate(ordered)}
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -1,0 +1,440 @@
+"""Stage 1: a source of preferences becomes a dataset folder with splits, statistics and a page to look at.
+
+Nothing here trains or tokenises. The folder's layout is told in `run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from softpref import __version__
+from softpref.data import rows as row_reading
+from softpref.data.columns import check_present
+from softpref.data.config import STORY_ROWS, STORY_SFT_ROWS, DataConfig
+from softpref.data.intake import Accepted, Intake, RejectionLog, check_rejections, peek_columns
+from softpref.data.page import render_page
+from softpref.data.sources import SourceRow, open_source
+from softpref.data.splits import SPLITS, assign_splits, prompt_key
+from softpref.data.story_world import StoryWorld
+from softpref.errors import ConfigError, DataError
+
+_EXAMPLES = 6  # rows shown on the page
+_LENGTH_BINS = 30
+_QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
+
+
+def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> dict[str, Any]:
+    """Make the dataset folder `output_dir`.
+
+    The folder is a saved `datasets.DatasetDict` with the splits train, validation and test (columns `prompt`,
+    `completions` best first, `kind`, `probability`, `source_row`), and beside it `stats.json`,
+    `rejected.jsonl`, `page.html`; `sft/` (a `DatasetDict` of `prompt` and `completion`) and `prompts/` (a
+    `Dataset` of `prompt`) where the configuration gives them a source; for the story world `outcomes.jsonl`.
+    It appears under its name only when complete. The same configuration and source give the same rows.
+
+    Args:
+        config: what to read and how.
+        output_dir: the folder to make. One that an earlier run made is replaced.
+        page_path: where to put a second copy of `page.html`.
+
+    Returns:
+        What `stats.json` holds.
+
+    Raises:
+        ConfigError: the source or a column does not exist, or `output_dir` holds something else.
+        DataError: no usable row, too many refused ones, or too few prompts. Refused rows are then listed in
+            `<output_dir>.rejected.jsonl`.
+    """
+    output = Path(os.path.abspath(output_dir))
+    _refuse_foreign(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    listing = output.with_name(f"{output.name}.rejected.jsonl")
+    shutil.rmtree(partial, ignore_errors=True)
+    listing.unlink(missing_ok=True)
+    partial.mkdir()
+    try:
+        stats = _build(config, partial, listing)
+        _replace(output, partial)
+    except DataError:
+        if (partial / "rejected.jsonl").is_file():
+            os.replace(partial / "rejected.jsonl", listing)
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if page_path is not None:
+        Path(page_path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(output / "page.html", page_path)
+    return stats
+
+
+def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
+    work = folder / "work"
+    work.mkdir()
+    rejections = RejectionLog(folder / "rejected.jsonl")
+    try:
+        intake = Intake(config, work / "rows.jsonl", rejections)
+        intake.take(_preference_rows(config), config.source)
+        check_rejections(intake, rejections, config, listing)
+        kept = _choose_rows(intake, config)
+        keys = intake.prompt_keys
+        split_of = assign_splits(
+            {keys[intake.prompt_ids[index]] for index in kept},
+            validation_fraction=config.validation_fraction,
+            test_fraction=config.test_fraction,
+            seed=config.seed,
+        )
+        splits = {id: split_of[key] for id, key in enumerate(keys) if key in split_of}
+        summary, examples = _write_preferences(intake, config, kept, splits, folder, rejections)
+        extras = _write_extras(config, intake, split_of, folder, rejections)
+    finally:
+        rejections.close()
+    stats = {
+        "stage": "data",
+        "code_version": __version__,
+        "source": config.source,
+        "config": dataclasses.asdict(config),
+        "mapping": {
+            "form": intake.layout.form,
+            "columns": intake.layout.columns,
+            "guessed": intake.layout.guessed,
+            "prompt_template": config.prompt_template or None,
+        },
+        "conversational": bool(intake.conversational),
+        "rows_read": intake.rows_read,
+        "duplicates": intake.duplicates,
+        "contradictions": {
+            "sets": len(intake.contradictory),
+            "rows": sum(id in intake.contradictory for id in intake.set_ids),
+        },
+        "rejected": dict(rejections.refused.most_common()),
+        "left_out": dict(rejections.left_out.most_common()),
+        **summary,
+        **extras,
+    }
+    (folder / "stats.json").write_text(json.dumps(stats, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / "page.html").write_text(render_page(stats, examples), encoding="utf-8")
+    shutil.rmtree(work)
+    return stats
+
+
+def _preference_rows(config: DataConfig) -> Iterator[SourceRow]:
+    if config.source == "story":
+        draws = StoryWorld().preferences(config.rows or STORY_ROWS, config.seed, config.votes)
+        return (SourceRow(number, f"draw {number}", record) for number, record in enumerate(draws, start=1))
+    return open_source(
+        config.source,
+        format=config.format,
+        subset=config.subset,
+        split=config.split,
+        revision=config.revision,
+    )
+
+
+def _choose_rows(intake: Intake, config: DataConfig) -> list[int]:
+    """Indices of the accepted rows to keep: without contradictions and down to a sample, as asked."""
+    kept = [
+        index
+        for index, set_id in enumerate(intake.set_ids)
+        if config.contradictions == "keep" or set_id not in intake.contradictory
+    ]
+    if not kept:
+        raise DataError(f"every row of {config.source} contradicts another; contradictions='keep' keeps them")
+    if config.rows is not None and config.rows < len(kept) and config.source != "story":
+        kept = sorted(_hash_order(kept, config.seed)[: config.rows])
+    return kept
+
+
+def _hash_order(indices: Iterable[int], seed: int) -> list[int]:
+    return sorted(indices, key=lambda index: hashlib.blake2b(f"{seed} {index}".encode()).digest())
+
+
+def _write_preferences(
+    intake: Intake,
+    config: DataConfig,
+    kept: list[int],
+    splits: Mapping[int, str],
+    folder: Path,
+    rejections: RejectionLog,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The second pass: kept rows to their splits. Returns what `stats.json` says of them, and examples."""
+    features = _features(bool(intake.conversational))
+    writer = _SplitWriter(folder / "work", SPLITS, features)
+    shown = set(
+        _hash_order([i for i in kept if splits[intake.prompt_ids[i]] == "train"], config.seed)[:_EXAMPLES]
+    )
+    keep = set(kept)
+    prompts = {split: len({i for i in intake.prompt_ids if splits.get(i) == split}) for split in SPLITS}
+    hashes = {split: hashlib.sha256() for split in SPLITS}
+    kinds: Counter[str] = Counter()
+    sizes: Counter[int] = Counter()
+    prompt_lengths, completion_lengths = array("L"), array("L")
+    confidences = array("d")
+    examples = []
+    for index, accepted in enumerate(intake.accepted()):
+        row = accepted.row
+        if index not in keep:
+            if intake.set_ids[index] in intake.contradictory and config.contradictions == "drop":
+                reason = row_reading.LeftOut(
+                    "contradiction", "another row of these completions has another winner"
+                )
+                rejections.add(accepted.source_row, accepted.place, reason)
+            continue
+        split = splits[intake.prompt_ids[index]]
+        writer.write(split, {**row._asdict(), "source_row": accepted.source_row})
+        hashes[split].update(json.dumps(row, sort_keys=True).encode() + b"\n")
+        kinds[row.kind] += 1
+        sizes[len(row.completions)] += 1
+        prompt_lengths.append(row_reading.characters(row.prompt))
+        completion_lengths.extend(map(row_reading.characters, row.completions))
+        if row.probability is not None:
+            confidences.append(row.probability)
+        if index in shown:
+            examples.append(_example(accepted))
+    writer.save(folder)
+    whole = hashlib.sha256("".join(hashes[split].hexdigest() for split in SPLITS).encode())
+    return {
+        "not_sampled": len(intake.set_ids) - len(kept) - rejections.left_out["contradiction"],
+        "rows": dict(writer.counts),
+        "prompts": prompts,
+        "kinds": dict(kinds),
+        "completions_per_row": {str(size): sizes[size] for size in sorted(sizes)},
+        "labels": {"hard": len(kept) - len(confidences), "soft": len(confidences)},
+        "confidence": _histogram(confidences, bins=10, limits=(0.5, 1.0)),
+        "characters": {"prompt": _lengths(prompt_lengths), "completion": _lengths(completion_lengths)},
+        "dataset_hash": whole.hexdigest(),
+        "test_hash": hashes["test"].hexdigest(),
+    }, examples
+
+
+def _write_extras(
+    config: DataConfig,
+    intake: Intake,
+    split_of: Mapping[bytes, str],
+    folder: Path,
+    rejections: RejectionLog,
+) -> dict[str, Any]:
+    """`sft/`, `prompts/` and `outcomes.jsonl`, where the configuration gives them a source."""
+    conversational = bool(intake.conversational)
+    extras: dict[str, Any] = {}
+    if config.source == "story" or config.sft_source:
+        columns = {"prompt": "prompt", "completion": "completion", **config.sft_columns}
+        splits = ("train", "validation")
+        writer = _SplitWriter(folder / "work", splits, _demonstration_features(conversational), "sft-")
+        held_out = 0
+        for record in _extra_rows(
+            _demonstration_rows(config), columns, config, "sft", conversational, rejections
+        ):
+            split = split_of.get(prompt_key(record["prompt"]), "train")
+            if split == "test":  # the reference model must not have seen what it is judged on
+                held_out += 1
+                continue
+            writer.write(split, record)
+            if config.source != "story" and sum(writer.counts.values()) == config.sft_rows:
+                break
+        if not writer.counts["train"]:
+            raise DataError(
+                f"{config.sft_source or config.source} gave no demonstration outside the held-out prompts"
+            )
+        writer.save(folder / "sft", skip_empty=True)
+        rejected = dict(rejections.extras["sft"])
+        extras["sft"] = {**writer.counts, "held_out": held_out, "rejected": rejected}
+    if config.prompts_source:
+        columns = {"prompt": "prompt", **config.prompts_columns}
+        features = {"prompt": _demonstration_features(conversational)["prompt"]}
+        writer = _SplitWriter(folder / "work", ("train",), features, "prompts-")
+        seen: set[bytes] = set()
+        held_out = 0
+        stream = open_source(config.prompts_source)
+        for record in _extra_rows(stream, columns, config, "prompts", conversational, rejections):
+            key = prompt_key(record["prompt"])
+            if split_of.get(key, "train") != "train":
+                held_out += 1
+            elif key not in seen:
+                seen.add(key)
+                writer.write("train", record)
+        if not writer.counts["train"]:
+            raise DataError(f"{config.prompts_source} gave no prompt outside the held-out prompts")
+        writer.dataset("train").save_to_disk(str(folder / "prompts"))
+        rejected = dict(rejections.extras["prompts"])
+        extras["extra_prompts"] = {**writer.counts, "held_out": held_out, "rejected": rejected}
+    if config.source == "story":
+        world = StoryWorld()
+        with (folder / "outcomes.jsonl").open("w", encoding="utf-8") as file:
+            for prompt in world.prompts:
+                outcomes = world.outcomes(prompt)
+                line = {
+                    "prompt": prompt,
+                    "completions": outcomes.completions,
+                    "rewards": outcomes.rewards.tolist(),
+                    "weights": outcomes.weights.tolist(),
+                }
+                file.write(json.dumps(line) + "\n")
+    return extras
+
+
+def _demonstration_rows(config: DataConfig) -> Iterator[SourceRow]:
+    if config.sft_source:
+        return open_source(config.sft_source)
+    # Another seed than the preferences', so that the two draws do not repeat each other's stories.
+    draws = StoryWorld().demonstrations(config.sft_rows or STORY_SFT_ROWS, config.seed + 1)
+    return (SourceRow(number, f"draw {number}", record) for number, record in enumerate(draws, start=1))
+
+
+def _extra_rows(
+    stream: Iterator[SourceRow],
+    columns: dict[str, str],
+    config: DataConfig,
+    name: str,
+    conversational: bool,
+    rejections: RejectionLog,
+) -> Iterator[dict[str, Any]]:
+    """Demonstrations or prompts as records; what cannot be used goes to the rejection log under `name`."""
+    source = (config.sft_source if name == "sft" else config.prompts_source) or config.source
+    stream, known = peek_columns(stream, source)
+    fields = config.template_fields
+    if fields and "prompt" not in (config.sft_columns if name == "sft" else config.prompts_columns):
+        columns = {role: column for role, column in columns.items() if role != "prompt"}
+        check_present([("prompt_template", field) for field in fields], known, source)
+    check_present([(f"{name}_columns[{role!r}]", column) for role, column in columns.items()], known, source)
+    read = refused = taken = 0
+    for row in stream:
+        read += 1
+        try:
+            if row.record is None:
+                raise row_reading.Refused("row cannot be read", row.fault)
+            record: dict[str, Any]
+            if name == "sft":
+                record = row_reading.read_demonstration(row.record, columns, config)._asdict()
+            else:
+                record = {"prompt": row_reading.read_prompt(row.record, columns, config)}
+            if isinstance(record["prompt"], list) is not conversational:
+                raise row_reading.Refused("plain text and conversations are mixed", "with the preferences")
+            taken += 1
+            yield record
+        except row_reading.Refused as reason:
+            refused += not isinstance(reason, row_reading.LeftOut)
+            rejections.add(row.number, row.place, reason, source=name)
+    if not taken or refused > config.max_rejected_fraction * read:
+        raise DataError(
+            f"{refused} of the {read} rows of {source} ({name}) were refused; see those with source {name!r} "
+            "in the listing of refused rows"
+        )
+
+
+class _SplitWriter:
+    """Writes records to one Arrow file per split as they come, then saves them as a dataset."""
+
+    def __init__(
+        self, folder: Path, splits: Iterable[str], features: Mapping[str, Any], prefix: str = ""
+    ) -> None:
+        import datasets
+        from datasets.arrow_writer import ArrowWriter
+
+        self._features = datasets.Features(features)
+        self._paths = {split: str(folder / f"{prefix}{split}.arrow") for split in splits}
+        self._writers = {
+            split: ArrowWriter(features=self._features, path=path, writer_batch_size=256)
+            for split, path in self._paths.items()
+        }
+        self.counts = dict.fromkeys(self._paths, 0)
+
+    def write(self, split: str, record: Mapping[str, Any]) -> None:
+        self._writers[split].write(dict(record))
+        self.counts[split] += 1
+
+    def dataset(self, split: str) -> Any:
+        import datasets
+
+        self._writers[split].finalize()
+        return datasets.Dataset.from_file(self._paths[split])
+
+    def save(self, folder: Path, skip_empty: bool = False) -> None:
+        import datasets
+
+        parts = {
+            split: self.dataset(split) for split, count in self.counts.items() if count or not skip_empty
+        }
+        datasets.DatasetDict(parts).save_to_disk(str(folder))
+
+
+def _demonstration_features(conversational: bool) -> dict[str, Any]:
+    import datasets
+
+    text = datasets.Value("string")
+    messages = [{"role": text, "content": text}] if conversational else text
+    return {"prompt": messages, "completion": messages}
+
+
+def _features(conversational: bool) -> dict[str, Any]:
+    import datasets
+
+    text = _demonstration_features(conversational)["prompt"]
+    return {
+        "prompt": text,
+        "completions": datasets.List(text),
+        "kind": datasets.Value("string"),
+        "probability": datasets.Value("float64"),
+        "source_row": datasets.Value("int64"),
+    }
+
+
+def _example(accepted: Accepted) -> dict[str, Any]:
+    row = accepted.row
+    return {**row._asdict(), "source_row": accepted.source_row}
+
+
+def _lengths(lengths: array) -> dict[str, Any]:
+    import numpy as np
+
+    values = np.asarray(lengths)
+    quantiles = {name: float(np.quantile(values, share)) for name, share in _QUANTILES.items()}
+    # The longest hundredth shares the last bin, or one outlier would flatten all the others. Bins are whole
+    # characters wide, or some would hold more lengths than their neighbours.
+    low, high = int(values.min()), int(np.quantile(values, 0.99))
+    step = -(-(high + 1 - low) // _LENGTH_BINS)
+    bins = -(-(high + 1 - low) // step)
+    histogram = _histogram(np.minimum(values, high), bins, limits=(low, low + bins * step))
+    return {"mean": float(values.mean()), **quantiles, "histogram": histogram}
+
+
+def _histogram(values: Any, bins: int, limits: tuple[float, float]) -> dict[str, list[float]]:
+    import numpy as np
+
+    counts, edges = np.histogram(np.asarray(values, dtype=float), bins=bins, range=limits)
+    return {"edges": [round(edge, 6) for edge in edges.tolist()], "counts": counts.tolist()}
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Refuse an output folder with something in it that an earlier run of this stage did not write."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    try:
+        ours = json.loads((output / "stats.json").read_text(encoding="utf-8"))["stage"] == "data"
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise ConfigError(
+            f"output {output} exists and is not a dataset of this stage; give another folder, or remove it"
+        )
+
+
+def _replace(output: Path, partial: Path) -> None:
+    """Put the finished folder in its place; a kill in between leaves the old one or the new one whole."""
+    if output.exists():
+        old = output.with_name(f".{output.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(output, old)
+        os.replace(partial, output)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, output)
