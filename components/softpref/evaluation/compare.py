@@ -1,0 +1,352 @@
+"""Compares the members of a sweep: one figure, one table, one choice by a stated rule. Evaluates no model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from softpref.errors import ConfigError, DataError
+from softpref.evaluation.config import ComparisonConfig
+from softpref.evaluation.stage import EVALUATION_FILE, REPORT_FILE, SAMPLES_FILE
+
+COMPARISON_FILE, FRONTIER_FILE, CHOSEN_FOLDER = "comparison.json", "frontier.png", "chosen"
+
+_SUMMARY = (
+    "name",
+    "method",
+    "alpha",
+    "beta",
+    "model_uri",
+    "run_id",
+    "evaluation_id",
+    "metrics",
+    "exact",
+    "warnings",
+)
+_NAMES = {"expected_reward": "expected reward", "win_rate": "win rate"}
+_SHOWN_PROMPTS = 3
+
+
+class Choice(NamedTuple):
+    """The member chosen (None when none may be) and why, in a sentence or two."""
+
+    name: str | None
+    reason: str
+
+
+def run(
+    evaluation_dirs: Sequence[str],
+    output_dir: str,
+    rule: str = "expected_reward",
+    max_kl: float | None = None,
+    *,
+    parent_run_id: str | None = None,
+    experiment: str = "softpref",
+    tracking_uri: str | None = None,
+) -> dict[str, Any]:
+    """Compare evaluation folders; write `output_dir`; return what `comparison.json` holds.
+
+    Writes `comparison.json`, `report.html`, `frontier.png`, and the chosen member's
+    `chosen/evaluation.json`, all that registration needs beside the model. With `parent_run_id` they are
+    logged to that MLflow run.
+
+    Args:
+        evaluation_dirs: folders of stage 4, one per member; all evaluated alike.
+        rule, max_kl, experiment, tracking_uri: see `ComparisonConfig`.
+
+    Raises:
+        ConfigError: no folder, a folder without evaluation, two members of one name, or a wrong rule.
+        DataError: members evaluated on different data, judge, reference or settings; or every member exceeds
+            `max_kl` (the report is written all the same).
+    """
+    config = ComparisonConfig(rule=rule, max_kl=max_kl, experiment=experiment)  # type: ignore[arg-type]
+    evaluations = [_read(folder) for folder in evaluation_dirs]
+    members = sorted(
+        ({key: evaluation[key] for key in _SUMMARY} for evaluation in evaluations), key=_position
+    )
+    check_comparable(members)
+    choice = choose(members, config.rule, config.max_kl)
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    comparison = {
+        "rule": rule_in_words(config.rule, config.max_kl),
+        "chosen": choice.name,
+        "reason": choice.reason,
+        "members": members,
+    }
+    samples = {
+        evaluation["name"]: _first_samples(folder)
+        for folder, evaluation in zip(evaluation_dirs, evaluations, strict=True)
+    }
+    _write_report(output, comparison, samples, evaluations[0])
+    for folder, evaluation in zip(evaluation_dirs, evaluations, strict=True):
+        if evaluation["name"] == choice.name:
+            (output / CHOSEN_FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(Path(folder) / EVALUATION_FILE, output / CHOSEN_FOLDER / EVALUATION_FILE)
+    text = json.dumps(comparison, indent=2, ensure_ascii=False, allow_nan=False)
+    (output / COMPARISON_FILE).write_text(text + "\n", encoding="utf-8")
+    if parent_run_id:
+        _track(output, comparison, parent_run_id, config.experiment, tracking_uri)
+    if choice.name is None:
+        raise DataError(f"{choice.reason} The report is in {output / REPORT_FILE}.")
+    return comparison
+
+
+def choose(members: Sequence[Mapping[str, Any]], rule: str, max_kl: float | None = None) -> Choice:
+    """Choose by the rule: the best within `max_kl`, or a softer one that cannot be told from it.
+
+    Args:
+        members: summaries with `name` and `metrics`.
+        rule: the metric that ranks.
+        max_kl: nats; None sets no limit.
+    """
+
+    def value(member: Mapping[str, Any], metric: str) -> float | None:
+        return member["metrics"][metric]["value"]
+
+    label = _NAMES[rule]
+    allowed = [m for m in members if value(m, rule) is not None]
+    if not allowed:
+        return Choice(None, f"No member has a value of {label}.")
+    if max_kl is not None:
+        near = [m for m in allowed if (value(m, "kl_sequence") or 0.0) <= max_kl]
+        if not near:
+            least = min(value(m, "kl_sequence") or 0.0 for m in allowed)
+            return Choice(
+                None,
+                f"Every member exceeds the limit of {max_kl:g} nats of KL; the nearest has {least:.2f}. "
+                f"Raise "
+                "max_kl, or train with a larger beta.",
+            )
+        allowed = near
+    best = max(allowed, key=lambda member: member["metrics"][rule]["value"])
+    figure = best["metrics"][rule]
+    low = figure["value"] if figure["low"] is None else figure["low"]
+    alike = [m for m in allowed if m["metrics"][rule]["value"] >= low]
+    softest = max(alike, key=lambda member: (value(member, "entropy_sequence") or 0.0, member is best))
+    within = f" among the members within {max_kl:g} nats of KL" if max_kl is not None else ""
+    stated = f"{figure['value']:.3f}" + ("" if figure["low"] is None else f", interval from {low:.3f}")
+    if softest is best:
+        others = (
+            "it also has the highest entropy of those that cannot be told from it"
+            if len(alike) > 1
+            else "no other comes within its interval"
+        )
+        return Choice(best["name"], f"{best['name']} has the best {label}{within} ({stated}), and {others}.")
+    return Choice(
+        softest["name"],
+        f"{best['name']} has the best {label}{within} ({stated}); {softest['name']} with "
+        f"{softest['metrics'][rule]['value']:.3f} cannot be told from it and keeps the highest entropy "
+        f"({softest['metrics']['entropy_sequence']['value']:.2f} nats against "
+        f"{best['metrics']['entropy_sequence']['value']:.2f}).",
+    )
+
+
+def rule_in_words(rule: str, max_kl: float | None) -> str:
+    """The rule as people read it on the report."""
+    limit = (
+        f"Among members within {max_kl:g} nats of KL to the reference, take" if max_kl is not None else "Take"
+    )
+    return (
+        f"{limit} the best by {_NAMES[rule]}; of all whose {_NAMES[rule]} reaches the low end of the best's "
+        "interval, choose the one with the highest entropy: nothing is lost that can be told apart, and "
+        "the most "
+        "diversity is kept."
+    )
+
+
+def check_comparable(members: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse members whose figures do not mean the same.
+
+    Raises:
+        ConfigError: no member, or two of one name.
+        DataError: their evaluations differ in data, judge, reference or settings; both sides are named.
+    """
+    if not members:
+        raise ConfigError("there is nothing to compare: no evaluation folder was given")
+    names = [member["name"] for member in members]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"members need different names; {', '.join(twice)} stands for more than one")
+    groups: dict[str, list[str]] = {}
+    for member in members:
+        groups.setdefault(member["evaluation_id"], []).append(member["name"])
+    if len(groups) > 1:
+        parts = "; ".join(f"{', '.join(group)} ({identity})" for identity, group in groups.items())
+        raise DataError(
+            f"members were evaluated on different data, judge, reference or settings: {parts}; evaluate them "
+            "alike first"
+        )
+
+
+def format_table(members: Sequence[Mapping[str, Any]]) -> str:
+    """The plain-text table by α that the console prints, each figure with its interval.
+
+    Args:
+        members: summaries, or whole evaluations.
+    """
+    columns = [
+        ("win rate", "metrics", "win_rate"),
+        ("expected reward", "metrics", "expected_reward"),
+        ("KL (nats)", "metrics", "kl_sequence"),
+        ("entropy (nats)", "metrics", "entropy_sequence"),
+    ]
+    if any(member["exact"] for member in members):
+        columns += [
+            ("optimum's entropy", "exact", "optimum_entropy"),
+            ("KL(optimum‖policy)", "exact", "kl_optimum_to_policy"),
+            ("mass on set", "exact", "mass_on_set"),
+        ]
+    lines = [["model", "α", *(title for title, _, _ in columns)]]
+    for member in sorted(members, key=_position):
+        alpha = member["alpha"] if member["method"] == "spo" else None
+        cells = [member["name"], "–" if alpha is None else f"{alpha:g}"]
+        for _, group, metric in columns:
+            cells.append(_cell((member[group] or {}).get(metric), interval=group == "metrics"))
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rendered = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([rendered[0], "─" * max(map(len, rendered)), *rendered[1:]])
+
+
+def _cell(figure: Mapping[str, Any] | None, *, interval: bool) -> str:
+    if figure is None or figure["value"] is None:
+        return "–"
+    text = f"{figure['value']:.2f}" if interval else f"{figure['value']:.3f}"
+    if interval and figure["low"] is not None:
+        text += f" [{figure['low']:.2f}, {figure['high']:.2f}]"
+    return text
+
+
+def _position(member: Mapping[str, Any]) -> tuple[bool, float, str]:
+    """SPO by softness first, then baselines by name."""
+    swept = member["method"] == "spo" and member["alpha"] is not None
+    return (not swept, member["alpha"] if swept else 0.0, member["name"])
+
+
+def _read(folder: str) -> dict[str, Any]:
+    path = Path(folder) / EVALUATION_FILE
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no evaluation folder: it has no {EVALUATION_FILE}")
+    evaluation = json.loads(path.read_text(encoding="utf-8"))
+    missing = [key for key in (*_SUMMARY, "judge", "settings") if key not in evaluation]
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)}; was it written by this version's evaluation?")
+    return evaluation
+
+
+def _first_samples(folder: str) -> list[dict[str, Any]]:
+    """The first prompts of `samples.jsonl`, empty where it is absent."""
+    path = Path(folder) / SAMPLES_FILE
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for _, line in zip(range(_SHOWN_PROMPTS), lines, strict=False)]
+
+
+def _write_report(
+    output: Path,
+    comparison: Mapping[str, Any],
+    samples: Mapping[str, list[dict[str, Any]]],
+    any_evaluation: Mapping[str, Any],
+) -> None:
+    from softpref.evaluation import charts
+    from softpref.evaluation.report import number, page, side_by_side, span, warning_box
+
+    members, chosen = comparison["members"], comparison["chosen"]
+    columns = [
+        ("Win rate", "metrics", "win_rate"),
+        ("Expected reward", "metrics", "expected_reward"),
+        ("KL, nats", "metrics", "kl_sequence"),
+        ("Entropy, nats", "metrics", "entropy_sequence"),
+        ("Preference accuracy", "metrics", "preference_accuracy"),
+        ("Self-BLEU", "metrics", "self_bleu"),
+    ]
+    if any(member["exact"] for member in members):
+        columns += [
+            ("Optimum's entropy", "exact", "optimum_entropy"),
+            ("KL(optimum ‖ policy)", "exact", "kl_optimum_to_policy"),
+            ("Mass on the set", "exact", "mass_on_set"),
+        ]
+    rows = []
+    for member in members:
+        cells = []
+        for _, group, metric in columns:
+            figure = (member[group] or {}).get(metric)
+            cells.append(
+                f"<td class=n>{number(figure['value'])}<br><small>{span(figure)}</small></td>"
+                if figure
+                else "<td class=n>–</td>"
+            )
+        alpha = f"{member['alpha']:g}" if member["method"] == "spo" and member["alpha"] is not None else "–"
+        rows.append(
+            f"<tr{' class=chosen' if member['name'] == chosen else ''}><td>{escape(member['name'])}"
+            f"{'<br><small>chosen</small>' if member['name'] == chosen else ''}</td>"
+            f"<td class=n>{alpha}</td>{''.join(cells)}</tr>"
+        )
+    settings = any_evaluation["settings"]
+    body = [
+        "<h1>Softness sweep</h1>",
+        f"<p>{escape(comparison['reason'])}</p>",
+        "<p class=dim>Softness α decides how much of the experts' diversity a model keeps: 1 is their own "
+        "distribution of answers, towards 0 their favourite alone, above 1 flatter than they are.</p>",
+        warning_box(sorted({text for member in members for text in member["warnings"]})),
+        '<div class="scroll"><table><tr><th>Model<th class=n>α',
+        "".join(f"<th class=n>{title}" for title, _, _ in columns),
+        "</tr>" + "".join(rows) + "</table></div>",
+        f"<p class=dim>Small: {settings['confidence']:.0%} bootstrap intervals over held-out prompts. Judge: "
+        f"{escape(any_evaluation['judge']['description'])}.</p>",
+        "<h2>The frontier</h2>",
+        charts.frontier(members, chosen, output / FRONTIER_FILE),
+        "<h2>The rule</h2>",
+        f"<p>{escape(comparison['rule'])}</p><p>{escape(comparison['reason'])}</p>",
+    ]
+    listed = [member["name"] for member in members if samples[member["name"]]]
+    if listed:
+        body.append(
+            "<h2>Samples</h2><p class=dim>The first drawn for each prompt, not the best, with the "
+            "judge's score."
+            "</p>"
+        )
+        first = samples[listed[0]]
+        for i, record in enumerate(first):
+            sides = {"Reference": record["reference"]}
+            sides |= {name: samples[name][i]["policy"] for name in listed if i < len(samples[name])}
+            body.append(side_by_side(record["prompt"], sides))
+    links = "".join(
+        f"<tr><td>{escape(m['name'])}</td><td><code>{escape(str(m['model_uri']))}</code></td>"
+        f"<td><code>{escape(str(m['run_id'] or '–'))}</code></td></tr>"
+        for m in members
+    )
+    body.append(
+        f'<h2>Models</h2><div class="scroll"><table><tr><th>Model<th>Where<th>Run</tr>{links}</table></div>'
+    )
+    (output / REPORT_FILE).write_text(page("Softness sweep", body), encoding="utf-8")
+
+
+def _track(
+    output: Path, comparison: Mapping[str, Any], run_id: str, experiment: str, tracking_uri: str | None
+) -> None:
+    """Log the comparison to the sweep's run: the chosen member's figures, the figure and the report."""
+    from softpref.evaluation.stage import flat_figures
+    from softpref.tracking import Tracker
+
+    with Tracker(
+        output, experiment=experiment, run_name="compare", run_id=run_id, tracking_uri=tracking_uri or None
+    ) as tracker:
+        for member in comparison["members"]:
+            if member["name"] == comparison["chosen"]:
+                tracker.metrics(flat_figures(member, prefix="chosen/"), step=0)
+        tracker.tags({"chosen": str(comparison["chosen"]), "reason": comparison["reason"]})
+        for file in (COMPARISON_FILE, REPORT_FILE, FRONTIER_FILE):
+            tracker.artifact(output / file, folder="comparison")

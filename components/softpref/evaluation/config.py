@@ -1,0 +1,119 @@
+"""The parameters of stage 4: evaluating one policy, comparing the members of a sweep. Evaluates nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from softpref.errors import ConfigError
+
+JudgeName = Literal["auto", "expert", "bradley-terry"]
+Rule = Literal["expected_reward", "win_rate"]
+
+
+@dataclass
+class EvaluationConfig:
+    """How a policy is measured on held-out prompts.
+
+    There are no sampling options: completions are drawn from exactly the model's own distribution, for that
+    distribution is what softness shapes.
+
+    Args:
+        split (`str`, defaults to `"test"`): split of the dataset to measure on.
+        max_prompts (`int`, defaults to 100): distinct prompts measured, drawn with `seed`; 0 takes all.
+        max_rows (`int`, defaults to 2000): preference rows of those prompts that are scored, drawn with
+            `seed`; 0 takes all.
+        samples_per_prompt (`int`, defaults to 32): completions drawn for each prompt, from the policy and
+            from the reference. Distinct-n and self-BLEU depend on it: compare only at the same number.
+        max_new_tokens (`int`, defaults to 0): longest completion in tokens, end token included; 0 takes
+            `max_completion_length` from the policy's `softpref.json`.
+        batch_size (`int`, defaults to 256): sequences per forward pass, fewer where long ones or a large
+            vocabulary would take too much memory.
+        judge (`str`, defaults to `"auto"`): `expert` (the known reward in the dataset's `outcomes.jsonl`),
+            `bradley-terry` (trained on the training split's preferences), or `auto`: the expert where there
+            is one.
+        judge_max_rows (`int`, defaults to 20000): most training pairs for the Bradley-Terry judge.
+        exact_prompts (`int`, defaults to 8): prompts whose every outcome is scored against the exact optimum,
+            where the dataset enumerates them; 0 leaves the exact figures out.
+        bootstrap_samples (`int`, defaults to 1000): resamples per confidence interval.
+        confidence (`float`, defaults to 0.95): coverage of the intervals, in (0, 1).
+        seed (`int`, defaults to 0): of the choice of prompts and rows, the sampling, the judge and the
+        bootstrap.
+        dtype (`str`, defaults to `"float32"`): weights of both models; figures are always computed in
+        float32.
+        device (`str`, defaults to `""`): where the models run; empty takes a GPU when there is one.
+        experiment (`str`, defaults to `"softpref"`): MLflow experiment, when no run exists to attach to.
+        tracking_uri (`str`, defaults to `""`): MLflow server; empty takes `MLFLOW_TRACKING_URI` or a local
+        store.
+        parent_run_id (`str`, defaults to `""`): parent of the run that is opened when the policy names none.
+    """
+
+    split: str = "test"
+    max_prompts: int = 100
+    max_rows: int = 2000
+    samples_per_prompt: int = 32
+    max_new_tokens: int = 0
+    batch_size: int = 256
+    judge: JudgeName = "auto"
+    judge_max_rows: int = 20000
+    exact_prompts: int = 8
+    bootstrap_samples: int = 1000
+    confidence: float = 0.95
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = ""
+    experiment: str = "softpref"
+    tracking_uri: str = ""
+    parent_run_id: str = ""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_prompts", 0),
+            ("max_rows", 0),
+            ("samples_per_prompt", 1),
+            ("max_new_tokens", 0),
+            ("batch_size", 1),
+            ("judge_max_rows", 2),
+            ("exact_prompts", 0),
+            ("bootstrap_samples", 100),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.confidence < 1:
+            raise ConfigError(f"confidence must lie between 0 and 1, like 0.95, got {self.confidence}")
+        if self.judge not in ("auto", "expert", "bradley-terry"):
+            raise ConfigError(f"judge must be 'auto', 'expert' or 'bradley-terry', got {self.judge!r}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
+        if not self.split:
+            raise ConfigError("split needs a name, like 'test'")
+
+
+@dataclass
+class ComparisonConfig:
+    """How one member of a sweep is chosen.
+
+    Args:
+        rule (`str`, defaults to `"expected_reward"`): the metric that ranks members, `expected_reward` or
+            `win_rate`.
+        max_kl (`float`, *optional*): members whose sequence KL to the reference, in nats, exceeds this cannot
+            be chosen.
+        experiment (`str`, defaults to `"softpref"`): MLflow experiment of the sweep's parent run.
+        tracking_uri (`str`, defaults to `""`): MLflow server; empty takes `MLFLOW_TRACKING_URI` or a local
+        store.
+        parent_run_id (`str`, defaults to `""`): the sweep's run, which receives the report; empty logs
+        nothing.
+    """
+
+    rule: Rule = "expected_reward"
+    max_kl: float | None = None
+    experiment: str = "softpref"
+    tracking_uri: str = ""
+    parent_run_id: str = ""
+
+    def __post_init__(self) -> None:
+        if self.rule not in ("expected_reward", "win_rate"):
+            raise ConfigError(f"rule must be 'expected_reward' or 'win_rate', got {self.rule!r}")
+        if self.max_kl is not None and not self.max_kl > 0:
+            raise ConfigError(f"max_kl must be a positive number of nats or left out, got {self.max_kl}")

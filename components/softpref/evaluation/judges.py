@@ -1,0 +1,250 @@
+"""Judges: who says which of two completions is better, without a network. They see texts, never a model.
+
+A judge gives scores in nats under Bradley-Terry: P(a beats b) = σ(score_a − score_b).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from softpref.errors import ConfigError, DataError
+
+OUTCOMES_FILE = "outcomes.jsonl"
+_STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # inverse regularisation of the trained judge, tried in turn
+
+
+class Judge(Protocol):
+    """Anything that scores completions.
+
+    Attributes:
+        name: short and stable, like `expert`.
+        description: for a reader of the report: what its scores are and where they come from.
+        fingerprint: changes when its scores could change.
+    """
+
+    name: str
+    description: str
+    fingerprint: str
+
+    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        """`[n]` scores in nats, of which only differences within a prompt mean anything."""
+        ...
+
+
+class Outcomes(NamedTuple):
+    """Every completion of one prompt's set.
+
+    Attributes:
+        completions: `N` texts.
+        rewards: `[N]`, the expert's, in nats.
+        weights: `[N]`, the probability that one candidate of a pair is this one; sums to 1.
+    """
+
+    completions: list[str]
+    rewards: np.ndarray
+    weights: np.ndarray
+
+
+def read_outcomes(path: str | Path) -> dict[str, Outcomes]:
+    """Read `outcomes.jsonl`: prompt → every completion that belongs to its set.
+
+    Raises:
+        DataError: a line is not JSON, lacks a field, or its lists differ in length.
+    """
+    outcomes = {}
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                completions, rewards, weights = row["completions"], row["rewards"], row["weights"]
+                entry = Outcomes(completions, np.asarray(rewards, float), np.asarray(weights, float))
+                outcomes[row["prompt"]] = entry
+            except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"{path}, line {number}: expected prompt, completions, rewards, weights ({error!r})"
+                ) from error
+            if not len(completions) == len(rewards) == len(weights) or not completions:
+                raise DataError(f"{path}, line {number}: completions, rewards and weights differ in length")
+    return outcomes
+
+
+class ExpertJudge:
+    """The expert whose rewards the data were drawn from: looks completions up among the known outcomes.
+
+    A completion outside its prompt's set scores 1 nat less than the worst within; `outside` tells which.
+    """
+
+    name = "expert"
+
+    def __init__(self, outcomes: dict[str, Outcomes]) -> None:
+        self._rewards = {
+            prompt: dict(
+                zip((text.strip() for text in entry.completions), entry.rewards.tolist(), strict=True)
+            )
+            for prompt, entry in outcomes.items()
+        }
+        self._lowest = {prompt: min(rewards.values()) - 1.0 for prompt, rewards in self._rewards.items()}
+        self.description = (
+            f"the experts' own rewards, known for every completion of {len(outcomes)} prompts; "
+            "a completion outside its prompt's set scores 1 nat less than the worst within"
+        )
+        self.fingerprint = _digest(self._rewards)
+
+    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        """Rewards, `[n]`.
+
+        Raises:
+            DataError: a prompt that `outcomes.jsonl` does not hold.
+        """
+        self._known(prompts)
+        return np.array(
+            [
+                self._rewards[prompt].get(completion.strip(), self._lowest[prompt])
+                for prompt, completion in zip(prompts, completions, strict=True)
+            ]
+        )
+
+    def outside(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        """`[n]` of bool: which completions do not belong to their prompt's set."""
+        self._known(prompts)
+        return np.array(
+            [
+                completion.strip() not in self._rewards[prompt]
+                for prompt, completion in zip(prompts, completions, strict=True)
+            ]
+        )
+
+    def _known(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            if prompt not in self._rewards:
+                raise DataError(f"{OUTCOMES_FILE} has no prompt {prompt!r}; use the judge 'bradley-terry'")
+
+
+class BradleyTerryJudge:
+    """A reward model small enough to be trained in seconds: logistic regression on what texts contain.
+
+    Features are hashed word 1- and 2-grams and character 2- to 4-grams (each text's of length 1), the
+    logarithm of its length, its mean word length, its variety of words and the share of them that the prompt
+    names. A
+    pair's features are the difference of its texts', without intercept, which makes it a Bradley-Terry model;
+    a soft label p enters as p of a win and 1 − p of a loss. Regularisation is chosen by log-loss on prompts
+    left out in turn. Deterministic by seed.
+
+    Args:
+        pairs: `(prompt, better, worse, probability)` of the training split.
+        seed: of the folds and of the choice of `max_rows` among more pairs.
+
+    Raises:
+        ConfigError: fewer than two pairs, or none with a preference.
+    """
+
+    name = "bradley-terry"
+
+    def __init__(
+        self, pairs: Iterable[tuple[str, str, str, float]], *, seed: int = 0, max_rows: int = 20000
+    ) -> None:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import GroupKFold
+
+        table = list(pairs)
+        random = np.random.default_rng(seed)
+        if len(table) > max_rows:
+            table = [table[i] for i in sorted(random.choice(len(table), max_rows, replace=False))]
+        if len(table) < 2:
+            raise ConfigError(
+                f"the judge 'bradley-terry' needs training pairs, the dataset's training split has "
+                f"{len(table)}"
+            )
+        prompts = [row[0] for row in table]
+        first = self._features(prompts, [row[1] for row in table])
+        second = self._features(prompts, [row[2] for row in table])
+        difference = (first - second).tocsr()
+        share = np.array([row[3] for row in table])
+        if not ((share != 0.5) & (difference.getnnz(1) > 0)).any():
+            raise ConfigError("the judge 'bradley-terry' needs pairs with a preference; all labels are ties")
+
+        def fit(rows: np.ndarray, strength: float) -> Any:
+            from scipy import sparse
+
+            model = LogisticRegression(C=strength, fit_intercept=False, max_iter=500, random_state=seed)
+            # each pair once as a win, once as a loss: both classes exist even if every label is hard
+            both = sparse.vstack([difference[rows], difference[rows]])
+            labels = np.repeat([1, 0], len(rows))
+            weights = np.concatenate([share[rows], 1 - share[rows]])
+            if not weights[len(rows) :].any():  # all hard: turn every other pair round
+                signs = np.where(np.arange(len(rows)) % 2, -1.0, 1.0)
+                both, labels = sparse.diags(signs) @ difference[rows], (signs > 0).astype(int)
+                weights = np.ones(len(rows))
+            return model.fit(both, labels, sample_weight=weights).coef_[0]
+
+        groups = np.unique(prompts, return_inverse=True)[1]
+        folds = min(3, groups.max() + 1)
+        losses = dict.fromkeys(_STRENGTHS, 0.0)
+        if folds > 1:
+            for train, held in GroupKFold(folds).split(difference, groups=groups):
+                for strength in _STRENGTHS:
+                    margin = difference[held] @ fit(train, strength)
+                    losses[strength] += float(
+                        (
+                            np.logaddexp(0, -margin) * share[held]
+                            + np.logaddexp(0, margin) * (1 - share[held])
+                        ).sum()
+                    )
+        self._strength = min(_STRENGTHS, key=losses.__getitem__)
+        self._weights = fit(np.arange(len(table)), self._strength)
+        self.description = (
+            f"a Bradley-Terry model of words, characters and length, trained on {len(table)} pairs of the "
+            "training split; trust its win rate only as far as its accuracy on the validation split"
+        )
+        self.fingerprint = _digest([table, seed])
+
+    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        """Scores in nats, `[n]`."""
+        return np.asarray(self._features(prompts, completions) @ self._weights).reshape(-1)
+
+    def _features(self, prompts: Sequence[str], completions: Sequence[str]) -> Any:
+        from scipy import sparse
+        from sklearn.feature_extraction.text import HashingVectorizer
+
+        word = HashingVectorizer(ngram_range=(1, 2), n_features=2**17, token_pattern=r"(?u)\w+|[^\w\s]")
+        character = HashingVectorizer(analyzer="char_wb", ngram_range=(2, 4), n_features=2**17)
+        dense = np.zeros((len(completions), 4))
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            tokens = completion.lower().split()
+            asked = set(prompt.lower().split())
+            if tokens:
+                dense[row] = (
+                    np.log1p(len(tokens)),
+                    sum(map(len, tokens)) / len(tokens) / 10,
+                    len(set(tokens)) / len(tokens),
+                    sum(token in asked for token in tokens) / len(tokens),
+                )
+        return sparse.hstack(
+            [word.transform(completions), character.transform(completions), sparse.csr_matrix(dense)]
+        ).tocsr()
+
+
+def preference_pairs(
+    rows: Iterable[dict[str, Any]],
+) -> Iterable[tuple[str, str, str, float]]:
+    """Dataset rows with text prompts and completions as `(prompt, better, worse, P(better wins))`.
+
+    Rankings and best-of-n rows give hard pairs: all ordered ones, or the best against each other.
+    """
+    for row in rows:
+        completions = row["completions"]
+        last = len(completions) - 1 if row["kind"] == "ranking" else 1
+        for better in range(last):
+            for worse in range(better + 1, len(completions)):
+                share = row["probability"] if len(completions) == 2 else None
+                yield row["prompt"], completions[better], completions[worse], 1.0 if share is None else share
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

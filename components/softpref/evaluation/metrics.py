@@ -1,0 +1,338 @@
+"""What is measured of a policy, as `evaluate.Metric` classes that load without a network. Runs no model.
+
+Every figure comes with a bootstrap interval that resamples *prompts*: samples and preference rows of one
+prompt are alike, and resampling them one by one would claim more certainty than there is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import datasets
+import evaluate
+import numpy as np
+
+_SMOOTHING = 0.1  # in place of a zero n-gram count in BLEU: Chen and Cherry (2014), method 1
+_BLEU_ORDER = 4
+
+
+class Bootstrap(NamedTuple):
+    """How intervals are made: number of resamples, coverage, seed."""
+
+    samples: int = 1000
+    confidence: float = 0.95
+    seed: int = 0
+
+
+DEFAULT_BOOTSTRAP = Bootstrap()
+
+
+class Figure(NamedTuple):
+    """One measured value.
+
+    Attributes:
+        value: the estimate, None where it cannot be had.
+        low, high: ends of its interval, None with fewer than two prompts.
+        n: observations behind it: preference pairs, sampled completions or prompts.
+        prompts: distinct prompts among them, the independent units.
+        unit: `nats`, `probability`, `tokens` …
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    prompts: int
+    unit: str
+
+
+def interval(
+    values: Sequence[float] | np.ndarray,
+    prompts: Sequence[Any] | np.ndarray,
+    *,
+    weights: Sequence[float] | np.ndarray | None = None,
+    unit: str = "",
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,
+    bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
+) -> Figure:
+    """Estimate `transform(Σ values / Σ weights)` with a percentile interval over resampled prompts.
+
+    The percentiles are widened to those of Student's t (the "expanded percentile" interval, Hesterberg 2015),
+    since plain ones are too narrow for the ten or so prompts of a small test split; with many prompts they
+    are the plain ones.
+
+    Args:
+        values: `[n]`, one per observation; an observation with a NaN is left out.
+        prompts: `[n]`, which prompt each belongs to; equal means same prompt.
+        weights: `[n]` ≥ 0, 1 each by default.
+        transform: monotone function of the ratio, identity by default.
+    """
+    from scipy import stats
+
+    values = np.asarray(values, dtype=np.float64).reshape(-1)
+    weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64).reshape(-1)
+    known = np.isfinite(values) & (weights > 0)
+    labels = np.asarray(prompts).reshape(-1)[known]
+    _, cluster = np.unique(labels, return_inverse=True)
+    count = int(cluster.max()) + 1 if len(cluster) else 0
+    if not count:
+        return Figure(None, None, None, 0, 0, unit)
+    sums = np.bincount(cluster, values[known], count)
+    totals = np.bincount(cluster, weights[known], count)
+    apply = transform or (lambda ratio: ratio)
+    value = float(apply(np.asarray(sums.sum() / totals.sum())))
+    if count < 2:
+        return Figure(value, None, None, len(labels), count, unit)
+    random = np.random.default_rng(bootstrap.seed)
+    ratios = np.empty(bootstrap.samples)
+    at_once = max(1, 2_000_000 // count)  # bounds memory for large test splits
+    for start in range(0, bootstrap.samples, at_once):
+        size = min(at_once, bootstrap.samples - start)
+        drawn = random.integers(count, size=(size, count))
+        ratios[start : start + size] = sums[drawn].sum(1) / totals[drawn].sum(1)
+    spread = np.sqrt(count / (count - 1)) * stats.t.ppf((1 - bootstrap.confidence) / 2, count - 1)
+    tail = stats.norm.cdf(spread)
+    low, high = np.quantile(apply(ratios), [tail, 1 - tail])
+    return Figure(value, float(low), float(high), len(labels), count, unit)
+
+
+class PreferenceMetric(evaluate.Metric):
+    """Does the policy rank held-out completions as people did?
+
+    `preference_accuracy` is the share of ordered pairs whose preferred completion has the higher
+    log-probability, a tie counting ½; `preference_margin` the mean of their difference, in nats. A ranking
+    gives all its ordered pairs, a best-of-n row the best against each other. A soft label counts towards its
+    majority's side, with the same weight as any other; a label of exactly ½ has no side and is left out.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info(
+            self,
+            {
+                "scores": datasets.Sequence(datasets.Value("float64")),
+                "kind": datasets.Value("string"),
+                "probability": datasets.Value("float64"),
+                "prompt": datasets.Value("string"),
+            },
+            "scores: log-probabilities of a row's completions, best first. kind: pairwise, ranking or "
+            "best_of_n. "
+            "probability: soft label or None. prompt: identifies the prompt.",
+        )
+
+    def _compute(self, *, scores, kind, probability, prompt, bootstrap=DEFAULT_BOOTSTRAP):
+        margins: list[float] = []
+        prompts: list[str] = []
+        for row, name, share, key in zip(scores, kind, probability, prompt, strict=True):
+            row = np.asarray(row, dtype=np.float64)
+            side = 1.0
+            if len(row) == 2 and share is not None and not np.isnan(share):
+                if share == 0.5:
+                    continue
+                side = 1.0 if share > 0.5 else -1.0
+            if name == "ranking":
+                better, worse = np.triu_indices(len(row), 1)
+                differences = row[better] - row[worse]
+            else:
+                differences = side * (row[0] - row[1:])
+            margins.extend(differences.tolist())
+            prompts.extend([key] * len(differences))
+        array = np.asarray(margins)
+        right = (array > 0) + 0.5 * (array == 0)
+        return {
+            "preference_accuracy": interval(right, prompts, unit="probability", bootstrap=bootstrap),
+            "preference_margin": interval(array, prompts, unit="nats", bootstrap=bootstrap),
+        }
+
+
+class WinRateMetric(evaluate.Metric):
+    """Does a judge prefer the policy's completions to the reference's, and how highly does it rate both?
+
+    `win_rate` is the probability that the judge prefers a policy sample to a reference sample of the same
+    prompt,
+    σ(score difference) averaged over all pairs of samples; equal scores count ½. `expected_reward` and
+    `reference_expected_reward` are mean scores in nats, fixed up to a constant only.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        sequence = datasets.Sequence(datasets.Value("float64"))
+        return _info(
+            self,
+            {"policy": sequence, "reference": sequence},
+            "policy, reference: one row per prompt, the judge's scores of the samples.",
+        )
+
+    def _compute(self, *, policy, reference, bootstrap=DEFAULT_BOOTSTRAP):
+        wins, pairs = [], []
+        for ours, theirs in zip(policy, reference, strict=True):
+            difference = np.asarray(ours, dtype=np.float64)[:, None] - np.asarray(theirs, dtype=np.float64)
+            wins.append(_sigmoid(difference).sum())
+            pairs.append(difference.size)
+        win_rate = interval(
+            wins, np.arange(len(wins)), weights=pairs, unit="probability", bootstrap=bootstrap
+        )
+        return {
+            "win_rate": win_rate._replace(n=sum(len(row) for row in policy)),
+            "expected_reward": _by_prompt(policy, "nats", bootstrap),
+            "reference_expected_reward": _by_prompt(reference, "nats", bootstrap),
+        }
+
+
+class SampleMetric(evaluate.Metric):
+    """Means over the policy's own samples.
+
+    `kl_sequence` estimates KL(policy ‖ reference) by Σ_t KL_t, and `entropy_sequence` the policy's entropy by
+    Σ_t H_t, both over the whole vocabulary at each sampled prefix, in nats; `completion_length` counts
+    tokens, end token included; `truncated_fraction` is the share that met the length limit before an end.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        sequence = datasets.Sequence(datasets.Value("float64"))
+        return _info(
+            self,
+            {"kl": sequence, "entropy": sequence, "length": sequence, "truncated": sequence},
+            "One row per prompt, one value per sample: Σ KL_t, Σ H_t, tokens, 1 when truncated else 0.",
+        )
+
+    def _compute(self, *, kl, entropy, length, truncated, bootstrap=DEFAULT_BOOTSTRAP):
+        return {
+            "kl_sequence": _by_prompt(kl, "nats", bootstrap),
+            "entropy_sequence": _by_prompt(entropy, "nats", bootstrap),
+            "completion_length": _by_prompt(length, "tokens", bootstrap),
+            "truncated_fraction": _by_prompt(truncated, "probability", bootstrap),
+        }
+
+
+class DiversityMetric(evaluate.Metric):
+    """How different are the completions of one prompt? Words and marks are compared, in lower case.
+
+    Per prompt, then averaged: `distinct_1` and `distinct_2` are the distinct n-grams over all n-grams of its
+    completions (Li et al. 2016), `self_bleu` the mean BLEU-4 of each completion against the others (Zhu et
+    al. 2018), 1 when all are equal. All depend on how many completions a prompt has.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info(
+            self,
+            {"completions": datasets.Sequence(datasets.Value("string"))},
+            "completions: one row per prompt, its sampled texts.",
+        )
+
+    def _compute(self, *, completions, bootstrap=DEFAULT_BOOTSTRAP):
+        rows = [[words(text) for text in texts] for texts in completions]
+        figures = {}
+        for name, function in (
+            ("distinct_1", lambda texts: distinct(texts, 1)),
+            ("distinct_2", lambda texts: distinct(texts, 2)),
+            ("self_bleu", self_bleu),
+        ):
+            values = [function(texts) for texts in rows]
+            figures[name] = interval(values, np.arange(len(rows)), unit="fraction", bootstrap=bootstrap)
+        return figures
+
+
+class PerplexityMetric(evaluate.Metric):
+    """Perplexity per token of the policy on the best held-out completions: exp(−Σ logp / Σ tokens)."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info(
+            self,
+            {
+                "logp": datasets.Value("float64"),
+                "tokens": datasets.Value("int64"),
+                "prompt": datasets.Value("string"),
+            },
+            "logp: log-probability of a completion. tokens: its length. prompt: identifies the prompt.",
+        )
+
+    def _compute(self, *, logp, tokens, prompt, bootstrap=DEFAULT_BOOTSTRAP):
+        figure = interval(
+            -np.asarray(logp, dtype=np.float64),
+            prompt,
+            weights=tokens,
+            unit="per token",
+            transform=np.exp,
+            bootstrap=bootstrap,
+        )
+        return {"perplexity": figure}
+
+
+def words(text: str) -> list[str]:
+    """Words and punctuation marks of a text, lower case."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def distinct(texts: Sequence[Sequence[str]], order: int) -> float:
+    """Distinct n-grams over all n-grams of tokenized texts; NaN when there is none."""
+    grams = [gram for text in texts for gram in _ngrams(text, order)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def self_bleu(texts: Sequence[Sequence[str]]) -> float:
+    """Mean BLEU-4 of each tokenized text against all others as references; NaN for fewer than two.
+
+    As NLTK's `sentence_bleu` with smoothing method 1. Linear in the number of texts: for each n-gram the two
+    highest counts tell the clip limit of every text, since the limit is the highest count among the *others*.
+    """
+    if len(texts) < 2:
+        return float("nan")
+    lengths = np.array([len(text) for text in texts])
+    log_precision = np.zeros(len(texts))
+    no_unigram = np.zeros(len(texts), dtype=bool)
+    for order in range(1, _BLEU_ORDER + 1):
+        counts = [Counter(_ngrams(text, order)) for text in texts]
+        highest: dict[tuple[str, ...], tuple[int, int]] = {}  # highest count, second highest count
+        for count in counts:
+            for gram, times in count.items():
+                first, second = highest.get(gram, (0, 0))
+                highest[gram] = (times, first) if times >= first else (first, max(second, times))
+        for index, count in enumerate(counts):
+            matched = 0
+            for gram, times in count.items():
+                first, second = highest[gram]
+                matched += min(times, second if times == first else first)
+            total = max(1, sum(count.values()))
+            if order == 1 and matched == 0:
+                no_unigram[index] = True
+            log_precision[index] += np.log((matched or _SMOOTHING) / total) / _BLEU_ORDER
+    scores = np.exp(log_precision)
+    for index, length in enumerate(lengths):
+        others = np.delete(lengths, index)
+        closest = others[np.lexsort((others, np.abs(others - length)))[0]]
+        if length == 0 or no_unigram[index]:
+            scores[index] = 0.0
+        elif length < closest:
+            scores[index] *= np.exp(1 - closest / length)
+    return float(scores.mean())
+
+
+def prompt_key(prompt: Any) -> str:
+    """One string for a prompt, text or messages, by which equal prompts are told."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+
+
+def _by_prompt(rows: Sequence[Sequence[float]], unit: str, bootstrap: Bootstrap) -> Figure:
+    """Mean of all values with the row as prompt."""
+    values = np.concatenate([np.asarray(row, dtype=np.float64) for row in rows]) if len(rows) else np.empty(0)
+    prompts = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    return interval(values, prompts, unit=unit, bootstrap=bootstrap)
+
+
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(values / 2))
+
+
+def _ngrams(tokens: Sequence[str], order: int) -> list[tuple[str, ...]]:
+    return [tuple(tokens[i : i + order]) for i in range(len(tokens) - order + 1)]
+
+
+def _info(metric: evaluate.Metric, features: dict[str, Any], inputs: str) -> evaluate.MetricInfo:
+    return evaluate.MetricInfo(
+        description=metric.__doc__ or "",
+        citation="",
+        inputs_description=inputs,
+        features=datasets.Features(features),
+    )

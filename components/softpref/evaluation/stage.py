@@ -1,0 +1,563 @@
+"""Stage 4: measures one policy on held-out prompts, writes its evaluation folder. Chooses between no
+models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from softpref.errors import ConfigError, DataError
+from softpref.evaluation.config import EvaluationConfig
+from softpref.lm.loading import check_model_source, load_metadata
+
+if TYPE_CHECKING:
+    from softpref.evaluation.exact import ExactPrompt
+    from softpref.evaluation.judges import Judge
+    from softpref.evaluation.metrics import Bootstrap, Figure
+
+EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl", "report.html"
+_FEW_PROMPTS = 20
+# what changes the meaning of a figure; batch sizes, devices and addresses do not
+_DEFINING = ("split", "max_prompts", "max_rows", "samples_per_prompt", "judge_max_rows", "seed")
+
+
+class PromptRecord(NamedTuple):
+    """Everything drawn for one prompt; a line of `samples.jsonl`.
+
+    Attributes:
+        prompt: the text shown to the models, messages flattened.
+        reference: reference samples: `text`, `score` (judge, nats), `truncated`.
+        policy: policy samples: the same and `kl`, Σ KL_t to the reference in nats.
+    """
+
+    prompt: str
+    reference: list[dict[str, Any]]
+    policy: list[dict[str, Any]]
+
+
+def run(
+    config: EvaluationConfig,
+    *,
+    dataset_dir: str,
+    reference_dir: str,
+    policy_dir: str,
+    output_dir: str,
+    policy_uri: str = "",
+    reference_uri: str = "",
+) -> dict[str, Any]:
+    """Evaluate `policy_dir` against `reference_dir` on `dataset_dir`; write `output_dir`; return the figures.
+
+    Writes `evaluation.json` (last, so that its presence means success), `samples.jsonl` and `report.html`,
+    and logs every figure as `eval/NAME` (`eval/exact/NAME`) to the policy's own MLflow run.
+
+    Args:
+        policy_uri, reference_uri: where the models are known outside this machine; default their folders.
+
+    Raises:
+        ConfigError: a model or the dataset is absent, the two do not fit together, no judge can be had, or
+            `output_dir` already holds an evaluation.
+        DataError: the split is absent or empty, or `outcomes.jsonl` is damaged.
+    """
+    output = Path(output_dir)
+    if (output / EVALUATION_FILE).exists():
+        raise ConfigError(f"{output} already holds an evaluation; give another folder, or remove it first")
+    for source in (policy_dir, reference_dir):
+        check_model_source(source)
+    metadata = load_metadata(policy_dir)
+    if not config.max_new_tokens and not metadata.get("max_completion_length"):
+        raise ConfigError(
+            f"{policy_dir} has no softpref.json that says max_completion_length; set max_new_tokens"
+        )
+    dataset = _load_dataset(dataset_dir, config.split)
+    output.mkdir(parents=True, exist_ok=True)
+
+    from softpref.tracking import Tracker
+
+    name = metadata.get("name") or Path(policy_dir).name
+    with Tracker(
+        output,
+        experiment=config.experiment,
+        run_name=f"evaluate {name}",
+        parent_run_id=config.parent_run_id or None,
+        run_id=metadata.get("run_id"),
+        tracking_uri=config.tracking_uri or None,
+    ) as tracker:
+        places = {
+            "dataset": dataset_dir,
+            "policy": policy_dir,
+            "reference": reference_dir,
+            "policy_uri": policy_uri or policy_dir,
+            "reference_uri": reference_uri or reference_dir,
+        }
+        run_id = metadata.get("run_id") or tracker.run_id
+        evaluation = _evaluate(config, dataset, places, name, run_id, metadata, output)
+        text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
+        (output / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
+        tracker.metrics(flat_figures(evaluation, prefix="eval/"), step=0)
+        tracker.tags({"evaluation_id": evaluation["evaluation_id"]})
+        for file in (EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE):
+            tracker.artifact(output / file, folder="evaluation")
+    return evaluation
+
+
+def flat_figures(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """`{NAME: value, exact/NAME: value}` of the figures that have a value, for metric stores."""
+    groups = {"": evaluation["metrics"], "exact/": evaluation["exact"] or {}}
+    return {
+        f"{prefix}{group}{name}": figure["value"]
+        for group, figures in groups.items()
+        for name, figure in figures.items()
+        if figure["value"] is not None
+    }
+
+
+def as_text(text: Any, *, roles: bool = False) -> str:
+    """Text as it is; messages as their contents, with `roles` in front, one after another."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(
+        f"{message['role']}: {message['content']}" if roles else message["content"] for message in text
+    )
+
+
+class _Models(NamedTuple):
+    """Both models, and how texts become their tokens."""
+
+    policy: Any
+    reference: Any
+    tokenizer: Any
+    max_prompt_length: int | None
+    max_new_tokens: int
+    batch_size: int
+
+    @property
+    def batching(self) -> dict[str, int]:
+        return {"pad_id": self.tokenizer.pad_token_id, "batch_size": self.batch_size}
+
+
+def _evaluate(
+    config: EvaluationConfig,
+    dataset: Any,
+    places: Mapping[str, str],
+    name: str,
+    run_id: str | None,
+    metadata: Mapping[str, Any],
+    output: Path,
+) -> dict[str, Any]:
+    """All between the checks and `evaluation.json`: measure, write samples and report, return it."""
+    from softpref.evaluation.exact import exact_figures
+    from softpref.evaluation.judges import OUTCOMES_FILE, read_outcomes
+    from softpref.evaluation.metrics import Bootstrap, prompt_key
+    from softpref.evaluation.report import write_report
+
+    bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, config.seed)
+    rows = [dict(row) for row in dataset[config.split]]
+    chosen = _choose(
+        {prompt_key(row["prompt"]): row["prompt"] for row in rows}, config.max_prompts, config.seed
+    )
+    prompts = list(chosen.values())
+    kept = [row for row in rows if prompt_key(row["prompt"]) in chosen]
+    kept = list(_choose(dict(enumerate(kept)), config.max_rows, config.seed).values())
+    outcomes_path = Path(places["dataset"]) / OUTCOMES_FILE
+    outcomes = read_outcomes(outcomes_path) if outcomes_path.is_file() else {}
+    judge, judge_accuracy = _judge(config, dataset, outcomes, bootstrap)
+    models = _load_models(config, places, metadata)
+
+    figures, warnings = _held_out(models, kept, bootstrap)
+    sampled, records = _sampled(models, judge, prompts, config, bootstrap)
+    figures |= sampled
+    exact = _enumerated(models, outcomes, prompts, config, metadata, warnings)
+    warnings += _outside(judge, records)
+    warnings += _warnings(config, figures, judge_accuracy, metadata, places["dataset"], len(prompts))
+    evaluation = {
+        "name": name,
+        "method": metadata.get("method"),
+        "alpha": metadata.get("alpha"),
+        "beta": metadata.get("beta"),
+        "model_uri": places["policy_uri"],
+        "reference_uri": places["reference_uri"],
+        "run_id": run_id,
+        "dataset_hash": _stats(places["dataset"]).get("dataset_hash"),
+        "evaluation_id": _evaluation_id(config, rows, judge, places["reference"], models.max_new_tokens),
+        "judge": {
+            "name": judge.name,
+            "description": judge.description,
+            "accuracy": judge_accuracy._asdict() if judge_accuracy else None,
+        },
+        "metrics": {key: figure._asdict() for key, figure in sorted(figures.items())},
+        "exact": (
+            {key: figure._asdict() for key, figure in exact_figures(exact, bootstrap).items()}
+            if exact
+            else None
+        ),
+        "settings": {key: getattr(config, key) for key in (*_DEFINING, "confidence", "bootstrap_samples")}
+        | {"max_new_tokens": models.max_new_tokens},
+        "warnings": warnings,
+    }
+    with open(output / SAMPLES_FILE, "w", encoding="utf-8") as lines:
+        for record in records:
+            lines.write(json.dumps(record._asdict(), ensure_ascii=False) + "\n")
+    write_report(output / REPORT_FILE, evaluation, records, exact)
+    return evaluation
+
+
+def _load_models(config: EvaluationConfig, places: Mapping[str, str], metadata: Mapping[str, Any]) -> _Models:
+    import torch
+
+    from softpref.evaluation.measure import check_same_vocabulary
+    from softpref.lm.loading import load_model, load_tokenizer
+
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    policy = load_model(places["policy"], dtype=config.dtype, device=device).eval()
+    reference = load_model(places["reference"], dtype=config.dtype, device=device).eval()
+    check_same_vocabulary(policy, reference)
+    return _Models(
+        policy,
+        reference,
+        load_tokenizer(places["policy"]),
+        metadata.get("max_prompt_length"),
+        config.max_new_tokens or metadata["max_completion_length"],
+        config.batch_size,
+    )
+
+
+def _held_out(
+    models: _Models, rows: Sequence[Mapping[str, Any]], bootstrap: Bootstrap
+) -> tuple[dict[str, Figure], list[str]]:
+    """Score the held-out preferences under the policy: its figures, and warnings about rows."""
+    from softpref.evaluation.measure import score
+    from softpref.evaluation.metrics import PerplexityMetric, PreferenceMetric, prompt_key
+    from softpref.lm.tokenization import tokenize_sequence
+
+    limits = {
+        "max_prompt_length": models.max_prompt_length,
+        "max_completion_length": models.max_new_tokens,
+    }
+    used, tokens = [], []
+    for row in rows:
+        try:
+            tokens.append(
+                [
+                    tokenize_sequence(models.tokenizer, row["prompt"], completion, **limits)
+                    for completion in row["completions"]
+                ]
+            )
+        except DataError:  # a text that this tokenizer cannot express; counted below
+            continue
+        used.append(row)
+    if not used:
+        raise DataError("no held-out row can be tokenized with the policy's tokenizer")
+    sequences = [sequence for group in tokens for sequence in group]
+    with _progress(len(sequences), "held-out preferences", "sequence") as progress:
+        flat = iter(
+            score(
+                models.policy,
+                [(sequence.prompt, sequence.completion) for sequence in sequences],
+                **models.batching,
+                progress=progress,
+            ).tolist()
+        )
+    logps = [[next(flat) for _ in group] for group in tokens]
+    keys = [prompt_key(row["prompt"]) for row in used]
+    figures = PreferenceMetric(keep_in_memory=True).compute(
+        scores=logps,
+        kind=[row["kind"] for row in used],
+        probability=[row["probability"] for row in used],
+        prompt=keys,
+        bootstrap=bootstrap,
+    ) | PerplexityMetric(keep_in_memory=True).compute(
+        logp=[group[0] for group in logps],
+        tokens=[len(group[0].completion) for group in tokens],
+        prompt=keys,
+        bootstrap=bootstrap,
+    )
+    warnings = []
+    if len(used) < len(rows):
+        warnings.append(
+            f"{len(rows) - len(used)} of {len(rows)} held-out rows cannot be tokenized and were left out."
+        )
+    cut = sum(sequence.truncated for sequence in sequences)
+    if cut:
+        warnings.append(
+            f"{cut} of {len(sequences)} held-out completions exceed {models.max_new_tokens} tokens and "
+            f"were cut "
+            "for scoring."
+        )
+    return figures, warnings
+
+
+def _sampled(
+    models: _Models, judge: Judge, prompts: Sequence[Any], config: EvaluationConfig, bootstrap: Bootstrap
+) -> tuple[dict[str, Figure], list[PromptRecord]]:
+    """Draw from both models on the same prompts, let the judge score: figures, and what was drawn."""
+    from softpref.evaluation import measure
+    from softpref.evaluation.metrics import DiversityMetric, SampleMetric, WinRateMetric
+    from softpref.lm.tokenization import decode, stop_token_ids, tokenize_prompt
+
+    ids = [
+        tokenize_prompt(models.tokenizer, prompt, max_length=models.max_prompt_length) for prompt in prompts
+    ]
+    texts = [as_text(prompt, roles=True) for prompt in prompts]
+    count = config.samples_per_prompt
+    shown: dict[str, list[list[dict[str, Any]]]] = {}
+    for stream, side in enumerate(("policy", "reference")):  # independent streams of one seed
+        model = getattr(models, side)
+        with _progress(len(ids) * count, f"{side} samples", "sample") as progress:
+            groups = measure.draw(
+                model,
+                ids,
+                count,
+                max_new_tokens=models.max_new_tokens,
+                stop_ids=stop_token_ids(models.tokenizer, model),
+                seed=2 * config.seed + stream,
+                **models.batching,
+                progress=progress,
+            )
+        if side == "policy":
+            drawn = groups
+        shown[side] = []
+        for text, group in zip(texts, groups, strict=True):
+            completions = [decode(models.tokenizer, drawing.completion) for drawing in group]
+            scores = judge.scores([text] * count, completions).tolist()
+            shown[side].append(
+                [
+                    {"text": completion, "score": score, "truncated": drawing.truncated}
+                    for completion, score, drawing in zip(completions, scores, group, strict=True)
+                ]
+            )
+    with _progress(len(ids) * count, "KL and entropy", "sample") as progress:
+        divergences = measure.divergences(
+            models.policy,
+            models.reference,
+            [sample for group in drawn for sample in group],
+            **models.batching,
+            progress=progress,
+        )
+    kl, entropy = (values.reshape(-1, count).tolist() for values in divergences)
+    for lines, values in zip(shown["policy"], kl, strict=True):
+        for line, value in zip(lines, values, strict=True):
+            line["kl"] = value
+    figures = WinRateMetric(keep_in_memory=True).compute(
+        policy=[[sample["score"] for sample in group] for group in shown["policy"]],
+        reference=[[sample["score"] for sample in group] for group in shown["reference"]],
+        bootstrap=bootstrap,
+    )
+    figures |= SampleMetric(keep_in_memory=True).compute(
+        kl=kl,
+        entropy=entropy,
+        length=[[float(len(sample.completion)) for sample in group] for group in drawn],
+        truncated=[[float(sample.truncated) for sample in group] for group in drawn],
+        bootstrap=bootstrap,
+    )
+    figures |= DiversityMetric(keep_in_memory=True).compute(
+        completions=[[sample["text"] for sample in group] for group in shown["policy"]], bootstrap=bootstrap
+    )
+    records = [
+        PromptRecord(text, reference, policy)
+        for text, reference, policy in zip(texts, shown["reference"], shown["policy"], strict=True)
+    ]
+    return figures, records
+
+
+def _enumerated(
+    models: _Models,
+    outcomes: Mapping[str, Any],
+    prompts: Sequence[Any],
+    config: EvaluationConfig,
+    metadata: Mapping[str, Any],
+    warnings: list[str],
+) -> list[ExactPrompt]:
+    """Score every outcome of the first `exact_prompts` prompts whose outcomes are known."""
+    from softpref.evaluation.exact import exact_prompt, has_optimum
+    from softpref.evaluation.measure import score_outcomes
+    from softpref.lm.tokenization import tokenize_prompt, tokenize_sequence
+
+    known = [prompt for prompt in prompts if isinstance(prompt, str) and prompt in outcomes]
+    known = known[: config.exact_prompts]
+    if not known:
+        return []
+    objective: dict[str, Any] = {
+        "method": metadata.get("method") or "",
+        "alpha": metadata.get("alpha") or 0.0,
+        "beta": metadata.get("beta") or 0.0,
+    }
+    if not has_optimum(**objective):
+        warnings.append(
+            "The exact optimum is not known for "
+            + ", ".join(f"{key} {value!r}" for key, value in objective.items())
+            + "."
+        )
+    found = []
+    total = 2 * sum(len(outcomes[prompt].completions) for prompt in known)
+    with _progress(total, "every outcome", "sequence") as progress:
+        for prompt in known:
+            entry = outcomes[prompt]
+            ids = tokenize_prompt(models.tokenizer, prompt, max_length=models.max_prompt_length)
+            completions = [
+                tokenize_sequence(models.tokenizer, prompt, text).completion for text in entry.completions
+            ]
+            policy, reference = (
+                score_outcomes(model, ids, completions, **models.batching, progress=progress)
+                for model in (models.policy, models.reference)
+            )
+            found.append(exact_prompt(entry, policy, reference, **objective))
+    return found
+
+
+def _outside(judge: Judge, records: Sequence[PromptRecord]) -> list[str]:
+    """A warning when policy samples left the set that an expert knows."""
+    if not hasattr(judge, "outside"):
+        return []
+    left = [judge.outside([r.prompt] * len(r.policy), [s["text"] for s in r.policy]).mean() for r in records]
+    share = sum(left) / len(left)
+    if not share:
+        return []
+    return [
+        f"{share:.1%} of the policy's samples lie outside the set that the experts know; each scores 1 "
+        f"nat below "
+        "the worst within."
+    ]
+
+
+def _judge(
+    config: EvaluationConfig, dataset: Any, outcomes: dict[str, Any], bootstrap: Any
+) -> tuple[Any, Any]:
+    """The judge asked for, and the validation accuracy of a trained one (None where there is none)."""
+    from softpref.evaluation.judges import BradleyTerryJudge, ExpertJudge, preference_pairs
+    from softpref.evaluation.metrics import PreferenceMetric
+
+    if config.judge == "expert" and not outcomes:
+        raise ConfigError(
+            "the judge 'expert' needs the dataset's outcomes.jsonl; use 'bradley-terry' or 'auto'"
+        )
+    if config.judge != "bradley-terry" and outcomes:
+        return ExpertJudge(outcomes), None
+
+    def texts(split: str) -> Iterator[dict[str, Any]]:
+        for row in dataset.get(split, ()):
+            completions = [as_text(completion) for completion in row["completions"]]
+            yield {**row, "prompt": as_text(row["prompt"], roles=True), "completions": completions}
+
+    judge = BradleyTerryJudge(
+        preference_pairs(texts("train")), seed=config.seed, max_rows=config.judge_max_rows
+    )
+    held_out = list(texts("validation"))
+    if not held_out:
+        return judge, None
+    sizes = [len(row["completions"]) for row in held_out]
+    flat = judge.scores(
+        [row["prompt"] for row in held_out for _ in row["completions"]],
+        [completion for row in held_out for completion in row["completions"]],
+    ).tolist()
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    accuracy = PreferenceMetric(keep_in_memory=True).compute(
+        scores=[flat[start : start + size] for start, size in zip(starts, sizes, strict=True)],
+        kind=[row["kind"] for row in held_out],
+        probability=[row["probability"] for row in held_out],
+        prompt=[row["prompt"] for row in held_out],
+        bootstrap=bootstrap,
+    )["preference_accuracy"]
+    return judge, accuracy
+
+
+def _warnings(
+    config: EvaluationConfig,
+    figures: Mapping[str, Any],
+    judge_accuracy: Any,
+    metadata: Mapping[str, Any],
+    dataset_dir: str,
+    prompts: int,
+) -> list[str]:
+    """What a reader should know before trusting the figures."""
+    found = []
+    if prompts < 2:
+        found.append("Only one held-out prompt: there are no intervals, and nothing generalises from it.")
+    elif prompts < _FEW_PROMPTS:
+        found.append(f"Only {prompts} held-out prompts: intervals are wide, and rough by nature.")
+    truncated = figures["truncated_fraction"].value
+    if truncated > 0.1:
+        found.append(
+            f"{truncated:.0%} of the policy's samples met the length limit: they are judged unfinished, "
+            f"and KL "
+            "and entropy count up to the cut."
+        )
+    if config.samples_per_prompt < 2:
+        found.append("One sample per prompt: self-BLEU needs two.")
+    if judge_accuracy is not None and judge_accuracy.low is not None and judge_accuracy.low <= 0.5:
+        found.append(
+            f"The judge's accuracy on the validation split ({judge_accuracy.value:.2f}) cannot be told from "
+            "chance: do not rely on win rate and expected reward."
+        )
+    ours, theirs = metadata.get("dataset_hash"), _stats(dataset_dir).get("dataset_hash")
+    if ours and theirs and ours != theirs:
+        found.append(
+            "The policy was trained on another dataset than this one; its training data may hold these "
+            "prompts."
+        )
+    return found
+
+
+def _evaluation_id(
+    config: EvaluationConfig, rows: Sequence[Mapping[str, Any]], judge: Any, reference_dir: str, max_new: int
+) -> str:
+    """Equal for two evaluations exactly when their figures can be compared.
+
+    The reference belongs to it: win rate and KL are relative to it.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        part = {key: row[key] for key in ("prompt", "completions", "kind", "probability")}
+        digest.update(json.dumps(part, sort_keys=True).encode())
+    settings = {key: getattr(config, key) for key in _DEFINING} | {"max_new_tokens": max_new}
+    digest.update(json.dumps([judge.name, judge.fingerprint, settings], sort_keys=True).encode())
+    weights = sorted(Path(reference_dir).glob("*.safetensors"))
+    digest.update(b"" if weights else reference_dir.encode())
+    for file in weights:
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _load_dataset(dataset_dir: str, split: str) -> Any:
+    """The dataset with a non-empty `split`, or an error that says what there is."""
+    path = Path(dataset_dir)
+    if not (path / "dataset_dict.json").is_file():
+        raise ConfigError(f"{path} is no dataset folder of the data stage (it has no dataset_dict.json)")
+    import datasets
+
+    dataset = datasets.load_from_disk(str(path))
+    if split not in dataset:
+        raise DataError(f"{path} has no split {split!r}; it has {', '.join(dataset)}")
+    if not len(dataset[split]):
+        raise DataError(f"{path}: the split {split!r} is empty; hold out a fraction of the prompts for it")
+    return dataset
+
+
+def _stats(dataset_dir: str) -> dict[str, Any]:
+    path = Path(dataset_dir) / "stats.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _choose(items: dict[Any, Any], most: int, seed: int) -> dict[Any, Any]:
+    """All items, or `most` of them by seed, in their order."""
+    import numpy as np
+
+    if not most or len(items) <= most:
+        return items
+    keep = set(np.random.default_rng(seed).choice(len(items), most, replace=False).tolist())
+    return {key: value for i, (key, value) in enumerate(items.items()) if i in keep}
+
+
+@contextmanager
+def _progress(total: int, title: str, unit: str) -> Iterator[Any]:
+    """A progress bar whose updater is handed out; in a log file it speaks every ten seconds."""
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    with tqdm(total=total, desc=title, unit=unit, mininterval=interval) as bar:
+        yield bar.update
