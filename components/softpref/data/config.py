@@ -146,7 +146,7 @@ class DataConfig:
         fields = self.template_fields
         if self.prompt_template and not fields:
             raise ConfigError(
-                f"prompt_template {self.prompt_template!r} has no {{column}} field, so all prompts would be equal"
+                f"prompt_template {self.prompt_template!r} has no {{column}} field, so prompts were equal"
             )
         if self.columns:
             check_roles(self.columns, has_template=bool(fields))

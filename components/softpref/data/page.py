@@ -34,7 +34,8 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .key i { width: 11px; height: 11px; border-radius: 3px; }
 article { border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; margin-bottom: 14px; }
 article pre { margin: 6px 0; padding: 9px 12px; border-radius: 6px; background: var(--fill);
-  font-family: inherit; font-size: 14px; line-height: 1.45; white-space: pre-wrap; overflow-wrap: anywhere; border-left: 4px solid var(--line); }
+  font-family: inherit; font-size: 14px; line-height: 1.45;
+  white-space: pre-wrap; overflow-wrap: anywhere; border-left: 4px solid var(--line); }
 article pre.best { border-left-color: var(--teal); } article pre.other { border-left-color: var(--amber); }
 article small { color: var(--soft); }
 code { font-size: 13px; overflow-wrap: anywhere; }

@@ -28,6 +28,7 @@ from softpref.data.story_world import StoryWorld
 from softpref.errors import ConfigError, DataError
 
 _EXAMPLES = 6  # rows shown on the page
+_ROWS_PER_SHARD = 100_000
 _LENGTH_BINS = 30
 _QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
@@ -364,7 +365,9 @@ class _SplitWriter:
         parts = {
             split: self.dataset(split) for split, count in self.counts.items() if count or not skip_empty
         }
-        datasets.DatasetDict(parts).save_to_disk(str(folder))
+        # An empty split saved with the default of no shards could not be loaded again.
+        shards = {split: max(1, self.counts[split] // _ROWS_PER_SHARD) for split in parts}
+        datasets.DatasetDict(parts).save_to_disk(str(folder), num_shards=shards)
 
 
 def _demonstration_features(conversational: bool) -> dict[str, Any]:

@@ -1,0 +1,173 @@
+"""Every kind of source gives the same numbered records, and says where it is broken."""
+
+import csv
+import gzip
+import json
+
+import pytest
+from softpref.data.sources import open_source
+from softpref.errors import ConfigError, DataError
+
+RECORDS = [{"prompt": f"p{i}", "chosen": f"good, {i}\n“ü”", "rejected": f"bad {i}"} for i in range(5)]
+
+
+def write(path, kind):
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps(record) for record in RECORDS))
+    elif kind == "json":
+        path.write_text(json.dumps(RECORDS, indent=1, ensure_ascii=False), encoding="utf-8")
+    elif kind in ("csv", "tsv"):
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, RECORDS[0], delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(RECORDS)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, RECORDS)).encode()))
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(RECORDS), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "jsonl.gz", "parquet"])
+def test_every_file_format_gives_the_same_records(tmp_path, kind):
+    rows = list(open_source(str(write(tmp_path / f"rows.{kind}", kind))))
+    assert [row.record for row in rows] == RECORDS
+    assert [row.number for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[1].place == f"rows.{kind}:2"
+
+
+def test_a_folder_is_read_file_by_file_and_numbered_through(tmp_path):
+    write(tmp_path / "b.csv", "csv")
+    write(tmp_path / "a.jsonl", "jsonl")
+    (tmp_path / "README.md").write_text("no data")
+    rows = list(open_source(str(tmp_path)))
+    assert [row.record for row in rows] == RECORDS * 2
+    assert rows[5].number == 6
+    assert rows[5].place == "b.csv:1"
+
+
+def test_a_saved_dataset_is_read_by_its_split(tmp_path):
+    import datasets
+
+    half = datasets.Dataset.from_list(RECORDS[:2])
+    datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS), other=half).save_to_disk(
+        str(tmp_path / "both")
+    )
+    half.save_to_disk(str(tmp_path / "one"))
+    assert [row.record for row in open_source(str(tmp_path / "both"))] == RECORDS
+    assert [row.record for row in open_source(str(tmp_path / "both"), split="other")] == RECORDS[:2]
+    assert [row.record for row in open_source(str(tmp_path / "one"))] == RECORDS[:2]
+    with pytest.raises(ConfigError, match="no split 'test'; it has train, other"):
+        open_source(str(tmp_path / "both"), split="test")
+
+
+def test_a_broken_line_costs_only_its_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n{"a": \n[1]\n"text"\n{"a": "\xff"}\n{"a": 2}\n')
+    rows = list(open_source(str(path)))
+    assert [(row.number, row.record) for row in rows] == [
+        (1, {"a": 1}),
+        (3, None),
+        (4, None),
+        (5, None),
+        (6, None),
+        (7, {"a": 2}),
+    ]
+    assert "not valid JSON" in rows[1].fault
+    assert "must be an object with named fields, got a list" in rows[2].fault
+    assert "UTF-8" in rows[4].fault
+
+
+def test_a_table_row_with_other_cells_than_the_header_costs_only_its_row(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("a,b\n1,2\n1\n1,2,3\n3,4\n")
+    rows = list(open_source(str(path)))
+    assert [row.record for row in rows] == [{"a": "1", "b": "2"}, None, None, {"a": "3", "b": "4"}]
+    assert rows[1].fault == "1 cells, the header has 2"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}, {"a": 2', "element 2 is not valid JSON"),
+        ('[{"a": 1} {"a": 2}]', "after element 1"),
+        ('[{"a": 1},', "ends inside its JSON array"),
+        ('[{"a": 1},]', "element 2 is not valid JSON"),
+    ],
+)
+def test_a_broken_array_is_an_error_that_says_where(tmp_path, text, message):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        list(open_source(str(path)))
+
+
+def test_an_array_larger_than_a_piece_of_reading_is_whole(tmp_path):
+    path = tmp_path / "rows.json"
+    records = [{"text": "ä" * (i * 999 % 300_000), "n": i} for i in range(40)]
+    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    assert [row.record for row in open_source(str(path))] == records
+    path.write_text("[]")
+    assert list(open_source(str(path))) == []
+
+
+def test_json_lines_under_the_name_json_are_recognised(tmp_path):
+    write(tmp_path / "rows.json", "jsonl")
+    assert [row.record for row in open_source(str(tmp_path / "rows.json"))] == RECORDS
+
+
+def test_a_parquet_file_that_is_none_is_an_error(tmp_path):
+    (tmp_path / "rows.parquet").write_text("no parquet")
+    with pytest.raises(DataError, match=r"rows.parquet is not a readable Parquet file"):
+        list(open_source(str(tmp_path / "rows.parquet")))
+
+
+@pytest.mark.parametrize("source", ["absent.jsonl", "/absent", "./absent", "a b", "too/many/parts"])
+def test_a_source_that_does_not_exist_is_refused_at_once(source):
+    with pytest.raises(ConfigError, match="does not exist"):
+        open_source(source)
+
+
+def test_a_file_of_unknown_kind_asks_for_its_format(tmp_path):
+    path = tmp_path / "rows.data"
+    write(path, "jsonl")
+    with pytest.raises(ConfigError, match="set format"):
+        open_source(str(path))
+    assert [row.record for row in open_source(str(path), format="jsonl")] == RECORDS
+
+
+def test_a_hub_dataset_streams_the_asked_split(monkeypatch):
+    import datasets
+
+    asked = {}
+
+    def load(name, subset, *, revision, streaming):
+        asked.update(name=name, subset=subset, revision=revision, streaming=streaming)
+        return datasets.IterableDatasetDict(
+            {
+                "train": datasets.Dataset.from_list(RECORDS).to_iterable_dataset(),
+                "test": datasets.Dataset.from_list(RECORDS[:1]).to_iterable_dataset(),
+            }
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = list(open_source("owner/name", subset="en", split="test", revision="v1"))
+    assert asked == {"name": "owner/name", "subset": "en", "revision": "v1", "streaming": True}
+    assert [row.record for row in rows] == RECORDS[:1]
+    assert [row.record for row in open_source("owner/name")] == RECORDS
+
+
+def test_an_unreachable_hub_is_an_error_that_says_what_was_tried(monkeypatch):
+    import datasets
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        ConfigError, match=r"'owner/name' .*split 'train'.* ConnectionError: no route to host"
+    ):
+        open_source("owner/name", split="train")

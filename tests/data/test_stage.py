@@ -1,0 +1,402 @@
+"""The dataset folder: what is in it, what is refused, and that it is whole or absent."""
+
+import collections
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import datasets
+import numpy as np
+import pytest
+from softpref.data.config import DataConfig
+from softpref.data.splits import prompt_key
+from softpref.data.stage import run
+from softpref.errors import ConfigError, DataError
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def pairs(prompts=20, per_prompt=3):
+    return [
+        {"prompt": f"Prompt {p}?", "chosen": f"good {p} {i}", "rejected": f"bad {p} {i}"}
+        for i in range(per_prompt)
+        for p in range(prompts)
+    ]
+
+
+def everything(folder):
+    saved = datasets.load_from_disk(str(folder))
+    return [row for split in saved.values() for row in split]
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """The story world's dataset, with votes of five experts."""
+    folder = tmp_path_factory.mktemp("story") / "dataset"
+    stats = run(DataConfig(rows=1500, sft_rows=600, votes=5), str(folder))
+    return folder, stats
+
+
+# The story world
+
+
+def test_the_folder_has_the_documented_layout(story):
+    folder, stats = story
+    saved = datasets.load_from_disk(str(folder))
+    assert list(saved) == ["train", "validation", "test"]
+    for split in saved.values():
+        assert split.column_names == ["prompt", "completions", "kind", "probability", "source_row"]
+    assert {split: len(rows) for split, rows in saved.items()} == stats["rows"]
+    assert sum(stats["rows"].values()) == 1500
+    assert stats["prompts"] == {"train": 32, "validation": 4, "test": 4}
+    assert sorted(row["source_row"] for row in everything(folder)) == list(range(1, 1501))
+    assert json.loads((folder / "stats.json").read_text()) == stats
+    assert lines(folder / "rejected.jsonl") == []
+    assert not (folder / "prompts").exists()
+    assert not (folder / "work").exists()
+
+
+def test_prompts_never_cross_splits(story):
+    folder, _ = story
+    saved = datasets.load_from_disk(str(folder))
+    prompts = {split: {prompt_key(prompt) for prompt in rows["prompt"]} for split, rows in saved.items()}
+    assert not prompts["train"] & prompts["validation"]
+    assert not (prompts["train"] | prompts["validation"]) & prompts["test"]
+
+
+def test_the_reference_never_sees_a_test_prompt(story):
+    folder, stats = story
+    saved, demonstrations = datasets.load_from_disk(str(folder)), datasets.load_from_disk(str(folder / "sft"))
+    assert set(demonstrations["train"]["prompt"]) == set(saved["train"]["prompt"])
+    assert set(demonstrations["validation"]["prompt"]) == set(saved["validation"]["prompt"])
+    assert demonstrations["train"].column_names == ["prompt", "completion"]
+    assert stats["sft"]["train"] + stats["sft"]["validation"] + stats["sft"]["held_out"] == 600
+
+
+def test_story_preferences_follow_the_rewards_in_outcomes(story):
+    folder, _ = story
+    rewards, listed = {}, lines(folder / "outcomes.jsonl")
+    for outcome in listed:
+        assert len(set(outcome["completions"])) == len(outcome["rewards"]) == len(outcome["weights"])
+        assert np.sum(outcome["weights"]) == pytest.approx(1)
+        for completion, reward in zip(outcome["completions"], outcome["rewards"], strict=True):
+            rewards[outcome["prompt"], completion] = reward
+    shares, expected = [], []
+    for row in everything(folder):
+        first, second = (rewards[row["prompt"], completion] for completion in row["completions"])
+        shares.append(row["probability"])
+        # The better of five votes comes first: E[max(K, 5 − K)] / 5 for K ~ Binomial(5, p).
+        p = 1 / (1 + np.exp(second - first))
+        chances = [np.math.comb(5, k) * p**k * (1 - p) ** (5 - k) for k in range(6)] if False else None
+        expected.append(sum(max(k, 5 - k) / 5 * c for k, c in enumerate(_binomial(5, p))))
+        assert chances is None
+    assert np.mean(shares) == pytest.approx(np.mean(expected), abs=0.01)
+
+
+def test_exact_probabilities_are_the_bradley_terry_ones(tmp_path):
+    run(DataConfig(rows=300, sft_rows=50, votes=0), str(tmp_path / "data"))
+    rewards = {
+        (outcome["prompt"], completion): reward
+        for outcome in lines(tmp_path / "data" / "outcomes.jsonl")
+        for completion, reward in zip(outcome["completions"], outcome["rewards"], strict=True)
+    }
+    for row in everything(tmp_path / "data"):
+        first, second = (rewards[row["prompt"], completion] for completion in row["completions"])
+        assert row["probability"] == pytest.approx(1 / (1 + np.exp(second - first)))
+        assert first >= second - 1e-9
+
+
+def test_a_single_vote_is_a_hard_label(tmp_path):
+    stats = run(DataConfig(rows=300, sft_rows=50), str(tmp_path / "data"))
+    assert stats["labels"] == {"hard": 300, "soft": 0}
+    assert {row["probability"] for row in everything(tmp_path / "data")} == {None}
+
+
+def test_the_same_configuration_gives_the_same_rows_and_another_seed_others(tmp_path):
+    config = DataConfig(rows=300, sft_rows=50)
+    first, again = (run(config, str(tmp_path / name)) for name in ("first", "again"))
+    assert first == again
+    assert everything(tmp_path / "first") == everything(tmp_path / "again")
+    other = run(dataclasses.replace(config, seed=1), str(tmp_path / "other"))
+    assert other["dataset_hash"] != first["dataset_hash"]
+    assert other["test_hash"] != first["test_hash"]
+
+
+# Local sources
+
+
+def test_duplicates_are_dropped_and_contradictions_counted(tmp_path):
+    rows = pairs()
+    rows.append({**rows[0]})
+    rows.append({**rows[1], "prompt": "  PROMPT 1? "})
+    rows.append({"prompt": "Prompt 2?", "chosen": rows[2]["rejected"], "rejected": rows[2]["chosen"]})
+    source = write(tmp_path / "rows.jsonl", rows)
+    stats = run(DataConfig(source=source), str(tmp_path / "kept"))
+    assert stats["duplicates"] == 2
+    assert stats["left_out"] == {"duplicate": 2}
+    assert stats["contradictions"] == {"sets": 1, "rows": 2}
+    assert sum(stats["rows"].values()) == 61
+    assert stats["mapping"]["guessed"]
+    assert [entry["reason"] for entry in lines(tmp_path / "kept" / "rejected.jsonl")] == [
+        "duplicate: of row 1",
+        "duplicate: of row 2",
+    ]
+
+    stats = run(DataConfig(source=source, contradictions="drop"), str(tmp_path / "dropped"))
+    assert sum(stats["rows"].values()) == 59
+    assert stats["left_out"] == {"duplicate": 2, "contradiction": 2}
+    assert {3, 63} <= {entry["source_row"] for entry in lines(tmp_path / "dropped" / "rejected.jsonl")}
+
+
+def test_every_refused_row_is_listed_with_its_number_and_reason(tmp_path):
+    rows = pairs()
+    rows[4]["chosen"] = True
+    rows[7]["rejected"] = ""
+    del rows[9]["prompt"]
+    source = tmp_path / "rows.jsonl"
+    write(source, rows)
+    with source.open("a") as file:
+        file.write('{"prompt": "cut off\n')
+    stats = run(DataConfig(source=str(source)), str(tmp_path / "data"))
+    listed = {entry["source_row"]: entry["reason"] for entry in lines(tmp_path / "data" / "rejected.jsonl")}
+    assert set(listed) == {5, 8, 10, 61}
+    assert listed[5] == "completion is not text: chosen ('chosen') is the boolean true"
+    assert listed[10] == "field is missing: 'prompt'"
+    assert listed[61].startswith("row cannot be read: not valid JSON")
+    assert sum(stats["rejected"].values()) == 4
+    assert sum(stats["rows"].values()) == 57
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"), [(60, "none of the 60 rows"), (40, "40 of the 60 rows .* 0.5 allows")]
+)
+def test_too_many_refused_rows_leave_no_dataset_but_a_listing(tmp_path, bad, message):
+    rows = pairs()
+    for row in rows[:bad]:
+        row["chosen"] = True
+    source = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=message) as caught:
+        run(DataConfig(source=source), str(tmp_path / "data"))
+    assert f"completion is not text ({bad})" in str(caught.value)
+    listing = tmp_path / "data.rejected.jsonl"
+    assert str(listing) in str(caught.value)
+    assert len(lines(listing)) == bad
+    assert sorted(os.listdir(tmp_path)) == ["data.rejected.jsonl", "rows.jsonl"]
+    run(DataConfig(source=write(tmp_path / "rows.jsonl", pairs())), str(tmp_path / "data"))
+    assert not listing.exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"columns": {"chosen": "chosen", "rejected": "rejectd"}}, "did you mean 'rejected'"),
+        ({"prompt_template": "{question}"}, "no column 'question'.* it has 'prompt', 'chosen', 'rejected'"),
+    ],
+)
+def test_an_absent_column_is_refused_before_anything_is_written(tmp_path, config, message):
+    source = write(tmp_path / "rows.jsonl", pairs())
+    with pytest.raises(ConfigError, match=message):
+        run(DataConfig(source=source, **config), str(tmp_path / "data"))
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+def test_an_empty_source_and_too_few_prompts_are_errors(tmp_path):
+    empty = write(tmp_path / "empty.jsonl", [])
+    with pytest.raises(DataError, match="holds no rows"):
+        run(DataConfig(source=empty), str(tmp_path / "data"))
+    few = write(tmp_path / "few.jsonl", pairs(prompts=2))
+    with pytest.raises(DataError, match="at least 3"):
+        run(DataConfig(source=few), str(tmp_path / "data"))
+    stats = run(DataConfig(source=few, validation_fraction=0, test_fraction=0), str(tmp_path / "data"))
+    assert stats["rows"] == {"train": 6, "validation": 0, "test": 0}
+    assert len(datasets.load_from_disk(str(tmp_path / "data"))["test"]) == 0
+
+
+def test_a_folder_of_someone_else_is_never_overwritten(tmp_path):
+    source = write(tmp_path / "rows.jsonl", pairs())
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="is not a dataset of this stage"):
+        run(DataConfig(source=source), str(tmp_path / "thesis"))
+    assert os.listdir(tmp_path / "thesis") == ["chapter.txt"]
+    (tmp_path / "data").mkdir()
+    run(DataConfig(source=source), str(tmp_path / "data"))
+    replaced = run(DataConfig(source=source, seed=1), str(tmp_path / "data"))
+    assert json.loads((tmp_path / "data" / "stats.json").read_text()) == replaced
+    assert sorted(os.listdir(tmp_path)) == ["data", "rows.jsonl", "thesis"]
+
+
+def test_rows_of_mixed_form_are_refused(tmp_path):
+    rows = pairs()
+    rows[3] = {
+        "prompt": [{"role": "user", "content": "hi"}],
+        "chosen": [{"role": "assistant", "content": "x"}],
+        "rejected": [{"role": "assistant", "content": "y"}],
+    }
+    stats = run(DataConfig(source=write(tmp_path / "rows.jsonl", rows)), str(tmp_path / "data"))
+    assert stats["rejected"] == {"plain text and conversations are mixed": 1}
+
+
+def test_conversations_are_saved_as_messages(tmp_path):
+    source = write(tmp_path / "rows.jsonl", pairs())
+    stats = run(DataConfig(source=source, as_messages=True), str(tmp_path / "data"))
+    assert stats["conversational"]
+    row = datasets.load_from_disk(str(tmp_path / "data"))["train"][0]
+    assert [message["role"] for message in row["prompt"]] == ["user"]
+    assert [[message["role"] for message in completion] for completion in row["completions"]] == [
+        ["assistant"]
+    ] * 2
+
+
+def test_one_candidate_per_row_is_grouped_into_rankings_that_follow_the_scores(tmp_path):
+    rows = [
+        {"topic": f"t{p}", "text": f"text {p} {i}", "score": (i * 7 + p) % 11}
+        for i in range(11)
+        for p in range(12)
+    ]
+    config = DataConfig(
+        source=write(tmp_path / "rows.jsonl", rows),
+        columns={"completion": "text", "score": "score"},
+        prompt_template="Topic: {topic}\n",
+        group_size=4,
+    )
+    stats = run(config, str(tmp_path / "data"))
+    assert stats["completions_per_row"] == {"3": 12, "4": 24}
+    scores = {row["text"]: row["score"] for row in rows}
+    topics = {row["text"]: f"Topic: {row['topic']}\n" for row in rows}
+    seen = collections.Counter()
+    for row in everything(tmp_path / "data"):
+        values = [scores[text] for text in row["completions"]]
+        assert values == sorted(values, reverse=True)
+        assert {topics[text] for text in row["completions"]} == {row["prompt"]}
+        assert row["kind"] == "ranking"
+        seen.update(row["completions"])
+    assert set(seen.values()) == {1}
+    assert len(seen) == len(rows)
+
+
+def test_a_sample_has_the_asked_size_and_is_drawn_from_the_whole_source(tmp_path):
+    source = write(tmp_path / "rows.jsonl", pairs(prompts=100))
+    stats = run(DataConfig(source=source, rows=90), str(tmp_path / "data"))
+    numbers = [row["source_row"] for row in everything(tmp_path / "data")]
+    assert len(numbers) == 90
+    assert stats["not_sampled"] == 210
+    assert 120 < np.mean(numbers) < 180
+    first = run(DataConfig(source=source, max_source_rows=90), str(tmp_path / "first"))
+    assert first["rows_read"] == 90
+
+
+def test_further_demonstrations_and_prompts_keep_clear_of_the_test_prompts(tmp_path):
+    source = write(tmp_path / "rows.jsonl", pairs())
+    asked = [*(f"prompt {p}?" for p in range(20)), "A new one?", "a NEW one?"]
+    sft = write(tmp_path / "sft.jsonl", [{"q": q, "completion": "an answer"} for q in asked] + [{"q": 3}])
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": q} for q in asked])
+    config = DataConfig(source=source, sft_source=sft, sft_columns={"prompt": "q"}, prompts_source=prompts)
+    stats = run(config, str(tmp_path / "data"))
+    saved = datasets.load_from_disk(str(tmp_path / "data"))
+    held_out = {split: {prompt.casefold() for prompt in saved[split]["prompt"]} for split in saved}
+    demonstrations = datasets.load_from_disk(str(tmp_path / "data" / "sft"))
+    assert set(demonstrations["validation"]["prompt"]) == held_out["validation"]
+    assert not held_out["test"] & {prompt.casefold() for prompt in demonstrations["train"]["prompt"]}
+    further = datasets.load_from_disk(str(tmp_path / "data" / "prompts"))["prompt"]
+    assert {prompt.casefold() for prompt in further} == {"a new one?"} | held_out["train"]
+    assert stats["sft"]["rejected"] == {"field is missing": 1}
+    assert stats["sft"]["held_out"] == 2
+    assert len(further) == 17
+
+
+# The page
+
+
+def test_the_page_escapes_its_examples_and_loads_nothing(tmp_path):
+    rows = [{**row, "chosen": f"<script>alert({i})</script> & co"} for i, row in enumerate(pairs())]
+    page = tmp_path / "elsewhere" / "page.html"
+    run(DataConfig(source=write(tmp_path / "rows.jsonl", rows)), str(tmp_path / "data"), str(page))
+    text = page.read_text(encoding="utf-8")
+    assert text == (tmp_path / "data" / "page.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;alert(" in text
+    assert "<script" not in text
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert text.count("<svg") == 2  # the hard labels have no confidence to draw
+
+
+# Size and sudden ends
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the process's memory from /proc")
+def test_a_hundred_thousand_rows_pass_in_bounded_memory(tmp_path):
+    """100,000 rows of 2 KB (200 MB of text) cost less than 110 MB beyond the libraries."""
+    script = textwrap.dedent(
+        """
+        import json, sys, threading, time
+        import datasets, numpy, pyarrow.parquet, datasets.arrow_writer
+        from softpref.data.config import DataConfig
+        from softpref.data.stage import run
+
+        def anonymous():  # what the process itself holds, without pages of files it maps
+            with open("/proc/self/status") as status:
+                return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
+
+        folder = sys.argv[1]
+        filler = "lorem ipsum dolor sit amet " * 36
+        with open(f"{folder}/rows.jsonl", "w") as file:
+            for i in range(100_000):
+                row = {"prompt": f"question {i % 20_000}", "chosen": f"{i} {filler}"}
+                row["rejected"] = f"-{i} {filler}"
+                file.write(json.dumps(row) + "\\n")
+        peak, start, done = [0.0], anonymous(), threading.Event()
+
+        def watch():
+            while not done.wait(0.05):
+                peak[0] = max(peak[0], anonymous())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        stats = run(DataConfig(source=f"{folder}/rows.jsonl"), f"{folder}/data")
+        done.set()
+        watcher.join()
+        print(json.dumps({"rows": sum(stats["rows"].values()), "growth": peak[0] - start}))
+        """
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    result = json.loads(out.splitlines()[-1])
+    assert result["rows"] == 100_000
+    assert result["growth"] < 110
+
+
+def test_a_run_that_dies_leaves_no_half_dataset(tmp_path):
+    source = write(tmp_path / "rows.jsonl", pairs())
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        import softpref.data.stage as stage
+        from softpref.data.config import DataConfig
+        stage.render_page = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        stage.run(DataConfig(source=sys.argv[1]), sys.argv[2])
+        """
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", script, source, str(tmp_path / "data")], capture_output=True
+    )
+    assert killed.returncode == -9
+    assert not (tmp_path / "data").exists()
+    run(DataConfig(source=source), str(tmp_path / "data"))
+    assert sorted(os.listdir(tmp_path)) == ["data", "rows.jsonl"]
+
+
+def _binomial(n, p):
+    import math
+
+    return [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
