@@ -315,6 +315,15 @@ def test_further_demonstrations_and_prompts_keep_clear_of_the_test_prompts(tmp_p
     assert len(further) == 17
 
 
+def test_broken_demonstrations_are_an_error_with_a_listing(tmp_path):
+    source = write(tmp_path / "rows.jsonl", pairs())
+    sft = write(tmp_path / "sft.jsonl", [{"prompt": "q", "completion": bad} for bad in (True, "", 3, "fine")])
+    with pytest.raises(DataError, match=r"3 of the 4 rows of .*sft.jsonl .* in .*data.rejected.jsonl"):
+        run(DataConfig(source=source, sft_source=sft), str(tmp_path / "data"))
+    assert [entry["source"] for entry in lines(tmp_path / "data.rejected.jsonl")] == ["sft"] * 3
+    assert not (tmp_path / "data").exists()
+
+
 # The page
 
 

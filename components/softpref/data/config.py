@@ -47,8 +47,8 @@ class DataConfig:
         list_kind (`str`, defaults to `"ranking"`): `"ranking"` trusts the whole order of a list,
             `"best_of_n"` only its best.
         group_size (`int`, defaults to `4`): the most completions in a ranking made from one-candidate rows.
-        labels (`str`, defaults to `"soft"`): `"soft"` keeps the share of votes as a probability, `"hard"`
-            keeps the winner alone.
+        labels (`str`, defaults to `"soft"`): `"soft"` keeps the share of votes as a probability (a single
+            vote is a hard label), `"hard"` keeps the winner alone.
         ties (`str`, defaults to `"half"`): `"half"` counts a tie as half a vote for each (and refuses
             rankings of three or more with equal scores); `"drop"` ignores tied votes, leaves out rows that
             stay even, and leaves out all but the first of equally scored completions.

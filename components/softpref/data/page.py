@@ -32,7 +32,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .bar i { display: block; min-width: 2px; }
 .key { display: inline-flex; align-items: center; gap: 6px; margin: 8px 18px 0 0; font-size: 13px; }
 .key i { width: 11px; height: 11px; border-radius: 3px; }
-article { border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; margin-bottom: 14px; }
+article { margin-top: 14px; border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; }
 article pre { margin: 6px 0; padding: 9px 12px; border-radius: 6px; background: var(--fill);
   font-family: inherit; font-size: 14px; line-height: 1.45;
   white-space: pre-wrap; overflow-wrap: anywhere; border-left: 4px solid var(--line); }
@@ -82,7 +82,8 @@ def render_page(stats: Mapping[str, Any], examples: Sequence[Mapping[str, Any]])
 <h2>Splits</h2>{_splits(stats)}
 <h2>Lengths and labels</h2><div class="figures">{"".join(figures)}</div>
 <h2>Rows that were not taken</h2>{_rejections(stats, refused, left_out)}
-<h2>Examples</h2>{"".join(_example(row) for row in examples)}
+<h2>Examples</h2><p class="note">From the training split; the better completion stands first.</p>
+{"".join(_example(row) for row in examples)}
 <h2>Origin</h2>{_origin(stats)}
 </main></body></html>
 """
@@ -182,8 +183,11 @@ def _compact(count: float) -> str:
 
 
 def _rejections(stats: Mapping[str, Any], refused: int, left_out: int) -> str:
+    sampled = ""
+    if stats["not_sampled"]:
+        sampled = f'<p class="note">{stats["not_sampled"]:,} sound rows are not in the sample asked for.</p>'
     if not refused and not left_out:
-        return '<p class="note">None: every row that was read is in the dataset.</p>'
+        return sampled or '<p class="note">None: every row that was read is in the dataset.</p>'
     lines = "".join(
         f'<tr><td>{_escape(rule)}</td><td class="note">{kind}</td><td class="n">{count:,}</td></tr>'
         for kind, counts in (("refused", stats["rejected"]), ("left out as asked", stats["left_out"]))
@@ -191,7 +195,7 @@ def _rejections(stats: Mapping[str, Any], refused: int, left_out: int) -> str:
     )
     return (
         f'<table><tr><th>reason</th><th></th><th class="n">rows</th></tr>{lines}</table>'
-        '<p class="note">Each row with its number and reason is in <code>rejected.jsonl</code>.</p>'
+        '<p class="note">Each row with its number and reason is in <code>rejected.jsonl</code>.</p>' + sampled
     )
 
 

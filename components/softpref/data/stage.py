@@ -96,7 +96,7 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
         )
         splits = {id: split_of[key] for id, key in enumerate(keys) if key in split_of}
         summary, examples = _write_preferences(intake, config, kept, splits, folder, rejections)
-        extras = _write_extras(config, intake, split_of, folder, rejections)
+        extras = _write_extras(config, intake, split_of, folder, rejections, listing)
     finally:
         rejections.close()
     stats = {
@@ -223,6 +223,7 @@ def _write_extras(
     split_of: Mapping[bytes, str],
     folder: Path,
     rejections: RejectionLog,
+    listing: Path,
 ) -> dict[str, Any]:
     """`sft/`, `prompts/` and `outcomes.jsonl`, where the configuration gives them a source."""
     conversational = bool(intake.conversational)
@@ -233,7 +234,7 @@ def _write_extras(
         writer = _SplitWriter(folder / "work", splits, _demonstration_features(conversational), "sft-")
         held_out = 0
         for record in _extra_rows(
-            _demonstration_rows(config), columns, config, "sft", conversational, rejections
+            _demonstration_rows(config), columns, config, "sft", conversational, rejections, listing
         ):
             split = split_of.get(prompt_key(record["prompt"]), "train")
             if split == "test":  # the reference model must not have seen what it is judged on
@@ -256,7 +257,7 @@ def _write_extras(
         seen: set[bytes] = set()
         held_out = 0
         stream = open_source(config.prompts_source)
-        for record in _extra_rows(stream, columns, config, "prompts", conversational, rejections):
+        for record in _extra_rows(stream, columns, config, "prompts", conversational, rejections, listing):
             key = prompt_key(record["prompt"])
             if split_of.get(key, "train") != "train":
                 held_out += 1
@@ -298,6 +299,7 @@ def _extra_rows(
     name: str,
     conversational: bool,
     rejections: RejectionLog,
+    listing: Path,
 ) -> Iterator[dict[str, Any]]:
     """Demonstrations or prompts as records; what cannot be used goes to the rejection log under `name`."""
     source = (config.sft_source if name == "sft" else config.prompts_source) or config.source
@@ -327,8 +329,8 @@ def _extra_rows(
             rejections.add(row.number, row.place, reason, source=name)
     if not taken or refused > config.max_rejected_fraction * read:
         raise DataError(
-            f"{refused} of the {read} rows of {source} ({name}) were refused; see those with source {name!r} "
-            "in the listing of refused rows"
+            f"{refused} of the {read} rows of {source} ({name}) were refused, max_rejected_fraction is "
+            f"{config.max_rejected_fraction}; they are listed in {listing}"
         )
 
 
