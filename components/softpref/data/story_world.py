@@ -14,8 +14,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-_HEROES = ("fox", "owl", "bear", "mouse", "rabbit", "otter", "crow", "goat", "cat", "heron")
-_TRAITS = ("brave", "gentle", "clever", "lonely")
+# Where a hero is at home (an option of the second slot); experts like to see it there.
+_HOME = {
+    "crow": 0,
+    "goat": 0,
+    "eagle": 0,
+    "otter": 1,
+    "heron": 1,
+    "beaver": 1,
+    "owl": 2,
+    "bear": 2,
+    "wolf": 2,
+    "seal": 3,
+    "crab": 3,
+    "fox": 4,
+    "mouse": 4,
+    "rabbit": 4,
+    "cat": 5,
+    "dog": 5,
+}
 _SLOTS: tuple[tuple[str, ...], ...] = (
     ("One morning", "At dusk", "On a rainy day", "In deep winter", "Long ago", "Under a full moon"),
     (
@@ -72,19 +89,6 @@ _TASTE: dict[str, tuple[tuple[float, ...], ...]] = {
         (0.9, -0.1, -0.8, 0.2, 0.7, 0.0),
     ),
 }
-# Where a hero is at home; experts like to see it there.
-_HOME = {
-    "fox": 4,
-    "owl": 2,
-    "bear": 2,
-    "mouse": 4,
-    "rabbit": 4,
-    "otter": 1,
-    "crow": 0,
-    "goat": 0,
-    "cat": 5,
-    "heron": 1,
-}
 _HOME_BONUS = 0.5
 # A thief is caught or a giant woken in secret only at night: two slots that experts judge together.
 _SECRET_AT_NIGHT = 0.6
@@ -110,7 +114,7 @@ class StoryWorld:
     def __init__(self) -> None:
         self._subjects = {
             f"Write a very short story about a {trait} {hero}.\n": (trait, hero)
-            for hero, trait in itertools.product(_HEROES, _TRAITS)
+            for hero, trait in itertools.product(_HOME, _TASTE)
         }
         self._outcomes: dict[str, Outcomes] = {}
 
