@@ -123,6 +123,38 @@ def load_metadata(folder: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def save_model_folder(model: Any, tokenizer: Any, folder: str | Path, metadata: dict[str, Any]) -> None:
+    """Save a model as a stage's result: safetensors, tokenizer, generation config, metadata, model card.
+
+    The metadata come last: a folder that has them is complete.
+    """
+    folder = Path(folder)
+    model.generation_config = sampling_generation_config(model, tokenizer)
+    model.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = "\n".join(f"| {key} | {value} |" for key, value in metadata.items())
+    (folder / "README.md").write_text(
+        "---\nlibrary_name: transformers\ntags: [softpref]\n---\n\n"
+        f"# {metadata.get('name', 'model')}\n\n"
+        "Trained with softpref, Soft Preference Optimization (arXiv 2405.00747). It is meant to be sampled "
+        "at temperature 1: its softness is its distribution.\n\n"
+        f"| setting | value |\n| --- | --- |\n{rows}\n",
+        encoding="utf-8",
+    )
+    save_metadata(folder, metadata)
+
+
+def require_new_folder(folder: str | Path) -> None:
+    """Refuse to write over a finished model.
+
+    Raises:
+        ConfigError: the folder holds one.
+    """
+    if (Path(folder) / METADATA_FILE).exists():
+        raise ConfigError(f"{folder} holds a finished model already; name another folder or remove it first")
+
+
 def sampling_generation_config(model: Any, tokenizer: Any) -> Any:
     """A generation config that serves the model's own distribution: sampling at temperature 1, no cut.
 

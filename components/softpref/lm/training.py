@@ -1,4 +1,4 @@
-"""What both training stages share: guards, resuming, tracking of a Hugging Face trainer. No loss lives here."""
+"""What both training stages share: guards, resuming, tracking of a trainer. No loss lives here."""
 
 from __future__ import annotations
 
@@ -96,6 +96,6 @@ def require_devices(count: int) -> None:
     found = torch.cuda.device_count()
     if found < count:
         raise ConfigError(
-            f"{count} GPU(s) were asked for, but {found} can be seen here; check the pod's resource limits and "
-            "the node's device plugin, or set gpus to 0 to train on the CPU"
+            f"{count} GPU(s) were asked for, but {found} can be seen here; check the pod's resource limits "
+            "and the node's device plugin, or set gpus to 0 to train on the CPU"
         )

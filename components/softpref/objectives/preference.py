@@ -97,7 +97,9 @@ def dpo_loss(
     probabilities: Tensor | None = None,
     soft_labels: SoftLabels = "linear",
 ) -> Tensor:
-    """Direct preference optimization on pairs: `−log σ(β h)`, h = Δlogp − Δlogp_ref (arXiv 2305.18290, eq. 7).
+    """Direct preference optimization on pairs: `−log σ(β h)`, h = Δlogp − Δlogp_ref.
+
+    Source: arXiv 2305.18290, equation 7.
 
     Args:
         logps: `[2 · pairs]`, policy log-probabilities in nats, chosen and rejected in turn.

@@ -1,4 +1,4 @@
-"""Samples of the policy between two refreshes: which prompts, which slice at which step, what a checkpoint keeps.
+"""Samples of the policy between two refreshes: which prompts, which slice at which step, what is kept.
 
 Knows no model: drawing is the caller's function. Prompts and randomness of a refresh follow from the seed
 and the optimizer step alone, so any number of processes draws the same samples between them.

@@ -121,6 +121,6 @@ class SPOConfig(TrainingArguments):
             if getattr(self, name) != neutral:
                 refuse(
                     name,
-                    f"{neutral}: the KL term weighs samples as draws of the policy's own distribution, and any "
-                    "other setting would bias it without a sign",
+                    f"{neutral}: the KL term weighs samples as draws of the policy's own distribution, and "
+                    "any other setting would bias it without a sign",
                 )

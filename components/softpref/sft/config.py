@@ -1,0 +1,62 @@
+"""The configuration of stage 2: every option of `transformers.TrainingArguments`, and the base model's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from softpref.errors import ConfigError
+from softpref.lm.loading import check_model_source
+from softpref.lm.training import device_has_bf16
+
+
+@dataclass
+class SFTConfig(TrainingArguments):
+    """Arguments of the SFT stage.
+
+    Args:
+        base_model: Hub id, checkpoint folder or `.gguf` file; empty trains a model from nothing.
+        revision: branch, tag or commit of a Hub model.
+        model_config: of a model from nothing: `model_type` and its options, as in a checkpoint's
+            `config.json`. Vocabulary size and special tokens come from the tokenizer.
+        vocab_size: upper limit of the tokenizer (byte-level BPE) that is built for a model from nothing.
+        max_prompt_length: tokens kept of a prompt, from its end.
+        max_completion_length: tokens kept of a completion.
+        gpus: GPUs the job asked for; training refuses to start with fewer. 0 asks for none.
+        trust_remote_code: run model code that comes with a checkpoint.
+
+    `num_train_epochs=0` takes the base model as the reference without training.
+    """
+
+    output_dir: str | None = None
+    base_model: str = ""
+    revision: str = ""
+    model_config: dict = field(default_factory=dict)
+    vocab_size: int = 4096
+    max_prompt_length: int = 512
+    max_completion_length: int = 512
+    gpus: int = 0
+    trust_remote_code: bool = False
+
+    # Defaults of TrainingArguments that do not suit this stage.
+    learning_rate: float = 2e-5
+    logging_steps: float = 10
+    report_to: str | list[str] | None = "none"
+    bf16: bool | None = field(default=None)  # type: ignore[assignment]
+    save_total_limit: int | None = 2
+
+    def __post_init__(self) -> None:
+        if self.base_model:
+            check_model_source(self.base_model)
+        elif "model_type" not in self.model_config:
+            raise ConfigError(
+                "SFTConfig needs base_model (a Hub id, a checkpoint folder or a .gguf file), or a "
+                'model_config with at least "model_type" to train from nothing'
+            )
+        for name in ("max_prompt_length", "max_completion_length", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"SFTConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.bf16 is None:
+            self.bf16 = device_has_bf16() and not self.fp16 and not self.use_cpu
+        super().__post_init__()

@@ -1,0 +1,230 @@
+"""Stage 2: the reference model, by supervised fine-tuning on completions. Knows no preference loss."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import softpref
+from softpref.errors import ConfigError, DataError
+from softpref.lm.loading import load_model, load_tokenizer, require_new_folder, save_model_folder
+from softpref.lm.scoring import pad_sequences
+from softpref.lm.tokenization import TokenizedSequence, tokenize_sequence
+from softpref.lm.training import GuardedTrainer, TrackingCallback, last_checkpoint, require_devices
+from softpref.sft.config import SFTConfig
+from softpref.tracking import Tracker
+
+_IGNORED = -100  # label of tokens that carry no loss, by convention of transformers
+
+
+def run(
+    config: SFTConfig,
+    *,
+    dataset_dir: str,
+    output_dir: str,
+    name: str = "reference",
+    experiment: str = "softpref",
+    parent_run_id: str = "",
+    checkpoint_dir: str = "",
+) -> dict[str, float]:
+    """Train the reference model on demonstrations, or on the best completions where there are none.
+
+    Args:
+        dataset_dir: a dataset folder of stage 1.
+        output_dir: the model folder to write; must not hold a finished model.
+        name: name of the model and of its tracking run.
+        experiment, parent_run_id: where tracking puts the run.
+        checkpoint_dir: where checkpoints are kept while training; by default inside `output_dir`. A run that
+            was cut off continues from the newest complete one, and they are removed at the end.
+
+    Returns:
+        The final metrics, `train_loss` and `eval_loss` among them (nats per completion token).
+
+    Raises:
+        ConfigError, DataError: before training.
+    """
+    require_devices(config.gpus)
+    require_new_folder(output_dir)
+    checkpoints = Path(checkpoint_dir or Path(output_dir) / "checkpoints")
+    config.output_dir = str(checkpoints)
+    torch.manual_seed(config.seed)
+    demonstrations = _load_demonstrations(dataset_dir)
+    if config.base_model:
+        options = {
+            "trust_remote_code": config.trust_remote_code,
+            "revision": config.revision or None,
+        }
+        tokenizer = load_tokenizer(config.base_model, **options)
+        model = load_model(config.base_model, **options)
+    else:
+        tokenizer = build_tokenizer(_texts(demonstrations["train"]), vocab_size=config.vocab_size)
+        model = build_model(config.model_config, tokenizer)
+    splits = {split: _Demonstrations(rows, tokenizer, config) for split, rows in demonstrations.items()}
+    stats = json.loads((Path(dataset_dir) / "stats.json").read_text(encoding="utf-8"))
+    with Tracker(
+        output_dir, experiment=experiment, run_name=name, parent_run_id=parent_run_id or None
+    ) as tracker:
+        tracker.params(
+            {
+                "stage": "sft",
+                "base_model": config.base_model or "from nothing",
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "learning_rate": config.learning_rate,
+                "num_train_epochs": config.num_train_epochs,
+                "per_device_train_batch_size": config.per_device_train_batch_size,
+                "seed": config.seed,
+                "dataset_hash": stats.get("dataset_hash", ""),
+            }
+        )
+        trainer = GuardedTrainer(
+            model=model,
+            args=config,
+            train_dataset=splits["train"],
+            eval_dataset=splits.get("validation"),
+            data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
+            processing_class=tokenizer,
+            callbacks=[TrackingCallback(tracker)],
+        )
+        metrics: dict[str, float] = {}
+        if config.num_train_epochs > 0 or config.max_steps > 0:
+            metrics = dict(trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints)).metrics)
+        if "validation" in splits:
+            metrics.update(trainer.evaluate())
+        if trainer.is_world_process_zero():
+            save_model_folder(
+                trainer.accelerator.unwrap_model(trainer.model),
+                tokenizer,
+                output_dir,
+                {
+                    "stage": "sft",
+                    "name": name,
+                    "base_model": config.base_model,
+                    "dataset_hash": stats.get("dataset_hash", ""),
+                    "code_version": softpref.__version__,
+                    "run_id": tracker.run_id,
+                    "max_prompt_length": config.max_prompt_length,
+                    "max_completion_length": config.max_completion_length,
+                    "adapter": False,
+                },
+            )
+            shutil.rmtree(checkpoints, ignore_errors=True)
+    return metrics
+
+
+def build_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
+    """Train a byte-level BPE tokenizer: every text can be written with it, and read back unchanged.
+
+    The end token both closes a completion and stands first in a prompt, as in GPT-2.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        bos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(model_config: Mapping[str, Any], tokenizer: Any) -> Any:
+    """A randomly initialised causal language model for `tokenizer`.
+
+    Raises:
+        ConfigError: the model type is unknown, or an option does not fit it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {
+        **model_config,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**options))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model_config {dict(model_config)} does not describe a model: {error}") from error
+
+
+def collate(rows: list[TokenizedSequence], pad_id: int) -> dict[str, torch.Tensor]:
+    """Pad to one batch; labels stand on completion tokens alone."""
+    batch = pad_sequences([(row.prompt, row.completion) for row in rows], pad_id)
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "labels": batch.input_ids.masked_fill(~batch.completion_mask, _IGNORED),
+    }
+
+
+class _Demonstrations(torch.utils.data.Dataset):
+    def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, config: SFTConfig) -> None:
+        from tqdm.auto import tqdm
+
+        self.rows = [
+            tokenize_sequence(
+                tokenizer,
+                row["prompt"],
+                row["completion"],
+                max_prompt_length=config.max_prompt_length,
+                max_completion_length=config.max_completion_length,
+            )
+            for row in tqdm(rows, desc="Tokenizing demonstrations", leave=False, disable=config.disable_tqdm)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TokenizedSequence:
+        return self.rows[index]
+
+
+def _load_demonstrations(dataset_dir: str) -> dict[str, Any]:
+    """Split name → rows with `prompt` and `completion`."""
+    from datasets import load_from_disk
+
+    folder = Path(dataset_dir)
+    if not (folder / "stats.json").is_file():
+        raise DataError(f"{folder} is not a dataset folder of the data stage: it holds no stats.json")
+    if (folder / "sft").is_dir():
+        splits = {split: rows for split, rows in load_from_disk(str(folder / "sft")).items() if len(rows)}
+    else:
+        preferences = load_from_disk(str(folder))
+        splits = {
+            split: preferences[split]
+            .map(lambda row: {"completion": row["completions"][0]})
+            .select_columns(["prompt", "completion"])
+            for split in ("train", "validation")
+            if split in preferences and len(preferences[split])
+        }
+    if "train" not in splits:
+        raise DataError(f"{folder} holds no training row for SFT")
+    return splits
+
+
+def _texts(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        for text in (row["prompt"], row["completion"]):
+            if not isinstance(text, str):
+                raise ConfigError(
+                    "training from nothing needs plain text; messages need a chat model as base_model"
+                )
+            yield text

@@ -1,0 +1,172 @@
+"""Stage 3: align a reference model to preferences, from dataset and model folders to a model folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import softpref
+from softpref.errors import ConfigError, DataError
+from softpref.lm.loading import (
+    load_metadata,
+    load_model,
+    load_tokenizer,
+    require_new_folder,
+    save_model_folder,
+)
+from softpref.lm.training import TrackingCallback, last_checkpoint, require_devices
+from softpref.spo.config import SPOConfig
+from softpref.spo.trainer import SPOTrainer
+from softpref.tracking import Tracker
+
+_TRACKED = (
+    "method",
+    "alpha",
+    "beta",
+    "soft_labels",
+    "weight_exponent",
+    "label_smoothing",
+    "kl_gradient",
+    "samples_per_refresh",
+    "sampling_interval",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "seed",
+    "use_peft",
+)
+
+
+def run(
+    config: SPOConfig,
+    *,
+    dataset_dir: str,
+    reference_dir: str,
+    output_dir: str,
+    name: str = "",
+    experiment: str = "softpref",
+    parent_run_id: str = "",
+    checkpoint_dir: str = "",
+) -> dict[str, float]:
+    """Train a policy from the reference on the preferences of a dataset folder.
+
+    Args:
+        dataset_dir: a dataset folder of stage 1; its `prompts/`, where there is one, feeds the KL term.
+        reference_dir: the model folder to start from, which is also the frozen reference.
+        output_dir: the model folder to write; must not hold a finished model.
+        name: name of the model and of its tracking run; by default method and α or β.
+        experiment, parent_run_id: where tracking puts the run.
+        checkpoint_dir: where checkpoints are kept while training; by default inside `output_dir`. A run that
+            was cut off continues from the newest complete one, and they are removed at the end.
+
+    Returns:
+        The final metrics (see `SPOTrainer`).
+
+    Raises:
+        ConfigError, DataError: before training.
+    """
+    require_devices(config.gpus)
+    require_new_folder(output_dir)
+    name = name or member_name(config.method, config.alpha, config.beta)
+    checkpoints = Path(checkpoint_dir or Path(output_dir) / "checkpoints")
+    config.output_dir = str(checkpoints)
+    torch.manual_seed(config.seed)
+    preferences, prompts, dataset_hash = _load_preferences(dataset_dir)
+    tokenizer = load_tokenizer(reference_dir, trust_remote_code=config.trust_remote_code)
+    model = load_model(reference_dir, trust_remote_code=config.trust_remote_code)
+    trainer = SPOTrainer(
+        model,
+        config,
+        train_dataset=preferences["train"],
+        eval_dataset=preferences.get("validation"),
+        processing_class=tokenizer,
+        prompt_dataset=prompts,
+        peft_config=_lora(config) if config.use_peft else None,
+    )
+    with Tracker(
+        output_dir, experiment=experiment, run_name=name, parent_run_id=parent_run_id or None
+    ) as tracker:
+        tracker.params(
+            {
+                "stage": "train",
+                "dataset_hash": dataset_hash,
+                "reference": reference_dir,
+                **{key: getattr(config, key) for key in _TRACKED},
+            }
+        )
+        trainer.add_callback(TrackingCallback(tracker))
+        checkpoint = last_checkpoint(checkpoints)
+        if checkpoint:
+            tracker.rewind(_step_of(checkpoint))
+        metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        if "validation" in preferences:
+            metrics.update(trainer.evaluate())
+        if trainer.is_world_process_zero():
+            tracker.flush()  # the run's id is part of what is saved
+            policy = trainer.accelerator.unwrap_model(trainer.model)
+            merged = config.use_peft and config.merge_adapter
+            save_model_folder(
+                policy.merge_and_unload() if merged else policy,
+                tokenizer,
+                output_dir,
+                {
+                    "stage": "train",
+                    "name": name,
+                    "method": config.method,
+                    "alpha": config.alpha,
+                    "beta": config.beta,
+                    "base_model": load_metadata(reference_dir).get("base_model", reference_dir),
+                    "dataset_hash": dataset_hash,
+                    "code_version": softpref.__version__,
+                    "run_id": tracker.run_id,
+                    "max_prompt_length": config.max_prompt_length,
+                    "max_completion_length": config.max_completion_length,
+                    "adapter": config.use_peft and not merged,
+                },
+            )
+            shutil.rmtree(checkpoints, ignore_errors=True)
+    return metrics
+
+
+def member_name(method: str, alpha: float, beta: float) -> str:
+    """The name of one model of a sweep: what distinguishes it from the others, `spo-alpha-0.5`."""
+    return f"spo-alpha-{alpha:g}" if method == "spo" else f"{method}-beta-{beta:g}"
+
+
+def _load_preferences(dataset_dir: str) -> tuple[dict[str, Any], Any, str]:
+    """Preference splits that hold rows, the separate prompts if any, and the data's hash."""
+    from datasets import load_from_disk
+
+    folder = Path(dataset_dir)
+    if not (folder / "stats.json").is_file():
+        raise DataError(f"{folder} is not a dataset folder of the data stage: it holds no stats.json")
+    splits = {split: rows for split, rows in load_from_disk(str(folder)).items() if len(rows)}
+    if "train" not in splits:
+        raise DataError(f"{folder} holds no training preferences")
+    prompts = load_from_disk(str(folder / "prompts")) if (folder / "prompts").is_dir() else None
+    stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+    return splits, prompts, stats.get("dataset_hash", "")
+
+
+def _lora(config: SPOConfig) -> Any:
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigError("use_peft needs the package peft: pip install 'softpref[peft]'") from error
+    targets = config.lora_target_modules
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+        task_type="CAUSAL_LM",
+    )
+
+
+def _step_of(checkpoint: str) -> int:
+    return int(Path(checkpoint).name.rpartition("-")[2])
