@@ -43,8 +43,6 @@ _BATCH_RECORDS, _BATCH_BYTES = 200, 400_000
 _BATCH_SECONDS, _LONGEST_PAUSE = 1.0, 60.0
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
 
-# MLflow waits about four minutes for a server that is gone; here the waiting is ours, between requests.
-_SHORT_REQUESTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _short_lock = threading.Lock()
 _short_users = 0
 _short_set: list[str] = []
@@ -117,7 +115,7 @@ class Tracker:
             return
         if tags:
             self.tags(tags)
-        if not _mlflow_ready(self.tracking_uri):
+        if not mlflow_ready(self.tracking_uri):
             logger.warning(
                 "mlflow is not installed here: metrics go to %s only; where it is installed, "
                 "`softpref track-sync %s` sends them",
@@ -275,7 +273,7 @@ class Tracker:
                 break
             except Exception as error:  # whatever the network, the store or its driver came up with
                 failures += 1
-                self._trouble = _in_short(error)
+                self._trouble = in_short(error)
                 if failures == 1:
                     logger.warning(
                         "MLflow at %s cannot be reached (%s); going on, records wait in %s",
@@ -323,10 +321,10 @@ def sync(output_dir: str | Path, tracking_uri: str | None = None) -> SyncResult:
             raise ConfigError(f"{path} is being written by a running stage, which delivers it by itself")
         try:
             uri = resolve_tracking_uri(tracking_uri) if tracking_uri else mirror.header["tracking_uri"]
-            if not _mlflow_ready(uri):
+            if not mlflow_ready(uri):
                 raise ConfigError("mlflow is not installed here, so nothing can be sent")
             delivery = _Delivery(mirror, uri, threading.Condition(), artifact_attempts=1)
-            with _short_requests():
+            with short_requests():
                 while mirror.waiting():
                     delivered += delivery.deliver_batch()
             run_id = mirror.run_id
@@ -334,7 +332,7 @@ def sync(output_dir: str | Path, tracking_uri: str | None = None) -> SyncResult:
             raise
         except Exception as error:
             raise ConfigError(
-                f"MLflow at {uri}: {_in_short(error)}; {mirror.waiting_records()} records of {path} wait"
+                f"MLflow at {uri}: {in_short(error)}; {mirror.waiting_records()} records of {path} wait"
             ) from error
         finally:
             mirror.close()
@@ -354,9 +352,9 @@ def open_parent(
     inherited = os.environ.get("MLFLOW_RUN_ID")
     uri = resolve_tracking_uri(tracking_uri)
     try:
-        if not _mlflow_ready(uri):
+        if not mlflow_ready(uri):
             raise ConfigError("mlflow is not installed here")
-        with _short_requests():
+        with short_requests():
             from mlflow import MlflowClient
 
             client = MlflowClient(uri)
@@ -366,11 +364,11 @@ def open_parent(
                     client.set_tag(inherited, key, text)
                 return inherited
             run = client.create_run(
-                _experiment_id(client, experiment, uri), run_name=name, tags={**_source_tags(), **texts}
+                find_experiment(client, experiment, uri), run_name=name, tags={**source_tags(), **texts}
             )
             return run.info.run_id
     except Exception as error:
-        logger.warning("no parent run: MLflow at %s: %s", uri, _in_short(error))
+        logger.warning("no parent run: MLflow at %s: %s", uri, in_short(error))
         return inherited
 
 
@@ -383,12 +381,12 @@ def end_run(run_id: str | None, status: str = "FINISHED", tracking_uri: str | No
         return
     uri = resolve_tracking_uri(tracking_uri)
     try:
-        with _short_requests():
+        with short_requests():
             from mlflow import MlflowClient
 
             MlflowClient(uri).set_terminated(run_id, status)
     except Exception as error:
-        logger.warning("run %s was not ended: MLflow at %s: %s", run_id, uri, _in_short(error))
+        logger.warning("run %s was not ended: MLflow at %s: %s", run_id, uri, in_short(error))
 
 
 def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
@@ -685,14 +683,14 @@ class _Delivery:
     def _open_run(self) -> str:
         """Create the run, or find it when an earlier attempt created it and the answer was lost."""
         header = self._mirror.header
-        experiment_id = _experiment_id(self._client, header["experiment"], self._uri)
+        experiment_id = find_experiment(self._client, header["experiment"], self._uri)
         found = self._client.search_runs(
             [experiment_id], filter_string=f"tags.`{KEY_TAG}` = '{header['key']}'", max_results=1
         )
         if found:
             run_id = found[0].info.run_id
         else:
-            tags = {**_source_tags(), KEY_TAG: header["key"]}
+            tags = {**source_tags(), KEY_TAG: header["key"]}
             if header["parent_run_id"]:
                 tags[PARENT_TAG] = header["parent_run_id"]
             run_id = self._client.create_run(
@@ -718,7 +716,7 @@ class _Delivery:
                 except Exception as error:
                     self._existing_run(run_id)  # raises when it is the server that is away
                     logger.warning(
-                        "the whole value of parameter %s is not uploaded: %s", key, _in_short(error)
+                        "the whole value of parameter %s is not uploaded: %s", key, in_short(error)
                     )
 
     def _log_entities(self, run_id: str, entities: list[Any]) -> None:
@@ -737,7 +735,7 @@ class _Delivery:
         except MlflowException as error:
             if error.error_code not in _REFUSALS and error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            refusal = _in_short(error)
+            refusal = in_short(error)
         run = self._existing_run(run_id)
         if len(entities) > 1:
             half = len(entities) // 2
@@ -789,11 +787,14 @@ class _Delivery:
             self._failed_artifact = (record["n"], failures)
             if failures < self._artifact_attempts:
                 raise
-            logger.warning("artifact %s is not uploaded: %s", path, _in_short(error))
+            logger.warning("artifact %s is not uploaded: %s", path, in_short(error))
 
 
-def _mlflow_ready(uri: str) -> bool:
-    """Import what the sender will need, here in the caller's thread: imports from two threads can tangle."""
+def mlflow_ready(uri: str) -> bool:
+    """Import what speaking to `uri` needs; False when mlflow is not installed.
+
+    Done in the caller's thread before a sender starts, since imports from two threads can tangle.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         for module in ("mlflow", "mlflow.entities", "mlflow.tracking.fluent"):
@@ -809,8 +810,8 @@ def _mlflow_ready(uri: str) -> bool:
     return True
 
 
-def _experiment_id(client: Any, name: str, uri: str) -> str:
-    """The experiment's id; made when absent, also when another process makes it at the same moment."""
+def find_experiment(client: Any, name: str, uri: str) -> str:
+    """The id of an experiment; made when absent, also when another process makes it at the same moment."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -837,7 +838,8 @@ def _artifact_location(experiment: str, uri: str) -> str | None:
     return (Path(path).parent / "mlartifacts" / re.sub(r"[^\w.-]+", "_", experiment)).as_uri()
 
 
-def _source_tags() -> dict[str, str]:
+def source_tags() -> dict[str, str]:
+    """The tags by which MLflow shows who ran what; its low-level client leaves them out."""
     tags = {"mlflow.source.name": Path(sys.argv[0]).name or "python", "mlflow.source.type": "LOCAL"}
     with suppress(Exception):  # a container's user id may have no name
         tags["mlflow.user"] = getpass.getuser()
@@ -845,22 +847,29 @@ def _source_tags() -> dict[str, str]:
 
 
 @contextmanager
-def _short_requests() -> Iterator[None]:
-    _hold_short_requests()
+def short_requests(retries: int = 0, timeout: int = 10) -> Iterator[None]:
+    """Within it MLflow's requests end soon (its own default is about four minutes of retries).
+
+    Args:
+        retries: attempts after the first one.
+        timeout: seconds per attempt.
+    """
+    _hold_short_requests(retries, timeout)
     try:
         yield
     finally:
         _release_short_requests()
 
 
-def _hold_short_requests() -> None:
-    """Shorten MLflow's requests by its environment variables, its one way; the user's own values win."""
+def _hold_short_requests(retries: int = 0, timeout: int = 10) -> None:
+    """By the environment, the one way MLflow has; the user's own values, and the first holder's, win."""
     global _short_users
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries, "MLFLOW_HTTP_REQUEST_TIMEOUT": timeout}
     with _short_lock:
         _short_users += 1
-        for name, value in _SHORT_REQUESTS.items():
+        for name, value in limits.items():
             if name not in os.environ:
-                os.environ[name] = value
+                os.environ[name] = str(value)
                 _short_set.append(name)
 
 
@@ -953,7 +962,8 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - len(note)] + note
 
 
-def _in_short(error: BaseException) -> str:
+def in_short(error: BaseException) -> str:
+    """An error's message on one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + " …"
 

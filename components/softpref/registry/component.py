@@ -1,0 +1,56 @@
+"""The KFP face of stage 5. Holds no logic: it calls `softpref.registry.stage.run`."""
+
+from kfp import dsl
+from kfp.dsl import Artifact, Input, Markdown, Metrics, Model, Output
+
+from softpref.images import REGISTER_IMAGE
+
+
+@dsl.component(base_image=REGISTER_IMAGE, install_kfp_package=False)
+def register_model(
+    model: Input[Model],
+    evaluation: Input[Artifact],
+    decision: Output[Markdown],
+    registered: Output[Artifact],
+    metrics: Output[Metrics],
+    registered_model_name: str,
+    comparison: Input[Artifact] = None,
+    min_win_rate: float = 0.5,
+    tracking_uri: str = "",
+    overrides: str = "",
+):
+    """Put a model that passes the gate into the MLflow registry; make it champion when it beats the champion.
+
+    Args:
+        model: The model folder of the training stage.
+        evaluation: The evaluation folder of this model.
+        decision: What was decided and why, and how to serve the model.
+        registered: The decision as a file, registration.json; its metadata name the version.
+        metrics: Whether the model was registered and became champion (1 or 0), and its version.
+        registered_model_name: Name in the MLflow model registry, without "/" and ":".
+        comparison: The comparison folder of a sweep, which must have chosen this model.
+        min_win_rate: The low end of the win rate's interval must reach this; 0 lets every model pass.
+        tracking_uri: The MLflow server. Empty: the environment's, or a local store.
+        overrides: JSON object with any other parameter of RegistryConfig, such as {"beyond_noise": true}.
+    """
+    from pathlib import Path
+
+    from softpref.config import build_config, parse_overrides
+    from softpref.registry.config import RegistryConfig
+    from softpref.registry.stage import decision_markdown, run
+
+    config = build_config(
+        RegistryConfig,
+        {"model_name": registered_model_name, "min_win_rate": min_win_rate, "tracking_uri": tracking_uri},
+        parse_overrides(overrides),
+    )
+    outcome = run(
+        config, model.path, evaluation.path, registered.path, comparison.path if comparison else None
+    )
+    Path(decision.path).parent.mkdir(parents=True, exist_ok=True)
+    Path(decision.path).write_text(decision_markdown(outcome), encoding="utf-8")
+    metrics.log_metric("registered", int(outcome["registered"]))
+    metrics.log_metric("champion", int(outcome["champion"]))
+    if outcome["version"]:
+        metrics.log_metric("version", int(outcome["version"]))
+        registered.metadata["model_uri"] = outcome["model_uri"]

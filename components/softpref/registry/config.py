@@ -1,0 +1,60 @@
+"""The parameters of stage 5, registration. Registers nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from softpref.errors import ConfigError
+
+CompareMetric = Literal["win_rate", "expected_reward", "preference_accuracy", "preference_margin"]
+
+
+@dataclass
+class RegistryConfig:
+    """When a model is registered, under which name, and when it becomes the champion.
+
+    Args:
+        model_name (`str`): name in the MLflow model registry; no `/` and no `:`.
+        min_win_rate (`float`, *optional*, defaults to 0.5): the gate asks that the low end of the win rate's
+            interval be at least this; a null leaves the win rate out.
+        max_kl (`float`, *optional*): the gate asks that the high end of `kl_sequence` (nats) be at most this;
+            null leaves it out.
+        compare_metric (`str`, defaults to `"win_rate"`): by which the champion is challenged, higher is
+            better: `win_rate`, `expected_reward`, `preference_accuracy` or `preference_margin`.
+        beyond_noise (`bool`, defaults to `False`): a challenger must win by more than noise: the low end of
+            its interval above the high end of the champion's.
+        task (`str`, defaults to `"auto"`): how the model is served: `completions`, `chat`, or `auto`: chat
+            when the tokenizer has a chat template.
+        experiment (`str`, defaults to `"softpref"`): MLflow experiment, when the model names no run.
+        tracking_uri (`str`, defaults to `""`): MLflow server; empty takes `MLFLOW_TRACKING_URI` or a local
+            store.
+        await_seconds (`int`, defaults to 300): longest wait until the registry calls the version ready.
+    """
+
+    model_name: str
+    min_win_rate: float | None = 0.5
+    max_kl: float | None = None
+    compare_metric: CompareMetric = "win_rate"
+    beyond_noise: bool = False
+    task: Literal["auto", "completions", "chat"] = "auto"
+    experiment: str = "softpref"
+    tracking_uri: str = ""
+    await_seconds: int = 300
+
+    def __post_init__(self) -> None:
+        if not self.model_name.strip() or any(character in self.model_name for character in "/:"):
+            raise ConfigError(
+                f"RegistryConfig.model_name must be a name without '/' and ':', got {self.model_name!r}"
+            )
+        if self.min_win_rate is not None and not 0 <= self.min_win_rate <= 1:
+            raise ConfigError(
+                f"RegistryConfig.min_win_rate is a share from 0 to 1 (or null), got {self.min_win_rate}"
+            )
+        if self.max_kl is not None and not (self.max_kl > 0 and math.isfinite(self.max_kl)):
+            raise ConfigError(f"RegistryConfig.max_kl is in nats, above 0 (or null), got {self.max_kl}")
+        if self.await_seconds < 1:
+            raise ConfigError(
+                f"RegistryConfig.await_seconds must be at least 1, got {self.await_seconds} seconds"
+            )

@@ -1,0 +1,93 @@
+"""The gate and the challenge, on figures alone."""
+
+import pytest
+from softpref.errors import ConfigError
+from softpref.registry.config import RegistryConfig
+from softpref.registry.gate import Champion, challenge, gate_failures
+
+
+def figure(value, low=None, high=None):
+    return {"value": value, "low": low, "high": high, "n": 100, "unit": "share"}
+
+
+def scores(**figures):
+    return {"win_rate": figure(0.7, 0.6, 0.8), "kl_sequence": figure(2.0, 1.5, 2.5), **figures}
+
+
+@pytest.mark.parametrize(
+    ("limits", "failing"),
+    [
+        ({}, None),
+        ({"min_win_rate": 0.6}, None),
+        ({"min_win_rate": 0.65}, "win_rate is 0.7 .*under min_win_rate = 0.65"),  # the value would pass
+        ({"max_kl": 2.5}, None),
+        ({"max_kl": 2.2}, "kl_sequence is 2 .*over max_kl = 2.2"),
+        ({"min_win_rate": None, "max_kl": None}, None),
+    ],
+)
+def test_gate_looks_at_the_cautious_end_of_the_interval(limits, failing):
+    failures = gate_failures(scores(), RegistryConfig("story", **limits))
+    assert len(failures) == (failing is not None)
+    if failing:
+        import re
+
+        assert re.search(failing, failures[0])
+
+
+@pytest.mark.parametrize("missing", [{}, figure(None), figure(float("nan"), float("nan"), float("nan"))])
+def test_figure_that_was_not_measured_fails_the_gate(missing):
+    config = RegistryConfig("story", max_kl=3)
+    assert "win_rate" in gate_failures(scores(win_rate=missing), config)[0]
+    assert "kl_sequence" in gate_failures(scores(kl_sequence=missing), config)[0]
+
+
+def test_first_model_through_the_gate_becomes_champion():
+    assert challenge(scores(), "e", None, RegistryConfig("story")).moves
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "options", "moves", "words"),
+    [
+        (figure(0.71, 0.6, 0.8), figure(0.7, 0.6, 0.8), {}, True, "beats the champion"),
+        (figure(0.7, 0.6, 0.8), figure(0.7, 0.6, 0.8), {}, False, "does not beat"),
+        (figure(0.6, 0.5, 0.7), figure(0.7, 0.6, 0.8), {}, False, "does not beat"),
+        (figure(0.71, 0.6, 0.8), figure(0.7, 0.6, 0.8), {"beyond_noise": True}, False, "no more than noise"),
+        (figure(0.9, 0.85, 0.95), figure(0.7, 0.6, 0.8), {"beyond_noise": True}, True, "beats the champion"),
+        (figure(0.9), figure(None), {}, False, "champion, version 3, has no win_rate"),
+    ],
+)
+def test_champion_yields_only_to_a_strictly_better_model(mine, theirs, options, moves, words):
+    champion = Champion("3", "e", {"win_rate": theirs})
+    verdict = challenge({"win_rate": mine}, "e", champion, RegistryConfig("story", **options))
+    assert verdict.moves is moves
+    assert words in verdict.reason
+
+
+def test_other_evaluations_are_not_compared():
+    champion = Champion("3", "another", {"win_rate": figure(0.1, 0.1, 0.1)})
+    verdict = challenge(scores(), "e", champion, RegistryConfig("story"))
+    assert not verdict.moves
+    assert "not comparable" in verdict.reason
+    assert "another" in verdict.reason
+
+
+def test_metric_of_the_challenge_can_be_chosen():
+    champion = Champion("3", "e", {"win_rate": figure(0.9), "expected_reward": figure(1.0)})
+    mine = {"win_rate": figure(0.7), "expected_reward": figure(2.0)}
+    assert challenge(mine, "e", champion, RegistryConfig("story", compare_metric="expected_reward")).moves
+    assert not challenge(mine, "e", champion, RegistryConfig("story")).moves
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ({"model_name": "a/b"}, "model_name"),
+        ({"model_name": " "}, "model_name"),
+        ({"model_name": "a", "min_win_rate": 55}, "min_win_rate"),
+        ({"model_name": "a", "max_kl": 0}, "max_kl"),
+        ({"model_name": "a", "await_seconds": 0}, "await_seconds"),
+    ],
+)
+def test_wrong_parameters_are_refused_by_name(wrong, word):
+    with pytest.raises(ConfigError, match=word):
+        RegistryConfig(**wrong)

@@ -1,0 +1,208 @@
+"""Registration in a real MLflow store of small models that nobody trained."""
+
+import json
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from softpref.errors import ConfigError
+from softpref.registry.config import RegistryConfig
+from softpref.registry.stage import run
+from softpref.tracking import Tracker
+
+
+def config(store, **changes):
+    return RegistryConfig("story", tracking_uri=store, **changes)
+
+
+@pytest.fixture
+def model(tmp_path, write_model):
+    return write_model(tmp_path / "model")
+
+
+@pytest.fixture
+def evaluation(tmp_path, write_evaluation):
+    return write_evaluation(tmp_path / "evaluation")
+
+
+def versions(client):
+    return sorted(client.search_model_versions("name = 'story'"), key=lambda version: int(version.version))
+
+
+def test_registered_version_says_where_it_comes_from_and_how_good_it_is(
+    tmp_path, store, client, write_model, write_evaluation
+):
+    with Tracker(tmp_path / "run", experiment="sweep", run_name="alpha-0.5", tracking_uri=store) as tracker:
+        assert tracker.flush(30)
+    model = write_model(tmp_path / "model", run_id=tracker.run_id)
+    before = {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
+    (tmp_path / "comparison").mkdir()
+    (tmp_path / "comparison" / "comparison.json").write_text(
+        json.dumps({"rule": "best win rate", "chosen": "alpha-0.5", "reason": "highest", "members": []})
+    )
+    decision = run(
+        config(store),
+        model,
+        write_evaluation(tmp_path / "evaluation"),
+        tmp_path / "registration",
+        tmp_path / "comparison",
+    )
+    assert decision == json.loads((tmp_path / "registration" / "registration.json").read_text())
+    assert (decision["registered"], decision["champion"], decision["version"]) == (True, True, "1")
+    assert decision["aliases"] == ["challenger", "champion"]
+    (version,) = versions(client)
+    assert version.run_id == tracker.run_id
+    assert version.tags["alpha"] == "0.5"
+    assert version.tags["method"] == "spo"
+    assert version.tags["dataset_hash"] == "d" * 64
+    assert version.tags["evaluation_id"] == "e" * 16
+    assert version.tags["code_version"] == "0.1.0"
+    assert version.tags["win_rate"] == "0.7 [0.65, 0.75], n=400"
+    assert version.tags["exact.entropy"] == "4.2 [4.1, 4.3], n=400"
+    assert version.tags["chosen_by"] == "best win rate"
+    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert logged.source_run_id == tracker.run_id
+    assert logged.experiment_id == client.get_experiment_by_name("sweep").experiment_id
+    assert Path(logged.artifact_location.removeprefix("file://")).is_relative_to(tmp_path)
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert {path.name: path.stat().st_mtime_ns for path in model.iterdir()} == before
+
+
+def test_champion_changes_only_for_a_better_model_on_the_same_evaluation(
+    tmp_path, store, client, write_model, write_evaluation
+):
+    def register(number, win_rate, **changes):
+        model = write_model(tmp_path / f"model-{number}", seed=number)
+        evaluation = write_evaluation(tmp_path / f"evaluation-{number}", win_rate=win_rate, **changes)
+        decision = run(config(store), model, evaluation, tmp_path / f"registration-{number}")
+        return decision, client.get_registered_model("story").aliases
+
+    assert register(1, (0.7, 0.65, 0.75))[1] == {"challenger": 1, "champion": 1}
+    decision, aliases = register(2, (0.6, 0.55, 0.65))
+    assert aliases == {"challenger": 2, "champion": 1}
+    assert "does not beat" in decision["reason"]
+    decision, aliases = register(3, (0.9, 0.85, 0.95), evaluation_id="another")
+    assert aliases == {"challenger": 3, "champion": 1}
+    assert "not comparable" in decision["reason"]
+    assert register(4, (0.8, 0.75, 0.85))[1] == {"challenger": 4, "champion": 4}
+    decision, aliases = register(5, (0.5, 0.45, 0.55))
+    assert aliases == {"challenger": 4, "champion": 4}
+    assert not decision["registered"]
+    assert "win_rate is 0.5" in decision["gate_failures"][0]
+    assert len(versions(client)) == 4
+
+
+def test_failed_gate_needs_no_server(tmp_path, model, write_evaluation):
+    evaluation = write_evaluation(tmp_path / "evaluation", win_rate=(0.52, 0.49, 0.55))
+    decision = run(config("http://127.0.0.1:1"), model, evaluation, tmp_path / "out")
+    assert not decision["registered"]
+    assert "min_win_rate" in decision["reason"]
+
+
+@pytest.mark.parametrize("crash", ["register_model", "set_registered_model_alias"])
+def test_retry_after_a_crash_registers_nothing_twice(
+    crash, tmp_path, store, client, model, evaluation, monkeypatch
+):
+    import mlflow
+
+    def crashing(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow if crash == "register_model" else mlflow.MlflowClient, crash, crashing)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(store), model, evaluation, tmp_path / "out")
+    decision = run(config(store), model, evaluation, tmp_path / "out")
+    again = run(config(store), model, evaluation, tmp_path / "out")
+    assert decision["reused"] is (crash != "register_model")
+    assert again["reused"]
+    assert again["reason"] == "this version is the champion already"
+    (version,) = versions(client)
+    assert client.get_registered_model("story").aliases == {"challenger": 1, "champion": 1}
+    experiment = client.get_experiment_by_name("softpref").experiment_id
+    ready = [one for one in client.search_logged_models([experiment]) if one.status == "READY"]
+    assert [f"models:/{one.model_id}" for one in ready] == [version.source]
+
+
+def test_unreachable_server_is_said_in_seconds(tmp_path, model, evaluation):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match=uri) as error:
+        run(config(uri), model, evaluation, tmp_path / "out")
+    assert time.monotonic() - begun < 15
+    assert str(model) in str(error.value)
+
+
+def test_adapter_is_merged_before_it_is_registered(tmp_path, store, write_model, write_evaluation):
+    import mlflow
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = write_model(tmp_path / "base")
+    torch.manual_seed(1)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    adapter = tmp_path / "adapter"
+    adapted.save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    (adapter / "softpref.json").write_text(json.dumps({"name": "alpha-0.5", "adapter": True}))
+    decision = run(config(store), adapter, write_evaluation(tmp_path / "evaluation"), tmp_path / "out")
+
+    mlflow.set_tracking_uri(store)
+    registered = mlflow.transformers.load_model(decision["model_uri"], return_type="components")["model"]
+    ids = torch.tensor([[0, 5, 9]])
+    with torch.no_grad():
+        torch.testing.assert_close(registered(ids).logits, adapted.eval()(ids).logits)
+        plain = AutoModelForCausalLM.from_pretrained(base)(ids).logits
+    assert not torch.allclose(registered(ids).logits, plain)
+
+
+def test_folders_that_do_not_belong_together_are_refused(
+    tmp_path, store, model, evaluation, write_evaluation
+):
+    other = write_evaluation(tmp_path / "other", name="alpha-2")
+    with pytest.raises(ConfigError, match=r"'alpha-0\.5', but the evaluation is of 'alpha-2'"):
+        run(config(store), model, other, tmp_path / "out")
+    (tmp_path / "comparison.json").write_text(json.dumps({"chosen": "dpo"}))
+    with pytest.raises(ConfigError, match="the comparison chose 'dpo'"):
+        run(config(store), model, evaluation, tmp_path / "out", tmp_path)
+    with pytest.raises(ConfigError, match=r"evaluation\.json does not exist"):
+        run(config(store), model, tmp_path, tmp_path / "out")
+    with pytest.raises(ConfigError, match="absent"):
+        run(config(store), tmp_path / "absent", evaluation, tmp_path / "out")
+    with pytest.raises(ConfigError, match="no chat template"):
+        run(config(store, task="chat"), model, evaluation, tmp_path / "out")
+
+
+def test_component_registers_and_explains(tmp_path, store, client, model, evaluation):
+    from kfp import dsl
+    from softpref.registry.component import register_model
+
+    def artifact(kind, name, path):
+        return kind(name=name, uri=str(path))
+
+    outputs = {
+        "decision": artifact(dsl.Markdown, "decision", tmp_path / "decision.md"),
+        "registered": artifact(dsl.Artifact, "registered", tmp_path / "registered"),
+        "metrics": artifact(dsl.Metrics, "metrics", tmp_path / "metrics"),
+    }
+    register_model.python_func(
+        model=artifact(dsl.Model, "model", model),
+        evaluation=artifact(dsl.Artifact, "evaluation", evaluation),
+        registered_model_name="story",
+        tracking_uri=store,
+        overrides='{"beyond_noise": true}',
+        **outputs,
+    )
+    assert client.get_registered_model("story").aliases == {"challenger": 1, "champion": 1}
+    text = (tmp_path / "decision.md").read_text()
+    assert "mlflow models serve -m models:/story@champion" in text
+    assert outputs["metrics"].metadata == {"registered": 1, "champion": 1, "version": 1}
+    assert outputs["registered"].metadata["model_uri"] == "models:/story/1"
+    assert json.loads((tmp_path / "registered" / "registration.json").read_text())["registered"]
