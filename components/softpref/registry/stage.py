@@ -10,11 +10,14 @@ How a registered model answers (`mlflow models serve`, measured with MLflow 3.17
   most `max_completion_length` tokens. This is written into the version's model configuration because
   transformers' text pipeline otherwise fills a missing temperature with 0.7, which is another softness.
 - `temperature` and `max_tokens` in a request are honoured. `temperature: 0` is refused by transformers; use
-  a small one such as 0.01 for the likeliest answer. `top_k` and `top_p` are honoured by the chat form only.
+  a small one such as 0.001 for the likeliest answer. The chat form also honours `top_k` and `top_p`; the
+  completions form has no such fields and drops them.
 - A chat prompt is rendered by the chat template and tokenized without further special tokens; MLflow alone
   would add the start token a second time.
-- `stop` asks for the tokenizer in the folder the model was logged from, so it works only on machines that
-  have that folder. `n` and `stream` have no effect. MLflow strips white space before the answer.
+- `stop`, `n` and `stream` are refused with an error: MLflow looks for the stop words' tokenizer in the folder
+  the model was logged from, and transformers' pipeline knows neither of the others.
+- White space before the answer is stripped. Where the tokenizer has a start token, the completions form
+  counts it in `completion_tokens` and therefore calls a cut answer finished (`stop`).
 """
 
 from __future__ import annotations
@@ -435,7 +438,11 @@ def _model_card(checkpoint: Path, title: str) -> Any:
     from huggingface_hub import ModelCard
 
     path = checkpoint / "README.md"
-    text = path.read_text(encoding="utf-8") if path.is_file() else f"# {title}\n"
+    text = (
+        path.read_text(encoding="utf-8")
+        if path.is_file()
+        else f"---\nlibrary_name: transformers\n---\n# {title}\n"
+    )
     return ModelCard(text, ignore_metadata_errors=True)
 
 
