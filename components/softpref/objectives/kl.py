@@ -27,6 +27,8 @@ def kl_loss(
     lengths: Tensor,
     *,
     kl_gradient: KLGradient = "token",
+    to_go_total: Tensor | None = None,
+    sequences: int | None = None,
 ) -> Tensor:
     """A loss per sampled completion whose gradient estimates that of KL(policy ‖ reference).
 
@@ -43,6 +45,9 @@ def kl_loss(
         token_logps: `[tokens]`, log π(y_t) with gradient.
         lengths: `[sequences]`, tokens per completion, ≥ 1.
         kl_gradient: which estimator.
+        to_go_total, sequences: where the completions given are a part of the optimizer step's, the sum of
+            `reward_to_go` over all of the step's (`[positions]`, at least as many as given) and their number.
+            The baseline is then the same however the step is cut. By default those given are all.
 
     Returns:
         `[sequences]`, nats.
@@ -54,13 +59,24 @@ def kl_loss(
         return per_sequence
     if kl_gradient != "full":
         raise ValueError(f"kl_gradient must be 'token' or 'full', got {kl_gradient!r}")
-    detached = token_kl.new_zeros(shape)
-    detached[rows, columns] = token_kl.detach()
-    to_go = detached.flip(1).cumsum(1).flip(1) - detached  # Σ_{s>t}, 0 behind the end
-    others = (to_go.sum(0) - to_go) / max(shape[0] - 1, 1) if shape[0] > 1 else torch.zeros_like(to_go)
-    score = token_logps * (to_go - others)[rows, columns]
+    to_go = reward_to_go(token_kl, lengths)
+    total = to_go.sum(0) if to_go_total is None else to_go_total[: shape[1]]
+    count = shape[0] if sequences is None else sequences
+    baseline = (total - to_go) / (count - 1) if count > 1 else torch.zeros_like(to_go)
+    score = token_logps * (to_go - baseline)[rows, columns]
     score_part = token_logps.new_zeros(shape[0]).index_add(0, rows, score)
     return per_sequence + score_part - score_part.detach()
+
+
+def reward_to_go(token_kl: Tensor, lengths: Tensor) -> Tensor:
+    """Σ_{s>t} KL_s behind each token, without gradient: `[tokens], [sequences] -> [sequences, longest]`.
+
+    0 at a completion's last token and behind it.
+    """
+    rows, columns = _positions(lengths)
+    placed = token_kl.new_zeros(len(lengths), int(lengths.max()))
+    placed[rows, columns] = token_kl.detach()
+    return placed.flip(1).cumsum(1).flip(1) - placed
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:

@@ -41,9 +41,13 @@ def exact_optimum(
             "exact_optimum needs alpha > 0, beta >= 0 and rewards and ref_logps of one shape [N]; "
             f"got alpha={alpha}, beta={beta}, {tuple(rewards.shape)}, {tuple(ref_logps.shape)}"
         )
-    if beta == 0:
-        return (rewards / alpha).log_softmax(-1)
     count = len(rewards)
+    if pair_probabilities is not None and pair_probabilities.shape != (count, count):
+        raise ValueError(
+            f"pair_probabilities must be [{count}, {count}], got {list(pair_probabilities.shape)}"
+        )
+    if beta == 0 or count == 1:
+        return (rewards / alpha).log_softmax(-1)
     if pair_probabilities is None:
         pairs = torch.ones(count, count, dtype=torch.float64)
     else:

@@ -6,7 +6,8 @@ other, best first, and returns one loss per group. Means, regularisers and sampl
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import math
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ def preference_loss(
     soft_labels: SoftLabels = "linear",
     weight_exponent: float = 0.0,
     weight_scores: Tensor | None = None,
+    log_mean_weight: Tensor | None = None,
 ) -> Tensor:
     """Soft preference optimization's loss of each group; its minimiser is `softmax(reward / alpha)`.
 
@@ -48,44 +50,59 @@ def preference_loss(
         alpha: softness α ≥ 0.
         kind: what the order within a group means. `pairwise` asks for groups of two; `best_of_n` knows the
             first to be the best and nothing of the others.
-        probabilities: `[groups]`, P(first beats second) of pairs; None, or 1, is a hard label.
+        probabilities: `[groups]`, P(first beats second) of pairs; None, or 1, is a hard label, the only one
+            that groups of more than two may carry.
         soft_labels: `linear` mixes the losses of both labels and keeps the minimiser; `geometric` scales the
             margin by 2p − 1, which gives uncertain pairs less weight and moves the minimiser.
         weight_exponent: γ of the symmetric weight μ, `log μ = γ logsumexp_j score_j`, scaled to mean 1 over
-            the groups given. It is constant: no gradient flows through it. 0 gives every group weight 1.
+            the global batch. It is constant: no gradient flows through it. 0 gives every group weight 1.
         weight_scores: `[sequences]`, scores of the weight; the log-probabilities by default.
+        log_mean_weight: scalar, log of the mean of `exp(log_group_weights(…))` over the global batch, where
+            the groups given are only a part of it; by default the groups given are all.
 
     Returns:
         `[groups]`, in the dtype of `logps`.
 
     Raises:
-        ValueError: sizes that do not fit, a negative α, or probabilities for groups of more than two.
+        ValueError: sizes that do not fit, a negative α, an unknown kind or way of soft labels, or
+            probabilities for groups of more than two.
     """
     if alpha < 0:
         raise ValueError(f"softness alpha must be at least 0, got {alpha}")
+    if kind not in get_args(PreferenceKind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(PreferenceKind))}, got {kind!r}")
     groups = _as_rows(logps, group_sizes)
-    size = groups.values.shape[1]
-    pairs_only = size == 2 and bool(groups.present.all())
-    if kind == "pairwise" and not pairs_only:
+    pairs = groups.present.sum(-1) == 2
+    if kind == "pairwise" and not bool(pairs.all()):
         raise ValueError("pairwise preferences need groups of exactly two completions")
-    if probabilities is not None and not pairs_only and bool((probabilities != 1).any()):
-        raise ValueError("label probabilities are defined for groups of exactly two completions")
-    if probabilities is not None and pairs_only:
-        losses = soft_label_loss(
+    ranks = groups.values.shape[1] - 1 if kind == "ranking" else 1
+    losses = _suffix_losses(groups, alpha, ranks)
+    if probabilities is not None:
+        if bool((probabilities[~pairs] != 1).any()):
+            raise ValueError("label probabilities are defined for groups of exactly two completions")
+        soft = soft_label_loss(
             lambda margin: _logistic(margin, alpha),
             groups.values[:, 0] - groups.values[:, 1],
             probabilities,
             soft_labels,
         )
-    else:
-        losses = _suffix_losses(groups, alpha, ranks=size - 1 if kind == "ranking" else 1)
+        losses = soft.where(pairs, losses)
     if weight_exponent:
-        scores = _as_rows(logps if weight_scores is None else weight_scores, group_sizes)
-        log_weights = weight_exponent * scores.values.detach().masked_fill(
-            ~scores.present, -torch.inf
-        ).logsumexp(-1)
-        losses = losses * torch.softmax(log_weights, 0) * len(log_weights)
+        scores = logps if weight_scores is None else weight_scores
+        log_weights = log_group_weights(scores, group_sizes, weight_exponent=weight_exponent)
+        if log_mean_weight is None:
+            log_mean_weight = log_weights.logsumexp(0) - math.log(len(log_weights))
+        losses = losses * (log_weights - log_mean_weight).exp()
     return losses
+
+
+def log_group_weights(scores: Tensor, group_sizes: Tensor, *, weight_exponent: float) -> Tensor:
+    """`log μ = γ logsumexp_j score_j` of each group, before scaling: `[sequences], [groups] -> [groups]`.
+
+    Symmetric in a group's completions, which keeps the loss's minimiser, and without gradient.
+    """
+    groups = _as_rows(scores.detach(), group_sizes)
+    return weight_exponent * groups.values.masked_fill(~groups.present, -torch.inf).logsumexp(-1)
 
 
 def dpo_loss(
