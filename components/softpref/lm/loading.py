@@ -29,8 +29,11 @@ def check_model_source(source: str) -> None:
             raise ConfigError(f"base model {source}: there is no such GGUF file")
         return
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"base model {source}: the folder holds no config.json; is it a checkpoint?")
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise ConfigError(
+                f"base model {source}: the folder holds no config.json and no adapter_config.json; "
+                "is it a checkpoint?"
+            )
         weights = list(path.glob("*.safetensors"))
         if not weights:
             raise ConfigError(

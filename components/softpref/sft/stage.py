@@ -15,9 +15,15 @@ from softpref.errors import ConfigError, DataError
 from softpref.lm.loading import load_model, load_tokenizer, require_new_folder, save_model_folder
 from softpref.lm.scoring import pad_sequences
 from softpref.lm.tokenization import TokenizedSequence, tokenize_sequence
-from softpref.lm.training import GuardedTrainer, TrackingCallback, last_checkpoint, require_devices
+from softpref.lm.training import (
+    GuardedTrainer,
+    TrackingCallback,
+    checkpoint_step,
+    last_checkpoint,
+    require_devices,
+    stage_tracker,
+)
 from softpref.sft.config import SFTConfig
-from softpref.tracking import Tracker
 
 _IGNORED = -100  # label of tokens that carry no loss, by convention of transformers
 
@@ -30,6 +36,7 @@ def run(
     name: str = "reference",
     experiment: str = "softpref",
     parent_run_id: str = "",
+    tracking_uri: str = "",
     checkpoint_dir: str = "",
 ) -> dict[str, float]:
     """Train the reference model on demonstrations, or on the best completions where there are none.
@@ -38,7 +45,8 @@ def run(
         dataset_dir: a dataset folder of stage 1.
         output_dir: the model folder to write; must not hold a finished model.
         name: name of the model and of its tracking run.
-        experiment, parent_run_id: where tracking puts the run.
+        experiment, parent_run_id, tracking_uri: where tracking puts the run; an empty URI takes
+            `MLFLOW_TRACKING_URI`, or a local store.
         checkpoint_dir: where checkpoints are kept while training; by default inside `output_dir`. A run that
             was cut off continues from the newest complete one, and they are removed at the end.
 
@@ -66,8 +74,13 @@ def run(
         model = build_model(config.model_config, tokenizer)
     splits = {split: _Demonstrations(rows, tokenizer, config) for split, rows in demonstrations.items()}
     stats = json.loads((Path(dataset_dir) / "stats.json").read_text(encoding="utf-8"))
-    with Tracker(
-        output_dir, experiment=experiment, run_name=name, parent_run_id=parent_run_id or None
+    with stage_tracker(
+        config,
+        output_dir,
+        experiment=experiment,
+        run_name=name,
+        parent_run_id=parent_run_id or None,
+        tracking_uri=tracking_uri or None,
     ) as tracker:
         tracker.params(
             {
@@ -92,10 +105,14 @@ def run(
         )
         metrics: dict[str, float] = {}
         if config.num_train_epochs > 0 or config.max_steps > 0:
-            metrics = dict(trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints)).metrics)
+            checkpoint = last_checkpoint(checkpoints)
+            if checkpoint:
+                tracker.rewind(checkpoint_step(checkpoint))
+            metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
         if "validation" in splits:
             metrics.update(trainer.evaluate())
         if trainer.is_world_process_zero():
+            tracker.flush(timeout=10)  # the run's id is part of what is saved
             save_model_folder(
                 trainer.accelerator.unwrap_model(trainer.model),
                 tokenizer,

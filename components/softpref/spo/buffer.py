@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from softpref.errors import ConfigError
 from softpref.lm.sampling import Sample, sampling_noise
 
 Draw = Callable[[list[list[int]], "object"], list[Sample]]
@@ -53,7 +54,7 @@ class SampleBuffer:
 
     def slice_for(self, step: int) -> list[Sample]:
         """This process's samples for optimizer step `step` (counted from 0), drawn anew when they are due."""
-        if self.policy_step is None or step - self.policy_step >= self._interval:
+        if self.policy_step is None or not 0 <= step - self.policy_step < self._interval:
             self._refresh(step)
         assert self.policy_step is not None
         place = step - self.policy_step
@@ -77,9 +78,15 @@ class SampleBuffer:
         """Continue from a checkpoint's buffer.
 
         Raises:
-            FileNotFoundError: the checkpoint holds none for this process.
+            ConfigError: the checkpoint holds none for this process.
         """
-        state = json.loads(self._file(folder).read_text(encoding="utf-8"))
+        file = self._file(folder)
+        if not file.is_file():
+            raise ConfigError(
+                f"checkpoint {folder} holds no samples for process {self._rank} of {self._world_size} "
+                f"({file.name}); resume with as many processes, and with the KL term on, as it was saved with"
+            )
+        state = json.loads(file.read_text(encoding="utf-8"))
         self.policy_step = state["policy_step"]
         self._samples = [Sample(**sample) for sample in state["samples"]]
 

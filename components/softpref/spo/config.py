@@ -124,3 +124,8 @@ class SPOConfig(TrainingArguments):
                     f"{neutral}: the KL term weighs samples as draws of the policy's own distribution, and "
                     "any other setting would bias it without a sign",
                 )
+
+
+def member_name(method: str, alpha: float, beta: float) -> str:
+    """The name of one model of a sweep: what distinguishes it from the others, `spo-alpha-0.5`."""
+    return f"spo-alpha-{alpha:g}" if method == "spo" else f"{method}-beta-{beta:g}"

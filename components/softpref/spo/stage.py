@@ -18,10 +18,15 @@ from softpref.lm.loading import (
     require_new_folder,
     save_model_folder,
 )
-from softpref.lm.training import TrackingCallback, last_checkpoint, require_devices
-from softpref.spo.config import SPOConfig
+from softpref.lm.training import (
+    TrackingCallback,
+    checkpoint_step,
+    last_checkpoint,
+    require_devices,
+    stage_tracker,
+)
+from softpref.spo.config import SPOConfig, member_name
 from softpref.spo.trainer import SPOTrainer
-from softpref.tracking import Tracker
 
 _TRACKED = (
     "method",
@@ -52,6 +57,7 @@ def run(
     name: str = "",
     experiment: str = "softpref",
     parent_run_id: str = "",
+    tracking_uri: str = "",
     checkpoint_dir: str = "",
 ) -> dict[str, float]:
     """Train a policy from the reference on the preferences of a dataset folder.
@@ -61,7 +67,8 @@ def run(
         reference_dir: the model folder to start from, which is also the frozen reference.
         output_dir: the model folder to write; must not hold a finished model.
         name: name of the model and of its tracking run; by default method and α or β.
-        experiment, parent_run_id: where tracking puts the run.
+        experiment, parent_run_id, tracking_uri: where tracking puts the run; an empty URI takes
+            `MLFLOW_TRACKING_URI`, or a local store.
         checkpoint_dir: where checkpoints are kept while training; by default inside `output_dir`. A run that
             was cut off continues from the newest complete one, and they are removed at the end.
 
@@ -89,8 +96,13 @@ def run(
         prompt_dataset=prompts,
         peft_config=_lora(config) if config.use_peft else None,
     )
-    with Tracker(
-        output_dir, experiment=experiment, run_name=name, parent_run_id=parent_run_id or None
+    with stage_tracker(
+        config,
+        output_dir,
+        experiment=experiment,
+        run_name=name,
+        parent_run_id=parent_run_id or None,
+        tracking_uri=tracking_uri or None,
     ) as tracker:
         tracker.params(
             {
@@ -103,12 +115,12 @@ def run(
         trainer.add_callback(TrackingCallback(tracker))
         checkpoint = last_checkpoint(checkpoints)
         if checkpoint:
-            tracker.rewind(_step_of(checkpoint))
+            tracker.rewind(checkpoint_step(checkpoint))
         metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
         if "validation" in preferences:
             metrics.update(trainer.evaluate())
         if trainer.is_world_process_zero():
-            tracker.flush()  # the run's id is part of what is saved
+            tracker.flush(timeout=10)  # the run's id is part of what is saved
             policy = trainer.accelerator.unwrap_model(trainer.model)
             merged = config.use_peft and config.merge_adapter
             save_model_folder(
@@ -132,11 +144,6 @@ def run(
             )
             shutil.rmtree(checkpoints, ignore_errors=True)
     return metrics
-
-
-def member_name(method: str, alpha: float, beta: float) -> str:
-    """The name of one model of a sweep: what distinguishes it from the others, `spo-alpha-0.5`."""
-    return f"spo-alpha-{alpha:g}" if method == "spo" else f"{method}-beta-{beta:g}"
 
 
 def _load_preferences(dataset_dir: str) -> tuple[dict[str, Any], Any, str]:
@@ -166,7 +173,3 @@ def _lora(config: SPOConfig) -> Any:
         target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
         task_type="CAUSAL_LM",
     )
-
-
-def _step_of(checkpoint: str) -> int:
-    return int(Path(checkpoint).name.rpartition("-")[2])

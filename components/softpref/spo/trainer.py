@@ -6,11 +6,12 @@ and one optimizer step is scaled so that it does not depend on how it is cut int
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,15 @@ from softpref.lm.scoring import (
 )
 from softpref.lm.tokenization import stop_token_ids, tokenize_prompt, tokenize_sequence
 from softpref.lm.training import GuardedTrainer
-from softpref.objectives import dpo_loss, effective_sample_size, kl_loss, kl_per_token, preference_loss
+from softpref.objectives import (
+    dpo_loss,
+    kl_loss,
+    kl_per_token,
+    log_group_weights,
+    preference_loss,
+    reward_to_go,
+)
+from softpref.objectives.preference import PreferenceKind
 from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
 
@@ -63,6 +72,8 @@ class SPOTrainer(GuardedTrainer):
         ConfigError, DataError: before training, for anything that cannot be trained on.
     """
 
+    args: SPOConfig
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module,
@@ -80,14 +91,23 @@ class SPOTrainer(GuardedTrainer):
         pad_id = processing_class.pad_token_id
         if pad_id is None:
             pad_id = processing_class.eos_token_id
+        if ref_model is not None and ref_model is model:
+            raise ConfigError(
+                "ref_model is the model to train itself, and would move with it; leave ref_model out, then a "
+                "frozen copy is made"
+            )
+        if args.samples_policy and args.samples_per_refresh < args.sampling_interval * args.world_size:
+            raise ConfigError(
+                "SPOConfig.samples_per_refresh must be at least sampling_interval times the number of "
+                f"processes ({args.sampling_interval} × {args.world_size}), for every process takes part in "
+                f"every step's slice; got {args.samples_per_refresh}"
+            )
         self._uses_adapter = peft_config is not None or hasattr(model, "peft_config")
         if peft_config is not None:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        for module in model.modules():  # preference training runs without dropout
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        _switch_dropout_off(model)
         self._needs_reference = args.method == "dpo" or args.samples_policy
         if ref_model is None and self._needs_reference and not self._uses_adapter:
             ref_model = deepcopy(model)
@@ -116,13 +136,8 @@ class SPOTrainer(GuardedTrainer):
             prompts = (
                 [row["prompt"] for row in train_rows.rows]
                 if prompt_dataset is None
-                else [
-                    tokenize_prompt(processing_class, row["prompt"], max_length=args.max_prompt_length)
-                    for row in prompt_dataset
-                ]
+                else _tokenize_prompts(prompt_dataset, processing_class, args.max_prompt_length)
             )
-            if not prompts:
-                raise DataError("prompt_dataset holds no prompt; the KL term needs some to sample from")
             self.buffer = SampleBuffer(
                 prompts,
                 size=args.samples_per_refresh,
@@ -139,15 +154,57 @@ class SPOTrainer(GuardedTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, each with its share of the policy's samples."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        rows = self._sum_over_processes(sum(len(batch["group_sizes"]) for batch in batches), device)
-        if self.buffer is not None and batches:
+        rows = self._sum_over_processes(sum(len(batch["group_sizes"]) for batch in batches))
+        if not batches:
+            return batches, rows
+        cut = len(batches) > 1 or self.args.world_size > 1
+        if self.buffer is not None:
             samples = self.buffer.slice_for(self.state.global_step)
             size = self.buffer.slice_size(self.state.global_step)
             for i, batch in enumerate(batches):
                 share = samples[len(samples) * i // len(batches) : len(samples) * (i + 1) // len(batches)]
                 batch.update(self._sample_tensors(share))
                 batch["samples_in_step"] = size
+            if cut and self.args.kl_gradient == "full":
+                total = self._to_go_total(batches)
+                for batch in batches:
+                    batch["to_go_total"] = total
+        if cut and self.args.method == "spo" and self.args.weight_exponent:
+            log_mean = self._log_mean_weight(batches, rows)
+            for batch in batches:
+                batch["log_mean_weight"] = log_mean
         return batches, rows
+
+    @torch.no_grad()
+    def _to_go_total(self, batches: list[dict[str, Any]]) -> Tensor:
+        """Σ of `reward_to_go` over the samples of the whole step, all processes: `[positions]`."""
+        total = torch.zeros(self.args.max_completion_length, device=self.args.device)
+        policy = self.accelerator.unwrap_model(self.model)
+        for batch in batches:
+            if "sample_input_ids" in batch:
+                inputs = self._prepare_inputs(batch)
+                with evaluation_mode(policy), self.compute_loss_context_manager():
+                    sequences = _sample_batch(inputs)
+                    logits, _ = completion_logits(policy, sequences)
+                    token_kl = kl_per_token(logits, self._reference_logits(policy, sequences))
+                to_go = reward_to_go(token_kl, sequences.lengths)
+                total[: to_go.shape[1]] += to_go.sum(0)
+        return self.accelerator.reduce(total, reduction="sum")
+
+    @torch.no_grad()
+    def _log_mean_weight(self, batches: list[dict[str, Any]], rows: float) -> Tensor:
+        """log of the mean row weight over the whole step, all processes; a scalar."""
+        policy = self.accelerator.unwrap_model(self.model)
+        log_weights = []
+        for batch in batches:
+            inputs = self._prepare_inputs(batch)
+            with evaluation_mode(policy), self.compute_loss_context_manager():
+                logps = sequence_logps(policy, _preference_batch(inputs))
+            log_weights.append(
+                log_group_weights(logps, inputs["group_sizes"], weight_exponent=self.args.weight_exponent)
+            )
+        total = torch.cat(log_weights).logsumexp(0)
+        return self.accelerator.gather(total[None]).logsumexp(0) - math.log(rows)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective of one micro-batch, as its share of the optimizer step's mean.
@@ -167,7 +224,7 @@ class SPOTrainer(GuardedTrainer):
 
     def _preference_losses(self, model, inputs, means: _Means) -> Tensor:
         args = self.args
-        batch = SequenceBatch(*(inputs[name] for name in SequenceBatch._fields))
+        batch = _preference_batch(inputs)
         logps = sequence_logps(model, batch)
         sizes, probabilities = inputs["group_sizes"], inputs["probabilities"]
         rewards = args.alpha * logps.detach()
@@ -192,6 +249,7 @@ class SPOTrainer(GuardedTrainer):
                 probabilities=probabilities,
                 soft_labels=args.soft_labels,
                 weight_exponent=args.weight_exponent,
+                log_mean_weight=inputs.get("log_mean_weight"),
             )
         best = sizes.cumsum(0) - sizes
         worst = sizes.cumsum(0) - 1
@@ -207,13 +265,18 @@ class SPOTrainer(GuardedTrainer):
         return losses
 
     def _kl_losses(self, model, inputs, means: _Means) -> Tensor:
-        batch = SequenceBatch(*(inputs[f"sample_{name}"] for name in SequenceBatch._fields))
+        batch = _sample_batch(inputs)
         logits, targets = completion_logits(model, batch)
-        with torch.no_grad(), self._reference(model) as reference:
-            ref_logits = completion_logits(reference, batch).logits
-        token_kl = kl_per_token(logits, ref_logits)
+        token_kl = kl_per_token(logits, self._reference_logits(model, batch))
         token_logps = gather_logps(logits, targets)
-        losses = kl_loss(token_kl, token_logps, batch.lengths, kl_gradient=self.args.kl_gradient)
+        losses = kl_loss(
+            token_kl,
+            token_logps,
+            batch.lengths,
+            kl_gradient=self.args.kl_gradient,
+            to_go_total=inputs.get("to_go_total"),
+            sequences=inputs["samples_in_step"],
+        )
         with torch.no_grad():
             log_weights = sum_by_sequence(token_logps, batch.lengths) - inputs["sample_logps"]
             means.add("kl/sequence", losses)
@@ -221,9 +284,16 @@ class SPOTrainer(GuardedTrainer):
             means.add("entropy", entropies(logits))
             means.add("completions/mean_length", batch.lengths.float())
             means.add("completions/truncated_fraction", inputs["sample_truncated"])
-            means.add("sampling/ess", effective_sample_size(log_weights).expand(len(log_weights)))
+            weights = log_weights.clamp(-40, 40).exp()  # squares stay within fp32
+            means.add("weight", weights)
+            means.add("squared_weight", weights**2)
             means.add("sampling/age", inputs["sample_age"])
         return losses
+
+    @torch.no_grad()
+    def _reference_logits(self, model, batch: SequenceBatch) -> Tensor:
+        with self._reference(model) as reference:
+            return completion_logits(reference, batch).logits
 
     def _reference(self, model):
         """Context that gives the reference: a model of its own, or the policy with its adapter off."""
@@ -270,29 +340,39 @@ class SPOTrainer(GuardedTrainer):
         with torch.no_grad(), evaluation_mode(model), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As in the base class; what it returns and logs has the metrics of `SPOTrainer` too."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._means["eval"].take(self._sum_over_processes)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics gathered since the last log of this kind."""
-        evaluating = any(name.startswith("eval_") for name in logs)
-        means = self._means["eval" if evaluating else "train"].take(self._sum_over_processes)
-        prefix = "eval_" if evaluating else ""
-        if not evaluating and self.buffer is not None:
-            means.update(self._clock.take())
-        super().log({**logs, **{prefix + name: value for name, value in means.items()}}, start_time)
+        """Add the training metrics gathered since the last log of a loss."""
+        if "loss" in logs:
+            means = self._means["train"].take(self._sum_over_processes)
+            if "weight" in means:  # (Σw)² / (n Σw²)
+                means["sampling/ess"] = means.pop("weight") ** 2 / means.pop("squared_weight")
+            if self.buffer is not None:
+                means.update(self._clock.take())
+            logs = {**logs, **means}
+        super().log(logs, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.buffer is not None:
             self.buffer.save(output_dir)
+            self.accelerator.wait_for_everyone()  # the file that marks a checkpoint complete comes after all
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.buffer is not None:
             self.buffer.load(checkpoint)
 
-    def _sum_over_processes(self, value: float, device: Any = None) -> float:
+    def _sum_over_processes(self, value: float) -> float:
         if self.args.world_size == 1:
             return value
-        total = torch.tensor(value, dtype=torch.float64, device=device or self.args.device)
+        total = torch.tensor(value, dtype=torch.float64, device=self.args.device)
         return self.accelerator.reduce(total, reduction="sum").item()
 
 
@@ -322,19 +402,22 @@ class PreferenceRows(Dataset):
                     )
                     for completion in completions
                 ]
-                probability = row.get("probability")
-                if probability is not None and not 0 <= probability <= 1:
-                    raise DataError(f"probability must be in [0, 1], got {probability}")
+                probability = _probability(row, len(completions))
+                kind = row.get("kind") or "ranking"
+                if kind not in get_args(PreferenceKind):
+                    raise DataError(
+                        f"kind must be one of {', '.join(get_args(PreferenceKind))}, got {kind!r}"
+                    )
             except DataError as error:
                 raise DataError(f"preference row {number}: {error}") from error
             self.truncated += any(sequence.truncated for sequence in tokenized)
             if len(tokenized) > 2:
-                kinds.add(row.get("kind") or "ranking")
+                kinds.add(kind)
             self.rows.append(
                 {
                     "prompt": tokenized[0].prompt,
                     "completions": [sequence.completion for sequence in tokenized],
-                    "probability": 1.0 if probability is None else float(probability),
+                    "probability": probability,
                 }
             )
         if not self.rows:
@@ -363,6 +446,8 @@ class PreferenceRows(Dataset):
 
 def _columns(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
     if "completions" in row:
+        if isinstance(row["completions"], str) or not isinstance(row["completions"], Sequence):
+            raise DataError(f"completions must be a list, best first, got {row['completions']!r}")
         completions = list(row["completions"])
     elif "chosen" in row and "rejected" in row:
         completions = [row["chosen"], row["rejected"]]
@@ -373,6 +458,55 @@ def _columns(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
     if len(completions) < 2:
         raise DataError(f"needs at least two completions, got {len(completions)}")
     return row["prompt"], completions
+
+
+def _probability(row: Mapping[str, Any], count: int) -> float:
+    probability = row.get("probability")
+    if probability is None:
+        return 1.0
+    if (
+        isinstance(probability, bool)
+        or not isinstance(probability, (int, float))
+        or not 0 <= probability <= 1
+    ):
+        raise DataError(f"probability must be a number in [0, 1], or null, got {probability!r}")
+    if count > 2 and probability != 1:
+        raise DataError(
+            f"probability {probability} belongs to a pair, but there are {count} completions; leave it null"
+        )
+    return float(probability)
+
+
+def _tokenize_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int) -> list[list[int]]:
+    prompts = []
+    for number, row in enumerate(rows):
+        if "prompt" not in row:
+            raise DataError(f"prompt row {number}: needs prompt; has {', '.join(sorted(row))}")
+        try:
+            prompts.append(tokenize_prompt(tokenizer, row["prompt"], max_length=max_length))
+        except DataError as error:
+            raise DataError(f"prompt row {number}: {error}") from error
+    if not prompts:
+        raise DataError("prompt_dataset holds no prompt; the KL term needs some to sample from")
+    return prompts
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
+    """Preference training runs without dropout: in modules, and where layers keep its rate as a number."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+
+
+def _preference_batch(inputs: Mapping[str, Any]) -> SequenceBatch:
+    return SequenceBatch(*(inputs[name] for name in SequenceBatch._fields))
+
+
+def _sample_batch(inputs: Mapping[str, Any]) -> SequenceBatch:
+    return SequenceBatch(*(inputs[f"sample_{name}"] for name in SequenceBatch._fields))
 
 
 class _Collator:
@@ -410,7 +544,7 @@ class _adapter_off:
 
 class _Mean(NamedTuple):
     total: Tensor
-    count: int
+    number: int
 
 
 class _Means:
@@ -420,17 +554,17 @@ class _Means:
         self._values: dict[str, _Mean] = {}
 
     def add(self, name: str, values: Tensor) -> None:
-        total, count = values.detach().float().sum(), values.numel()
+        total, number = values.detach().float().sum(), values.numel()
         if name in self._values:
             before = self._values[name]
-            total, count = before.total + total, before.count + count
-        self._values[name] = _Mean(total, count)
+            total, number = before.total + total, before.number + number
+        self._values[name] = _Mean(total, number)
 
     def take(self, sum_over_processes) -> dict[str, float]:
         means = {}
         for name in sorted(self._values):  # one order on every process
-            total, count = self._values[name]
-            means[name] = sum_over_processes(float(total)) / sum_over_processes(count)
+            total, number = self._values[name]
+            means[name] = sum_over_processes(float(total)) / sum_over_processes(number)
         self._values.clear()
         return means
 

@@ -1,0 +1,171 @@
+"""The console command `softpref`: every stage without KFP. Imports a stage only when it is run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from softpref.errors import SoftprefError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status: 0, or 2 for an error that a person can mend."""
+    parser = argparse.ArgumentParser(
+        prog="softpref", description="Soft preference optimization, stage by stage."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
+    for name, (summary, paths, _) in _STAGES.items():
+        stage = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary} Any further --key value sets a parameter of the stage's configuration "
+            "and wins over --config.",
+        )
+        for option, (required, text) in paths.items():
+            stage.add_argument(f"--{option}", required=required, default="", help=text)
+        stage.add_argument("--config", default="", help="YAML or JSON file with the stage's parameters")
+    sync = commands.add_parser("track-sync", help="Send what a tracking server missed.")
+    sync.add_argument("folder", help="output folder of a stage, with its tracking.jsonl")
+    sync.add_argument("--tracking-uri", default="", help="MLflow server (default: the run's own)")
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        if options.command == "track-sync":
+            if rest:
+                parser.error(f"unknown arguments: {' '.join(rest)}")
+            from softpref.tracking import sync as deliver
+
+            result = deliver(options.folder, options.tracking_uri or None)
+            print(f"delivered {result.delivered} records to run {result.run_id}")
+            return 0
+        from softpref.config import read_mapping
+
+        values = read_mapping(options.config) if options.config else {}
+        _, paths, stage_function = _STAGES[options.command]
+        folders = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in paths}
+        result = stage_function(folders, values, _pairs(rest))
+        print(json.dumps(result, indent=2, default=str, ensure_ascii=False))
+        return 0
+    except SoftprefError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _pairs(arguments: list[str]) -> dict[str, str]:
+    """`--key value` and `--key=value` to a dictionary; a key alone is a switch."""
+    from softpref.errors import ConfigError
+
+    pairs: dict[str, str] = {}
+    key = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            key, has_value, value = argument[2:].partition("=")
+            key = key.replace("-", "_")
+            pairs[key] = value if has_value else "true"
+        elif key:
+            pairs[key], key = argument, ""
+        else:
+            raise ConfigError(f"{argument!r} belongs to no parameter; write --key value")
+    return pairs
+
+
+Values = dict[str, Any]
+
+
+def _data(folders: Values, values: Values, given: Values) -> Any:
+    from softpref.config import build_config
+    from softpref.data.config import DataConfig
+    from softpref.data.stage import run
+
+    stats = run(build_config(DataConfig, values, given), folders["output"])
+    return {key: stats[key] for key in ("rows", "dataset_hash") if key in stats}
+
+
+def _sft(folders: Values, values: Values, given: Values) -> Any:
+    from softpref.config import build_config
+    from softpref.sft.config import SFTConfig
+    from softpref.sft.stage import run
+
+    config = build_config(SFTConfig, values, given)
+    return run(config, dataset_dir=folders["dataset"], output_dir=folders["output"])
+
+
+def _train(folders: Values, values: Values, given: Values) -> Any:
+    from softpref.config import build_config
+    from softpref.spo.config import SPOConfig
+    from softpref.spo.stage import run
+
+    return run(
+        build_config(SPOConfig, values, given),
+        dataset_dir=folders["dataset"],
+        reference_dir=folders["reference"],
+        output_dir=folders["output"],
+    )
+
+
+def _evaluate(folders: Values, values: Values, given: Values) -> Any:
+    from softpref.config import build_config
+    from softpref.evaluation.config import EvaluationConfig
+    from softpref.evaluation.stage import run
+
+    evaluation = run(
+        build_config(EvaluationConfig, values, given),
+        dataset_dir=folders["dataset"],
+        reference_dir=folders["reference"],
+        policy_dir=folders["policy"],
+        output_dir=folders["output"],
+    )
+    return {"metrics": evaluation["metrics"], "exact": evaluation["exact"]}
+
+
+def _register(folders: Values, values: Values, given: Values) -> Any:
+    from softpref.config import build_config
+    from softpref.registry.config import RegistryConfig
+    from softpref.registry.stage import run
+
+    return run(
+        build_config(RegistryConfig, values, given),
+        folders["policy"],
+        folders["evaluation"],
+        folders["output"],
+        folders["comparison"] or None,
+    )
+
+
+_DATASET = (True, "dataset folder of `softpref data`")
+_OUTPUT = (True, "folder to write")
+_STAGES: dict[str, tuple[str, dict[str, tuple[bool, str]], Callable[[Values, Values, Values], Any]]] = {
+    "data": ("Turn preferences of any source into a checked dataset.", {"output": _OUTPUT}, _data),
+    "sft": (
+        "Train the reference model.",
+        {"dataset": _DATASET, "output": _OUTPUT},
+        _sft,
+    ),
+    "train": (
+        "Align the reference to preferences.",
+        {"dataset": _DATASET, "reference": (True, "model folder to start from"), "output": _OUTPUT},
+        _train,
+    ),
+    "evaluate": (
+        "Measure a model on held-out prompts.",
+        {
+            "dataset": _DATASET,
+            "reference": (True, "model folder of the reference"),
+            "policy": (True, "model folder to measure"),
+            "output": _OUTPUT,
+        },
+        _evaluate,
+    ),
+    "register": (
+        "Put an evaluated model into the MLflow registry.",
+        {
+            "policy": (True, "model folder"),
+            "evaluation": (True, "its evaluation folder"),
+            "comparison": (False, "comparison folder of a sweep that chose it"),
+            "output": _OUTPUT,
+        },
+        _register,
+    ),
+}

@@ -1,0 +1,1 @@
+"""Before the first stage: every parameter of a pipeline is checked and the members of a sweep are planned."""

@@ -1,0 +1,125 @@
+"""Checks all parameters of a pipeline within seconds and plans its members. Reads no data, trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from softpref.config import build_config, parse_overrides
+from softpref.errors import ConfigError
+
+DEFAULT_BASELINE_BETA = 0.1
+
+
+# Which configuration a pipeline's parameter belongs to, and its name there.
+_BELONGS_TO = {
+    "source": ("data", "source"),
+    "columns": ("data", "columns"),
+    "prompt_template": ("data", "prompt_template"),
+    "rows": ("data", "rows"),
+    "data_overrides": ("data", "overrides"),
+    "base_model": ("sft", "base_model"),
+    "sft_learning_rate": ("sft", "learning_rate"),
+    "sft_epochs": ("sft", "num_train_epochs"),
+    "sft_overrides": ("sft", "overrides"),
+    "learning_rate": ("train", "learning_rate"),
+    "epochs": ("train", "num_train_epochs"),
+    "samples_per_refresh": ("train", "samples_per_refresh"),
+    "sampling_interval": ("train", "sampling_interval"),
+    "train_overrides": ("train", "overrides"),
+    "judge": ("evaluation", "judge"),
+    "samples_per_prompt": ("evaluation", "samples_per_prompt"),
+    "evaluation_overrides": ("evaluation", "overrides"),
+    "selection_rule": ("comparison", "rule"),
+    "max_kl": ("comparison", "max_kl"),
+    "registered_model_name": ("registry", "model_name"),
+    "min_win_rate": ("registry", "min_win_rate"),
+    "registry_overrides": ("registry", "overrides"),
+}
+_ZERO_IS_NONE = {"rows", "max_kl"}  # a KFP form has no empty number
+
+
+class Member(NamedTuple):
+    """One model of a sweep: what differs from the others."""
+
+    name: str
+    method: str
+    alpha: float
+    beta: float
+
+
+def plan(parameters: Mapping[str, Any]) -> list[Member]:
+    """Build every stage's configuration, so that a wrong parameter fails here, and list the models to train.
+
+    Args:
+        parameters: a pipeline's parameters by name. `alphas` (softness values) and `baselines` (`METHOD` or
+            `METHOD:BETA`, such as `dpo:0.1`), or a single `alpha`; `beta`, the KL strength of the `spo`
+            members; and those of the stages, `data_overrides` and the like (JSON) among them.
+
+    Raises:
+        ConfigError: the first wrong parameter, with what would be right.
+    """
+    from softpref.data.config import DataConfig
+    from softpref.evaluation.config import ComparisonConfig, EvaluationConfig
+    from softpref.registry.config import RegistryConfig
+    from softpref.sft.config import SFTConfig
+    from softpref.spo.config import SPOConfig, member_name
+
+    alphas = parameters["alphas"] if "alphas" in parameters else [parameters["alpha"]]
+    beta = parameters["beta"]
+    members = [Member(member_name("spo", alpha, beta), "spo", float(alpha), float(beta)) for alpha in alphas]
+    members += [_baseline(text) for text in parameters.get("baselines", [])]
+    names = [member.name for member in members]
+    if not names:
+        raise ConfigError("nothing to train: give at least one alpha or baseline")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"the models of a sweep must differ, got {', '.join(names)}")
+    stages: dict[str, dict[str, Any]] = {stage: {} for stage, _ in _BELONGS_TO.values()}
+    for name, (stage, option) in _BELONGS_TO.items():
+        value = parameters.get(name)
+        if value not in (None, "") and not (name in _ZERO_IS_NONE and value == 0):
+            stages[stage][option] = value
+    _check_local_source(_build(DataConfig, stages["data"]).source)
+    _build(SFTConfig, stages["sft"])
+    for member in members:
+        differs = {"method": member.method, "alpha": member.alpha, "beta": member.beta}
+        _build(SPOConfig, {**stages["train"], **differs})
+    _build(EvaluationConfig, stages["evaluation"])
+    _build(ComparisonConfig, stages["comparison"])
+    _build(RegistryConfig, stages["registry"])
+    return members
+
+
+def _baseline(text: str) -> Member:
+    from softpref.spo.config import METHODS, member_name
+
+    method, _, beta_text = text.partition(":")
+    if method not in METHODS or method == "spo":
+        known = ", ".join(name for name in METHODS if name != "spo")
+        raise ConfigError(f"baseline {text!r} is unknown; known: {known}, each with :BETA if wanted")
+    try:
+        beta = float(beta_text) if beta_text else DEFAULT_BASELINE_BETA
+    except ValueError as error:
+        raise ConfigError(f"baseline {text!r}: BETA must be a number, as in {method}:0.1") from error
+    return Member(member_name(method, 1.0, beta), method, 1.0, beta)
+
+
+def _build(cls: type, values: Mapping[str, Any]) -> Any:
+    values = dict(values)
+    overrides = parse_overrides(values.pop("overrides", ""))
+    return build_config(cls, values, overrides)
+
+
+def _check_local_source(source: str) -> None:
+    """A source that can only be a path must exist; whether a Hub id does is known when it is read."""
+    looks_local = source.startswith(("/", "./", "../", "~")) or Path(source).suffix.lower() in (
+        ".jsonl",
+        ".json",
+        ".csv",
+        ".parquet",
+    )
+    if looks_local and not Path(source).expanduser().exists():
+        raise ConfigError(
+            f"source {source} does not exist; give a file, a folder, a Hub id like owner/name, or story"
+        )

@@ -1,0 +1,67 @@
+"""The KFP face of stage 2. Holds no logic: it builds an SFTConfig and calls `softpref.sft.stage.run`."""
+
+from kfp import dsl
+from kfp.dsl import Dataset, Input, Metrics, Model, Output
+
+from softpref.images import TRAIN_IMAGE
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def train_reference(
+    dataset: Input[Dataset],
+    reference: Output[Model],
+    metrics: Output[Metrics],
+    base_model: str = "",
+    learning_rate: float = 2e-5,
+    num_train_epochs: float = 1.0,
+    seed: int = 0,
+    gpus: int = 0,
+    experiment: str = "softpref",
+    parent_run_id: str = "",
+    tracking_uri: str = "",
+    overrides: str = "",
+):
+    """Train the reference model by supervised fine-tuning on demonstrations or best completions.
+
+    Args:
+        dataset: The dataset folder of the data stage.
+        reference: The model folder: safetensors, tokenizer, generation config, model card.
+        metrics: Final losses, in nats per completion token.
+        base_model: Hub id, checkpoint folder or .gguf file. Empty: a model from nothing, by model_config in
+            overrides.
+        learning_rate: Peak learning rate.
+        num_train_epochs: Passes over the demonstrations. 0: the base model itself is the reference.
+        seed: Seed of initialisation and order.
+        gpus: GPUs to train on; fewer than that is an error. 0: none are asked for.
+        experiment: MLflow experiment.
+        parent_run_id: MLflow run under which this stage's run is put. Empty: none.
+        tracking_uri: MLflow server. Empty: the environment's, or a local store.
+        overrides: JSON object with any other parameter of SFTConfig, which has every option of
+            transformers.TrainingArguments.
+    """
+    from softpref.config import build_config, parse_overrides
+    from softpref.sft.config import SFTConfig
+    from softpref.sft.stage import run
+
+    config = build_config(
+        SFTConfig,
+        {
+            "base_model": base_model,
+            "learning_rate": learning_rate,
+            "num_train_epochs": num_train_epochs,
+            "seed": seed,
+            "gpus": gpus,
+        },
+        parse_overrides(overrides),
+    )
+    results = run(
+        config,
+        dataset_dir=dataset.path,
+        output_dir=reference.path,
+        experiment=experiment,
+        parent_run_id=parent_run_id,
+        tracking_uri=tracking_uri,
+    )
+    for name in ("train_loss", "eval_loss"):
+        if name in results:
+            metrics.log_metric(name, results[name])

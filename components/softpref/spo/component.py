@@ -1,0 +1,81 @@
+"""The KFP face of stage 3. Holds no logic: it builds an SPOConfig and calls `softpref.spo.stage.run`."""
+
+from kfp import dsl
+from kfp.dsl import Dataset, Input, Metrics, Model, Output
+
+from softpref.images import TRAIN_IMAGE
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def train_policy(
+    dataset: Input[Dataset],
+    reference: Input[Model],
+    policy: Output[Model],
+    metrics: Output[Metrics],
+    member: str,
+    learning_rate: float = 1e-6,
+    num_train_epochs: float = 1.0,
+    samples_per_refresh: int = 64,
+    sampling_interval: int = 8,
+    seed: int = 0,
+    gpus: int = 0,
+    experiment: str = "softpref",
+    tracking_uri: str = "",
+    overrides: str = "",
+):
+    """Align the reference to preferences: soft preference optimization, or a baseline on the same rows.
+
+    Args:
+        dataset: The dataset folder of the data stage.
+        reference: The model to start from, which is also the frozen reference of the KL term.
+        policy: The aligned model's folder: safetensors, tokenizer, generation config, model card.
+        metrics: Final training and validation figures.
+        member: JSON object written by the planning task: name, method, alpha, beta and parent_run_id.
+        learning_rate: Peak learning rate.
+        num_train_epochs: Passes over the preferences.
+        samples_per_refresh: Completions drawn from the policy at each refresh, for the KL term.
+        sampling_interval: Optimizer steps between refreshes.
+        seed: Seed of order and sampling.
+        gpus: GPUs to train on; fewer than that is an error. 0: none are asked for.
+        experiment: MLflow experiment.
+        tracking_uri: MLflow server. Empty: the environment's, or a local store.
+        overrides: JSON object with any other parameter of SPOConfig, which has every option of
+            transformers.TrainingArguments.
+    """
+    import json
+    import math
+
+    from softpref.config import build_config, parse_overrides
+    from softpref.spo.config import SPOConfig
+    from softpref.spo.stage import run
+
+    plan = json.loads(member)
+    config = build_config(
+        SPOConfig,
+        {
+            "method": plan["method"],
+            "alpha": plan["alpha"],
+            "beta": plan["beta"],
+            "learning_rate": learning_rate,
+            "num_train_epochs": num_train_epochs,
+            "samples_per_refresh": samples_per_refresh,
+            "sampling_interval": sampling_interval,
+            "seed": seed,
+            "gpus": gpus,
+        },
+        parse_overrides(overrides),
+    )
+    results = run(
+        config,
+        dataset_dir=dataset.path,
+        reference_dir=reference.path,
+        output_dir=policy.path,
+        name=plan["name"],
+        experiment=experiment,
+        parent_run_id=plan["parent_run_id"],
+        tracking_uri=tracking_uri,
+    )
+    policy.metadata["name"] = plan["name"]
+    for name, value in results.items():
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            metrics.log_metric(name, value)

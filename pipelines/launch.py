@@ -1,0 +1,317 @@
+"""Compiles a pipeline, or runs it on this machine, in containers, or on a cluster. Knows no stage's logic.
+
+The graph and its parameters are the same in all cases: a recipe and the command line give the parameters,
+one planning function checks them before anything starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from softpref.config import closest, read_mapping
+from softpref.errors import ConfigError, SoftprefError
+
+_HERE = Path(__file__).resolve().parent
+RECIPES, PACKAGES = _HERE / "recipes", _HERE / "packages"
+_ONLY_FOR_SWEEPS = {"alphas", "baselines", "selection_rule", "max_kl"}
+
+
+def main(pipeline: Callable[..., Any], arguments: list[str]) -> int:
+    """Run the command line of one pipeline; returns the exit status."""
+    options = _parse(pipeline, arguments)
+    try:
+        if options.command == "compile":
+            print(compile_package(pipeline, PACKAGES / f"{_name(pipeline)}.yaml"))
+            return 0
+        given = {name: getattr(options, name) for name in _inputs(pipeline)}
+        parameters = pipeline_parameters(pipeline, options.recipe, given)
+        from softpref.preflight.stage import plan
+
+        members = plan(parameters)
+        print(f"{_name(pipeline)}, recipe {options.recipe}: {', '.join(member.name for member in members)}")
+        if options.runner == "cluster":
+            return _submit(pipeline, parameters, options)
+        return _run_here(pipeline, parameters, options)
+    except SoftprefError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def pipeline_parameters(
+    pipeline: Callable[..., Any], recipe: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All parameters of a pipeline: its defaults, then the recipe's, then those given (None is not given).
+
+    Args:
+        recipe: name of a file in `recipes/`, or the path of one. A recipe's mappings (`train_overrides:` and
+            the like) become JSON.
+
+    Raises:
+        ConfigError: there is no such recipe, or it names a parameter that no pipeline has.
+    """
+    inputs = _inputs(pipeline)
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+        raise ConfigError(f"there is no recipe {recipe!r}{closest(recipe, known)}")
+    parameters = {name: spec.default for name, spec in inputs.items()}
+    for name, value in read_mapping(path).items():
+        if name in inputs:
+            parameters[name] = json.dumps(value) if isinstance(value, dict) else value
+        elif name not in _ONLY_FOR_SWEEPS:
+            raise ConfigError(f"recipe {path}: no parameter {name!r}{closest(name, inputs)}")
+    parameters.update({name: value for name, value in given.items() if value is not None})
+    return parameters
+
+
+def compile_package(pipeline: Callable[..., Any], path: Path) -> Path:
+    """Write the pipeline's package, the file to upload in the KFP UI."""
+    from kfp import compiler
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    compiler.Compiler().compile(pipeline, str(path))
+    return path
+
+
+# ---------------------------------------------------------------------- on this machine
+
+
+def _run_here(pipeline: Callable[..., Any], parameters: dict[str, Any], options: argparse.Namespace) -> int:
+    from softpref.tracking import end_run, open_parent, resolve_tracking_uri
+
+    name = f"{Path(options.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    output = Path(options.output or Path("runs") / name)
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"--output {output} is not empty; name a new folder, nothing is overwritten")
+    uri = resolve_tracking_uri(parameters["tracking_uri"] or None)
+    if options.runner == "docker" and uri.startswith("sqlite:"):
+        raise ConfigError(
+            "containers cannot share a SQLite file; start a server (mlflow server --host 0.0.0.0) and give "
+            "its URL as --tracking-uri"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    os.environ["MLFLOW_TRACKING_URI"] = parameters["tracking_uri"] = uri
+    # two models are trained at a time: more threads than cores would slow both
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parent = parameters["parent_run_id"] or open_parent(
+        parameters["experiment"], name, tags={"softpref.recipe": options.recipe}, tracking_uri=uri
+    )
+    parameters["parent_run_id"] = parent or ""
+    print(f"output {output}, tracking {uri}")
+    started = time.monotonic()
+    succeeded = False
+    try:
+        with _console(output / "pipeline.log") as console:
+            succeeded = _execute(pipeline, parameters, options.runner, output / "pipeline")
+    finally:
+        end_run(parent, "FINISHED" if succeeded else "FAILED", tracking_uri=uri)
+    if not succeeded:
+        print(console.last_lines(40), file=sys.stderr)
+        print(
+            f"error: the pipeline failed; everything it printed is in {output / 'pipeline.log'}",
+            file=sys.stderr,
+        )
+        return 1
+    _summarise(output, uri, time.monotonic() - started)
+    return 0
+
+
+def _execute(pipeline: Callable[..., Any], parameters: dict[str, Any], runner: str, root: Path) -> bool:
+    import warnings
+
+    from kfp import local
+
+    warnings.filterwarnings("ignore", module="kfp")
+    if runner == "docker":
+        from kfp.local import docker_task_handler
+
+        docker_task_handler.run_docker_container = _run_container
+        environment = {"MLFLOW_TRACKING_URI": parameters["tracking_uri"]}
+        chosen: Any = local.DockerRunner(environment=environment, network_mode="host")
+    else:
+        chosen = local.SubprocessRunner(use_venv=False)
+    local.init(runner=chosen, pipeline_root=str(root.resolve()), raise_on_error=True)
+    try:
+        pipeline(**parameters)
+    except RuntimeError as error:
+        print(f"ERROR - {error}")
+        return False
+    return True
+
+
+def _run_container(
+    client: Any, image: str, command: list[str], volumes: dict[str, Any], **options: Any
+) -> int:
+    """Run one task in a container and return its exit status.
+
+    KFP's own function removes the container before it asks for the status and then takes a failure for a
+    success (kubeflow/pipelines 13332).
+    """
+    container = client.containers.run(image=image, command=command, detach=True, volumes=volumes, **options)
+    try:
+        for line in container.logs(stream=True, follow=True):
+            print(line.decode(errors="replace"), end="")
+        return container.wait()["StatusCode"]
+    finally:
+        container.remove(force=True)
+
+
+class _Console:
+    """What a local run prints: everything goes to a log file, the course of events to the screen."""
+
+    _EVENT = re.compile(r"Executing task|finished with status|Traceback|Error\b|ERROR|WARNING|warning: ")
+    _PROGRESS = re.compile(r"^(.*?)\s*(\d+%)\|.*?\| *(\S+/\S+) \[([^\]]*)\]")
+    _SECONDS_BETWEEN_PROGRESS = 10.0
+
+    def __init__(self, screen: TextIO, log: TextIO) -> None:
+        self._screen, self._log = screen, log
+        self._rest, self._last_progress = "", 0.0
+        self._recent: list[str] = []
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
+        for line in lines:
+            self._log.write(line + "\n")
+            if line.strip():
+                self._recent = [*self._recent[-200:], line]
+                self._show(line.strip())
+        return len(text)
+
+    def flush(self) -> None:
+        self._log.flush()
+        self._screen.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+    def last_lines(self, count: int) -> str:
+        """What was printed last, without progress bars."""
+        return "\n".join([line for line in self._recent if not self._PROGRESS.search(line)][-count:])
+
+    def _show(self, line: str) -> None:
+        progress = self._PROGRESS.search(line)
+        if progress:
+            if time.monotonic() - self._last_progress < self._SECONDS_BETWEEN_PROGRESS:
+                return
+            self._last_progress = time.monotonic()
+            title, share, count, times = progress.groups()
+            line = f"    {title or 'steps'} {share} {count} [{times}]"
+        elif not self._EVENT.search(line):
+            return
+        self._screen.write(line + "\n")
+        self._screen.flush()
+
+
+@contextlib.contextmanager
+def _console(log_file: Path) -> Iterator[_Console]:
+    with log_file.open("w", encoding="utf-8") as log:
+        console = _Console(sys.stdout, log)
+        with contextlib.redirect_stdout(console):  # type: ignore[type-var]
+            yield console
+
+
+def _summarise(output: Path, tracking_uri: str, seconds: float) -> None:
+    """Bring the results to the top of the output folder and say what they are and where."""
+    from softpref.evaluation.compare import format_table
+
+    tasks = output / "pipeline"
+    evaluations = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(tasks.rglob("evaluation/evaluation.json"))
+    ]
+    print(f"\n{format_table(evaluations)}\n")
+    comparison = next(tasks.rglob("comparison.json"), None)
+    if comparison:
+        shutil.copytree(comparison.parent, output / "comparison", dirs_exist_ok=True)
+        choice = json.loads(comparison.read_text(encoding="utf-8"))
+        print(f"chosen:   {choice['chosen']}. {choice['reason']}")
+    registration = next(tasks.rglob("registration.json"), None)
+    if registration:
+        shutil.copy(registration, output / "registration.json")
+        decision = json.loads(registration.read_text(encoding="utf-8"))
+        aliases = "".join(f" @{alias}" for alias in decision["aliases"])
+        print(
+            f"registry: {decision['model_name']} version {decision['version']}{aliases}. {decision['reason']}"
+        )
+    for report in [output / "comparison" / "report.html"] if comparison else tasks.rglob("report.html"):
+        print(f"report:   {report}")
+    print(f"tracking: {tracking_uri}; look at it with: mlflow ui --backend-store-uri {tracking_uri}")
+    print(f"took {seconds:.0f} s")
+
+
+# ---------------------------------------------------------------------- on a cluster
+
+
+def _submit(pipeline: Callable[..., Any], parameters: dict[str, Any], options: argparse.Namespace) -> int:
+    import kfp
+
+    if not options.endpoint:
+        raise ConfigError("--runner cluster needs --endpoint, the URL of the Kubeflow Pipelines API")
+    client = kfp.Client(
+        host=options.endpoint,
+        namespace=options.namespace,
+        existing_token=os.environ.get("KFP_TOKEN"),
+    )
+    run = client.create_run_from_pipeline_func(
+        pipeline,
+        arguments=parameters,
+        run_name=f"{_name(pipeline)}-{Path(options.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}",
+        experiment_name=parameters["experiment"],
+        namespace=options.namespace,
+    )
+    print(f"submitted run {run.run_id} to {options.endpoint}")
+    return 0
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+def _parse(pipeline: Callable[..., Any], arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"{_name(pipeline)}.py",
+        description=(pipeline.__doc__ or _description(pipeline)),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("command", nargs="?", choices=("run", "compile"), default="run")
+    parser.add_argument("--recipe", default="embedded", help="name in pipelines/recipes, or a YAML file")
+    parser.add_argument("--output", help="new folder for the results (default: runs/RECIPE-TIME)")
+    parser.add_argument("--runner", choices=("local", "docker", "cluster"), default="local")
+    parser.add_argument("--endpoint", help="URL of the Kubeflow Pipelines API, for --runner cluster")
+    parser.add_argument("--namespace", default="kubeflow", help="namespace of the run, for --runner cluster")
+    group = parser.add_argument_group("pipeline parameters (they win over the recipe)")
+    for name, spec in _inputs(pipeline).items():
+        many = spec.type.startswith("List")
+        kind = {"NUMBER_INTEGER": int, "NUMBER_DOUBLE": float}.get(spec.type, str)
+        kind = {"Integer": int, "Float": float, "List[float]": float}.get(spec.type, kind)
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            type=kind,
+            nargs="*" if many else None,
+            metavar=name.split("_")[-1].upper(),
+            help=argparse.SUPPRESS if name == "parent_run_id" else f"pipeline default: {spec.default!r}",
+        )
+    return parser.parse_args(arguments)
+
+
+def _inputs(pipeline: Any) -> dict[str, Any]:
+    return dict(pipeline.component_spec.inputs)
+
+
+def _name(pipeline: Any) -> str:
+    return pipeline.name.replace("-", "_")
+
+
+def _description(pipeline: Any) -> str:
+    return pipeline.component_spec.description or pipeline.name
