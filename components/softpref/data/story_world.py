@@ -60,8 +60,10 @@ _SLOTS: tuple[tuple[str, ...], ...] = (
         "The world was a little kinder.",
     ),
 )
-# How writers fill a slot, first option to last: they have habits, but every story can occur.
+# How writers fill a slot, first option to last: they have habits, but every story can occur. They lean a
+# little towards what suits the prompt, as people do; experts lean further.
 _HABIT = np.array([0.24, 0.20, 0.18, 0.15, 0.13, 0.10])
+_LEANING = 0.3
 # What experts like in a story about a hero of that trait, in nats, per slot and option.
 _TASTE: dict[str, tuple[tuple[float, ...], ...]] = {
     "brave": (
@@ -128,17 +130,19 @@ class StoryWorld:
         if prompt not in self._outcomes:
             trait, hero = self._subjects[prompt]
             choices = list(itertools.product(*(range(len(slot)) for slot in _SLOTS)))
+            rewards = np.array([_reward(trait, hero, choice) for choice in choices])
+            weights = _HABIT[np.array(choices)].prod(axis=1) * np.exp(_LEANING * rewards)
             self._outcomes[prompt] = Outcomes(
                 completions=[_story(hero, choice) for choice in choices],
-                rewards=np.array([_reward(trait, hero, choice) for choice in choices]),
-                weights=np.array([np.prod(_HABIT[list(choice)]) for choice in choices]),
+                rewards=rewards,
+                weights=weights / weights.sum(),
             )
         return self._outcomes[prompt]
 
     def preferences(self, rows: int, seed: int, votes: int = 1) -> Iterator[dict]:
         """Draw pairs of stories, judged by experts.
 
-        A pair is two distinct stories, each drawn by the writers' habits, for a prompt drawn uniformly.
+        A pair is two distinct stories, each drawn as writers write, for a prompt drawn uniformly.
 
         Args:
             rows: how many pairs.
@@ -161,7 +165,7 @@ class StoryWorld:
                 yield {**row, "probability": float(probability)}
 
     def demonstrations(self, rows: int, seed: int) -> Iterator[dict]:
-        """Draw stories by the writers' habits, as SFT data: `prompt` and `completion`."""
+        """Draw stories as writers write them, as SFT data: `prompt` and `completion`."""
         random = np.random.default_rng(seed)
         for _ in range(rows):
             prompt = self.prompts[random.integers(len(self.prompts))]
