@@ -146,7 +146,7 @@ def frontier(members: Sequence[Mapping[str, Any]], chosen: str | None, png: Path
     _entropy_by_alpha(panels[1, 1], swept, others, chosen)
     handles, labels = panels[1, 1].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="upper center", ncols=5, frameon=False, bbox_to_anchor=(0.5, 1.0), fontsize=9
+        handles, labels, loc="upper center", ncols=6, frameon=False, bbox_to_anchor=(0.5, 1.0), fontsize=9
     )
     figure.tight_layout(rect=(0, 0, 1, 0.96))
     figure.savefig(png, dpi=140, facecolor="white")
@@ -166,20 +166,18 @@ def _entropy_by_alpha(
         lambda member: member["metrics"]["entropy_sequence"],
         named=False,
     )
-    known = [(m["alpha"], m["exact"]["optimum_entropy"]) for m in swept if m["exact"]]
-    known = [(alpha, figure) for alpha, figure in known if figure["value"] is not None]
-    if known:
-        axes.plot(
-            [alpha for alpha, _ in known],
-            [figure["value"] for _, figure in known],
-            color=OPTIMUM,
-            marker="D",
-            markersize=5,
-            linewidth=1.4,
-            linestyle="--",
-            label="exact optimum",
-            zorder=2,
-        )
+    for metric, label, style in (
+        ("optimum_entropy", "exact optimum", {"color": OPTIMUM, "marker": "D", "linestyle": "--"}),
+        (
+            "entropy",
+            "on the set, exact",
+            {"color": POLICY, "marker": "o", "linestyle": ":", "markerfacecolor": "none"},
+        ),
+    ):
+        known = [(m["alpha"], m["exact"][metric]["value"]) for m in swept if m["exact"]]
+        known = [(alpha, value) for alpha, value in known if value is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), label=label, markersize=5, linewidth=1.4, zorder=2, **style)
     for member in others:
         value = member["metrics"]["entropy_sequence"]["value"]
         if value is not None:
@@ -225,7 +223,7 @@ def _points(
             label=label,
             zorder=3,
         )
-        for member, x, y in zip(known, xs, ys, strict=True):
+        for place, (member, x, y) in enumerate(zip(known, xs, ys, strict=True)):
             if member["name"] == chosen:
                 axes.plot(
                     x, y, "o", markersize=15, markerfacecolor="none", markeredgecolor=CHOSEN,
@@ -233,7 +231,15 @@ def _points(
                 )  # fmt: skip
             if named:
                 text = f"α={member['alpha']:g}" if _is_swept(member) else _literal(member["name"])
-                axes.annotate(text, (x, y), xytext=(8, 7), textcoords="offset points", fontsize=9, color=_INK)
+                above = place % 2 == 0  # neighbours on the line often lie close
+                axes.annotate(
+                    text,
+                    (x, y),
+                    xytext=(7, 8 if above else -15),
+                    textcoords="offset points",
+                    fontsize=9,
+                    color=_INK,
+                )
 
 
 def _is_swept(member: Mapping[str, Any]) -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref.errors import ConfigError, DataError
-from softpref.evaluation.config import ComparisonConfig
 from softpref.evaluation.stage import EVALUATION_FILE, REPORT_FILE, SAMPLES_FILE
 
 COMPARISON_FILE, FRONTIER_FILE, CHOSEN_FOLDER = "comparison.json", "frontier.png", "chosen"
@@ -25,6 +24,7 @@ _SUMMARY = (
     "evaluation_id",
     "metrics",
     "exact",
+    "by_prompt",
     "warnings",
 )
 _NAMES = {"expected_reward": "expected reward", "win_rate": "win rate"}
@@ -56,24 +56,28 @@ def run(
 
     Args:
         evaluation_dirs: folders of stage 4, one per member; all evaluated alike.
-        rule, max_kl, experiment, tracking_uri: see `ComparisonConfig`.
+        rule: the metric that ranks members, `expected_reward` or `win_rate`.
+        max_kl: members whose sequence KL to the reference, in nats, exceeds this cannot be chosen.
+        parent_run_id: the sweep's MLflow run; None logs nothing.
+        experiment, tracking_uri: where that run is; the URI's default is `MLFLOW_TRACKING_URI` or a local
+            store.
 
     Raises:
         ConfigError: no folder, a folder without evaluation, two members of one name, or a wrong rule.
         DataError: members evaluated on different data, judge, reference or settings; or every member exceeds
             `max_kl` (the report is written all the same).
     """
-    config = ComparisonConfig(rule=rule, max_kl=max_kl, experiment=experiment)  # type: ignore[arg-type]
+    check_rule(rule, max_kl)
     evaluations = [_read(folder) for folder in evaluation_dirs]
     members = sorted(
         ({key: evaluation[key] for key in _SUMMARY} for evaluation in evaluations), key=_position
     )
     check_comparable(members)
-    choice = choose(members, config.rule, config.max_kl)
+    choice = choose(members, rule, max_kl)
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     comparison = {
-        "rule": rule_in_words(config.rule, config.max_kl),
+        "rule": rule_in_words(rule, max_kl),
         "chosen": choice.name,
         "reason": choice.reason,
         "members": members,
@@ -90,10 +94,22 @@ def run(
     text = json.dumps(comparison, indent=2, ensure_ascii=False, allow_nan=False)
     (output / COMPARISON_FILE).write_text(text + "\n", encoding="utf-8")
     if parent_run_id:
-        _track(output, comparison, parent_run_id, config.experiment, tracking_uri)
+        _track(output, comparison, parent_run_id, experiment, tracking_uri)
     if choice.name is None:
         raise DataError(f"{choice.reason} The report is in {output / REPORT_FILE}.")
     return comparison
+
+
+def check_rule(rule: str, max_kl: float | None) -> None:
+    """Refuse a rule that is none.
+
+    Raises:
+        ConfigError: says which rules there are.
+    """
+    if rule not in _NAMES:
+        raise ConfigError(f"the rule of choice must be one of {', '.join(_NAMES)}, got {rule!r}")
+    if max_kl is not None and not max_kl > 0:
+        raise ConfigError(f"max_kl must be a positive number of nats or left out, got {max_kl}")
 
 
 def choose(members: Sequence[Mapping[str, Any]], rule: str, max_kl: float | None = None) -> Choice:
@@ -124,17 +140,15 @@ def choose(members: Sequence[Mapping[str, Any]], rule: str, max_kl: float | None
             )
         allowed = near
     best = max(allowed, key=lambda member: member["metrics"][rule]["value"])
-    figure = best["metrics"][rule]
-    low = figure["value"] if figure["low"] is None else figure["low"]
-    alike = [m for m in allowed if m["metrics"][rule]["value"] >= low]
+    alike = [member for member in allowed if member is best or not _told_apart(best, member, rule)]
     softest = max(alike, key=lambda member: (value(member, "entropy_sequence") or 0.0, member is best))
     within = f" among the members within {max_kl:g} nats of KL" if max_kl is not None else ""
-    stated = f"{figure['value']:.3f}" + ("" if figure["low"] is None else f", interval from {low:.3f}")
+    stated = f"{value(best, rule):.3f}"
     if softest is best:
         others = (
             "it also has the highest entropy of those that cannot be told from it"
             if len(alike) > 1
-            else "no other comes within its interval"
+            else "every other falls short of it by more than chance"
         )
         return Choice(best["name"], f"{best['name']} has the best {label}{within} ({stated}), and {others}.")
     return Choice(
@@ -146,16 +160,30 @@ def choose(members: Sequence[Mapping[str, Any]], rule: str, max_kl: float | None
     )
 
 
+def _told_apart(best: Mapping[str, Any], member: Mapping[str, Any], rule: str) -> bool:
+    """Whether `best` beats `member` beyond chance, prompt by prompt; no with a single prompt to go by.
+
+    All members answer the same prompts, and prompts differ more than members do: only paired differences
+    tell.
+    """
+    from softpref.evaluation.intervals import interval
+
+    pairs = zip(best["by_prompt"][rule], member["by_prompt"][rule], strict=True)
+    differences = [ours - theirs for ours, theirs in pairs]
+    low = interval(differences, range(len(differences))).low
+    return low is not None and low > 0
+
+
 def rule_in_words(rule: str, max_kl: float | None) -> str:
     """The rule as people read it on the report."""
     limit = (
         f"Among members within {max_kl:g} nats of KL to the reference, take" if max_kl is not None else "Take"
     )
     return (
-        f"{limit} the best by {_NAMES[rule]}; of all whose {_NAMES[rule]} reaches the low end of the best's "
-        "interval, choose the one with the highest entropy: nothing is lost that can be told apart, and "
-        "the most "
-        "diversity is kept."
+        f"{limit} the best by {_NAMES[rule]}. Of it and all members that do not fall short of it by "
+        f"more than "
+        "chance (the 95% interval of the difference, prompt by prompt, reaches 0), choose the one with the "
+        "highest entropy: nothing is lost that can be told apart, and the most diversity is kept."
     )
 
 
@@ -300,7 +328,7 @@ def _write_report(
         f"<p>{escape(comparison['reason'])}</p>",
         "<p class=dim>Softness α decides how much of the experts' diversity a model keeps: 1 is their own "
         "distribution of answers, towards 0 their favourite alone, above 1 flatter than they are.</p>",
-        warning_box(sorted({text for member in members for text in member["warnings"]})),
+        warning_box(_gathered_warnings(members)),
         '<div class="scroll"><table><tr><th>Model<th class=n>α',
         "".join(f"<th class=n>{title}" for title, _, _ in columns),
         "</tr>" + "".join(rows) + "</table></div>",
@@ -309,7 +337,7 @@ def _write_report(
         "<h2>The frontier</h2>",
         charts.frontier(members, chosen, output / FRONTIER_FILE),
         "<h2>The rule</h2>",
-        f"<p>{escape(comparison['rule'])}</p><p>{escape(comparison['reason'])}</p>",
+        f"<p>{escape(comparison['rule'])}</p>",
     ]
     listed = [member["name"] for member in members if samples[member["name"]]]
     if listed:
@@ -331,7 +359,19 @@ def _write_report(
     body.append(
         f'<h2>Models</h2><div class="scroll"><table><tr><th>Model<th>Where<th>Run</tr>{links}</table></div>'
     )
-    (output / REPORT_FILE).write_text(page("Softness sweep", body), encoding="utf-8")
+    (output / REPORT_FILE).write_text(page("Softness sweep", body, wide=True), encoding="utf-8")
+
+
+def _gathered_warnings(members: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Warnings of all members once, those of some with their names."""
+    owners: dict[str, list[str]] = {}
+    for member in members:
+        for text in member["warnings"]:
+            owners.setdefault(text, []).append(member["name"])
+    return [
+        text if len(names) == len(members) else f"{', '.join(names)}: {text}"
+        for text, names in owners.items()
+    ]
 
 
 def _track(

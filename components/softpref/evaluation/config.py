@@ -1,4 +1,4 @@
-"""The parameters of stage 4: evaluating one policy, comparing the members of a sweep. Evaluates nothing."""
+"""The parameters of stage 4, evaluation. Evaluates nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Literal
 from softpref.errors import ConfigError
 
 JudgeName = Literal["auto", "expert", "bradley-terry"]
-Rule = Literal["expected_reward", "win_rate"]
 
 
 @dataclass
@@ -38,13 +37,13 @@ class EvaluationConfig:
         bootstrap_samples (`int`, defaults to 1000): resamples per confidence interval.
         confidence (`float`, defaults to 0.95): coverage of the intervals, in (0, 1).
         seed (`int`, defaults to 0): of the choice of prompts and rows, the sampling, the judge and the
-        bootstrap.
+            bootstrap.
         dtype (`str`, defaults to `"float32"`): weights of both models; figures are always computed in
-        float32.
+            float32.
         device (`str`, defaults to `""`): where the models run; empty takes a GPU when there is one.
         experiment (`str`, defaults to `"softpref"`): MLflow experiment, when no run exists to attach to.
         tracking_uri (`str`, defaults to `""`): MLflow server; empty takes `MLFLOW_TRACKING_URI` or a local
-        store.
+            store.
         parent_run_id (`str`, defaults to `""`): parent of the run that is opened when the policy names none.
     """
 
@@ -88,32 +87,3 @@ class EvaluationConfig:
             raise ConfigError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
         if not self.split:
             raise ConfigError("split needs a name, like 'test'")
-
-
-@dataclass
-class ComparisonConfig:
-    """How one member of a sweep is chosen.
-
-    Args:
-        rule (`str`, defaults to `"expected_reward"`): the metric that ranks members, `expected_reward` or
-            `win_rate`.
-        max_kl (`float`, *optional*): members whose sequence KL to the reference, in nats, exceeds this cannot
-            be chosen.
-        experiment (`str`, defaults to `"softpref"`): MLflow experiment of the sweep's parent run.
-        tracking_uri (`str`, defaults to `""`): MLflow server; empty takes `MLFLOW_TRACKING_URI` or a local
-        store.
-        parent_run_id (`str`, defaults to `""`): the sweep's run, which receives the report; empty logs
-        nothing.
-    """
-
-    rule: Rule = "expected_reward"
-    max_kl: float | None = None
-    experiment: str = "softpref"
-    tracking_uri: str = ""
-    parent_run_id: str = ""
-
-    def __post_init__(self) -> None:
-        if self.rule not in ("expected_reward", "win_rate"):
-            raise ConfigError(f"rule must be 'expected_reward' or 'win_rate', got {self.rule!r}")
-        if self.max_kl is not None and not self.max_kl > 0:
-            raise ConfigError(f"max_kl must be a positive number of nats or left out, got {self.max_kl}")

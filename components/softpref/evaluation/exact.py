@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, Figure, interval
 from softpref.evaluation.judges import Outcomes
-from softpref.evaluation.metrics import DEFAULT_BOOTSTRAP, Bootstrap, Figure, interval
 
 
 class ExactPrompt(NamedTuple):

@@ -43,6 +43,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; margin: 0 auto; max-width: 66rem;
   padding: 2rem 1.5rem 4rem; background: light-dark(#fff, #16181b); color: light-dark(#1c2024, #e4e6e9); }
+body.wide { max-width: 84rem; }
 h1 { font-size: 1.65rem; margin: 0 0 .2rem; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
 p { max-width: 48rem; }
@@ -56,7 +57,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; padding: .38rem .9rem .38rem 0; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 th { font-weight: 600; font-size: .85rem; color: var(--dim); }
-td.n, th.n { text-align: right; white-space: nowrap; }
+td.n, th.n { text-align: right; }
+td.n, td:first-child { white-space: nowrap; }
 tr.chosen td { background: color-mix(in srgb, var(--good) 14%, transparent); }
 tr.chosen td:first-child { box-shadow: inset 3px 0 var(--good); padding-left: .7rem; }
 .scroll { overflow-x: auto; }
@@ -65,7 +67,7 @@ tr.chosen td:first-child { box-shadow: inset 3px 0 var(--good); padding-left: .7
 .tile { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
 .tile b { display: block; font-size: 1.5rem; font-weight: 600; line-height: 1.25; }
 svg.chart { width: 100%; height: auto; margin: .4rem 0; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 0 1.4rem; }
+.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 0 1.4rem; }
 .sample { border-bottom: 1px solid var(--line); padding: .4rem 0; display: grid; gap: .8rem;
   grid-template-columns: 1fr auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 .prompt { background: var(--soft); border-radius: .4rem; padding: .45rem .8rem; font-weight: 600;
@@ -138,12 +140,14 @@ def write_report(
     path.write_text(page(f"Evaluation of {evaluation['name']}", body), encoding="utf-8")
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """A whole HTML document around `body`, which is trusted; `title` is escaped."""
+def page(title: str, body: Iterable[str], *, wide: bool = False) -> str:
+    """A whole HTML document around `body`, which is trusted; `title` is escaped; `wide` suits broad
+    tables."""
+    width = "wide" if wide else "narrow"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+        f'<style>{_STYLE}</style></head><body class="{width}">{"".join(body)}</body></html>\n'
     )
 
 

@@ -17,8 +17,8 @@ from softpref.lm.loading import check_model_source, load_metadata
 
 if TYPE_CHECKING:
     from softpref.evaluation.exact import ExactPrompt
+    from softpref.evaluation.intervals import Bootstrap, Figure
     from softpref.evaluation.judges import Judge
-    from softpref.evaluation.metrics import Bootstrap, Figure
 
 EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl", "report.html"
 _FEW_PROMPTS = 20
@@ -105,6 +105,20 @@ def run(
     return evaluation
 
 
+def by_prompt(records: Sequence[PromptRecord]) -> dict[str, list[float]]:
+    """Expected reward and win rate of each prompt, for paired comparisons of members of a sweep."""
+    import numpy as np
+
+    from softpref.evaluation.metrics import sigmoid
+
+    values: dict[str, list[float]] = {"expected_reward": [], "win_rate": []}
+    for record in records:
+        ours, theirs = (np.array([s["score"] for s in side]) for side in (record.policy, record.reference))
+        values["expected_reward"].append(float(ours.mean()))
+        values["win_rate"].append(float(sigmoid(ours[:, None] - theirs).mean()))
+    return values
+
+
 def flat_figures(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """`{NAME: value, exact/NAME: value}` of the figures that have a value, for metric stores."""
     groups = {"": evaluation["metrics"], "exact/": evaluation["exact"] or {}}
@@ -151,8 +165,9 @@ def _evaluate(
 ) -> dict[str, Any]:
     """All between the checks and `evaluation.json`: measure, write samples and report, return it."""
     from softpref.evaluation.exact import exact_figures
+    from softpref.evaluation.intervals import Bootstrap
     from softpref.evaluation.judges import OUTCOMES_FILE, read_outcomes
-    from softpref.evaluation.metrics import Bootstrap, prompt_key
+    from softpref.evaluation.metrics import prompt_key
     from softpref.evaluation.report import write_report
 
     bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, config.seed)
@@ -195,6 +210,7 @@ def _evaluate(
             if exact
             else None
         ),
+        "by_prompt": by_prompt(records),
         "settings": {key: getattr(config, key) for key in (*_DEFINING, "confidence", "bootstrap_samples")}
         | {"max_new_tokens": models.max_new_tokens},
         "warnings": warnings,

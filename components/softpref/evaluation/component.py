@@ -1,0 +1,141 @@
+"""The KFP faces of stage 4. Hold no logic: they build a config and call the stage."""
+
+from typing import List, NamedTuple  # noqa: UP035  (KFP reads List[...] of artifacts)
+
+from kfp import dsl
+from kfp.dsl import HTML, Artifact, Dataset, Input, Markdown, Metrics, Model, Output
+
+from softpref.images import EVALUATE_IMAGE
+
+
+@dsl.component(base_image=EVALUATE_IMAGE, install_kfp_package=False)
+def evaluate_model(
+    dataset: Input[Dataset],
+    reference: Input[Model],
+    policy: Input[Model],
+    evaluation: Output[Artifact],
+    report: Output[HTML],
+    metrics: Output[Metrics],
+    judge: str = "auto",
+    max_prompts: int = 100,
+    samples_per_prompt: int = 32,
+    max_new_tokens: int = 0,
+    exact_prompts: int = 8,
+    seed: int = 0,
+    experiment: str = "softpref",
+    tracking_uri: str = "",
+    parent_run_id: str = "",
+    overrides: str = "",
+):
+    """Measure one policy on held-out prompts, every figure with its confidence interval.
+
+    Args:
+        dataset: The dataset folder of the data stage.
+        reference: The SFT model that the policy was trained from.
+        policy: The trained model.
+        evaluation: The evaluation folder: evaluation.json, samples.jsonl, report.html.
+        report: The report as a page.
+        metrics: Every figure that has a value.
+        judge: "expert" (known rewards), "bradley-terry" (trained on the training split), or "auto": the
+            expert where the dataset has one.
+        max_prompts: Distinct held-out prompts to measure on. 0: all.
+        samples_per_prompt: Completions drawn for each prompt from policy and reference.
+        max_new_tokens: Longest completion in tokens. 0: as in training.
+        exact_prompts: Prompts whose every outcome is compared with the exact optimum, where the dataset
+            enumerates them.
+        seed: Seed of sampling, judge and intervals.
+        experiment: MLflow experiment, when the policy names no run.
+        tracking_uri: MLflow server. Empty: MLFLOW_TRACKING_URI, or a local store.
+        parent_run_id: Parent run, when the policy names no run.
+        overrides: JSON object with any other parameter of EvaluationConfig, such as {"confidence": 0.9}.
+    """
+    import shutil
+
+    from softpref.config import build_config, parse_overrides
+    from softpref.evaluation.config import EvaluationConfig
+    from softpref.evaluation.stage import REPORT_FILE, flat_figures, run
+
+    config = build_config(
+        EvaluationConfig,
+        {
+            "judge": judge,
+            "max_prompts": max_prompts,
+            "samples_per_prompt": samples_per_prompt,
+            "max_new_tokens": max_new_tokens,
+            "exact_prompts": exact_prompts,
+            "seed": seed,
+            "experiment": experiment,
+            "tracking_uri": tracking_uri,
+            "parent_run_id": parent_run_id,
+        },
+        parse_overrides(overrides),
+    )
+    result = run(
+        config,
+        dataset_dir=dataset.path,
+        reference_dir=reference.path,
+        policy_dir=policy.path,
+        output_dir=evaluation.path,
+        policy_uri=policy.uri,
+        reference_uri=reference.uri,
+    )
+    shutil.copyfile(f"{evaluation.path}/{REPORT_FILE}", report.path)
+    for name, value in flat_figures(result).items():
+        metrics.log_metric(name, value)
+    evaluation.metadata["name"] = result["name"]
+    evaluation.metadata["evaluation_id"] = result["evaluation_id"]
+
+
+@dsl.component(base_image=EVALUATE_IMAGE, install_kfp_package=False)
+def compare_models(
+    evaluations: Input[List[Artifact]],  # noqa: UP006
+    comparison: Output[Artifact],
+    chosen: Output[Artifact],
+    report: Output[HTML],
+    summary: Output[Markdown],
+    rule: str = "expected_reward",
+    max_kl: float = 0.0,
+    experiment: str = "softpref",
+    tracking_uri: str = "",
+    parent_run_id: str = "",
+) -> NamedTuple("Outputs", [("model_uri", str), ("name", str), ("run_id", str)]):  # type: ignore[valid-type]
+    """Compare the members of a sweep and choose one by a stated rule.
+
+    Args:
+        evaluations: The members' evaluation folders.
+        comparison: comparison.json, report.html, frontier.png.
+        chosen: The chosen member's evaluation.json.
+        report: The report as a page: table by softness, frontier, the choice and its reason.
+        summary: The table and the reason in short.
+        rule: Which figure ranks members, "expected_reward" or "win_rate".
+        max_kl: Members farther than this from the reference, in nats per completion, cannot be chosen. 0: no
+            limit.
+        experiment: MLflow experiment of the parent run.
+        tracking_uri: MLflow server. Empty: MLFLOW_TRACKING_URI, or a local store.
+        parent_run_id: The sweep's MLflow run, which receives report and figures. Empty: nothing is logged.
+
+    Returns:
+        Address, name and MLflow run of the chosen model.
+    """
+    import shutil
+    from collections import namedtuple
+
+    from softpref.evaluation.compare import format_table, run
+    from softpref.evaluation.stage import REPORT_FILE
+
+    result = run(
+        [evaluation.path for evaluation in evaluations],
+        comparison.path,
+        rule,
+        max_kl or None,
+        parent_run_id=parent_run_id or None,
+        experiment=experiment,
+        tracking_uri=tracking_uri or None,
+    )
+    shutil.copyfile(f"{comparison.path}/{REPORT_FILE}", report.path)
+    with open(summary.path, "w", encoding="utf-8") as file:
+        file.write(f"```\n{format_table(result['members'])}\n```\n\n{result['reason']}\n\n{result['rule']}\n")
+    shutil.copytree(f"{comparison.path}/chosen", chosen.path, dirs_exist_ok=True)
+    best = next(member for member in result["members"] if member["name"] == result["chosen"])
+    Outputs = namedtuple("Outputs", ["model_uri", "name", "run_id"])
+    return Outputs(best["model_uri"], best["name"], best["run_id"] or "")
