@@ -81,8 +81,8 @@ def reward_to_go(token_kl: Tensor, lengths: Tensor) -> Tensor:
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
     """`(Σw)² / (n Σw²)` of importance weights given as logarithms, `[n]`: a fraction in (0, 1]."""
-    twice = 2 * log_weights
-    return (2 * log_weights.logsumexp(0) - twice.logsumexp(0)).exp() / len(log_weights)
+    weights = (log_weights - log_weights.max()).exp()  # the scale cancels
+    return weights.sum() ** 2 / (weights**2).sum() / len(weights)
 
 
 def _positions(lengths: Tensor) -> tuple[Tensor, Tensor]:
