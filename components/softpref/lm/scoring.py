@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from softpref.lm.sampling import evaluation_mode
+
 
 class SequenceBatch(NamedTuple):
     """Right-padded sequences with their completions marked.
@@ -105,14 +107,15 @@ def score_sequences(
 ) -> Tensor:
     """Sequence log-probabilities of any number of `(prompt ids, completion ids)` pairs, on the CPU, in order.
 
-    Sequences are scored by length so that a batch holds little padding.
+    The model is in eval mode meanwhile. Sequences are scored by length so that a batch holds little padding.
     """
     sequences = list(sequences)
     device = next(model.parameters()).device
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
     scores = torch.empty(len(sequences))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = pad_sequences([sequences[i] for i in chosen], pad_id).to(device)
-        scores[chosen] = sequence_logps(model, batch).cpu()
+    with evaluation_mode(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = pad_sequences([sequences[i] for i in chosen], pad_id).to(device)
+            scores[chosen] = sequence_logps(model, batch).cpu()
     return scores

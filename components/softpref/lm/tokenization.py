@@ -6,7 +6,7 @@ policy would have generated: prompt tokens first, then completion tokens, then o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from softpref.errors import ConfigError, DataError
@@ -38,14 +38,17 @@ def tokenize_prompt(tokenizer: Any, prompt: Text, *, max_length: int | None = No
 
     Raises:
         ConfigError: a chat prompt for a tokenizer without a chat template.
-        DataError: the prompt has no token.
+        DataError: the prompt has no token, or is neither text nor messages.
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt, add_special_tokens=True)["input_ids"]
-        if ids and ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id != tokenizer.bos_token_id:
+        eos = tokenizer.eos_token_id
+        if ids and ids[-1] == eos and (len(ids) > 1 or eos != tokenizer.bos_token_id):
             ids = ids[:-1]  # some tokenizers close every text; a prompt is not closed
-    else:
+    elif _is_messages(prompt):
         ids = _chat_ids(tokenizer, prompt, add_generation_prompt=True)
+    else:
+        raise DataError(f"a prompt must be text or a list of messages, got {prompt!r}")
     if not ids:
         raise DataError(f"the prompt {prompt!r} has no token; a prompt needs at least one")
     return ids if max_length is None else ids[-max_length:]
@@ -81,8 +84,13 @@ def tokenize_sequence(
             completion_ids = completion_ids[:-1]
         if not completion_ids:
             raise DataError(f"the completion {completion!r} has no token")
+        if eos in completion_ids:
+            raise DataError(
+                f"the completion {completion!r} has the end token {tokenizer.eos_token!r} before its end; "
+                "a completion ends there, nothing can follow"
+            )
         completion_ids = [*completion_ids, eos]
-    elif not isinstance(prompt, str) and not isinstance(completion, str):
+    elif _is_messages(prompt) and _is_messages(completion):
         whole = _chat_ids(tokenizer, [*prompt, *completion], add_generation_prompt=False)
         if whole[: len(prompt_ids)] != prompt_ids:
             raise DataError(
@@ -94,7 +102,10 @@ def tokenize_sequence(
         if completion_ids == [eos]:
             raise DataError(f"the completion {completion!r} has no token")
     else:
-        raise DataError("prompt and completion must both be text or both be messages")
+        raise DataError(
+            "prompt and completion must both be text or both be messages, got "
+            f"{type(prompt).__name__} and {completion!r}"
+        )
     truncated = max_completion_length is not None and len(completion_ids) > max_completion_length
     if truncated:
         completion_ids = completion_ids[:max_completion_length]
@@ -116,6 +127,14 @@ def stop_token_ids(tokenizer: Any, model: Any) -> list[int]:
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [named] if isinstance(named, int) else list(named or [])
     return sorted({*ids, tokenizer.eos_token_id} - {None})
+
+
+def _is_messages(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(message, Mapping) and isinstance(message.get("content"), str) for message in value)
+    )
 
 
 def _chat_ids(
