@@ -1,0 +1,110 @@
+"""Models are refused in milliseconds where they cannot be loaded, and come back as they were saved."""
+
+import json
+
+import pytest
+import torch
+from softpref.errors import ConfigError
+from softpref.lm.loading import (
+    check_model_source,
+    load_metadata,
+    load_model,
+    load_tokenizer,
+    require_new_folder,
+    save_model_folder,
+)
+from softpref.lm.scoring import score_sequences
+
+SEQUENCES = [([1, 7], [8, 3])]
+
+
+@pytest.fixture
+def saved(tmp_path, make_tokenizer, make_model):
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    model.generation_config.update(temperature=0.1, top_p=0.5, do_sample=True)
+    save_model_folder(model, tokenizer, tmp_path / "model", {"stage": "sft", "name": "toy"})
+    return model, tokenizer, tmp_path / "model"
+
+
+def test_a_saved_folder_gives_back_model_tokenizer_and_metadata(saved):
+    model, tokenizer, folder = saved
+    loaded, loaded_tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
+    assert loaded_tokenizer("a fox.")["input_ids"] == tokenizer("a fox.")["input_ids"]
+    assert loaded_tokenizer.chat_template == tokenizer.chat_template
+    assert load_metadata(folder) == {"stage": "sft", "name": "toy"}
+    assert not list(folder.glob("*.bin"))
+
+
+def test_a_saved_folder_is_served_at_its_own_distribution(saved):
+    generation = json.loads((saved[2] / "generation_config.json").read_text())
+    assert generation["do_sample"] is True
+    assert (generation.get("temperature", 1.0), generation.get("top_p", 1.0)) == (1.0, 1.0)
+    assert generation["top_k"] == 0
+    assert generation["eos_token_id"] == saved[1].eos_token_id
+
+
+def test_an_adapter_folder_is_loaded_upon_its_base(saved, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    _, tokenizer, folder = saved
+    base = load_model(str(folder))
+    plain = score_sequences(base, SEQUENCES, pad_id=0)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    adapted = score_sequences(model, SEQUENCES, pad_id=0)
+    assert abs(float(adapted - plain)) > 1e-3
+    save_model_folder(model, tokenizer, tmp_path / "adapter", {"adapter": True})
+    loaded = load_model(str(tmp_path / "adapter"))
+    torch.testing.assert_close(score_sequences(loaded, SEQUENCES, pad_id=0), adapted)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(make_tokenizer, make_model, tmp_path):
+    tokenizer = make_tokenizer()
+    make_model(tokenizer).save_pretrained(tmp_path)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(make_tokenizer, make_model, tmp_path):
+    tokenizer = make_tokenizer()
+    make_model(tokenizer).save_pretrained(tmp_path)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no eos_token"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["", "/nowhere/model", "./model", "../model", "some/deep/path", "m.gguf"])
+def test_a_source_that_is_neither_there_nor_a_hub_id_is_refused(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="base model"):
+        check_model_source(source)
+
+
+def test_a_hub_id_is_left_to_the_hub():
+    check_model_source("owner/name")
+    check_model_source("name")
+
+
+def test_a_folder_without_configuration_or_with_pickled_weights_only_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match="unpickling can run code"):
+        load_model(str(tmp_path))
+
+
+def test_weights_that_cannot_be_read_name_the_model(saved):
+    (saved[2] / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_model(str(saved[2]))
+
+
+def test_a_finished_model_is_not_written_over(saved, tmp_path):
+    require_new_folder(tmp_path / "new")
+    with pytest.raises(ConfigError, match="finished model already"):
+        require_new_folder(saved[2])
