@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import json
 import os
 import re
 import shutil
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -71,7 +73,24 @@ def pipeline_parameters(
         elif name not in _ONLY_FOR_SWEEPS:
             raise ConfigError(f"recipe {path}: no parameter {name!r}{closest(name, inputs)}")
     parameters.update({name: value for name, value in given.items() if value is not None})
-    return parameters
+    return {name: _typed(name, value, inputs[name].annotation) for name, value in parameters.items()}
+
+
+def _typed(name: str, value: Any, annotation: Any) -> Any:
+    """A value as KFP wants it: YAML's 1 is a float where the pipeline says float."""
+    many = typing.get_origin(annotation) is list
+    kind = typing.get_args(annotation)[0] if many else annotation
+    try:
+        if many and isinstance(value, list):
+            return [_typed(name, element, kind) for element in value]
+        if kind is str and isinstance(value, str):
+            return value
+        if not many and kind in (int, float) and kind(value) == float(value):
+            return kind(value)
+    except (TypeError, ValueError):
+        pass
+    expected = f"list of {kind.__name__}" if many else kind.__name__
+    raise ConfigError(f"parameter {name} must be a {expected}, got {value!r}")
 
 
 def compile_package(pipeline: Callable[..., Any], path: Path) -> Path:
@@ -280,38 +299,42 @@ def _submit(pipeline: Callable[..., Any], parameters: dict[str, Any], options: a
 def _parse(pipeline: Callable[..., Any], arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"{_name(pipeline)}.py",
-        description=(pipeline.__doc__ or _description(pipeline)),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=pipeline.component_spec.description,
     )
     parser.add_argument("command", nargs="?", choices=("run", "compile"), default="run")
-    parser.add_argument("--recipe", default="embedded", help="name in pipelines/recipes, or a YAML file")
+    parser.add_argument(
+        "--recipe", default="embedded", help="name in pipelines/recipes, or a YAML file (default: embedded)"
+    )
     parser.add_argument("--output", help="new folder for the results (default: runs/RECIPE-TIME)")
     parser.add_argument("--runner", choices=("local", "docker", "cluster"), default="local")
     parser.add_argument("--endpoint", help="URL of the Kubeflow Pipelines API, for --runner cluster")
     parser.add_argument("--namespace", default="kubeflow", help="namespace of the run, for --runner cluster")
     group = parser.add_argument_group("pipeline parameters (they win over the recipe)")
-    for name, spec in _inputs(pipeline).items():
-        many = spec.type.startswith("List")
-        kind = {"NUMBER_INTEGER": int, "NUMBER_DOUBLE": float}.get(spec.type, str)
-        kind = {"Integer": int, "Float": float, "List[float]": float}.get(spec.type, kind)
+    texts = _parameter_texts(pipeline)
+    for name, parameter in _inputs(pipeline).items():
+        many = typing.get_origin(parameter.annotation) is list
         group.add_argument(
             f"--{name.replace('_', '-')}",
             dest=name,
-            type=kind,
+            type=typing.get_args(parameter.annotation)[0] if many else parameter.annotation,
             nargs="*" if many else None,
             metavar=name.split("_")[-1].upper(),
-            help=argparse.SUPPRESS if name == "parent_run_id" else f"pipeline default: {spec.default!r}",
+            help=texts[name].replace("%", "%%"),
         )
     return parser.parse_args(arguments)
 
 
-def _inputs(pipeline: Any) -> dict[str, Any]:
-    return dict(pipeline.component_spec.inputs)
+def _inputs(pipeline: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(pipeline.pipeline_func).parameters
+
+
+def _parameter_texts(pipeline: Any) -> dict[str, str]:
+    """What the pipeline's docstring, which the KFP UI shows, says of each parameter."""
+    import docstring_parser
+
+    parsed = docstring_parser.parse(inspect.getdoc(pipeline.pipeline_func) or "")
+    return {entry.arg_name: entry.description or "" for entry in parsed.params}
 
 
 def _name(pipeline: Any) -> str:
     return pipeline.name.replace("-", "_")
-
-
-def _description(pipeline: Any) -> str:
-    return pipeline.component_spec.description or pipeline.name

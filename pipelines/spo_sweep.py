@@ -183,6 +183,7 @@ def spo_sweep(
         max_kl=max_kl,
         experiment=experiment,
         tracking_uri=tracking_uri,
+        parent_run_id=parent_run_id,
     )
     comparison.set_display_name("Compare and choose")
     chosen = dsl.importer(
@@ -192,7 +193,8 @@ def spo_sweep(
 
     registered = register_model(
         model=chosen.output,
-        evaluation=comparison.outputs["comparison"],
+        evaluation=comparison.outputs["chosen"],
+        comparison=comparison.outputs["comparison"],
         registered_model_name=registered_model_name,
         min_win_rate=min_win_rate,
         tracking_uri=tracking_uri,

@@ -61,7 +61,8 @@ def plan(parameters: Mapping[str, Any]) -> list[Member]:
         ConfigError: the first wrong parameter, with what would be right.
     """
     from softpref.data.config import DataConfig
-    from softpref.evaluation.config import ComparisonConfig, EvaluationConfig
+    from softpref.evaluation.compare import check_rule
+    from softpref.evaluation.config import EvaluationConfig
     from softpref.registry.config import RegistryConfig
     from softpref.sft.config import SFTConfig
     from softpref.spo.config import SPOConfig, member_name
@@ -86,7 +87,7 @@ def plan(parameters: Mapping[str, Any]) -> list[Member]:
         differs = {"method": member.method, "alpha": member.alpha, "beta": member.beta}
         _build(SPOConfig, {**stages["train"], **differs})
     _build(EvaluationConfig, stages["evaluation"])
-    _build(ComparisonConfig, stages["comparison"])
+    check_rule(stages["comparison"].get("rule", "expected_reward"), stages["comparison"].get("max_kl"))
     _build(RegistryConfig, stages["registry"])
     return members
 
