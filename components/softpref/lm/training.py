@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from softpref.errors import ConfigError, SoftprefError
 
@@ -28,6 +28,8 @@ class GuardedTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.args.fp16:  # the loss scaler finds its scale by overflowing, and skips those steps itself
+            return norm
         if norm is not None and not math.isfinite(float(norm)):
             self._stop("gradient norm", norm, self._last_inputs)
         return norm
@@ -35,12 +37,13 @@ class GuardedTrainer(Trainer):
     def _stop(self, what: str, value: Any, inputs: dict[str, Any]) -> None:
         from safetensors.torch import save_file
 
-        step, folder = self.state.global_step, Path(self.args.output_dir)
+        step, folder = self.state.global_step, Path(str(self.args.output_dir))
         batch_file = folder / "nonfinite_batch.safetensors"
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {k: v.cpu().contiguous() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
             save_file(tensors, batch_file)
+        assert self.model is not None
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
         if finite:
             self._save_checkpoint(self.model, trial=None)
@@ -78,6 +81,35 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         except (OSError, ValueError, KeyError):
             continue
     return str(max(found)[1]) if found else None
+
+
+def checkpoint_step(checkpoint: str) -> int:
+    """The optimizer step after which a checkpoint folder was written."""
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def stage_tracker(config: TrainingArguments, output_dir: str, **options: Any) -> Any:
+    """The tracker of a training stage: a real one on the main process, a silent one on the others."""
+    from softpref.tracking import Tracker
+
+    return Tracker(output_dir, **options) if config.process_index == 0 else _SilentTracker()
+
+
+class _SilentTracker:
+    """Takes everything and keeps nothing, for all processes but the first."""
+
+    run_id = None
+
+    def params(self, values): ...
+    def metrics(self, values, step): ...
+    def artifact(self, path, folder=""): ...
+    def tags(self, values): ...
+    def rewind(self, step): ...
+    def flush(self, timeout): ...
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error): ...
 
 
 def device_has_bf16() -> bool:

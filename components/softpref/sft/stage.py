@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import softpref
+from softpref.config import closest
 from softpref.errors import ConfigError, DataError
 from softpref.lm.loading import load_model, load_tokenizer, require_new_folder, save_model_folder
 from softpref.lm.scoring import pad_sequences
@@ -63,7 +64,7 @@ def run(
     torch.manual_seed(config.seed)
     demonstrations = _load_demonstrations(dataset_dir)
     if config.base_model:
-        options = {
+        options: dict[str, Any] = {
             "trust_remote_code": config.trust_remote_code,
             "revision": config.revision or None,
         }
@@ -136,7 +137,7 @@ def run(
 def build_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
     """Train a byte-level BPE tokenizer: every text can be written with it, and read back unchanged.
 
-    The end token both closes a completion and stands first in a prompt, as in GPT-2.
+    One special token closes a completion, another pads; a prompt is its text alone.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -167,10 +168,11 @@ def build_model(model_config: Mapping[str, Any], tokenizer: Any) -> Any:
     Raises:
         ConfigError: the model type is unknown, or an option does not fit it.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {
-        **model_config,
+        **_known_options(model_config),
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -178,8 +180,23 @@ def build_model(model_config: Mapping[str, Any], tokenizer: Any) -> Any:
     }
     try:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**options))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"model_config {dict(model_config)} does not describe a model: {error}") from error
+
+
+def _known_options(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options, if the model type has them all: transformers itself keeps an unknown one in silence."""
+    from transformers import AutoConfig
+
+    try:
+        defaults = AutoConfig.for_model(model_config["model_type"])
+    except ValueError as error:
+        raise ConfigError(f"model_config: {error}") from error
+    known = {*defaults.to_dict(), *defaults.attribute_map, "rope_theta"}
+    for option in model_config:
+        if option not in known:
+            raise ConfigError(f"model_config has no option {option!r}{closest(option, known)}")
+    return model_config
 
 
 def collate(rows: list[TokenizedSequence], pad_id: int) -> dict[str, torch.Tensor]:
@@ -196,16 +213,21 @@ class _Demonstrations(torch.utils.data.Dataset):
     def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, config: SFTConfig) -> None:
         from tqdm.auto import tqdm
 
-        self.rows = [
-            tokenize_sequence(
-                tokenizer,
-                row["prompt"],
-                row["completion"],
-                max_prompt_length=config.max_prompt_length,
-                max_completion_length=config.max_completion_length,
-            )
-            for row in tqdm(rows, desc="Tokenizing demonstrations", leave=False, disable=config.disable_tqdm)
-        ]
+        self.rows: list[TokenizedSequence] = []
+        progress = tqdm(rows, desc="Tokenizing demonstrations", leave=False, disable=config.disable_tqdm)
+        for number, row in enumerate(progress):
+            try:
+                self.rows.append(
+                    tokenize_sequence(
+                        tokenizer,
+                        row["prompt"],
+                        row["completion"],
+                        max_prompt_length=config.max_prompt_length,
+                        max_completion_length=config.max_completion_length,
+                    )
+                )
+            except DataError as error:
+                raise DataError(f"demonstration {number}: {error}") from error
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -28,7 +29,9 @@ class SPOConfig(TrainingArguments):
             gives uncertain pairs less weight.
         weight_exponent: γ of the symmetric row weight; 0 weighs all rows alike.
         label_smoothing: share of flipped labels that `dpo` assumes.
-        kl_gradient: `token` is cheaper and has less variance; `full` is exact in expectation.
+        kl_gradient: `token` is cheaper and has less variance; `full` is exact in expectation. Where a step is
+            cut into micro-batches or processes, `full` looks at its samples once more beforehand, for a
+            baseline over all of them (as a `weight_exponent` does at its rows).
         samples_per_refresh: completions drawn from the policy at each refresh, all processes together.
         sampling_interval: optimizer steps between refreshes; each consumes an equal slice of the samples.
         sampling_batch_size: completions sampled at once on a device.
@@ -93,15 +96,17 @@ class SPOConfig(TrainingArguments):
         def refuse(name: str, expected: str) -> None:
             raise ConfigError(f"SPOConfig.{name} must be {expected}, got {getattr(self, name)!r}")
 
-        if self.method not in METHODS:
-            refuse("method", " or ".join(METHODS))
-        if not self.alpha >= 0:
+        for name in ("method", "preference_kind", "soft_labels", "kl_gradient"):
+            choices = get_args(get_type_hints(SPOConfig)[name])
+            if getattr(self, name) not in choices:
+                refuse(name, " or ".join(choices))
+        if not (self.alpha >= 0 and math.isfinite(self.alpha)):
             refuse("alpha", "at least 0 (softness α: optimum softmax(reward/α); 1 is the experts' own)")
-        if not self.beta >= 0 or (self.method == "dpo" and self.beta == 0):
+        if not (self.beta >= 0 and math.isfinite(self.beta)) or (self.method == "dpo" and self.beta == 0):
             refuse("beta", "above 0 for dpo, at least 0 for spo")
         if not 0 <= self.label_smoothing < 0.5:
             refuse("label_smoothing", "in [0, 0.5)")
-        if self.weight_exponent < 0:
+        if not (self.weight_exponent >= 0 and math.isfinite(self.weight_exponent)):
             refuse("weight_exponent", "at least 0")
         for name in (
             "max_prompt_length",

@@ -340,12 +340,16 @@ class SPOTrainer(GuardedTrainer):
         with torch.no_grad(), evaluation_mode(model), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
         """As in the base class; what it returns and logs has the metrics of `SPOTrainer` too."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
         means = self._means["eval"].take(self._sum_over_processes)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
+        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics={**(output.metrics or {}), **named})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training metrics gathered since the last log of a loss."""
