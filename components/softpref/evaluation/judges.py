@@ -165,6 +165,8 @@ class BradleyTerryJudge:
         first = self._features(prompts, [row[1] for row in table])
         second = self._features(prompts, [row[2] for row in table])
         difference = (first - second).tocsr()
+        seen = np.unique(difference.indices)  # most hashed features occur in no text: leave them out
+        width, difference = difference.shape[1], difference[:, seen]
         share = np.array([row[3] for row in table])
         if not ((share != 0.5) & (difference.getnnz(1) > 0)).any():
             raise ConfigError("the judge 'bradley-terry' needs pairs with a preference; all labels are ties")
@@ -197,7 +199,8 @@ class BradleyTerryJudge:
                         ).sum()
                     )
         self._strength = min(_STRENGTHS, key=losses.__getitem__)
-        self._weights = fit(np.arange(len(table)), self._strength)
+        self._weights = np.zeros(width)
+        self._weights[seen] = fit(np.arange(len(table)), self._strength)
         self.description = (
             f"a Bradley-Terry model of words, characters and length, trained on {len(table)} pairs of the "
             "training split; trust its win rate only as far as its accuracy on the validation split"

@@ -1,0 +1,181 @@
+"""The choice among members of a sweep, its table, its report."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+from softpref.errors import ConfigError, DataError
+from softpref.evaluation.compare import choose, format_table, run
+
+
+def figure(value, spread=0.1):
+    return {
+        "value": value,
+        "low": value - spread,
+        "high": value + spread,
+        "n": 8,
+        "prompts": 4,
+        "unit": "nats",
+    }
+
+
+def member(name, alpha, rewards, kl, entropy, method="spo"):
+    mean = sum(rewards) / len(rewards)
+    return {
+        "name": name,
+        "method": method,
+        "alpha": alpha,
+        "beta": 0.1,
+        "model_uri": f"s3://{name}",
+        "reference_uri": "",
+        "run_id": None,
+        "dataset_hash": "abc",
+        "evaluation_id": "same",
+        "judge": {"name": "expert", "description": "the experts' own rewards", "accuracy": None},
+        "metrics": {
+            "expected_reward": figure(mean, 1.0),
+            "win_rate": figure(0.5 + mean / 10, 0.05),
+            "reference_expected_reward": figure(0.0),
+            "kl_sequence": figure(kl),
+            "entropy_sequence": figure(entropy),
+            "preference_accuracy": figure(0.6),
+            "self_bleu": figure(0.4),
+        },
+        "exact": None,
+        "by_prompt": {"expected_reward": rewards, "win_rate": [0.5 + r / 10 for r in rewards]},
+        "settings": {"confidence": 0.95},
+        "warnings": [],
+    }
+
+
+SHARP = member("sharp", 0.5, [1.5, 0.5, 2.5, 1.9], kl=3.0, entropy=3.0)
+EVEN = member("even", 1.0, [1.49, 0.52, 2.48, 1.9], kl=2.0, entropy=5.0)
+SOFT = member("soft", 2.0, [1.1, 0.1, 2.0, 1.5], kl=1.0, entropy=6.0)
+DPO = member("dpo", 1.0, [1.2, 0.3, 2.2, 1.6], kl=9.0, entropy=2.0, method="dpo")
+
+
+def save(root, *members):
+    folders = []
+    for entry in members:
+        folder = root / f"evaluation-{len(folders)}"
+        folder.mkdir()
+        (folder / "evaluation.json").write_text(json.dumps(entry))
+        sample = {"text": f"<i>{entry['name']}</i> speaks", "score": 1.0, "truncated": False}
+        record = {"prompt": "say <b>", "reference": [sample], "policy": [sample]}
+        (folder / "samples.jsonl").write_text(json.dumps(record) + "\n")
+        folders.append(str(folder))
+    return folders
+
+
+def test_the_softest_member_that_cannot_be_told_from_the_best_is_chosen():
+    choice = choose([SHARP, EVEN, SOFT, DPO], "expected_reward")
+    assert choice.name == "even"  # `soft` is softer still, but worse on every prompt
+    assert "sharp has the best expected reward" in choice.reason
+    assert "5.00 nats against 3.00" in choice.reason
+
+
+def test_a_clear_winner_is_chosen_however_sharp():
+    assert choose([SHARP, SOFT, DPO], "expected_reward").name == "sharp"
+    assert choose([SHARP, SOFT, DPO], "win_rate").name == "sharp"
+
+
+def test_differences_between_prompts_do_not_hide_those_between_members():
+    """The unpaired intervals of `sharp` and `soft` overlap widely, and yet they are told apart."""
+    assert SOFT["metrics"]["expected_reward"]["value"] > SHARP["metrics"]["expected_reward"]["low"]
+    assert choose([SHARP, SOFT], "expected_reward").name == "sharp"
+
+
+def test_members_too_far_from_the_reference_cannot_be_chosen():
+    assert choose([SHARP, EVEN, SOFT], "expected_reward", max_kl=1.5).name == "soft"
+
+
+def test_a_single_prompt_tells_nothing_apart():
+    one = [copy.deepcopy(entry) for entry in (SHARP, SOFT)]
+    for entry in one:
+        entry["by_prompt"] = {"expected_reward": entry["by_prompt"]["expected_reward"][:1]}
+    assert choose(one, "expected_reward").name == "soft"
+
+
+def test_comparison_holds_members_choice_and_what_registration_needs(tmp_path):
+    result = run(save(tmp_path, SOFT, DPO, SHARP, EVEN), str(tmp_path / "out"), max_kl=5.0)
+    written = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert written == result
+    assert result["chosen"] == "even"
+    assert [entry["name"] for entry in result["members"]] == ["sharp", "even", "soft", "dpo"]
+    assert "within 5 nats" in result["rule"]
+    chosen = json.loads((tmp_path / "out" / "chosen" / "evaluation.json").read_text())
+    assert chosen == EVEN
+    assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_shows_rule_reason_and_escaped_samples(tmp_path):
+    result = run(save(tmp_path, SHARP, EVEN, DPO), str(tmp_path / "out"))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert result["reason"].replace("'", "&#x27;") in page
+    assert result["rule"].replace("'", "&#x27;") in page
+    assert "say &lt;b&gt;" in page
+    assert "&lt;i&gt;dpo&lt;/i&gt; speaks" in page
+    assert "<i>dpo" not in page
+
+
+def test_members_evaluated_differently_are_refused_by_name(tmp_path):
+    other = SOFT | {"evaluation_id": "other"}
+    with pytest.raises(DataError, match=r"sharp, even \(same\); soft \(other\)"):
+        run(save(tmp_path, SHARP, EVEN, other), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_when_every_member_is_too_far_the_report_is_kept_and_the_run_fails(tmp_path):
+    with pytest.raises(DataError, match=r"Every member exceeds the limit of 0.5 nats.*nearest has 1.00"):
+        run(save(tmp_path, SHARP, SOFT), str(tmp_path / "out"), max_kl=0.5)
+    assert "exceeds the limit" in (tmp_path / "out" / "report.html").read_text()
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["chosen"] is None
+
+
+@pytest.mark.parametrize(
+    ("members", "options", "message"),
+    [
+        ([], {}, "nothing to compare"),
+        ([SHARP, SHARP], {}, "sharp stands for more than one"),
+        ([SHARP], {"rule": "elo"}, "expected_reward, win_rate, got 'elo'"),
+        ([SHARP], {"max_kl": -1.0}, "positive number of nats"),
+    ],
+)
+def test_wrong_requests_are_refused(tmp_path, members, options, message):
+    with pytest.raises(ConfigError, match=message):
+        run(save(tmp_path, *members), str(tmp_path / "out"), **options)
+
+
+def test_table_has_a_line_per_member_by_softness_with_intervals():
+    lines = format_table([DPO, SOFT, EVEN, SHARP]).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["sharp", "even", "soft", "dpo"]
+    assert "1.60 [0.60, 2.60]" in lines[2]
+    assert lines[5].split()[1] == "–"  # dpo has no softness
+
+
+def test_the_choice_is_logged_to_the_parent_run(tmp_path, recorded):
+    run(save(tmp_path, SHARP, EVEN), str(tmp_path / "out"), parent_run_id="parent")
+    assert recorded[0][1]["run_id"] == "parent"
+    logged = next(call[1] for call in recorded if call[0] == "metrics")
+    assert logged["chosen/entropy_sequence"] == 5.0
+    assert ("artifact", "frontier.png") in recorded
+
+
+def test_component_returns_the_chosen_model(tmp_path):
+    from softpref.evaluation.component import compare_models
+
+    def artifact(name):
+        return SimpleNamespace(path=str(tmp_path / name), uri=str(tmp_path / name), metadata={})
+
+    outputs = compare_models.python_func(
+        evaluations=[SimpleNamespace(path=folder) for folder in save(tmp_path, SHARP, EVEN, SOFT)],
+        comparison=artifact("comparison"),
+        chosen=artifact("chosen"),
+        report=artifact("report.html"),
+        summary=artifact("summary.md"),
+    )
+    assert (outputs.model_uri, outputs.name, outputs.run_id) == ("s3://even", "even", "")
+    assert json.loads((tmp_path / "chosen" / "evaluation.json").read_text())["name"] == "even"
+    assert "even" in (tmp_path / "summary.md").read_text()
+    assert (tmp_path / "report.html").exists()

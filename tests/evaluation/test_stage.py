@@ -1,0 +1,229 @@
+"""The stage end to end on two tiny random models, as a function and as a KFP component."""
+
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from softpref.config import build_config
+from softpref.errors import ConfigError, DataError
+from softpref.evaluation.config import EvaluationConfig
+from softpref.lm.loading import load_metadata, save_metadata
+
+METRICS = {
+    "preference_accuracy", "preference_margin", "win_rate", "expected_reward", "reference_expected_reward",
+    "kl_sequence", "entropy_sequence", "distinct_1", "distinct_2", "self_bleu", "perplexity",
+    "completion_length", "truncated_fraction",
+}  # fmt: skip
+EXACT = {
+    "kl_optimum_to_policy", "entropy", "optimum_entropy", "expected_reward", "optimum_expected_reward",
+    "mass_on_set",
+}  # fmt: skip
+
+
+@pytest.fixture
+def evaluation(evaluated):
+    return json.loads((evaluated / "evaluation.json").read_text())
+
+
+def copy_policy(world, folder, **metadata):
+    shutil.copytree(world.policy, folder)
+    save_metadata(folder, load_metadata(folder) | metadata)
+    return folder
+
+
+def test_every_figure_has_value_interval_and_counts(evaluation):
+    assert set(evaluation["metrics"]) == METRICS
+    assert set(evaluation["exact"]) >= EXACT
+    for figures in (evaluation["metrics"], evaluation["exact"]):
+        for name, figure in figures.items():
+            assert figure["low"] <= figure["value"] <= figure["high"], name
+            assert figure["n"] >= figure["prompts"] == 3, name
+
+
+def test_figures_agree_with_the_samples_written(evaluation, evaluated):
+    lines = [json.loads(line) for line in (evaluated / "samples.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["tell me of cat", "tell me of hen", "tell me of <b>"]
+    scores = [[sample["score"] for sample in line["policy"]] for line in lines]
+    theirs = [[sample["score"] for sample in line["reference"]] for line in lines]
+    metrics, by_prompt = evaluation["metrics"], evaluation["by_prompt"]
+    assert np.shape(scores) == np.shape(theirs) == (3, 6)
+    assert metrics["expected_reward"]["value"] == pytest.approx(np.mean(scores))
+    assert metrics["reference_expected_reward"]["value"] == pytest.approx(np.mean(theirs))
+    kl = [sample["kl"] for line in lines for sample in line["policy"]]
+    assert metrics["kl_sequence"]["value"] == pytest.approx(np.mean(kl))
+    assert by_prompt["expected_reward"] == pytest.approx(np.mean(scores, axis=1))
+    assert metrics["win_rate"]["value"] == pytest.approx(np.mean(by_prompt["win_rate"]))
+
+
+def test_report_is_one_page_with_all_text_escaped(evaluated):
+    page = (evaluated / "report.html").read_text()
+    assert "spo-1 &lt;&amp;&gt;" in page
+    assert "tell me of &lt;b&gt;" in page
+    assert "spo-1 <&>" not in page
+    assert "of <b>" not in page
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
+    assert page.count("<svg") == 3
+
+
+def test_few_prompts_and_strange_samples_are_warned_of(evaluation):
+    text = " ".join(evaluation["warnings"])
+    assert "Only 3 held-out prompts" in text
+    assert "outside the set" in text
+
+
+@pytest.mark.usefixtures("recorded")
+def test_the_batch_size_changes_no_figure(evaluation, world, evaluating, tmp_path):
+    again = evaluating(world, tmp_path / "again", batch_size=5)
+    for name, figure in again["metrics"].items():
+        assert figure["value"] == pytest.approx(evaluation["metrics"][name]["value"], abs=1e-4), name
+    assert again["evaluation_id"] == evaluation["evaluation_id"]
+
+
+@pytest.mark.usefixtures("recorded")
+def test_evaluations_are_comparable_only_with_same_data_judge_and_reference(
+    evaluation, world, evaluating, tmp_path
+):
+    identities = {
+        "same": evaluation["evaluation_id"],
+        "other judge": evaluating(world, tmp_path / "a", judge="bradley-terry")["evaluation_id"],
+        "other reference": evaluating(world, tmp_path / "b", reference=world.policy)["evaluation_id"],
+        "other split": evaluating(world, tmp_path / "c", split="validation")["evaluation_id"],
+        "other count": evaluating(world, tmp_path / "d", samples_per_prompt=2)["evaluation_id"],
+    }
+    assert len(set(identities.values())) == len(identities)
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_policy_that_is_the_reference_has_no_kl_and_wins_half(world, evaluating, tmp_path):
+    policy = copy_policy(world, tmp_path / "policy")
+    figures = evaluating(world, tmp_path / "out", policy=policy, reference=policy, samples_per_prompt=100)
+    assert figures["metrics"]["kl_sequence"]["value"] == pytest.approx(0.0, abs=1e-6)
+    assert figures["metrics"]["win_rate"]["value"] == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.usefixtures("recorded")
+def test_without_outcomes_a_trained_judge_speaks_and_says_how_well(world, evaluating, tmp_path):
+    evaluation = evaluating(world, tmp_path / "out", dataset=world.plain)
+    assert evaluation["judge"]["name"] == "bradley-terry"
+    assert evaluation["judge"]["accuracy"]["value"] > 0.6
+    assert evaluation["exact"] is None
+    with pytest.raises(ConfigError, match=r"expert.*outcomes.jsonl"):
+        evaluating(world, tmp_path / "expert", dataset=world.plain, judge="expert")
+
+
+@pytest.mark.usefixtures("recorded")
+def test_messages_are_evaluated_through_the_chat_template(world, evaluating, tmp_path):
+    from datasets import DatasetDict, load_from_disk
+    from transformers import AutoTokenizer
+
+    def as_messages(row):
+        return {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completions": [[{"role": "assistant", "content": text}] for text in row["completions"]],
+        }
+
+    plain = load_from_disk(str(world.plain))
+    DatasetDict({split: rows.map(as_messages) for split, rows in plain.items()}).save_to_disk(
+        str(tmp_path / "chat")
+    )
+    policy = copy_policy(world, tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<s> {{ m.content }} of"
+        "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(policy)
+    evaluation = evaluating(world, tmp_path / "out", dataset=tmp_path / "chat", policy=policy)
+    assert evaluation["metrics"]["preference_accuracy"]["n"] == 60
+    first = json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[0])
+    assert first["prompt"] == "user: tell me of cat"
+
+
+def test_figures_go_to_the_run_of_the_policy(world, evaluating, recorded, tmp_path):
+    policy = copy_policy(world, tmp_path / "policy", run_id="run-of-training")
+    evaluation = evaluating(world, tmp_path / "out", policy=policy)
+    assert recorded[0][1]["run_id"] == evaluation["run_id"] == "run-of-training"
+    logged = next(call[1] for call in recorded if call[0] == "metrics")
+    assert logged["eval/win_rate"] == evaluation["metrics"]["win_rate"]["value"]
+    assert logged["eval/exact/mass_on_set"] == evaluation["exact"]["mass_on_set"]["value"]
+    assert {call[1] for call in recorded if call[0] == "artifact"} == {
+        "evaluation.json",
+        "samples.jsonl",
+        "report.html",
+    }
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_policy_of_other_data_is_warned_of(world, evaluating, tmp_path):
+    policy = copy_policy(world, tmp_path / "policy", dataset_hash="xyz")
+    evaluation = evaluating(world, tmp_path / "out", policy=policy, exact_prompts=0)
+    assert any("another dataset" in text for text in evaluation["warnings"])
+    assert evaluation["exact"] is None
+
+
+def test_what_is_wrong_is_refused_before_a_model_is_loaded(
+    world, evaluating, evaluated, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("softpref.lm.loading.load_model", lambda *a, **k: pytest.fail("loaded a model"))
+    with pytest.raises(ConfigError, match="already holds an evaluation"):
+        evaluating(world, evaluated)
+    with pytest.raises(ConfigError, match="holds no config"):
+        evaluating(world, tmp_path / "a", policy=tmp_path)
+    with pytest.raises(ConfigError, match="no dataset folder"):
+        evaluating(world, tmp_path / "b", dataset=tmp_path)
+    with pytest.raises(DataError, match="no split 'tets'; it has train"):
+        evaluating(world, tmp_path / "c", split="tets")
+    with pytest.raises(ConfigError, match="set max_new_tokens"):
+        evaluating(world, tmp_path / "d", policy=world.reference)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"samples_per_prompt": 0}, "at least 1"),
+        ({"confidence": 95}, "between 0 and 1"),
+        ({"judge": "gpt"}, "bradley-terry"),
+        ({"top_p": 0.9}, "no parameter 'top_p'"),
+        ({"sample_per_prompt": 4}, "did you mean 'samples_per_prompt'"),
+    ],
+)
+def test_wrong_parameters_are_refused_with_what_is_right(values, message):
+    with pytest.raises(ConfigError, match=message):
+        build_config(EvaluationConfig, values)
+
+
+def artifact(path, uri=""):
+    return SimpleNamespace(path=str(path), uri=uri or f"file://{path}", metadata={})
+
+
+def test_component_writes_artifacts_and_tracks_to_a_real_store(world, tmp_path):
+    import mlflow
+    from softpref.evaluation.component import evaluate_model
+
+    logged = {}
+    metrics = SimpleNamespace(log_metric=logged.__setitem__)
+    evaluation, report = artifact(tmp_path / "evaluation"), artifact(tmp_path / "report.html")
+    evaluate_model.python_func(
+        dataset=artifact(world.dataset),
+        reference=artifact(world.reference),
+        policy=artifact(world.policy, uri="s3://models/spo-1"),
+        evaluation=evaluation,
+        report=report,
+        metrics=metrics,
+        samples_per_prompt=4,
+        experiment="component",
+        tracking_uri=f"sqlite:///{tmp_path}/own.db",
+        overrides='{"bootstrap_samples": 100}',
+    )
+    written = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert written["model_uri"] == "s3://models/spo-1"
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    assert logged["win_rate"] == written["metrics"]["win_rate"]["value"]
+    assert all(np.isfinite(value) for value in logged.values())
+    assert evaluation.metadata["evaluation_id"] == written["evaluation_id"]
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/own.db")
+    [run] = client.search_runs([client.get_experiment_by_name("component").experiment_id])
+    assert run.data.metrics["eval/win_rate"] == pytest.approx(logged["win_rate"])
