@@ -1,6 +1,22 @@
 """Stage 3, SPO training with online sampling. Needs torch, transformers and accelerate only."""
 
-from softpref.spo.config import SPOConfig
-from softpref.spo.trainer import SPOTrainer
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from softpref.spo.config import SPOConfig
+    from softpref.spo.trainer import SPOTrainer
 
 __all__ = ["SPOConfig", "SPOTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers only when a class is asked for: a pipeline's `--help` needs neither."""
+    if name == "SPOConfig":
+        from softpref.spo.config import SPOConfig
+
+        return SPOConfig
+    if name == "SPOTrainer":
+        from softpref.spo.trainer import SPOTrainer
+
+        return SPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
