@@ -189,7 +189,9 @@ def _run_container(
 class _Console:
     """What a local run prints: everything goes to a log file, the course of events to the screen."""
 
-    _EVENT = re.compile(r"Executing task|finished with status|Traceback|Error\b|ERROR|WARNING|warning: ")
+    _EVENT = re.compile(r"^([\d:]+)\.\d+ - INFO - (Executing task|Task|Pipeline) '(.*?)'(.*)")
+    _TROUBLE = re.compile(r"Traceback|Error\b|ERROR|WARNING|warning: ")
+    _COLOUR = re.compile(r"\x1b\[\d+m")
     _PROGRESS = re.compile(r"^(.*?)\s*(\d+%)\|.*?\| *(\S+/\S+) \[([^\]]*)\]")
     _SECONDS_BETWEEN_PROGRESS = 10.0
 
@@ -203,6 +205,7 @@ class _Console:
         for line in lines:
             self._log.write(line + "\n")
             if line.strip():
+                line = self._COLOUR.sub("", line)
                 self._recent = [*self._recent[-200:], line]
                 self._show(line.strip())
         return len(text)
@@ -219,14 +222,18 @@ class _Console:
         return "\n".join([line for line in self._recent if not self._PROGRESS.search(line)][-count:])
 
     def _show(self, line: str) -> None:
-        progress = self._PROGRESS.search(line)
+        progress, event = self._PROGRESS.search(line), self._EVENT.search(line)
         if progress:
-            if time.monotonic() - self._last_progress < self._SECONDS_BETWEEN_PROGRESS:
+            title, share, count, times = progress.groups()
+            if not title or time.monotonic() - self._last_progress < self._SECONDS_BETWEEN_PROGRESS:
                 return
             self._last_progress = time.monotonic()
-            title, share, count, times = progress.groups()
-            line = f"    {title or 'steps'} {share} {count} [{times}]"
-        elif not self._EVENT.search(line):
+            line = f"          {title.rstrip(':')} {share} {count} [{times}]"
+        elif event:
+            clock, what, name, rest = event.groups()
+            line = f"{clock}  {name}" + (rest if what != "Executing task" else " started")
+            line = line.replace("finished with status SUCCESS", "done")
+        elif not self._TROUBLE.search(line):
             return
         self._screen.write(line + "\n")
         self._screen.flush()

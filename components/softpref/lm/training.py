@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from softpref.errors import ConfigError, SoftprefError
 
@@ -66,6 +68,55 @@ class TrackingCallback(TrainerCallback):
         if state.is_world_process_zero and logs:
             numbers = {k: float(v) for k, v in logs.items() if isinstance(v, (int, float))}
             self.tracker.metrics(numbers, step=state.global_step)
+
+
+class NamedProgress(ProgressCallback):
+    """The trainer's progress bar with the model's name, for several train side by side in a sweep."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.name)
+
+
+def add_stage_callbacks(trainer: Trainer, name: str, tracker: Any) -> None:
+    """Track what `trainer` logs and put `name` on its progress bar."""
+    trainer.add_callback(TrackingCallback(tracker))
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(NamedProgress(name))
+
+
+def claim_checkpoints(folder: str | Path, identity: Mapping[str, Any]) -> str | None:
+    """The checkpoint to continue from, or None for a fresh start in `folder`.
+
+    Args:
+        identity: what a run is: its configuration and its data. Written on the first call.
+
+    Raises:
+        ConfigError: the folder holds checkpoints of another run; continuing would mix the two.
+    """
+    file = Path(folder) / "run.json"
+    own = json.loads(json.dumps(identity, default=str))
+    checkpoint = last_checkpoint(folder)
+    if checkpoint and file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        differing = sorted(key for key in {*own, *found} if own.get(key) != found.get(key))
+        if differing:
+            changes = ", ".join(
+                f"{key}: {found.get(key)!r} there, {own.get(key)!r} here" for key in differing
+            )
+            raise ConfigError(
+                f"{folder} holds checkpoints of another run ({changes}); name another folder, or remove it "
+                "to start anew"
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(own, indent=2), encoding="utf-8")
+    return checkpoint
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:

@@ -18,14 +18,23 @@ from softpref.lm.scoring import pad_sequences
 from softpref.lm.tokenization import TokenizedSequence, tokenize_sequence
 from softpref.lm.training import (
     GuardedTrainer,
-    TrackingCallback,
+    add_stage_callbacks,
     checkpoint_step,
-    last_checkpoint,
+    claim_checkpoints,
     require_devices,
     stage_tracker,
 )
 from softpref.sft.config import SFTConfig
 
+_TRACKED = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "seed",
+)
 _IGNORED = -100  # label of tokens that carry no loss, by convention of transformers
 
 
@@ -75,6 +84,12 @@ def run(
         model = build_model(config.model_config, tokenizer)
     splits = {split: _Demonstrations(rows, tokenizer, config) for split, rows in demonstrations.items()}
     stats = json.loads((Path(dataset_dir) / "stats.json").read_text(encoding="utf-8"))
+    identity = {
+        "dataset_hash": stats.get("dataset_hash", ""),
+        "base_model": config.base_model or "from nothing",
+        **{key: getattr(config, key) for key in _TRACKED},
+    }
+    checkpoint = claim_checkpoints(checkpoints, identity)
     with stage_tracker(
         config,
         output_dir,
@@ -86,13 +101,8 @@ def run(
         tracker.params(
             {
                 "stage": "sft",
-                "base_model": config.base_model or "from nothing",
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "learning_rate": config.learning_rate,
-                "num_train_epochs": config.num_train_epochs,
-                "per_device_train_batch_size": config.per_device_train_batch_size,
-                "seed": config.seed,
-                "dataset_hash": stats.get("dataset_hash", ""),
+                **identity,
             }
         )
         trainer = GuardedTrainer(
@@ -102,11 +112,10 @@ def run(
             eval_dataset=splits.get("validation"),
             data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
             processing_class=tokenizer,
-            callbacks=[TrackingCallback(tracker)],
         )
+        add_stage_callbacks(trainer, name, tracker)
         metrics: dict[str, float] = {}
         if config.num_train_epochs > 0 or config.max_steps > 0:
-            checkpoint = last_checkpoint(checkpoints)
             if checkpoint:
                 tracker.rewind(checkpoint_step(checkpoint))
             metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)

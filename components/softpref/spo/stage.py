@@ -19,9 +19,9 @@ from softpref.lm.loading import (
     save_model_folder,
 )
 from softpref.lm.training import (
-    TrackingCallback,
+    add_stage_callbacks,
     checkpoint_step,
-    last_checkpoint,
+    claim_checkpoints,
     require_devices,
     stage_tracker,
 )
@@ -85,6 +85,8 @@ def run(
     config.output_dir = str(checkpoints)
     torch.manual_seed(config.seed)
     preferences, prompts, dataset_hash = _load_preferences(dataset_dir)
+    identity = {"dataset_hash": dataset_hash, **{key: getattr(config, key) for key in _TRACKED}}
+    checkpoint = claim_checkpoints(checkpoints, identity)
     tokenizer = load_tokenizer(reference_dir, trust_remote_code=config.trust_remote_code)
     model = load_model(reference_dir, trust_remote_code=config.trust_remote_code)
     trainer = SPOTrainer(
@@ -104,16 +106,8 @@ def run(
         parent_run_id=parent_run_id or None,
         tracking_uri=tracking_uri or None,
     ) as tracker:
-        tracker.params(
-            {
-                "stage": "train",
-                "dataset_hash": dataset_hash,
-                "reference": reference_dir,
-                **{key: getattr(config, key) for key in _TRACKED},
-            }
-        )
-        trainer.add_callback(TrackingCallback(tracker))
-        checkpoint = last_checkpoint(checkpoints)
+        tracker.params({"stage": "train", "reference": reference_dir, **identity})
+        add_stage_callbacks(trainer, name, tracker)
         if checkpoint:
             tracker.rewind(checkpoint_step(checkpoint))
         metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
