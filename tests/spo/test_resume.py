@@ -1,0 +1,153 @@
+"""A run that was killed and resumed ends as one that never was, bit for bit; two processes train as one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+SCRIPT = '''
+"""Trains the toy model as told: output folder, folder of the start, seconds to sleep per step."""
+import sys, time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+from softpref.lm.loading import load_model, load_tokenizer
+from softpref.lm.training import last_checkpoint
+from softpref.spo import SPOConfig, SPOTrainer
+
+output, start, pause, rows, options = sys.argv[1], sys.argv[2], float(sys.argv[3]), *map(eval, sys.argv[4:6])
+
+
+class Steps(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        time.sleep(pause)
+        Path(output, "steps.log").open("a").write(f"{state.global_step}\\n")
+
+
+torch.manual_seed(0)
+config = SPOConfig(
+    output_dir=output, use_cpu=True, bf16=False, disable_tqdm=True, logging_steps=1, save_total_limit=2,
+    lr_scheduler_type="linear", max_prompt_length=16, max_completion_length=8, beta=0.3, seed=3, **options,
+)
+trainer = SPOTrainer(
+    load_model(start), config, train_dataset=rows, processing_class=load_tokenizer(start)
+)
+Path(output).mkdir(exist_ok=True)
+if trainer.is_world_process_zero():
+    trainer.add_callback(Steps())
+trainer.train(resume_from_checkpoint=last_checkpoint(output))
+if trainer.is_world_process_zero():
+    trainer.model.save_pretrained(output + "/final")
+    trainer.state.save_to_json(output + "/final/state.json")
+'''
+
+RESUMED = {
+    "learning_rate": 1e-2,
+    "save_steps": 4,
+    "samples_per_refresh": 10,
+    "sampling_interval": 5,  # the checkpoints at 4 and 8 stand in the middle of an interval
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 4,
+}
+
+
+@pytest.fixture
+def start(tmp_path, model, tokenizer):
+    model.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    return tmp_path / "start"
+
+
+@pytest.fixture
+def launch(tmp_path, start):
+    """`launch(name, rows, options, pause, prefix) -> Popen` of the training script."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+    def popen(name, rows, options, *, pause=0.0, prefix=(sys.executable,)):
+        arguments = (tmp_path / name, start, pause, repr(rows), repr(options))
+        command = [*prefix, str(script), *map(str, arguments)]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+
+    return popen
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-3000:]
+
+
+def wait_for(condition, process):
+    for _ in range(1200):
+        if condition():
+            return
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        time.sleep(0.05)
+    raise AssertionError("the run did not come so far within a minute")
+
+
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, launch, make_rows):
+    rows = make_rows(13, soft=True)  # 4 steps an epoch, the last of one row; 16 steps in all
+    whole = launch("whole", rows, RESUMED)
+    killed = launch("killed", rows, RESUMED, pause=0.15)
+    steps = tmp_path / "killed" / "steps.log"
+    # between the checkpoints at 8 and 12, in the second slice of the samples drawn after step 5
+    wait_for(lambda: steps.exists() and len(steps.read_text().split()) >= 10, killed)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert len(steps.read_text().split()) < 12
+    # a checkpoint that a kill cut off: everything but the file that comes last
+    half = tmp_path / "killed" / "checkpoint-12"
+    assert not half.exists()
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"")
+    finish(whole)
+    finish(launch("killed", rows, RESUMED))
+    assert steps.read_text().split()[-8:] == [str(step) for step in range(9, 17)]  # it did not start anew
+    expected = load_file(tmp_path / "whole" / "final" / "model.safetensors")
+    resumed = load_file(tmp_path / "killed" / "final" / "model.safetensors")
+    begun = load_file(tmp_path / "start" / "model.safetensors")
+    assert expected.keys() == resumed.keys()
+    assert all(bool((expected[name] == resumed[name]).all()) for name in expected)
+    assert any(float((expected[name] - begun[name]).abs().max()) > 1e-2 for name in expected)
+
+
+def test_two_processes_train_as_one(tmp_path, launch, make_rows, make_trainer, model):
+    rows = make_rows(32, soft=True)
+    options = {
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "num_train_epochs": 2,
+        "save_strategy": "no",
+        "samples_per_refresh": 30,
+        "sampling_interval": 3,
+        "kl_gradient": "full",
+        "weight_exponent": 0.5,
+    }
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    two = launch("two", rows, {**options, **cut}, prefix=launcher)
+    one = make_trainer(
+        rows, model=model, beta=0.3, lr_scheduler_type="linear", per_device_train_batch_size=8, **options
+    )
+    one.train()
+    finish(two)
+    others = load_file(tmp_path / "two" / "final" / "model.safetensors")
+    for name, parameter in one.model.named_parameters():
+        assert (parameter - others[name]).abs().max().item() < 1e-5, name
+    state = json.loads((tmp_path / "two" / "final" / "state.json").read_text())
+    histories = (one.state.log_history, state["log_history"])
+    logs = [[log for log in history if "loss" in log] for history in histories]
+    assert len(logs[0]) == 8
+    for ours, theirs in zip(*logs, strict=True):
+        for name in ours.keys() - {"epoch", "sampling/time_fraction", "sampling/tokens_per_second"}:
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-4), name
