@@ -16,6 +16,7 @@ import numpy as np
 from softpref.errors import ConfigError, DataError
 
 OUTCOMES_FILE = "outcomes.jsonl"
+_HASHES = 2**14
 _STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # inverse regularisation of the trained judge, tried in turn
 
 
@@ -149,7 +150,6 @@ class BradleyTerryJudge:
     def __init__(
         self, pairs: Iterable[tuple[str, str, str, float]], *, seed: int = 0, max_rows: int = 20000
     ) -> None:
-        from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import GroupKFold
 
         table = list(pairs)
@@ -161,46 +161,25 @@ class BradleyTerryJudge:
                 f"the judge 'bradley-terry' needs training pairs, the dataset's training split has "
                 f"{len(table)}"
             )
-        prompts = [row[0] for row in table]
-        first = self._features(prompts, [row[1] for row in table])
-        second = self._features(prompts, [row[2] for row in table])
-        difference = (first - second).tocsr()
-        seen = np.unique(difference.indices)  # most hashed features occur in no text: leave them out
-        width, difference = difference.shape[1], difference[:, seen]
         share = np.array([row[3] for row in table])
-        if not ((share != 0.5) & (difference.getnnz(1) > 0)).any():
+        if not ((share != 0.5) & np.array([row[1] != row[2] for row in table])).any():
             raise ConfigError("the judge 'bradley-terry' needs pairs with a preference; all labels are ties")
+        places: dict[tuple[str, str], int] = {}  # a text may meet many others: its features are made once
+        first = np.array([places.setdefault((row[0], row[1]), len(places)) for row in table])
+        second = np.array([places.setdefault((row[0], row[2]), len(places)) for row in table])
+        features = self._features([prompt for prompt, _ in places], [text for _, text in places])
+        compared = _Pairs(features, features.T.tocsr(), first, second, share)
 
-        def fit(rows: np.ndarray, strength: float) -> Any:
-            from scipy import sparse
-
-            model = LogisticRegression(C=strength, fit_intercept=False, max_iter=500, random_state=seed)
-            # each pair once as a win, once as a loss: both classes exist even if every label is hard
-            both = sparse.vstack([difference[rows], difference[rows]])
-            labels = np.repeat([1, 0], len(rows))
-            weights = np.concatenate([share[rows], 1 - share[rows]])
-            if not weights[len(rows) :].any():  # all hard: turn every other pair round
-                signs = np.where(np.arange(len(rows)) % 2, -1.0, 1.0)
-                both, labels = sparse.diags(signs) @ difference[rows], (signs > 0).astype(int)
-                weights = np.ones(len(rows))
-            return model.fit(both, labels, sample_weight=weights).coef_[0]
-
-        groups = np.unique(prompts, return_inverse=True)[1]
+        groups = np.unique([row[0] for row in table], return_inverse=True)[1]
         folds = min(3, groups.max() + 1)
-        losses = dict.fromkeys(_STRENGTHS, 0.0)
+        losses = np.zeros(len(_STRENGTHS))
         if folds > 1:
-            for train, held in GroupKFold(folds).split(difference, groups=groups):
-                for strength in _STRENGTHS:
-                    margin = difference[held] @ fit(train, strength)
-                    losses[strength] += float(
-                        (
-                            np.logaddexp(0, -margin) * share[held]
-                            + np.logaddexp(0, margin) * (1 - share[held])
-                        ).sum()
-                    )
-        self._strength = min(_STRENGTHS, key=losses.__getitem__)
-        self._weights = np.zeros(width)
-        self._weights[seen] = fit(np.arange(len(table)), self._strength)
+            for train, held in GroupKFold(folds).split(share, groups=groups):
+                weights = None
+                for i, strength in enumerate(_STRENGTHS):
+                    weights = _fit_bradley_terry(compared.some(train), strength, weights)
+                    losses[i] += _log_loss(compared.some(held).margins(weights), share[held])
+        self._weights = _fit_bradley_terry(compared, _STRENGTHS[int(losses.argmin())])
         self.description = (
             f"a Bradley-Terry model of words, characters and length, trained on {len(table)} pairs of the "
             "training split; trust its win rate only as far as its accuracy on the validation split"
@@ -212,11 +191,12 @@ class BradleyTerryJudge:
         return np.asarray(self._features(prompts, completions) @ self._weights).reshape(-1)
 
     def _features(self, prompts: Sequence[str], completions: Sequence[str]) -> Any:
+        """Sparse `[n, features]`."""
         from scipy import sparse
         from sklearn.feature_extraction.text import HashingVectorizer
 
-        word = HashingVectorizer(ngram_range=(1, 2), n_features=2**17, token_pattern=r"(?u)\w+|[^\w\s]")
-        character = HashingVectorizer(analyzer="char_wb", ngram_range=(2, 4), n_features=2**17)
+        word = HashingVectorizer(ngram_range=(1, 2), n_features=_HASHES, token_pattern=r"(?u)\w+|[^\w\s]")
+        character = HashingVectorizer(analyzer="char_wb", ngram_range=(2, 4), n_features=_HASHES)
         dense = np.zeros((len(completions), 4))
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             tokens = completion.lower().split()
@@ -228,9 +208,52 @@ class BradleyTerryJudge:
                     len(set(tokens)) / len(tokens),
                     sum(token in asked for token in tokens) / len(tokens),
                 )
-        return sparse.hstack(
-            [word.transform(completions), character.transform(completions), sparse.csr_matrix(dense)]
-        ).tocsr()
+        features = [word.transform(completions), character.transform(completions), sparse.csr_matrix(dense)]
+        return sparse.hstack(features).tocsr()
+
+
+class _Pairs(NamedTuple):
+    """Pairs of texts: `features` of all texts, its transpose, row of the better, of the worse, P(better)."""
+
+    features: Any
+    transposed: Any
+    first: np.ndarray
+    second: np.ndarray
+    share: np.ndarray
+
+    def some(self, rows: np.ndarray) -> _Pairs:
+        return self._replace(first=self.first[rows], second=self.second[rows], share=self.share[rows])
+
+    def margins(self, weights: np.ndarray) -> np.ndarray:
+        scores = self.features @ weights
+        return scores[self.first] - scores[self.second]
+
+    def gradient(self, errors: np.ndarray) -> np.ndarray:
+        """Of Σ errors · margins with respect to the weights."""
+        count = self.features.shape[0]
+        by_text = np.bincount(self.first, errors, count) - np.bincount(self.second, errors, count)
+        return self.transposed @ by_text
+
+
+def _fit_bradley_terry(pairs: _Pairs, strength: float, start: np.ndarray | None = None) -> np.ndarray:
+    """Weights `w` that minimise the log-loss of σ(margins) against soft labels + |w|² / (2 strength)."""
+    from scipy import optimize
+
+    def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        margin = pairs.margins(weights)
+        errors = 0.5 * (1 + np.tanh(margin / 2)) - pairs.share
+        loss = _log_loss(margin, pairs.share) + weights @ weights / (2 * strength)
+        return loss, pairs.gradient(errors) + weights / strength
+
+    if start is None:
+        start = np.zeros(pairs.features.shape[1])
+    options = {"maxiter": 200, "gtol": 1e-3, "ftol": 1e-7}
+    return optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options).x
+
+
+def _log_loss(margin: np.ndarray, share: np.ndarray) -> float:
+    """−Σ log-likelihood of soft labels under margins in nats."""
+    return float((np.logaddexp(0, margin) - share * margin).sum())
 
 
 def preference_pairs(
