@@ -352,8 +352,8 @@ class SPOTrainer(GuardedTrainer):
         return output._replace(metrics={**(output.metrics or {}), **named})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the training metrics gathered since the last log of a loss."""
-        if "loss" in logs:
+        """Add the training metrics gathered since the last log; the last steps' go with the summary."""
+        if "loss" in logs or "train_loss" in logs:
             means = self._means["train"].take(self._sum_over_processes)
             if "weight" in means:  # (Σw)² / (n Σw²)
                 means["sampling/ess"] = means.pop("weight") ** 2 / means.pop("squared_weight")

@@ -1,0 +1,32 @@
+"""The pipelines as a user imports them, and a recipe of the story world that takes seconds."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _pipelines_on_path():
+    sys.path.insert(0, str(REPOSITORY / "pipelines"))
+
+
+@pytest.fixture
+def quick_recipe(tmp_path):
+    """The embedded recipe with little data and a tiny model; a function writes it with changes on top."""
+
+    def write(**changes) -> str:
+        recipe = yaml.safe_load((REPOSITORY / "pipelines/recipes/embedded.yaml").read_text(encoding="utf-8"))
+        recipe |= {"rows": 400, "samples_per_refresh": 32, "samples_per_prompt": 4, "sft_epochs": 1}
+        recipe["data_overrides"] |= {"sft_rows": 400}
+        recipe["sft_overrides"]["model_config"] |= {"hidden_size": 32, "num_hidden_layers": 1}
+        recipe["evaluation_overrides"] = {"exact_prompts": 1, "bootstrap_samples": 100}
+        recipe |= {"alphas": [0.5], "baselines": ["dpo:1"], "min_win_rate": 0.0, **changes}
+        path = tmp_path / "quick.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        return str(path)
+
+    return write

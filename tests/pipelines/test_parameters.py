@@ -1,0 +1,156 @@
+"""Recipes, the command line and the planning task: what is wrong is refused before anything runs."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from softpref.errors import ConfigError
+from softpref.preflight.stage import plan
+
+from tests.pipelines.conftest import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def launch():
+    import launch
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    import spo_sweep
+
+    return spo_sweep.spo_sweep
+
+
+@pytest.fixture(scope="module")
+def single():
+    import spo_pipeline
+
+    return spo_pipeline.spo_pipeline
+
+
+def test_help_answers_without_loading_a_training_library():
+    script = (
+        "import sys; sys.path.insert(0, 'pipelines'); sys.argv = ['spo_sweep.py', '--help']\n"
+        "import spo_sweep\n"
+        "try: spo_sweep.main(spo_sweep.spo_sweep, ['--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'transformers', 'mlflow', 'datasets'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.stdout.strip().endswith("[]"), result.stdout + result.stderr
+    assert "--alphas" in result.stdout
+
+
+def test_command_line_wins_over_recipe_and_recipe_over_default(launch, sweep):
+    parameters = launch.pipeline_parameters(sweep, "embedded", {"beta": 0.3, "alphas": None})
+    assert parameters["beta"] == 0.3
+    assert parameters["alphas"] == [0.5, 1.0, 2.0]
+    assert parameters["learning_rate"] == 0.002
+    assert parameters["prompt_template"] == ""
+    assert json.loads(parameters["data_overrides"])["votes"] == 5
+
+
+def test_every_recipe_serves_both_pipelines(launch, sweep, single):
+    recipes = [path.stem for path in launch.RECIPES.glob("*.yaml")]
+    assert {"embedded", "convarg", "smollm2"} <= set(recipes)
+    for recipe in recipes:
+        for pipeline in (sweep, single):
+            launch.pipeline_parameters(pipeline, recipe, {})
+
+
+def test_embedded_recipe_plans_one_model_per_alpha_and_baseline(launch, sweep):
+    members = plan(launch.pipeline_parameters(sweep, "embedded", {}))
+    assert [member.name for member in members] == [
+        "spo-alpha-0.5",
+        "spo-alpha-1",
+        "spo-alpha-2",
+        "dpo-beta-1",
+    ]
+    assert members[0].beta == 0.02
+    assert members[3].beta == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"alphas": [1.0, -1.0]}, "alpha must be at least 0"),
+        ({"alphas": [1.0, 1.0]}, "must differ"),
+        ({"alphas": [], "baselines": []}, "nothing to train"),
+        ({"baselines": ["dpp"]}, "known: dpo"),
+        ({"baselines": ["dpo:strong"]}, "dpo:0.1"),
+        ({"train_overrides": '{"loging_steps": 5}'}, "did you mean 'logging_steps'"),
+        ({"train_overrides": '{"top_p": 0.9}'}, "policy's own distribution"),
+        ({"train_overrides": '{"temperature": 0.7}'}, "policy's own distribution"),
+        ({"train_overrides": "{logging_steps: 5}"}, "not JSON"),
+        ({"sft_overrides": '{"model_cofig": {}}'}, "did you mean 'model_config'"),
+        ({"base_model": "/no/such/model"}, "does not exist"),
+        ({"source": "missing.jsonl"}, "does not exist"),
+        ({"data_overrides": '{"votse": 1}'}, "did you mean 'votes'"),
+        ({"samples_per_refresh": 4}, "samples_per_refresh"),
+        ({"judge": "oracle"}, "judge"),
+        ({"selection_rule": "best"}, "win_rate"),
+        ({"registered_model_name": "a/b"}, "model_name"),
+    ],
+)
+def test_wrong_parameter_is_refused_with_what_would_be_right(launch, sweep, changes, says):
+    parameters = launch.pipeline_parameters(sweep, "embedded", {}) | changes
+    with pytest.raises(ConfigError, match=says):
+        plan(parameters)
+
+
+def test_refusal_reaches_the_user_as_one_line_and_leaves_nothing(tmp_path):
+    started = time.monotonic()
+    result = subprocess.run(
+        [
+            sys.executable,
+            REPOSITORY / "pipelines/spo_sweep.py",
+            "--alphas",
+            "-1",
+            "--output",
+            tmp_path / "out",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip().startswith("error: SPOConfig.alpha must be at least 0")
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert time.monotonic() - started < 60  # seconds, not the minutes of a run; generous for a loaded machine
+
+
+def test_unknown_recipe_and_parameter_name_the_closest(launch, sweep, tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'embedded'"):
+        launch.pipeline_parameters(sweep, "embeded", {})
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("learning_rat: 1", encoding="utf-8")
+    with pytest.raises(ConfigError, match="did you mean 'learning_rate'"):
+        launch.pipeline_parameters(sweep, str(recipe), {})
+    recipe.write_text("learning_rate: fast", encoding="utf-8")
+    with pytest.raises(ConfigError, match="learning_rate must be a float"):
+        launch.pipeline_parameters(sweep, str(recipe), {})
+
+
+def test_output_folder_with_content_is_not_touched(launch, sweep, tmp_path, capsys):
+    (tmp_path / "precious.txt").write_text("mine", encoding="utf-8")
+    assert launch.main(sweep, ["--output", str(tmp_path)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_checked_in_packages_are_what_the_pipelines_compile_to(launch, sweep, single, tmp_path):
+    for pipeline in (sweep, single):
+        name = pipeline.name.replace("-", "_")
+        fresh = launch.compile_package(pipeline, tmp_path / f"{name}.yaml")
+        kept = launch.PACKAGES / f"{name}.yaml"
+        assert fresh.read_text() == kept.read_text(), f"{kept.name} is out of date: run make packages"
+
+
+def test_cluster_runner_asks_for_an_endpoint(launch, sweep, capsys):
+    assert launch.main(sweep, ["--runner", "cluster"]) == 2
+    assert "--endpoint" in capsys.readouterr().err

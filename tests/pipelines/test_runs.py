@@ -1,0 +1,81 @@
+"""Whole pipelines in KFP's own local runner, small: artifacts, tracking, registration, and failure."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.pipelines.conftest import REPOSITORY
+
+
+def run_pipeline(script, *arguments, folder):
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
+    environment.pop("MLFLOW_RUN_ID", None)
+    return subprocess.run(
+        [sys.executable, REPOSITORY / "pipelines" / script, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sweep")
+
+
+def test_sweep_trains_compares_and_registers(quick_recipe, folder):
+    result = run_pipeline("spo_sweep.py", "--recipe", quick_recipe(), "--output", "out", folder=folder)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    output = folder / "out"
+
+    comparison = json.loads((output / "comparison/comparison.json").read_text())
+    assert sorted(member["name"] for member in comparison["members"]) == ["dpo-beta-1", "spo-alpha-0.5"]
+    assert comparison["chosen"] in result.stdout
+    assert (output / "comparison/frontier.png").stat().st_size > 10_000
+    assert "frontier" in (output / "comparison/report.html").read_text().lower()
+
+    registration = json.loads((output / "registration.json").read_text())
+    assert registration["registered"]
+    assert set(registration["aliases"]) == {"challenger", "champion"}
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "softpref"]
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = {run.info.run_name: run for run in runs if run is not parent}
+    assert sorted(children) == ["dpo-beta-1", "reference", "spo-alpha-0.5"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    policy = children["spo-alpha-0.5"]
+    assert policy.data.params["alpha"] == "0.5"
+    assert {"kl/sequence", "sampling/ess", "rewards/accuracies", "eval/win_rate"} <= set(policy.data.metrics)
+    assert "kl/sequence" not in children["dpo-beta-1"].data.metrics
+    version = client.get_model_version_by_alias("softpref-story", "champion")
+    assert version.tags["alpha"] in {"0.5", "1.0"}
+    assert client.get_run(version.run_id).info.run_name == comparison["chosen"]
+
+
+def test_failing_stage_fails_the_run_and_says_why(quick_recipe, folder):
+    rows = folder / "rows.jsonl"
+    rows.write_text('{"prompt": "p", "chosen": "", "rejected": "b"}\n' * 4, encoding="utf-8")
+    recipe = quick_recipe(source=str(rows), data_overrides={})
+    result = run_pipeline("spo_pipeline.py", "--recipe", recipe, "--output", "failed", folder=folder)
+    assert result.returncode == 1
+    assert "DataError" in result.stderr
+    assert "empty" in result.stderr
+    assert "pipeline.log" in result.stderr
+    assert not (folder / "failed/registration.json").exists()
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "softpref"]
+    statuses = [run.info.status for run in client.search_runs([experiment.experiment_id])]
+    assert statuses.count("FAILED") == 1
