@@ -20,7 +20,8 @@ class SFTConfig(TrainingArguments):
         revision: branch, tag or commit of a Hub model.
         model_config: of a model from nothing: `model_type` and its options, as in a checkpoint's
             `config.json`. Vocabulary size and special tokens come from the tokenizer.
-        vocab_size: upper limit of the tokenizer (byte-level BPE) that is built for a model from nothing.
+        vocab_size: upper limit of the tokenizer (byte-level BPE) that is built for a model from nothing, at
+            least 258.
         max_prompt_length: tokens kept of a prompt, from its end.
         max_completion_length: tokens kept of a completion.
         gpus: GPUs the job asked for; training refuses to start with fewer. 0 asks for none.
@@ -54,9 +55,10 @@ class SFTConfig(TrainingArguments):
                 "SFTConfig needs base_model (a Hub id, a checkpoint folder or a .gguf file), or a "
                 'model_config with at least "model_type" to train from nothing'
             )
-        for name in ("max_prompt_length", "max_completion_length", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"SFTConfig.{name} must be at least 1, got {getattr(self, name)}")
+        # 256 bytes, end and padding: with less, not every text could be written
+        for name, least in (("max_prompt_length", 1), ("max_completion_length", 1), ("vocab_size", 258)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"SFTConfig.{name} must be at least {least}, got {getattr(self, name)}")
         if self.bf16 is None:
             self.bf16 = device_has_bf16() and not self.fp16 and not self.use_cpu
         super().__post_init__()

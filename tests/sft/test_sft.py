@@ -1,0 +1,245 @@
+"""The reference stage: what carries the loss, what is learned, what is kept, what is refused."""
+
+import json
+import math
+
+import pytest
+import torch
+from softpref.config import build_config
+from softpref.errors import ConfigError, DataError
+from softpref.lm.loading import load_metadata, load_model, load_tokenizer, save_model_folder
+from softpref.lm.sampling import sample_completions, sampling_noise
+from softpref.lm.scoring import score_sequences
+from softpref.lm.tokenization import decode, tokenize_prompt, tokenize_sequence
+from softpref.sft.config import SFTConfig
+from softpref.sft.stage import build_model, build_tokenizer, collate, run
+
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, write_dataset, rows, tracking_uri):
+    """A reference from nothing: `(folder, metrics)`."""
+    folder = tmp_path_factory.mktemp("sft")
+    dataset = write_dataset(folder / "data", rows, validation=rows[:4])
+    config = build_config(
+        SFTConfig,
+        {"use_cpu": True, "bf16": False, "disable_tqdm": True, "seed": 1, "model_config": SMALL},
+        {"learning_rate": 2e-2, "num_train_epochs": 40, "per_device_train_batch_size": 6, "vocab_size": 300},
+        {"save_steps": 50, "lr_scheduler_type": "linear"},
+    )
+    metrics = run(
+        config, dataset_dir=dataset, output_dir=str(folder / "reference"), tracking_uri=tracking_uri
+    )
+    return folder / "reference", metrics
+
+
+def loss_by_hand(model, tokenizer, rows):
+    """Mean over completion tokens of −log π, each sequence alone."""
+    sequences = [tokenize_sequence(tokenizer, row["prompt"], row["completion"])[:2] for row in rows]
+    scores = score_sequences(model, sequences, pad_id=tokenizer.pad_token_id, batch_size=1)
+    return -float(scores.sum()) / sum(len(completion) for _, completion in sequences)
+
+
+def test_the_loss_is_on_completion_tokens_alone(make_tokenizer, make_model, rows):
+    tokenizer = make_tokenizer(pad_is_eos=True)
+    model = make_model(tokenizer)
+    sequences = [tokenize_sequence(tokenizer, row["prompt"], row["completion"]) for row in rows[:5]]
+    batch = collate(sequences, tokenizer.pad_token_id)
+    labelled = batch["labels"] != -100
+    assert labelled.sum(1).tolist() == [len(sequence.completion) for sequence in sequences]
+    for row, sequence in zip(batch["labels"], sequences, strict=True):
+        assert row[row != -100].tolist() == sequence.completion
+    with torch.no_grad():
+        assert float(model(**batch).loss) == pytest.approx(loss_by_hand(model, tokenizer, rows[:5]), rel=1e-5)
+
+
+def test_a_reference_from_nothing_learns_the_completions_and_to_end_them(trained, rows):
+    folder, metrics = trained
+    tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder))
+    prompts = [tokenize_prompt(tokenizer, row["prompt"]) for row in rows]
+    samples = sample_completions(
+        model,
+        prompts,
+        noise=sampling_noise(len(prompts), 24, 0),
+        stop_ids=[tokenizer.eos_token_id],
+        pad_id=tokenizer.pad_token_id,
+    )
+    assert sum(not sample.truncated for sample in samples) >= 0.9 * len(samples)
+    known = {row["completion"] for row in rows}
+    assert sum(decode(tokenizer, sample.completion) in known for sample in samples) >= 0.8 * len(samples)
+    # each prompt has two demonstrations: log 2 nats a completion is all there is left to be unsure of
+    tokens = len(tokenize_sequence(tokenizer, rows[0]["prompt"], rows[0]["completion"]).completion)
+    assert loss_by_hand(model, tokenizer, rows) < 2 * math.log(2) / tokens
+    assert metrics["eval_loss"] == pytest.approx(loss_by_hand(model, tokenizer, rows[:4]), rel=1e-3)
+
+
+def test_the_folder_says_what_it_is_and_keeps_no_checkpoints(trained):
+    folder, metrics = trained
+    metadata = load_metadata(folder)
+    assert metadata["stage"] == "sft"
+    assert metadata["dataset_hash"] == "abc"
+    assert metadata["run_id"]
+    assert not (folder / "checkpoints").exists()
+    assert metrics["train_loss"] > metrics["eval_loss"]
+    assert load_model(str(folder)).config.vocab_size == len(load_tokenizer(str(folder)))
+
+
+def test_training_goes_on_from_a_checkpoint_folder_with_its_tokenizer(
+    trained, tmp_path, write_dataset, settings, tracking_uri
+):
+    base = str(trained[0])
+    rows = [{"prompt": "fox and bell:", "completion": " the moon!"}] * 12
+    config = SFTConfig(**settings, base_model=base, num_train_epochs=3)
+    dataset = write_dataset(tmp_path / "data", rows)
+    run(config, dataset_dir=dataset, output_dir=str(tmp_path / "out"), tracking_uri=tracking_uri)
+    tokenizer = load_tokenizer(str(tmp_path / "out"))
+    assert tokenizer.get_vocab() == load_tokenizer(base).get_vocab()
+    before, after = (loss_by_hand(load_model(m), tokenizer, rows) for m in (base, str(tmp_path / "out")))
+    assert after < 0.5 * before
+    assert load_metadata(tmp_path / "out")["base_model"] == base
+
+
+def test_no_epochs_keep_the_base_model_as_it_is(
+    trained, tmp_path, write_dataset, rows, settings, tracking_uri
+):
+    base = str(trained[0])
+    dataset = write_dataset(tmp_path / "data", rows, validation=rows[:6])
+    config = SFTConfig(**settings, base_model=base, num_train_epochs=0)
+    metrics = run(config, dataset_dir=dataset, output_dir=str(tmp_path / "out"), tracking_uri=tracking_uri)
+    kept = load_model(str(tmp_path / "out")).state_dict()
+    for name, tensor in load_model(base).state_dict().items():
+        torch.testing.assert_close(kept[name], tensor, rtol=0, atol=0)
+    expected = loss_by_hand(load_model(base), load_tokenizer(base), rows[:6])
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_demonstrations_of_their_own_come_before_best_completions(
+    trained, tmp_path, write_dataset, rows, settings, tracking_uri
+):
+    demonstrations = [{"prompt": "fox and bell:", "completion": " the moon!"}] * 12
+    dataset = write_dataset(tmp_path / "data", rows, demonstrations=demonstrations)
+    config = SFTConfig(**settings, base_model=str(trained[0]), num_train_epochs=20)
+    run(config, dataset_dir=dataset, output_dir=str(tmp_path / "out"), tracking_uri=tracking_uri)
+    tokenizer, model = load_tokenizer(str(tmp_path / "out")), load_model(str(tmp_path / "out"))
+    assert loss_by_hand(model, tokenizer, demonstrations) < 0.1
+    assert loss_by_hand(model, tokenizer, rows) > 1
+
+
+def test_a_chat_model_learns_messages(tmp_path, make_tokenizer, make_model, settings, tracking_uri):
+    from datasets import Dataset, DatasetDict
+
+    tokenizer = make_tokenizer()
+    save_model_folder(make_model(tokenizer, spread=0.1), tokenizer, tmp_path / "base", {})
+    (tmp_path / "base" / "softpref.json").unlink()
+    chat = {
+        "prompt": [{"role": "user", "content": "who?"}],
+        "completions": [
+            [{"role": "assistant", "content": "a fox"}],
+            [{"role": "assistant", "content": "an owl"}],
+        ],
+    }
+    DatasetDict({"train": Dataset.from_list([chat] * 12)}).save_to_disk(str(tmp_path / "data"))
+    (tmp_path / "data" / "stats.json").write_text("{}")
+    config = SFTConfig(**settings, base_model=str(tmp_path / "base"), num_train_epochs=20)
+    run(
+        config,
+        dataset_dir=str(tmp_path / "data"),
+        output_dir=str(tmp_path / "out"),
+        tracking_uri=tracking_uri,
+    )
+    model = load_model(str(tmp_path / "out"))
+    row = {"prompt": chat["prompt"], "completion": chat["completions"][0]}
+    assert loss_by_hand(model, tokenizer, [row]) < 0.2
+
+
+TEXTS = [
+    "the fox found a bell.",
+    "  two  spaces\tand\r\nline breaks\n",
+    "Füchse, 狐狸, лиса, 🦊 and e\u0301",
+    "\x00\x1f control, and bytes that are no word: \ufffd\U0010ffff",
+    "<s> </s> [INST] are only text here",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("vocab_size", [258, 300])
+def test_any_text_can_be_written_and_read_back(rows, text, vocab_size, tmp_path):
+    tokenizer = build_tokenizer([row["completion"] for row in rows] * 2, vocab_size=vocab_size)
+    assert len(tokenizer) <= vocab_size
+    tokenizer.save_pretrained(tmp_path)
+    build_model(SMALL, tokenizer).save_pretrained(tmp_path)
+    for one in (tokenizer, load_tokenizer(str(tmp_path))):
+        ids = one(text)["input_ids"]
+        assert decode(one, ids) == text
+        assert one.eos_token_id not in ids
+
+
+def test_a_finished_folder_is_not_written_over(trained, write_dataset, rows, tmp_path, settings):
+    dataset = write_dataset(tmp_path / "data", rows)
+    config = SFTConfig(**settings, base_model=str(trained[0]))
+    with pytest.raises(ConfigError, match="finished model already"):
+        run(config, dataset_dir=dataset, output_dir=str(trained[0]))
+
+
+def test_a_folder_that_is_no_dataset_is_refused(trained, tmp_path, settings):
+    config = SFTConfig(**settings, base_model=str(trained[0]))
+    with pytest.raises(DataError, match=r"holds no stats\.json"):
+        run(config, dataset_dir=str(tmp_path), output_dir=str(tmp_path / "out"))
+
+
+def test_a_demonstration_that_cannot_be_learned_is_named(trained, tmp_path, write_dataset, rows, settings):
+    dataset = write_dataset(tmp_path / "data", [*rows[:2], {"prompt": "fox", "completion": ""}])
+    config = SFTConfig(**settings, base_model=str(trained[0]))
+    with pytest.raises(DataError, match=r"demonstration 2: .* has no token"):
+        run(config, dataset_dir=dataset, output_dir=str(tmp_path / "out"))
+
+
+def test_messages_cannot_train_a_model_from_nothing(tmp_path, settings):
+    from datasets import Dataset, DatasetDict
+
+    message = [{"role": "user", "content": "who?"}]
+    row = {"prompt": message, "completions": [message, message]}
+    DatasetDict({"train": Dataset.from_list([row])}).save_to_disk(str(tmp_path / "data"))
+    (tmp_path / "data" / "stats.json").write_text(json.dumps({}))
+    config = SFTConfig(**settings, model_config=SMALL)
+    with pytest.raises(ConfigError, match="need a chat model"):
+        run(config, dataset_dir=str(tmp_path / "data"), output_dir=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs base_model"),
+        ({"model_config": {"hidden_size": 8}}, '"model_type"'),
+        ({"base_model": "/nowhere/model"}, "base model '/nowhere/model' does not exist"),
+        ({"base_model": "missing.gguf"}, "no such GGUF file"),
+        ({"model_config": SMALL, "vocab_size": 257}, "vocab_size must be at least 258"),
+        ({"model_config": SMALL, "max_prompt_length": 0}, "max_prompt_length must be at least 1"),
+        ({"model_config": SMALL, "learning_rte": 1.0}, "did you mean 'learning_rate'"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_and_the_message_says_what_is_right(settings, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build_config(SFTConfig, settings, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_type": "lama"}, "lama"),
+        ({**SMALL, "hiden_size": 8}, "did you mean 'hidden_size'"),
+        ({**SMALL, "hidden_size": "wide"}, "does not describe a model"),
+        ({**SMALL, "hidden_size": 33}, "does not describe a model"),
+    ],
+)
+def test_an_option_that_the_model_type_does_not_have_is_refused(make_tokenizer, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build_model(options, make_tokenizer())
