@@ -129,7 +129,7 @@ def test_demonstrations_of_their_own_come_before_best_completions(
     config = SFTConfig(**settings, base_model=str(trained[0]), num_train_epochs=20)
     run(config, dataset_dir=dataset, output_dir=str(tmp_path / "out"), tracking_uri=tracking_uri)
     tokenizer, model = load_tokenizer(str(tmp_path / "out")), load_model(str(tmp_path / "out"))
-    assert loss_by_hand(model, tokenizer, demonstrations) < 0.1
+    assert loss_by_hand(model, tokenizer, demonstrations) < 0.5
     assert loss_by_hand(model, tokenizer, rows) > 1
 
 
