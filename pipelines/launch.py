@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +28,7 @@ RECIPES, PACKAGES = _HERE / "recipes", _HERE / "packages"
 _ONLY_FOR_SWEEPS = {"alphas", "baselines", "selection_rule", "max_kl"}
 
 
-def main(pipeline: Callable[..., Any], arguments: list[str]) -> int:
+def main(pipeline: Any, arguments: list[str]) -> int:
     """Run the command line of one pipeline; returns the exit status."""
     options = _parse(pipeline, arguments)
     try:
@@ -49,9 +49,7 @@ def main(pipeline: Callable[..., Any], arguments: list[str]) -> int:
         return 2
 
 
-def pipeline_parameters(
-    pipeline: Callable[..., Any], recipe: str, given: Mapping[str, Any]
-) -> dict[str, Any]:
+def pipeline_parameters(pipeline: Any, recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """All parameters of a pipeline: its defaults, then the recipe's, then those given (None is not given).
 
     Args:
@@ -93,7 +91,7 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
     raise ConfigError(f"parameter {name} must be a {expected}, got {value!r}")
 
 
-def compile_package(pipeline: Callable[..., Any], path: Path) -> Path:
+def compile_package(pipeline: Any, path: Path) -> Path:
     """Write the pipeline's package, the file to upload in the KFP UI."""
     from kfp import compiler
 
@@ -105,7 +103,7 @@ def compile_package(pipeline: Callable[..., Any], path: Path) -> Path:
 # ---------------------------------------------------------------------- on this machine
 
 
-def _run_here(pipeline: Callable[..., Any], parameters: dict[str, Any], options: argparse.Namespace) -> int:
+def _run_here(pipeline: Any, parameters: dict[str, Any], options: argparse.Namespace) -> int:
     from softpref.tracking import end_run, open_parent, resolve_tracking_uri
 
     name = f"{Path(options.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -146,7 +144,7 @@ def _run_here(pipeline: Callable[..., Any], parameters: dict[str, Any], options:
     return 0
 
 
-def _execute(pipeline: Callable[..., Any], parameters: dict[str, Any], runner: str, root: Path) -> bool:
+def _execute(pipeline: Any, parameters: dict[str, Any], runner: str, root: Path) -> bool:
     import warnings
 
     from kfp import local
@@ -279,7 +277,7 @@ def _summarise(output: Path, tracking_uri: str, seconds: float) -> None:
 # ---------------------------------------------------------------------- on a cluster
 
 
-def _submit(pipeline: Callable[..., Any], parameters: dict[str, Any], options: argparse.Namespace) -> int:
+def _submit(pipeline: Any, parameters: dict[str, Any], options: argparse.Namespace) -> int:
     import kfp
 
     if not options.endpoint:
@@ -303,7 +301,7 @@ def _submit(pipeline: Callable[..., Any], parameters: dict[str, Any], options: a
 # ---------------------------------------------------------------------- the command line
 
 
-def _parse(pipeline: Callable[..., Any], arguments: list[str]) -> argparse.Namespace:
+def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"{_name(pipeline)}.py",
         description=pipeline.component_spec.description,

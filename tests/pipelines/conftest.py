@@ -23,6 +23,7 @@ def quick_recipe(tmp_path):
         recipe |= {"rows": 400, "samples_per_refresh": 32, "samples_per_prompt": 4, "sft_epochs": 1}
         recipe["data_overrides"] |= {"sft_rows": 400}
         recipe["sft_overrides"]["model_config"] |= {"hidden_size": 32, "num_hidden_layers": 1}
+        recipe["train_overrides"] |= {"logging_steps": 2}
         recipe["evaluation_overrides"] = {"exact_prompts": 1, "bootstrap_samples": 100}
         recipe |= {"alphas": [0.5], "baselines": ["dpo:1"], "min_win_rate": 0.0, **changes}
         path = tmp_path / "quick.yaml"

@@ -1,0 +1,95 @@
+"""The console command: every stage without KFP, from a file or from --key value."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from softpref.cli import main
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+
+
+def test_help_loads_no_training_library():
+    script = (
+        "import sys\nfrom softpref.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'mlflow', 'kfp', 'yaml'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout.strip().endswith("[]"), result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["data", "--output", "x", "--sourc", "story"], "did you mean 'source'"),
+        (["data", "--output", "x", "story"], "belongs to no parameter"),
+        (["data", "--output", "x", "--config", "none.yaml"], "does not exist"),
+        (["sft", "--dataset", "x", "--output", "y"], "base_model"),
+        (
+            ["train", "--dataset", "x", "--reference", "r", "--output", "y", "--top_p", "0.5"],
+            "top_p must be 1",
+        ),
+        (["track-sync", "no-such-folder"], "no-such-folder"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(arguments, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert says in error
+
+
+def test_stages_follow_one_another_from_data_to_registry(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    config = tmp_path / "sft.yaml"
+    config.write_text(
+        json.dumps({"model_config": TINY, "vocab_size": 600, "max_completion_length": 32}), encoding="utf-8"
+    )
+    shared = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "16"]
+
+    assert main(["data", "--output", "dataset", "--rows", "200", "--sft_rows", "200"]) == 0
+    assert (
+        main(["sft", "--dataset", "dataset", "--output", "reference", "--config", str(config), *shared]) == 0
+    )
+    train = ["train", "--dataset", "dataset", "--reference", "reference", "--output", "policy"]
+    options = [
+        "--alpha",
+        "0.5",
+        "--samples-per-refresh=16",
+        "--max_completion_length",
+        "24",
+        "--max_steps",
+        "3",
+    ]
+    assert main([*train, *options, *shared]) == 0
+    metadata = json.loads((tmp_path / "policy/softpref.json").read_text(encoding="utf-8"))
+    assert (metadata["method"], metadata["alpha"]) == ("spo", 0.5)
+    assert (tmp_path / "policy/model.safetensors").is_file()
+    assert not (tmp_path / "policy/checkpoints").exists()
+
+    assert main([*train, *options, *shared]) == 2
+    assert "finished model" in capsys.readouterr().err
+
+    folders = ["--dataset", "dataset", "--reference", "reference", "--policy", "policy"]
+    quick = ["--samples_per_prompt", "2", "--exact_prompts", "1", "--bootstrap_samples", "100"]
+    assert main(["evaluate", *folders, "--output", "evaluation", *quick]) == 0
+    capsys.readouterr()
+    gate = ["--model_name", "tiny", "--min_win_rate", "0"]
+    assert (
+        main(["register", "--policy", "policy", "--evaluation", "evaluation", "--output", "decision", *gate])
+        == 0
+    )
+    decision = json.loads(capsys.readouterr().out)
+    assert decision["registered"]
+    assert decision["aliases"] == ["challenger", "champion"]

@@ -1,0 +1,80 @@
+"""One path from files, text and JSON to a checked dataclass."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+from softpref.config import build_config, parse_overrides, read_mapping
+from softpref.errors import ConfigError
+
+
+@dataclass
+class Oven:
+    degrees: float
+    minutes: int = 10
+    mode: Literal["fan", "grill"] = "fan"
+    light: bool = False
+    note: str | None = None
+    shelves: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.degrees < 0:
+            raise ConfigError("degrees must be at least 0")
+
+
+def test_text_becomes_the_type_of_the_field():
+    oven = build_config(
+        Oven, {"degrees": "180.5", "minutes": "20", "light": "true", "shelves": '{"top": 1}', "note": ""}
+    )
+    assert oven == Oven(180.5, 20, "fan", True, "", {"top": 1})
+
+
+def test_later_layers_win():
+    assert build_config(Oven, {"degrees": 1, "minutes": 1}, {"minutes": 2}).minutes == 2
+
+
+def test_whole_floats_are_integers_because_kfp_hands_them_over_so():
+    assert build_config(Oven, {"degrees": 1, "minutes": 5.0}).minutes == 5
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"degrees": 1, "minuts": 3}, "no parameter 'minuts'; did you mean 'minutes'"),
+        ({"degrees": 1, "qqq": 3}, "known: degrees, light, minutes, mode, note, shelves"),
+        ({}, "needs degrees"),
+        ({"degrees": None}, "degrees needs a value"),
+        ({"degrees": "hot"}, "degrees must be float, got 'hot'"),
+        ({"degrees": 1, "minutes": 2.5}, "minutes must be int, got 2.5"),
+        ({"degrees": 1, "minutes": True}, "minutes must be int, got True"),
+        ({"degrees": 1, "mode": "steam"}, "'fan' | 'grill'"),
+        ({"degrees": 1, "light": "maybe"}, "light must be bool"),
+        ({"degrees": -1}, "at least 0"),
+    ],
+)
+def test_wrong_values_are_refused_with_what_would_be_right(values, says):
+    with pytest.raises(ConfigError) as refusal:
+        build_config(Oven, values)
+    assert says in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["{degrees: 1}", "[1, 2]", "3"])
+def test_overrides_must_be_a_json_object(text):
+    with pytest.raises(ConfigError, match="JSON"):
+        parse_overrides(text)
+
+
+def test_no_overrides_are_no_values():
+    assert parse_overrides("") == parse_overrides(None) == {}
+
+
+def test_files_are_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_mapping(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read_mapping(broken)
+    broken.write_text("- 1", encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds a list"):
+        read_mapping(broken)
