@@ -81,6 +81,18 @@ def test_the_reported_log_probability_is_that_of_scoring(model):
     assert [s.logp for s in samples] == pytest.approx(scored.tolist(), abs=2e-5)
 
 
+def test_padding_does_not_shift_absolute_positions(tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    model = GPT2LMHeadModel(config).eval()
+    torch.nn.init.normal_(model.transformer.wpe.weight, std=1.0)
+    samples = sample(model, PROMPTS * 6, length=8)
+    scored = score_sequences(model, [(s.prompt, s.completion) for s in samples], pad_id=0, batch_size=1)
+    assert [s.logp for s in samples] == pytest.approx(scored.tolist(), abs=2e-5)
+
+
 def test_a_stop_token_ends_a_completion_and_the_limit_truncates_it(model):
     samples = sample(model, PROMPTS * 20, length=4)
     assert {s.truncated for s in samples} == {False, True}
