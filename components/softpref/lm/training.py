@@ -114,8 +114,9 @@ def claim_checkpoints(folder: str | Path, identity: Mapping[str, Any]) -> str | 
                 f"{folder} holds checkpoints of another run ({changes}); name another folder, or remove it "
                 "to start anew"
             )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(own, indent=2), encoding="utf-8")
+    if not (checkpoint and file.is_file()):  # another process may be reading what stands there already
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(own, indent=2), encoding="utf-8")
     return checkpoint
 
 
