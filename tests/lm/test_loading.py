@@ -108,3 +108,57 @@ def test_a_finished_model_is_not_written_over(saved, tmp_path):
     require_new_folder(tmp_path / "new")
     with pytest.raises(ConfigError, match="finished model already"):
         require_new_folder(saved[2])
+
+
+def write_gguf(model, path):
+    """The Llama as an unquantized GGUF file, without a tokenizer."""
+    gguf = pytest.importorskip("gguf", reason="the extra softpref[gguf] is not installed")
+    config, tensors = model.config, {name: t.numpy() for name, t in model.state_dict().items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    parts = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    for layer in range(config.num_hidden_layers):
+        names |= {f"model.layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in parts.items()}
+    for ours, theirs in names.items():
+        weight = tensors[f"{ours}.weight"]
+        if theirs.endswith(
+            ("attn_q", "attn_k")
+        ):  # GGUF keeps the two halves of a rotation next to each other
+            heads, width = config.num_attention_heads, weight.shape[1]
+            weight = weight.reshape(heads, 2, -1, width).swapaxes(1, 2).reshape(weight.shape)
+        writer.add_tensor(f"{theirs}.weight", weight.copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_loaded_as_an_ordinary_model_that_can_be_saved(make_tokenizer, make_model, tmp_path):
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    write_gguf(model, tmp_path / "toy.gguf")
+    loaded = load_model(str(tmp_path / "toy.gguf"))
+    expected = score_sequences(model, SEQUENCES, pad_id=0)
+    torch.testing.assert_close(score_sequences(loaded, SEQUENCES, pad_id=0), expected)
+    save_model_folder(loaded, tokenizer, tmp_path / "saved", {})
+    again = load_model(str(tmp_path / "saved"))
+    torch.testing.assert_close(score_sequences(again, SEQUENCES, pad_id=0), expected)
