@@ -5,14 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from safetensors.torch import load_file
 
 SCRIPT = '''
-"""Trains the toy model as told: output folder, folder of the start, seconds to sleep per step."""
-import sys, time
+"""Trains the toy model as told: output folder, folder of the start, step at which to be killed."""
+import os, signal, sys
 from pathlib import Path
 
 import torch
@@ -21,13 +20,15 @@ from softpref.lm.loading import load_model, load_tokenizer
 from softpref.lm.training import last_checkpoint
 from softpref.spo import SPOConfig, SPOTrainer
 
-output, start, pause, rows, options = sys.argv[1], sys.argv[2], float(sys.argv[3]), *map(eval, sys.argv[4:6])
+output, start = sys.argv[1:3]
+dies_at, rows, options = map(eval, sys.argv[3:6])
 
 
 class Steps(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        time.sleep(pause)
         Path(output, "steps.log").open("a").write(f"{state.global_step}\\n")
+        if state.global_step == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 torch.manual_seed(0)
@@ -66,13 +67,13 @@ def start(tmp_path, model, tokenizer):
 
 @pytest.fixture
 def launch(tmp_path, start):
-    """`launch(name, rows, options, pause, prefix) -> Popen` of the training script."""
+    """`launch(name, rows, options, dies_at, prefix) -> Popen` of the training script."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-    def popen(name, rows, options, *, pause=0.0, prefix=(sys.executable,)):
-        arguments = (tmp_path / name, start, pause, repr(rows), repr(options))
+    def popen(name, rows, options, *, dies_at=None, prefix=(sys.executable,)):
+        arguments = (tmp_path / name, start, dies_at, repr(rows), repr(options))
         command = [*prefix, str(script), *map(str, arguments)]
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -86,25 +87,13 @@ def finish(process):
     assert process.returncode == 0, output[-3000:]
 
 
-def wait_for(condition, process):
-    for _ in range(1200):
-        if condition():
-            return
-        assert process.poll() is None, process.stdout.read()[-3000:]
-        time.sleep(0.05)
-    raise AssertionError("the run did not come so far within a minute")
-
-
 def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, launch, make_rows):
     rows = make_rows(13, soft=True)  # 4 steps an epoch, the last of one row; 16 steps in all
     whole = launch("whole", rows, RESUMED)
-    killed = launch("killed", rows, RESUMED, pause=0.15)
-    steps = tmp_path / "killed" / "steps.log"
-    # between the checkpoints at 8 and 12, in the second slice of the samples drawn after step 5
-    wait_for(lambda: steps.exists() and len(steps.read_text().split()) >= 10, killed)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert len(steps.read_text().split()) < 12
+    # between the checkpoints at 8 and 12, with half of the samples drawn after step 5 consumed at step 8
+    killed = launch("killed", rows, RESUMED, dies_at=10)
+    killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
     # a checkpoint that a kill cut off: everything but the file that comes last
     half = tmp_path / "killed" / "checkpoint-12"
     assert not half.exists()
@@ -112,7 +101,8 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, launch, 
     (half / "model.safetensors").write_bytes(b"")
     finish(whole)
     finish(launch("killed", rows, RESUMED))
-    assert steps.read_text().split()[-8:] == [str(step) for step in range(9, 17)]  # it did not start anew
+    steps = (tmp_path / "killed" / "steps.log").read_text().split()
+    assert steps[10:] == [str(step) for step in range(9, 17)]  # it did not start anew
     expected = load_file(tmp_path / "whole" / "final" / "model.safetensors")
     resumed = load_file(tmp_path / "killed" / "final" / "model.safetensors")
     begun = load_file(tmp_path / "start" / "model.safetensors")
