@@ -223,7 +223,7 @@ def _points(
             label=label,
             zorder=3,
         )
-        for place, (member, x, y) in enumerate(zip(known, xs, ys, strict=True)):
+        for member, x, y in zip(known, xs, ys, strict=True):
             if member["name"] == chosen:
                 axes.plot(
                     x, y, "o", markersize=15, markerfacecolor="none", markeredgecolor=CHOSEN,
@@ -231,11 +231,10 @@ def _points(
                 )  # fmt: skip
             if named:
                 text = f"α={member['alpha']:g}" if _is_swept(member) else _literal(member["name"])
-                above = place % 2 == 0  # neighbours on the line often lie close
-                axes.annotate(
+                axes.annotate(  # beside its point, where it cannot be taken for a neighbour's
                     text,
                     (x, y),
-                    xytext=(7, 8 if above else -15),
+                    xytext=(13 if member["name"] == chosen else 8, -3),
                     textcoords="offset points",
                     fontsize=9,
                     color=_INK,
