@@ -165,7 +165,7 @@ def test_soft_labels_follow_their_formulas_in_value_and_gradient(alpha):
             soft_labels=soft_labels,
         )
         loss.sum().backward()
-        assert float(loss) == pytest.approx(value, rel=1e-12)
+        assert loss.item() == pytest.approx(value, rel=1e-12)
         assert logps.grad.tolist() == pytest.approx([slope, -slope], rel=1e-12)
 
 
