@@ -223,14 +223,22 @@ class _Console:
         progress, event = self._PROGRESS.search(line), self._EVENT.search(line)
         if progress:
             title, share, count, times = progress.groups()
-            if not title or time.monotonic() - self._last_progress < self._SECONDS_BETWEEN_PROGRESS:
+            if (
+                not title
+                or share == "0%"
+                or time.monotonic() - self._last_progress < self._SECONDS_BETWEEN_PROGRESS
+            ):
                 return
             self._last_progress = time.monotonic()
             line = f"          {title.rstrip(':')} {share} {count} [{times}]"
         elif event:
             clock, what, name, rest = event.groups()
-            line = f"{clock}  {name}" + (rest if what != "Executing task" else " started")
-            line = line.replace("finished with status SUCCESS", "done")
+            if what != "Executing task" and "finished" not in rest:
+                return
+            rest = (
+                rest.replace("finished with status ", "").lower() if what != "Executing task" else " started"
+            )
+            line = f"{clock}  {name}{rest}"
         elif not self._TROUBLE.search(line):
             return
         self._screen.write(line + "\n")

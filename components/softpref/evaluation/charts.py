@@ -134,6 +134,8 @@ def frontier(members: Sequence[Mapping[str, Any]], chosen: str | None, png: Path
     for axes, x, y, x_label, y_label in layout:
         _points(axes, swept, others, chosen, lambda m, x=x: m["metrics"][x], lambda m, y=y: m["metrics"][y])
         axes.set(xlabel=x_label, ylabel=y_label)
+        if x == "kl_sequence":
+            _spread(axes, [member["metrics"][x]["value"] for member in members])
         if y == "win_rate":
             axes.axhline(0.5, color=REFERENCE, linewidth=0.9, linestyle=":", zorder=0)
         reference = [m["metrics"]["reference_expected_reward"]["value"] for m in members]
@@ -178,10 +180,16 @@ def _entropy_by_alpha(
         known = [(alpha, value) for alpha, value in known if value is not None]
         if known:
             axes.plot(*zip(*known, strict=True), label=label, markersize=5, linewidth=1.4, zorder=2, **style)
+    low, high = axes.get_ylim()
     for member in others:
         value = member["metrics"]["entropy_sequence"]["value"]
         if value is not None:
-            axes.axhline(value, color=BASELINE, linewidth=1.2, linestyle="-.", label=_literal(member["name"]))
+            # a collapsed baseline must not flatten the curves that the panel is there for
+            outside = not 2 * low - high <= value <= 2 * high - low
+            label = f"{member['name']}: {value:.1f}, off the panel" if outside else member["name"]
+            axes.axhline(value, color=BASELINE, linewidth=1.2, linestyle="-.", label=_literal(label))
+            if outside:
+                axes.set_ylim(low, high)
     alphas = [member["alpha"] for member in swept if member["alpha"] > 0]
     if len(alphas) > 1 and len(alphas) == len(swept):
         axes.set_xscale("log")
@@ -239,6 +247,15 @@ def _points(
                     fontsize=9,
                     color=_INK,
                 )
+
+
+def _spread(axes: Any, values: Sequence[float | None]) -> None:
+    """A log axis where values differ by more than a factor of ten, so that one does not squeeze the rest."""
+    known = [value for value in values if value is not None and value > 0]
+    if len(known) == len(values) and known and max(known) > 10 * min(known):
+        axes.set_xscale("log")
+        axes.set_xlim(min(known) / 2, max(known) * 3)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _is_swept(member: Mapping[str, Any]) -> bool:

@@ -113,6 +113,9 @@ class SPOTrainer(GuardedTrainer):
             ref_model = deepcopy(model)
         train_rows = None if train_dataset is None else PreferenceRows(train_dataset, processing_class, args)
         eval_rows = None if eval_dataset is None else PreferenceRows(eval_dataset, processing_class, args)
+        for rows in (train_rows, eval_rows):
+            if rows is not None:
+                _check_positions(model, rows, args)
         super().__init__(
             model=model,
             args=args,
@@ -446,6 +449,20 @@ class PreferenceRows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.rows[index], "kind": self.kind}
+
+
+def _check_positions(model: Any, rows: PreferenceRows, args: SPOConfig) -> None:
+    """Refuse sequences that the model has no positions for, before a batch in the middle of a run fails."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest_prompt = max(len(row["prompt"]) for row in rows.rows)
+    sampled = longest_prompt + args.max_completion_length if args.samples_policy else 0
+    longest = max(sampled, *(len(row["prompt"]) + max(map(len, row["completions"])) for row in rows.rows))
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"sequences of up to {longest} tokens (prompts of up to {longest_prompt}, completions of up to "
+            f"{longest - longest_prompt}) do not fit the model's {positions} positions; lower "
+            "max_prompt_length or max_completion_length"
+        )
 
 
 def _columns(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
