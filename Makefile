@@ -22,8 +22,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint  ## two workers, one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test: lint  ## two workers, one thread each; the longest file first
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_story_world.py tests
 
 bench: setup
 	$(BIN)/python tests/benchmarks/bench_sampling.py

@@ -48,14 +48,15 @@ def exact_figures(world):
 
     known = {}
 
-    def train(alpha: float, beta: float = RECIPE["beta"]) -> dict[str, float]:
+    def train(alpha: float, beta: float = RECIPE["beta"], steps: int = -1) -> dict[str, float]:
         if (alpha, beta) not in known:
             name = f"{alpha}-{beta}"
             config = build_config(
                 SPOConfig,
                 {key: RECIPE[key] for key in ("learning_rate", "samples_per_refresh", "sampling_interval")},
                 RECIPE["train_overrides"],
-                {"alpha": alpha, "beta": beta, "num_train_epochs": RECIPE["epochs"], "disable_tqdm": True},
+                {"alpha": alpha, "beta": beta, "num_train_epochs": RECIPE["epochs"], "max_steps": steps},
+                {"disable_tqdm": True},
             )
             folders = {"dataset_dir": str(world / "dataset"), "reference_dir": str(world / "reference")}
             spo.run(config, **folders, output_dir=str(world / name))
@@ -94,4 +95,5 @@ def test_at_softness_one_the_experts_distribution_is_learned(exact_figures):
 
 
 def test_without_the_regulariser_probability_leaks_off_the_set(exact_figures):
-    assert exact_figures(1.0, beta=0.0)["mass_on_set"] < exact_figures(1.0)["mass_on_set"] - 0.1
+    leaked = exact_figures(1.0, beta=0.0, steps=200)  # half of the recipe's, and enough
+    assert leaked["mass_on_set"] < exact_figures(1.0)["mass_on_set"] - 0.1

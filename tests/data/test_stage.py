@@ -58,7 +58,7 @@ def test_the_folder_has_the_documented_layout(story):
         assert split.column_names == ["prompt", "completions", "kind", "probability", "source_row"]
     assert {split: len(rows) for split, rows in saved.items()} == stats["rows"]
     assert sum(stats["rows"].values()) == 1500
-    assert stats["prompts"] == {"train": 32, "validation": 4, "test": 4}
+    assert stats["prompts"] == {"train": 52, "validation": 6, "test": 6}
     assert sorted(row["source_row"] for row in everything(folder)) == list(range(1, 1501))
     assert json.loads((folder / "stats.json").read_text()) == stats
     assert lines(folder / "rejected.jsonl") == []
