@@ -10,9 +10,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "setting up $(VENV): a minute or two, more where packages must be downloaded"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
 
 sweep: setup  ## the whole softness sweep on the embedded story world
 	$(BIN)/python pipelines/spo_sweep.py

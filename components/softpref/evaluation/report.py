@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softpref.evaluation.exact import ExactPrompt
-    from softpref.evaluation.stage import PromptRecord
+    from softpref.evaluation.measure import PromptRecord
 
 _SHOWN_PROMPTS, _SHOWN_SAMPLES = 6, 4
 

@@ -19,25 +19,12 @@ if TYPE_CHECKING:
     from softpref.evaluation.exact import ExactPrompt
     from softpref.evaluation.intervals import Bootstrap, Figure
     from softpref.evaluation.judges import Judge
+    from softpref.evaluation.measure import PromptRecord
 
 EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl", "report.html"
 _FEW_PROMPTS = 20
 # what changes the meaning of a figure; batch sizes, devices and addresses do not
 _DEFINING = ("split", "max_prompts", "max_rows", "samples_per_prompt", "judge_max_rows", "seed")
-
-
-class PromptRecord(NamedTuple):
-    """Everything drawn for one prompt; a line of `samples.jsonl`.
-
-    Attributes:
-        prompt: the text shown to the models, messages flattened.
-        reference: reference samples: `text`, `score` (judge, nats), `truncated`.
-        policy: policy samples: the same and `kl`, Σ KL_t to the reference in nats.
-    """
-
-    prompt: str
-    reference: list[dict[str, Any]]
-    policy: list[dict[str, Any]]
 
 
 def run(
@@ -374,7 +361,7 @@ def _sampled(
         completions=[[sample["text"] for sample in group] for group in shown["policy"]], bootstrap=bootstrap
     )
     records = [
-        PromptRecord(text, reference, policy)
+        measure.PromptRecord(text, reference, policy)
         for text, reference, policy in zip(texts, shown["reference"], shown["policy"], strict=True)
     ]
     return figures, records

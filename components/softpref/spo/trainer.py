@@ -11,14 +11,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from softpref.errors import ConfigError, DataError
+from softpref.errors import ConfigError
 from softpref.lm.sampling import Sample, evaluation_mode, sample_completions
 from softpref.lm.scoring import (
     SequenceBatch,
@@ -29,7 +28,7 @@ from softpref.lm.scoring import (
     sequence_logps,
     sum_by_sequence,
 )
-from softpref.lm.tokenization import stop_token_ids, tokenize_prompt, tokenize_sequence
+from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import GuardedTrainer
 from softpref.objectives import (
     dpo_loss,
@@ -39,9 +38,10 @@ from softpref.objectives import (
     preference_loss,
     reward_to_go,
 )
-from softpref.objectives.preference import PreferenceKind
 from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
+from softpref.spo.gauges import Means, SamplingClock
+from softpref.spo.rows import Collator, PreferenceRows, check_positions, tokenize_prompts
 
 
 class SPOTrainer(GuardedTrainer):
@@ -115,11 +115,11 @@ class SPOTrainer(GuardedTrainer):
         eval_rows = None if eval_dataset is None else PreferenceRows(eval_dataset, processing_class, args)
         for rows in (train_rows, eval_rows):
             if rows is not None:
-                _check_positions(model, rows, args)
+                check_positions(model, rows, args)
         super().__init__(
             model=model,
             args=args,
-            data_collator=_Collator(pad_id),
+            data_collator=Collator(pad_id),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
@@ -132,14 +132,14 @@ class SPOTrainer(GuardedTrainer):
             ref_model.to(self.args.device).eval()
         self._pad_id = pad_id
         self._stop_ids = stop_token_ids(processing_class, model)
-        self._means: dict[str, _Means] = {"train": _Means(), "eval": _Means()}
-        self._clock = _Clock()
+        self._means: dict[str, Means] = {"train": Means(), "eval": Means()}
+        self._clock = SamplingClock()
         self.buffer: SampleBuffer | None = None
         if args.samples_policy and train_rows is not None:
             prompts = (
                 [row["prompt"] for row in train_rows.rows]
                 if prompt_dataset is None
-                else _tokenize_prompts(prompt_dataset, processing_class, args.max_prompt_length)
+                else tokenize_prompts(prompt_dataset, processing_class, args.max_prompt_length)
             )
             self.buffer = SampleBuffer(
                 prompts,
@@ -225,7 +225,7 @@ class SPOTrainer(GuardedTrainer):
             loss = loss + self.args.beta * kl.sum() / inputs["samples_in_step"]
         return loss * self.current_gradient_accumulation_steps * self.args.world_size
 
-    def _preference_losses(self, model, inputs, means: _Means) -> Tensor:
+    def _preference_losses(self, model, inputs, means: Means) -> Tensor:
         args = self.args
         batch = _preference_batch(inputs)
         logps = sequence_logps(model, batch)
@@ -267,7 +267,7 @@ class SPOTrainer(GuardedTrainer):
         means.add("rewards/accuracies", (margins > 0).float() + 0.5 * (margins == 0).float())
         return losses
 
-    def _kl_losses(self, model, inputs, means: _Means) -> Tensor:
+    def _kl_losses(self, model, inputs, means: Means) -> Tensor:
         batch = _sample_batch(inputs)
         logits, targets = completion_logits(model, batch)
         token_kl = kl_per_token(logits, self._reference_logits(model, batch))
@@ -383,135 +383,6 @@ class SPOTrainer(GuardedTrainer):
         return self.accelerator.reduce(total, reduction="sum").item()
 
 
-class PreferenceRows(Dataset):
-    """Tokenized preference rows; everything that cannot be trained on is refused here, before training.
-
-    Raises:
-        DataError: names the row and what is wrong with it.
-    """
-
-    def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConfig) -> None:
-        from transformers.utils.logging import tqdm
-
-        self.rows: list[dict[str, Any]] = []
-        kinds: set[str] = set()
-        self.truncated = 0
-        for number, row in enumerate(tqdm(rows, desc="Tokenizing preferences", leave=False)):
-            try:
-                prompt, completions = _columns(row)
-                tokenized = [
-                    tokenize_sequence(
-                        tokenizer,
-                        prompt,
-                        completion,
-                        max_prompt_length=args.max_prompt_length,
-                        max_completion_length=args.max_completion_length,
-                    )
-                    for completion in completions
-                ]
-                probability = _probability(row, len(completions))
-                kind = row.get("kind") or "ranking"
-                if kind not in get_args(PreferenceKind):
-                    raise DataError(
-                        f"kind must be one of {', '.join(get_args(PreferenceKind))}, got {kind!r}"
-                    )
-            except DataError as error:
-                raise DataError(f"preference row {number}: {error}") from error
-            self.truncated += any(sequence.truncated for sequence in tokenized)
-            if len(tokenized) > 2:
-                kinds.add(kind)
-            self.rows.append(
-                {
-                    "prompt": tokenized[0].prompt,
-                    "completions": [sequence.completion for sequence in tokenized],
-                    "probability": probability,
-                }
-            )
-        if not self.rows:
-            raise DataError("the preference data hold no row")
-        if args.preference_kind != "auto":
-            kinds = {args.preference_kind}
-        if len(kinds) > 1:
-            raise DataError(
-                f"rows of more than two completions are of several kinds ({', '.join(sorted(kinds))}); "
-                "train on one kind, or set preference_kind to say how all of them are read"
-            )
-        self.kind = kinds.pop() if kinds else "pairwise"
-        longest = max(len(row["completions"]) for row in self.rows)
-        if longest > 2 and (self.kind == "pairwise" or args.method == "dpo"):
-            raise ConfigError(
-                f"rows hold up to {longest} completions, but "
-                + ("method dpo takes pairs" if args.method == "dpo" else "preference_kind is pairwise")
-            )
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.rows[index], "kind": self.kind}
-
-
-def _check_positions(model: Any, rows: PreferenceRows, args: SPOConfig) -> None:
-    """Refuse sequences that the model has no positions for, before a batch in the middle of a run fails."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    longest_prompt = max(len(row["prompt"]) for row in rows.rows)
-    sampled = longest_prompt + args.max_completion_length if args.samples_policy else 0
-    longest = max(sampled, *(len(row["prompt"]) + max(map(len, row["completions"])) for row in rows.rows))
-    if positions is not None and longest > positions:
-        raise ConfigError(
-            f"sequences of up to {longest} tokens (prompts of up to {longest_prompt}, completions of up to "
-            f"{longest - longest_prompt}) do not fit the model's {positions} positions; lower "
-            "max_prompt_length or max_completion_length"
-        )
-
-
-def _columns(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
-    if "completions" in row:
-        if isinstance(row["completions"], str) or not isinstance(row["completions"], Sequence):
-            raise DataError(f"completions must be a list, best first, got {row['completions']!r}")
-        completions = list(row["completions"])
-    elif "chosen" in row and "rejected" in row:
-        completions = [row["chosen"], row["rejected"]]
-    else:
-        raise DataError(f"needs completions, or chosen and rejected; has {', '.join(sorted(row))}")
-    if "prompt" not in row:
-        raise DataError(f"needs prompt; has {', '.join(sorted(row))}")
-    if len(completions) < 2:
-        raise DataError(f"needs at least two completions, got {len(completions)}")
-    return row["prompt"], completions
-
-
-def _probability(row: Mapping[str, Any], count: int) -> float:
-    probability = row.get("probability")
-    if probability is None:
-        return 1.0
-    if (
-        isinstance(probability, bool)
-        or not isinstance(probability, (int, float))
-        or not 0 <= probability <= 1
-    ):
-        raise DataError(f"probability must be a number in [0, 1], or null, got {probability!r}")
-    if count > 2 and probability != 1:
-        raise DataError(
-            f"probability {probability} belongs to a pair, but there are {count} completions; leave it null"
-        )
-    return float(probability)
-
-
-def _tokenize_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int) -> list[list[int]]:
-    prompts = []
-    for number, row in enumerate(rows):
-        if "prompt" not in row:
-            raise DataError(f"prompt row {number}: needs prompt; has {', '.join(sorted(row))}")
-        try:
-            prompts.append(tokenize_prompt(tokenizer, row["prompt"], max_length=max_length))
-        except DataError as error:
-            raise DataError(f"prompt row {number}: {error}") from error
-    if not prompts:
-        raise DataError("prompt_dataset holds no prompt; the KL term needs some to sample from")
-    return prompts
-
-
 def _switch_dropout_off(model: nn.Module) -> None:
     """Preference training runs without dropout: in modules, and where layers keep its rate as a number."""
     for module in model.modules():
@@ -530,24 +401,6 @@ def _sample_batch(inputs: Mapping[str, Any]) -> SequenceBatch:
     return SequenceBatch(*(inputs[f"sample_{name}"] for name in SequenceBatch._fields))
 
 
-class _Collator:
-    """Rows to one flat batch of sequences, the completions of a row next to each other."""
-
-    def __init__(self, pad_id: int) -> None:
-        self._pad_id = pad_id
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = pad_sequences(
-            [(row["prompt"], completion) for row in rows for completion in row["completions"]], self._pad_id
-        )
-        return {
-            **batch._asdict(),
-            "group_sizes": torch.tensor([len(row["completions"]) for row in rows]),
-            "probabilities": torch.tensor([row["probability"] for row in rows]),
-            "kind": rows[0]["kind"],
-        }
-
-
 class _adapter_off:
     """Context that yields a PEFT model with its adapter disabled: the reference."""
 
@@ -561,51 +414,3 @@ class _adapter_off:
 
     def __exit__(self, *error: Any) -> None:
         self._context.__exit__(*error)
-
-
-class _Mean(NamedTuple):
-    total: Tensor
-    number: int
-
-
-class _Means:
-    """Running means on the device; read once per log, so that no step waits for a copy."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, _Mean] = {}
-
-    def add(self, name: str, values: Tensor) -> None:
-        total, number = values.detach().float().sum(), values.numel()
-        if name in self._values:
-            before = self._values[name]
-            total, number = before.total + total, before.number + number
-        self._values[name] = _Mean(total, number)
-
-    def take(self, sum_over_processes) -> dict[str, float]:
-        means = {}
-        for name in sorted(self._values):  # one order on every process
-            total, number = self._values[name]
-            means[name] = sum_over_processes(float(total)) / sum_over_processes(number)
-        self._values.clear()
-        return means
-
-
-class _Clock:
-    """Time and tokens that sampling took since the last log."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._since, self._seconds, self._tokens = time.perf_counter(), 0.0, 0
-
-    def add(self, seconds: float, tokens: int) -> None:
-        self._seconds += seconds
-        self._tokens += tokens
-
-    def take(self) -> dict[str, float]:
-        metrics = {"sampling/time_fraction": self._seconds / max(time.perf_counter() - self._since, 1e-9)}
-        if self._seconds:
-            metrics["sampling/tokens_per_second"] = self._tokens / self._seconds
-        self._reset()
-        return metrics

@@ -1,0 +1,56 @@
+"""What is measured between two logs of training: running means and the time that sampling takes."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class _Mean(NamedTuple):
+    total: Tensor
+    number: int
+
+
+class Means:
+    """Running means on the device; read once per log, so that no step waits for a copy."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, _Mean] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        total, number = values.detach().float().sum(), values.numel()
+        if name in self._values:
+            before = self._values[name]
+            total, number = before.total + total, before.number + number
+        self._values[name] = _Mean(total, number)
+
+    def take(self, sum_over_processes) -> dict[str, float]:
+        means = {}
+        for name in sorted(self._values):  # one order on every process
+            total, number = self._values[name]
+            means[name] = sum_over_processes(float(total)) / sum_over_processes(number)
+        self._values.clear()
+        return means
+
+
+class SamplingClock:
+    """Time and tokens that sampling took since the last log."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since, self._seconds, self._tokens = time.perf_counter(), 0.0, 0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        self._seconds += seconds
+        self._tokens += tokens
+
+    def take(self) -> dict[str, float]:
+        metrics = {"sampling/time_fraction": self._seconds / max(time.perf_counter() - self._since, 1e-9)}
+        if self._seconds:
+            metrics["sampling/tokens_per_second"] = self._tokens / self._seconds
+        self._reset()
+        return metrics

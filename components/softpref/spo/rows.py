@@ -1,0 +1,166 @@
+"""Preference rows as training sees them: tokenized, checked, collated. Everything unusable is refused here.
+
+Rows are `prompt` and `completions` (best first), as the data stage writes them, or `prompt`, `chosen` and
+`rejected`. Computes no loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+from torch.utils.data import Dataset
+
+from softpref.errors import ConfigError, DataError
+from softpref.lm.scoring import pad_sequences
+from softpref.lm.tokenization import tokenize_prompt, tokenize_sequence
+from softpref.objectives.preference import PreferenceKind
+from softpref.spo.config import SPOConfig
+
+
+class PreferenceRows(Dataset):
+    """Tokenized preference rows; everything that cannot be trained on is refused here, before training.
+
+    Raises:
+        DataError: names the row and what is wrong with it.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConfig) -> None:
+        from transformers.utils.logging import tqdm
+
+        self.rows: list[dict[str, Any]] = []
+        kinds: set[str] = set()
+        self.truncated = 0
+        for number, row in enumerate(tqdm(rows, desc="Tokenizing preferences", leave=False)):
+            try:
+                prompt, completions = _columns(row)
+                tokenized = [
+                    tokenize_sequence(
+                        tokenizer,
+                        prompt,
+                        completion,
+                        max_prompt_length=args.max_prompt_length,
+                        max_completion_length=args.max_completion_length,
+                    )
+                    for completion in completions
+                ]
+                probability = _probability(row, len(completions))
+                kind = row.get("kind") or "ranking"
+                if kind not in get_args(PreferenceKind):
+                    raise DataError(
+                        f"kind must be one of {', '.join(get_args(PreferenceKind))}, got {kind!r}"
+                    )
+            except DataError as error:
+                raise DataError(f"preference row {number}: {error}") from error
+            self.truncated += any(sequence.truncated for sequence in tokenized)
+            if len(tokenized) > 2:
+                kinds.add(kind)
+            self.rows.append(
+                {
+                    "prompt": tokenized[0].prompt,
+                    "completions": [sequence.completion for sequence in tokenized],
+                    "probability": probability,
+                }
+            )
+        if not self.rows:
+            raise DataError("the preference data hold no row")
+        if args.preference_kind != "auto":
+            kinds = {args.preference_kind}
+        if len(kinds) > 1:
+            raise DataError(
+                f"rows of more than two completions are of several kinds ({', '.join(sorted(kinds))}); "
+                "train on one kind, or set preference_kind to say how all of them are read"
+            )
+        self.kind = kinds.pop() if kinds else "pairwise"
+        longest = max(len(row["completions"]) for row in self.rows)
+        if longest > 2 and (self.kind == "pairwise" or args.method == "dpo"):
+            raise ConfigError(
+                f"rows hold up to {longest} completions, but "
+                + ("method dpo takes pairs" if args.method == "dpo" else "preference_kind is pairwise")
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], "kind": self.kind}
+
+
+def check_positions(model: Any, rows: PreferenceRows, args: SPOConfig) -> None:
+    """Refuse sequences that the model has no positions for, before a batch in the middle of a run fails."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest_prompt = max(len(row["prompt"]) for row in rows.rows)
+    sampled = longest_prompt + args.max_completion_length if args.samples_policy else 0
+    longest = max(sampled, *(len(row["prompt"]) + max(map(len, row["completions"])) for row in rows.rows))
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"sequences of up to {longest} tokens (prompts of up to {longest_prompt}, completions of up to "
+            f"{longest - longest_prompt}) do not fit the model's {positions} positions; lower "
+            "max_prompt_length or max_completion_length"
+        )
+
+
+def _columns(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+    if "completions" in row:
+        if isinstance(row["completions"], str) or not isinstance(row["completions"], Sequence):
+            raise DataError(f"completions must be a list, best first, got {row['completions']!r}")
+        completions = list(row["completions"])
+    elif "chosen" in row and "rejected" in row:
+        completions = [row["chosen"], row["rejected"]]
+    else:
+        raise DataError(f"needs completions, or chosen and rejected; has {', '.join(sorted(row))}")
+    if "prompt" not in row:
+        raise DataError(f"needs prompt; has {', '.join(sorted(row))}")
+    if len(completions) < 2:
+        raise DataError(f"needs at least two completions, got {len(completions)}")
+    return row["prompt"], completions
+
+
+def _probability(row: Mapping[str, Any], count: int) -> float:
+    probability = row.get("probability")
+    if probability is None:
+        return 1.0
+    if (
+        isinstance(probability, bool)
+        or not isinstance(probability, (int, float))
+        or not 0 <= probability <= 1
+    ):
+        raise DataError(f"probability must be a number in [0, 1], or null, got {probability!r}")
+    if count > 2 and probability != 1:
+        raise DataError(
+            f"probability {probability} belongs to a pair, but there are {count} completions; leave it null"
+        )
+    return float(probability)
+
+
+def tokenize_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int) -> list[list[int]]:
+    prompts = []
+    for number, row in enumerate(rows):
+        if "prompt" not in row:
+            raise DataError(f"prompt row {number}: needs prompt; has {', '.join(sorted(row))}")
+        try:
+            prompts.append(tokenize_prompt(tokenizer, row["prompt"], max_length=max_length))
+        except DataError as error:
+            raise DataError(f"prompt row {number}: {error}") from error
+    if not prompts:
+        raise DataError("prompt_dataset holds no prompt; the KL term needs some to sample from")
+    return prompts
+
+
+class Collator:
+    """Rows to one flat batch of sequences, the completions of a row next to each other."""
+
+    def __init__(self, pad_id: int) -> None:
+        self._pad_id = pad_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = pad_sequences(
+            [(row["prompt"], completion) for row in rows for completion in row["completions"]], self._pad_id
+        )
+        return {
+            **batch._asdict(),
+            "group_sizes": torch.tensor([len(row["completions"]) for row in rows]),
+            "probabilities": torch.tensor([row["probability"] for row in rows]),
+            "kind": rows[0]["kind"],
+        }
