@@ -7,6 +7,7 @@ one planning function checks them before anything starts.
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextlib
 import inspect
 import json
@@ -159,11 +160,14 @@ def _execute(pipeline: Any, parameters: dict[str, Any], runner: str, root: Path)
     else:
         chosen = local.SubprocessRunner(use_venv=False)
     local.init(runner=chosen, pipeline_root=str(root.resolve()), raise_on_error=True)
+    original_print = builtins.print
     try:
         pipeline(**parameters)
     except RuntimeError as error:
         print(f"ERROR - {error}")
         return False
+    finally:
+        builtins.print = original_print  # KFP indents it, and tasks side by side leave it so
     return True
 
 
@@ -223,9 +227,10 @@ class _Console:
         progress, event = self._PROGRESS.search(line), self._EVENT.search(line)
         if progress:
             title, share, count, times = progress.groups()
+            momentary = times.startswith(("00:00", "00:01"))  # bars of a second say nothing
             if (
                 not title
-                or share == "0%"
+                or momentary
                 or time.monotonic() - self._last_progress < self._SECONDS_BETWEEN_PROGRESS
             ):
                 return
