@@ -132,6 +132,7 @@ def spo_pipeline(
         overrides=sft_overrides,
     )
     reference.set_display_name("Train the reference")
+    reference.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
 
     policy = train_policy(
         dataset=data.outputs["dataset"],
@@ -148,6 +149,7 @@ def spo_pipeline(
         overrides=train_overrides,
     )
     policy.set_display_name("Align the policy")
+    policy.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
 
     evaluation = evaluate_model(
         dataset=data.outputs["dataset"],

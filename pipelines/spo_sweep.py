@@ -146,6 +146,7 @@ def spo_sweep(
         overrides=sft_overrides,
     )
     reference.set_display_name("Train the reference")
+    reference.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
 
     with dsl.ParallelFor(plan.output, name="models") as member:
         policy = train_policy(
@@ -163,6 +164,7 @@ def spo_sweep(
             overrides=train_overrides,
         )
         policy.set_display_name("Align the policy")
+        policy.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
 
         evaluation = evaluate_model(
             dataset=data.outputs["dataset"],
