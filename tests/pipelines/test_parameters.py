@@ -56,7 +56,7 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(launch, sweep):
 
 def test_every_recipe_serves_both_pipelines(launch, sweep, single):
     recipes = [path.stem for path in launch.RECIPES.glob("*.yaml")]
-    assert {"embedded", "convarg", "smollm2"} <= set(recipes)
+    assert {"embedded", "own", "convarg", "smollm2"} <= set(recipes)
     for recipe in recipes:
         for pipeline in (sweep, single):
             launch.pipeline_parameters(pipeline, recipe, {})
@@ -92,6 +92,8 @@ def test_embedded_recipe_plans_one_model_per_alpha_and_baseline(launch, sweep):
         ({"data_overrides": '{"votse": 1}'}, "did you mean 'votes'"),
         ({"samples_per_refresh": 4}, "samples_per_refresh"),
         ({"judge": "oracle"}, "judge"),
+        ({"source": "owner/name", "judge": "expert"}, "bradley-terry"),
+        ({"source": ""}, "source is empty"),
         ({"selection_rule": "best"}, "win_rate"),
         ({"registered_model_name": "a/b"}, "model_name"),
     ],

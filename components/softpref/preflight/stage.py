@@ -38,6 +38,7 @@ _BELONGS_TO = {
     "registry_overrides": ("registry", "overrides"),
 }
 _ZERO_IS_NONE = {"rows", "max_kl"}  # a KFP form has no empty number
+_MAY_BE_EMPTY = {"columns", "prompt_template", "base_model"}  # and the overrides
 
 
 class Member(NamedTuple):
@@ -79,14 +80,20 @@ def plan(parameters: Mapping[str, Any]) -> list[Member]:
     stages: dict[str, dict[str, Any]] = {stage: {} for stage, _ in _BELONGS_TO.values()}
     for name, (stage, option) in _BELONGS_TO.items():
         value = parameters.get(name)
-        if value not in (None, "") and not (name in _ZERO_IS_NONE and value == 0):
+        empty = value == "" and (name in _MAY_BE_EMPTY or option == "overrides")
+        if not (value is None or empty or (name in _ZERO_IS_NONE and value == 0)):
             stages[stage][option] = value
-    _check_local_source(_build(DataConfig, stages["data"]).source)
+    source = _build(DataConfig, stages["data"]).source
+    _check_local_source(source)
     _build(SFTConfig, stages["sft"])
     for member in members:
         differs = {"method": member.method, "alpha": member.alpha, "beta": member.beta}
         _build(SPOConfig, {**stages["train"], **differs})
-    _build(EvaluationConfig, stages["evaluation"])
+    if _build(EvaluationConfig, stages["evaluation"]).judge == "expert" and source != "story":
+        raise ConfigError(
+            f"judge expert knows the story world alone, and the source is {source}; use judge bradley-terry, "
+            "which learns from the training preferences, or auto"
+        )
     check_rule(stages["comparison"].get("rule", "expected_reward"), stages["comparison"].get("max_kl"))
     _build(RegistryConfig, stages["registry"])
     return members
