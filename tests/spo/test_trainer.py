@@ -131,6 +131,14 @@ def test_an_adapter_trains_against_itself_switched_off(make_trainer, make_rows, 
     torch.testing.assert_close(torch.cat([p.detach().flatten() for p in kept]), base, rtol=0, atol=0)
 
 
+def test_an_adapter_for_layers_that_the_model_lacks_is_refused(make_trainer, make_rows):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules=["no_such_layer"])
+    with pytest.raises(ConfigError, match="peft_config does not fit the model: .*no_such_layer"):
+        make_trainer(make_rows(8), trainer_options={"peft_config": lora})
+
+
 def test_dpo_with_an_adapter_starts_at_log_two(make_trainer, make_rows):
     from peft import LoraConfig
 

@@ -164,6 +164,24 @@ class _SilentTracker:
     def __exit__(self, *error): ...
 
 
+def check_training_arguments(args: TrainingArguments) -> None:
+    """Refuse numbers that `transformers` takes, and that fail or train nothing only when training begins.
+
+    Raises:
+        ConfigError: names the parameter and what would be right.
+    """
+    for name, least in (
+        ("learning_rate", 0),
+        ("num_train_epochs", 0),
+        ("per_device_train_batch_size", 1),
+        ("per_device_eval_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+    ):
+        value = getattr(args, name)
+        if not (value >= least and math.isfinite(value)):
+            raise ConfigError(f"{type(args).__name__}.{name} must be at least {least}, got {value!r}")
+
+
 def device_has_bf16() -> bool:
     """Whether the accelerator computes in bfloat16 natively; False on a CPU, where it is slower."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from softpref.errors import ConfigError
 from softpref.lm.loading import check_model_source
-from softpref.lm.training import device_has_bf16
+from softpref.lm.training import check_training_arguments, device_has_bf16
 
 
 @dataclass
@@ -59,6 +59,7 @@ class SFTConfig(TrainingArguments):
         for name, least in (("max_prompt_length", 1), ("max_completion_length", 1), ("vocab_size", 258)):
             if getattr(self, name) < least:
                 raise ConfigError(f"SFTConfig.{name} must be at least {least}, got {getattr(self, name)}")
+        check_training_arguments(self)
         if self.bf16 is None:
             self.bf16 = device_has_bf16() and not self.fp16 and not self.use_cpu
         super().__post_init__()

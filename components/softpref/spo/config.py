@@ -9,7 +9,7 @@ from typing import Literal, get_args, get_type_hints
 from transformers import TrainingArguments
 
 from softpref.errors import ConfigError
-from softpref.lm.training import device_has_bf16
+from softpref.lm.training import check_training_arguments, device_has_bf16
 
 METHODS = ("spo", "dpo")
 
@@ -83,6 +83,7 @@ class SPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check()
+        check_training_arguments(self)
         if self.bf16 is None:
             self.bf16 = device_has_bf16() and not self.fp16 and not self.use_cpu
         super().__post_init__()
@@ -113,6 +114,7 @@ class SPOConfig(TrainingArguments):
             "max_completion_length",
             "sampling_interval",
             "sampling_batch_size",
+            "lora_r",
         ):
             if getattr(self, name) < 1:
                 refuse(name, "at least 1")

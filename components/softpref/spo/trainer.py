@@ -106,7 +106,10 @@ class SPOTrainer(GuardedTrainer):
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)
+            try:
+                model = get_peft_model(model, peft_config)
+            except ValueError as error:  # layers that the model does not have, a rank that is none
+                raise ConfigError(f"peft_config does not fit the model: {error}") from error
         _switch_dropout_off(model)
         self._needs_reference = args.method == "dpo" or args.samples_policy
         if ref_model is None and self._needs_reference and not self._uses_adapter:
