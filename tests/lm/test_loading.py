@@ -110,6 +110,16 @@ def test_a_finished_model_is_not_written_over(saved, tmp_path):
         require_new_folder(saved[2])
 
 
+def test_a_foreign_folder_is_not_written_into_but_an_unfinished_run_is_continued(saved, tmp_path):
+    (saved[2] / "softpref.json").unlink()  # any checkpoint of someone else's
+    with pytest.raises(ConfigError, match=r"something else already \(README.md, .*nothing is overwritten"):
+        require_new_folder(saved[2])
+    with pytest.raises(ConfigError, match="is a file"):
+        require_new_folder(saved[2] / "config.json")
+    (saved[2] / "checkpoints").mkdir()
+    require_new_folder(saved[2])
+
+
 def write_gguf(model, path):
     """The Llama as an unquantized GGUF file, without a tokenizer."""
     gguf = pytest.importorskip("gguf", reason="the extra softpref[gguf] is not installed")

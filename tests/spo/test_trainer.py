@@ -135,7 +135,7 @@ def test_an_adapter_for_layers_that_the_model_lacks_is_refused(make_trainer, mak
     from peft import LoraConfig
 
     lora = LoraConfig(r=4, target_modules=["no_such_layer"])
-    with pytest.raises(ConfigError, match="peft_config does not fit the model: .*no_such_layer"):
+    with pytest.raises(ConfigError, match=r"peft_config does not fit the model: .*no_such_layer"):
         make_trainer(make_rows(8), trainer_options={"peft_config": lora})
 
 

@@ -12,6 +12,10 @@ from typing import Any
 from softpref.errors import ConfigError
 
 METADATA_FILE = "softpref.json"
+_IN_PROGRESS = (
+    "checkpoints",
+    "tracking",
+)  # beginnings of what an unfinished stage leaves in its output folder
 
 
 def check_model_source(source: str) -> None:
@@ -149,13 +153,23 @@ def save_model_folder(model: Any, tokenizer: Any, folder: str | Path, metadata: 
 
 
 def require_new_folder(folder: str | Path) -> None:
-    """Refuse to write over a finished model.
+    """Refuse to write over a finished model, or over anything that an unfinished run did not leave.
 
     Raises:
-        ConfigError: the folder holds one.
+        ConfigError: the folder holds such a thing, or is no folder.
     """
-    if (Path(folder) / METADATA_FILE).exists():
+    folder = Path(folder)
+    if (folder / METADATA_FILE).exists():
         raise ConfigError(f"{folder} holds a finished model already; name another folder or remove it first")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; name a new folder for the model")
+    present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if present and not any(name.startswith(_IN_PROGRESS) for name in present):
+        some = ", ".join(present[:3])
+        raise ConfigError(
+            f"{folder} holds something else already ({some}{', …' if present[3:] else ''}); "
+            "name a new folder for the model, nothing is overwritten"
+        )
 
 
 def sampling_generation_config(model: Any, tokenizer: Any) -> Any:

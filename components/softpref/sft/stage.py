@@ -27,12 +27,17 @@ from softpref.lm.training import (
 from softpref.sft.config import SFTConfig
 
 _TRACKED = (
+    "max_prompt_length",
+    "max_completion_length",
     "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
     "num_train_epochs",
     "max_steps",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
-    "lr_scheduler_type",
     "seed",
 )
 _IGNORED = -100  # label of tokens that carry no loss, by convention of transformers
@@ -87,6 +92,11 @@ def run(
     identity = {
         "dataset_hash": stats.get("dataset_hash", ""),
         "base_model": config.base_model or "from nothing",
+        **(
+            {}
+            if config.base_model
+            else {"model_config": config.model_config, "vocab_size": config.vocab_size}
+        ),
         **{key: getattr(config, key) for key in _TRACKED},
     }
     checkpoint = claim_checkpoints(checkpoints, identity)
@@ -250,8 +260,9 @@ def _load_demonstrations(dataset_dir: str) -> dict[str, Any]:
     from datasets import load_from_disk
 
     folder = Path(dataset_dir)
-    if not (folder / "stats.json").is_file():
-        raise DataError(f"{folder} is not a dataset folder of the data stage: it holds no stats.json")
+    for file in ("stats.json", "dataset_dict.json"):
+        if not (folder / file).is_file():
+            raise DataError(f"{folder} is not a dataset folder of the data stage: it holds no {file}")
     if (folder / "sft").is_dir():
         splits = {split: rows for split, rows in load_from_disk(str(folder / "sft")).items() if len(rows)}
     else:

@@ -32,19 +32,29 @@ _TRACKED = (
     "method",
     "alpha",
     "beta",
+    "preference_kind",
     "soft_labels",
     "weight_exponent",
     "label_smoothing",
     "kl_gradient",
     "samples_per_refresh",
     "sampling_interval",
+    "max_prompt_length",
+    "max_completion_length",
     "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "num_train_epochs",
     "max_steps",
     "seed",
     "use_peft",
+    "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
 )
 
 
@@ -85,7 +95,12 @@ def run(
     config.output_dir = str(checkpoints)
     torch.manual_seed(config.seed)
     preferences, prompts, dataset_hash = _load_preferences(dataset_dir)
-    identity = {"dataset_hash": dataset_hash, **{key: getattr(config, key) for key in _TRACKED}}
+    identity = {
+        "dataset_hash": dataset_hash,
+        "reference": reference_dir,
+        "reference_run_id": load_metadata(reference_dir).get("run_id") or "",
+        **{key: getattr(config, key) for key in _TRACKED},
+    }
     checkpoint = claim_checkpoints(checkpoints, identity)
     tokenizer = load_tokenizer(reference_dir, trust_remote_code=config.trust_remote_code)
     model = load_model(reference_dir, trust_remote_code=config.trust_remote_code)
@@ -106,7 +121,7 @@ def run(
         parent_run_id=parent_run_id or None,
         tracking_uri=tracking_uri or None,
     ) as tracker:
-        tracker.params({"stage": "train", "reference": reference_dir, **identity})
+        tracker.params({"stage": "train", **identity})
         add_stage_callbacks(trainer, name, tracker)
         if checkpoint:
             tracker.rewind(checkpoint_step(checkpoint))
@@ -145,8 +160,9 @@ def _load_preferences(dataset_dir: str) -> tuple[dict[str, Any], Any, str]:
     from datasets import load_from_disk
 
     folder = Path(dataset_dir)
-    if not (folder / "stats.json").is_file():
-        raise DataError(f"{folder} is not a dataset folder of the data stage: it holds no stats.json")
+    for file in ("stats.json", "dataset_dict.json"):
+        if not (folder / file).is_file():
+            raise DataError(f"{folder} is not a dataset folder of the data stage: it holds no {file}")
     splits = {split: rows for split, rows in load_from_disk(str(folder)).items() if len(rows)}
     if "train" not in splits:
         raise DataError(f"{folder} holds no training preferences")
