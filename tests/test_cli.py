@@ -49,6 +49,14 @@ def test_mistakes_are_one_line_and_exit_2(arguments, says, capsys, tmp_path, mon
     assert says in error
 
 
+def test_an_output_that_cannot_be_written_is_one_line_too(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main(["data", "--output", str(tmp_path / "file" / "dataset"), "--rows", "20"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert str(tmp_path / "file") in error
+
+
 def test_stages_follow_one_another_from_data_to_registry(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -80,6 +88,16 @@ def test_stages_follow_one_another_from_data_to_registry(tmp_path, monkeypatch, 
 
     assert main([*train, *options, *shared]) == 2
     assert "finished model" in capsys.readouterr().err
+    started = tmp_path / "started/checkpoints"  # as an earlier run from another reference leaves it
+    (started / "checkpoint-2").mkdir(parents=True)
+    (started / "checkpoint-2/trainer_state.json").write_text('{"global_step": 2}', encoding="utf-8")
+    (started / "run.json").write_text('{"reference": "other"}', encoding="utf-8")
+    assert main([*train[:-1], "started", *options, *shared]) == 2
+    assert "reference: 'other' there, 'reference' here" in capsys.readouterr().err
+    (tmp_path / "dataset/dataset_dict.json").rename(tmp_path / "kept.json")
+    assert main([*train[:-1], "anew", *options, *shared]) == 2
+    assert "holds no dataset_dict.json" in capsys.readouterr().err
+    (tmp_path / "kept.json").rename(tmp_path / "dataset/dataset_dict.json")
 
     folders = ["--dataset", "dataset", "--reference", "reference", "--policy", "policy"]
     quick = ["--samples_per_prompt", "2", "--exact_prompts", "1", "--bootstrap_samples", "100"]

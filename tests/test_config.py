@@ -47,6 +47,7 @@ def test_whole_floats_are_integers_because_kfp_hands_them_over_so():
         ({"degrees": "hot"}, "degrees must be float, got 'hot'"),
         ({"degrees": 1, "minutes": 2.5}, "minutes must be int, got 2.5"),
         ({"degrees": 1, "minutes": True}, "minutes must be int, got True"),
+        ({"degrees": 1, "minutes": "--5"}, "minutes must be int, got '--5'"),
         ({"degrees": 1, "mode": "steam"}, "'fan' | 'grill'"),
         ({"degrees": 1, "light": "maybe"}, "light must be bool"),
         ({"degrees": -1}, "at least 0"),

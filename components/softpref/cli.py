@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from softpref.errors import SoftprefError
+
+_OF_THE_DISK = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,6 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except SoftprefError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        print(f"error: {error}; give a folder that can be written, on a disk with space", file=sys.stderr)
         return 2
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -134,7 +135,7 @@ def _convert(cls: type, key: str, value: Any, hint: Any) -> Any:
                 return value
             if isinstance(value, float) and value.is_integer():
                 return int(value)
-            if isinstance(value, str) and value.lstrip("+-").isdigit():
+            if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+", value):
                 return int(value)
         elif option is float:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
