@@ -156,7 +156,9 @@ def _execute(pipeline: Any, parameters: dict[str, Any], runner: str, root: Path)
 
         docker_task_handler.run_docker_container = _run_container
         environment = {"MLFLOW_TRACKING_URI": parameters["tracking_uri"]}
-        chosen: Any = local.DockerRunner(environment=environment, network_mode="host")
+        # as the user who runs it, who owns the output folder that the containers write to
+        user = f"{os.getuid()}:{os.getgid()}"
+        chosen: Any = local.DockerRunner(environment=environment, network_mode="host", user=user)
     else:
         chosen = local.SubprocessRunner(use_venv=False)
     local.init(runner=chosen, pipeline_root=str(root.resolve()), raise_on_error=True)
