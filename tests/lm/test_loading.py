@@ -58,6 +58,8 @@ def test_an_adapter_folder_is_loaded_upon_its_base(saved, tmp_path):
     save_model_folder(model, tokenizer, tmp_path / "adapter", {"adapter": True})
     loaded = load_model(str(tmp_path / "adapter"))
     torch.testing.assert_close(score_sequences(loaded, SEQUENCES, pad_id=0), adapted)
+    assert not hasattr(loaded, "peft_config")  # merged: it can be trained, and be a reference
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_token(make_tokenizer, make_model, tmp_path):
@@ -87,6 +89,21 @@ def test_a_source_that_is_neither_there_nor_a_hub_id_is_refused(source, tmp_path
 def test_a_hub_id_is_left_to_the_hub():
     check_model_source("owner/name")
     check_model_source("name")
+
+
+def test_a_model_that_the_hub_does_not_give_is_refused_at_once(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    def unreachable(self, repo_id, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(
+            ConfigError, match=r"owner/no-such-model is no folder here.*no route.*download it"
+        ):
+            load("owner/no-such-model")
 
 
 def test_a_folder_without_configuration_or_with_pickled_weights_only_is_refused(tmp_path):

@@ -60,7 +60,7 @@ def load_model(
     device: str | None = None,
     revision: str | None = None,
 ) -> Any:
-    """Load a causal language model from a Hub id, a checkpoint folder (adapters included) or a GGUF file.
+    """Load a causal language model from a Hub id, a checkpoint folder (an adapter is merged) or a GGUF file.
 
     Args:
         dtype: `float32`, `bfloat16`, or `auto` for the checkpoint's own.
@@ -73,13 +73,17 @@ def load_model(
 
     check_model_source(source)
     path = Path(source)
+    if not path.exists():
+        _check_hub_model(source, revision)
     try:
         if source.endswith(".gguf"):
             model = _load_gguf(path, dtype)
         elif (path / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM
 
-            model = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype)
+            # merged, for with its adapter apart it would train nothing, and be its own base as a reference
+            adapted = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype)
+            model = adapted.merge_and_unload().requires_grad_(True)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -103,6 +107,8 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, revision: st
 
     check_model_source(source)
     path = Path(source)
+    if not path.exists():
+        _check_hub_model(source, revision)
     try:
         if source.endswith(".gguf"):
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -191,6 +197,29 @@ def sampling_generation_config(model: Any, tokenizer: Any) -> Any:
         eos_token_id=stops[0] if len(stops) == 1 else stops,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _check_hub_model(source: str, revision: str | None) -> None:
+    """Refuse within seconds a Hub model that is neither kept here nor answered for by the Hub.
+
+    transformers itself asks for every file several times, and takes a minute to say that it is not there.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    for name in ("config.json", "adapter_config.json"):
+        if isinstance(try_to_load_from_cache(source, name, revision=revision or "main"), str):
+            return
+    try:
+        HfApi().model_info(source, revision=revision, timeout=10)
+    except (
+        Exception
+    ) as error:  # the Hub client raises a dozen unrelated types for "not there" and "no network"
+        reason = str(error).strip().splitlines()[:1]
+        raise ConfigError(
+            f"base model {source} is no folder here, and the Hub does not give it "
+            f"({type(error).__name__}: {''.join(reason)}); check the name and the network, or download "
+            "it and give its folder"
+        ) from error
 
 
 def _load_gguf(path: Path, dtype: str) -> Any:
