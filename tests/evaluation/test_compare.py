@@ -90,6 +90,13 @@ def test_members_too_far_from_the_reference_cannot_be_chosen():
     assert choose([SHARP, EVEN, SOFT], "expected_reward", max_kl=1.5).name == "soft"
 
 
+def test_of_one_member_no_comparison_is_claimed():
+    choice = choose([SOFT], "expected_reward")
+    assert choice.name == "soft"
+    assert "only one" in choice.reason
+    assert "chance" not in choice.reason
+
+
 def test_a_single_prompt_tells_nothing_apart():
     one = [copy.deepcopy(entry) for entry in (SHARP, SOFT)]
     for entry in one:

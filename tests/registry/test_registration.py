@@ -163,6 +163,15 @@ def test_adapter_is_merged_before_it_is_registered(tmp_path, store, write_model,
     assert not torch.allclose(registered(ids).logits, plain)
 
 
+def test_an_evaluation_of_another_run_under_the_same_name_is_refused(
+    tmp_path, store, write_model, write_evaluation
+):
+    model = write_model(tmp_path / "model", run_id="a" * 32)
+    evaluation = write_evaluation(tmp_path / "evaluation", run_id="b" * 32)
+    with pytest.raises(ConfigError, match=f"of run {'a' * 32}, but .* of run {'b' * 32} with the same name"):
+        run(config(store), model, evaluation, tmp_path / "registration")
+
+
 def test_folders_that_do_not_belong_together_are_refused(
     tmp_path, store, model, evaluation, write_evaluation
 ):

@@ -144,6 +144,8 @@ def choose(members: Sequence[Mapping[str, Any]], rule: str, max_kl: float | None
     softest = max(alike, key=lambda member: (value(member, "entropy_sequence") or 0.0, member is best))
     within = f" among the members within {max_kl:g} nats of KL" if max_kl is not None else ""
     stated = f"{value(best, rule):.3f}"
+    if len(allowed) == 1:
+        return Choice(best["name"], f"{best['name']} is the only one to choose{within} ({label} {stated}).")
     if softest is best:
         others = (
             "it also has the highest entropy of those that cannot be told from it"

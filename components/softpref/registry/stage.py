@@ -340,6 +340,12 @@ def _check_same_model(
     name, evaluated = metadata.get("name"), evaluation.get("name")
     if name and evaluated and name != evaluated:
         raise ConfigError(f"the model in {model_dir} is {name!r}, but the evaluation is of {evaluated!r}")
+    trained, measured = metadata.get("run_id"), evaluation.get("run_id")
+    if trained and measured and trained != measured:
+        raise ConfigError(
+            f"the model in {model_dir} is of run {trained}, but the evaluation is of a model of run "
+            f"{measured} with the same name; evaluate {model_dir}"
+        )
     if comparison is not None and comparison.get("chosen") != evaluated:
         raise ConfigError(
             f"the comparison chose {comparison.get('chosen')!r}, but the evaluation is of {evaluated!r}; "
