@@ -109,8 +109,10 @@ def _run_here(pipeline: Any, parameters: dict[str, Any], options: argparse.Names
 
     name = f"{Path(options.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     output = Path(options.output or Path("runs") / name)
-    if output.exists() and any(output.iterdir()):
-        raise ConfigError(f"--output {output} is not empty; name a new folder, nothing is overwritten")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            f"--output {output} is a file or not empty; name a new folder, nothing is overwritten"
+        )
     uri = resolve_tracking_uri(parameters["tracking_uri"] or None)
     if options.runner == "docker" and uri.startswith("sqlite:"):
         raise ConfigError(

@@ -68,6 +68,9 @@ def plan(parameters: Mapping[str, Any]) -> list[Member]:
     from softpref.sft.config import SFTConfig
     from softpref.spo.config import SPOConfig, member_name
 
+    for name in ("seed", "gpus"):
+        if parameters.get(name, 0) < 0:
+            raise ConfigError(f"{name} must be at least 0, got {parameters[name]}")
     alphas = parameters["alphas"] if "alphas" in parameters else [parameters["alpha"]]
     beta = parameters["beta"]
     members = [Member(member_name("spo", alpha, beta), "spo", float(alpha), float(beta)) for alpha in alphas]
@@ -123,9 +126,12 @@ def _check_local_source(source: str) -> None:
     """A source that can only be a path must exist; whether a Hub id does is known when it is read."""
     looks_local = source.startswith(("/", "./", "../", "~")) or Path(source).suffix.lower() in (
         ".jsonl",
+        ".ndjson",
         ".json",
         ".csv",
+        ".tsv",
         ".parquet",
+        ".gz",
     )
     if looks_local and not Path(source).expanduser().exists():
         raise ConfigError(
