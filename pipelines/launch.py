@@ -282,9 +282,8 @@ def _summarise(output: Path, tracking_uri: str, seconds: float) -> None:
         shutil.copy(registration, output / "registration.json")
         decision = json.loads(registration.read_text(encoding="utf-8"))
         aliases = "".join(f" @{alias}" for alias in decision["aliases"])
-        print(
-            f"registry: {decision['model_name']} version {decision['version']}{aliases}. {decision['reason']}"
-        )
+        version = f" version {decision['version']}{aliases}" if decision["registered"] else ""
+        print(f"registry: {decision['model_name']}{version}. {decision['reason']}")
     for report in [output / "comparison" / "report.html"] if comparison else tasks.rglob("report.html"):
         print(f"report:   {report}")
     print(f"tracking: {tracking_uri}; look at it with: mlflow ui --backend-store-uri {tracking_uri}")

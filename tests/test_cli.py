@@ -38,6 +38,10 @@ def test_help_loads_no_training_library():
             ["train", "--dataset", "x", "--reference", "r", "--output", "y", "--top_p", "0.5"],
             "top_p must be 1",
         ),
+        (
+            ["train", "--dataset", "x", "--reference", "r", "--output", "y", "--output_dir", "z"],
+            "--output names",
+        ),
         (["track-sync", "no-such-folder"], "no-such-folder"),
     ],
 )

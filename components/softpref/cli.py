@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from softpref.errors import SoftprefError
+from softpref.errors import ConfigError, SoftprefError
 
 _OF_THE_DISK = {
     errno.EACCES,
@@ -56,7 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
         values = read_mapping(options.config) if options.config else {}
         _, paths, stage_function = _STAGES[options.command]
         folders = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in paths}
-        result = stage_function(folders, values, _pairs(rest))
+        given = _pairs(rest)
+        if "output_dir" in {**values, **given}:
+            raise ConfigError("output_dir is not a parameter here: --output names the folder to write")
+        result = stage_function(folders, values, given)
         print(json.dumps(result, indent=2, default=str, ensure_ascii=False))
         return 0
     except SoftprefError as error:
@@ -71,8 +74,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _pairs(arguments: list[str]) -> dict[str, str]:
     """`--key value` and `--key=value` to a dictionary; a key alone is a switch."""
-    from softpref.errors import ConfigError
-
     pairs: dict[str, str] = {}
     key = ""
     for argument in arguments:

@@ -362,3 +362,13 @@ def test_a_checkpoint_of_a_run_without_samples_is_refused_with_a_reason(make_tra
     make_trainer(rows, beta=0.0, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ConfigError, match="holds no samples for process 0 of 1"):
         make_trainer(rows, num_train_epochs=2).train(resume_from_checkpoint=last_checkpoint(tmp_path / "run"))
+
+
+def test_completions_that_are_cut_are_counted_aloud(make_trainer, caplog):
+    rows = [
+        {"prompt": "ab", "completions": ["abcdefgh", "ab"]},
+        {"prompt": "ab", "completions": ["ab", "ba"]},
+    ]
+    make_trainer(rows, samples_per_refresh=3, max_completion_length=8)
+    assert "1 of 2 preference rows" in caplog.text
+    assert "max_completion_length=8" in caplog.text

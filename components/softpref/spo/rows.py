@@ -6,6 +6,7 @@ Rows are `prompt` and `completions` (best first), as the data stage writes them,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -17,6 +18,8 @@ from softpref.lm.scoring import pad_sequences
 from softpref.lm.tokenization import tokenize_prompt, tokenize_sequence
 from softpref.objectives.preference import PreferenceKind
 from softpref.spo.config import SPOConfig
+
+logger = logging.getLogger(__name__)
 
 
 class PreferenceRows(Dataset):
@@ -65,6 +68,14 @@ class PreferenceRows(Dataset):
             )
         if not self.rows:
             raise DataError("the preference data hold no row")
+        if self.truncated:
+            logger.warning(
+                "%d of %d preference rows have a completion of more than max_completion_length=%d tokens; "
+                "it was cut and carries no end token",
+                self.truncated,
+                len(self.rows),
+                args.max_completion_length,
+            )
         if args.preference_kind != "auto":
             kinds = {args.preference_kind}
         if len(kinds) > 1:
