@@ -1,16 +1,40 @@
 """The mathematics: tensors in, tensors out. Imports torch alone."""
 
-from softpref.objectives.kl import effective_sample_size, kl_loss, kl_per_token, reward_to_go
-from softpref.objectives.optimum import exact_optimum
-from softpref.objectives.preference import dpo_loss, log_group_weights, preference_loss
+from softpref.objectives.baselines import (
+    dpo_loss,
+    group_of,
+    ipo_loss,
+    rdpo_loss,
+    slic_loss,
+    sppo_loss,
+    tdpo_loss,
+)
+from softpref.objectives.kl import (
+    effective_sample_size,
+    kl_loss,
+    kl_per_token,
+    prefix_ratios,
+    reward_to_go,
+)
+from softpref.objectives.optimum import exact_optimum, ipo_optimum
+from softpref.objectives.preference import log_group_weights, ordered_pairs, preference_loss
 
 __all__ = [
     "dpo_loss",
     "effective_sample_size",
     "exact_optimum",
+    "group_of",
+    "ipo_loss",
+    "ipo_optimum",
     "kl_loss",
     "kl_per_token",
     "log_group_weights",
+    "ordered_pairs",
     "preference_loss",
+    "prefix_ratios",
+    "rdpo_loss",
     "reward_to_go",
+    "slic_loss",
+    "sppo_loss",
+    "tdpo_loss",
 ]

@@ -1,12 +1,13 @@
-"""The preference losses: soft preference optimization and the baselines that share its rows.
+"""The preference loss of soft preference optimization, and what label probabilities do to a pairwise loss.
 
-Every function takes flat log-probabilities, `[sequences]`, of groups whose completions stand next to each
-other, best first, and returns one loss per group. Means, regularisers and sampling are the caller's.
+Log-probabilities are flat, `[sequences]`, the completions of a group next to each other, best first; there is
+one loss per group. Means, regularisers and sampling are the caller's.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -29,7 +30,7 @@ def preference_loss(
     group_sizes: Tensor,
     *,
     alpha: float,
-    kind: PreferenceKind = "pairwise",
+    kind: PreferenceKind | Sequence[PreferenceKind] = "pairwise",
     probabilities: Tensor | None = None,
     soft_labels: SoftLabels = "linear",
     weight_exponent: float = 0.0,
@@ -48,8 +49,8 @@ def preference_loss(
         logps: `[sequences]`, log-probability of each completion in nats, best first within a group.
         group_sizes: `[groups]`, integers ≥ 2 that sum to `sequences`.
         alpha: softness α ≥ 0.
-        kind: what the order within a group means. `pairwise` asks for groups of two; `best_of_n` knows the
-            first to be the best and nothing of the others.
+        kind: what the order within a group means, for all groups or one for each. `pairwise` asks for
+            groups of two; `best_of_n` knows the first to be the best and nothing of the others.
         probabilities: `[groups]`, P(first beats second) of pairs; None, or 1, is a hard label, the only one
             that groups of more than two may carry.
         soft_labels: `linear` mixes the losses of both labels and keeps the minimiser; `geometric` scales the
@@ -69,14 +70,9 @@ def preference_loss(
     """
     if alpha < 0:
         raise ValueError(f"softness alpha must be at least 0, got {alpha}")
-    if kind not in get_args(PreferenceKind):
-        raise ValueError(f"kind must be one of {', '.join(get_args(PreferenceKind))}, got {kind!r}")
     groups = _as_rows(logps, group_sizes)
     pairs = groups.present.sum(-1) == 2
-    if kind == "pairwise" and not bool(pairs.all()):
-        raise ValueError("pairwise preferences need groups of exactly two completions")
-    ranks = groups.values.shape[1] - 1 if kind == "ranking" else 1
-    losses = _suffix_losses(groups, alpha, ranks)
+    losses = _suffix_losses(groups, alpha, _places(kind, groups))
     if probabilities is not None:
         if bool((probabilities[~pairs] != 1).any()):
             raise ValueError("label probabilities are defined for groups of exactly two completions")
@@ -105,50 +101,53 @@ def log_group_weights(scores: Tensor, group_sizes: Tensor, *, weight_exponent: f
     return weight_exponent * groups.values.masked_fill(~groups.present, -torch.inf).logsumexp(-1)
 
 
-def dpo_loss(
-    logps: Tensor,
-    ref_logps: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
-    probabilities: Tensor | None = None,
-    soft_labels: SoftLabels = "linear",
-) -> Tensor:
-    """Direct preference optimization on pairs: `−log σ(β h)`, h = Δlogp − Δlogp_ref.
+def ordered_pairs(
+    group_sizes: Tensor, kind: PreferenceKind | Sequence[PreferenceKind]
+) -> tuple[Tensor, Tensor]:
+    """The pairs that groups decide, for losses that know pairs alone.
 
-    Source: arXiv 2305.18290, equation 7.
+    A ranking decides all its pairs, a best-of-n the best against each other.
 
     Args:
-        logps: `[2 · pairs]`, policy log-probabilities in nats, chosen and rejected in turn.
-        ref_logps: `[2 · pairs]`, the reference's.
-        beta: strength of the implicit KL constraint, > 0.
-        label_smoothing: ε in [0, ½), the assumed share of flipped labels (cDPO):
-            `(1 − ε) ℓ(h) + ε ℓ(−h)`.
-        probabilities: `[pairs]`, P(first beats second); None is hard.
-        soft_labels: as in `preference_loss`.
+        group_sizes: `[groups]`.
+        kind: as in `preference_loss`.
 
     Returns:
-        `[pairs]`.
+        Flat places of the completions, `[2 · pairs]`, each pair's better one first; and the group of each
+        pair, `[pairs]`.
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be above 0, got {beta}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
-    ratios = (logps - ref_logps).view(-1, 2)
+    sizes = group_sizes.tolist()
+    kinds = [kind] * len(sizes) if isinstance(kind, str) else kind
+    places: list[int] = []
+    groups: list[int] = []
+    start = 0
+    for group, (size, one) in enumerate(zip(sizes, kinds, strict=True)):
+        for better in range(size - 1 if one == "ranking" else 1):
+            for worse in range(better + 1, size):
+                places += [start + better, start + worse]
+                groups.append(group)
+        start += size
+    device = group_sizes.device
+    return torch.tensor(places, device=device), torch.tensor(groups, device=device)
 
-    def smoothed(margin: Tensor) -> Tensor:
-        loss = -F.logsigmoid(beta * margin)
-        if label_smoothing:
-            loss = (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-beta * margin)
-        return loss
 
-    return soft_label_loss(smoothed, ratios[:, 0] - ratios[:, 1], probabilities, soft_labels)
-
-
-def soft_label_loss(loss, margin: Tensor, probabilities: Tensor | None, soft_labels: SoftLabels) -> Tensor:
+def soft_label_loss(
+    loss: Callable[[Tensor], Tensor],
+    margin: Tensor,
+    probabilities: Tensor | None,
+    soft_labels: SoftLabels = "linear",
+) -> Tensor:
     """Turn a loss of the hard margin, `[pairs] -> [pairs]`, into the loss under label probabilities.
 
-    `linear`: `p ℓ(m) + (1 − p) ℓ(−m)`; `geometric`: `ℓ((2p − 1) m)`.
+    Args:
+        loss: ℓ of a margin, that of the first completion over the second.
+        margin: `[pairs]`, nats.
+        probabilities: `[pairs]`, P(first beats second); None is a hard label for each.
+        soft_labels: `linear`: `p ℓ(m) + (1 − p) ℓ(−m)`; `geometric`: `ℓ((2p − 1) m)`, as in GDPO and its
+            like (arXiv 2409.06691).
+
+    Raises:
+        ValueError: an unknown way of soft labels.
     """
     if probabilities is None:
         return loss(margin)
@@ -163,23 +162,40 @@ def _logistic(margin: Tensor, alpha: float) -> Tensor:
     return -0.5 * margin if alpha == 0 else -F.logsigmoid(alpha * margin) / alpha
 
 
-def _suffix_losses(groups: _Groups, alpha: float, ranks: int) -> Tensor:
-    """Σ over the first `ranks` places k of the best-of-n loss of the suffix that starts at k."""
+def _places(kind: PreferenceKind | Sequence[PreferenceKind], groups: _Groups) -> Tensor:
+    """How many places of each group are decided by its order, `[groups]`: one, or all of a ranking."""
+    sizes = groups.present.sum(-1)
+    kinds = [kind] if isinstance(kind, str) else list(kind)
+    for one in kinds:
+        if one not in get_args(PreferenceKind):
+            raise ValueError(f"kind must be one of {', '.join(get_args(PreferenceKind))}, got {one!r}")
+    if not isinstance(kind, str) and len(kinds) != len(sizes):
+        raise ValueError(f"kind must be one name or one for each of {len(sizes)} groups, got {len(kinds)}")
+    pairwise, ranking = (
+        torch.tensor([one == name for one in kinds], device=sizes.device) for name in ("pairwise", "ranking")
+    )
+    if bool((pairwise & (sizes != 2)).any()):
+        raise ValueError("pairwise preferences need groups of exactly two completions")
+    return torch.where(ranking, sizes - 1, 1)
+
+
+def _suffix_losses(groups: _Groups, alpha: float, places: Tensor) -> Tensor:
+    """Σ over the first `places` `[groups]` places k of the best-of-n loss of the suffix that starts at k."""
     values, present = groups
-    size = values.shape[1]
+    size, most = values.shape[1], int(places.max()) if len(places) else 1
     # [groups, k, j]: differences first, for sums of large log-probabilities would lose them
-    differences = values[:, None, :] - values[:, :ranks, None]
-    in_suffix = torch.ones(ranks, size, dtype=torch.bool, device=values.device).triu()
+    differences = values[:, None, :] - values[:, :most, None]
+    in_suffix = torch.ones(most, size, dtype=torch.bool, device=values.device).triu()
     counted = present[:, None, :] & in_suffix
-    has_rivals = counted.sum(-1) > 1  # [groups, k]; the last place of a ranking decides nothing
+    decided = torch.arange(most, device=values.device) < places[:, None]  # [groups, k]
     if alpha == 0:
         terms = differences.where(counted, 0).sum(-1) / counted.sum(-1).clamp_min(1)
     else:
         scaled = (alpha * differences).masked_fill(~counted, -torch.inf)
-        # a place with no completion has only -inf, whose gradient is NaN: give it a constant instead
-        scaled = scaled.masked_fill(~has_rivals[..., None], 0.0)
+        # a place behind the last completion has only -inf, whose gradient is NaN: give it a constant instead
+        scaled = scaled.masked_fill(~decided[..., None], 0.0)
         terms = scaled.logsumexp(-1) / alpha
-    return terms.where(has_rivals, 0).sum(-1)
+    return terms.where(decided, 0).sum(-1)
 
 
 def _as_rows(values: Tensor, group_sizes: Tensor) -> _Groups:
