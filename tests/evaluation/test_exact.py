@@ -8,8 +8,8 @@ import pytest
 import torch
 from softpref.errors import ConfigError
 from softpref.evaluation.exact import entropy, exact_figures, exact_prompt, has_optimum
-from softpref.evaluation.judges import Outcomes
 from softpref.evaluation.measure import check_same_vocabulary, divergences, draw, score, score_outcomes
+from softpref.judges import Outcomes
 from softpref.lm.sampling import Sample
 from transformers import LlamaConfig, LlamaForCausalLM
 

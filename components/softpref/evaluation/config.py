@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from softpref.errors import ConfigError
-
-JudgeName = Literal["auto", "expert", "bradley-terry"]
+from softpref.judges import JudgeName
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, Figure, interval
-from softpref.evaluation.judges import Outcomes
+from softpref.judges import Outcomes
 
 
 class ExactPrompt(NamedTuple):

@@ -18,8 +18,8 @@ from softpref.lm.loading import check_model_source, load_metadata
 if TYPE_CHECKING:
     from softpref.evaluation.exact import ExactPrompt
     from softpref.evaluation.intervals import Bootstrap, Figure
-    from softpref.evaluation.judges import Judge
     from softpref.evaluation.measure import PromptRecord
+    from softpref.judges import Judge
 
 EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl", "report.html"
 _FEW_PROMPTS = 20
@@ -117,15 +117,6 @@ def flat_figures(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, f
     }
 
 
-def as_text(text: Any, *, roles: bool = False) -> str:
-    """Text as it is; messages as their contents, with `roles` in front, one after another."""
-    if isinstance(text, str):
-        return text
-    return "\n".join(
-        f"{message['role']}: {message['content']}" if roles else message["content"] for message in text
-    )
-
-
 class _Models(NamedTuple):
     """Both models, and how texts become their tokens."""
 
@@ -153,9 +144,9 @@ def _evaluate(
     """All between the checks and `evaluation.json`: measure, write samples and report, return it."""
     from softpref.evaluation.exact import exact_figures
     from softpref.evaluation.intervals import Bootstrap
-    from softpref.evaluation.judges import OUTCOMES_FILE, read_outcomes
     from softpref.evaluation.metrics import prompt_key
     from softpref.evaluation.report import write_report
+    from softpref.judges import OUTCOMES_FILE, read_outcomes
 
     bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, config.seed)
     rows = [dict(row) for row in dataset[config.split]]
@@ -300,6 +291,7 @@ def _sampled(
     """Draw from both models on the same prompts, let the judge score: figures, and what was drawn."""
     from softpref.evaluation import measure
     from softpref.evaluation.metrics import DiversityMetric, SampleMetric, WinRateMetric
+    from softpref.judges import as_text
     from softpref.lm.tokenization import decode, stop_token_ids, tokenize_prompt
 
     ids = [
@@ -431,25 +423,13 @@ def _judge(
     config: EvaluationConfig, dataset: Any, outcomes: dict[str, Any], bootstrap: Any
 ) -> tuple[Any, Any]:
     """The judge asked for, and the validation accuracy of a trained one (None where there is none)."""
-    from softpref.evaluation.judges import BradleyTerryJudge, ExpertJudge, preference_pairs
     from softpref.evaluation.metrics import PreferenceMetric
+    from softpref.judges import load_judge, text_rows
 
-    if config.judge == "expert" and not outcomes:
-        raise ConfigError(
-            "the judge 'expert' needs the dataset's outcomes.jsonl; use 'bradley-terry' or 'auto'"
-        )
-    if config.judge != "bradley-terry" and outcomes:
-        return ExpertJudge(outcomes), None
-
-    def texts(split: str) -> Iterator[dict[str, Any]]:
-        for row in dataset.get(split, ()):
-            completions = [as_text(completion) for completion in row["completions"]]
-            yield {**row, "prompt": as_text(row["prompt"], roles=True), "completions": completions}
-
-    judge = BradleyTerryJudge(
-        preference_pairs(texts("train")), seed=config.seed, max_rows=config.judge_max_rows
-    )
-    held_out = list(texts("validation"))
+    judge = load_judge(config.judge, dataset, outcomes, seed=config.seed, max_rows=config.judge_max_rows)
+    if judge.name == "expert":
+        return judge, None
+    held_out = list(text_rows(dataset.get("validation", ())))
     if not held_out:
         return judge, None
     sizes = [len(row["completions"]) for row in held_out]

@@ -1,14 +1,18 @@
 """Judges: what they score, and how far a trained one can be trusted."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from softpref.errors import ConfigError, DataError
-from softpref.evaluation.judges import (
+from softpref.judges import (
     BradleyTerryJudge,
     ExpertJudge,
     Outcomes,
+    check_judge,
+    load_judge,
     preference_pairs,
     read_outcomes,
 )
@@ -87,3 +91,53 @@ def test_rankings_give_all_ordered_pairs_and_best_of_n_only_the_best():
     assert [pair[1:3] for pair in best] == [("a", "b"), ("a", "c")]
     soft = {"prompt": "p", "completions": ["a", "b"], "probability": 0.75, "kind": "pairwise"}
     assert list(preference_pairs([soft])) == [("p", "a", "b", 0.75)]
+
+
+def test_probabilities_follow_from_scores_by_bradley_terry():
+    judge = ExpertJudge({"p": Outcomes(["good", "bad"], np.array([2.0, -1.0]), np.array([0.5, 0.5]))})
+    chances = judge.probabilities(["p"] * 3, ["good", "bad", "good"], ["bad", "good", "good"])
+    assert chances == pytest.approx([1 / (1 + np.exp(-3)), 1 / (1 + np.exp(3)), 0.5])
+    assert judge.probabilities([], [], []).shape == (0,)
+
+
+def test_a_judge_is_loaded_by_name_from_a_dataset_folder(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": prompt}],
+            "completions": [[{"role": "assistant", "content": text}] for text in (better, worse)],
+            "kind": "pairwise",
+            "probability": share,
+        }
+        for prompt, better, worse, share in planted_pairs(["p", "q", "r"], 60, 0)
+    ]
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(str(tmp_path))
+    trained = load_judge("auto", tmp_path, seed=3, max_rows=50)
+    assert trained.name == "bradley-terry"
+    assert "50 pairs" in trained.description
+    texts = [("user: " + prompt, *rest) for prompt, *rest in planted_pairs(["p", "q", "r"], 60, 0)]
+    assert trained.fingerprint == BradleyTerryJudge(texts, seed=3, max_rows=50).fingerprint
+    with pytest.raises(ConfigError, match=r"'expert' needs.*outcomes\.jsonl"):
+        check_judge("expert", tmp_path)
+    with pytest.raises(ConfigError, match="one of auto, expert, bradley-terry, got 'experts'"):
+        load_judge("experts", tmp_path)
+
+    known = {"prompt": "p", "completions": ["a", "b"], "rewards": [1.0, 0.0], "weights": [0.5, 0.5]}
+    (tmp_path / "outcomes.jsonl").write_text(json.dumps(known) + "\n")
+    check_judge("expert", tmp_path)
+    expert = load_judge("auto", tmp_path)
+    assert expert.name == "expert"
+    assert expert.scores(["p"], ["a"]).tolist() == [1.0]
+    assert load_judge("bradley-terry", tmp_path).name == "bradley-terry"
+    given = {"p": Outcomes(["a"], np.array([5.0]), np.array([1.0]))}
+    assert load_judge("expert", {}, given).scores(["p"], ["a"]).tolist() == [5.0]
+
+
+def test_judges_can_be_imported_without_the_libraries_they_may_need():
+    code = (
+        "import sys, softpref.judges; "
+        "print(*{'sklearn', 'scipy', 'datasets', 'mlflow', 'torch'} & set(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not out.strip()

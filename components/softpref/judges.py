@@ -1,27 +1,32 @@
 """Judges: who says which of two completions is better, without a network. They see texts, never a model.
 
-A judge gives scores in nats under Bradley-Terry: P(a beats b) = σ(score_a − score_b).
+Evaluation asks them about samples, training rounds about new pairs. The judges here give scores in nats under
+Bradley-Terry: P(a beats b) = σ(score_a − score_b).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
 from softpref.errors import ConfigError, DataError
 
+JudgeName = Literal["auto", "expert", "bradley-terry"]
 OUTCOMES_FILE = "outcomes.jsonl"
 _HASHES = 2**14
 _STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # inverse regularisation of the trained judge, tried in turn
 
 
 class Judge(Protocol):
-    """Anything that scores completions.
+    """Anything that scores completions and compares them.
+
+    It is asked about texts: a conversational prompt as `as_text(prompt, roles=True)`.
 
     Attributes:
         name: short and stable, like `expert`.
@@ -36,6 +41,26 @@ class Judge(Protocol):
     def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         """`[n]` scores in nats, of which only differences within a prompt mean anything."""
         ...
+
+    def probabilities(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+    ) -> np.ndarray:
+        """`[n]`: P(first beats second) for each prompt."""
+        ...
+
+
+class ScoreJudge(ABC):
+    """A judge whose comparisons follow from its scores by Bradley-Terry."""
+
+    @abstractmethod
+    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        """`[n]` scores in nats, of which only differences within a prompt mean anything."""
+
+    def probabilities(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+    ) -> np.ndarray:
+        """`[n]`: P(first beats second) = σ(score of first − score of second)."""
+        return _sigmoid(self.scores(prompts, first) - self.scores(prompts, second))
 
 
 class Outcomes(NamedTuple):
@@ -75,7 +100,7 @@ def read_outcomes(path: str | Path) -> dict[str, Outcomes]:
     return outcomes
 
 
-class ExpertJudge:
+class ExpertJudge(ScoreJudge):
     """The expert whose rewards the data were drawn from: looks completions up among the known outcomes.
 
     A completion outside its prompt's set scores 1 nat less than the worst within; `outside` tells which.
@@ -83,7 +108,7 @@ class ExpertJudge:
 
     name = "expert"
 
-    def __init__(self, outcomes: dict[str, Outcomes]) -> None:
+    def __init__(self, outcomes: Mapping[str, Outcomes]) -> None:
         self._rewards = {
             prompt: dict(
                 zip((text.strip() for text in entry.completions), entry.rewards.tolist(), strict=True)
@@ -127,7 +152,7 @@ class ExpertJudge:
                 raise DataError(f"{OUTCOMES_FILE} has no prompt {prompt!r}; use the judge 'bradley-terry'")
 
 
-class BradleyTerryJudge:
+class BradleyTerryJudge(ScoreJudge):
     """A reward model small enough to be trained in seconds: logistic regression on what texts contain.
 
     Features are hashed word 1- and 2-grams and character 2- to 4-grams (each text's of length 1), the
@@ -241,7 +266,7 @@ def _fit_bradley_terry(pairs: _Pairs, strength: float, start: np.ndarray | None 
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         margin = pairs.margins(weights)
-        errors = 0.5 * (1 + np.tanh(margin / 2)) - pairs.share
+        errors = _sigmoid(margin) - pairs.share
         loss = _log_loss(margin, pairs.share) + weights @ weights / (2 * strength)
         return loss, pairs.gradient(errors) + weights / strength
 
@@ -270,6 +295,87 @@ def preference_pairs(
             for worse in range(better + 1, len(completions)):
                 share = row["probability"] if len(completions) == 2 else None
                 yield row["prompt"], completions[better], completions[worse], 1.0 if share is None else share
+
+
+def as_text(text: Any, *, roles: bool = False) -> str:
+    """Text as it is; messages as their contents, with `roles` in front, one after another."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(
+        f"{message['role']}: {message['content']}" if roles else message["content"] for message in text
+    )
+
+
+def text_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Dataset rows as judges are asked about them: `prompt` with roles, `completions` without, as texts."""
+    for row in rows:
+        completions = [as_text(completion) for completion in row["completions"]]
+        yield {**row, "prompt": as_text(row["prompt"], roles=True), "completions": completions}
+
+
+def check_judge(name: str, dataset_dir: str | Path) -> None:
+    """Refuse a judge that this dataset folder cannot give, in milliseconds.
+
+    Raises:
+        ConfigError: there is no judge of this name, or it is the expert and the folder has no outcomes.
+    """
+    _check_name(name)
+    if name == "expert" and not (Path(dataset_dir) / OUTCOMES_FILE).is_file():
+        raise ConfigError(
+            f"the judge 'expert' needs the dataset's {OUTCOMES_FILE}, which {dataset_dir} does not have; "
+            "use 'bradley-terry' or 'auto'"
+        )
+
+
+def load_judge(
+    name: str,
+    dataset: str | Path | Mapping[str, Any],
+    outcomes: Mapping[str, Outcomes] | None = None,
+    *,
+    seed: int = 0,
+    max_rows: int = 20000,
+) -> Judge:
+    """The judge of a dataset by name: looked up in its outcomes, or trained on its training split.
+
+    Args:
+        name: `expert`, `bradley-terry`, or `auto`: the expert where there are outcomes.
+        dataset: the data stage's folder, or its splits where they are loaded already.
+        outcomes: of `read_outcomes`, where they are read already; None reads the folder's, if it has any.
+        seed, max_rows: of a `bradley-terry` judge.
+
+    Raises:
+        ConfigError: there is no such judge, or it cannot be had from this dataset.
+        DataError: the outcomes are damaged.
+    """
+    _check_name(name)
+    if isinstance(dataset, (str, Path)):
+        check_judge(name, dataset)
+        path = Path(dataset) / OUTCOMES_FILE
+        if outcomes is None and path.is_file():
+            outcomes = read_outcomes(path)
+    if name != "bradley-terry" and outcomes:
+        return ExpertJudge(outcomes)
+    if name == "expert":
+        raise ConfigError(
+            f"the judge 'expert' needs the dataset's {OUTCOMES_FILE}; use 'bradley-terry' or 'auto'"
+        )
+    if isinstance(dataset, (str, Path)):
+        import datasets
+
+        splits: Any = datasets.load_from_disk(str(dataset))
+    else:
+        splits = dataset
+    pairs = preference_pairs(text_rows(splits.get("train", ())))
+    return BradleyTerryJudge(pairs, seed=seed, max_rows=max_rows)
+
+
+def _check_name(name: str) -> None:
+    if name not in get_args(JudgeName):
+        raise ConfigError(f"judge must be one of {', '.join(get_args(JudgeName))}, got {name!r}")
+
+
+def _sigmoid(margin: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(margin / 2))
 
 
 def _digest(value: Any) -> str:
