@@ -7,6 +7,7 @@ import string
 from typing import Any, Literal
 
 from softpref.data.columns import check_roles
+from softpref.data.story_world import STORIES
 from softpref.errors import ConfigError
 
 STORY_ROWS = 4000
@@ -46,7 +47,8 @@ class DataConfig:
         system_prompt (`str`, defaults to `""`): put in front of conversational prompts that have none.
         list_kind (`str`, defaults to `"ranking"`): `"ranking"` trusts the whole order of a list,
             `"best_of_n"` only its best.
-        group_size (`int`, defaults to `4`): the most completions in a ranking made from one-candidate rows.
+        group_size (`int`, defaults to `4`): the most completions in a ranking made from one-candidate rows;
+            the stories of a row of the story world when `story_kind` is not `"pairwise"`.
         labels (`str`, defaults to `"soft"`): `"soft"` keeps the share of votes as a probability (a single
             vote is a hard label), `"hard"` keeps the winner alone.
         ties (`str`, defaults to `"half"`): `"half"` counts a tie as half a vote for each (and refuses
@@ -70,6 +72,9 @@ class DataConfig:
         seed (`int`, defaults to `0`): of the splits, of samples and of the story world's draws.
         votes (`int`, defaults to `1`): votes per pair of the story world: 1 gives hard labels, more gives
             shares of votes, 0 the experts' exact probability.
+        story_kind (`str`, defaults to `"pairwise"`): what experts of the story world judge: `"pairwise"` two
+            stories; `"ranking"` `group_size` stories, which one expert orders by Plackett-Luce;
+            `"best_of_n"` as many, of which the expert names the best alone.
         sft_rows (`int`, *optional*): demonstrations to draw from the story world (4000 when not given), or
             the most to take from `sft_source`.
         sft_source (`str`, *optional*): demonstrations for the reference model, read like `source`.
@@ -107,6 +112,7 @@ class DataConfig:
     test_fraction: float = 0.1
     seed: int = 0
     votes: int = 1
+    story_kind: Literal["pairwise", "best_of_n", "ranking"] = "pairwise"
     sft_rows: int | None = None
     sft_source: str | None = None
     sft_columns: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -161,6 +167,30 @@ class DataConfig:
                     raise ConfigError(
                         f'{name} does not go with source "story", whose rows are fixed plain text'
                     )
+        if self.story_kind != "pairwise":
+            self._check_story_lists()
+
+    def _check_story_lists(self) -> None:
+        kind = f"story_kind {self.story_kind!r}"
+        if self.source != "story":
+            raise ConfigError(
+                f'{kind} goes with source "story" alone, got {self.source!r}; list_kind says how its lists '
+                "are read"
+            )
+        if self.votes != 1:
+            raise ConfigError(
+                f"{kind} goes with votes 1, got {self.votes}: a row holds one order of its stories, so one "
+                "expert gives it, and there are no shares of votes"
+            )
+        if not 3 <= self.group_size <= STORIES:
+            raise ConfigError(
+                f"{kind} needs a group_size of 3 to {STORIES:,} stories, which is all that a prompt has, got "
+                f"{self.group_size}; for two, take story_kind 'pairwise'"
+            )
+        if self.list_kind == "best_of_n" and self.story_kind == "ranking":
+            raise ConfigError(
+                f"{kind} and list_kind 'best_of_n' contradict each other; take story_kind 'best_of_n'"
+            )
 
     @property
     def template_fields(self) -> list[str]:

@@ -56,6 +56,7 @@ def render_page(stats: Mapping[str, Any], examples: Sequence[Mapping[str, Any]])
     """
     rows = sum(stats["rows"].values())
     refused, left_out = sum(stats["rejected"].values()), sum(stats["left_out"].values())
+    sets = "pairs" if list(stats["kinds"]) == ["pairwise"] else "sets"
     tiles = [
         (rows, "preference rows"),
         (sum(stats["prompts"].values()), "distinct prompts"),
@@ -64,7 +65,7 @@ def render_page(stats: Mapping[str, Any], examples: Sequence[Mapping[str, Any]])
         (refused, "rows refused"),
         (left_out, "rows left out as asked"),
         (stats["duplicates"], "duplicates"),
-        (stats["contradictions"]["sets"], "pairs with contradicting winners"),
+        (stats["contradictions"]["sets"], f"{sets} with contradicting winners"),
     ]
     figures = [
         _length_figure("Prompt length", stats["characters"]["prompt"], "#2f6fab"),
@@ -136,7 +137,7 @@ def _length_figure(title: str, lengths: Mapping[str, Any], colour: str) -> str:
 def _confidence_figure(stats: Mapping[str, Any]) -> str:
     soft, hard = stats["labels"]["soft"], stats["labels"]["hard"]
     if not soft:
-        text = f"All {hard:,} labels are hard: each row says only which completion is better."
+        text = f"All {hard:,} labels are hard: each row says what is better, and not how surely."
         return _figure("Label confidence", "", text)
     caption = "probability that the better completion beats the other; 0.5 is a tie, 1 unanimous" + (
         f". {hard:,} hard labels are not drawn" if hard else ""

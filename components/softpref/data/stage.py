@@ -130,7 +130,12 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
 
 def _preference_rows(config: DataConfig) -> Iterator[SourceRow]:
     if config.source == "story":
-        draws = StoryWorld().preferences(config.rows or STORY_ROWS, config.seed, config.votes)
+        world, rows = StoryWorld(), config.rows or STORY_ROWS
+        if config.story_kind == "pairwise":
+            draws = world.preferences(rows, config.seed, config.votes)
+        else:
+            only_best = config.story_kind == "best_of_n"
+            draws = world.rankings(rows, config.seed, config.group_size, only_best=only_best)
         return (SourceRow(number, f"draw {number}", record) for number, record in enumerate(draws, start=1))
     return open_source(
         config.source,

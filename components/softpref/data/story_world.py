@@ -2,13 +2,15 @@
 
 A prompt asks for a story about a hero with a trait. A story fills four slots with six options each, so a
 prompt has 6⁴ = 1,296 stories. Experts judge a story by how well it suits the trait and the hero, with a
-reward known here; their preferences follow Bradley-Terry. Whatever a trained model does can therefore be
-compared with theory by enumeration. Holds the world alone: no files, no splits, no training.
+reward known here; their preferences follow Bradley-Terry, their rankings Plackett-Luce. Whatever a trained
+model does can therefore be compared with theory by enumeration. Holds the world alone: no files, no splits,
+no training.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -60,6 +62,7 @@ _SLOTS: tuple[tuple[str, ...], ...] = (
         "The world was a little kinder.",
     ),
 )
+STORIES = math.prod(map(len, _SLOTS))  # of one prompt
 # How writers fill a slot, first option to last: they have habits, but every story can occur. They lean a
 # little towards what suits the prompt, as people do; experts lean further.
 _HABIT = np.array([0.24, 0.20, 0.18, 0.15, 0.13, 0.10])
@@ -163,6 +166,30 @@ class StoryWorld:
                 yield {**row, "votes_a": votes_a, "votes_b": votes - votes_a}
             else:
                 yield {**row, "probability": float(probability)}
+
+    def rankings(self, rows: int, seed: int, size: int, *, only_best: bool = False) -> Iterator[dict]:
+        """Draw sets of stories, ordered by one expert: `prompt` and `completions`, best first.
+
+        A set is `size` distinct stories, drawn one after another as writers write, for a prompt drawn
+        uniformly. The expert orders them by Plackett-Luce: the first is a story with probability in
+        proportion to exp(reward), the next likewise among the rest. Of two stories, this is Bradley-Terry.
+
+        Args:
+            rows: how many sets.
+            size: stories per set, at most `STORIES`.
+            only_best: tell the expert's first alone; the others follow as they were drawn, and `best` is 0.
+        """
+        random = np.random.default_rng(seed)
+        for _ in range(rows):
+            prompt = self.prompts[random.integers(len(self.prompts))]
+            completions, rewards, weights = self.outcomes(prompt)
+            drawn = random.choice(len(weights), size, replace=False, p=weights)
+            # rewards with Gumbel noise, sorted, are in Plackett-Luce order
+            ranked = drawn[np.argsort(-(rewards[drawn] + random.gumbel(size=size)))]
+            if only_best:
+                ranked = np.concatenate([ranked[:1], drawn[drawn != ranked[0]]])
+            row = {"prompt": prompt, "completions": [completions[story] for story in ranked]}
+            yield {**row, "best": 0} if only_best else row
 
     def demonstrations(self, rows: int, seed: int) -> Iterator[dict]:
         """Draw stories as writers write them, as SFT data: `prompt` and `completion`."""

@@ -1,0 +1,132 @@
+"""Draws of the story world: rankings follow Plackett-Luce, and pairs stay what they have always been."""
+
+import collections
+import hashlib
+import itertools
+import json
+
+import datasets
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+from softpref.config import build_config
+from softpref.data.config import DataConfig
+from softpref.data.stage import run
+from softpref.data.story_world import STORIES, Outcomes, StoryWorld
+from softpref.errors import ConfigError
+
+REWARDS = np.array([1.2, -0.4, 0.3, 0.0, -1.0])
+WEIGHTS = np.array([0.1, 0.4, 0.2, 0.05, 0.25])
+
+
+class FiveStories(StoryWorld):
+    """A world of one prompt and five stories, called 0 to 4."""
+
+    prompts = ("tell\n",)
+
+    def outcomes(self, prompt):
+        return Outcomes([str(story) for story in range(5)], REWARDS, WEIGHTS)
+
+
+def one_after_another(shares, order):
+    """Probability of taking `order` one after another, in proportion to the `shares` of what is left."""
+    left = sum(shares[i] for i in shares)
+    probability = 1.0
+    for story in order:
+        probability *= shares[story] / left
+        left -= shares[story]
+    return probability
+
+
+def exact_probabilities(only_best):
+    """Every row that can be drawn, and its probability: draws by weight, then the expert's order."""
+    found = collections.Counter()
+    for drawn in itertools.permutations(range(5), 3):
+        asked = one_after_another(dict(enumerate(WEIGHTS)), drawn)
+        appeal = {story: np.exp(REWARDS[story]) for story in drawn}
+        for order in itertools.permutations(drawn):
+            best = order[0]
+            row = (best, *(story for story in drawn if story != best)) if only_best else order
+            found[row] += asked * one_after_another(appeal, order)
+    return found
+
+
+@pytest.mark.parametrize("only_best", [False, True])
+def test_rows_follow_plackett_luce_and_the_writers_habits(only_best):
+    count = 20_000
+    draws = FiveStories().rankings(count, seed=1, size=3, only_best=only_best)
+    seen = collections.Counter(tuple(map(int, row["completions"])) for row in draws)
+    exact = exact_probabilities(only_best)
+    assert len(exact) == 60
+    assert sum(exact.values()) == pytest.approx(1)
+    observed = np.array([seen[row] for row in exact])
+    expected = count * np.array(list(exact.values()))
+    assert chisquare(observed, expected).pvalue > 0.01
+    # the test tells the two kinds of rows apart
+    other = count * np.array([exact_probabilities(not only_best)[row] for row in exact])
+    assert chisquare(observed, other).pvalue < 1e-6
+
+
+def test_the_first_of_a_ranking_wins_as_often_as_plackett_luce_says():
+    count = 20_000
+    wins = collections.Counter(
+        int(row["completions"][0]) for row in FiveStories().rankings(count, seed=2, size=5)
+    )
+    chances = np.exp(REWARDS) / np.exp(REWARDS).sum()  # all five are asked, whatever their weights
+    assert chisquare([wins[story] for story in range(5)], count * chances).pvalue > 0.01
+
+
+@pytest.mark.parametrize("only_best", [False, True])
+def test_stories_of_a_row_are_distinct_and_belong_to_its_prompt(only_best):
+    world = StoryWorld()
+    for row in world.rankings(300, seed=0, size=6, only_best=only_best):
+        assert len(set(row["completions"])) == 6
+        assert set(row["completions"]) <= set(world.outcomes(row["prompt"]).completions)
+        assert row.get("best") == (0 if only_best else None)
+
+
+def test_a_row_may_hold_every_story():
+    [row] = StoryWorld().rankings(1, seed=0, size=STORIES)
+    assert len(set(row["completions"])) == STORIES == len(StoryWorld().outcomes(row["prompt"]).completions)
+
+
+@pytest.mark.parametrize(
+    ("votes", "digest"), [(1, "2f3d9c2c1fd06d1c"), (5, "71482d8fd527b623")], ids=["one vote", "five votes"]
+)
+def test_pairs_of_a_seed_never_change(votes, digest):
+    rows = "".join(json.dumps(row) for row in StoryWorld().preferences(500, 3, votes))
+    assert hashlib.sha256(rows.encode()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("kind", ["ranking", "best_of_n"])
+def test_the_data_stage_saves_rows_of_the_kind_asked_for(tmp_path, kind):
+    stats = run(DataConfig(rows=300, sft_rows=50, story_kind=kind, group_size=5), str(tmp_path / "data"))
+    assert stats["kinds"] == {kind: 300}
+    assert stats["completions_per_row"] == {"5": 300}
+    assert stats["labels"] == {"hard": 300, "soft": 0}
+    assert stats["rejected"] == {} == stats["left_out"]
+    drawn = StoryWorld().rankings(300, seed=0, size=5, only_best=kind == "best_of_n")
+    expected = {number: row["completions"] for number, row in enumerate(drawn, start=1)}
+    saved = datasets.load_from_disk(str(tmp_path / "data"))
+    rows = {row["source_row"]: row for split in saved.values() for row in split}
+    assert {number: row["completions"] for number, row in rows.items()} == expected
+    assert {(row["kind"], row["probability"]) for row in rows.values()} == {(kind, None)}
+    assert (tmp_path / "data" / "outcomes.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"votes": 5}, "one expert gives it"),
+        ({"votes": 0}, "goes with votes 1, got 0"),
+        ({"group_size": 2}, "for two, take story_kind 'pairwise'"),
+        ({"group_size": STORIES + 1}, "3 to 1,296 stories"),
+        ({"source": "rows.jsonl"}, "list_kind says how its lists are read"),
+        ({"list_kind": "best_of_n"}, "take story_kind 'best_of_n'"),
+        ({"story_kind": "rankings"}, "'pairwise' | 'best_of_n' | 'ranking'"),
+    ],
+)
+def test_what_does_not_go_with_lists_is_refused(values, message):
+    with pytest.raises(ConfigError) as caught:
+        build_config(DataConfig, {"story_kind": "ranking"} | values)
+    assert message in str(caught.value)
