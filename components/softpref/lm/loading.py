@@ -136,22 +136,38 @@ def load_metadata(folder: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def save_model_folder(model: Any, tokenizer: Any, folder: str | Path, metadata: dict[str, Any]) -> None:
+def save_model_folder(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    metadata: dict[str, Any],
+    *,
+    state_dict: dict[str, Any] | None = None,
+) -> None:
     """Save a model as a stage's result: safetensors, tokenizer, generation config, metadata, model card.
 
     The metadata come last: a folder that has them is complete.
+
+    Args:
+        state_dict: weights to save in place of the model's own.
     """
     folder = Path(folder)
     model.generation_config = sampling_generation_config(model, tokenizer)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **({} if state_dict is None else {"state_dict": state_dict}))
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     rows = "\n".join(f"| {key} | {value} |" for key, value in metadata.items())
+    weight = metadata.get("extrapolation")
+    extrapolated = (
+        f"Its weights are extrapolated (ExPO, arXiv 2404.16792): aligned + {weight:g} × (aligned − SFT).\n\n"
+        if weight
+        else ""
+    )
     (folder / "README.md").write_text(
         "---\nlibrary_name: transformers\ntags: [softpref]\n---\n\n"
         f"# {metadata.get('name', 'model')}\n\n"
         "Trained with softpref, Soft Preference Optimization (arXiv 2405.00747). It is meant to be sampled "
-        "at temperature 1: its softness is its distribution.\n\n"
+        f"at temperature 1: its softness is its distribution.\n\n{extrapolated}"
         f"| setting | value |\n| --- | --- |\n{rows}\n",
         encoding="utf-8",
     )
