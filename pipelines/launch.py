@@ -264,12 +264,13 @@ def _console(log_file: Path) -> Iterator[_Console]:
 
 def _summarise(output: Path, tracking_uri: str, seconds: float) -> None:
     """Bring the results to the top of the output folder and say what they are and where."""
-    from softpref.evaluation.compare import format_table
+    from softpref.evaluation.compare import evaluation_folders, format_table
 
     tasks = output / "pipeline"
+    found = sorted(path.parent for path in tasks.rglob("evaluation/evaluation.json"))
     evaluations = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(tasks.rglob("evaluation/evaluation.json"))
+        json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        for folder in evaluation_folders(found)
     ]
     print(f"\n{format_table(evaluations)}\n")
     comparison = next(tasks.rglob("comparison.json"), None)

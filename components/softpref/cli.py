@@ -125,7 +125,8 @@ def _train(folders: Values, values: Values, given: Values) -> Any:
 def _evaluate(folders: Values, values: Values, given: Values) -> Any:
     from softpref.config import build_config
     from softpref.evaluation.config import EvaluationConfig
-    from softpref.evaluation.stage import run
+    from softpref.evaluation.stage import EVALUATION_FILE, run
+    from softpref.lm.extrapolation import extrapolated_folders
 
     evaluation = run(
         build_config(EvaluationConfig, values, given),
@@ -134,7 +135,11 @@ def _evaluate(folders: Values, values: Values, given: Values) -> Any:
         policy_dir=folders["policy"],
         output_dir=folders["output"],
     )
-    return {"metrics": evaluation["metrics"], "exact": evaluation["exact"]}
+    result = {key: evaluation[key] for key in ("metrics", "exact")}
+    for folder in extrapolated_folders(folders["output"]):
+        one = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
+        result[folder.name] = {key: one[key] for key in ("metrics", "exact")}
+    return result
 
 
 def _register(folders: Values, values: Values, given: Values) -> Any:

@@ -177,6 +177,23 @@ def evaluated(world, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def extrapolated(world, tmp_path_factory):
+    """The policy's folder with two extrapolated models in it, not to be written to."""
+    import shutil
+
+    from softpref.lm.extrapolation import write_extrapolations
+    from softpref.lm.loading import load_metadata, load_model, save_metadata
+
+    folder = tmp_path_factory.mktemp("extrapolated") / "policy"
+    shutil.copytree(world.policy, folder)
+    metadata = load_metadata(folder) | {"run_id": "run-of-training"}
+    model = load_model(str(world.policy))
+    write_extrapolations(model, str(world.reference), tokenizer(), folder, metadata, [-0.5, 0.5])
+    save_metadata(folder, metadata)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def evaluating():
     """The function that runs the stage with few samples."""
     return evaluate

@@ -2,11 +2,12 @@
 
 import copy
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 from softpref.errors import ConfigError, DataError
-from softpref.evaluation.compare import choose, format_table, run
+from softpref.evaluation.compare import choose, evaluation_folders, format_table, run
 
 
 def figure(value, spread=0.1):
@@ -52,6 +53,11 @@ def member(name, alpha, rewards, kl, entropy, method="spo"):
 SHARP = member("sharp", 0.5, [1.5, 0.5, 2.5, 1.9], kl=3.0, entropy=3.0)
 EVEN = member("even", 1.0, [1.49, 0.52, 2.48, 1.9], kl=2.0, entropy=5.0)
 SOFT = member("soft", 2.0, [1.1, 0.1, 2.0, 1.5], kl=1.0, entropy=6.0)
+EXPO = member("sharp-expo-0.5", 0.5, [2.5, 1.5, 3.5, 2.9], kl=4.0, entropy=2.5) | {
+    "extrapolation": 0.5,
+    "model_uri": "s3://sharp/extrapolated-0.5",
+    "run_id": "run-of-sharp",
+}
 DPO = member("dpo", 1.0, [1.2, 0.3, 2.2, 1.6], kl=9.0, entropy=2.0, method="dpo")
 
 
@@ -59,7 +65,7 @@ def save(root, *members):
     folders = []
     for entry in members:
         folder = root / f"evaluation-{len(folders)}"
-        folder.mkdir()
+        folder.mkdir(parents=True)
         (folder / "evaluation.json").write_text(json.dumps(entry))
         sample = {"text": f"<i>{entry['name']}</i> speaks", "score": 1.0, "truncated": False}
         record = {"prompt": "say <b>", "reference": [sample], "policy": [sample]}
@@ -126,6 +132,28 @@ def test_report_shows_rule_reason_and_escaped_samples(tmp_path):
     assert "<i>dpo" not in page
 
 
+def save_with_extrapolated(root):
+    """Three evaluation folders; in that of `sharp` lies another, of what was extrapolated from it."""
+    folders = save(root, EVEN, SHARP, SOFT)
+    (within,) = save(root / "apart", EXPO)
+    shutil.move(within, f"{folders[1]}/extrapolated-0.5")
+    return folders
+
+
+def test_extrapolated_models_are_members(tmp_path):
+    folders = save_with_extrapolated(tmp_path)
+    within = f"{folders[1]}/extrapolated-0.5"
+    assert [str(folder) for folder in evaluation_folders(folders)] == [*folders[:2], within, folders[2]]
+    assert len(evaluation_folders([*folders, within])) == 4  # one that is named as well counts once
+    result = run(folders, str(tmp_path / "out"))
+    names = ["sharp", "sharp-expo-0.5", "even", "soft"]
+    assert [entry["name"] for entry in result["members"]] == names
+    assert result["chosen"] == "sharp-expo-0.5"
+    assert json.loads((tmp_path / "out" / "chosen" / "evaluation.json").read_text()) == EXPO
+    assert "&lt;i&gt;sharp-expo-0.5&lt;/i&gt; speaks" in (tmp_path / "out" / "report.html").read_text()
+    assert run(folders, str(tmp_path / "near"), max_kl=3.5)["chosen"] == "even"
+
+
 def test_members_evaluated_differently_are_refused_by_name(tmp_path):
     other = SOFT | {"evaluation_id": "other"}
     with pytest.raises(DataError, match=r"sharp, even \(same\); soft \(other\)"):
@@ -169,20 +197,28 @@ def test_the_choice_is_logged_to_the_parent_run(tmp_path, recorded):
     assert ("artifact", "frontier.png") in recorded
 
 
-def test_component_returns_the_chosen_model(tmp_path):
+@pytest.mark.parametrize(
+    ("max_kl", "chosen"),
+    [
+        (3.5, ("s3://even", "even", "")),
+        (0.0, ("s3://sharp/extrapolated-0.5", "sharp-expo-0.5", "run-of-sharp")),
+    ],
+)
+def test_component_returns_the_chosen_model(tmp_path, max_kl, chosen):
     from softpref.evaluation.component import compare_models
 
     def artifact(name):
         return SimpleNamespace(path=str(tmp_path / name), uri=str(tmp_path / name), metadata={})
 
     outputs = compare_models.python_func(
-        evaluations=[SimpleNamespace(path=folder) for folder in save(tmp_path, SHARP, EVEN, SOFT)],
+        evaluations=[SimpleNamespace(path=folder) for folder in save_with_extrapolated(tmp_path)],
         comparison=artifact("comparison"),
         chosen=artifact("chosen"),
         report=artifact("report.html"),
         summary=artifact("summary.md"),
+        max_kl=max_kl,
     )
-    assert (outputs.model_uri, outputs.name, outputs.run_id) == ("s3://even", "even", "")
-    assert json.loads((tmp_path / "chosen" / "evaluation.json").read_text())["name"] == "even"
-    assert "even" in (tmp_path / "summary.md").read_text()
+    assert (outputs.model_uri, outputs.name, outputs.run_id) == chosen
+    assert json.loads((tmp_path / "chosen" / "evaluation.json").read_text())["name"] == outputs.name
+    assert "sharp-expo-0.5" in (tmp_path / "summary.md").read_text()
     assert (tmp_path / "report.html").exists()

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -156,6 +158,71 @@ def test_figures_go_to_the_run_of_the_policy(world, evaluating, recorded, tmp_pa
     }
 
 
+def test_extrapolated_models_are_evaluated_beside_their_policy(
+    world, evaluating, evaluation, extrapolated, recorded, tmp_path, monkeypatch
+):
+    from softpref.lm import loading
+
+    loaded = []
+    load = loading.load_model
+    monkeypatch.setattr(
+        loading, "load_model", lambda source, **how: loaded.append(source) or load(source, **how)
+    )
+    result = evaluating(world, tmp_path / "out", policy=extrapolated)
+    assert loaded.count(str(world.reference)) == 1
+    read = {
+        path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out").rglob("evaluation.json")
+    }
+    assert read["out"] == result
+    for figures in ("metrics", "exact", "by_prompt", "evaluation_id"):  # as if nothing lay beside it
+        assert result[figures] == evaluation[figures]
+    for weight in (-0.5, 0.5):
+        member = read[f"extrapolated-{weight:g}"]
+        assert member["name"] == f"{result['name']}-expo-{weight:g}"
+        assert member["extrapolation"] == weight
+        assert member["run_id"] == "run-of-training"
+        assert member["model_uri"] == f"{extrapolated}/extrapolated-{weight:g}"
+        assert member["evaluation_id"] == result["evaluation_id"]
+        expected = member["metrics"]["reference_expected_reward"]
+        assert expected == result["metrics"]["reference_expected_reward"]
+        assert f"extrapolated by {weight:g}" in (
+            tmp_path / "out" / f"extrapolated-{weight:g}" / "report.html"
+        ).read_text(encoding="utf-8")
+    assert (
+        read["extrapolated--0.5"]["metrics"]["kl_sequence"]["value"]
+        < result["metrics"]["kl_sequence"]["value"]
+        < read["extrapolated-0.5"]["metrics"]["kl_sequence"]["value"]
+    )
+    assert {options["run_id"] for kind, options in recorded if kind == "open"} == {"run-of-training"}
+    logged = {name: value for call in recorded if call[0] == "metrics" for name, value in call[1].items()}
+    assert logged["eval/win_rate"] == result["metrics"]["win_rate"]["value"]
+    for weight in ("-0.5", "0.5"):
+        figure = read[f"extrapolated-{weight}"]["metrics"]["win_rate"]["value"]
+        assert logged[f"eval/expo-{weight}/win_rate"] == figure
+
+    alone = evaluating(world, tmp_path / "alone", policy=extrapolated / "extrapolated-0.5")
+    assert alone == read["extrapolated-0.5"]
+    last = [call[1] for call in recorded if call[0] == "metrics"][-1]
+    assert all(name.startswith("eval/expo-0.5/") for name in last)
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_half_written_extrapolated_model_is_refused(world, evaluating, tmp_path):
+    policy = copy_policy(world, tmp_path / "policy")
+    shutil.copytree(world.policy, policy / "extrapolated-0.5")
+    with pytest.raises(ConfigError, match=r"extrapolated-0\.5 is no finished extrapolated model"):
+        evaluating(world, tmp_path / "out", policy=policy)
+
+
+@pytest.mark.usefixtures("recorded")
+def test_completions_that_outgrow_the_model_are_refused_before_any_is_drawn(
+    world, evaluating, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("softpref.evaluation.measure.draw", lambda *a, **k: pytest.fail("drew samples"))
+    with pytest.raises(ConfigError, match=r"up to 4 tokens .* up to 61 .* 64 positions; lower max_new"):
+        evaluating(world, tmp_path / "out", max_new_tokens=61)
+
+
 @pytest.mark.usefixtures("recorded")
 def test_a_policy_of_other_data_is_warned_of(world, evaluating, tmp_path):
     policy = copy_policy(world, tmp_path / "policy", dataset_hash="xyz")
@@ -180,6 +247,19 @@ def test_what_is_wrong_is_refused_before_a_model_is_loaded(
         evaluating(world, tmp_path / "d", policy=world.reference)
 
 
+def test_a_judge_that_cannot_be_had_is_refused_before_anything_is_imported(world, tmp_path):
+    code = (
+        "import sys; from softpref.cli import main; status = main(sys.argv[1:]); "
+        "print(status, *{'datasets', 'torch', 'transformers', 'mlflow'} & set(sys.modules))"
+    )
+    folders = ["--dataset", world.plain, "--reference", world.reference, "--policy", world.policy]
+    arguments = ["evaluate", *folders, "--output", tmp_path / "out", "--judge", "expert"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.stdout.split() == ["2"]
+    assert "the judge 'expert' needs the dataset's outcomes.jsonl" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -199,17 +279,19 @@ def artifact(path, uri=""):
     return SimpleNamespace(path=str(path), uri=uri or f"file://{path}", metadata={})
 
 
-def test_component_writes_artifacts_and_tracks_to_a_real_store(world, tmp_path):
+def test_component_writes_artifacts_and_tracks_to_a_real_store(world, extrapolated, tmp_path):
     import mlflow
     from softpref.evaluation.component import evaluate_model
 
     logged = {}
     metrics = SimpleNamespace(log_metric=logged.__setitem__)
     evaluation, report = artifact(tmp_path / "evaluation"), artifact(tmp_path / "report.html")
+    policy = copy_policy(world, tmp_path / "policy")
+    shutil.copytree(extrapolated / "extrapolated-0.5", policy / "extrapolated-0.5")
     evaluate_model.python_func(
         dataset=artifact(world.dataset),
         reference=artifact(world.reference),
-        policy=artifact(world.policy, uri="s3://models/spo-1"),
+        policy=artifact(policy, uri="s3://models/spo-1"),
         evaluation=evaluation,
         report=report,
         metrics=metrics,
@@ -227,3 +309,9 @@ def test_component_writes_artifacts_and_tracks_to_a_real_store(world, tmp_path):
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/own.db")
     [run] = client.search_runs([client.get_experiment_by_name("component").experiment_id])
     assert run.data.metrics["eval/win_rate"] == pytest.approx(logged["win_rate"])
+    member = json.loads((tmp_path / "evaluation/extrapolated-0.5/evaluation.json").read_text())
+    assert member["model_uri"] == "s3://models/spo-1/extrapolated-0.5"
+    win_rate = run.data.metrics["eval/expo-0.5/win_rate"]
+    assert win_rate == pytest.approx(member["metrics"]["win_rate"]["value"])
+    files = client.list_artifacts(run.info.run_id, "evaluation/extrapolated-0.5")
+    assert len(files) == 3

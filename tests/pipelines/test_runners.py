@@ -98,3 +98,22 @@ def test_cluster_runner_posts_the_graph_and_its_parameters(cluster, capsys, monk
     assert parameters["alphas"] == [0.25]
     assert parameters["gpus"] == 2
     assert json.loads(parameters["train_overrides"])["sampling_batch_size"] == 256
+
+
+def test_the_summary_of_a_run_has_a_line_for_every_model(tmp_path, capsys):
+    import launch
+
+    names = {"evaluate-model": "even", "evaluate-model/evaluation/extrapolated-0.5": "even-expo-0.5"}
+    names["evaluate-model-2"] = "sharp"
+    for place, name in names.items():
+        folder = tmp_path / "pipeline" / place
+        folder = folder if "extrapolated" in place else folder / "evaluation"
+        folder.mkdir(parents=True)
+        evaluation = {"name": name, "method": "spo", "alpha": 1.0, "metrics": {}, "exact": None}
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
+        (folder / "report.html").touch()
+    launch._summarise(tmp_path, "sqlite:///store.db", 1.0)
+    printed = capsys.readouterr().out
+    table = [line.split()[0] for line in printed.splitlines() if " 1 " in line and line.endswith("–")]
+    assert table == ["even", "even-expo-0.5", "sharp"]
+    assert printed.count("report:") == 3

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from softpref.errors import ConfigError
 from softpref.registry.config import RegistryConfig
-from softpref.registry.stage import run
+from softpref.registry.stage import model_hash, run
 from softpref.tracking import Tracker
 
 
@@ -170,6 +170,33 @@ def test_an_evaluation_of_another_run_under_the_same_name_is_refused(
     evaluation = write_evaluation(tmp_path / "evaluation", run_id="b" * 32)
     with pytest.raises(ConfigError, match=f"of run {'a' * 32}, but .* of run {'b' * 32} with the same name"):
         run(config(store), model, evaluation, tmp_path / "registration")
+
+
+def test_an_extrapolated_model_is_registered_as_itself_and_only_with_its_own_evaluation(
+    tmp_path, store, client, write_model, write_evaluation
+):
+    policy = write_model(tmp_path / "policy", run_id="a" * 32, extrapolation=0.0)
+    own = {"name": "alpha-0.5-expo-0.5", "extrapolation": 0.5, "run_id": "a" * 32}
+    model = write_model(policy / "extrapolated-0.5", seed=1, **own)  # as the registry's importer gives it
+    aligned = write_evaluation(tmp_path / "evaluation", run_id="a" * 32, extrapolation=0.0)
+    evaluation = write_evaluation(aligned / "extrapolated-0.5", **own)
+    (tmp_path / "comparison.json").write_text(json.dumps({"chosen": own["name"], "rule": "", "reason": ""}))
+
+    with pytest.raises(ConfigError, match=r"'alpha-0\.5-expo-0\.5', but the evaluation is of 'alpha-0\.5'"):
+        run(config(store), model, aligned, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"'alpha-0\.5', but the evaluation is of 'alpha-0\.5-expo-0\.5'"):
+        run(config(store), policy, evaluation, tmp_path / "out", tmp_path)
+    other = write_evaluation(tmp_path / "other", **{**own, "extrapolation": 0.3})
+    with pytest.raises(ConfigError, match=r"is extrapolated by 0\.5, but .* a model extrapolated by 0\.3"):
+        run(config(store), model, other, tmp_path / "out")
+
+    decision = run(config(store), model, evaluation, tmp_path / "registration", tmp_path)
+    assert decision["registered"]
+    (version,) = versions(client)
+    assert (version.tags["name"], version.tags["extrapolation"]) == (own["name"], "0.5")
+    assert decision["model_hash"] != model_hash(policy)
+    (policy / "extrapolated-0.5").rename(tmp_path / "apart")
+    assert model_hash(tmp_path / "apart") == decision["model_hash"]
 
 
 def test_folders_that_do_not_belong_together_are_refused(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.stage import EVALUATION_FILE, REPORT_FILE, SAMPLES_FILE
+from softpref.lm.extrapolation import extrapolated_folders
 
 COMPARISON_FILE, FRONTIER_FILE, CHOSEN_FOLDER = "comparison.json", "frontier.png", "chosen"
 
@@ -50,12 +51,12 @@ def run(
 ) -> dict[str, Any]:
     """Compare evaluation folders; write `output_dir`; return what `comparison.json` holds.
 
-    Writes `comparison.json`, `report.html`, `frontier.png`, and the chosen member's
-    `chosen/evaluation.json`, all that registration needs beside the model. With `parent_run_id` they are
-    logged to that MLflow run.
+    The members are the evaluations given and those of extrapolated models in their folders. Writes
+    `comparison.json`, `report.html`, `frontier.png`, and the chosen member's `chosen/evaluation.json`, all
+    that registration needs beside the model. With `parent_run_id` they are logged to that MLflow run.
 
     Args:
-        evaluation_dirs: folders of stage 4, one per member; all evaluated alike.
+        evaluation_dirs: folders of stage 4, one per trained model; all evaluated alike.
         rule: the metric that ranks members, `expected_reward` or `win_rate`.
         max_kl: members whose sequence KL to the reference, in nats, exceeds this cannot be chosen.
         parent_run_id: the sweep's MLflow run; None logs nothing.
@@ -68,7 +69,8 @@ def run(
             `max_kl` (the report is written all the same).
     """
     check_rule(rule, max_kl)
-    evaluations = [_read(folder) for folder in evaluation_dirs]
+    folders = evaluation_folders(evaluation_dirs)
+    evaluations = [_read(folder) for folder in folders]
     members = sorted(
         ({key: evaluation[key] for key in _SUMMARY} for evaluation in evaluations), key=_position
     )
@@ -84,10 +86,10 @@ def run(
     }
     samples = {
         evaluation["name"]: _first_samples(folder)
-        for folder, evaluation in zip(evaluation_dirs, evaluations, strict=True)
+        for folder, evaluation in zip(folders, evaluations, strict=True)
     }
     _write_report(output, comparison, samples, evaluations[0])
-    for folder, evaluation in zip(evaluation_dirs, evaluations, strict=True):
+    for folder, evaluation in zip(folders, evaluations, strict=True):
         if evaluation["name"] == choice.name:
             (output / CHOSEN_FOLDER).mkdir(exist_ok=True)
             shutil.copyfile(Path(folder) / EVALUATION_FILE, output / CHOSEN_FOLDER / EVALUATION_FILE)
@@ -98,6 +100,12 @@ def run(
     if choice.name is None:
         raise DataError(f"{choice.reason} The report is in {output / REPORT_FILE}.")
     return comparison
+
+
+def evaluation_folders(folders: Iterable[str | Path]) -> list[Path]:
+    """These evaluation folders, each followed by those of the models extrapolated from its policy."""
+    found = ((Path(folder), *extrapolated_folders(folder)) for folder in folders)
+    return list(dict.fromkeys(folder for group in found for folder in group))
 
 
 def check_rule(rule: str, max_kl: float | None) -> None:
@@ -265,7 +273,7 @@ def _position(member: Mapping[str, Any]) -> tuple[bool, float, str]:
     return (not swept, member["alpha"] if swept else 0.0, member["name"])
 
 
-def _read(folder: str) -> dict[str, Any]:
+def _read(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / EVALUATION_FILE
     if not path.is_file():
         raise ConfigError(f"{folder} is no evaluation folder: it has no {EVALUATION_FILE}")
@@ -276,7 +284,7 @@ def _read(folder: str) -> dict[str, Any]:
     return evaluation
 
 
-def _first_samples(folder: str) -> list[dict[str, Any]]:
+def _first_samples(folder: str | Path) -> list[dict[str, Any]]:
     """The first prompts of `samples.jsonl`, empty where it is absent."""
     path = Path(folder) / SAMPLES_FILE
     if not path.is_file():

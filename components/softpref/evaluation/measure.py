@@ -69,6 +69,24 @@ def check_same_vocabulary(policy: Any, reference: Any) -> None:
         )
 
 
+def check_positions(model: Any, prompt: int, completion: int, remedy: str) -> None:
+    """Refuse sequences that the model has no positions for, before a batch of them fails.
+
+    Args:
+        prompt, completion: lengths in tokens, the longest that there can be.
+        remedy: what the message ends with.
+
+    Raises:
+        ConfigError: together they exceed `max_position_embeddings`, where the model says it.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and prompt + completion > positions:
+        raise ConfigError(
+            f"prompts of up to {prompt} tokens with completions of up to {completion} do not fit the model's "
+            f"{positions} positions; {remedy}"
+        )
+
+
 def score(
     model: Any,
     sequences: Sequence[tuple[Ids, Ids]],
@@ -111,6 +129,7 @@ def score_outcomes(
     ids = torch.as_tensor([list(prompt)], device=device)
     order = sorted(range(len(completions)), key=lambda i: len(completions[i]))
     longest = len(completions[order[-1]]) if order else 1
+    check_positions(model, len(prompt), longest, "set exact_prompts to 0")
     size = min(batch_size, _rows_at_once(model, longest))
     scores = np.empty(len(completions))
     for start in range(0, len(order), size):

@@ -171,12 +171,14 @@ def softness_sentence(evaluation: Mapping[str, Any]) -> str:
 
 
 def chips(evaluation: Mapping[str, Any]) -> str:
-    """Method, α, β, judge as small labels."""
+    """Method, α, β, extrapolation and judge as small labels."""
     parts = [
         f"{label} {evaluation[key]:g}" if isinstance(evaluation[key], float | int) else str(evaluation[key])
         for key, label in (("method", ""), ("alpha", "α"), ("beta", "β"))
         if evaluation[key] is not None and not (key == "alpha" and evaluation["method"] != "spo")
     ]
+    if evaluation.get("extrapolation"):
+        parts.append(f"extrapolated by {evaluation['extrapolation']:g}")
     parts.append(f"judge: {evaluation['judge']['name']}")
     return '<div class="chips">' + "".join(f"<span>{escape(part)}</span>" for part in parts) + "</div>"
 

@@ -1,5 +1,5 @@
-"""Stage 4: measures one policy on held-out prompts, writes its evaluation folder. Chooses between no
-models."""
+"""Stage 4: measures one policy on held-out prompts, and what was extrapolated from it, each into an
+evaluation folder. Chooses between no models."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
-from softpref.lm.loading import check_model_source, load_metadata
+from softpref.judges import OUTCOMES_FILE, as_text, check_judge, load_judge, read_outcomes, text_rows
+from softpref.lm.extrapolation import extrapolated_folders
+from softpref.lm.loading import METADATA_FILE, check_model_source, load_metadata
 
 if TYPE_CHECKING:
     from softpref.evaluation.exact import ExactPrompt
     from softpref.evaluation.intervals import Bootstrap, Figure
     from softpref.evaluation.measure import PromptRecord
-    from softpref.judges import Judge
+    from softpref.judges import Judge, Outcomes
+    from softpref.lm.sampling import Sample
 
 EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl", "report.html"
 _FEW_PROMPTS = 20
@@ -40,36 +43,40 @@ def run(
     """Evaluate `policy_dir` against `reference_dir` on `dataset_dir`; write `output_dir`; return the figures.
 
     Writes `evaluation.json` (last, so that its presence means success), `samples.jsonl` and `report.html`,
-    and logs every figure as `eval/NAME` (`eval/exact/NAME`) to the policy's own MLflow run.
+    and logs every figure as `eval/NAME` (`eval/exact/NAME`) to the policy's own MLflow run. Models that were
+    extrapolated from the policy (`extrapolated-W` in its folder) are evaluated before it, on the same prompts
+    with the same seeds, into evaluation folders `extrapolated-W` of `output_dir`; their figures are
+    `eval/expo-W/NAME` of the same run.
 
     Args:
         policy_uri, reference_uri: where the models are known outside this machine; default their folders.
 
     Raises:
-        ConfigError: a model or the dataset is absent, the two do not fit together, no judge can be had, or
-            `output_dir` already holds an evaluation.
+        ConfigError: a model or the dataset is absent, the two do not fit together, no judge can be had,
+            completions could outgrow the model's positions, or `output_dir` already holds an evaluation.
         DataError: the split is absent or empty, or `outcomes.jsonl` is damaged.
     """
     output = Path(output_dir)
     if (output / EVALUATION_FILE).exists():
         raise ConfigError(f"{output} already holds an evaluation; give another folder, or remove it first")
-    for source in (policy_dir, reference_dir):
-        check_model_source(source)
     metadata = load_metadata(policy_dir)
+    policy = _Member(policy_dir, policy_uri or policy_dir, metadata)
+    members = [*_extrapolated(policy), policy]
+    for source in (*(member.folder for member in members), reference_dir):
+        check_model_source(source)
     if not config.max_new_tokens and not metadata.get("max_completion_length"):
         raise ConfigError(
             f"{policy_dir} has no softpref.json that says max_completion_length; set max_new_tokens"
         )
-    dataset = _load_dataset(dataset_dir, config.split)
+    dataset = _load_dataset(dataset_dir, config)
     output.mkdir(parents=True, exist_ok=True)
 
     from softpref.tracking import Tracker
 
-    name = metadata.get("name") or Path(policy_dir).name
     with Tracker(
         output,
         experiment=config.experiment,
-        run_name=f"evaluate {name}",
+        run_name=f"evaluate {policy.name}",
         parent_run_id=config.parent_run_id or None,
         run_id=metadata.get("run_id"),
         tracking_uri=config.tracking_uri or None,
@@ -78,17 +85,22 @@ def run(
             "dataset": dataset_dir,
             "policy": policy_dir,
             "reference": reference_dir,
-            "policy_uri": policy_uri or policy_dir,
             "reference_uri": reference_uri or reference_dir,
         }
         run_id = metadata.get("run_id") or tracker.run_id
-        evaluation = _evaluate(config, dataset, places, name, run_id, metadata, output)
-        text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
-        (output / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
-        tracker.metrics(flat_figures(evaluation, prefix="eval/"), step=0)
+        task = _prepare(config, dataset, places, metadata)
+        for member in members:
+            folder = output / member.subfolder
+            folder.mkdir(exist_ok=True)
+            evaluation = _evaluate(config, task, places, member, run_id, folder)
+            text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
+            (folder / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
+            weight = member.metadata.get("extrapolation")
+            prefix = f"eval/expo-{weight:g}/" if weight else "eval/"
+            tracker.metrics(flat_figures(evaluation, prefix=prefix), step=0)
+            for file in (EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE):
+                tracker.artifact(folder / file, folder=f"evaluation/{member.subfolder}".rstrip("/"))
         tracker.tags({"evaluation_id": evaluation["evaluation_id"]})
-        for file in (EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE):
-            tracker.artifact(output / file, folder="evaluation")
     return evaluation
 
 
@@ -117,8 +129,21 @@ def flat_figures(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, f
     }
 
 
+class _Member(NamedTuple):
+    """A model to evaluate: the policy, or in its `subfolder` one that was extrapolated from it."""
+
+    folder: str
+    uri: str
+    metadata: Mapping[str, Any]
+    subfolder: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.metadata.get("name") or Path(self.folder).name
+
+
 class _Models(NamedTuple):
-    """Both models, and how texts become their tokens."""
+    """Both models (a task's still without the policy), and how texts become their tokens."""
 
     policy: Any
     reference: Any
@@ -132,21 +157,54 @@ class _Models(NamedTuple):
         return {"pad_id": self.tokenizer.pad_token_id, "batch_size": self.batch_size}
 
 
-def _evaluate(
-    config: EvaluationConfig,
-    dataset: Any,
-    places: Mapping[str, str],
-    name: str,
-    run_id: str | None,
-    metadata: Mapping[str, Any],
-    output: Path,
-) -> dict[str, Any]:
-    """All between the checks and `evaluation.json`: measure, write samples and report, return it."""
-    from softpref.evaluation.exact import exact_figures
+class _Task(NamedTuple):
+    """What every member is measured on and against.
+
+    Attributes:
+        identity: `evaluation_id`.
+        prompts, rows: held-out prompts to draw from, their preference rows to score.
+        outcomes: every completion of a prompt's set, where the dataset knows them.
+        judge_accuracy: on the validation split, of a trained judge.
+        models: the reference alone.
+        reference: its samples, by prompt.
+    """
+
+    identity: str
+    prompts: list[Any]
+    rows: list[dict[str, Any]]
+    outcomes: dict[str, Outcomes]
+    judge: Judge
+    judge_accuracy: Figure | None
+    bootstrap: Bootstrap
+    models: _Models
+    reference: list[list[dict[str, Any]]]
+
+
+def _extrapolated(policy: _Member) -> list[_Member]:
+    """The models extrapolated from the policy that lie in its folder.
+
+    Raises:
+        ConfigError: one is incomplete.
+    """
+    members = []
+    for folder in extrapolated_folders(policy.folder):
+        metadata = load_metadata(folder)
+        if not metadata.get("extrapolation"):
+            raise ConfigError(
+                f"{folder} is no finished extrapolated model: it has no {METADATA_FILE} that says its "
+                "extrapolation; train again, or remove it"
+            )
+        uri = f"{policy.uri.rstrip('/')}/{folder.name}"
+        members.append(_Member(str(folder), uri, metadata, folder.name))
+    return members
+
+
+def _prepare(
+    config: EvaluationConfig, dataset: Any, places: Mapping[str, str], metadata: Mapping[str, Any]
+) -> _Task:
+    """Choose prompts and rows, find the judge, load the reference and draw its samples."""
     from softpref.evaluation.intervals import Bootstrap
     from softpref.evaluation.metrics import prompt_key
-    from softpref.evaluation.report import write_report
-    from softpref.judges import OUTCOMES_FILE, read_outcomes
 
     bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, config.seed)
     rows = [dict(row) for row in dataset[config.split]]
@@ -159,28 +217,58 @@ def _evaluate(
     outcomes_path = Path(places["dataset"]) / OUTCOMES_FILE
     outcomes = read_outcomes(outcomes_path) if outcomes_path.is_file() else {}
     judge, judge_accuracy = _judge(config, dataset, outcomes, bootstrap)
-    models = _load_models(config, places, metadata)
+    models = _load_reference(config, places, metadata)
+    _check_positions(models.reference, models, prompts)
+    return _Task(
+        _evaluation_id(config, rows, judge, places["reference"], models.max_new_tokens),
+        prompts,
+        kept,
+        outcomes,
+        judge,
+        judge_accuracy,
+        bootstrap,
+        models,
+        _draw(models, "reference", prompts, judge, config)[1],
+    )
 
-    figures, warnings = _held_out(models, kept, bootstrap)
-    sampled, records = _sampled(models, judge, prompts, config, bootstrap)
+
+def _evaluate(
+    config: EvaluationConfig,
+    task: _Task,
+    places: Mapping[str, str],
+    member: _Member,
+    run_id: str | None,
+    output: Path,
+) -> dict[str, Any]:
+    """Measure one member, write its samples and report, return what `evaluation.json` will hold."""
+    from softpref.evaluation.exact import exact_figures
+    from softpref.evaluation.report import write_report
+
+    metadata, prompts, judge, bootstrap = member.metadata, task.prompts, task.judge, task.bootstrap
+    models = _load_policy(config, task.models, member.folder)
+    _check_positions(models.policy, models, prompts)
+
+    figures, warnings = _held_out(models, task.rows, bootstrap)
+    sampled, records = _sampled(models, task, config)
     figures |= sampled
-    exact = _enumerated(models, outcomes, prompts, config, metadata, warnings)
+    exact = _enumerated(models, task.outcomes, prompts, config, metadata, warnings)
     warnings += _outside(judge, records)
-    warnings += _warnings(config, figures, judge_accuracy, metadata, places["dataset"], len(prompts))
+    warnings += _warnings(config, figures, task.judge_accuracy, metadata, places["dataset"], len(prompts))
     evaluation = {
-        "name": name,
+        "name": member.name,
         "method": metadata.get("method"),
         "alpha": metadata.get("alpha"),
         "beta": metadata.get("beta"),
-        "model_uri": places["policy_uri"],
+        "extrapolation": metadata.get("extrapolation") or 0.0,
+        "model_uri": member.uri,
         "reference_uri": places["reference_uri"],
         "run_id": run_id,
         "dataset_hash": _stats(places["dataset"]).get("dataset_hash"),
-        "evaluation_id": _evaluation_id(config, rows, judge, places["reference"], models.max_new_tokens),
+        "evaluation_id": task.identity,
         "judge": {
             "name": judge.name,
             "description": judge.description,
-            "accuracy": judge_accuracy._asdict() if judge_accuracy else None,
+            "accuracy": task.judge_accuracy._asdict() if task.judge_accuracy else None,
         },
         "metrics": {key: figure._asdict() for key, figure in sorted(figures.items())},
         "exact": (
@@ -200,24 +288,43 @@ def _evaluate(
     return evaluation
 
 
-def _load_models(config: EvaluationConfig, places: Mapping[str, str], metadata: Mapping[str, Any]) -> _Models:
+def _load_reference(
+    config: EvaluationConfig, places: Mapping[str, str], metadata: Mapping[str, Any]
+) -> _Models:
     import torch
 
-    from softpref.evaluation.measure import check_same_vocabulary
     from softpref.lm.loading import load_model, load_tokenizer
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_model(places["policy"], dtype=config.dtype, device=device).eval()
-    reference = load_model(places["reference"], dtype=config.dtype, device=device).eval()
-    check_same_vocabulary(policy, reference)
     return _Models(
-        policy,
-        reference,
+        None,
+        load_model(places["reference"], dtype=config.dtype, device=device).eval(),
         load_tokenizer(places["policy"]),
         metadata.get("max_prompt_length"),
         config.max_new_tokens or metadata["max_completion_length"],
         config.batch_size,
     )
+
+
+def _load_policy(config: EvaluationConfig, models: _Models, folder: str) -> _Models:
+    from softpref.evaluation.measure import check_same_vocabulary
+    from softpref.lm.loading import load_model
+
+    device = next(models.reference.parameters()).device
+    policy = load_model(folder, dtype=config.dtype, device=str(device)).eval()
+    check_same_vocabulary(policy, models.reference)
+    return models._replace(policy=policy)
+
+
+def _check_positions(model: Any, models: _Models, prompts: Sequence[Any]) -> None:
+    """Refuse prompts after which the longest completion would outgrow the model, before anything is drawn."""
+    from softpref.evaluation.measure import check_positions
+    from softpref.lm.tokenization import tokenize_prompt
+
+    limit = models.max_prompt_length
+    longest = max(len(tokenize_prompt(models.tokenizer, prompt, max_length=limit)) for prompt in prompts)
+    remedy = "lower max_new_tokens, or train with a lower max_prompt_length"
+    check_positions(model, longest, models.max_new_tokens, remedy)
 
 
 def _held_out(
@@ -285,47 +392,56 @@ def _held_out(
     return figures, warnings
 
 
-def _sampled(
-    models: _Models, judge: Judge, prompts: Sequence[Any], config: EvaluationConfig, bootstrap: Bootstrap
-) -> tuple[dict[str, Figure], list[PromptRecord]]:
-    """Draw from both models on the same prompts, let the judge score: figures, and what was drawn."""
+def _draw(
+    models: _Models,
+    side: Literal["policy", "reference"],
+    prompts: Sequence[Any],
+    judge: Judge,
+    config: EvaluationConfig,
+) -> tuple[list[list[Sample]], list[list[dict[str, Any]]]]:
+    """Draw from one model for each prompt, let the judge score: what was drawn, and its texts and scores."""
     from softpref.evaluation import measure
-    from softpref.evaluation.metrics import DiversityMetric, SampleMetric, WinRateMetric
-    from softpref.judges import as_text
     from softpref.lm.tokenization import decode, stop_token_ids, tokenize_prompt
 
     ids = [
         tokenize_prompt(models.tokenizer, prompt, max_length=models.max_prompt_length) for prompt in prompts
     ]
-    texts = [as_text(prompt, roles=True) for prompt in prompts]
     count = config.samples_per_prompt
-    shown: dict[str, list[list[dict[str, Any]]]] = {}
-    for stream, side in enumerate(("policy", "reference")):  # independent streams of one seed
-        model = getattr(models, side)
-        with _progress(len(ids) * count, f"{side} samples", "sample") as progress:
-            groups = measure.draw(
-                model,
-                ids,
-                count,
-                max_new_tokens=models.max_new_tokens,
-                stop_ids=stop_token_ids(models.tokenizer, model),
-                seed=2 * config.seed + stream,
-                **models.batching,
-                progress=progress,
-            )
-        if side == "policy":
-            drawn = groups
-        shown[side] = []
-        for text, group in zip(texts, groups, strict=True):
-            completions = [decode(models.tokenizer, drawing.completion) for drawing in group]
-            scores = judge.scores([text] * count, completions).tolist()
-            shown[side].append(
-                [
-                    {"text": completion, "score": score, "truncated": drawing.truncated}
-                    for completion, score, drawing in zip(completions, scores, group, strict=True)
-                ]
-            )
-    with _progress(len(ids) * count, "KL and entropy", "sample") as progress:
+    model = getattr(models, side)
+    with _progress(len(ids) * count, f"{side} samples", "sample") as progress:
+        drawn = measure.draw(
+            model,
+            ids,
+            count,
+            max_new_tokens=models.max_new_tokens,
+            stop_ids=stop_token_ids(models.tokenizer, model),
+            seed=2 * config.seed + (side == "reference"),  # independent streams of one seed
+            **models.batching,
+            progress=progress,
+        )
+    shown = []
+    for prompt, group in zip(prompts, drawn, strict=True):
+        completions = [decode(models.tokenizer, drawing.completion) for drawing in group]
+        scores = judge.scores([as_text(prompt, roles=True)] * count, completions).tolist()
+        shown.append(
+            [
+                {"text": completion, "score": score, "truncated": drawing.truncated}
+                for completion, score, drawing in zip(completions, scores, group, strict=True)
+            ]
+        )
+    return drawn, shown
+
+
+def _sampled(
+    models: _Models, task: _Task, config: EvaluationConfig
+) -> tuple[dict[str, Figure], list[PromptRecord]]:
+    """Draw from the policy on the prompts that the reference answered: figures, and what was drawn."""
+    from softpref.evaluation import measure
+    from softpref.evaluation.metrics import DiversityMetric, SampleMetric, WinRateMetric
+
+    bootstrap, count = task.bootstrap, config.samples_per_prompt
+    drawn, shown = _draw(models, "policy", task.prompts, task.judge, config)
+    with _progress(len(drawn) * count, "KL and entropy", "sample") as progress:
         divergences = measure.divergences(
             models.policy,
             models.reference,
@@ -334,12 +450,12 @@ def _sampled(
             progress=progress,
         )
     kl, entropy = (values.reshape(-1, count).tolist() for values in divergences)
-    for lines, values in zip(shown["policy"], kl, strict=True):
+    for lines, values in zip(shown, kl, strict=True):
         for line, value in zip(lines, values, strict=True):
             line["kl"] = value
     figures = WinRateMetric(keep_in_memory=True).compute(
-        policy=[[sample["score"] for sample in group] for group in shown["policy"]],
-        reference=[[sample["score"] for sample in group] for group in shown["reference"]],
+        policy=[[sample["score"] for sample in group] for group in shown],
+        reference=[[sample["score"] for sample in group] for group in task.reference],
         bootstrap=bootstrap,
     )
     figures |= SampleMetric(keep_in_memory=True).compute(
@@ -350,11 +466,11 @@ def _sampled(
         bootstrap=bootstrap,
     )
     figures |= DiversityMetric(keep_in_memory=True).compute(
-        completions=[[sample["text"] for sample in group] for group in shown["policy"]], bootstrap=bootstrap
+        completions=[[sample["text"] for sample in group] for group in shown], bootstrap=bootstrap
     )
     records = [
-        measure.PromptRecord(text, reference, policy)
-        for text, reference, policy in zip(texts, shown["reference"], shown["policy"], strict=True)
+        measure.PromptRecord(as_text(prompt, roles=True), reference, policy)
+        for prompt, reference, policy in zip(task.prompts, task.reference, shown, strict=True)
     ]
     return figures, records
 
@@ -424,7 +540,6 @@ def _judge(
 ) -> tuple[Any, Any]:
     """The judge asked for, and the validation accuracy of a trained one (None where there is none)."""
     from softpref.evaluation.metrics import PreferenceMetric
-    from softpref.judges import load_judge, text_rows
 
     judge = load_judge(config.judge, dataset, outcomes, seed=config.seed, max_rows=config.judge_max_rows)
     if judge.name == "expert":
@@ -506,11 +621,12 @@ def _evaluation_id(
     return digest.hexdigest()[:16]
 
 
-def _load_dataset(dataset_dir: str, split: str) -> Any:
-    """The dataset with a non-empty `split`, or an error that says what there is."""
-    path = Path(dataset_dir)
+def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> Any:
+    """The dataset with a judge and a non-empty split, or an error that says what there is."""
+    path, split = Path(dataset_dir), config.split
     if not (path / "dataset_dict.json").is_file():
         raise ConfigError(f"{path} is no dataset folder of the data stage (it has no dataset_dict.json)")
+    check_judge(config.judge, path)  # before the import below, which takes seconds
     import datasets
 
     dataset = datasets.load_from_disk(str(path))

@@ -346,6 +346,12 @@ def _check_same_model(
             f"the model in {model_dir} is of run {trained}, but the evaluation is of a model of run "
             f"{measured} with the same name; evaluate {model_dir}"
         )
+    ours, theirs = metadata.get("extrapolation") or 0.0, evaluation.get("extrapolation") or 0.0
+    if ours != theirs:
+        raise ConfigError(
+            f"the model in {model_dir} is extrapolated by {ours:g}, but the evaluation is of a model "
+            f"extrapolated by {theirs:g} (0 is the aligned model itself); evaluate {model_dir}"
+        )
     if comparison is not None and comparison.get("chosen") != evaluated:
         raise ConfigError(
             f"the comparison chose {comparison.get('chosen')!r}, but the evaluation is of {evaluated!r}; "
@@ -361,7 +367,7 @@ def _version_tags(
 ) -> dict[str, str]:
     """What a version says of itself: origin, hyperparameters, and every figure with its interval."""
     known: dict[str, Any] = {HASH_TAG: digest, "evaluation_id": evaluation["evaluation_id"]}
-    for key in ("name", "method", "alpha", "beta", "dataset_hash"):
+    for key in ("name", "method", "alpha", "beta", "extrapolation", "dataset_hash"):
         known[key] = metadata.get(key) if metadata.get(key) is not None else evaluation.get(key)
     for key in ("base_model", "code_version"):
         known[key] = metadata.get(key)
