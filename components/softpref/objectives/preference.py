@@ -183,18 +183,21 @@ def _suffix_losses(groups: _Groups, alpha: float, places: Tensor) -> Tensor:
     """Σ over the first `places` `[groups]` places k of the best-of-n loss of the suffix that starts at k."""
     values, present = groups
     size, most = values.shape[1], int(places.max()) if len(places) else 1
-    # [groups, k, j]: differences first, for sums of large log-probabilities would lose them
-    differences = values[:, None, :] - values[:, :most, None]
     in_suffix = torch.ones(most, size, dtype=torch.bool, device=values.device).triu()
-    counted = present[:, None, :] & in_suffix
+    counted = present[:, None, :] & in_suffix  # [groups, k, j]
     decided = torch.arange(most, device=values.device) < places[:, None]  # [groups, k]
+    # differences first, for sums of large log-probabilities would lose them
     if alpha == 0:
+        differences = values[:, None, :] - values[:, :most, None]
         terms = differences.where(counted, 0).sum(-1) / counted.sum(-1).clamp_min(1)
     else:
-        scaled = (alpha * differences).masked_fill(~counted, -torch.inf)
+        # to the largest of each suffix, which leaves small numbers alone to the exponentials and their gradient
+        every = values.detach()[:, None, :].expand_as(counted)
+        largest = every.masked_fill(~counted, -torch.inf).amax(-1).where(decided, 0)
+        scaled = (alpha * (values[:, None, :] - largest[..., None])).masked_fill(~counted, -torch.inf)
         # a place behind the last completion has only -inf, whose gradient is NaN: give it a constant instead
         scaled = scaled.masked_fill(~decided[..., None], 0.0)
-        terms = scaled.logsumexp(-1) / alpha
+        terms = largest - values[:, :most] + scaled.logsumexp(-1) / alpha
     return terms.where(decided, 0).sum(-1)
 
 
