@@ -1,4 +1,4 @@
-"""Where the preference losses lead: minimised over tables of all outputs, with every group and label enumerated."""
+"""Where the preference losses lead: minimised over a table of outputs, every group and label enumerated."""
 
 import itertools
 import math
@@ -26,8 +26,8 @@ FREQUENCIES = {"even groups": 0.0, "skewed groups": -3.0}
 class Question:
     """All groups of outputs (pairs, or four of six), each with every label that experts may give it.
 
-    `orders` `[labels, n]` are the outputs, best first; `chances` `[labels]` how often each is seen, Plackett-Luce
-    within a group.
+    `orders` `[labels, n]` are the outputs, best first; `chances` `[labels]` how often each is seen, by
+    Plackett-Luce within a group.
     """
 
     def __init__(self, kind, skew=0.0):
@@ -59,8 +59,8 @@ class Question:
 def follow(loss, start, *, steps=100):
     """Logits at which the gradient of `loss(logits)` vanishes, by damped Newton steps along it.
 
-    The weights are constants to autograd, so that gradient is a field rather than the slope of one function. The
-    weights of every step are those of the point where it starts; the loss's value is looked at nowhere.
+    The weights are constants to autograd, so that gradient is a field rather than the slope of one function.
+    The weights of every step are those of the point where it starts; the loss's value is looked at nowhere.
     """
     logits, identity = start.clone(), torch.eye(len(start), dtype=start.dtype)
     for _ in range(steps):
@@ -154,7 +154,7 @@ def test_linear_soft_labels_are_the_expectation_of_hard_ones():
 
 
 def test_geometric_soft_labels_move_the_minimiser_out_to_the_best_output_alone():
-    # every margin enters times 2p − 1, which has the sign of the reward's: the sharper, the better, without end
+    # every margin enters times 2p − 1, whose sign is that of the margin of rewards: sharper is always better
     losses = [
         float(soft_loss(sharpness * REWARDS, alpha=1.0, soft_labels="geometric"))
         for sharpness in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)

@@ -191,7 +191,7 @@ def _suffix_losses(groups: _Groups, alpha: float, places: Tensor) -> Tensor:
         differences = values[:, None, :] - values[:, :most, None]
         terms = differences.where(counted, 0).sum(-1) / counted.sum(-1).clamp_min(1)
     else:
-        # to the largest of each suffix, which leaves small numbers alone to the exponentials and their gradient
+        # to the largest of each suffix: the exponentials and their gradient then meet small numbers only
         every = values.detach()[:, None, :].expand_as(counted)
         largest = every.masked_fill(~counted, -torch.inf).amax(-1).where(decided, 0)
         scaled = (alpha * (values[:, None, :] - largest[..., None])).masked_fill(~counted, -torch.inf)
