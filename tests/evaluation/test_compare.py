@@ -28,6 +28,9 @@ def member(name, alpha, rewards, kl, entropy, method="spo"):
         "method": method,
         "alpha": alpha,
         "beta": 0.1,
+        "rounds": 1,
+        "train_on": "preferences",
+        "extrapolation": 0.0,
         "model_uri": f"s3://{name}",
         "reference_uri": "",
         "run_id": None,
@@ -44,6 +47,7 @@ def member(name, alpha, rewards, kl, entropy, method="spo"):
             "self_bleu": figure(0.4),
         },
         "exact": None,
+        "softmax_frontier": None,
         "by_prompt": {"expected_reward": rewards, "win_rate": [0.5 + r / 10 for r in rewards]},
         "settings": {"confidence": 0.95},
         "warnings": [],
@@ -146,12 +150,28 @@ def test_extrapolated_models_are_members(tmp_path):
     assert [str(folder) for folder in evaluation_folders(folders)] == [*folders[:2], within, folders[2]]
     assert len(evaluation_folders([*folders, within])) == 4  # one that is named as well counts once
     result = run(folders, str(tmp_path / "out"))
-    names = ["sharp", "sharp-expo-0.5", "even", "soft"]
+    names = ["sharp", "even", "soft", "sharp-expo-0.5"]
     assert [entry["name"] for entry in result["members"]] == names
     assert result["chosen"] == "sharp-expo-0.5"
     assert json.loads((tmp_path / "out" / "chosen" / "evaluation.json").read_text()) == EXPO
     assert "&lt;i&gt;sharp-expo-0.5&lt;/i&gt; speaks" in (tmp_path / "out" / "report.html").read_text()
     assert run(folders, str(tmp_path / "near"), max_kl=3.5)["chosen"] == "even"
+
+
+def test_entropy_at_equal_reward_is_written_and_shown(tmp_path):
+    sharp = member("dpo-sharp", 1.0, [2.0, 1.0, 3.0, 2.0], kl=9.0, entropy=2.0, method="dpo") | {"beta": 0.1}
+    soft = member("dpo-soft", 1.0, [1.0, 0.0, 1.0, 1.0], kl=1.0, entropy=4.0, method="dpo") | {"beta": 1.0}
+    result = run(save(tmp_path, SHARP, SOFT, sharp, soft), str(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())["equal_reward"]
+    assert found == result["equal_reward"]
+    assert [row["name"] for row in found["rows"]] == ["sharp", "soft"]
+    at_sharp = found["rows"][0]
+    assert at_sharp["entropy"]["SPO"] == 3.0
+    # rewards 2 and 0.75 with 2 and 4 nats; sharp's is 1.6
+    assert at_sharp["entropy"]["DPO"] == pytest.approx(4 - (1.6 - 0.75) / 1.25 * 2)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Entropy at equal expected reward" in page
+    assert f"{at_sharp['entropy']['DPO']:.3f}<br><small>{at_sharp['entropy']['DPO'] - 3:+.3f}" in page
 
 
 def test_members_evaluated_differently_are_refused_by_name(tmp_path):
@@ -187,6 +207,19 @@ def test_table_has_a_line_per_member_by_softness_with_intervals():
     assert [line.split()[0] for line in lines[2:]] == ["sharp", "even", "soft", "dpo"]
     assert "1.60 [0.60, 2.60]" in lines[2]
     assert lines[5].split()[1] == "–"  # dpo has no softness
+
+
+def test_table_orders_a_method_by_its_parameter_and_variants_behind():
+    expo = SHARP | {"name": "sharp-expo-0.5", "extrapolation": 0.5}
+    baselines = [DPO | {"name": f"dpo-beta-{beta}", "beta": float(beta)} for beta in (10, 2)]
+    lines = format_table([expo, *baselines, SOFT, EVEN]).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == [
+        "even",
+        "soft",
+        "sharp-expo-0.5",
+        "dpo-beta-2",
+        "dpo-beta-10",
+    ]
 
 
 def test_the_choice_is_logged_to_the_parent_run(tmp_path, recorded):

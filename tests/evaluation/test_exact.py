@@ -6,11 +6,23 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 from softpref.errors import ConfigError
-from softpref.evaluation.exact import entropy, exact_figures, exact_prompt, has_optimum
+from softpref.evaluation.exact import (
+    Objective,
+    draw_groups,
+    entropy,
+    exact_figures,
+    exact_prompt,
+    pair_probabilities,
+    softmax_frontier,
+    trained_objective,
+    why_unknown,
+)
 from softpref.evaluation.measure import check_same_vocabulary, divergences, draw, score, score_outcomes
 from softpref.judges import Outcomes
 from softpref.lm.sampling import Sample
+from softpref.objectives import dpo_loss, ipo_loss, ordered_pairs, preference_loss
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -82,7 +94,7 @@ def softmax(values):
 def test_a_policy_at_the_optimum_has_no_divergence_from_it(alpha):
     target = softmax(REWARDS / alpha)
     policy = np.log(target * 0.8)
-    found = exact_prompt(OUTCOMES, policy, REFERENCE, method="spo", alpha=alpha, beta=0.0)
+    found = exact_prompt(OUTCOMES, policy, REFERENCE, Objective("spo", alpha, beta=0.0))
     figures = exact_figures([found])
     assert figures["kl_optimum_to_policy"].value == pytest.approx(0.0, abs=1e-9)
     assert figures["entropy"].value == pytest.approx(-(target @ np.log(target)))
@@ -92,7 +104,7 @@ def test_a_policy_at_the_optimum_has_no_divergence_from_it(alpha):
 
 
 def test_the_optimum_of_dpo_is_the_tilted_reference():
-    found = exact_prompt(OUTCOMES, REFERENCE, REFERENCE, method="dpo", alpha=1.0, beta=0.5)
+    found = exact_prompt(OUTCOMES, REFERENCE, REFERENCE, Objective("dpo", beta=0.5))
     tilted = softmax(REFERENCE + REWARDS / 0.5)
     np.testing.assert_allclose(np.exp(found.optimum), tilted)
     divergence = tilted @ (np.log(tilted) - np.log(np.exp(REFERENCE) / 0.9))
@@ -101,8 +113,7 @@ def test_the_optimum_of_dpo_is_the_tilted_reference():
 
 def test_regularisation_pulls_the_optimum_of_spo_towards_the_reference():
     free, tied, bound = (
-        exact_prompt(OUTCOMES, REFERENCE, REFERENCE, method="spo", alpha=1.0, beta=beta)
-        for beta in (0.0, 0.1, 10.0)
+        exact_prompt(OUTCOMES, REFERENCE, REFERENCE, Objective("spo", 1.0, beta)) for beta in (0.0, 0.1, 10.0)
     )
     distance = [np.exp(p.optimum) @ (p.optimum - p.reference) for p in (free, tied, bound)]
     assert distance[0] > distance[1] > distance[2] >= 0
@@ -110,12 +121,179 @@ def test_regularisation_pulls_the_optimum_of_spo_towards_the_reference():
 
 
 def test_an_unknown_optimum_has_no_figures_but_the_policy_has():
-    assert not has_optimum("ipo", 1.0, 0.1)
-    assert not has_optimum("spo", 0.0, 0.1)
-    figures = exact_figures([exact_prompt(OUTCOMES, REFERENCE, REFERENCE, method="ipo", alpha=1.0, beta=0.1)])
+    figures = exact_figures([exact_prompt(OUTCOMES, REFERENCE, REFERENCE, Objective("slic", beta=0.1))])
     assert figures["kl_optimum_to_policy"].value is None
     assert figures["optimum_entropy"].value is None
     assert figures["mass_on_set"].value == pytest.approx(0.9)
+
+
+SPO = {"method": "spo", "alpha": 1.0, "beta": 0.1}
+LISTS = {"kinds": {"best_of_n": 9}, "completions_per_row": {"4": 9}}
+RANKINGS = {"kinds": {"ranking": 9}, "completions_per_row": {"4": 9}}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "stats", "reason"),
+    [
+        (SPO, {}, ""),
+        (SPO, LISTS, ""),
+        (SPO, RANKINGS, ""),
+        (SPO | {"preference_kind": "best_of_n"}, RANKINGS, ""),
+        (SPO | {"preference_kind": "ranking"}, LISTS, "best_of_n were read as ranking"),
+        (SPO, RANKINGS | {"completions_per_row": {"9": 9}}, "more than 6"),
+        (SPO | {"beta": 0.0}, RANKINGS | {"completions_per_row": {"9": 9}}, ""),
+        (SPO, {"kinds": {"ranking": 4, "pairwise": 5}}, "several kinds"),
+        (SPO | {"beta": 0.0}, {"kinds": {"ranking": 4, "pairwise": 5}}, ""),
+        (SPO | {"alpha": 0.0}, {}, "softness 0"),
+        (SPO | {"weight_exponent": 0.5}, {}, "row weights"),
+        (SPO | {"weight_exponent": 0.5, "beta": 0.0}, {}, ""),
+        (SPO | {"soft_labels": "geometric"}, {}, "geometric"),
+        (SPO | {"soft_labels": "geometric"}, {"labels": {"hard": 9, "soft": 0}}, ""),
+        (SPO | {"rounds": 3}, {}, "not only the preferences"),
+        (SPO | {"train_on": "samples"}, {}, "not only the preferences"),
+        (SPO | {"train_on": "samples", "rounds": 3, "beta": 0.0}, {}, ""),
+        (SPO | {"extrapolation": 0.5}, {}, "extrapolated"),
+        (SPO, {"left_out": {"tie": 3}}, "left out"),
+        (SPO, {"config": {"votes": 5, "labels": "hard"}}, "majorities"),
+        (SPO, {"config": {"votes": 5, "labels": "soft"}}, ""),
+        (SPO | {"dataset_hash": "a"}, {"dataset_hash": "b"}, "another dataset"),
+        ({"method": "dpo", "beta": 0.1}, RANKINGS, ""),
+        ({"method": "dpo", "beta": 0.1}, LISTS, "do not follow Bradley-Terry"),
+        ({"method": "dpo", "beta": 0.1, "label_smoothing": 0.1}, {}, "smoothing"),
+        ({"method": "rdpo", "beta": 0.1}, {}, ""),
+        ({"method": "rdpo", "beta": 0.1, "label_smoothing": 0.1}, {}, "smoothing"),
+        ({"method": "ipo", "beta": 0.1}, {}, ""),
+        ({"method": "ipo", "beta": 0.1, "label_smoothing": 0.1}, RANKINGS, ""),
+        ({"method": "ipo", "beta": 0.1, "rounds": 2}, {}, "not only the preferences"),
+        ({"method": "ipo", "beta": 0.1}, LISTS, "do not follow Bradley-Terry"),
+        ({"method": "sppo", "beta": 0.1}, {}, "'sppo' has no solution"),
+        ({}, {}, "'' has no solution"),
+    ],
+)
+def test_the_optimum_is_known_where_theory_says_so(metadata, stats, reason):
+    found = why_unknown(trained_objective(metadata, stats))
+    assert (reason in found) if reason else found == ""
+
+
+FIVE = Outcomes(list("abcde"), np.array([0.0, 1.0, -0.5, 2.0, 0.7]), np.array([0.35, 0.25, 0.2, 0.15, 0.05]))
+REFERENCE_OF_FIVE = np.log(np.array([0.3, 0.3, 0.2, 0.15, 0.05]))
+
+
+def sequential(shares, order):
+    """Probability of taking `order` one after another, in proportion to `shares` of what is left."""
+    left, probability = shares.sum(), 1.0
+    for place in order:
+        probability *= shares[place] / left
+        left -= shares[place]
+    return probability
+
+
+def rows_of_three():
+    """Every row of three of `FIVE`, drawn by weight and ranked by Plackett-Luce, with its probability."""
+    for drawn in itertools.permutations(range(5), 3):
+        for order in itertools.permutations(range(3)):
+            ranked = [drawn[place] for place in order]
+            appeal = np.exp(FIVE.rewards[list(drawn)])
+            yield ranked, sequential(FIVE.weights, drawn) * sequential(appeal, order)
+
+
+def brute_force(loss):
+    """The distribution over `FIVE` that minimises `loss(logps)`, by plain descent on its logits."""
+    logits = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=400, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(logits.log_softmax(0))
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return logits.detach().softmax(0).numpy()
+
+
+def test_sets_are_drawn_one_after_another_by_weight():
+    groups = draw_groups(FIVE.weights, 20_000, 3, np.random.default_rng(0))
+    orders = list(itertools.permutations(range(5), 3))
+    seen = [int((groups == order).all(axis=1).sum()) for order in orders]
+    assert sum(seen) == 20_000
+    expected = 20_000 * np.array([sequential(FIVE.weights, order) for order in orders])
+    assert chisquare(seen, expected).pvalue > 0.01
+
+
+def test_pair_probabilities_are_those_of_the_draws():
+    exact = {size: np.zeros((5, 5)) for size in (2, 4)}
+    for size, table in exact.items():
+        for order in itertools.permutations(range(5), size):
+            for i, j in itertools.combinations(order, 2):
+                table[i, j] += sequential(FIVE.weights, order)
+    np.testing.assert_allclose(pair_probabilities(FIVE.weights), exact[2], atol=1e-12)
+    groups = draw_groups(FIVE.weights, 20_000, 4, np.random.default_rng(0))
+    np.testing.assert_allclose(pair_probabilities(FIVE.weights, groups), exact[4], atol=0.02)
+    assert pair_probabilities(FIVE.weights, groups).sum() == pytest.approx(6)
+    never = groups[
+        ~(groups == 4).any(axis=1)
+    ]  # an outcome that no sampled set holds has its pairs all the same
+    assert pair_probabilities(FIVE.weights, never)[:4, 4].min() > 0
+
+
+@pytest.mark.parametrize("kind", ["best_of_n", "ranking"])
+def test_the_optimum_of_spo_on_lists_is_that_of_every_row_they_can_hold(kind):
+    ranked, probabilities = zip(*rows_of_three(), strict=True)
+    places, chances = torch.tensor(ranked), torch.tensor(probabilities)
+    reference = torch.tensor(REFERENCE_OF_FIVE)
+    sizes = torch.full((len(places),), 3)
+
+    def loss(logps):
+        losses = preference_loss(logps[places].reshape(-1), sizes, alpha=0.5, kind=kind)
+        return chances @ losses + 0.3 * (logps.exp() @ (logps - reference))
+
+    expected = brute_force(loss)
+    objective = Objective("spo", 0.5, 0.3, kind=kind, group_size=3)
+    found = exact_prompt(FIVE, REFERENCE_OF_FIVE, REFERENCE_OF_FIVE, objective)
+    np.testing.assert_allclose(np.exp(found.optimum), expected, atol=4e-3)
+    other = Objective("spo", 0.5, 0.3, kind={"ranking": "best_of_n"}.get(kind, "ranking"), group_size=3)
+    wrong = exact_prompt(FIVE, REFERENCE_OF_FIVE, REFERENCE_OF_FIVE, other)
+    assert np.abs(np.exp(wrong.optimum) - expected).max() > 0.01
+
+
+@pytest.mark.parametrize(("method", "pair_loss"), [("dpo", dpo_loss), ("ipo", ipo_loss)])
+def test_the_optimum_of_a_baseline_on_rankings_is_that_of_all_their_pairs(method, pair_loss):
+    ranked, probabilities = zip(*rows_of_three(), strict=True)
+    places, chances = torch.tensor(ranked).reshape(-1), torch.tensor(probabilities)
+    pairs, _ = ordered_pairs(torch.full((len(ranked),), 3), "ranking")
+    ours = places[pairs]
+    reference = torch.tensor(REFERENCE_OF_FIVE)
+
+    def loss(logps):
+        losses = pair_loss(logps[ours], reference[ours], beta=0.5)
+        return chances @ losses.view(-1, 3).sum(1)
+
+    objective = Objective(method, beta=0.5, kind="ranking", group_size=3)
+    found = exact_prompt(FIVE, REFERENCE_OF_FIVE, REFERENCE_OF_FIVE, objective)
+    np.testing.assert_allclose(np.exp(found.optimum), brute_force(loss), atol=2e-3)
+
+
+def test_no_policy_has_more_entropy_than_the_softmax_frontier_at_its_reward():
+    random = np.random.default_rng(0)
+    prompts = [
+        exact_prompt(OUTCOMES, np.log(random.dirichlet(np.ones(4))), REFERENCE, Objective()) for _ in range(3)
+    ]
+    frontier = np.array(softmax_frontier(prompts))
+    assert frontier[0] == pytest.approx([REWARDS.mean(), math.log(4)], abs=1e-6)
+    assert frontier[-1] == pytest.approx([REWARDS.max(), 0.0], abs=1e-3)
+    assert (np.diff(frontier[:, 0]) > -1e-6).all()
+    assert (np.diff(frontier[:, 1]) < 1e-6).all()
+    for alpha in (0.5, 1.0, 3.0):
+        soft = softmax(REWARDS / alpha)
+        assert np.interp(soft @ REWARDS, *frontier.T) == pytest.approx(entropy(np.log(soft)), abs=2e-3)
+    tried = 0
+    for _ in range(200):
+        policy = random.dirichlet(np.ones(4))
+        if policy @ REWARDS > REWARDS.mean():
+            tried += 1
+            assert entropy(np.log(policy)) <= np.interp(policy @ REWARDS, *frontier.T) + 2e-3
+    assert tried > 50
 
 
 def test_entropy_of_a_uniform_distribution_is_the_logarithm_of_its_size():

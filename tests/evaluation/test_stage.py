@@ -45,6 +45,41 @@ def test_every_figure_has_value_interval_and_counts(evaluation):
             assert figure["n"] >= figure["prompts"] == 3, name
 
 
+def test_evaluation_says_what_the_comparison_of_methods_needs(evaluation):
+    assert (evaluation["rounds"], evaluation["train_on"], evaluation["extrapolation"]) == (
+        1,
+        "preferences",
+        0,
+    )
+    reward, entropy = np.array(evaluation["softmax_frontier"]).T
+    assert entropy[0] == pytest.approx(np.log(9))
+    assert (np.diff(reward) > 0).all()
+    assert (np.diff(entropy) < 0).all()
+    assert evaluation["exact"]["entropy"]["value"] < np.log(9)
+
+
+@pytest.mark.usefixtures("recorded")
+def test_the_optimum_follows_the_kind_of_rows_and_the_settings_of_training(world, evaluating, tmp_path):
+    found = {}
+    for kind, size in (("pairwise", 2), ("best_of_n", 4), ("ranking", 4)):
+        dataset = shutil.copytree(world.dataset, tmp_path / kind)
+        stats = {"dataset_hash": "abc", "kinds": {kind: 60}, "completions_per_row": {str(size): 60}}
+        (dataset / "stats.json").write_text(json.dumps(stats))
+        policy = copy_policy(
+            world, tmp_path / f"{kind}-policy", beta=30.0
+        )  # the reference is far off the set
+        found[kind] = evaluating(world, tmp_path / f"{kind}-out", dataset=dataset, policy=policy)["exact"]
+    optima = sorted(exact["optimum_entropy"]["value"] for exact in found.values())
+    assert min(np.diff(optima)) > 1e-3
+    assert len({exact["entropy"]["value"] for exact in found.values()}) == 1
+
+    policy = copy_policy(world, tmp_path / "policy", extrapolation=0.5, rounds=2, train_on="samples")
+    other = evaluating(world, tmp_path / "other", policy=policy)
+    assert (other["rounds"], other["train_on"], other["extrapolation"]) == (2, "samples", 0.5)
+    assert other["exact"]["optimum_entropy"]["value"] is None
+    assert any("not known: the model is extrapolated" in text for text in other["warnings"])
+
+
 def test_figures_agree_with_the_samples_written(evaluation, evaluated):
     lines = [json.loads(line) for line in (evaluated / "samples.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["tell me of cat", "tell me of hen", "tell me of <b>"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref.errors import ConfigError, DataError
+from softpref.evaluation.curves import all_exact, equal_reward, position
 from softpref.evaluation.stage import EVALUATION_FILE, REPORT_FILE, SAMPLES_FILE
 from softpref.lm.extrapolation import extrapolated_folders
 
@@ -20,11 +21,15 @@ _SUMMARY = (
     "method",
     "alpha",
     "beta",
+    "rounds",
+    "train_on",
+    "extrapolation",
     "model_uri",
     "run_id",
     "evaluation_id",
     "metrics",
     "exact",
+    "softmax_frontier",
     "by_prompt",
     "warnings",
 )
@@ -71,9 +76,7 @@ def run(
     check_rule(rule, max_kl)
     folders = evaluation_folders(evaluation_dirs)
     evaluations = [_read(folder) for folder in folders]
-    members = sorted(
-        ({key: evaluation[key] for key in _SUMMARY} for evaluation in evaluations), key=_position
-    )
+    members = sorted(({key: evaluation[key] for key in _SUMMARY} for evaluation in evaluations), key=position)
     check_comparable(members)
     choice = choose(members, rule, max_kl)
     output = Path(output_dir)
@@ -82,6 +85,7 @@ def run(
         "rule": rule_in_words(rule, max_kl),
         "chosen": choice.name,
         "reason": choice.reason,
+        "equal_reward": equal_reward(members),
         "members": members,
     }
     samples = {
@@ -241,7 +245,7 @@ def format_table(members: Sequence[Mapping[str, Any]]) -> str:
             ("mass on set", "exact", "mass_on_set"),
         ]
     lines = [["model", "α", *(title for title, _, _ in columns)]]
-    for member in sorted(members, key=_position):
+    for member in sorted(members, key=position):
         alpha = member["alpha"] if member["method"] == "spo" else None
         cells = [member["name"], "–" if alpha is None else f"{alpha:g}"]
         for _, group, metric in columns:
@@ -265,12 +269,6 @@ def _cell(figure: Mapping[str, Any] | None, *, interval: bool) -> str:
     if interval and figure["low"] is not None:
         text += f" [{figure['low']:.2f}, {figure['high']:.2f}]"
     return text
-
-
-def _position(member: Mapping[str, Any]) -> tuple[bool, float, str]:
-    """SPO by softness first, then baselines by name."""
-    swept = member["method"] == "spo" and member["alpha"] is not None
-    return (not swept, member["alpha"] if swept else 0.0, member["name"])
 
 
 def _read(folder: str | Path) -> dict[str, Any]:
@@ -346,7 +344,18 @@ def _write_report(
         f"<p class=dim>Small: {settings['confidence']:.0%} bootstrap intervals over held-out prompts. Judge: "
         f"{escape(any_evaluation['judge']['description'])}.</p>",
         "<h2>The frontier</h2>",
+        "<p class=dim>A model that gains reward loses entropy: it keeps fewer answers alive. What tells "
+        "methods apart is how much entropy each keeps at the same expected reward. "
+        + (
+            "Every possible answer is known here, so both are exact, and the most that any model could keep "
+            "is softmax(reward / τ). They are given that a model answers within the set: what it says off "
+            "the set shows in the figures of its samples."
+            if all_exact(members)
+            else "Both are of samples, and a model that says nonsense has entropy too: look at its reward."
+        )
+        + "</p>",
         charts.frontier(members, chosen, output / FRONTIER_FILE),
+        _equal_reward_table(comparison["equal_reward"]),
         "<h2>The rule</h2>",
         f"<p>{escape(comparison['rule'])}</p>",
     ]
@@ -371,6 +380,39 @@ def _write_report(
         f'<h2>Models</h2><div class="scroll"><table><tr><th>Model<th>Where<th>Run</tr>{links}</table></div>'
     )
     (output / REPORT_FILE).write_text(page("Softness sweep", body, wide=True), encoding="utf-8")
+
+
+def _equal_reward_table(compared: Mapping[str, Any] | None) -> str:
+    """Entropy of every curve at the expected reward of each SPO member, and how far from that member's."""
+    if compared is None:
+        return ""
+    titles = {"maximum": "Most possible"}
+    rows = []
+    for row in compared["rows"]:
+        own, cells = row["entropy"][row["curve"]], []
+        for name in compared["curves"]:
+            entropy = row["entropy"][name]
+            if entropy is None:
+                cells.append("<td class=n>–</td>")
+                continue
+            difference = "" if name == row["curve"] else f"<br><small>{entropy - own:+.3f}</small>"
+            cells.append(f"<td class=n>{entropy:.3f}{difference}</td>")
+        rows.append(
+            f"<tr><td>{escape(row['name'])}</td><td class=n>{row['expected_reward']:.3f}</td>"
+            f"{''.join(cells)}</tr>"
+        )
+    basis = "exact, on the set" if compared["basis"] == "exact" else "of samples"
+    return (
+        "<h2>Entropy at equal expected reward</h2>"
+        f"<p class=dim>In nats, {basis}. Each row takes the expected reward of an SPO model and reads every "
+        "method's entropy there, between the models of its own curve; a dash where the curve does not reach. "
+        "Small: more or less than the SPO model has.</p>"
+        '<div class="scroll"><table><tr><th>At the reward of<th class=n>Expected reward'
+        + "".join(f"<th class=n>{escape(titles.get(name, name))}" for name in compared["curves"])
+        + "</tr>"
+        + "".join(rows)
+        + "</table></div>"
+    )
 
 
 def _gathered_warnings(members: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -5,13 +5,18 @@ Works on log-probabilities; runs no model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, Figure, interval
 from softpref.judges import Outcomes
+
+# Sets drawn in place of all that there are: so many that the optimum is within some 0.001 nats (KL) of the
+# true one, unless sets are so large that every order of each would cost too much.
+_GROUPS, _GROUP_TABLE = 8000, 2**17
+_LONGEST_RANKING = 6
 
 
 class ExactPrompt(NamedTuple):
@@ -30,52 +35,185 @@ class ExactPrompt(NamedTuple):
     policy_mass: float
 
 
-def has_optimum(method: str, alpha: float, beta: float) -> bool:
-    """Whether the optimum is known: `spo` with α > 0, `dpo` with β > 0."""
-    return (method == "spo" and alpha > 0) or (method == "dpo" and beta > 0)
+class Objective(NamedTuple):
+    """What a policy was trained on, as far as its optimum depends on it.
+
+    Attributes:
+        method, alpha, beta, soft_labels, weight_exponent, label_smoothing, rounds, train_on, extrapolation:
+            as the training stage names them.
+        kind, group_size: what the rows are, and how many completions each holds; `"mixed"` and 0 where they
+            differ.
+        altered: why labels or rows do not follow the experts' Bradley-Terry or Plackett-Luce model; empty
+            where they do.
+    """
+
+    method: str = ""
+    alpha: float = 0.0
+    beta: float = 0.0
+    soft_labels: str = "linear"
+    weight_exponent: float = 0.0
+    label_smoothing: float = 0.0
+    rounds: int = 1
+    train_on: str = "preferences"
+    extrapolation: float = 0.0
+    kind: str = "pairwise"
+    group_size: int = 2
+    altered: str = ""
+
+
+def trained_objective(metadata: Mapping[str, Any], stats: Mapping[str, Any]) -> Objective:
+    """The objective of a model folder's `softpref.json`, on a dataset folder's `stats.json`.
+
+    Keys that older folders lack have the value that was then the only one.
+    """
+    kinds, sizes = stats.get("kinds") or {"pairwise": 0}, stats.get("completions_per_row") or {"2": 0}
+    kind = next(iter(kinds)) if len(kinds) == len(sizes) == 1 else "mixed"
+    size = int(next(iter(sizes))) if kind != "mixed" else 0
+    config = stats.get("config") or {}
+    altered = ""
+    ours, theirs = metadata.get("dataset_hash"), stats.get("dataset_hash")
+    if ours and theirs and ours != theirs:
+        altered = "the policy was trained on another dataset"
+    elif stats.get("left_out"):
+        altered = "rows were left out of the data"
+    elif config.get("labels") == "hard" and config.get("votes", 1) != 1:
+        altered = "hard labels of several votes are majorities, which do not follow Bradley-Terry"
+    read_as = metadata.get("preference_kind") or "auto"
+    if read_as not in ("auto", kind) and kind != "pairwise":
+        if (kind, read_as) == ("ranking", "best_of_n"):  # the first of a ranking is the best
+            kind = read_as
+        else:
+            altered = f"rows of kind {kind} were read as {read_as}"
+    known = {key: metadata[key] for key in Objective._fields if metadata.get(key) is not None}
+    if (stats.get("labels") or {}).get("soft") == 0:
+        known["soft_labels"] = "linear"  # both ways of soft labels do the same to hard ones
+    return Objective(**{**known, "kind": kind, "group_size": size, "altered": altered})
+
+
+def why_unknown(objective: Objective) -> str:
+    """Why the optimum of `objective` is not known, in words that end a sentence; empty where it is."""
+    method, beta = objective.method, objective.beta
+    if method not in ("spo", "dpo", "rdpo", "ipo"):
+        return f"method {method!r} has no solution to compare with"
+    if objective.extrapolation:
+        return "the model is extrapolated from the trained one"
+    if objective.altered:
+        return objective.altered
+    if objective.soft_labels != "linear":
+        return f"{objective.soft_labels} soft labels move the optimum"
+    if method == "spo":
+        if objective.alpha <= 0:
+            return "softness 0 has no optimum but the experts' favourite"
+        if beta == 0:
+            return ""  # whatever is asked, in whatever rounds and weights: softmax(reward / α)
+        if objective.weight_exponent:
+            return "row weights that follow the policy move the optimum"
+        if objective.kind == "ranking" and objective.group_size > _LONGEST_RANKING:
+            return f"rankings of more than {_LONGEST_RANKING} have too many orders to go through"
+    elif beta <= 0:
+        return f"{method} has an optimum for β > 0 alone"
+    elif objective.label_smoothing and method != "ipo":
+        return "label smoothing moves the optimum"
+    elif objective.kind == "best_of_n":
+        return "pairs of a best against the others do not follow Bradley-Terry"
+    if objective.kind == "mixed":
+        return "rows are of several kinds or lengths"
+    if objective.rounds != 1 or objective.train_on != "preferences":
+        return "not only the preferences of the dataset were trained on"
+    return ""
 
 
 def exact_prompt(
     outcomes: Outcomes,
     policy_logps: np.ndarray,
     reference_logps: np.ndarray,
+    objective: Objective,
     *,
-    method: str,
-    alpha: float,
-    beta: float,
+    seed: int = 0,
 ) -> ExactPrompt:
     """Set one prompt's policy beside the optimum of the objective it was trained on.
 
-    For `spo` that is the minimiser of L_pref^α + β·KL under the pair distribution of the data (two distinct
-    draws by weight); for `dpo` it is softmax(log π_ref + r/β), which holds under Bradley-Terry. Where the
-    optimum is not known (`has_optimum`) it is NaN, and figures of it become None.
+    For `spo` that is the minimiser of L_pref^α + β·KL under the rows of the data: sets of distinct outcomes,
+    drawn one after another by weight. The distribution of pairs is known; of larger sets some thousands are
+    drawn. For `dpo`, and `rdpo` without smoothing, it is softmax(log π_ref + r/β), which holds under
+    Bradley-Terry, and so for all pairs of a ranking; for `ipo` a least-squares fit over the pairs. Where the
+    optimum is not known (`why_unknown`) it is NaN, and figures of it become None.
 
     Args:
         policy_logps, reference_logps: `[N]`, log-probabilities of the whole completions, end token included.
+        seed: of the sets drawn; with the same one, optima of several objectives differ by these alone.
     """
     import torch
 
-    from softpref.objectives import exact_optimum
+    from softpref.objectives import exact_optimum, ipo_optimum
 
     rewards = np.asarray(outcomes.rewards, dtype=np.float64)
-    if not has_optimum(method, alpha, beta):
+    tensors = torch.as_tensor(rewards), torch.as_tensor(reference_logps, dtype=torch.float64)
+    alpha, beta, kind = objective.alpha, objective.beta, objective.kind
+    groups = None
+    if objective.group_size > 2 and beta > 0 and not why_unknown(objective):
+        cost = 2**objective.group_size if kind == "ranking" else objective.group_size
+        count = min(_GROUPS, _GROUP_TABLE // cost)
+        groups = draw_groups(outcomes.weights, count, objective.group_size, np.random.default_rng(seed))
+    if why_unknown(objective):
         optimum = np.full_like(rewards, np.nan)
-    elif method == "dpo":
+    elif objective.method in ("dpo", "rdpo"):
         optimum = _normalised(reference_logps + rewards / beta)
+    elif beta == 0:
+        optimum = exact_optimum(*tensors, alpha=alpha).numpy()
+    elif objective.method == "spo" and groups is not None:
+        asked: dict[str, Any] = {"groups": torch.as_tensor(groups), "kind": kind}
+        optimum = exact_optimum(*tensors, alpha=alpha, beta=beta, **asked).numpy()
     else:
-        pairs = None
-        if beta > 0:
-            weights = torch.as_tensor(outcomes.weights, dtype=torch.float64)
-            pairs = torch.outer(weights, weights).fill_diagonal_(0)
-        optimum = exact_optimum(
-            torch.as_tensor(rewards),
-            torch.as_tensor(reference_logps, dtype=torch.float64),
-            alpha=alpha,
-            beta=beta,
-            pair_probabilities=pairs,
-        ).numpy()
+        pairs = torch.as_tensor(pair_probabilities(outcomes.weights, groups))
+        if objective.method == "ipo":
+            optimum = ipo_optimum(*tensors, beta=beta, pair_probabilities=pairs).numpy()
+        else:
+            optimum = exact_optimum(*tensors, alpha=alpha, beta=beta, pair_probabilities=pairs).numpy()
     mass = float(np.exp(_logsumexp(policy_logps)))
     return ExactPrompt(rewards, _normalised(policy_logps), _normalised(reference_logps), optimum, mass)
+
+
+def draw_groups(weights: np.ndarray, count: int, size: int, random: np.random.Generator) -> np.ndarray:
+    """Draw sets as the data are drawn: `[count, size]` places of distinct outcomes, one after another.
+
+    Args:
+        weights: `[N]`, probability of each outcome; each draw is by weight among those not yet in the set.
+    """
+    groups = np.empty((count, size), dtype=np.int64)
+    for place in range(size):
+        again = np.arange(count)
+        while again.size:
+            groups[again, place] = random.choice(len(weights), again.size, p=weights)
+            again = again[(groups[again, :place] == groups[again, place, None]).any(axis=1)]
+    return groups
+
+
+def pair_probabilities(weights: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
+    """How often the outcomes i and j are drawn into one set, in this order: `[N, N]`, diagonal zero.
+
+    Exact for two draws, w_i w_j / (1 − w_i). Of larger sets, given as a sample `groups`, each draw enters by
+    its probability given those before it, so that outcomes too rare for the sample have theirs too.
+
+    Args:
+        weights: `[N]`, probability of each outcome.
+        groups: `[M, n]`, as of `draw_groups`.
+
+    Returns:
+        Expected number of such pairs in a set, n (n − 1) / 2 in sum.
+    """
+    pairs = weights[:, None] * weights / (1 - weights)[:, None]
+    if groups is None:
+        groups = np.empty((0, 2), dtype=np.int64)
+    for place in range(2, groups.shape[1]):
+        before = groups[:, :place]
+        share = np.repeat(1 / (1 - weights[before].sum(axis=1)) / len(groups), place)
+        pairs += np.bincount(before.reshape(-1), share, len(weights))[:, None] * weights
+        for other in range(place):  # what is in the set already is not drawn again
+            again = np.repeat(before[:, other], place)
+            np.subtract.at(pairs, (before.reshape(-1), again), share * weights[again])
+    np.fill_diagonal(pairs, 0)
+    return pairs.clip(min=0)  # differences of equal sums, up to rounding
 
 
 def exact_figures(
@@ -99,6 +237,24 @@ def exact_figures(
         "reference_expected_reward": figure([reward(p.reference, p.rewards) for p in prompts]),
         "mass_on_set": figure([p.policy_mass for p in prompts], "probability"),
     }
+
+
+def softmax_frontier(prompts: Sequence[ExactPrompt]) -> list[list[float]]:
+    """The most entropy that any policy on the set can have at each expected reward.
+
+    It is reached by softmax(reward / τ) with one τ for all prompts: both figures are means over prompts.
+
+    Returns:
+        `[expected reward, entropy]` pairs in nats, from the uniform distribution towards the favourite alone.
+    """
+    points: list[list[float]] = []
+    for sharpness in (0.0, *np.geomspace(0.05, 30.0, 47)):
+        logps = [_normalised(sharpness * prompt.rewards) for prompt in prompts]
+        reward = np.mean([np.exp(logp) @ prompt.rewards for logp, prompt in zip(logps, prompts, strict=True)])
+        if points and reward < points[-1][0] + 1e-6:
+            break  # sharper ones say the favourite alone
+        points.append([float(reward), float(np.mean([entropy(logp) for logp in logps]))])
+    return points
 
 
 def entropy(logps: np.ndarray) -> float:

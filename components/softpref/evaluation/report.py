@@ -112,14 +112,16 @@ def write_report(
         ),
     ]
     if evaluation["exact"]:
+        optimum_known = evaluation["exact"]["optimum_entropy"]["value"] is not None
         body += [
             "<h2>Against theory</h2>",
             f"<p>All {len(exact[0].rewards):,} completions of {len(exact)} held-out prompts were scored, so "
-            "the trained distribution can be set beside the exact minimiser of its own objective, "
-            "and beside the reference it began from.</p>",
+            "the trained distribution can be set beside "
+            + ("the exact minimiser of its own objective, and beside " if optimum_known else "")
+            + "the reference it began from.</p>",
             tiles(evaluation["exact"], ("kl_optimum_to_policy", "entropy", "expected_reward", "mass_on_set")),
         ]
-        if evaluation["exact"]["optimum_entropy"]["value"] is not None:
+        if optimum_known:
             body += [charts.optimum_against_policy(exact)]
         body += [charts.entropy_and_reward(exact), figure_table(evaluation["exact"], confidence)]
     body += [

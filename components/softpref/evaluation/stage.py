@@ -241,7 +241,7 @@ def _evaluate(
     output: Path,
 ) -> dict[str, Any]:
     """Measure one member, write its samples and report, return what `evaluation.json` will hold."""
-    from softpref.evaluation.exact import exact_figures
+    from softpref.evaluation.exact import exact_figures, softmax_frontier
     from softpref.evaluation.report import write_report
 
     metadata, prompts, judge, bootstrap = member.metadata, task.prompts, task.judge, task.bootstrap
@@ -251,7 +251,8 @@ def _evaluate(
     figures, warnings = _held_out(models, task.rows, bootstrap)
     sampled, records = _sampled(models, task, config)
     figures |= sampled
-    exact = _enumerated(models, task.outcomes, prompts, config, metadata, warnings)
+    stats = _stats(places["dataset"])
+    exact = _enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings)
     warnings += _outside(judge, records)
     warnings += _warnings(config, figures, task.judge_accuracy, metadata, places["dataset"], len(prompts))
     evaluation = {
@@ -259,11 +260,13 @@ def _evaluate(
         "method": metadata.get("method"),
         "alpha": metadata.get("alpha"),
         "beta": metadata.get("beta"),
+        "rounds": metadata.get("rounds") or 1,
+        "train_on": metadata.get("train_on") or "preferences",
         "extrapolation": metadata.get("extrapolation") or 0.0,
         "model_uri": member.uri,
         "reference_uri": places["reference_uri"],
         "run_id": run_id,
-        "dataset_hash": _stats(places["dataset"]).get("dataset_hash"),
+        "dataset_hash": stats.get("dataset_hash"),
         "evaluation_id": task.identity,
         "judge": {
             "name": judge.name,
@@ -276,6 +279,7 @@ def _evaluate(
             if exact
             else None
         ),
+        "softmax_frontier": softmax_frontier(exact) if exact else None,
         "by_prompt": by_prompt(records),
         "settings": {key: getattr(config, key) for key in (*_DEFINING, "confidence", "bootstrap_samples")}
         | {"max_new_tokens": models.max_new_tokens},
@@ -481,10 +485,11 @@ def _enumerated(
     prompts: Sequence[Any],
     config: EvaluationConfig,
     metadata: Mapping[str, Any],
+    stats: Mapping[str, Any],
     warnings: list[str],
 ) -> list[ExactPrompt]:
     """Score every outcome of the first `exact_prompts` prompts whose outcomes are known."""
-    from softpref.evaluation.exact import exact_prompt, has_optimum
+    from softpref.evaluation.exact import exact_prompt, trained_objective, why_unknown
     from softpref.evaluation.measure import score_outcomes
     from softpref.lm.tokenization import tokenize_prompt, tokenize_sequence
 
@@ -492,17 +497,9 @@ def _enumerated(
     known = known[: config.exact_prompts]
     if not known:
         return []
-    objective: dict[str, Any] = {
-        "method": metadata.get("method") or "",
-        "alpha": metadata.get("alpha") or 0.0,
-        "beta": metadata.get("beta") or 0.0,
-    }
-    if not has_optimum(**objective):
-        warnings.append(
-            "The exact optimum is not known for "
-            + ", ".join(f"{key} {value!r}" for key, value in objective.items())
-            + "."
-        )
+    objective = trained_objective(metadata, stats)
+    if reason := why_unknown(objective):
+        warnings.append(f"The exact optimum is not known: {reason}.")
     found = []
     total = 2 * sum(len(outcomes[prompt].completions) for prompt in known)
     with _progress(total, "every outcome", "sequence") as progress:
@@ -516,7 +513,7 @@ def _enumerated(
                 score_outcomes(model, ids, completions, **models.batching, progress=progress)
                 for model in (models.policy, models.reference)
             )
-            found.append(exact_prompt(entry, policy, reference, **objective))
+            found.append(exact_prompt(entry, policy, reference, objective, seed=config.seed))
     return found
 
 

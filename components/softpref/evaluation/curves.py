@@ -1,0 +1,187 @@
+"""The curves of a sweep: models of one method by their parameter, and their entropy at equal expected reward.
+
+Works on summaries of evaluations; draws nothing and chooses nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Member = Mapping[str, Any]
+
+
+class Curve(NamedTuple):
+    """Models that differ in one parameter.
+
+    Attributes:
+        name: what a reader calls them, like `SPO` or `SPO, 3 rounds on samples`.
+        method: as the training stage names it.
+        symbol: of the parameter, `α` or `β`.
+        members: their summaries, by that parameter.
+    """
+
+    name: str
+    method: str
+    symbol: str
+    members: list[Member]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the models were trained once, on the preferences alone, and are not extrapolated."""
+        return not _variant(self.members[0])
+
+
+class Point(NamedTuple):
+    """Expected reward and entropy of a model, both in nats."""
+
+    reward: float
+    entropy: float
+
+
+def curves(members: Sequence[Member]) -> list[Curve]:
+    """Sort members into curves: SPO by α first, then other methods by β, variants of each behind it.
+
+    Args:
+        members: summaries with `name`, `method`, `alpha`, `beta`, `rounds`, `train_on` and `extrapolation`.
+    """
+    spo_betas = {member["beta"] for member in members if member["method"] == "spo"}
+    groups: dict[tuple, list[Member]] = {}
+    for member in sorted(members, key=position):
+        # the strength of SPO's regulariser is worth a word where there are several
+        beta = f"β = {member['beta']:g}" if member["method"] == "spo" and len(spo_betas) > 1 else ""
+        key = (member["method"] or "", beta, *_variant(member))
+        groups.setdefault(key, []).append(member)
+    found = []
+    for (method, *notes), group in groups.items():
+        name = ", ".join([method.upper() or "not of softpref", *filter(None, notes)])
+        found.append(Curve(name, method, "α" if method == "spo" else "β", group))
+    return found
+
+
+def position(member: Member) -> tuple:
+    """Sorts members: SPO before other methods, each before its variants, by parameter."""
+    method = member["method"] or ""
+    value = parameter(member)
+    return method != "spo", method, _variant(member), value is not None, value or 0.0, member["name"]
+
+
+def parameter(member: Member) -> float | None:
+    """What orders a member within its curve: α of SPO, β of other methods; None where there is none."""
+    return member["alpha"] if member["method"] == "spo" else member["beta"]
+
+
+def all_exact(members: Sequence[Member]) -> bool:
+    """Whether exact figures are known of every member, so that all can be shown by these."""
+    return bool(members) and all(member["exact"] for member in members)
+
+
+def point(member: Member, exact: bool) -> Point | None:
+    """Where a member stands: exactly, given that it stays on the set, or by its samples; None if unknown."""
+    group, entropy = ("exact", "entropy") if exact else ("metrics", "entropy_sequence")
+    return _point(member[group], "expected_reward", entropy)
+
+
+def optimum_point(member: Member) -> Point | None:
+    """Where the exact optimum of a member's objective stands; None where it is not known."""
+    return _point(member["exact"] or {}, "optimum_expected_reward", "optimum_entropy")
+
+
+def softmax_points(members: Sequence[Member]) -> list[Point]:
+    """The most entropy at each expected reward, from the first member that knows it; else empty."""
+    known = [pairs for member in members if len(pairs := member["softmax_frontier"] or ()) > 1]
+    return [Point(*pair) for pair in known[0]] if known else []
+
+
+def equal_reward(members: Sequence[Member]) -> dict[str, Any] | None:
+    """Entropy of every curve at the expected rewards of the SPO members, interpolated within it.
+
+    Exact figures where every member has them, samples' otherwise.
+
+    Returns:
+        `basis` (`"exact"` or `"samples"`), `curves` (their names; where the softmax frontier is known,
+        `"maximum"` comes first) and `rows`: `name` of an SPO member, its `curve` and `expected_reward`, and
+        `entropy`, which maps each curve's name to nats, or None outside its range. None where there is no SPO
+        member, or nothing beside it.
+    """
+    exact = all_exact(members)
+    maximum = softmax_points(members) if exact else []
+    drawn = curves(members)
+    lines = {
+        curve.name: points
+        for curve in drawn
+        if (points := [place for member in curve.members if (place := point(member, exact))])
+    }
+    rows = []
+    for curve in drawn:
+        for member in curve.members if curve.method == "spo" and curve.plain else ():
+            if (place := point(member, exact)) is None:
+                continue
+            entropies: dict[str, float | None] = {}
+            if maximum:
+                entropies["maximum"] = place.entropy + shortfall(place, maximum)
+            entropies |= {name: entropy_at(points, place.reward, maximum) for name, points in lines.items()}
+            rows.append(
+                {
+                    "name": member["name"],
+                    "curve": curve.name,
+                    "expected_reward": place.reward,
+                    "entropy": entropies,
+                }
+            )
+    if not rows or len(rows[0]["entropy"]) < 2:
+        return None
+    return {"basis": "exact" if exact else "samples", "curves": list(rows[0]["entropy"]), "rows": rows}
+
+
+def entropy_at(points: Sequence[Point], reward: float, maximum: Sequence[Point] = ()) -> float | None:
+    """Entropy at `reward` between the `points` of a curve, in their order; None outside their range.
+
+    Linear in reward; where the `maximum` is known, of the shortfall from it, for entropy itself is bent, and
+    a straight line between distant points would lie below what the method gives between them. Where a curve
+    passes more than once, because a parameter took reward back again, the highest entropy counts.
+    """
+
+    def lacking(place: Point) -> float:
+        return shortfall(place, maximum) if maximum else -place.entropy
+
+    found = [lacking(place) for place in points if place.reward == reward]
+    for a, b in itertools.pairwise(points):
+        if min(a.reward, b.reward) < reward < max(a.reward, b.reward):
+            share = (reward - a.reward) / (b.reward - a.reward)
+            found.append((1 - share) * lacking(a) + share * lacking(b))
+    if not found:
+        return None
+    return (shortfall(Point(reward, 0.0), maximum) if maximum else 0.0) - min(found)
+
+
+def shortfall(place: Point, maximum: Sequence[Point]) -> float:
+    """Nats of entropy that a point lacks of the most at its expected reward; ≥ 0 up to interpolation."""
+    return float(most_entropy(np.array([place.reward]), maximum)[0]) - place.entropy
+
+
+def most_entropy(rewards: np.ndarray, maximum: Sequence[Point]) -> np.ndarray:
+    """The `maximum` at each of `rewards`, smooth between its points and level beyond them; `[n]` nats."""
+    from scipy.interpolate import PchipInterpolator
+
+    x, y = np.array(maximum).T
+    return PchipInterpolator(x, y)(rewards.clip(x[0], x[-1]))
+
+
+def _variant(member: Member) -> tuple[str, ...]:
+    """What sets a member apart from one trained once on the preferences, in words."""
+    notes = []
+    if member["rounds"] != 1 or member["train_on"] != "preferences":
+        times = f"{member['rounds']} round{'s' if member['rounds'] != 1 else ''}"
+        notes.append(f"{times} on {member['train_on'].replace('_', '-')}")
+    if member["extrapolation"]:
+        notes.append(f"extrapolated by {member['extrapolation']:g}")
+    return tuple(notes)
+
+
+def _point(figures: Mapping[str, Any], reward: str, entropy: str) -> Point | None:
+    x, y = ((figures.get(name) or {}).get("value") for name in (reward, entropy))
+    return None if x is None or y is None else Point(x, y)
