@@ -109,11 +109,13 @@ def test_the_summary_of_a_run_has_a_line_for_every_model(tmp_path, capsys):
         folder = tmp_path / "pipeline" / place
         folder = folder if "extrapolated" in place else folder / "evaluation"
         folder.mkdir(parents=True)
-        evaluation = {"name": name, "method": "spo", "alpha": 1.0, "metrics": {}, "exact": None}
+        weight = 0.5 if "extrapolated" in place else 0.0
+        evaluation = {"name": name, "method": "spo", "alpha": 1.0, "beta": 0.1, "metrics": {}, "exact": None}
+        evaluation |= {"rounds": 1, "train_on": "preferences", "extrapolation": weight}
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
         (folder / "report.html").touch()
     launch._summarise(tmp_path, "sqlite:///store.db", 1.0)
     printed = capsys.readouterr().out
     table = [line.split()[0] for line in printed.splitlines() if " 1 " in line and line.endswith("–")]
-    assert table == ["even", "even-expo-0.5", "sharp"]
+    assert sorted(table) == ["even", "even-expo-0.5", "sharp"]
     assert printed.count("report:") == 3
