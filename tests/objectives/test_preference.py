@@ -270,8 +270,8 @@ def test_weight_scores_stand_in_for_log_probabilities_and_carry_no_gradient(expo
     np.testing.assert_allclose(gradient, np.concatenate(slopes), rtol=1e-12)
 
 
-# Log-probabilities for fp32: multiples of 1/64, whose differences fp32 holds exactly, so that an error found is
-# one of the formulas. Near to nothing, as far as 1e5 nats down, close to each other and far apart.
+# Log-probabilities for fp32: multiples of 1/64, whose differences fp32 holds exactly, so that an error found
+# is one of the formulas. Near to nothing, as far as 1e5 nats down, close to each other and far apart.
 NEAR = [[0.0, -0.015625], [-2.5, -40.25, -3.0], [-1.0, -1.0, -1.0, -1.0], [-700.5, -690.25]]
 DEEP = [[-1e5, -1e5 + 2.5], [-99990.5, -1e5, -99991.0], [-1e5, -1e5], [-1e5, -99995.0, -99998.5, -99990.25]]
 APART = [[-1e5, -3.0], [0.0, -1e5], [-9e4, 0.0, -1e5], [-1e5, -9e4, -5.5, -8e4], [-400.0, -1.0, -1.0]]
