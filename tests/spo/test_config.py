@@ -18,7 +18,7 @@ def layers(tmp_path):
         ({"alpha": float("nan")}, "alpha must be at least 0"),
         ({"alpha": float("inf")}, "alpha must be at least 0"),
         ({"beta": -0.1}, "beta must be"),
-        ({"method": "dpo", "beta": 0.0}, "beta must be above 0 for dpo"),
+        ({"method": "dpo", "beta": 0.0}, "beta must be at least 0 for spo, above 0 for every other"),
         ({"method": "ppo"}, r"method must be 'spo' \| 'dpo'"),
         ({"kl_gradient": "k3"}, "kl_gradient must be"),
         ({"top_p": 0.9}, "top_p must be 1: .*own distribution"),

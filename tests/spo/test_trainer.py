@@ -198,7 +198,7 @@ def test_a_non_finite_gradient_stops_before_the_weights_move(make_trainer, make_
 def test_rankings_of_mixed_sizes_train(make_trainer, make_rows):
     rows = make_rows(18, sizes=(2, 3, 4), soft=True)
     trainer = make_trainer(rows, num_train_epochs=12, beta=0.01, learning_rate=5e-3)
-    assert trainer.train_dataset.kind == "ranking"
+    assert {row["kind"] for row in trainer.train_dataset.rows} == {"pairwise", "ranking"}
     trainer.train()
     assert logs_of(trainer)[-1]["loss/preference"] < 0.7 * logs_of(trainer)[0]["loss/preference"]
 
@@ -335,19 +335,20 @@ def test_a_row_that_cannot_be_trained_on_is_named(make_trainer, row, message):
     ("rows", "options", "error", "message"),
     [
         ([], {}, DataError, "no row"),
-        ([PAIR, {**PAIR, "completions": ["c", "d", "e"]}], {"method": "dpo"}, ConfigError, "dpo takes pairs"),
+        (
+            [PAIR, {**PAIR, "completions": ["c", "d", "e"], "kind": "best_of_n"}],
+            {"method": "sppo"},
+            DataError,
+            "preference row 1: method sppo needs to know how often each completion wins",
+        ),
         (
             [{**PAIR, "completions": ["c", "d", "e"]}],
             {"preference_kind": "pairwise"},
-            ConfigError,
-            "preference_kind is pairwise",
-        ),
-        (
-            [{**PAIR, "completions": ["c", "d", "e"], "kind": kind} for kind in ("ranking", "best_of_n")],
-            {},
             DataError,
-            "several kinds",
+            "3 completions are no pair",
         ),
+        ([PAIR], {"kl_prompts": "both"}, ConfigError, "there is no separate prompt set"),
+        ([PAIR], {"rounds": 2}, ConfigError, "give SPOTrainer a judge"),
         ([PAIR], {"trainer_options": {"prompt_dataset": []}}, DataError, "holds no prompt"),
         ([PAIR], {"trainer_options": {"prompt_dataset": [{"text": "a"}]}}, DataError, "prompt row 0"),
     ],

@@ -22,14 +22,19 @@ class Sample(NamedTuple):
     Attributes:
         prompt: prompt ids.
         completion: sampled ids, the stop token included when one was drawn.
-        logp: log-probability of the completion under the model that sampled it, nats.
+        token_logps: log-probability of each token under the model that sampled it, nats.
         truncated: the length limit came before a stop token.
     """
 
     prompt: list[int]
     completion: list[int]
-    logp: float
+    token_logps: list[float]
     truncated: bool
+
+    @property
+    def logp(self) -> float:
+        """Log-probability of the completion under the model that sampled it, nats."""
+        return sum(self.token_logps)
 
 
 def sampling_noise(count: int, max_new_tokens: int, seed: int) -> torch.Tensor:
@@ -115,7 +120,7 @@ def _sample_batch(
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     drawn = torch.zeros((len(prompts), max_new_tokens), dtype=torch.long, device=device)
     lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
-    logps = torch.zeros(len(prompts), dtype=torch.float32, device=device)
+    logps = torch.zeros((len(prompts), max_new_tokens), dtype=torch.float32, device=device)
     cache = DynamicCache(config=model.config)
     for step in range(max_new_tokens):
         output = model(
@@ -136,7 +141,7 @@ def _sample_batch(
         rows = alive[going]
         drawn[rows, step] = tokens[going]
         lengths[rows] += 1
-        logps[rows] += scores.gather(-1, tokens[:, None]).squeeze(-1)[going]
+        logps[rows, step] = scores.gather(-1, tokens[:, None]).squeeze(-1)[going]
         ended[rows] = torch.isin(tokens[going], stops)
         left = int((~ended).sum())
         if left == 0:
@@ -148,8 +153,8 @@ def _sample_batch(
             alive, ids, mask, positions = alive[keep], ids[keep], mask[keep], positions[keep]
             cache.batch_select_indices(keep)
     return [
-        Sample(prompt, completion[:length], logp, not has_ended)
-        for prompt, completion, length, logp, has_ended in zip(
+        Sample(prompt, completion[:length], token_logps[:length], not has_ended)
+        for prompt, completion, length, token_logps, has_ended in zip(
             prompts, drawn.tolist(), lengths.tolist(), logps.tolist(), ended.tolist(), strict=True
         )
     ]

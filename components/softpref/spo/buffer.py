@@ -49,12 +49,14 @@ class SampleBuffer:
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._draw = draw
         self._samples: list[Sample] = []
+        self._expired = False
         self.policy_step: int | None = None
         """Optimizer step whose policy drew the present samples; None before the first refresh."""
 
     def slice_for(self, step: int) -> list[Sample]:
         """This process's samples for optimizer step `step` (counted from 0), drawn anew when they are due."""
-        if self.policy_step is None or not 0 <= step - self.policy_step < self._interval:
+        due = self.policy_step is None or not 0 <= step - self.policy_step < self._interval
+        if due or (self._expired and step != self.policy_step):
             self._refresh(step)
         assert self.policy_step is not None
         place = step - self.policy_step
@@ -69,9 +71,17 @@ class SampleBuffer:
         place = step - self.policy_step
         return self._size * (place + 1) // self._interval - self._size * place // self._interval
 
+    def expire(self) -> None:
+        """Have the next step draw anew, although the interval is not over."""
+        self._expired = True
+
     def save(self, folder: str | Path) -> None:
         """Write the buffer into a checkpoint, one file per process."""
-        state = {"policy_step": self.policy_step, "samples": [sample._asdict() for sample in self._samples]}
+        state = {
+            "policy_step": self.policy_step,
+            "expired": self._expired,
+            "samples": [sample._asdict() for sample in self._samples],
+        }
         self._file(folder).write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: str | Path) -> None:
@@ -87,7 +97,7 @@ class SampleBuffer:
                 f"({file.name}); resume with as many processes, and with the KL term on, as it was saved with"
             )
         state = json.loads(file.read_text(encoding="utf-8"))
-        self.policy_step = state["policy_step"]
+        self.policy_step, self._expired = state["policy_step"], state["expired"]
         self._samples = [Sample(**sample) for sample in state["samples"]]
 
     def _refresh(self, step: int) -> None:
@@ -97,7 +107,7 @@ class SampleBuffer:
         noise = sampling_noise(self._size, self._max_new_tokens, seed=int(random.integers(2**62)))
         mine = range(self._rank, self._size, self._world_size)
         self._samples = self._draw([list(self._prompts[order[g]]) for g in mine], noise[list(mine)])
-        self.policy_step = step
+        self.policy_step, self._expired = step, False
 
     def _file(self, folder: str | Path) -> Path:
         return Path(folder) / f"sample_buffer_{self._rank}_of_{self._world_size}.json"

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
 from softpref.errors import ConfigError
+from softpref.lm.extrapolation import parse_weights
 from softpref.lm.training import check_training_arguments, device_has_bf16
 
-METHODS = ("spo", "dpo")
+logger = logging.getLogger(__name__)
+
+METHODS = ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo", "sppo")
+# Options that only some methods know: option, the value that does nothing, the methods.
+_ONLY_FOR = (
+    ("weight_exponent", 0.0, ("spo",)),
+    ("label_smoothing", 0.0, ("dpo", "rdpo")),
+    ("soft_labels", "linear", ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo")),
+    ("reference_cache", "", ("dpo", "rdpo", "ipo", "slic", "sppo")),
+)
 
 
 @dataclass
@@ -19,21 +31,54 @@ class SPOConfig(TrainingArguments):
     """Arguments of `SPOTrainer`.
 
     Args:
-        method: `spo`, or the baseline `dpo` on the same rows in the same loop.
+        method: `spo`, or a baseline on the same rows in the same loop: `dpo`, `rdpo` (robust DPO), `ipo`,
+            `slic`, `tdpo` (token-level DPO), `sppo` (self-play preference optimization). Where rows hold
+            more than two completions, methods of pairs take every pair that the order decides.
         alpha: softness α ≥ 0. The preference loss is minimal at softmax(reward / α): 1 gives the experts'
             own distribution, towards 0 their favourite, large values spread out.
         beta: for `spo` the strength of the KL regulariser over the policy's whole output distribution
-            (0 switches it and all sampling off); for `dpo` its β.
+            (0 switches it and all sampling off); for a baseline its own β, see `softpref.objectives`.
         preference_kind: what the order of a row's completions means. `auto` follows the data's `kind` column.
         soft_labels: how a label probability enters the loss: `linear` keeps SPO's optimum, `geometric`
             gives uncertain pairs less weight.
-        weight_exponent: γ of the symmetric row weight; 0 weighs all rows alike.
-        label_smoothing: share of flipped labels that `dpo` assumes.
+        weight_exponent: γ of `spo`'s symmetric row weight; 0 weighs all rows alike.
+        weight_scores: scores in that weight: `sequence` log-probabilities, or their means per `token`.
+        label_smoothing: share of flipped labels that `dpo` and `rdpo` assume.
+        tdpo_alpha: weight of `tdpo`'s divergences.
+        reference_cache: folder in which the reference's log-probabilities of all rows are kept, under a hash
+            of model and rows. They are computed once, and runs that share the folder share them; the
+            reference then takes no memory while a baseline trains. Empty: computed with each batch.
         kl_gradient: `token` is cheaper and has less variance; `full` is exact in expectation. Where a step is
             cut into micro-batches or processes, `full` looks at its samples once more beforehand, for a
             baseline over all of them (as a `weight_exponent` does at its rows).
+        kl_prompts: prompts that the KL term's samples answer: those of the training rows (`preferences`), of
+            the separate set (`separate`), or `both`, each prompt as often as it stands there. `auto` takes
+            the separate set where there is one.
         samples_per_refresh: completions drawn from the policy at each refresh, all processes together.
         sampling_interval: optimizer steps between refreshes; each consumes an equal slice of the samples.
+        refresh: `fixed`, or `adaptive`: samples are drawn anew before the interval is over once those of a
+            step had an effective sample size below `min_ess`.
+        min_ess: that floor, a fraction in (0, 1).
+        max_importance_ratio: weigh stale samples by the ratio of the present policy to the one that drew
+            them, cut down to this value (≥ 1; inf cuts nothing). None takes them as they are, which is
+            biased by what changed since the refresh, and has less variance.
+        sampling_batch_size: completions sampled at once on a device.
+        rounds: how often training rows are drawn anew from the policy as it stands; each round makes
+            `num_train_epochs` passes over as many rows as the training data have. With `train_on=preferences`
+            the first round takes the data as they are, and each later one judged samples.
+        train_on: `preferences`: the data's own completions; `samples`: completions of the policy, judged, on
+            the data's prompts (online training; what `sppo` is made for); `self_play`: the data's best
+            completion (or demonstration) against one of the policy's own.
+        completions_per_prompt: completions drawn and judged for each row. `sppo` learns from all of them,
+            the others from the pair that the judge thinks farthest apart.
+        round_reference: the baselines' reference in each round: the `initial` model, or the policy as it was
+            at the round's beginning (`previous`). `auto` is what the method's authors do: previous for
+            `sppo`, initial otherwise.
+        judge: who judges drawn completions, in the training stage: `expert` (the data's known reward),
+            `bradley-terry` (learned from the training preferences), or `auto`, the expert where there is one.
+            As a library, hand `SPOTrainer` a judge.
+        extrapolation: weights w, comma-separated, at which the training stage also writes
+            `aligned + w · (aligned − reference)` as a model of its own (ExPO, arXiv 2404.16792).
         sampling_batch_size: completions sampled at once on a device.
         temperature, top_p, top_k, repetition_penalty: fixed. Samples of the KL term must come from the
             distribution that is scored; these exist to refuse other values with a reason.
@@ -48,16 +93,23 @@ class SPOConfig(TrainingArguments):
     """
 
     output_dir: str | None = None
-    method: Literal["spo", "dpo"] = "spo"
+    method: Literal["spo", "dpo", "rdpo", "ipo", "slic", "tdpo", "sppo"] = "spo"
     alpha: float = 1.0
     beta: float = 0.05
     preference_kind: Literal["auto", "pairwise", "best_of_n", "ranking"] = "auto"
     soft_labels: Literal["linear", "geometric"] = "linear"
     weight_exponent: float = 0.0
+    weight_scores: Literal["sequence", "token"] = "sequence"
     label_smoothing: float = 0.0
+    tdpo_alpha: float = 0.5
+    reference_cache: str = ""
     kl_gradient: Literal["token", "full"] = "token"
+    kl_prompts: Literal["auto", "preferences", "separate", "both"] = "auto"
     samples_per_refresh: int = 64
     sampling_interval: int = 8
+    refresh: Literal["fixed", "adaptive"] = "fixed"
+    min_ess: float = 0.5
+    max_importance_ratio: float | None = None
     sampling_batch_size: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
@@ -65,6 +117,12 @@ class SPOConfig(TrainingArguments):
     repetition_penalty: float = 1.0
     max_prompt_length: int = 512
     max_completion_length: int = 512
+    rounds: int = 1
+    train_on: Literal["preferences", "samples", "self_play"] = "preferences"
+    completions_per_prompt: int = 2
+    round_reference: Literal["auto", "initial", "previous"] = "auto"
+    judge: Literal["auto", "expert", "bradley-terry"] = "auto"
+    extrapolation: str = ""
     use_peft: bool = False
     lora_r: int = 16
     lora_alpha: int = 32
@@ -93,28 +151,48 @@ class SPOConfig(TrainingArguments):
         """Whether the objective needs samples of the policy: it does where a KL term does."""
         return self.method == "spo" and self.beta > 0
 
+    @property
+    def draws_rows(self) -> bool:
+        """Whether training rows are drawn from the policy, in some round at least."""
+        return self.rounds > 1 or self.train_on != "preferences"
+
+    @property
+    def uses_judge(self) -> bool:
+        """Whether somebody must judge what the policy draws."""
+        return self.draws_rows and self.train_on != "self_play"
+
+    @property
+    def refers_to_previous(self) -> bool:
+        """Whether the reference of a round is the policy that the round began with."""
+        wanted = self.round_reference == "previous" or (
+            self.round_reference == "auto" and self.method == "sppo"
+        )
+        return wanted and self.draws_rows
+
     def _check(self) -> None:
         def refuse(name: str, expected: str) -> None:
             raise ConfigError(f"SPOConfig.{name} must be {expected}, got {getattr(self, name)!r}")
 
-        for name in ("method", "preference_kind", "soft_labels", "kl_gradient"):
-            choices = get_args(get_type_hints(SPOConfig)[name])
-            if getattr(self, name) not in choices:
-                refuse(name, " or ".join(choices))
+        for name, hint in get_type_hints(SPOConfig).items():
+            closed = name in SPOConfig.__annotations__ and get_origin(hint) is Literal
+            if closed and getattr(self, name) not in get_args(hint):
+                refuse(name, " or ".join(get_args(hint)))
         if not (self.alpha >= 0 and math.isfinite(self.alpha)):
             refuse("alpha", "at least 0 (softness α: optimum softmax(reward/α); 1 is the experts' own)")
-        if not (self.beta >= 0 and math.isfinite(self.beta)) or (self.method == "dpo" and self.beta == 0):
-            refuse("beta", "above 0 for dpo, at least 0 for spo")
+        if not (self.beta >= 0 and math.isfinite(self.beta)) or (self.method != "spo" and self.beta == 0):
+            refuse("beta", "at least 0 for spo, above 0 for every other method")
         if not 0 <= self.label_smoothing < 0.5:
             refuse("label_smoothing", "in [0, 0.5)")
-        if not (self.weight_exponent >= 0 and math.isfinite(self.weight_exponent)):
-            refuse("weight_exponent", "at least 0")
+        for name in ("weight_exponent", "tdpo_alpha"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                refuse(name, "at least 0")
         for name in (
             "max_prompt_length",
             "max_completion_length",
             "sampling_interval",
             "sampling_batch_size",
             "lora_r",
+            "rounds",
         ):
             if getattr(self, name) < 1:
                 refuse(name, "at least 1")
@@ -124,6 +202,24 @@ class SPOConfig(TrainingArguments):
                 f"at least sampling_interval ({self.sampling_interval}), for each optimizer step consumes a "
                 "slice of the samples",
             )
+        if not 0 < self.min_ess < 1:
+            refuse("min_ess", "a fraction between 0 and 1")
+        if self.max_importance_ratio is not None and not self.max_importance_ratio >= 1:
+            refuse("max_importance_ratio", "at least 1, or left out to leave stale samples unweighted")
+        if self.completions_per_prompt < 2:
+            refuse("completions_per_prompt", "at least 2, for one is judged against another")
+        self._check_rounds(refuse)
+        if parse_weights(self.extrapolation) and self.use_peft and not self.merge_adapter:
+            refuse("extrapolation", "empty where the adapter is not merged, or merge_adapter true")
+        for option, neutral, methods in _ONLY_FOR:
+            if self.method not in methods and getattr(self, option) != neutral:
+                logger.warning(
+                    "%s=%r has no effect with method %s; it is an option of %s",
+                    option,
+                    getattr(self, option),
+                    self.method,
+                    ", ".join(methods),
+                )
         for name, neutral in (("temperature", 1), ("top_p", 1), ("top_k", 0), ("repetition_penalty", 1)):
             if getattr(self, name) != neutral:
                 refuse(
@@ -131,6 +227,21 @@ class SPOConfig(TrainingArguments):
                     f"{neutral}: the KL term weighs samples as draws of the policy's own distribution, and "
                     "any other setting would bias it without a sign",
                 )
+
+    def _check_rounds(self, refuse: Callable[[str, str], None]) -> None:
+        if not self.draws_rows:
+            return
+        if self.rounds > 1 and self.num_train_epochs != int(self.num_train_epochs):
+            refuse("num_train_epochs", "a whole number where there are rounds: passes over each round's rows")
+        if self.reference_cache and self.method != "spo":
+            refuse("reference_cache", "empty where rows are drawn from the policy: no run meets them again")
+        if self.round_reference == "previous" and self.method in ("spo", "tdpo"):
+            refuse(
+                "round_reference",
+                f"initial for {self.method}, which needs the whole distribution of the reference",
+            )
+        if self.dataloader_persistent_workers:
+            refuse("dataloader_persistent_workers", "off with rounds: workers would keep the old rows")
 
 
 def member_name(method: str, alpha: float, beta: float) -> str:

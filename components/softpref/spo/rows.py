@@ -33,7 +33,6 @@ class PreferenceRows(Dataset):
         from transformers.utils.logging import tqdm
 
         self.rows: list[dict[str, Any]] = []
-        kinds: set[str] = set()
         self.truncated = 0
         for number, row in enumerate(tqdm(rows, desc="Tokenizing preferences", leave=False)):
             try:
@@ -49,21 +48,20 @@ class PreferenceRows(Dataset):
                     for completion in completions
                 ]
                 probability = _probability(row, len(completions))
-                kind = row.get("kind") or "ranking"
-                if kind not in get_args(PreferenceKind):
-                    raise DataError(
-                        f"kind must be one of {', '.join(get_args(PreferenceKind))}, got {kind!r}"
-                    )
+                kind = _kind(row, len(completions), args)
+                wins = (
+                    _win_probabilities(kind, len(completions), probability) if args.method == "sppo" else []
+                )
             except DataError as error:
                 raise DataError(f"preference row {number}: {error}") from error
             self.truncated += any(sequence.truncated for sequence in tokenized)
-            if len(tokenized) > 2:
-                kinds.add(kind)
             self.rows.append(
                 {
                     "prompt": tokenized[0].prompt,
                     "completions": [sequence.completion for sequence in tokenized],
                     "probability": probability,
+                    "kind": kind,
+                    **({"win_probabilities": wins} if wins else {}),
                 }
             )
         if not self.rows:
@@ -76,40 +74,65 @@ class PreferenceRows(Dataset):
                 len(self.rows),
                 args.max_completion_length,
             )
-        if args.preference_kind != "auto":
-            kinds = {args.preference_kind}
-        if len(kinds) > 1:
-            raise DataError(
-                f"rows of more than two completions are of several kinds ({', '.join(sorted(kinds))}); "
-                "train on one kind, or set preference_kind to say how all of them are read"
-            )
-        self.kind = kinds.pop() if kinds else "pairwise"
-        longest = max(len(row["completions"]) for row in self.rows)
-        if longest > 2 and (self.kind == "pairwise" or args.method == "dpo"):
-            raise ConfigError(
-                f"rows hold up to {longest} completions, but "
-                + ("method dpo takes pairs" if args.method == "dpo" else "preference_kind is pairwise")
-            )
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.rows[index], "kind": self.kind}
+        return self.rows[index]
 
 
-def check_positions(model: Any, rows: PreferenceRows, args: SPOConfig) -> None:
-    """Refuse sequences that the model has no positions for, before a batch in the middle of a run fails."""
+def check_positions(model: Any, rows: Sequence[Mapping[str, Any]], args: SPOConfig, sampled: bool) -> None:
+    """Refuse sequences that the model has no positions for, before a batch in the middle of a run fails.
+
+    Args:
+        rows: tokenized, with `prompt` and `completions`.
+        sampled: whether completions are drawn for these prompts, up to the length limit.
+    """
     positions = getattr(model.config, "max_position_embeddings", None)
-    longest_prompt = max(len(row["prompt"]) for row in rows.rows)
-    sampled = longest_prompt + args.max_completion_length if args.samples_policy else 0
-    longest = max(sampled, *(len(row["prompt"]) + max(map(len, row["completions"])) for row in rows.rows))
+    longest_prompt = max(len(row["prompt"]) for row in rows)
+    longest = longest_prompt + args.max_completion_length if sampled else 0
+    longest = max(longest, *(len(row["prompt"]) + max(map(len, row["completions"])) for row in rows))
     if positions is not None and longest > positions:
         raise ConfigError(
             f"sequences of up to {longest} tokens (prompts of up to {longest_prompt}, completions of up to "
             f"{longest - longest_prompt}) do not fit the model's {positions} positions; lower "
             "max_prompt_length or max_completion_length"
         )
+
+
+def answer_rows(rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConfig) -> list[dict[str, Any]]:
+    """What rounds that draw their rows need of each row: `prompt` and, for self-play, the best completion.
+
+    Returns:
+        Rows with `prompt` (ids) and `completions`: the answer alone, or none where samples answer.
+
+    Raises:
+        DataError: names the row and what is wrong with it.
+    """
+    from transformers.utils.logging import tqdm
+
+    limits = {
+        "max_prompt_length": args.max_prompt_length,
+        "max_completion_length": args.max_completion_length,
+    }
+    answered = []
+    for number, row in enumerate(tqdm(rows, desc="Tokenizing prompts", leave=False)):
+        try:
+            if "prompt" not in row:
+                raise DataError(f"needs prompt; has {', '.join(sorted(row))}")
+            if args.train_on == "self_play":
+                answer = row["completion"] if row.get("completion") is not None else _columns(row)[1][0]
+                sequence = tokenize_sequence(tokenizer, row["prompt"], answer, **limits)
+                answered.append({"prompt": sequence.prompt, "completions": [sequence.completion]})
+            else:
+                prompt = tokenize_prompt(tokenizer, row["prompt"], max_length=args.max_prompt_length)
+                answered.append({"prompt": prompt, "completions": [[]]})
+        except DataError as error:
+            raise DataError(f"training row {number}: {error}") from error
+    if not answered:
+        raise DataError("the training data hold no row")
+    return answered
 
 
 def _columns(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
@@ -145,6 +168,34 @@ def _probability(row: Mapping[str, Any], count: int) -> float:
     return float(probability)
 
 
+def _kind(row: Mapping[str, Any], count: int, args: SPOConfig) -> PreferenceKind:
+    """What the order of a row's completions means; a pair is a pair whatever it is called."""
+    kind: Any = row.get("kind") or "ranking"
+    if kind not in get_args(PreferenceKind):
+        raise DataError(f"kind must be one of {', '.join(get_args(PreferenceKind))}, got {kind!r}")
+    if args.preference_kind != "auto":
+        kind = args.preference_kind
+    if count == 2:
+        return "pairwise"
+    if kind == "pairwise":
+        raise DataError(
+            f"{count} completions are no pair, but the row's kind, or preference_kind, is pairwise"
+        )
+    return kind
+
+
+def _win_probabilities(kind: PreferenceKind, count: int, probability: float) -> list[float]:
+    """Each completion's estimated chance to beat another of the row."""
+    if count == 2:
+        return [probability, 1 - probability]
+    if kind == "best_of_n":
+        raise DataError(
+            "method sppo needs to know how often each completion wins, and a best-of-n row of "
+            f"{count} completions tells only of its best; give pairs or rankings"
+        )
+    return [1 - place / (count - 1) for place in range(count)]
+
+
 def tokenize_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int) -> list[list[int]]:
     prompts = []
     for number, row in enumerate(rows):
@@ -169,9 +220,13 @@ class Collator:
         batch = pad_sequences(
             [(row["prompt"], completion) for row in rows for completion in row["completions"]], self._pad_id
         )
-        return {
+        inputs: dict[str, Any] = {
             **batch._asdict(),
             "group_sizes": torch.tensor([len(row["completions"]) for row in rows]),
             "probabilities": torch.tensor([row["probability"] for row in rows]),
-            "kind": rows[0]["kind"],
+            "kinds": [row["kind"] for row in rows],
         }
+        for name in ("ref_logps", "win_probabilities"):  # one for each completion, where rows have them
+            if all(name in row for row in rows):
+                inputs[name] = torch.tensor([value for row in rows for value in row[name]])
+        return inputs

@@ -11,6 +11,8 @@ import torch
 
 import softpref
 from softpref.errors import ConfigError, DataError
+from softpref.judges import check_judge, load_judge
+from softpref.lm.extrapolation import parse_weights, write_extrapolations
 from softpref.lm.loading import (
     load_metadata,
     load_model,
@@ -28,6 +30,17 @@ from softpref.lm.training import (
 from softpref.spo.config import SPOConfig, member_name
 from softpref.spo.trainer import SPOTrainer
 
+# What the model is: the objective, for a reader and for the exact optimum.
+_DEFINING = (
+    "method",
+    "alpha",
+    "beta",
+    "soft_labels",
+    "weight_exponent",
+    "label_smoothing",
+    "rounds",
+    "train_on",
+)
 _TRACKED = (
     "method",
     "alpha",
@@ -35,10 +48,21 @@ _TRACKED = (
     "preference_kind",
     "soft_labels",
     "weight_exponent",
+    "weight_scores",
     "label_smoothing",
+    "tdpo_alpha",
     "kl_gradient",
+    "kl_prompts",
     "samples_per_refresh",
     "sampling_interval",
+    "refresh",
+    "min_ess",
+    "max_importance_ratio",
+    "rounds",
+    "train_on",
+    "completions_per_prompt",
+    "round_reference",
+    "judge",
     "max_prompt_length",
     "max_completion_length",
     "learning_rate",
@@ -95,6 +119,11 @@ def run(
     config.output_dir = str(checkpoints)
     torch.manual_seed(config.seed)
     preferences, prompts, dataset_hash = _load_preferences(dataset_dir)
+    training_rows = _training_rows(config, dataset_dir, preferences)
+    judge = None
+    if config.uses_judge:
+        check_judge(config.judge, dataset_dir)
+        judge = load_judge(config.judge, dataset_dir, seed=config.seed)
     identity = {
         "dataset_hash": dataset_hash,
         "reference": reference_dir,
@@ -107,11 +136,12 @@ def run(
     trainer = SPOTrainer(
         model,
         config,
-        train_dataset=preferences["train"],
+        train_dataset=training_rows,
         eval_dataset=preferences.get("validation"),
         processing_class=tokenizer,
         prompt_dataset=prompts,
         peft_config=_lora(config) if config.use_peft else None,
+        judge=judge,
     )
     with stage_tracker(
         config,
@@ -132,25 +162,23 @@ def run(
             tracker.flush(timeout=10)  # the run's id is part of what is saved
             policy = trainer.accelerator.unwrap_model(trainer.model)
             merged = config.use_peft and config.merge_adapter
-            save_model_folder(
-                policy.merge_and_unload() if merged else policy,
-                tokenizer,
-                output_dir,
-                {
-                    "stage": "train",
-                    "name": name,
-                    "method": config.method,
-                    "alpha": config.alpha,
-                    "beta": config.beta,
-                    "base_model": load_metadata(reference_dir).get("base_model", reference_dir),
-                    "dataset_hash": dataset_hash,
-                    "code_version": softpref.__version__,
-                    "run_id": tracker.run_id,
-                    "max_prompt_length": config.max_prompt_length,
-                    "max_completion_length": config.max_completion_length,
-                    "adapter": config.use_peft and not merged,
-                },
-            )
+            whole = policy.merge_and_unload() if merged else policy
+            metadata = {
+                "stage": "train",
+                "name": name,
+                **{key: getattr(config, key) for key in _DEFINING},
+                "extrapolation": 0.0,
+                "base_model": load_metadata(reference_dir).get("base_model", reference_dir),
+                "dataset_hash": dataset_hash,
+                "code_version": softpref.__version__,
+                "run_id": tracker.run_id,
+                "max_prompt_length": config.max_prompt_length,
+                "max_completion_length": config.max_completion_length,
+                "adapter": config.use_peft and not merged,
+            }
+            if weights := parse_weights(config.extrapolation):
+                write_extrapolations(whole, reference_dir, tokenizer, output_dir, metadata, weights)
+            save_model_folder(whole, tokenizer, output_dir, metadata)
             shutil.rmtree(checkpoints, ignore_errors=True)
     return metrics
 
@@ -169,6 +197,16 @@ def _load_preferences(dataset_dir: str) -> tuple[dict[str, Any], Any, str]:
     prompts = load_from_disk(str(folder / "prompts")) if (folder / "prompts").is_dir() else None
     stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
     return splits, prompts, stats.get("dataset_hash", "")
+
+
+def _training_rows(config: SPOConfig, dataset_dir: str, preferences: dict[str, Any]) -> Any:
+    """The preferences, or for self-play the demonstrations where the dataset has some."""
+    from datasets import load_from_disk
+
+    folder = Path(dataset_dir) / "sft"
+    if config.train_on == "self_play" and folder.is_dir():
+        return load_from_disk(str(folder))["train"]
+    return preferences["train"]
 
 
 def _lora(config: SPOConfig) -> Any:

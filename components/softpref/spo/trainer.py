@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from softpref.errors import ConfigError
+from softpref.judges import as_text
 from softpref.lm.sampling import Sample, evaluation_mode, sample_completions
 from softpref.lm.scoring import (
     SequenceBatch,
@@ -25,23 +26,29 @@ from softpref.lm.scoring import (
     entropies,
     gather_logps,
     pad_sequences,
+    score_sequences,
     sequence_logps,
     sum_by_sequence,
 )
 from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import GuardedTrainer
 from softpref.objectives import (
-    dpo_loss,
     kl_loss,
     kl_per_token,
     log_group_weights,
-    preference_loss,
+    prefix_ratios,
     reward_to_go,
 )
 from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
 from softpref.spo.gauges import Means, SamplingClock
-from softpref.spo.rows import Collator, PreferenceRows, check_positions, tokenize_prompts
+from softpref.spo.losses import implicit_rewards, method_losses
+from softpref.spo.reference import add_reference_logps, model_fingerprint
+from softpref.spo.rounds import RoundRows
+from softpref.spo.rows import Collator, PreferenceRows, answer_rows, check_positions, tokenize_prompts
+
+if TYPE_CHECKING:
+    from softpref.judges import Judge
 
 
 class SPOTrainer(GuardedTrainer):
@@ -53,17 +60,21 @@ class SPOTrainer(GuardedTrainer):
         args: see `SPOConfig`; `args.method` picks the objective.
         train_dataset: rows with `prompt`, `completions` (best first) and optionally `probability`
             (P(first beats second), None for a hard label) and `kind`; also rows with `prompt`, `chosen` and
-            `rejected`. Text or messages. Any sequence of mappings, such as a `datasets.Dataset`.
+            `rejected`. Text or messages. Any sequence of mappings, such as a `datasets.Dataset`. With
+            `train_on=samples` only `prompt` is read; with `self_play`, `prompt` and `completion` will do.
         eval_dataset: rows alike.
         processing_class: the tokenizer.
         ref_model: the frozen reference; by default the model as handed in (with an adapter: the adapter off).
-        prompt_dataset: rows with `prompt` from which the KL term draws; by default the training prompts.
+        prompt_dataset: rows with `prompt` from which the KL term draws (see `SPOConfig.kl_prompts`); by
+            default the training prompts.
         peft_config: a `peft.LoraConfig`, to train an adapter.
         callbacks: as in `transformers.Trainer`.
+        judge: who judges completions drawn in rounds: anything with
+            `probabilities(prompts, first, second) -> P(first beats second)` of texts, see `softpref.judges`.
 
     Metrics, averaged over all rows or samples since the last log: `loss/preference`, `logps/chosen`,
     `logps/rejected`, `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (the
-    method's own implicit reward: α·logp for `spo`, β·(logp − logp_ref) for `dpo`), `kl/sequence` and
+    method's own implicit reward: α·logp for `spo`, β·(logp − logp_ref) for the others), `kl/sequence` and
     `kl/token` (nats), `entropy` (nats per token), `completions/mean_length`,
     `completions/truncated_fraction`, `sampling/age` (steps since the samples were drawn), `sampling/ess`
     (effective sample size, a fraction), `sampling/tokens_per_second`, `sampling/time_fraction`.
@@ -85,6 +96,7 @@ class SPOTrainer(GuardedTrainer):
         prompt_dataset: Iterable[Mapping[str, Any]] | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        judge: Judge | None = None,
     ) -> None:
         if processing_class is None:
             raise ConfigError("SPOTrainer needs processing_class, the tokenizer of the model")
@@ -111,14 +123,48 @@ class SPOTrainer(GuardedTrainer):
             except ValueError as error:  # layers that the model does not have, a rank that is none
                 raise ConfigError(f"peft_config does not fit the model: {error}") from error
         _switch_dropout_off(model)
-        self._needs_reference = args.method == "dpo" or args.samples_policy
-        if ref_model is None and self._needs_reference and not self._uses_adapter:
+        keeps_logps = args.method not in ("spo", "tdpo") and bool(
+            args.reference_cache or args.refers_to_previous
+        )
+        needs_model = args.samples_policy or (args.method != "spo" and not keeps_logps)
+        fingerprint = ""
+        if keeps_logps and args.reference_cache:
+            fingerprint = model_fingerprint(model if ref_model is None else ref_model)
+        if ref_model is None and needs_model and not self._uses_adapter:
             ref_model = deepcopy(model)
-        train_rows = None if train_dataset is None else PreferenceRows(train_dataset, processing_class, args)
+        if args.uses_judge and judge is None:
+            raise ConfigError(
+                f"rounds={args.rounds}, train_on={args.train_on} draw completions that somebody must judge: "
+                "give SPOTrainer a judge (see softpref.judges)"
+            )
+        given = train_dataset is not None and args.train_on == "preferences"
+        train_rows: PreferenceRows | RoundRows | None = None
+        rows: Sequence[dict[str, Any]] = []
+        if train_dataset is not None:
+            if given:
+                train_rows = PreferenceRows(train_dataset, processing_class, args)
+                rows = train_rows.rows
+            else:
+                rows = answer_rows(train_dataset, processing_class, args)
+            check_positions(model, rows, args, sampled=args.samples_policy or args.draws_rows)
         eval_rows = None if eval_dataset is None else PreferenceRows(eval_dataset, processing_class, args)
-        for rows in (train_rows, eval_rows):
-            if rows is not None:
-                check_positions(model, rows, args)
+        if eval_rows is not None:
+            check_positions(model, eval_rows.rows, args, sampled=False)
+        self.rounds: RoundRows | None = None
+        if args.draws_rows and train_dataset is not None:
+            texts = [] if judge is None else [as_text(row["prompt"], roles=True) for row in train_dataset]
+            train_rows = self.rounds = RoundRows(
+                rows,
+                texts,
+                args,
+                tokenizer=processing_class,
+                judge=judge if args.uses_judge else None,
+                draw=self._draw,
+                score=self._score,
+                shares=self._shares,
+                rank=args.process_index,
+                world_size=args.world_size,
+            )
         super().__init__(
             model=model,
             args=args,
@@ -126,7 +172,7 @@ class SPOTrainer(GuardedTrainer):
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), *([_RoundCallback(self.rounds)] if self.rounds else [])],
         )
         self.model_accepts_loss_kwargs = False  # losses are scaled here, over the global batch
         self.ref_model = ref_model
@@ -137,15 +183,13 @@ class SPOTrainer(GuardedTrainer):
         self._stop_ids = stop_token_ids(processing_class, model)
         self._means: dict[str, Means] = {"train": Means(), "eval": Means()}
         self._clock = SamplingClock()
+        self._step_weights = torch.zeros(3, dtype=torch.float64)
+        if keeps_logps:
+            self._keep_reference_logps(train_rows, eval_rows, fingerprint)
         self.buffer: SampleBuffer | None = None
         if args.samples_policy and train_rows is not None:
-            prompts = (
-                [row["prompt"] for row in train_rows.rows]
-                if prompt_dataset is None
-                else tokenize_prompts(prompt_dataset, processing_class, args.max_prompt_length)
-            )
             self.buffer = SampleBuffer(
-                prompts,
+                _kl_prompts(args, rows, prompt_dataset, processing_class),
                 size=args.samples_per_refresh,
                 interval=args.sampling_interval,
                 max_new_tokens=args.max_completion_length,
@@ -165,6 +209,7 @@ class SPOTrainer(GuardedTrainer):
             return batches, rows
         cut = len(batches) > 1 or self.args.world_size > 1
         if self.buffer is not None:
+            self._expire_samples()
             samples = self.buffer.slice_for(self.state.global_step)
             size = self.buffer.slice_size(self.state.global_step)
             for i, batch in enumerate(batches):
@@ -191,8 +236,15 @@ class SPOTrainer(GuardedTrainer):
                 inputs = self._prepare_inputs(batch)
                 with evaluation_mode(policy), self.compute_loss_context_manager():
                     sequences = _sample_batch(inputs)
-                    logits, _ = completion_logits(policy, sequences)
+                    logits, targets = completion_logits(policy, sequences)
                     token_kl = kl_per_token(logits, self._reference_logits(policy, sequences))
+                if self.args.max_importance_ratio is not None:
+                    token_kl = token_kl * prefix_ratios(
+                        gather_logps(logits, targets),
+                        inputs["sample_token_logps"],
+                        sequences.lengths,
+                        max_ratio=self.args.max_importance_ratio,
+                    )
                 to_go = reward_to_go(token_kl, sequences.lengths)
                 total[: to_go.shape[1]] += to_go.sum(0)
         return self.accelerator.reduce(total, reduction="sum")
@@ -205,9 +257,10 @@ class SPOTrainer(GuardedTrainer):
         for batch in batches:
             inputs = self._prepare_inputs(batch)
             with evaluation_mode(policy), self.compute_loss_context_manager():
-                logps = sequence_logps(policy, _preference_batch(inputs))
+                rows_batch = _preference_batch(inputs)
+                scores = self._weight_scores(sequence_logps(policy, rows_batch), rows_batch)
             log_weights.append(
-                log_group_weights(logps, inputs["group_sizes"], weight_exponent=self.args.weight_exponent)
+                log_group_weights(scores, inputs["group_sizes"], weight_exponent=self.args.weight_exponent)
             )
         total = torch.cat(log_weights).logsumexp(0)
         return self.accelerator.gather(total[None]).logsumexp(0) - math.log(rows)
@@ -231,32 +284,25 @@ class SPOTrainer(GuardedTrainer):
     def _preference_losses(self, model, inputs, means: Means) -> Tensor:
         args = self.args
         batch = _preference_batch(inputs)
-        logps = sequence_logps(model, batch)
-        sizes, probabilities = inputs["group_sizes"], inputs["probabilities"]
-        rewards = args.alpha * logps.detach()
-        if args.method == "dpo":
-            with torch.no_grad(), self._reference(model) as reference:
-                ref_logps = sequence_logps(reference, batch)
-            rewards = args.beta * (logps.detach() - ref_logps)
-            losses = dpo_loss(
-                logps,
-                ref_logps,
-                beta=args.beta,
-                label_smoothing=args.label_smoothing,
-                probabilities=probabilities,
-                soft_labels=args.soft_labels,
-            )
-        else:
-            losses = preference_loss(
-                logps,
-                sizes,
-                alpha=args.alpha,
-                kind=inputs["kind"],
-                probabilities=probabilities,
-                soft_labels=args.soft_labels,
-                weight_exponent=args.weight_exponent,
-                log_mean_weight=inputs.get("log_mean_weight"),
-            )
+        sizes = inputs["group_sizes"]
+        logits, targets = completion_logits(model, batch)
+        logps = sum_by_sequence(gather_logps(logits, targets), batch.lengths)
+        ref_logps = inputs.get("ref_logps")
+        divergences = None
+        if args.method != "spo" and ref_logps is None:
+            ref_logits = self._reference_logits(model, batch)
+            ref_logps = sum_by_sequence(gather_logps(ref_logits, targets), batch.lengths)
+            if args.method == "tdpo":
+                divergences = sum_by_sequence(kl_per_token(ref_logits, logits), batch.lengths)
+        losses = method_losses(
+            args,
+            logps,
+            inputs,
+            ref_logps=ref_logps,
+            divergences=divergences,
+            weight_scores=self._weight_scores(logps, batch),
+        )
+        rewards = implicit_rewards(args, logps, ref_logps)
         best = sizes.cumsum(0) - sizes
         worst = sizes.cumsum(0) - 1
         chosen, rejected = logps.detach()[best], logps.detach()[worst]
@@ -270,6 +316,9 @@ class SPOTrainer(GuardedTrainer):
         means.add("rewards/accuracies", (margins > 0).float() + 0.5 * (margins == 0).float())
         return losses
 
+    def _weight_scores(self, logps: Tensor, batch: SequenceBatch) -> Tensor:
+        return logps / batch.lengths if self.args.weight_scores == "token" else logps
+
     def _kl_losses(self, model, inputs, means: Means) -> Tensor:
         batch = _sample_batch(inputs)
         logits, targets = completion_logits(model, batch)
@@ -280,11 +329,13 @@ class SPOTrainer(GuardedTrainer):
             token_logps,
             batch.lengths,
             kl_gradient=self.args.kl_gradient,
+            old_token_logps=None if self.args.max_importance_ratio is None else inputs["sample_token_logps"],
+            max_importance_ratio=self.args.max_importance_ratio,
             to_go_total=inputs.get("to_go_total"),
             sequences=inputs["samples_in_step"],
         )
         with torch.no_grad():
-            log_weights = sum_by_sequence(token_logps, batch.lengths) - inputs["sample_logps"]
+            log_weights = sum_by_sequence(token_logps - inputs["sample_token_logps"], batch.lengths)
             means.add("kl/sequence", losses)
             means.add("kl/token", token_kl)
             means.add("entropy", entropies(logits))
@@ -293,6 +344,9 @@ class SPOTrainer(GuardedTrainer):
             weights = log_weights.clamp(-40, 40).exp()  # squares stay within fp32
             means.add("weight", weights)
             means.add("squared_weight", weights**2)
+            if self.args.refresh == "adaptive" and means is self._means["train"]:
+                sums = (weights.sum(), (weights**2).sum(), weights.new_tensor(len(weights)))
+                self._step_weights = self._step_weights + torch.stack(sums).double().cpu()
             means.add("sampling/age", inputs["sample_age"])
         return losses
 
@@ -324,6 +378,75 @@ class SPOTrainer(GuardedTrainer):
         self._clock.add(time.perf_counter() - started, sum(len(sample.completion) for sample in samples))
         return samples
 
+    def _expire_samples(self) -> None:
+        """Under adaptive refresh, give up samples whose last slice has drifted too far from the policy."""
+        if self.args.refresh != "adaptive" or self.buffer is None:
+            return
+        total, squares, count = (self._sum_over_processes(float(value)) for value in self._step_weights)
+        self._step_weights = torch.zeros(3, dtype=torch.float64)
+        if count and total**2 / (count * squares) < self.args.min_ess:
+            self.buffer.expire()
+
+    # ------------------------------------------------------------------ rounds and kept log-probabilities
+
+    def set_initial_training_values(self, args, dataloader):
+        """As in the base class, for all rounds: `num_train_epochs` counts the passes of one."""
+        if args.rounds == 1:
+            return super().set_initial_training_values(args, dataloader)
+        passes = args.num_train_epochs
+        args.num_train_epochs = passes * args.rounds
+        try:
+            return super().set_initial_training_values(args, dataloader)
+        finally:
+            args.num_train_epochs = passes
+
+    def _keep_reference_logps(
+        self, train_rows: PreferenceRows | RoundRows | None, eval_rows: PreferenceRows | None, model_hash: str
+    ) -> None:
+        """Give rows the reference's log-probabilities once, so that no reference is needed in training."""
+        model = self.model if self.ref_model is None else self.ref_model
+        adapter_off = self.ref_model is None and self._uses_adapter
+
+        def score(sequences: list[tuple[list[int], list[int]]]) -> list[float]:
+            with _adapter_off(self.model) if adapter_off else nullcontext(model) as reference:
+                return self._score(sequences, reference)
+
+        for rows in (train_rows, eval_rows):
+            if not isinstance(rows, PreferenceRows):
+                continue
+            if self.args.reference_cache:
+                self.accelerator.wait_for_everyone()
+                add_reference_logps(
+                    rows.rows,
+                    self.args.reference_cache,
+                    model_hash,
+                    score,
+                    writes=self.is_world_process_zero(),
+                )
+            else:
+                flat = [(row["prompt"], completion) for row in rows.rows for completion in row["completions"]]
+                logps = iter(score(flat))
+                for row in rows.rows:
+                    row["ref_logps"] = [next(logps) for _ in row["completions"]]
+
+    def _score(self, sequences: list[tuple[list[int], list[int]]], model: Any = None) -> list[float]:
+        """Sequence log-probabilities, nats, under `model` (the present policy), shared among processes."""
+        model = self.accelerator.unwrap_model(self.model) if model is None else model
+        mine = sequences[self.args.process_index :: self.args.world_size]
+        with self.compute_loss_context_manager():
+            logps = score_sequences(
+                model, mine, pad_id=self._pad_id, batch_size=self.args.per_device_eval_batch_size
+            )
+        return self._shares(logps.tolist(), len(sequences))
+
+    def _shares(self, mine: list[Any], total: int) -> list[Any]:
+        """The whole of a list of which part r of w, dealt round robin, lies on process r."""
+        if self.args.world_size == 1:
+            return mine
+        parts: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(parts, mine)
+        return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
+
     def _sample_tensors(self, samples: list[Sample]) -> dict[str, Any]:
         if not samples:
             return {}
@@ -333,7 +456,7 @@ class SPOTrainer(GuardedTrainer):
         age = self.state.global_step - self.buffer.policy_step
         return {
             **{f"sample_{name}": tensor for name, tensor in batch._asdict().items()},
-            "sample_logps": torch.tensor([sample.logp for sample in samples]),
+            "sample_token_logps": torch.tensor([logp for sample in samples for logp in sample.token_logps]),
             "sample_truncated": torch.tensor([float(sample.truncated) for sample in samples]),
             "sample_age": torch.full((len(samples),), float(age)),
         }
@@ -363,14 +486,19 @@ class SPOTrainer(GuardedTrainer):
             means = self._means["train"].take(self._sum_over_processes)
             if "weight" in means:  # (Σw)² / (n Σw²)
                 means["sampling/ess"] = means.pop("weight") ** 2 / means.pop("squared_weight")
-            if self.buffer is not None:
+            if self.buffer is not None or self.rounds is not None:
                 means.update(self._clock.take())
+            if self.rounds is not None and self.rounds.number is not None:
+                means["round"] = float(self.rounds.number + 1)
             logs = {**logs, **means}
         super().log(logs, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.rounds is not None and self.args.should_save:
+            self.rounds.save(output_dir)
         if self.buffer is not None:
+            self._expire_samples()  # before the next step would
             self.buffer.save(output_dir)
             self.accelerator.wait_for_everyone()  # the file that marks a checkpoint complete comes after all
 
@@ -378,6 +506,8 @@ class SPOTrainer(GuardedTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.buffer is not None:
             self.buffer.load(checkpoint)
+        if checkpoint is not None and self.rounds is not None:
+            self.rounds.load(checkpoint)
 
     def _sum_over_processes(self, value: float) -> float:
         if self.args.world_size == 1:
@@ -402,6 +532,37 @@ def _preference_batch(inputs: Mapping[str, Any]) -> SequenceBatch:
 
 def _sample_batch(inputs: Mapping[str, Any]) -> SequenceBatch:
     return SequenceBatch(*(inputs[f"sample_{name}"] for name in SequenceBatch._fields))
+
+
+def _kl_prompts(
+    args: SPOConfig,
+    rows: Sequence[Mapping[str, Any]],
+    prompt_dataset: Iterable[Mapping[str, Any]] | None,
+    tokenizer: Any,
+) -> list[list[int]]:
+    """Prompts that the KL term's samples answer, as `SPOConfig.kl_prompts` says."""
+    if prompt_dataset is None and args.kl_prompts in ("separate", "both"):
+        raise ConfigError(
+            f"kl_prompts is {args.kl_prompts}, but there is no separate prompt set: give SPOTrainer a "
+            "prompt_dataset, or the data stage a prompts_source"
+        )
+    prompts = []
+    if prompt_dataset is None or args.kl_prompts in ("preferences", "both"):
+        prompts += [row["prompt"] for row in rows]
+    if prompt_dataset is not None and args.kl_prompts != "preferences":
+        prompts += tokenize_prompts(prompt_dataset, tokenizer, args.max_prompt_length)
+    return prompts
+
+
+class _RoundCallback(TrainerCallback):
+    """Begins a round where an epoch does that is its first."""
+
+    def __init__(self, rounds: RoundRows) -> None:
+        self._rounds = rounds
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        passes = max(1, int(args.num_train_epochs))
+        self._rounds.begin(int((state.epoch or 0.0) + 1e-6) // passes)
 
 
 class _adapter_off:

@@ -1,0 +1,112 @@
+"""Log-probabilities of the reference, kept on disk: computed once, never taken for another model's or data's.
+
+A file holds them for the rows of one data set under one model. Its name and its metadata bear the hashes of
+both. Runs no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softpref.errors import ConfigError, DataError
+
+Scorer = Callable[[list[tuple[list[int], list[int]]]], list[float]]
+"""`(prompt ids, completion ids)` pairs to the reference's sequence log-probabilities, nats."""
+
+
+def add_reference_logps(
+    rows: Sequence[dict[str, Any]],
+    folder: str | Path,
+    model_hash: str,
+    score: Scorer,
+    *,
+    writes: bool = True,
+) -> None:
+    """Give every row its `ref_logps`, one for each completion, from the cache; compute what has no file yet.
+
+    Args:
+        rows: tokenized, with `prompt` and `completions`.
+        folder: where the files are.
+        model_hash: of the reference, see `model_fingerprint`.
+        score: computes log-probabilities; called on every process or on none.
+        writes: whether this process writes the file.
+
+    Raises:
+        ConfigError: the file found belongs to another model or other rows.
+        DataError: it lacks a completion.
+    """
+    sequences = {_key(row["prompt"], one): (row["prompt"], one) for row in rows for one in row["completions"]}
+    keys = sorted(sequences)
+    data_hash = hashlib.sha256("".join(keys).encode()).hexdigest()
+    file = Path(folder) / f"reference_logps-{model_hash[:16]}-{data_hash[:16]}.safetensors"
+    identity = {"model_hash": model_hash, "data_hash": data_hash}
+    if file.is_file():
+        known = _read(file, identity)
+    else:
+        known = dict(zip(keys, score([sequences[key] for key in keys]), strict=True))
+        if writes:
+            _write(file, identity, known)
+    for number, row in enumerate(rows):
+        try:
+            row["ref_logps"] = [known[_key(row["prompt"], one)] for one in row["completions"]]
+        except KeyError:
+            raise DataError(
+                f"{file} lacks a completion of row {number}; it was cut off or changed: remove it, and it is "
+                "made anew"
+            ) from None
+
+
+def model_fingerprint(model: Any) -> str:
+    """SHA-256 of a model's weights by name; of a PEFT model, of the model beneath its adapter."""
+    digest = hashlib.sha256()
+    prefix = ""
+    if hasattr(model, "peft_config"):
+        prefix, model = model.base_model.prefix, model.get_base_model()
+    for name, tensor in sorted(model.state_dict().items()):
+        if (prefix and prefix in name) or ".modules_to_save." in name:
+            continue
+        name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _key(prompt: Sequence[int], completion: Sequence[int]) -> str:
+    return hashlib.sha256(json.dumps([list(prompt), list(completion)]).encode()).hexdigest()[:32]
+
+
+def _read(file: Path, identity: dict[str, str]) -> dict[str, float]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as content:
+            found = content.metadata() or {}
+            keys = bytes(content.get_tensor("keys").numpy().tobytes()).hex()
+            logps = content.get_tensor("logps").tolist()
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); remove it, and it is made anew") from error
+    for name, expected in identity.items():
+        if found.get(name) != expected:
+            raise ConfigError(
+                f"{file} was made for another {name.removesuffix('_hash')} ({name} {found.get(name)}, here "
+                f"{expected}); name another reference_cache, or remove the file"
+            )
+    return {keys[32 * i : 32 * (i + 1)]: logp for i, logp in enumerate(logps)}
+
+
+def _write(file: Path, identity: dict[str, str], known: dict[str, float]) -> None:
+    from safetensors.torch import save_file
+
+    keys = torch.frombuffer(bytearray(bytes.fromhex("".join(known))), dtype=torch.uint8)
+    tensors = {"keys": keys.view(-1, 16), "logps": torch.tensor(list(known.values()))}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    save_file(tensors, partial, metadata=identity)
+    os.replace(partial, file)  # whole or not at all, also where two runs write it at once

@@ -1,0 +1,180 @@
+"""Training rows that change with each round: drawn from the policy as it stands, judged, made into rows.
+
+Knows no trainer: drawing, scoring and what other processes did are the caller's functions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from softpref.errors import ConfigError
+from softpref.lm.sampling import Sample, sampling_noise
+from softpref.lm.tokenization import decode
+from softpref.spo.config import SPOConfig
+
+if TYPE_CHECKING:
+    from softpref.judges import Judge
+
+_FILE = "round_rows.json"
+_DRAWN_AT_ONCE = 4096
+
+
+class RoundRows(Dataset):
+    """The rows of the present round, all of them on every process.
+
+    Args:
+        rows: one for each row of a round: `prompt` (ids) and `completions`, where the first round trains on
+            given rows or the first completion is the answer of self-play.
+        prompts: the same prompts as the judge reads them.
+        args: see `SPOConfig`: `rounds`, `train_on`, `completions_per_prompt`, `method`.
+        tokenizer: makes texts of what was drawn.
+        judge: see `softpref.judges`; None in self-play.
+        draw: `(prompts, noise [n, max_completion_length]) -> samples` of the present policy.
+        score: sequence log-probabilities under the present policy of `(prompt, completion)` ids.
+        shares: this process's part of a list to the whole, where part r of w has every w-th element from r.
+        rank, world_size: of this process.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[dict[str, Any]],
+        prompts: Sequence[str],
+        args: SPOConfig,
+        *,
+        tokenizer: Any,
+        judge: Judge | None,
+        draw: Callable[[list[list[int]], Any], list[Sample]],
+        score: Callable[[list[tuple[list[int], list[int]]]], list[float]],
+        shares: Callable[[list[Any], int], list[Any]],
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._given, self._prompts, self._args = rows, prompts, args
+        self._tokenizer, self._judge = tokenizer, judge
+        self._draw, self._score, self._shares = draw, score, shares
+        self._rank, self._world_size = rank, world_size
+        self.rows: list[dict[str, Any]] = []
+        self.number: int | None = None
+        """The present round, from 0; None before the first."""
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+    def begin(self, number: int) -> None:
+        """Draw the rows of round `number`, unless they are here already (from a checkpoint)."""
+        if self.number == number:
+            return
+        if self._args.train_on == "preferences" and number == 0:
+            self.rows = [dict(row) for row in self._given]
+        else:
+            self.rows = self._drawn(number)
+        if self._args.refers_to_previous:
+            flat = [(row["prompt"], completion) for row in self.rows for completion in row["completions"]]
+            logps = iter(self._score(flat))
+            for row in self.rows:
+                row["ref_logps"] = [next(logps) for _ in row["completions"]]
+        self.number = number
+
+    def save(self, folder: str | Path) -> None:
+        """Write the present rows into a checkpoint."""
+        state = {"round": self.number, "rows": self.rows}
+        (Path(folder) / _FILE).write_text(json.dumps(state), encoding="utf-8")
+
+    def load(self, folder: str | Path) -> None:
+        """Continue with a checkpoint's rows.
+
+        Raises:
+            ConfigError: the checkpoint holds none.
+        """
+        file = Path(folder) / _FILE
+        if not file.is_file():
+            raise ConfigError(f"checkpoint {folder} holds no rows of a round ({_FILE}); it is of another run")
+        state = json.loads(file.read_text(encoding="utf-8"))
+        self.number, self.rows = state["round"], state["rows"]
+
+    def _drawn(self, number: int) -> list[dict[str, Any]]:
+        from transformers.utils.logging import tqdm
+
+        count = 1 if self._judge is None else self._args.completions_per_prompt
+        at_once = max(1, _DRAWN_AT_ONCE // count)
+        rows: list[dict[str, Any]] = []
+        with tqdm(total=len(self) * count, desc=f"Round {number + 1}: drawing completions") as progress:
+            for start in range(0, len(self), at_once):
+                here = range(start, min(start + at_once, len(self)))
+                rows += self._chunk(here, count, seed=(self._args.seed, number, start))
+                progress.update(len(here) * count)
+        return rows
+
+    def _chunk(self, here: range, count: int, seed: tuple[int, ...]) -> list[dict[str, Any]]:
+        """Rows of some prompts; samples, and then judging, are dealt to the processes round robin."""
+        total = len(here) * count
+        noise = sampling_noise(
+            total,
+            self._args.max_completion_length,
+            seed=int(np.random.default_rng(seed).integers(2**62)),
+        )
+        mine = list(range(self._rank, total, self._world_size))
+        drawn = self._draw([self._given[here[g // count]]["prompt"] for g in mine], noise[mine])
+        completions = self._shares([sample.completion for sample in drawn], total)
+        groups = [completions[i * count : (i + 1) * count] for i in range(len(here))]
+        own = range(self._rank, len(here), self._world_size)
+        if self._judge is None:
+            rows = [self._against_answer(here[i], groups[i][0]) for i in own]
+        else:
+            prompts = [self._prompts[here[i]] for i in own]
+            texts = [[decode(self._tokenizer, one) for one in groups[i]] for i in own]
+            tables = win_tables(self._judge, prompts, texts)
+            rows = [self._judged(here[i], groups[i], table) for i, table in zip(own, tables, strict=True)]
+        return self._shares(rows, len(here))
+
+    def _against_answer(self, index: int, completion: list[int]) -> dict[str, Any]:
+        given = self._given[index]
+        row = {"prompt": given["prompt"], "completions": [given["completions"][0], completion]}
+        wins = {"win_probabilities": [1.0, 0.0]} if self._args.method == "sppo" else {}
+        return {**row, "probability": 1.0, "kind": "pairwise", **wins}
+
+    def _judged(self, index: int, completions: list[list[int]], table: np.ndarray) -> dict[str, Any]:
+        """A row of all that was drawn, or of the two that the judge thinks farthest apart."""
+        wins = table.sum(1) / (len(completions) - 1)
+        order = np.argsort(-wins, kind="stable").tolist()
+        if self._args.method != "sppo":
+            order = [order[0], order[-1]]
+        pair = len(order) == 2
+        row = {
+            "prompt": self._given[index]["prompt"],
+            "completions": [completions[place] for place in order],
+            "probability": float(table[order[0], order[1]]) if pair else 1.0,
+            "kind": "pairwise" if pair else "ranking",
+        }
+        if self._args.method == "sppo":
+            row["win_probabilities"] = [float(wins[place]) for place in order]
+        return row
+
+
+def win_tables(judge: Judge, prompts: Sequence[str], groups: Sequence[Sequence[str]]) -> list[np.ndarray]:
+    """P(completion i beats completion j) of each prompt's completions: `[n, n]`, zero on the diagonal."""
+    places = [np.triu_indices(len(texts), k=1) for texts in groups]
+    triples = [
+        (prompt, texts[i], texts[j])
+        for prompt, texts, place in zip(prompts, groups, places, strict=True)
+        for i, j in zip(*(indices.tolist() for indices in place), strict=True)
+    ]
+    asked, first, second = zip(*triples, strict=True) if triples else ((), (), ())
+    chances = np.asarray(judge.probabilities(asked, first, second)) if triples else np.zeros(0)
+    tables, start = [], 0
+    for texts, (i, j) in zip(groups, places, strict=True):
+        table = np.zeros((len(texts), len(texts)))
+        table[i, j] = chances[start : start + len(i)]
+        table[j, i] = 1 - table[i, j]
+        tables.append(table)
+        start += len(i)
+    return tables
