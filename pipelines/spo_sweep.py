@@ -67,7 +67,9 @@ def spo_sweep(
         sft_epochs: Passes over the demonstrations; 0 takes the base model as the reference.
         sft_overrides: JSON object with any other parameter of the SFT stage.
         alphas: Softness values, one model each. 1: the experts' own distribution, towards 0: their favourite.
-        baselines: Baselines on the same rows, METHOD or METHOD:BETA.
+        baselines: Further models on the same rows, METHOD[:BETA][,OPTION=VALUE...]: dpo, rdpo, ipo, slic,
+            tdpo, sppo (or spo), with options of the training stage for this model alone and perhaps its
+            name, such as "sppo:1,train_on=samples,rounds=3".
         beta: Strength of the KL regulariser over the whole output distribution.
         learning_rate: Peak learning rate of SPO training.
         epochs: Passes over the preferences.

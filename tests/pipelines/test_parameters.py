@@ -6,8 +6,10 @@ import sys
 import time
 
 import pytest
+from softpref.config import build_config
 from softpref.errors import ConfigError
-from softpref.preflight.stage import plan
+from softpref.preflight.stage import plan, training_layers
+from softpref.spo.config import SPOConfig
 
 from tests.pipelines.conftest import REPOSITORY
 
@@ -74,13 +76,46 @@ def test_embedded_recipe_plans_one_model_per_alpha_and_baseline(launch, sweep):
     assert members[3].beta == 1.0
 
 
+def test_a_baseline_has_options_of_its_own_that_win_over_the_shared_ones(launch, sweep):
+    changes = {
+        "alphas": [],
+        "baselines": ["dpo:0.5, learning_rate=1e-4", "spo:0.1,alpha=2,rounds=2,name=online", "ipo"],
+        "train_overrides": '{"learning_rate": 0.3, "seed": 5}',
+    }
+    members = plan(launch.pipeline_parameters(sweep, "embedded", changes))
+    assert members == [
+        ("dpo-beta-0.5", "dpo", 1.0, 0.5, {"learning_rate": "1e-4"}),
+        ("online", "spo", 2.0, 0.1, {"rounds": "2"}),
+        ("ipo-beta-0.1", "ipo", 1.0, 0.1, {}),
+    ]
+    shared = {"learning_rate": 0.2, "overrides": changes["train_overrides"]}
+    configs = [build_config(SPOConfig, *training_layers(shared, member)) for member in members]
+    assert [config.learning_rate for config in configs] == [1e-4, 0.3, 0.3]
+    assert [config.rounds for config in configs] == [1, 2, 1]
+    assert {config.seed for config in configs} == {5}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"alphas": [1.0, -1.0]}, "alpha must be at least 0"),
-        ({"alphas": [1.0, 1.0]}, "must differ"),
+        ({"alphas": [1.0, 1.0]}, "names that differ"),
         ({"alphas": [], "baselines": []}, "nothing to train"),
-        ({"baselines": ["dpp"]}, "known: dpo"),
+        ({"baselines": ["dpp"]}, "did you mean 'dpo'"),
+        ({"baselines": ["dpo:0.1,learning_rat=1e-6"]}, "did you mean 'learning_rate'"),
+        ({"baselines": ["dpo:0.1,1e-6"]}, "no OPTION=VALUE"),
+        ({"baselines": ["dpo:0.1,beta=2"]}, "beta stands in front"),
+        ({"baselines": ["dpo:0.1", "dpo:0.1,learning_rate=1e-6"]}, "name=slow-dpo"),
+        ({"baselines": ["sppo:1,rounds=0"]}, "rounds must be at least 1"),
+        ({"train_overrides": '{"alpha": 2}'}, "use the parameter alpha"),
+        (
+            {"source": "owner/name", "baselines": ["sppo:1,rounds=2,judge=expert"]},
+            "sppo-beta-1: judge expert knows the story world alone",
+        ),
+        (
+            {"data_overrides": '{"story_kind": "best_of_n"}', "baselines": ["sppo"]},
+            "sppo needs to know how often each completion wins",
+        ),
         ({"baselines": ["dpo:strong"]}, "dpo:0.1"),
         ({"train_overrides": '{"loging_steps": 5}'}, "did you mean 'logging_steps'"),
         ({"train_overrides": '{"top_p": 0.9}'}, "policy's own distribution"),

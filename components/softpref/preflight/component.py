@@ -45,7 +45,8 @@ def plan_sweep(
 
     Args:
         alphas: Softness values, one model each.
-        baselines: Baselines, METHOD or METHOD:BETA, such as dpo:0.1.
+        baselines: Further models on the same rows, METHOD[:BETA][,OPTION=VALUE...], such as dpo:0.1 or
+            sppo:1,train_on=samples,rounds=3.
         beta: Strength of the KL regulariser of the spo members.
         source, columns, prompt_template, rows, data_overrides: Parameters of the data stage.
         base_model, sft_learning_rate, sft_epochs, sft_overrides: Parameters of the SFT stage.
@@ -58,7 +59,7 @@ def plan_sweep(
         parent_run_id: MLflow run of the whole pipeline. Empty: one is opened, or the inherited one is taken.
 
     Returns:
-        A JSON object per model: name, method, alpha, beta, parent_run_id.
+        A JSON object per model: name, method, alpha, beta, options, parent_run_id.
     """
     parameters = dict(locals())
 
@@ -117,7 +118,7 @@ def plan_run(
         parent_run_id: MLflow run of the whole pipeline. Empty: one is opened, or the inherited one is taken.
 
     Returns:
-        A JSON object: name, method, alpha, beta, parent_run_id.
+        A JSON object: name, method, alpha, beta, options, parent_run_id.
     """
     parameters = dict(locals())
 

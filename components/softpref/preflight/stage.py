@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from softpref.config import build_config, parse_overrides
+from softpref.config import build_config, closest, parse_overrides
 from softpref.errors import ConfigError
 
 DEFAULT_BASELINE_BETA = 0.1
@@ -42,21 +42,27 @@ _MAY_BE_EMPTY = {"columns", "prompt_template", "base_model"}  # and the override
 
 
 class Member(NamedTuple):
-    """One model of a sweep: what differs from the others."""
+    """One model of a sweep: what differs from the others.
+
+    Attributes:
+        options: parameters of the training stage for this model alone; they win over all others.
+    """
 
     name: str
     method: str
     alpha: float
     beta: float
+    options: dict[str, str]
 
 
 def plan(parameters: Mapping[str, Any]) -> list[Member]:
     """Build every stage's configuration, so that a wrong parameter fails here, and list the models to train.
 
     Args:
-        parameters: a pipeline's parameters by name. `alphas` (softness values) and `baselines` (`METHOD` or
-            `METHOD:BETA`, such as `dpo:0.1`), or a single `alpha`; `beta`, the KL strength of the `spo`
-            members; and those of the stages, `data_overrides` and the like (JSON) among them.
+        parameters: a pipeline's parameters by name. `alphas` (softness values) and `baselines`, or a single
+            `alpha`; `beta`, the KL strength of the `spo` members; and those of the stages, `data_overrides`
+            and the like (JSON) among them. A baseline is `METHOD[:BETA][,OPTION=VALUE…]`, such as `dpo:0.1`
+            or `sppo:1,train_on=samples,rounds=3`, options being those of `SPOConfig`, and `name`.
 
     Raises:
         ConfigError: the first wrong parameter, with what would be right.
@@ -73,25 +79,40 @@ def plan(parameters: Mapping[str, Any]) -> list[Member]:
             raise ConfigError(f"{name} must be at least 0, got {parameters[name]}")
     alphas = parameters["alphas"] if "alphas" in parameters else [parameters["alpha"]]
     beta = parameters["beta"]
-    members = [Member(member_name("spo", alpha, beta), "spo", float(alpha), float(beta)) for alpha in alphas]
+    members = [
+        Member(member_name("spo", alpha, beta), "spo", float(alpha), float(beta), {}) for alpha in alphas
+    ]
     members += [_baseline(text) for text in parameters.get("baselines", [])]
     names = [member.name for member in members]
     if not names:
         raise ConfigError("nothing to train: give at least one alpha or baseline")
     if len(set(names)) < len(names):
-        raise ConfigError(f"the models of a sweep must differ, got {', '.join(names)}")
+        raise ConfigError(
+            f"the models of a sweep need names that differ, got {', '.join(names)}; name a baseline like "
+            "dpo:0.1,learning_rate=1e-6,name=slow-dpo"
+        )
     stages: dict[str, dict[str, Any]] = {stage: {} for stage, _ in _BELONGS_TO.values()}
     for name, (stage, option) in _BELONGS_TO.items():
         value = parameters.get(name)
         empty = value == "" and (name in _MAY_BE_EMPTY or option == "overrides")
         if not (value is None or empty or (name in _ZERO_IS_NONE and value == 0)):
             stages[stage][option] = value
-    source = _build(DataConfig, stages["data"]).source
+    data = _build(DataConfig, stages["data"])
+    source = data.source
     _check_local_source(source)
     _build(SFTConfig, stages["sft"])
     for member in members:
-        differs = {"method": member.method, "alpha": member.alpha, "beta": member.beta}
-        _build(SPOConfig, {**stages["train"], **differs})
+        config = build_config(SPOConfig, *training_layers(stages["train"], member))
+        if config.uses_judge and config.judge == "expert" and source != "story":
+            raise ConfigError(
+                f"{member.name}: judge expert knows the story world alone, and the source is {source}; use "
+                "judge bradley-terry, which learns from the training preferences, or auto"
+            )
+        if config.method == "sppo" and config.train_on == "preferences" and data.story_kind == "best_of_n":
+            raise ConfigError(
+                f"{member.name}: a best-of-n row tells only of its best, and sppo needs to know how often "
+                "each completion wins; use story_kind pairwise or ranking, or train_on=samples"
+            )
     if _build(EvaluationConfig, stages["evaluation"]).judge == "expert" and source != "story":
         raise ConfigError(
             f"judge expert knows the story world alone, and the source is {source}; use judge bradley-terry, "
@@ -102,18 +123,52 @@ def plan(parameters: Mapping[str, Any]) -> list[Member]:
     return members
 
 
+def training_layers(shared: Mapping[str, Any], member: Member) -> list[Mapping[str, Any]]:
+    """The training stage's parameters for one member as layers of `build_config`, later ones winning.
+
+    Args:
+        shared: those that all members share, `overrides` (JSON) among them.
+
+    Raises:
+        ConfigError: the overrides set for all what distinguishes the members.
+    """
+    values = dict(shared)
+    overrides = parse_overrides(values.pop("overrides", ""))
+    for name, instead in (("method", "baselines"), ("alpha", "alpha or alphas"), ("beta", "beta")):
+        if name in overrides:
+            raise ConfigError(f"train_overrides must not hold {name}; use the parameter {instead}")
+    own = {"method": member.method, "alpha": member.alpha, "beta": member.beta}
+    return [values, overrides, own, member.options]
+
+
 def _baseline(text: str) -> Member:
     from softpref.spo.config import METHODS, member_name
 
-    method, _, beta_text = text.partition(":")
-    if method not in METHODS or method == "spo":
-        known = ", ".join(name for name in METHODS if name != "spo")
-        raise ConfigError(f"baseline {text!r} is unknown; known: {known}, each with :BETA if wanted")
+    head, *settings = [part.strip() for part in text.split(",")]
+    method, _, beta_text = head.partition(":")
+    if method not in METHODS:
+        raise ConfigError(
+            f"baseline {text!r} is unknown{closest(method, METHODS)}; write METHOD:BETA, such as dpo:0.1"
+        )
     try:
         beta = float(beta_text) if beta_text else DEFAULT_BASELINE_BETA
     except ValueError as error:
         raise ConfigError(f"baseline {text!r}: BETA must be a number, as in {method}:0.1") from error
-    return Member(member_name(method, 1.0, beta), method, 1.0, beta)
+    options: dict[str, str] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"baseline {text!r}: {setting!r} is no OPTION=VALUE, like learning_rate=1e-6")
+        options[key.strip()] = value.strip()
+    try:
+        alpha = float(options.pop("alpha", 1.0))
+    except ValueError as error:
+        raise ConfigError(f"baseline {text!r}: alpha must be a number") from error
+    name = options.pop("name", "") or member_name(method, alpha, beta)
+    for key in ("method", "beta"):
+        if key in options:
+            raise ConfigError(f"baseline {text!r}: {key} stands in front, as in {method}:0.1")
+    return Member(name, method, alpha, beta, options)
 
 
 def _build(cls: type, values: Mapping[str, Any]) -> Any:

@@ -30,7 +30,8 @@ def train_policy(
         reference: The model to start from, which is also the frozen reference of the KL term.
         policy: The aligned model's folder: safetensors, tokenizer, generation config, model card.
         metrics: Final training and validation figures.
-        member: JSON object written by the planning task: name, method, alpha, beta and parent_run_id.
+        member: JSON object written by the planning task: name, method, alpha, beta, options (parameters of
+            SPOConfig for this model alone) and parent_run_id.
         learning_rate: Peak learning rate.
         num_train_epochs: Passes over the preferences.
         samples_per_refresh: Completions drawn from the policy at each refresh, for the KL term.
@@ -53,9 +54,6 @@ def train_policy(
     config = build_config(
         SPOConfig,
         {
-            "method": plan["method"],
-            "alpha": plan["alpha"],
-            "beta": plan["beta"],
             "learning_rate": learning_rate,
             "num_train_epochs": num_train_epochs,
             "samples_per_refresh": samples_per_refresh,
@@ -64,6 +62,8 @@ def train_policy(
             "gpus": gpus,
         },
         parse_overrides(overrides),
+        {key: plan[key] for key in ("method", "alpha", "beta")},
+        plan.get("options", {}),
     )
     results = run(
         config,
