@@ -55,7 +55,7 @@ def pipeline_parameters(pipeline: Any, recipe: str, given: Mapping[str, Any]) ->
 
     Args:
         recipe: name of a file in `recipes/`, or the path of one. A recipe's mappings (`train_overrides:` and
-            the like) become JSON.
+            the like) become JSON; a JSON object given for one of them is laid over it, key by key.
 
     Raises:
         ConfigError: there is no such recipe, or it names a parameter that no pipeline has.
@@ -66,13 +66,26 @@ def pipeline_parameters(pipeline: Any, recipe: str, given: Mapping[str, Any]) ->
         known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
         raise ConfigError(f"there is no recipe {recipe!r}{closest(recipe, known)}")
     parameters = {name: spec.default for name, spec in inputs.items()}
+    mappings = set()
     for name, value in read_mapping(path).items():
         if name in inputs:
+            if isinstance(value, dict):
+                mappings.add(name)
             parameters[name] = json.dumps(value) if isinstance(value, dict) else value
         elif name not in _ONLY_FOR_SWEEPS:
             raise ConfigError(f"recipe {path}: no parameter {name!r}{closest(name, inputs)}")
-    parameters.update({name: value for name, value in given.items() if value is not None})
+    for name, value in given.items():
+        if value is not None:
+            parameters[name] = _laid_over(parameters[name], value) if name in mappings else value
     return {name: _typed(name, value, inputs[name].annotation) for name, value in parameters.items()}
+
+
+def _laid_over(recipe: str, given: str) -> str:
+    """A recipe's JSON object with the keys given in place of its own; what is no object stays as given."""
+    try:
+        return json.dumps({**json.loads(recipe), **json.loads(given)})
+    except (ValueError, TypeError):
+        return given  # the empty text takes nothing of the recipe's; anything else is refused by the plan
 
 
 def _typed(name: str, value: Any, annotation: Any) -> Any:

@@ -76,6 +76,20 @@ def test_embedded_recipe_plans_one_model_per_alpha_and_baseline(launch, sweep):
     assert members[3].beta == 1.0
 
 
+def test_what_is_given_is_laid_over_a_recipes_mapping_key_by_key(launch, sweep):
+    def overrides(given):
+        return launch.pipeline_parameters(sweep, "embedded", {"data_overrides": given})["data_overrides"]
+
+    recipe = json.loads(overrides(None))
+    assert json.loads(overrides('{"votes": 1, "story_kind": "ranking"}')) == {
+        **recipe,
+        "votes": 1,
+        "story_kind": "ranking",
+    }
+    assert overrides("") == ""
+    assert overrides("[1]") == "[1]"  # no object: the plan refuses it
+
+
 def test_a_baseline_has_options_of_its_own_that_win_over_the_shared_ones(launch, sweep):
     changes = {
         "alphas": [],
