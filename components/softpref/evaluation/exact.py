@@ -39,8 +39,8 @@ class Objective(NamedTuple):
     """What a policy was trained on, as far as its optimum depends on it.
 
     Attributes:
-        method, alpha, beta, soft_labels, weight_exponent, label_smoothing, rounds, train_on, extrapolation:
-            as the training stage names them.
+        method, alpha, beta, soft_labels, weight_exponent, label_smoothing, rounds, train_on, judge,
+            extrapolation: as the training stage names them.
         kind, group_size: what the rows are, and how many completions each holds; `"mixed"` and 0 where they
             differ.
         altered: why labels or rows do not follow the experts' Bradley-Terry or Plackett-Luce model; empty
@@ -55,10 +55,16 @@ class Objective(NamedTuple):
     label_smoothing: float = 0.0
     rounds: int = 1
     train_on: str = "preferences"
+    judge: str = "auto"
     extrapolation: float = 0.0
     kind: str = "pairwise"
     group_size: int = 2
     altered: str = ""
+
+    @property
+    def on_data(self) -> bool:
+        """Whether the preferences of the dataset were all that was trained on."""
+        return self.rounds == 1 and self.train_on == "preferences"
 
 
 def trained_objective(metadata: Mapping[str, Any], stats: Mapping[str, Any]) -> Objective:
@@ -85,9 +91,10 @@ def trained_objective(metadata: Mapping[str, Any], stats: Mapping[str, Any]) -> 
         else:
             altered = f"rows of kind {kind} were read as {read_as}"
     known = {key: metadata[key] for key in Objective._fields if metadata.get(key) is not None}
-    if (stats.get("labels") or {}).get("soft") == 0:
-        known["soft_labels"] = "linear"  # both ways of soft labels do the same to hard ones
-    return Objective(**{**known, "kind": kind, "group_size": size, "altered": altered})
+    objective = Objective(**{**known, "kind": kind, "group_size": size, "altered": altered})
+    if objective.on_data and (stats.get("labels") or {}).get("soft") == 0:
+        objective = objective._replace(soft_labels="linear")  # both ways do the same to hard labels
+    return objective
 
 
 def why_unknown(objective: Objective) -> str:
@@ -99,6 +106,10 @@ def why_unknown(objective: Objective) -> str:
         return "the model is extrapolated from the trained one"
     if objective.altered:
         return objective.altered
+    if objective.train_on == "self_play":
+        return "in self-play nobody says which completion is better"
+    if not objective.on_data and objective.judge == "bradley-terry":
+        return "a learned judge's rewards took the place of the experts'"
     if objective.soft_labels != "linear":
         return f"{objective.soft_labels} soft labels move the optimum"
     if method == "spo":
@@ -118,7 +129,7 @@ def why_unknown(objective: Objective) -> str:
         return "pairs of a best against the others do not follow Bradley-Terry"
     if objective.kind == "mixed":
         return "rows are of several kinds or lengths"
-    if objective.rounds != 1 or objective.train_on != "preferences":
+    if not objective.on_data:
         return "not only the preferences of the dataset were trained on"
     return ""
 
