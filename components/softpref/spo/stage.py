@@ -11,7 +11,7 @@ import torch
 
 import softpref
 from softpref.errors import ConfigError, DataError
-from softpref.judges import check_judge, load_judge
+from softpref.judges import as_text, check_judge, load_judge
 from softpref.lm.extrapolation import parse_weights, write_extrapolations
 from softpref.lm.loading import (
     load_metadata,
@@ -35,11 +35,13 @@ _DEFINING = (
     "method",
     "alpha",
     "beta",
+    "preference_kind",
     "soft_labels",
     "weight_exponent",
     "label_smoothing",
     "rounds",
     "train_on",
+    "judge",
 )
 _TRACKED = (
     "method",
@@ -124,6 +126,8 @@ def run(
     if config.uses_judge:
         check_judge(config.judge, dataset_dir)
         judge = load_judge(config.judge, dataset_dir, seed=config.seed)
+        asked = [as_text(row["prompt"], roles=True) for row in training_rows]
+        judge.scores(asked, [""] * len(asked))  # a prompt that it does not know is said now, not rounds later
     identity = {
         "dataset_hash": dataset_hash,
         "reference": reference_dir,
@@ -204,9 +208,12 @@ def _training_rows(config: SPOConfig, dataset_dir: str, preferences: dict[str, A
     from datasets import load_from_disk
 
     folder = Path(dataset_dir) / "sft"
-    if config.train_on == "self_play" and folder.is_dir():
-        return load_from_disk(str(folder))["train"]
-    return preferences["train"]
+    if config.train_on != "self_play" or not folder.is_dir():
+        return preferences["train"]
+    demonstrations = load_from_disk(str(folder)).get("train", ())
+    if not len(demonstrations):
+        raise DataError(f"{folder} holds no training demonstration, which self-play learns from")
+    return demonstrations
 
 
 def _lora(config: SPOConfig) -> Any:
