@@ -86,9 +86,13 @@ def entropies(logits: Tensor) -> Tensor:
 
 
 def sum_by_sequence(values: Tensor, lengths: Tensor) -> Tensor:
-    """Add up flat token values within each sequence: `[T], [S] -> [S]`."""
+    """Add up flat token values within each sequence: `[T], [S] -> [S]`, in the dtype of `values`.
+
+    Sums run in float64 where the device has it: fp32 ones came out wrong by up to 2e-3 nats over 500 tokens.
+    """
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
-    return values.new_zeros(len(lengths)).index_add(0, rows, values)
+    terms = values if values.device.type == "mps" else values.double()
+    return terms.new_zeros(len(lengths)).index_add(0, rows, terms).to(values.dtype)
 
 
 def sequence_logps(model: Any, batch: SequenceBatch) -> Tensor:

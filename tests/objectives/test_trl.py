@@ -1,0 +1,89 @@
+"""Where TRL has the same loss, the same numbers: against what record_trl.py recorded of its DPOTrainer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from softpref.lm.scoring import pad_sequences, sequence_logps
+from softpref.objectives import dpo_loss, ipo_loss, rdpo_loss, slic_loss, sppo_loss
+
+RECORDED = json.loads(Path(__file__).with_name("trl_losses.json").read_text(encoding="utf-8"))
+ROWS = len(RECORDED["rows"])
+
+
+def in_turn(recorded):
+    """TRL keeps the chosen and then the rejected; ours stand in turn."""
+    return torch.tensor([recorded["chosen"], recorded["rejected"]]).T.flatten()
+
+
+def recorded_logps(name):
+    return in_turn(RECORDED[f"{name}_logps"])
+
+
+@pytest.fixture(scope="module")
+def own_logps():
+    """Ours of the same rows under the recorded models: policy, reference."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sequences = [(row["prompt"], row[which]) for row in RECORDED["rows"] for which in ("chosen", "rejected")]
+    batch = pad_sequences(sequences, pad_id=0)
+    found = []
+    for name in ("policy", "reference"):
+        model = LlamaForCausalLM(LlamaConfig(**RECORDED["model"]["config"])).eval()
+        weights = {key: torch.tensor(values) for key, values in RECORDED["model"][name].items()}
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            found.append(sequence_logps(model, batch))
+    return found
+
+
+def own_losses(kind, beta, smoothing, logps, ref_logps):
+    if kind == "sigmoid":
+        return dpo_loss(logps, ref_logps, beta=beta)
+    if kind == "aot_unpaired":  # of one row, conservative DPO
+        return dpo_loss(logps, ref_logps, beta=beta, label_smoothing=smoothing)
+    if kind == "robust":
+        return rdpo_loss(logps, ref_logps, beta=beta, label_smoothing=smoothing)
+    if kind == "hinge":
+        return slic_loss(logps, ref_logps, beta=beta)
+    if kind == "sppo_hard":  # the chosen is sure to beat the policy, the rejected to lose
+        return sppo_loss(
+            logps, ref_logps, torch.tensor([1.0, 0.0]).repeat(ROWS), torch.full((ROWS,), 2), beta=beta
+        )
+    assert kind == "ipo"  # TRL's margin is of means per token, ours of sums, as in the paper
+    lengths = in_turn(RECORDED["completion_lengths"])
+    return ipo_loss(logps / lengths, ref_logps / lengths, beta=beta)
+
+
+def test_log_probabilities_of_completions_are_those_of_trl(own_logps):
+    for name, logps in zip(("policy", "reference"), own_logps, strict=True):
+        torch.testing.assert_close(logps, recorded_logps(name), rtol=0, atol=1e-5)
+    lengths = [len(row[which]) for row in RECORDED["rows"] for which in ("chosen", "rejected")]
+    assert in_turn(RECORDED["completion_lengths"]).tolist() == lengths
+
+
+@pytest.mark.parametrize(
+    "recorded", RECORDED["losses"], ids=lambda one: f"{one['type']} {one['beta']} {one['label_smoothing']}"
+)
+def test_losses_are_those_of_trl(recorded, own_logps):
+    setting = (recorded["type"], recorded["beta"], recorded["label_smoothing"])
+    expected = torch.tensor(recorded["of_rows"])
+    given = own_losses(*setting, recorded_logps("policy"), recorded_logps("reference"))
+    torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own_losses(*setting, *own_logps), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_loss_that_both_have_is_recorded_and_the_rows_tell_them_apart():
+    kinds = {one["type"] for one in RECORDED["losses"]}
+    assert kinds == {"sigmoid", "aot_unpaired", "robust", "hinge", "ipo", "sppo_hard"}
+    columns = torch.tensor([one["of_rows"] for one in RECORDED["losses"]])
+    apart = (columns[:, None] - columns).abs().amax(-1)
+    apart.fill_diagonal_(1.0)
+    assert float(apart.min()) > 0.05
+
+
+def test_ipo_of_sums_is_another_loss_than_trls_of_means():
+    (recorded,) = (one for one in RECORDED["losses"] if one["type"] == "ipo" and one["beta"] == 1.0)
+    sums = ipo_loss(recorded_logps("policy"), recorded_logps("reference"), beta=1.0)
+    assert float((sums - torch.tensor(recorded["of_rows"])).abs().min()) > 0.01
