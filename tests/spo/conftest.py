@@ -1,9 +1,11 @@
 """A toy world for the trainer: prompts and completions of letters, a model with a token per letter."""
 
 import random
+from copy import deepcopy
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 LETTERS = "abcdefgh"
 
@@ -55,6 +57,68 @@ def make_trainer(tmp_path, make_model, tokenizer):
         )
 
     return make
+
+
+class Watch(TrainerCallback):
+    """Keeps what each optimizer step began with and the gradient that it took, `[parameters]`."""
+
+    def __init__(self):
+        self.models, self.gradients = [], []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.models.append(deepcopy(model).double())
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append(
+            torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None])
+        )
+
+
+@pytest.fixture
+def watch():
+    return Watch()
+
+
+@pytest.fixture
+def logs_of():
+    """`logs_of(trainer) -> logs of its optimizer steps`."""
+    return lambda trainer: [log for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.fixture(scope="session")
+def direct():
+    """What a formula is written with: one sequence at a time, no padding, float64."""
+    return Direct
+
+
+class Direct:
+    @staticmethod
+    def distributions(model, prompt, completion):
+        """log π at each completion token over the vocabulary: `[tokens, V]`."""
+        logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0]
+        return logits[len(prompt) - 1 : -1].double().log_softmax(-1)
+
+    @staticmethod
+    def token_logps(model, prompt, completion):
+        every = Direct.distributions(model, prompt, completion)
+        return every[range(len(completion)), completion]
+
+    @staticmethod
+    def gradient(model, loss):
+        """Gradient of every trained parameter as one vector; zeros where the loss does not touch it."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+            ]
+        )
+
+    @staticmethod
+    def agree(found, expected, tolerance=1e-4):
+        """Whether two vectors are the same up to a share of the expected one's length."""
+        error = float((found.double() - expected).norm() / expected.norm())
+        assert error < tolerance, f"relative error {error}"
 
 
 @pytest.fixture

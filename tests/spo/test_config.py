@@ -35,6 +35,23 @@ def layers(tmp_path):
         ({"num_train_epochs": -1.0}, "num_train_epochs must be at least 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
         ({"lora_r": 0}, "lora_r must be at least 1"),
+        ({"min_ess": 1.0}, "min_ess must be a fraction"),
+        (
+            {"refresh": "adaptive", "samples_per_refresh": 16, "sampling_interval": 8},
+            "min_ess must be above 0.5 where a step's slice holds 2 samples",
+        ),
+        ({"max_importance_ratio": 0.5}, "max_importance_ratio must be at least 1"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"completions_per_prompt": 1}, "completions_per_prompt must be at least 2"),
+        ({"rounds": 2, "num_train_epochs": 1.5}, "num_train_epochs must be a whole number"),
+        ({"rounds": 2, "num_train_epochs": float("inf")}, "num_train_epochs must be at least 0, got inf"),
+        ({"rounds": 2, "round_reference": "previous"}, "round_reference must be initial for spo"),
+        ({"method": "dpo", "rounds": 2, "reference_cache": "c"}, "reference_cache must be empty"),
+        (
+            {"rounds": 2, "dataloader_persistent_workers": True, "dataloader_num_workers": 1},
+            "dataloader_persistent_workers must be off",
+        ),
+        ({"extrapolation": "0.5", "use_peft": True, "merge_adapter": False}, "extrapolation must be empty"),
         ({"alhpa": 1.0}, "did you mean 'alpha'"),
         ({"sampling_intervall": 4}, "did you mean 'sampling_interval'"),
         ({"alpha": "soft"}, "alpha must be float"),
@@ -49,6 +66,49 @@ def test_a_wrong_parameter_is_refused_and_the_message_says_what_is_right(layers,
 def test_a_choice_is_checked_without_the_builder_too(layers, name):
     with pytest.raises(ConfigError, match=f"{name} must be .* or "):
         SPOConfig(**layers, **{name: "nonsense"})
+
+
+IDLE = [
+    ({"method": "dpo"}, {"weight_exponent": 0.5}, "it is an option of spo, and the method is dpo"),
+    ({"method": "dpo"}, {"tdpo_alpha": 0.1}, "it is an option of tdpo"),
+    ({"method": "ipo"}, {"label_smoothing": 0.1}, "it is an option of dpo, rdpo"),
+    ({"method": "sppo"}, {"soft_labels": "geometric"}, "it is an option of spo, dpo, rdpo, ipo, slic, tdpo"),
+    ({"method": "tdpo"}, {"reference_cache": "c"}, "it is an option of dpo, rdpo, ipo, slic, sppo"),
+    ({"method": "dpo"}, {"kl_gradient": "full"}, "only method spo with a beta above 0 has a KL term"),
+    ({"beta": 0.0}, {"refresh": "adaptive"}, "only method spo with a beta above 0"),
+    ({"beta": 0.0}, {"max_importance_ratio": 2.0}, "only method spo with a beta above 0"),
+    ({"method": "slic"}, {"kl_prompts": "both"}, "only method spo with a beta above 0"),
+    ({}, {"weight_scores": "token"}, "without a weight_exponent"),
+    ({}, {"min_ess": 0.3}, "refresh is not adaptive"),
+    ({}, {"judge": "expert"}, "no completion is drawn and judged"),
+    ({"train_on": "self_play"}, {"completions_per_prompt": 4}, "no completion is drawn and judged"),
+    ({"method": "dpo"}, {"round_reference": "previous"}, "no row is drawn"),
+]
+NEEDED = [
+    {"method": "spo", "weight_exponent": 0.5, "weight_scores": "token", "kl_gradient": "full"},
+    {"refresh": "adaptive", "min_ess": 0.3, "max_importance_ratio": 2.0, "kl_prompts": "both"},
+    {"method": "tdpo", "tdpo_alpha": 0.1, "soft_labels": "geometric"},
+    {"method": "rdpo", "label_smoothing": 0.1, "reference_cache": "c"},
+    {"method": "dpo", "rounds": 2, "completions_per_prompt": 4, "judge": "expert"},
+    {"method": "dpo", "train_on": "self_play", "round_reference": "previous"},
+]
+
+
+@pytest.mark.parametrize(("others", "option", "reason"), IDLE)
+def test_an_option_that_does_nothing_is_said_aloud(layers, caplog, others, option, reason):
+    ((name, value),) = option.items()
+    SPOConfig(**layers, **others)
+    assert not caplog.records
+    SPOConfig(**layers, **others, **option)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{name}={value!r} has no effect: ")
+    assert reason in record.getMessage()
+
+
+@pytest.mark.parametrize("options", NEEDED)
+def test_an_option_that_does_something_is_not(layers, caplog, options):
+    SPOConfig(**layers, **options)
+    assert not caplog.records
 
 
 def test_overrides_reach_spo_and_transformers_parameters_alike(layers):

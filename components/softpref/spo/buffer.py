@@ -75,6 +75,10 @@ class SampleBuffer:
         """Have the next step draw anew, although the interval is not over."""
         self._expired = True
 
+    def forget(self) -> None:
+        """Have the next step draw anew, whichever it is."""
+        self.policy_step = None
+
     def save(self, folder: str | Path) -> None:
         """Write the buffer into a checkpoint, one file per process."""
         state = {

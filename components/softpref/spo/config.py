@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -20,6 +20,7 @@ METHODS = ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo", "sppo")
 # Options that only some methods know: option, the value that does nothing, the methods.
 _ONLY_FOR = (
     ("weight_exponent", 0.0, ("spo",)),
+    ("tdpo_alpha", 0.5, ("tdpo",)),
     ("label_smoothing", 0.0, ("dpo", "rdpo")),
     ("soft_labels", "linear", ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo")),
     ("reference_cache", "", ("dpo", "rdpo", "ipo", "slic", "sppo")),
@@ -62,7 +63,6 @@ class SPOConfig(TrainingArguments):
         max_importance_ratio: weigh stale samples by the ratio of the present policy to the one that drew
             them, cut down to this value (≥ 1; inf cuts nothing). None takes them as they are, which is
             biased by what changed since the refresh, and has less variance.
-        sampling_batch_size: completions sampled at once on a device.
         rounds: how often training rows are drawn anew from the policy as it stands; each round makes
             `num_train_epochs` passes over as many rows as the training data have. With `train_on=preferences`
             the first round takes the data as they are, and each later one judged samples.
@@ -140,8 +140,9 @@ class SPOConfig(TrainingArguments):
     save_total_limit: int | None = 2
 
     def __post_init__(self) -> None:
-        self._check()
         check_training_arguments(self)
+        self._check()
+        self._warn_of_idle_options()
         if self.bf16 is None:
             self.bf16 = device_has_bf16() and not self.fp16 and not self.use_cpu
         super().__post_init__()
@@ -204,6 +205,13 @@ class SPOConfig(TrainingArguments):
             )
         if not 0 < self.min_ess < 1:
             refuse("min_ess", "a fraction between 0 and 1")
+        smallest = self.samples_per_refresh // self.sampling_interval
+        if self.samples_policy and self.refresh == "adaptive" and smallest * self.min_ess <= 1:
+            refuse(
+                "min_ess",
+                f"above {1 / smallest:g} where a step's slice holds {smallest} samples: the effective sample "
+                "size never falls below one of them, and nothing would be drawn anew",
+            )
         if self.max_importance_ratio is not None and not self.max_importance_ratio >= 1:
             refuse("max_importance_ratio", "at least 1, or left out to leave stale samples unweighted")
         if self.completions_per_prompt < 2:
@@ -211,15 +219,6 @@ class SPOConfig(TrainingArguments):
         self._check_rounds(refuse)
         if parse_weights(self.extrapolation) and self.use_peft and not self.merge_adapter:
             refuse("extrapolation", "empty where the adapter is not merged, or merge_adapter true")
-        for option, neutral, methods in _ONLY_FOR:
-            if self.method not in methods and getattr(self, option) != neutral:
-                logger.warning(
-                    "%s=%r has no effect with method %s; it is an option of %s",
-                    option,
-                    getattr(self, option),
-                    self.method,
-                    ", ".join(methods),
-                )
         for name, neutral in (("temperature", 1), ("top_p", 1), ("top_k", 0), ("repetition_penalty", 1)):
             if getattr(self, name) != neutral:
                 refuse(
@@ -227,6 +226,34 @@ class SPOConfig(TrainingArguments):
                     f"{neutral}: the KL term weighs samples as draws of the policy's own distribution, and "
                     "any other setting would bias it without a sign",
                 )
+
+    def _warn_of_idle_options(self) -> None:
+        """Say aloud which options were set that do nothing here."""
+        idle: list[tuple[str, Any, str]] = [
+            (option, neutral, f"it is an option of {', '.join(methods)}, and the method is {self.method}")
+            for option, neutral, methods in _ONLY_FOR
+            if self.method not in methods
+        ]
+        if not self.samples_policy:
+            kl_term = "only method spo with a beta above 0 has a KL term"
+            idle += [
+                ("kl_gradient", "token", kl_term),
+                ("kl_prompts", "auto", kl_term),
+                ("refresh", "fixed", kl_term),
+                ("max_importance_ratio", None, kl_term),
+            ]
+        if not (self.method == "spo" and self.weight_exponent):
+            idle.append(("weight_scores", "sequence", "rows have no weight without a weight_exponent"))
+        if self.refresh != "adaptive":
+            idle.append(("min_ess", 0.5, "refresh is not adaptive"))
+        if not self.draws_rows:
+            idle.append(("round_reference", "auto", "no row is drawn from the policy"))
+        if not self.uses_judge:
+            nothing = "no completion is drawn and judged"
+            idle += [("completions_per_prompt", 2, nothing), ("judge", "auto", nothing)]
+        for option, neutral, reason in idle:
+            if getattr(self, option) != neutral:
+                logger.warning("%s=%r has no effect: %s", option, getattr(self, option), reason)
 
     def _check_rounds(self, refuse: Callable[[str, str], None]) -> None:
         if not self.draws_rows:

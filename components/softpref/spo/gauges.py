@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -33,6 +36,28 @@ class Means:
             means[name] = sum_over_processes(float(total)) / sum_over_processes(number)
         self._values.clear()
         return means
+
+
+class WeightSums:
+    """Σ w, Σ w² and the number of importance weights, as logarithms: far from 1 they would leave fp32."""
+
+    def __init__(self, device: Any) -> None:
+        self._sums = self._none = torch.full((3,), -torch.inf, device=device)
+
+    def add(self, log_weights: Tensor) -> None:
+        """Add weights given as logarithms, `[n]`."""
+        powers = log_weights.detach() * torch.tensor([[1.0], [2.0], [0.0]], device=log_weights.device)
+        self._sums = self._sums.logaddexp(powers.logsumexp(-1))
+
+    def take(self, gather: Callable[[Tensor], Tensor]) -> float | None:
+        """The effective sample size `(Σw)² / (n Σw²)` since the last call, a fraction; None of no weights.
+
+        Args:
+            gather: from this process's `[1, 3]` to all processes' `[processes, 3]`.
+        """
+        total, squares, count = gather(self._sums[None]).logsumexp(0).tolist()
+        self._sums = self._none
+        return None if count == -math.inf else min(1.0, math.exp(2 * total - squares - count))
 
 
 class SamplingClock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,12 +78,50 @@ def method_losses(
     else:
         assert divergences is not None
         losses = tdpo_loss(*pairs, divergences[places], tdpo_alpha=args.tdpo_alpha, **labels)
-    counts = torch.bincount(groups, minlength=len(sizes))
-    return losses.new_zeros(len(sizes)).index_add(0, groups, losses) / counts
+    return _group_means(losses, groups, len(sizes))
 
 
-def implicit_rewards(args: SPOConfig, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-    """The reward that a policy implies, up to a constant of the prompt: α·logp, or β·(logp − logp_ref)."""
-    if ref_logps is None:
-        return args.alpha * logps.detach()
-    return args.beta * (logps.detach() - ref_logps)
+@torch.no_grad()
+def preference_metrics(
+    args: SPOConfig, logps: Tensor, rows: Mapping[str, Any], ref_logps: Tensor | None
+) -> dict[str, Tensor]:
+    """`logps/*` and `rewards/*` of each row of a batch, `[groups]` each.
+
+    A reward is what the policy implies, up to a constant of the prompt: α·logp, or β·(logp − logp_ref).
+    Rejected is the last of a row, or in a best-of-n row, which tells the others not apart, all of them: the
+    metrics are then means over these.
+
+    Args:
+        logps, rows, ref_logps: as in `method_losses`; without `ref_logps` the method is `spo`.
+    """
+    sizes, kinds = rows["group_sizes"], rows["kinds"]
+    rewards = args.alpha * logps if ref_logps is None else args.beta * (logps - ref_logps)
+    chosen, rejected, groups = _chosen_and_rejected(sizes, kinds)
+    margins = rewards[chosen] - rewards[rejected]
+    each = {
+        "logps/chosen": logps[chosen],
+        "logps/rejected": logps[rejected],
+        "rewards/chosen": rewards[chosen],
+        "rewards/rejected": rewards[rejected],
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
+    }
+    return {name: _group_means(values, groups, len(sizes)) for name, values in each.items()}
+
+
+def _chosen_and_rejected(sizes: Tensor, kinds: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Flat places of each row's best, of what it is set against, and the row of each such pair."""
+    pairs: list[tuple[int, int, int]] = []
+    start = 0
+    for group, (size, kind) in enumerate(zip(sizes.tolist(), kinds, strict=True)):
+        first = start + 1 if kind == "best_of_n" else start + size - 1
+        pairs += [(start, place, group) for place in range(first, start + size)]
+        start += size
+    chosen, rejected, groups = torch.tensor(pairs, device=sizes.device).unbind(-1)
+    return chosen, rejected, groups
+
+
+def _group_means(values: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Mean of the values of each group: `[n], [n] -> [count]`."""
+    sums = values.new_zeros(count).index_add(0, groups, values)
+    return sums / torch.bincount(groups, minlength=count)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,26 +29,31 @@ def add_reference_logps(
     score: Scorer,
     *,
     writes: bool = True,
+    everywhere: Callable[[bool], bool] = bool,
 ) -> None:
     """Give every row its `ref_logps`, one for each completion, from the cache; compute what has no file yet.
 
     Args:
         rows: tokenized, with `prompt` and `completions`.
         folder: where the files are.
-        model_hash: of the reference, see `model_fingerprint`.
+        model_hash: of the reference, see `model_fingerprint`, and of whatever else its values depend on.
         score: computes log-probabilities; called on every process or on none.
         writes: whether this process writes the file.
+        everywhere: whether something holds on every process. Another run may write the file at any moment,
+            and all processes must take the same way.
 
     Raises:
-        ConfigError: the file found belongs to another model or other rows.
+        ConfigError: the file found belongs to another model or other rows, or cannot be read.
         DataError: it lacks a completion.
     """
+    if writes:
+        Path(folder).mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is said before scoring
     sequences = {_key(row["prompt"], one): (row["prompt"], one) for row in rows for one in row["completions"]}
     keys = sorted(sequences)
     data_hash = hashlib.sha256("".join(keys).encode()).hexdigest()
     file = Path(folder) / f"reference_logps-{model_hash[:16]}-{data_hash[:16]}.safetensors"
     identity = {"model_hash": model_hash, "data_hash": data_hash}
-    if file.is_file():
+    if everywhere(file.is_file()):
         known = _read(file, identity)
     else:
         known = dict(zip(keys, score([sequences[key] for key in keys]), strict=True))
@@ -68,11 +74,13 @@ def model_fingerprint(model: Any) -> str:
     digest = hashlib.sha256()
     prefix = ""
     if hasattr(model, "peft_config"):
-        prefix, model = model.base_model.prefix, model.get_base_model()
-    for name, tensor in sorted(model.state_dict().items()):
-        if (prefix and prefix in name) or ".modules_to_save." in name:
-            continue
-        name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        prefix, model = getattr(model.base_model, "prefix", ""), model.get_base_model()
+    weights = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if not (prefix and (prefix in name or ".modules_to_save." in name))
+    }
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -106,7 +114,6 @@ def _write(file: Path, identity: dict[str, str], known: dict[str, float]) -> Non
 
     keys = torch.frombuffer(bytearray(bytes.fromhex("".join(known))), dtype=torch.uint8)
     tensors = {"keys": keys.view(-1, 16), "logps": torch.tensor(list(known.values()))}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # containers often share process ids
     save_file(tensors, partial, metadata=identity)
     os.replace(partial, file)  # whole or not at all, also where two runs write it at once

@@ -6,6 +6,7 @@ Knows no trainer: drawing, scoring and what other processes did are the caller's
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ class RoundRows(Dataset):
         args: see `SPOConfig`: `rounds`, `train_on`, `completions_per_prompt`, `method`.
         tokenizer: makes texts of what was drawn.
         judge: see `softpref.judges`; None in self-play.
-        draw: `(prompts, noise [n, max_completion_length]) -> samples` of the present policy.
+        draw: `(prompts, noise [n, max_completion_length], progress) -> samples` of the present policy.
         score: sequence log-probabilities under the present policy of `(prompt, completion)` ids.
         shares: this process's part of a list to the whole, where part r of w has every w-th element from r.
         rank, world_size: of this process.
@@ -49,7 +50,7 @@ class RoundRows(Dataset):
         *,
         tokenizer: Any,
         judge: Judge | None,
-        draw: Callable[[list[list[int]], Any], list[Sample]],
+        draw: Callable[[list[list[int]], Any, Callable[[int], Any]], list[Sample]],
         score: Callable[[list[tuple[list[int], list[int]]]], list[float]],
         shares: Callable[[list[Any], int], list[Any]],
         rank: int = 0,
@@ -84,37 +85,62 @@ class RoundRows(Dataset):
                 row["ref_logps"] = [next(logps) for _ in row["completions"]]
         self.number = number
 
+    def forget(self) -> None:
+        """Have the next round draw its rows, whichever it is."""
+        self.number = None
+
     def save(self, folder: str | Path) -> None:
-        """Write the present rows into a checkpoint."""
-        state = {"round": self.number, "rows": self.rows}
+        """Write into a checkpoint what the present rows have beyond the given ones."""
+        rows = [
+            {name: value for name, value in row.items() if value != given.get(name)}
+            for row, given in zip(self.rows, self._given, strict=True)
+        ]
+        state = {"round": self.number, "rows": rows}
         (Path(folder) / _FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: str | Path) -> None:
         """Continue with a checkpoint's rows.
 
         Raises:
-            ConfigError: the checkpoint holds none.
+            ConfigError: the checkpoint holds none, or another number of them.
         """
         file = Path(folder) / _FILE
         if not file.is_file():
-            raise ConfigError(f"checkpoint {folder} holds no rows of a round ({_FILE}); it is of another run")
+            raise ConfigError(
+                f"checkpoint {folder} holds no rows of a round ({_FILE}); resume with the settings of rounds "
+                "and train_on that it was saved with"
+            )
         state = json.loads(file.read_text(encoding="utf-8"))
-        self.number, self.rows = state["round"], state["rows"]
+        if len(state["rows"]) != len(self):
+            raise ConfigError(
+                f"checkpoint {folder} holds a round of {len(state['rows'])} rows, the training data have "
+                f"{len(self)}; resume with the data that it was saved with"
+            )
+        self.number = state["round"]
+        self.rows = [{**given, **row} for given, row in zip(self._given, state["rows"], strict=True)]
 
     def _drawn(self, number: int) -> list[dict[str, Any]]:
-        from transformers.utils.logging import tqdm
+        from tqdm.auto import tqdm
 
         count = 1 if self._judge is None else self._args.completions_per_prompt
         at_once = max(1, _DRAWN_AT_ONCE // count)
         rows: list[dict[str, Any]] = []
-        with tqdm(total=len(self) * count, desc=f"Round {number + 1}: drawing completions") as progress:
+        with tqdm(
+            total=-(-len(self) * count // self._world_size),
+            desc=f"Round {number + 1}: drawing completions",
+            leave=False,
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,  # a log file is spared most of it
+            disable=self._args.disable_tqdm or self._rank > 0,
+        ) as bar:
             for start in range(0, len(self), at_once):
                 here = range(start, min(start + at_once, len(self)))
-                rows += self._chunk(here, count, seed=(self._args.seed, number, start))
-                progress.update(len(here) * count)
+                # the 1 keeps the seed apart from those of `SampleBuffer`: zeros at a seed's end do not count
+                rows += self._chunk(here, count, (self._args.seed, number, start, 1), bar.update)
         return rows
 
-    def _chunk(self, here: range, count: int, seed: tuple[int, ...]) -> list[dict[str, Any]]:
+    def _chunk(
+        self, here: range, count: int, seed: tuple[int, ...], progress: Callable[[int], Any]
+    ) -> list[dict[str, Any]]:
         """Rows of some prompts; samples, and then judging, are dealt to the processes round robin."""
         total = len(here) * count
         noise = sampling_noise(
@@ -123,7 +149,7 @@ class RoundRows(Dataset):
             seed=int(np.random.default_rng(seed).integers(2**62)),
         )
         mine = list(range(self._rank, total, self._world_size))
-        drawn = self._draw([self._given[here[g // count]]["prompt"] for g in mine], noise[mine])
+        drawn = self._draw([self._given[here[g // count]]["prompt"] for g in mine], noise[mine], progress)
         completions = self._shares([sample.completion for sample in drawn], total)
         groups = [completions[i * count : (i + 1) * count] for i in range(len(here))]
         own = range(self._rank, len(here), self._world_size)
@@ -161,7 +187,11 @@ class RoundRows(Dataset):
 
 
 def win_tables(judge: Judge, prompts: Sequence[str], groups: Sequence[Sequence[str]]) -> list[np.ndarray]:
-    """P(completion i beats completion j) of each prompt's completions: `[n, n]`, zero on the diagonal."""
+    """P(completion i beats completion j) of each prompt's completions: `[n, n]`, zero on the diagonal.
+
+    Raises:
+        ConfigError: the judge answers with anything but a probability for each pair.
+    """
     places = [np.triu_indices(len(texts), k=1) for texts in groups]
     triples = [
         (prompt, texts[i], texts[j])
@@ -169,7 +199,12 @@ def win_tables(judge: Judge, prompts: Sequence[str], groups: Sequence[Sequence[s
         for i, j in zip(*(indices.tolist() for indices in place), strict=True)
     ]
     asked, first, second = zip(*triples, strict=True) if triples else ((), (), ())
-    chances = np.asarray(judge.probabilities(asked, first, second)) if triples else np.zeros(0)
+    chances = np.asarray(judge.probabilities(asked, first, second), float) if triples else np.zeros(0)
+    if chances.shape != (len(triples),) or not ((chances >= 0) & (chances <= 1)).all():
+        raise ConfigError(
+            f"the judge was asked to compare {len(triples)} pairs; its probabilities must be as many numbers "
+            f"in [0, 1], got {chances!r:.200}"
+        )
     tables, start = [], 0
     for texts, (i, j) in zip(groups, places, strict=True):
         table = np.zeros((len(texts), len(texts)))

@@ -30,11 +30,12 @@ class PreferenceRows(Dataset):
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConfig) -> None:
-        from transformers.utils.logging import tqdm
+        from tqdm.auto import tqdm
 
         self.rows: list[dict[str, Any]] = []
         self.truncated = 0
-        for number, row in enumerate(tqdm(rows, desc="Tokenizing preferences", leave=False)):
+        progress = tqdm(rows, desc="Tokenizing preferences", leave=False, disable=args.disable_tqdm)
+        for number, row in enumerate(progress):
             try:
                 prompt, completions = _columns(row)
                 tokenized = [
@@ -110,14 +111,15 @@ def answer_rows(rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConf
     Raises:
         DataError: names the row and what is wrong with it.
     """
-    from transformers.utils.logging import tqdm
+    from tqdm.auto import tqdm
 
     limits = {
         "max_prompt_length": args.max_prompt_length,
         "max_completion_length": args.max_completion_length,
     }
     answered = []
-    for number, row in enumerate(tqdm(rows, desc="Tokenizing prompts", leave=False)):
+    progress = tqdm(rows, desc="Tokenizing prompts", leave=False, disable=args.disable_tqdm)
+    for number, row in enumerate(progress):
         try:
             if "prompt" not in row:
                 raise DataError(f"needs prompt; has {', '.join(sorted(row))}")

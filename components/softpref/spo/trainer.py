@@ -6,9 +6,11 @@ and one optimizer step is scaled so that it does not depend on how it is cut int
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -41,14 +43,16 @@ from softpref.objectives import (
 )
 from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
-from softpref.spo.gauges import Means, SamplingClock
-from softpref.spo.losses import implicit_rewards, method_losses
+from softpref.spo.gauges import Means, SamplingClock, WeightSums
+from softpref.spo.losses import method_losses, preference_metrics
 from softpref.spo.reference import add_reference_logps, model_fingerprint
 from softpref.spo.rounds import RoundRows
 from softpref.spo.rows import Collator, PreferenceRows, answer_rows, check_positions, tokenize_prompts
 
 if TYPE_CHECKING:
     from softpref.judges import Judge
+
+logger = logging.getLogger(__name__)
 
 
 class SPOTrainer(GuardedTrainer):
@@ -74,10 +78,11 @@ class SPOTrainer(GuardedTrainer):
 
     Metrics, averaged over all rows or samples since the last log: `loss/preference`, `logps/chosen`,
     `logps/rejected`, `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (the
-    method's own implicit reward: α·logp for `spo`, β·(logp − logp_ref) for the others), `kl/sequence` and
-    `kl/token` (nats), `entropy` (nats per token), `completions/mean_length`,
-    `completions/truncated_fraction`, `sampling/age` (steps since the samples were drawn), `sampling/ess`
-    (effective sample size, a fraction), `sampling/tokens_per_second`, `sampling/time_fraction`.
+    method's own implicit reward: α·logp for `spo`, β·(logp − logp_ref) for the others; rejected is the last
+    of a row, or the mean of a best-of-n row's others), `kl/sequence` and `kl/token` (nats), `entropy` (nats
+    per token), `completions/mean_length`, `completions/truncated_fraction`, `sampling/age` (steps since the
+    samples were drawn), `sampling/ess` (effective sample size, a fraction), `sampling/tokens_per_second`,
+    `sampling/time_fraction`, and with rounds `round`, counted from 1.
 
     Raises:
         ConfigError, DataError: before training, for anything that cannot be trained on.
@@ -129,7 +134,9 @@ class SPOTrainer(GuardedTrainer):
         needs_model = args.samples_policy or (args.method != "spo" and not keeps_logps)
         fingerprint = ""
         if keeps_logps and args.reference_cache:
-            fingerprint = model_fingerprint(model if ref_model is None else ref_model)
+            weights = model_fingerprint(model if ref_model is None else ref_model)
+            precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+            fingerprint = hashlib.sha256(f"{weights} in {precision}".encode()).hexdigest()
         if ref_model is None and needs_model and not self._uses_adapter:
             ref_model = deepcopy(model)
         if args.uses_judge and judge is None:
@@ -172,7 +179,7 @@ class SPOTrainer(GuardedTrainer):
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), *([_RoundCallback(self.rounds)] if self.rounds else [])],
+            callbacks=[*(callbacks or []), *([_RoundCallback(self._begin_round)] if self.rounds else [])],
         )
         self.model_accepts_loss_kwargs = False  # losses are scaled here, over the global batch
         self.ref_model = ref_model
@@ -183,13 +190,17 @@ class SPOTrainer(GuardedTrainer):
         self._stop_ids = stop_token_ids(processing_class, model)
         self._means: dict[str, Means] = {"train": Means(), "eval": Means()}
         self._clock = SamplingClock()
-        self._step_weights = torch.zeros(3, dtype=torch.float64)
+        self._step_weights, self._log_weights = (WeightSums(self.args.device) for _ in range(2))
+        self._steps_per_round = 1
         if keeps_logps:
             self._keep_reference_logps(train_rows, eval_rows, fingerprint)
         self.buffer: SampleBuffer | None = None
         if args.samples_policy and train_rows is not None:
+            prompts = _kl_prompts(args, rows, prompt_dataset, processing_class)
+            asked = [{"prompt": prompt, "completions": [[]]} for prompt in prompts]
+            check_positions(model, asked, args, sampled=True)
             self.buffer = SampleBuffer(
-                _kl_prompts(args, rows, prompt_dataset, processing_class),
+                prompts,
                 size=args.samples_per_refresh,
                 interval=args.sampling_interval,
                 max_new_tokens=args.max_completion_length,
@@ -284,7 +295,6 @@ class SPOTrainer(GuardedTrainer):
     def _preference_losses(self, model, inputs, means: Means) -> Tensor:
         args = self.args
         batch = _preference_batch(inputs)
-        sizes = inputs["group_sizes"]
         logits, targets = completion_logits(model, batch)
         logps = sum_by_sequence(gather_logps(logits, targets), batch.lengths)
         ref_logps = inputs.get("ref_logps")
@@ -302,18 +312,9 @@ class SPOTrainer(GuardedTrainer):
             divergences=divergences,
             weight_scores=self._weight_scores(logps, batch),
         )
-        rewards = implicit_rewards(args, logps, ref_logps)
-        best = sizes.cumsum(0) - sizes
-        worst = sizes.cumsum(0) - 1
-        chosen, rejected = logps.detach()[best], logps.detach()[worst]
-        margins = rewards[best] - rewards[worst]
-        means.add("loss/preference", losses.detach())
-        means.add("logps/chosen", chosen)
-        means.add("logps/rejected", rejected)
-        means.add("rewards/chosen", rewards[best])
-        means.add("rewards/rejected", rewards[worst])
-        means.add("rewards/margins", margins)
-        means.add("rewards/accuracies", (margins > 0).float() + 0.5 * (margins == 0).float())
+        means.add("loss/preference", losses)
+        for name, values in preference_metrics(args, logps, inputs, ref_logps).items():
+            means.add(name, values)
         return losses
 
     def _weight_scores(self, logps: Tensor, batch: SequenceBatch) -> Tensor:
@@ -341,12 +342,8 @@ class SPOTrainer(GuardedTrainer):
             means.add("entropy", entropies(logits))
             means.add("completions/mean_length", batch.lengths.float())
             means.add("completions/truncated_fraction", inputs["sample_truncated"])
-            weights = log_weights.clamp(-40, 40).exp()  # squares stay within fp32
-            means.add("weight", weights)
-            means.add("squared_weight", weights**2)
-            if self.args.refresh == "adaptive" and means is self._means["train"]:
-                sums = (weights.sum(), (weights**2).sum(), weights.new_tensor(len(weights)))
-                self._step_weights = self._step_weights + torch.stack(sums).double().cpu()
+            self._step_weights.add(log_weights)
+            self._log_weights.add(log_weights)
             means.add("sampling/age", inputs["sample_age"])
         return losses
 
@@ -359,11 +356,18 @@ class SPOTrainer(GuardedTrainer):
         """Context that gives the reference: a model of its own, or the policy with its adapter off."""
         if self.ref_model is not None:
             return nullcontext(self.ref_model)
+        if not self._uses_adapter:
+            raise ConfigError(
+                "these rows have no kept log-probabilities of the reference, and the reference itself is not "
+                "in memory: hand the rows to SPOTrainer as its train_dataset or eval_dataset"
+            )
         return _adapter_off(self.accelerator.unwrap_model(model))
 
     # ------------------------------------------------------------------ sampling
 
-    def _draw(self, prompts: list[list[int]], noise: Any) -> list[Sample]:
+    def _draw(
+        self, prompts: list[list[int]], noise: Any, progress: Callable[[int], Any] | None = None
+    ) -> list[Sample]:
         started = time.perf_counter()
         policy = self.accelerator.unwrap_model(self.model)
         with self.compute_loss_context_manager():
@@ -374,6 +378,7 @@ class SPOTrainer(GuardedTrainer):
                 stop_ids=self._stop_ids,
                 pad_id=self._pad_id,
                 batch_size=self.args.sampling_batch_size,
+                progress=progress,
             )
         self._clock.add(time.perf_counter() - started, sum(len(sample.completion) for sample in samples))
         return samples
@@ -382,23 +387,39 @@ class SPOTrainer(GuardedTrainer):
         """Under adaptive refresh, give up samples whose last slice has drifted too far from the policy."""
         if self.args.refresh != "adaptive" or self.buffer is None:
             return
-        total, squares, count = (self._sum_over_processes(float(value)) for value in self._step_weights)
-        self._step_weights = torch.zeros(3, dtype=torch.float64)
-        if count and total**2 / (count * squares) < self.args.min_ess:
+        size = self._step_weights.take(self.accelerator.gather)
+        if size is not None and size < self.args.min_ess:
             self.buffer.expire()
 
     # ------------------------------------------------------------------ rounds and kept log-probabilities
 
     def set_initial_training_values(self, args, dataloader):
         """As in the base class, for all rounds: `num_train_epochs` counts the passes of one."""
-        if args.rounds == 1:
-            return super().set_initial_training_values(args, dataloader)
+        for kept in (self.buffer, self.rounds):
+            if kept is not None:
+                kept.forget()  # what an earlier training left; a checkpoint's is loaded after this
         passes = args.num_train_epochs
         args.num_train_epochs = passes * args.rounds
         try:
-            return super().set_initial_training_values(args, dataloader)
+            values = super().set_initial_training_values(args, dataloader)
         finally:
             args.num_train_epochs = passes
+        steps_of_epoch, max_steps = values[1], values[-1]
+        self._steps_per_round = max(1, int(passes)) * steps_of_epoch
+        if max_steps <= (args.rounds - 1) * self._steps_per_round and passes:
+            logger.warning(
+                "max_steps=%d ends training in round %d of %d; a round has %d steps",
+                max_steps,
+                -(-max_steps // self._steps_per_round),
+                args.rounds,
+                self._steps_per_round,
+            )
+        return values
+
+    def _begin_round(self, step: int) -> None:
+        """Have the rows of the round that optimizer step `step` belongs to; the last round has no end."""
+        assert self.rounds is not None
+        self.rounds.begin(min(step // self._steps_per_round, self.args.rounds - 1))
 
     def _keep_reference_logps(
         self, train_rows: PreferenceRows | RoundRows | None, eval_rows: PreferenceRows | None, model_hash: str
@@ -422,6 +443,7 @@ class SPOTrainer(GuardedTrainer):
                     model_hash,
                     score,
                     writes=self.is_world_process_zero(),
+                    everywhere=lambda here: self._sum_over_processes(here) == self.args.world_size,
                 )
             else:
                 flat = [(row["prompt"], completion) for row in rows.rows for completion in row["completions"]]
@@ -484,8 +506,9 @@ class SPOTrainer(GuardedTrainer):
         """Add the training metrics gathered since the last log; the last steps' go with the summary."""
         if "loss" in logs or "train_loss" in logs:
             means = self._means["train"].take(self._sum_over_processes)
-            if "weight" in means:  # (Σw)² / (n Σw²)
-                means["sampling/ess"] = means.pop("weight") ** 2 / means.pop("squared_weight")
+            if self.buffer is not None:
+                size = self._log_weights.take(self.accelerator.gather)
+                means.update({} if size is None else {"sampling/ess": size})
             if self.buffer is not None or self.rounds is not None:
                 means.update(self._clock.take())
             if self.rounds is not None and self.rounds.number is not None:
@@ -555,14 +578,13 @@ def _kl_prompts(
 
 
 class _RoundCallback(TrainerCallback):
-    """Begins a round where an epoch does that is its first."""
+    """Tells where an epoch begins, at which optimizer step: a round may begin with it."""
 
-    def __init__(self, rounds: RoundRows) -> None:
-        self._rounds = rounds
+    def __init__(self, begin: Callable[[int], None]) -> None:
+        self._begin = begin
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        passes = max(1, int(args.num_train_epochs))
-        self._rounds.begin(int((state.epoch or 0.0) + 1e-6) // passes)
+        self._begin(state.global_step)
 
 
 class _adapter_off:

@@ -1,0 +1,222 @@
+"""Each method's step is that of its formula, written out here for one completion at a time in float64."""
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+BETA, ALPHA, SMOOTHING, TDPO_ALPHA = 0.7, 0.6, 0.2, 0.3
+METHODS = ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo", "sppo")
+
+
+@pytest.fixture
+def adapted(make_model, tokenizer):
+    """A model with an adapter that has moved away from its base."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(7)
+    model = get_peft_model(make_model(tokenizer, layers=2), LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.fixture
+def one_step(make_trainer, make_model, tokenizer, adapted, watch):
+    """`one_step(rows, lora, **options)`: `(trainer, model, off)` after the only step.
+
+    Model and reference are those of the step in float64; `off()` is a context that yields the reference.
+    """
+
+    def run(rows, lora=False, **options):
+        trainer_options = {"callbacks": [watch]}
+        if not lora:
+            trainer_options["ref_model"] = make_model(tokenizer, layers=2, seed=5)
+        trainer = make_trainer(
+            rows,
+            model=adapted if lora else None,
+            trainer_options=trainer_options,
+            per_device_train_batch_size=len(rows),
+            train_sampling_strategy="sequential",
+            max_grad_norm=0.0,
+            **options,
+        )
+        trainer.train()
+        model = watch.models[0]
+
+        @contextmanager
+        def off():
+            with model.disable_adapter() if lora else nullcontext():
+                yield model if lora else trainer.ref_model.double()
+
+        return trainer, model, off
+
+    return run
+
+
+def hard_loss(method, h, divergence_of_winner, divergence_of_loser, beta=BETA):
+    """The loss where the first completion has won by the margin h."""
+    if method == "dpo":
+        return -(1 - SMOOTHING) * F.logsigmoid(beta * h) - SMOOTHING * F.logsigmoid(-beta * h)
+    if method == "rdpo":
+        kept, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
+        return ((1 - SMOOTHING) * kept - SMOOTHING * flipped) / (1 - 2 * SMOOTHING)
+    if method == "ipo":
+        return (h - 1 / (2 * beta)) ** 2
+    if method == "slic":
+        return torch.clamp(1 - beta * h, min=0)
+    drift = divergence_of_loser - divergence_of_winner.detach()
+    return -F.logsigmoid(beta * h - beta * TDPO_ALPHA * drift)
+
+
+def pair_loss(method, h, divergences, p, soft_labels):
+    first, second = divergences
+    if soft_labels == "geometric":
+        return hard_loss(method, (2 * p - 1) * h, first, second)
+    return p * hard_loss(method, h, first, second) + (1 - p) * hard_loss(method, -h, second, first)
+
+
+def spo_loss(scores, kind, p, soft_labels):
+    """Of one row's log-probabilities, best first."""
+    if len(scores) == 2:
+        margin = scores[0] - scores[1]
+        if soft_labels == "geometric":
+            return -F.logsigmoid(ALPHA * (2 * p - 1) * margin) / ALPHA
+        return -(p * F.logsigmoid(ALPHA * margin) + (1 - p) * F.logsigmoid(-ALPHA * margin)) / ALPHA
+    places = 1 if kind == "best_of_n" else len(scores) - 1
+    return sum((ALPHA * scores[k:]).logsumexp(0) / ALPHA - scores[k] for k in range(places))
+
+
+def row_loss(method, row, logps, ref_logps, divergences, soft_labels):
+    p, size = row["probability"], len(logps)
+    if method == "spo":
+        return spo_loss(logps, row["kind"], p, soft_labels)
+    ratios = logps - ref_logps.detach()
+    if method == "sppo":
+        wins = [p, 1 - p] if size == 2 else [(size - 1 - place) / (size - 1) for place in range(size)]
+        return sum((ratio - (win - 0.5) / BETA) ** 2 for ratio, win in zip(ratios, wins, strict=True))
+    better = range(size - 1) if row["kind"] == "ranking" else [0]
+    pairs = [(i, j) for i in better for j in range(i + 1, size)]
+    losses = [
+        pair_loss(method, ratios[i] - ratios[j], (divergences[i], divergences[j]), p, soft_labels)
+        for i, j in pairs
+    ]
+    return sum(losses) / len(losses)
+
+
+def scored(direct, model, off, row):
+    """log π, log π_ref and D = Σ_t KL(π_ref ‖ π) of each completion of a row."""
+    logps, ref_logps, divergences = [], [], []
+    for completion in row["completions"]:
+        policy = direct.distributions(model, row["prompt"], completion)
+        with off() as reference, torch.no_grad():
+            old = direct.distributions(reference, row["prompt"], completion)
+        tokens = range(len(completion))
+        logps.append(policy[tokens, completion].sum())
+        ref_logps.append(old[tokens, completion].sum())
+        divergences.append((old.exp() * (old - policy)).sum())
+    return torch.stack(logps), torch.stack(ref_logps), torch.stack(divergences)
+
+
+def rows_for(make_rows, method, data):
+    if data == "pairs":
+        return make_rows(5, soft=True)
+    rows = make_rows(7, sizes=(2, 4, 3), soft=True)
+    if method != "sppo":
+        rows[2]["kind"] = "best_of_n"
+        rows[4]["kind"] = "best_of_n"
+    return rows
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["model", "adapter"])
+@pytest.mark.parametrize("data", ["pairs", "groups"])
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_and_gradient_are_the_formulas(one_step, make_rows, direct, watch, logs_of, method, data, lora):
+    # groups take geometric labels, pairs of the adapter too: each way meets each kind of reference
+    soft_labels = "linear" if (data == "pairs") != lora else "geometric"
+    options = {"soft_labels": soft_labels} if method != "sppo" else {}
+    if method in ("dpo", "rdpo"):
+        options["label_smoothing"] = SMOOTHING
+    trainer, model, off = one_step(
+        rows_for(make_rows, method, data),
+        lora,
+        method=method,
+        alpha=ALPHA,
+        beta=0.0 if method == "spo" else BETA,
+        tdpo_alpha=TDPO_ALPHA,
+        **options,
+    )
+    rows = trainer.train_dataset.rows
+    values = [scored(direct, model, off, row) for row in rows]
+    loss = sum(
+        row_loss(method, row, *value, soft_labels) for row, value in zip(rows, values, strict=True)
+    ) / len(rows)
+    log = logs_of(trainer)[0]
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert log["loss/preference"] == pytest.approx(loss.item(), rel=1e-4)
+    direct.agree(watch.gradients[0], direct.gradient(model, loss))
+    if lora:
+        assert trainer.ref_model is None
+
+    chosen, rejected = [], []  # a best-of-n row tells its others not apart: their mean is what it rejects
+    for row, (logps, ref_logps, _) in zip(rows, values, strict=True):
+        rewards = ALPHA * logps if method == "spo" else BETA * (logps - ref_logps)
+        chosen.append(rewards[0])
+        rejected.append(rewards[1:] if row["kind"] == "best_of_n" else rewards[-1:])
+    margins = [best - others.mean() for best, others in zip(chosen, rejected, strict=True)]
+    wins = [(best > others).double().mean() for best, others in zip(chosen, rejected, strict=True)]
+    for name, expected in {
+        "chosen": chosen,
+        "rejected": [others.mean() for others in rejected],
+        "margins": margins,
+        "accuracies": wins,
+    }.items():
+        mean = torch.stack(expected).mean().item()
+        assert log[f"rewards/{name}"] == pytest.approx(mean, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("alpha", [0.0, 4.0])
+def test_other_softness_too(one_step, make_rows, direct, watch, alpha):
+    trainer, model, off = one_step(make_rows(4, sizes=(3,)), alpha=alpha, beta=0.0)
+    loss = 0.0
+    for row in trainer.train_dataset.rows:
+        logps = scored(direct, model, off, row)[0]
+        for suffix in (logps, logps[1:]):
+            loss = loss + (
+                suffix.mean() - suffix[0] if alpha == 0 else (alpha * suffix).logsumexp(0) / alpha - suffix[0]
+            )
+    direct.agree(watch.gradients[0], direct.gradient(model, loss / 4))
+
+
+@pytest.mark.parametrize("weight_scores", ["sequence", "token"])
+@pytest.mark.parametrize("cut", [1, 3])
+def test_weights_are_symmetric_constant_and_of_mean_one(
+    make_trainer, make_rows, direct, watch, weight_scores, cut
+):
+    gamma = 0.4
+    trainer = make_trainer(
+        make_rows(6, sizes=(2, 3), soft=True),
+        alpha=ALPHA,
+        beta=0.0,
+        weight_exponent=gamma,
+        weight_scores=weight_scores,
+        per_device_train_batch_size=6 // cut,
+        gradient_accumulation_steps=cut,
+        train_sampling_strategy="sequential",
+        max_grad_norm=0.0,
+        trainer_options={"callbacks": [watch]},
+    )
+    trainer.train()
+    losses, weights = [], []
+    for row in trainer.train_dataset.rows:
+        tokens = [direct.token_logps(watch.models[0], row["prompt"], one) for one in row["completions"]]
+        logps = torch.stack([values.sum() for values in tokens])
+        means = torch.stack([values.mean() for values in tokens])
+        losses.append(spo_loss(logps, row["kind"], row["probability"], "linear"))
+        weights.append((logps if weight_scores == "sequence" else means).exp().sum().item() ** gamma)
+    mean = sum(weights) / len(weights)
+    loss = sum(weight / mean * one for weight, one in zip(weights, losses, strict=True)) / len(losses)
+    assert max(weights) > 1.5 * min(weights)
+    direct.agree(watch.gradients[0], direct.gradient(watch.models[0], loss))
