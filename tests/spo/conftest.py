@@ -107,12 +107,8 @@ class Direct:
     def gradient(model, loss):
         """Gradient of every trained parameter as one vector; zeros where the loss does not touch it."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return torch.cat(
-            [
-                g.flatten()
-                for g in torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
-            ]
-        )
+        options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, trained, **options)])
 
     @staticmethod
     def agree(found, expected, tolerance=1e-4):
