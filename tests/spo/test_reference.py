@@ -161,7 +161,7 @@ def test_a_file_that_was_cut_off_or_lacks_an_entry_is_refused(train, files, no_s
     no_scoring()
     for end in (len(whole) - 5, 4, 0):
         own.write_bytes(whole[:end])
-        with pytest.raises(ConfigError, match="cannot be read .*remove it, and it is made anew"):
+        with pytest.raises(ConfigError, match=r"cannot be read .*remove it, and it is made anew"):
             train(trains=False, trainer_options={"eval_dataset": None})
     own.write_bytes(whole)
     with safe_open(own, framework="pt") as content:
@@ -228,7 +228,7 @@ def test_a_fingerprint_is_that_of_the_weights_under_an_adapter(make_model, token
     for options in ({}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}):
         adapted = adapt(make_model(tokenizer, attention_bias=True), **options)
         with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
+            for parameter in adapted.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.5)
         assert model_fingerprint(adapted) == plain, options

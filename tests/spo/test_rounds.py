@@ -112,7 +112,7 @@ def test_rounds_from_beginning_to_end(
     prompts = [tokenize_prompt(tokenizer, row["prompt"]) for row in given]
     answers = [tokenize_sequence(tokenizer, row["prompt"], row["completions"][0])[1] for row in given]
 
-    # as many steps as rounds, passes and batches make, one schedule over all of them, and the round in the log
+    # as many steps as rounds, passes and batches make, one schedule over all of them, the round in the log
     logs = logs_of(trainer)
     assert trainer.state.global_step == trainer.state.max_steps == len(logs) == STEPS
     assert [log["round"] for log in logs] == [1 + step // (STEPS // ROUNDS) for step in range(STEPS)]
@@ -167,7 +167,7 @@ def test_rounds_from_beginning_to_end(
 
 
 def drawn_by(direct, policy, noise, samples):
-    """Whether samples are what `policy` says to these uniform numbers: the first token whose Σπ exceeds one."""
+    """Whether samples are what `policy` makes of these uniform numbers: the first token whose Σπ exceeds."""
     policy = deepcopy(policy).double()
     assert len({tuple(sample.completion) for sample in samples}) > 3
     for row, sample in zip(noise.tolist(), samples, strict=True):

@@ -42,7 +42,7 @@ class SPOConfig(TrainingArguments):
         preference_kind: what the order of a row's completions means. `auto` follows the data's `kind` column.
         soft_labels: how a label probability enters the loss: `linear` keeps SPO's optimum, `geometric`
             gives uncertain pairs less weight.
-        weight_exponent: γ of `spo`'s symmetric row weight; 0 weighs all rows alike.
+        weight_exponent: γ of `spo`'s symmetric row weight; 0 weighs all rows alike, as evaluation does.
         weight_scores: scores in that weight: `sequence` log-probabilities, or their means per `token`.
         label_smoothing: share of flipped labels that `dpo` and `rdpo` assume.
         tdpo_alpha: weight of `tdpo`'s divergences.

@@ -29,6 +29,7 @@ def method_losses(
     ref_logps: Tensor | None = None,
     divergences: Tensor | None = None,
     weight_scores: Tensor | None = None,
+    weighted: bool = True,
 ) -> Tensor:
     """The loss of each row of a batch under `args.method`.
 
@@ -40,6 +41,7 @@ def method_losses(
         ref_logps: `[sequences]`, under the reference; every method but `spo` needs them.
         divergences: `[sequences]`, Σ_t KL(π_ref ‖ π) along each completion, for `tdpo`.
         weight_scores: `[sequences]`, scores of `spo`'s weight, where they are not the log-probabilities.
+        weighted: whether rows have their weight; without, the loss of a row is its own alone.
 
     Returns:
         `[groups]`. Methods of pairs take the mean over the pairs that a row's order decides.
@@ -53,7 +55,7 @@ def method_losses(
             kind=kinds,
             probabilities=probabilities,
             soft_labels=args.soft_labels,
-            weight_exponent=args.weight_exponent,
+            weight_exponent=args.weight_exponent if weighted else 0.0,
             weight_scores=weight_scores,
             log_mean_weight=rows.get("log_mean_weight"),
         )

@@ -311,6 +311,7 @@ class SPOTrainer(GuardedTrainer):
             ref_logps=ref_logps,
             divergences=divergences,
             weight_scores=self._weight_scores(logps, batch),
+            weighted=model.training,  # weights have mean 1 over a step; an evaluation has none
         )
         means.add("loss/preference", losses)
         for name, values in preference_metrics(args, logps, inputs, ref_logps).items():

@@ -1,0 +1,227 @@
+"""What must not matter does not, step by step and through the command: how a step is cut, padded, ordered."""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from softpref.cli import main
+from softpref.lm import scoring
+
+ROWS, STEP = 28, 8  # the last step of each epoch holds 4
+SHARED = {
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "optim": "sgd",  # Adam would blow rounding errors of tiny gradients up to whole steps
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "train_sampling_strategy": "sequential",
+    "max_prompt_length": 40,
+    "max_completion_length": 32,
+    "samples_per_refresh": 26,
+    "sampling_interval": 3,
+    "num_train_epochs": 2,
+    "seed": 3,
+}
+CASES = {
+    "token": {"beta": 0.3, "learning_rate": 0.1},
+    "full-weighted": {
+        "beta": 0.3,
+        "learning_rate": 0.1,
+        "kl_gradient": "full",
+        "max_importance_ratio": 1.5,
+        "refresh": "adaptive",
+        "sampling_interval": 4,
+        "samples_per_refresh": 32,
+    },
+    "dpo": {"method": "dpo", "beta": 0.5, "learning_rate": 0.1},
+    "sppo": {"method": "sppo", "beta": 2.0, "learning_rate": 2e-3, "kinds": ("pairwise", "ranking")},
+    "mixed": {
+        "beta": 0.2,
+        "alpha": 0.5,
+        "learning_rate": 0.1,
+        "soft_labels": "geometric",
+        "weight_exponent": 0.5,
+        "weight_scores": "token",
+        "kinds": ("pairwise", "best_of_n", "ranking"),
+    },
+    "tdpo": {
+        "method": "tdpo",
+        "beta": 0.3,
+        "learning_rate": 0.1,
+        "kinds": ("pairwise", "best_of_n", "ranking"),
+    },
+}
+# what tells of time, or of the place within an epoch
+UNLIKE = ("epoch", "sampling/t", "total_flos")
+UNLIKE += tuple(
+    f"{split}_{what}" for split in ("train", "eval") for what in ("runtime", "samples_", "steps_")
+)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, make_model, tokenizer):
+    folder = tmp_path_factory.mktemp("reference")
+    make_model(tokenizer, layers=2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def rows_of(kinds, seed=0):
+    """Rows whose lengths range from one letter to thirty."""
+    rng = random.Random(seed)
+
+    def text():
+        return "".join(rng.choices("abcdefgh", k=rng.choice((1, 2, 5, 30))))
+
+    rows = []
+    for number in range(ROWS):
+        kind = kinds[number % len(kinds)]
+        size = 2 if kind == "pairwise" else rng.choice((3, 5))
+        rows.append(
+            {
+                "prompt": text(),
+                "completions": [text() for _ in range(size)],
+                "kind": kind,
+                "probability": round(rng.uniform(0.05, 0.95), 3) if size == 2 else None,
+            }
+        )
+    return rows
+
+
+def permuted(rows):
+    """The rows of each step in another order, and the losers of a best-of-n in another."""
+    rng = random.Random(1)
+    mixed = []
+    for epoch_step in range(0, ROWS, STEP):
+        step = rows[epoch_step : epoch_step + STEP]
+        rng.shuffle(step)
+        for row in step:
+            best, *others = row["completions"]
+            if row["kind"] == "best_of_n":
+                rng.shuffle(others)
+            mixed.append({**row, "completions": [best, *others]})
+    assert mixed != rows
+    return mixed
+
+
+def write_dataset(folder, rows):
+    """A dataset folder of stage 1: the same prompts for the KL term, whatever the order of the rows."""
+    from datasets import Dataset, DatasetDict
+
+    splits = {"train": rows, "validation": rows_of(sorted({row["kind"] for row in rows}), seed=5)[:9]}
+    DatasetDict({name: Dataset.from_list(split) for name, split in splits.items()}).save_to_disk(str(folder))
+    prompts = [{"prompt": "abcdefgh"[: 1 + i % 7] * (1 + i % 3)} for i in range(20)]
+    Dataset.from_list(prompts).save_to_disk(str(folder / "prompts"))
+    (folder / "stats.json").write_text(json.dumps({"dataset_hash": "abc"}))
+    return str(folder)
+
+
+@pytest.fixture
+def train(tmp_path, reference, monkeypatch):
+    """`train(name, rows, batch, **options)` through the command: every metric by step, and the weights."""
+    monkeypatch.setattr("softpref.tracking.mlflow_ready", lambda uri: False)  # its mirror is what is read
+
+    def run(name, rows, batch, **options):
+        dataset = write_dataset(tmp_path / f"{name}-data", rows)
+        cut = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": STEP // batch,
+            "per_device_eval_batch_size": batch,
+        }
+        config = tmp_path / f"{name}.json"
+        config.write_text(json.dumps({**SHARED, **cut, **options}))
+        folder = tmp_path / name
+        paths = {"dataset": dataset, "reference": reference, "output": folder, "config": config}
+        assert (
+            main(["train", *(str(part) for key, path in paths.items() for part in (f"--{key}", path))]) == 0
+        )
+        metrics = {}
+        for line in (folder / "tracking.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            if record["kind"] == "metrics":
+                metrics.setdefault(record["step"], {}).update(record["values"])
+        weights = load_file(folder / "model.safetensors")
+        return metrics, torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_trajectory_is_the_same_however_steps_are_cut_padded_and_ordered(
+    train, reference, monkeypatch, case
+):
+    options = dict(CASES[case])
+    rows = rows_of(options.pop("kinds", ("pairwise",)))
+    metrics, weights = train("whole", rows, STEP, **options)
+    assert sorted(metrics) == list(range(1, 9))
+    begun = load_file(f"{reference}/model.safetensors")
+    start = torch.cat([begun[name].flatten() for name in sorted(begun)])
+    assert float((weights - start).abs().max()) > 5e-4  # a hundred times what is forgiven below
+
+    others = {
+        "ones": train("ones", rows, 1, **options),
+        "twos": train("twos", rows, 2, **options),
+        "order": train("order", permuted(rows), 4, **options),
+    }
+    pad_sequences = scoring.pad_sequences
+
+    def wider(sequences, pad_id):
+        batch = pad_sequences(sequences, pad_id)
+        ids, mask, completions, lengths = batch
+        more = ids.new_full((len(ids), 9), 7)  # what stands in the padding is no padding token either
+        ids = torch.where(mask.bool(), ids, 7)
+        return scoring.SequenceBatch(
+            torch.cat([ids, more], 1),
+            torch.cat([mask, 0 * more], 1),
+            torch.cat([completions, more < 0], 1),
+            lengths,
+        )
+
+    for module in ("rows", "trainer"):
+        monkeypatch.setattr(f"softpref.spo.{module}.pad_sequences", wider)
+    others["padded"] = train("padded", rows, STEP, **options)
+
+    for name, (found, ended) in others.items():
+        assert found.keys() == metrics.keys()
+        for step, expected in metrics.items():
+            assert found[step].keys() == expected.keys(), (name, step)
+            for key, value in expected.items():
+                if not key.startswith(UNLIKE):
+                    close = pytest.approx(value, rel=2e-4, abs=2e-4)
+                    assert found[step][key] == close, (name, step, key)
+        torch.testing.assert_close(ended, weights, rtol=0, atol=5e-6, msg=name)
+    logged = {"loss/preference", "rewards/margins", "grad_norm", "eval_loss"}
+    logged |= {"kl/sequence", "sampling/ess", "sampling/age"} if "method" not in options else set()
+    assert logged <= {key for values in metrics.values() for key in values}
+
+
+def test_metrics_are_averages_over_rows_and_tokens_and_not_over_padding(make_trainer, make_rows):
+    rows = make_rows(12)
+    long_row = {"prompt": "a", "completions": ["abcdefg", "hgfedcb"], "kind": "pairwise", "probability": None}
+    # one step that does not move: the means of twelve rows at once equal the mean of twelve single ones
+    whole = make_trainer([*rows, long_row], per_device_train_batch_size=13, learning_rate=0.0, beta=0.1)
+    whole.train()
+    apart = make_trainer([*rows, long_row], per_device_train_batch_size=1, learning_rate=0.0, beta=0.0)
+    apart.train()
+    together = next(log for log in whole.state.log_history if "loss" in log)
+    singles = [log for log in apart.state.log_history if "loss" in log]
+    for name in (
+        "loss/preference",
+        "logps/chosen",
+        "logps/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+    ):
+        assert together[name] == pytest.approx(sum(log[name] for log in singles) / 13, rel=1e-4), name
+    assert together["kl/sequence"] == pytest.approx(0.0, abs=1e-5)
+    samples = whole.buffer._samples[: whole.buffer.slice_size(0)]
+    lengths = [len(sample.completion) for sample in samples]
+    assert len(set(lengths)) > 1
+    assert together["completions/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
+    assert together["completions/truncated_fraction"] == pytest.approx(
+        sum(sample.truncated for sample in samples) / len(samples)
+    )
