@@ -1,5 +1,6 @@
 """A toy world for the trainer: prompts and completions of letters, a model with a token per letter."""
 
+import json
 import random
 from copy import deepcopy
 
@@ -115,6 +116,57 @@ class Direct:
         """Whether two vectors are the same up to a share of the expected one's length."""
         error = float((found.double() - expected).norm() / expected.norm())
         assert error < tolerance, f"relative error {error}"
+
+
+@pytest.fixture(scope="session")
+def reference_folder(tmp_path_factory, make_model, tokenizer):
+    folder = tmp_path_factory.mktemp("reference")
+    make_model(tokenizer, layers=2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def write_dataset():
+    """`write_dataset(folder, splits, sft=None, prompts=None, outcomes=None)` in the layout of stage 1."""
+
+    def write(folder, splits, *, sft=None, prompts=None, outcomes=None):
+        from datasets import Dataset, DatasetDict
+
+        def save(splits, folder):
+            DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(
+                str(folder)
+            )
+
+        save(splits, folder)
+        if sft:
+            save(sft, folder / "sft")
+        if prompts:
+            Dataset.from_list(prompts).save_to_disk(str(folder / "prompts"))
+        if outcomes:
+            lines = [json.dumps(outcome) + "\n" for outcome in outcomes]
+            (folder / "outcomes.jsonl").write_text("".join(lines))
+        (folder / "stats.json").write_text(json.dumps({"dataset_hash": "abc"}))
+        return str(folder)
+
+    return write
+
+
+@pytest.fixture
+def command(tmp_path, reference_folder, monkeypatch):
+    """`command(name, dataset, **options)`: `softpref train` to the folder `name`; its exit status."""
+    monkeypatch.setattr("softpref.tracking.mlflow_ready", lambda uri: False)  # the mirror alone is written
+
+    def run(name, dataset, **options):
+        from softpref.cli import main
+
+        config = tmp_path / f"{name}.json"
+        defaults = {"use_cpu": True, "bf16": False, "disable_tqdm": True, "logging_steps": 1, "seed": 3}
+        config.write_text(json.dumps({**defaults, **options}))
+        folders = ["--dataset", dataset, "--reference", reference_folder, "--output", str(tmp_path / name)]
+        return main(["train", *folders, "--config", str(config)])
+
+    return run
 
 
 @pytest.fixture

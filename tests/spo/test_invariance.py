@@ -2,21 +2,17 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from softpref.cli import main
 from softpref.lm import scoring
 
 ROWS, STEP = 28, 8  # the last step of each epoch holds 4
 SHARED = {
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
     "optim": "sgd",  # Adam would blow rounding errors of tiny gradients up to whole steps
     "lr_scheduler_type": "constant",
-    "logging_steps": 1,
     "save_strategy": "no",
     "train_sampling_strategy": "sequential",
     "max_prompt_length": 40,
@@ -24,7 +20,6 @@ SHARED = {
     "samples_per_refresh": 26,
     "sampling_interval": 3,
     "num_train_epochs": 2,
-    "seed": 3,
 }
 CASES = {
     "token": {"beta": 0.3, "learning_rate": 0.1},
@@ -60,14 +55,6 @@ UNLIKE = ("epoch", "sampling/t", "total_flos")
 UNLIKE += tuple(
     f"{split}_{what}" for split in ("train", "eval") for what in ("runtime", "samples_", "steps_")
 )
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory, make_model, tokenizer):
-    folder = tmp_path_factory.mktemp("reference")
-    make_model(tokenizer, layers=2).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def rows_of(kinds, seed=0):
@@ -108,59 +95,49 @@ def permuted(rows):
     return mixed
 
 
-def write_dataset(folder, rows):
-    """A dataset folder of stage 1: the same prompts for the KL term, whatever the order of the rows."""
-    from datasets import Dataset, DatasetDict
-
-    splits = {"train": rows, "validation": rows_of(sorted({row["kind"] for row in rows}), seed=5)[:9]}
-    DatasetDict({name: Dataset.from_list(split) for name, split in splits.items()}).save_to_disk(str(folder))
-    prompts = [{"prompt": "abcdefgh"[: 1 + i % 7] * (1 + i % 3)} for i in range(20)]
-    Dataset.from_list(prompts).save_to_disk(str(folder / "prompts"))
-    (folder / "stats.json").write_text(json.dumps({"dataset_hash": "abc"}))
-    return str(folder)
-
-
 @pytest.fixture
-def train(tmp_path, reference, monkeypatch):
+def train(tmp_path, write_dataset, command):
     """`train(name, rows, batch, **options)` through the command: every metric by step, and the weights."""
-    monkeypatch.setattr("softpref.tracking.mlflow_ready", lambda uri: False)  # its mirror is what is read
 
     def run(name, rows, batch, **options):
-        dataset = write_dataset(tmp_path / f"{name}-data", rows)
+        kinds = sorted({row["kind"] for row in rows})
+        splits = {"train": rows, "validation": rows_of(kinds, seed=5)[:9]}
+        # the KL term has prompts of its own: the same ones whatever the order of the rows
+        prompts = [{"prompt": "abcdefgh"[: 1 + i % 7] * (1 + i % 3)} for i in range(20)]
+        dataset = write_dataset(tmp_path / f"{name}-data", splits, prompts=prompts)
         cut = {
             "per_device_train_batch_size": batch,
             "gradient_accumulation_steps": STEP // batch,
             "per_device_eval_batch_size": batch,
         }
-        config = tmp_path / f"{name}.json"
-        config.write_text(json.dumps({**SHARED, **cut, **options}))
-        folder = tmp_path / name
-        paths = {"dataset": dataset, "reference": reference, "output": folder, "config": config}
-        assert (
-            main(["train", *(str(part) for key, path in paths.items() for part in (f"--{key}", path))]) == 0
-        )
+        assert command(name, dataset, **{**SHARED, **cut, **options}) == 0
         metrics = {}
-        for line in (folder / "tracking.jsonl").read_text().splitlines():
+        for line in (tmp_path / name / "tracking.jsonl").read_text().splitlines():
             record = json.loads(line)
             if record["kind"] == "metrics":
                 metrics.setdefault(record["step"], {}).update(record["values"])
-        weights = load_file(folder / "model.safetensors")
-        return metrics, torch.cat([weights[name].flatten() for name in sorted(weights)])
+        return metrics, flat(tmp_path / name)
 
     return run
 
 
+def flat(folder):
+    """All weights of a model folder as one vector."""
+    weights = load_file(folder / "model.safetensors")
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_trajectory_is_the_same_however_steps_are_cut_padded_and_ordered(
-    train, reference, monkeypatch, case
+    train, reference_folder, monkeypatch, case
 ):
     options = dict(CASES[case])
     rows = rows_of(options.pop("kinds", ("pairwise",)))
     metrics, weights = train("whole", rows, STEP, **options)
     assert sorted(metrics) == list(range(1, 9))
-    begun = load_file(f"{reference}/model.safetensors")
-    start = torch.cat([begun[name].flatten() for name in sorted(begun)])
-    assert float((weights - start).abs().max()) > 5e-4  # a hundred times what is forgiven below
+    assert (
+        float((weights - flat(Path(reference_folder))).abs().max()) > 5e-4
+    )  # a hundred times what is forgiven below
 
     others = {
         "ones": train("ones", rows, 1, **options),

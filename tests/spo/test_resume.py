@@ -10,42 +10,61 @@ import pytest
 from safetensors.torch import load_file
 
 SCRIPT = '''
-"""Trains the toy model as told: output folder, folder of the start, step at which to be killed."""
-import os, signal, sys
+"""Trains the toy model as told: output folder, folder of the start, step to be killed at, rows, runs."""
+import json, os, signal, sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 from softpref.lm.loading import load_model, load_tokenizer
 from softpref.lm.training import last_checkpoint
 from softpref.spo import SPOConfig, SPOTrainer
 
-output, start = sys.argv[1:3]
-dies_at, rows, options = map(eval, sys.argv[3:6])
-
 
 class Steps(TrainerCallback):
+    def __init__(self, output, dies_at):
+        self.output, self.dies_at = output, dies_at
+
     def on_step_end(self, args, state, control, **kwargs):
-        Path(output, "steps.log").open("a").write(f"{state.global_step}\\n")
-        if state.global_step == dies_at:
+        Path(self.output, "steps.log").open("a").write(f"{state.global_step}\\n")
+        if state.global_step == self.dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-torch.manual_seed(0)
-config = SPOConfig(
-    output_dir=output, use_cpu=True, bf16=False, disable_tqdm=True, logging_steps=1, save_total_limit=2,
-    lr_scheduler_type="linear", max_prompt_length=16, max_completion_length=8, beta=0.3, seed=3, **options,
-)
-trainer = SPOTrainer(
-    load_model(start), config, train_dataset=rows, processing_class=load_tokenizer(start)
-)
-Path(output).mkdir(exist_ok=True)
-if trainer.is_world_process_zero():
-    trainer.add_callback(Steps())
-trainer.train(resume_from_checkpoint=last_checkpoint(output))
-if trainer.is_world_process_zero():
-    trainer.model.save_pretrained(output + "/final")
-    trainer.state.save_to_json(output + "/final/state.json")
+class Judge:
+    def scores(self, texts):
+        return np.array([text.count("a") - len(text) / 4 for text in texts])
+
+    def probabilities(self, prompts, first, second):
+        return 1 / (1 + np.exp(self.scores(second) - self.scores(first)))
+
+
+def train(output, start, dies_at, rows, options):
+    torch.manual_seed(0)
+    config = SPOConfig(**{
+        "output_dir": output, "use_cpu": True, "bf16": False, "disable_tqdm": True, "logging_steps": 1,
+        "save_total_limit": 2, "lr_scheduler_type": "linear", "max_prompt_length": 16,
+        "max_completion_length": 8, "beta": 0.3, "seed": 3, **options,
+    })
+    trainer = SPOTrainer(
+        load_model(start), config, train_dataset=rows, processing_class=load_tokenizer(start), judge=Judge()
+    )
+    Path(output).mkdir(exist_ok=True, parents=True)
+    if trainer.is_world_process_zero():
+        trainer.add_callback(Steps(output, dies_at))
+    trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    if trainer.is_world_process_zero():
+        trainer.model.save_pretrained(output + "/final")
+        trainer.state.save_to_json(output + "/final/state.json")
+        Path(output, "final/rows.json").write_text(json.dumps([row for row in trainer.train_dataset.rows]))
+
+
+if __name__ == "__main__":
+    output, start = sys.argv[1:3]
+    dies_at, rows, runs = map(eval, sys.argv[3:6])
+    for name, options in runs.items():
+        train(f"{output}/{name}".rstrip("/"), start, dies_at, rows, options)
 '''
 
 RESUMED = {
@@ -67,13 +86,13 @@ def start(tmp_path, model, tokenizer):
 
 @pytest.fixture
 def launch(tmp_path, start):
-    """`launch(name, rows, options, dies_at, prefix) -> Popen` of the training script."""
+    """`launch(name, rows, runs, dies_at, prefix) -> Popen` of the training script, one run after another."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-    def popen(name, rows, options, *, dies_at=None, prefix=(sys.executable,)):
-        arguments = (tmp_path / name, start, dies_at, repr(rows), repr(options))
+    def popen(name, rows, runs, *, dies_at=None, prefix=(sys.executable,)):
+        arguments = (tmp_path / name, start, dies_at, repr(rows), repr(runs))
         command = [*prefix, str(script), *map(str, arguments)]
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -89,9 +108,9 @@ def finish(process):
 
 def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, launch, make_rows):
     rows = make_rows(13, soft=True)  # 4 steps an epoch, the last of one row; 16 steps in all
-    whole = launch("whole", rows, RESUMED)
+    whole = launch("whole", rows, {"": RESUMED})
     # between the checkpoints at 8 and 12, with half of the samples drawn after step 5 consumed at step 8
-    killed = launch("killed", rows, RESUMED, dies_at=10)
+    killed = launch("killed", rows, {"": RESUMED}, dies_at=10)
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
     # a checkpoint that a kill cut off: everything but the file that comes last
@@ -100,7 +119,7 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, launch, 
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"")
     finish(whole)
-    finish(launch("killed", rows, RESUMED))
+    finish(launch("killed", rows, {"": RESUMED}))
     steps = (tmp_path / "killed" / "steps.log").read_text().split()
     assert steps[10:] == [str(step) for step in range(9, 17)]  # it did not start anew
     expected = load_file(tmp_path / "whole" / "final" / "model.safetensors")
@@ -111,33 +130,62 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, launch, 
     assert any(float((expected[name] - begun[name]).abs().max()) > 1e-2 for name in expected)
 
 
-def test_two_processes_train_as_one(tmp_path, launch, make_rows, make_trainer, model):
+SHARED = {
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "save_strategy": "no",
+    "samples_per_refresh": 27,  # slices of 9: the processes take turns at the odd one
+    "sampling_interval": 3,
+}
+RUNS = {
+    "spo": {"num_train_epochs": 2, "kl_gradient": "full", "weight_exponent": 0.5},
+    "rounds": {
+        "num_train_epochs": 1,
+        "rounds": 2,
+        "train_on": "samples",
+        "completions_per_prompt": 3,
+        "refresh": "adaptive",
+        "max_importance_ratio": 2.0,
+    },
+    "sppo": {"method": "sppo", "num_train_epochs": 1, "rounds": 2, "learning_rate": 1e-3, "beta": 1.0},
+    "cached": {"method": "dpo", "num_train_epochs": 1},
+    "cached-again": {"method": "dpo", "num_train_epochs": 1},
+}
+
+
+def test_two_processes_train_as_one(tmp_path, launch, make_rows, start):
     rows = make_rows(32, soft=True)
-    options = {
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "num_train_epochs": 2,
-        "save_strategy": "no",
-        "samples_per_refresh": 27,  # slices of 9: the processes take turns at the odd one
-        "sampling_interval": 3,
-        "kl_gradient": "full",
-        "weight_exponent": 0.5,
-    }
+    runs = {name: {**SHARED, **options} for name, options in RUNS.items()}
+    for name in ("cached", "cached-again"):
+        runs[name]["reference_cache"] = str(tmp_path / "kept")
     cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    two = launch("two", rows, {**options, **cut}, prefix=launcher)
-    one = make_trainer(
-        rows, model=model, beta=0.3, lr_scheduler_type="linear", per_device_train_batch_size=8, **options
-    )
-    one.train()
+    two = launch("two", rows, {name: {**run, **cut} for name, run in runs.items()}, prefix=launcher)
+    script: dict = {"__name__": "script"}
+    exec(SCRIPT, script)
+    for name, run in runs.items():
+        options = {**run, "per_device_train_batch_size": 8}
+        if "reference_cache" in run:
+            options["reference_cache"] = str(tmp_path / "one-kept")
+        script["train"](str(tmp_path / "one" / name), str(start), None, rows, options)
     finish(two)
-    others = load_file(tmp_path / "two" / "final" / "model.safetensors")
-    for name, parameter in one.model.named_parameters():
-        assert (parameter - others[name]).abs().max().item() < 1e-5, name
-    state = json.loads((tmp_path / "two" / "final" / "state.json").read_text())
-    histories = (one.state.log_history, state["log_history"])
-    logs = [[log for log in history if "loss" in log] for history in histories]
-    assert len(logs[0]) == 8
-    for ours, theirs in zip(*logs, strict=True):
-        for name in ours.keys() - {"epoch", "sampling/time_fraction", "sampling/tokens_per_second"}:
-            assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-4), name
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    for name in runs:
+        ours, theirs = (tmp_path / count / name / "final" for count in ("one", "two"))
+        expected, found = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
+        for key, parameter in expected.items():
+            assert (parameter - found[key]).abs().max().item() < 1e-5, (name, key)
+        logs, rows = [], []
+        for folder in (ours, theirs):
+            history = json.loads((folder / "state.json").read_text())["log_history"]
+            logs.append([log for log in history if "loss" in log])
+            rows.append(json.loads((folder / "rows.json").read_text()))
+        assert len(logs[0]) == (4 if "cached" in name else 8)
+        for one, other in zip(*logs, strict=True):
+            for key in one.keys() - {"epoch", "sampling/time_fraction", "sampling/tokens_per_second"}:
+                assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4), (name, key)
+        for one, other in zip(*rows, strict=True):
+            assert other["completions"] == one["completions"]
+            assert other["probability"] == pytest.approx(one["probability"])
+            for key in ("ref_logps", "win_probabilities"):
+                assert other.get(key) == pytest.approx(one.get(key), abs=1e-4)

@@ -1,0 +1,118 @@
+"""The training stage around the trainer: which rows and which judge it takes, what it refuses at once."""
+
+import json
+
+import pytest
+from safetensors import safe_open
+from softpref.lm.loading import load_metadata
+
+PROMPTS = ["ab", "cd", "ef"]
+ANSWERS = ["a", "b", "ca", "db"]
+QUICK = {
+    "max_prompt_length": 16,
+    "max_completion_length": 6,
+    "samples_per_refresh": 8,
+    "sampling_interval": 2,
+    "per_device_train_batch_size": 6,
+    "learning_rate": 1e-2,
+    "num_train_epochs": 1,
+    "save_strategy": "no",
+}
+
+
+def pairs(prompts=PROMPTS):
+    return [
+        {"prompt": prompt, "completions": [better, worse], "kind": "pairwise", "probability": None}
+        for prompt in prompts
+        for better, worse in (("a", "b"), ("ca", "db"))
+    ]
+
+
+def outcomes(prompts):
+    weights = [0.25] * 4
+    return [
+        {"prompt": prompt, "completions": ANSWERS, "rewards": [1.0, 0.0, 2.0, -1.0], "weights": weights}
+        for prompt in prompts
+    ]
+
+
+def metrics(folder):
+    lines = map(json.loads, (folder / "tracking.jsonl").read_text().splitlines())
+    return [line["values"] for line in lines if line["kind"] == "metrics"]
+
+
+@pytest.mark.parametrize("judge", ["expert", "bradley-terry", "auto"])
+def test_a_run_in_rounds_has_its_judge_from_the_dataset_and_says_what_it_is(
+    tmp_path, write_dataset, command, judge
+):
+    known = None if judge == "bradley-terry" else outcomes(PROMPTS)
+    dataset = write_dataset(tmp_path / "data", {"train": pairs(), "validation": pairs()}, outcomes=known)
+    options = {"method": "sppo", "beta": 1.0, "rounds": 2, "train_on": "samples", "judge": judge}
+    assert command("policy", dataset, **QUICK, **options) == 0
+    said = load_metadata(tmp_path / "policy")
+    assert (said["rounds"], said["train_on"], said["judge"]) == (2, "samples", judge)
+    rounds = [values["round"] for values in metrics(tmp_path / "policy") if "round" in values]
+    assert sorted(set(rounds)) == [1, 2]
+    assert any("eval_rewards/margins" in values for values in metrics(tmp_path / "policy"))
+
+
+def test_a_prompt_that_the_judge_does_not_know_is_refused_before_a_model_is_loaded(
+    tmp_path, write_dataset, command, capsys, monkeypatch
+):
+    monkeypatch.setattr("softpref.spo.stage.load_model", lambda *arguments, **options: pytest.fail("loaded"))
+    dataset = write_dataset(tmp_path / "data", {"train": pairs()}, outcomes=outcomes(PROMPTS[:2]))
+    assert command("policy", dataset, **QUICK, rounds=3) == 2  # it would be asked in round 2
+    assert "has no prompt 'ef'; use the judge 'bradley-terry'" in capsys.readouterr().err
+
+
+def test_self_play_learns_from_demonstrations_where_there_are_some(
+    tmp_path, write_dataset, command, monkeypatch, capsys
+):
+    from softpref.spo import stage
+
+    seen = []
+    make = stage.SPOTrainer
+
+    def recorded(*arguments, **options):
+        seen.append(list(options["train_dataset"]))
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(stage, "SPOTrainer", recorded)
+    options = {**QUICK, "train_on": "self_play", "beta": 0.0}
+    demonstrations = [{"prompt": "gh", "completion": "abc"}, {"prompt": "ab", "completion": "c"}]
+    with_some = write_dataset(tmp_path / "with", {"train": pairs()}, sft={"train": demonstrations})
+    without = write_dataset(tmp_path / "without", {"train": pairs()})
+    assert command("one", with_some, **options) == 0
+    assert command("two", without, **options) == 0
+    assert seen[0] == demonstrations
+    assert [row["prompt"] for row in seen[1]] == [row["prompt"] for row in pairs()]
+    held_out = write_dataset(tmp_path / "held-out", {"train": pairs()}, sft={"validation": demonstrations})
+    capsys.readouterr()
+    assert command("three", held_out, **options) == 2
+    assert "holds no training demonstration, which self-play learns from" in capsys.readouterr().err
+
+
+def test_members_of_a_sweep_share_kept_log_probabilities(tmp_path, write_dataset, command):
+    dataset = write_dataset(tmp_path / "data", {"train": pairs(), "validation": pairs(PROMPTS[:1])})
+    ended = []
+    for name, cache in (("live", ""), ("first", "kept"), ("second", "kept")):
+        folder = str(tmp_path / cache) if cache else ""
+        assert command(name, dataset, **QUICK, method="dpo", reference_cache=folder) == 0
+        with safe_open(tmp_path / name / "model.safetensors", framework="pt") as content:
+            ended.append(content.get_tensor("lm_head.weight"))
+    assert len(list((tmp_path / "kept").iterdir())) == 2  # training and validation rows
+    assert bool((ended[1] == ended[2]).all())
+    assert float((ended[0] - ended[1]).abs().max()) < 1e-4
+
+
+def test_a_run_in_rounds_is_not_continued_with_other_rounds(tmp_path, write_dataset, command, capsys):
+    dataset = write_dataset(tmp_path / "data", {"train": pairs()}, outcomes=outcomes(PROMPTS))
+    options = {**QUICK, "train_on": "samples", "rounds": 2, "save_strategy": "steps", "save_steps": 1}
+    started = tmp_path / "started" / "checkpoints"  # as a killed run leaves it
+    (started / "checkpoint-1").mkdir(parents=True)
+    (started / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1}')
+    (started / "run.json").write_text(json.dumps({"rounds": 3, "judge": "expert"}))
+    assert command("started", dataset, **options) == 2
+    error = capsys.readouterr().err
+    assert "rounds: 3 there, 2 here" in error
+    assert "judge: 'expert' there, 'auto' here" in error
