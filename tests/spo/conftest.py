@@ -1,5 +1,6 @@
 """A toy world for the trainer: prompts and completions of letters, a model with a token per letter."""
 
+import gc
 import json
 import random
 from copy import deepcopy
@@ -9,6 +10,15 @@ import torch
 from transformers import TrainerCallback
 
 LETTERS = "abcdefgh"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_libraries():
+    """A trainer collects garbage when it starts, most of a short run's time: spare it what libraries keep."""
+    import softpref.spo.stage  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -51,6 +51,8 @@ def layers(tmp_path):
             {"rounds": 2, "dataloader_persistent_workers": True, "dataloader_num_workers": 1},
             "dataloader_persistent_workers must be off",
         ),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be random or seq"),
+        ({"remove_unused_columns": True}, "remove_unused_columns must be false"),
         ({"extrapolation": "0.5", "use_peft": True, "merge_adapter": False}, "extrapolation must be empty"),
         ({"alhpa": 1.0}, "did you mean 'alpha'"),
         ({"sampling_intervall": 4}, "did you mean 'sampling_interval'"),
@@ -83,6 +85,7 @@ IDLE = [
     ({}, {"judge": "expert"}, "no completion is drawn and judged"),
     ({"train_on": "self_play"}, {"completions_per_prompt": 4}, "no completion is drawn and judged"),
     ({"method": "dpo"}, {"round_reference": "previous"}, "no row is drawn"),
+    ({"method": "dpo"}, {"label_smoothing_factor": 0.1}, "label_smoothing is what dpo and rdpo take"),
 ]
 NEEDED = [
     {"method": "spo", "weight_exponent": 0.5, "weight_scores": "token", "kl_gradient": "full"},

@@ -136,6 +136,8 @@ def test_rounds_from_beginning_to_end(
         assert [row["probability"] for row in first] == [row["probability"] for row in given]
         drawn.insert(0, None)
     assert len(drawn) == ROUNDS
+    noises = [one[0] for one in drawn if one is not None]
+    assert not any(torch.equal(noises[0], other) for other in noises[1:])
     for number, (policy, rows) in enumerate(zip(watched.models, watched.rows, strict=True)):
         assert [row["prompt"] for row in rows] == prompts
         if drawn[number] is not None:
@@ -195,6 +197,29 @@ def as_the_judge_says(judge, row, prompt, group, texts, method):
         assert (known[best], known[worst]) == (max(wins), min(wins))
         assert row["probability"] == pytest.approx(1 / (1 + math.exp(scored[worst] - scored[best])))
         assert row["kind"] == "pairwise"
+
+
+def test_a_round_too_large_for_one_draw_is_drawn_in_parts(rounds, direct, monkeypatch):
+    monkeypatch.setattr("softpref.spo.rounds._DRAWN_AT_ONCE", 6)
+    trainer, watched = rounds(rounds=1, train_on="samples", completions_per_prompt=3)
+    assert [len(samples) for _, _, samples in watched.drawn] == [6, 6, 6]  # of two prompts each
+    assert not torch.equal(watched.drawn[0][1], watched.drawn[1][1])
+    every = [sample for _, _, samples in watched.drawn for sample in samples]
+    for i, row in enumerate(trainer.rounds.rows):
+        group = every[3 * i : 3 * i + 3]
+        assert {tuple(sample.prompt) for sample in group} == {tuple(row["prompt"])}
+        drawn = [sample.completion for sample in group]
+        assert all(completion in drawn for completion in row["completions"])
+    drawn_by(direct, watched.models[0], watched.drawn[2][1], watched.drawn[2][2])
+
+
+def test_drawing_shows_its_progress_unless_bars_are_off(rounds, capsys):
+    rounds(rounds=1, train_on="samples")
+    assert "drawing completions" not in capsys.readouterr().err
+    rounds(rounds=1, train_on="samples", disable_tqdm=False, output="shown")
+    shown = capsys.readouterr().err
+    assert "Round 1: drawing completions" in shown
+    assert shown.count("drawing completions") <= 3  # a log file is not filled
 
 
 def test_a_round_of_sppo_begins_at_the_target_squared(rounds, logs_of):
@@ -391,3 +416,12 @@ def test_a_judge_that_gives_no_probabilities_is_refused(rounds, judge, answer):
     judge.probabilities = lambda prompts, first, second: np.array(answer)
     with pytest.raises(ConfigError, match=f"compare {ROWS} pairs; its probabilities must be as many numbers"):
         rounds(train_on="samples")
+
+
+def test_loader_processes_see_the_rows_of_each_round(rounds):
+    alone, seen = rounds(train_on="samples", num_train_epochs=1, rounds=2)
+    apart, watched = rounds(
+        train_on="samples", num_train_epochs=1, rounds=2, dataloader_num_workers=1, output="apart"
+    )
+    assert watched.trained == seen.trained
+    assert apart.rounds.rows == alone.rounds.rows

@@ -47,8 +47,8 @@ class SPOConfig(TrainingArguments):
         label_smoothing: share of flipped labels that `dpo` and `rdpo` assume.
         tdpo_alpha: weight of `tdpo`'s divergences.
         reference_cache: folder in which the reference's log-probabilities of all rows are kept, under a hash
-            of model and rows. They are computed once, and runs that share the folder share them; the
-            reference then takes no memory while a baseline trains. Empty: computed with each batch.
+            of model, precision and rows. They are computed once, and runs that share the folder share them;
+            the reference then takes no memory while a baseline trains. Empty: computed with each batch.
         kl_gradient: `token` is cheaper and has less variance; `full` is exact in expectation. Where a step is
             cut into micro-batches or processes, `full` looks at its samples once more beforehand, for a
             baseline over all of them (as a `weight_exponent` does at its rows).
@@ -64,7 +64,8 @@ class SPOConfig(TrainingArguments):
             them, cut down to this value (≥ 1; inf cuts nothing). None takes them as they are, which is
             biased by what changed since the refresh, and has less variance.
         rounds: how often training rows are drawn anew from the policy as it stands; each round makes
-            `num_train_epochs` passes over as many rows as the training data have. With `train_on=preferences`
+            `num_train_epochs` passes over as many rows as the training data have (`max_steps` ends rounds
+            early, or prolongs the last). With `train_on=preferences`
             the first round takes the data as they are, and each later one judged samples.
         train_on: `preferences`: the data's own completions; `samples`: completions of the policy, judged, on
             the data's prompts (online training; what `sppo` is made for); `self_play`: the data's best
@@ -216,6 +217,13 @@ class SPOConfig(TrainingArguments):
             refuse("max_importance_ratio", "at least 1, or left out to leave stale samples unweighted")
         if self.completions_per_prompt < 2:
             refuse("completions_per_prompt", "at least 2, for one is judged against another")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            refuse(
+                "train_sampling_strategy",
+                "random or sequential, for a row has no single length",
+            )
+        if self.remove_unused_columns:
+            refuse("remove_unused_columns", "false: SPOTrainer makes the columns that it needs")
         self._check_rounds(refuse)
         if parse_weights(self.extrapolation) and self.use_peft and not self.merge_adapter:
             refuse("extrapolation", "empty where the adapter is not merged, or merge_adapter true")
@@ -244,6 +252,7 @@ class SPOConfig(TrainingArguments):
             ]
         if not (self.method == "spo" and self.weight_exponent):
             idle.append(("weight_scores", "sequence", "rows have no weight without a weight_exponent"))
+        idle.append(("label_smoothing_factor", 0.0, "label_smoothing is what dpo and rdpo take"))
         if self.refresh != "adaptive":
             idle.append(("min_ess", 0.5, "refresh is not adaptive"))
         if not self.draws_rows:
