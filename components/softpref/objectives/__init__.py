@@ -9,6 +9,13 @@ from softpref.objectives.baselines import (
     sppo_loss,
     tdpo_loss,
 )
+from softpref.objectives.chunked import (
+    TokenKL,
+    TokenLogps,
+    token_kl,
+    token_logps,
+    token_logps_and_entropy,
+)
 from softpref.objectives.kl import (
     effective_sample_size,
     kl_loss,
@@ -20,6 +27,8 @@ from softpref.objectives.optimum import exact_optimum, ipo_optimum
 from softpref.objectives.preference import log_group_weights, ordered_pairs, preference_loss
 
 __all__ = [
+    "TokenKL",
+    "TokenLogps",
     "dpo_loss",
     "effective_sample_size",
     "exact_optimum",
@@ -37,4 +46,7 @@ __all__ = [
     "slic_loss",
     "sppo_loss",
     "tdpo_loss",
+    "token_kl",
+    "token_logps",
+    "token_logps_and_entropy",
 ]

@@ -1,0 +1,250 @@
+"""How a causal model's logits arise from its last hidden states, and those states at completion tokens.
+
+With them, and the chunked functions of `softpref.objectives`, full logits never exist. A model whose logits
+are not known to arise so is served all the same: its hidden states are then its full logits, and a line in
+the log says why.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from softpref.lm.sampling import evaluation_mode
+from softpref.lm.scoring import SequenceBatch, completion_logits
+from softpref.objectives import TokenKL, TokenLogps, token_kl, token_logps, token_logps_and_entropy
+
+logger = logging.getLogger(__name__)
+
+
+class Head(NamedTuple):
+    """`logits = softcap(scale · (hidden Wᵀ + bias))`, where `softcap(z) = c · tanh(z / c)`, or nothing.
+
+    Attributes:
+        weight: `[V, H]`, the model's own parameter, perhaps tied to its embeddings; None: hidden states are
+            logits already.
+        bias: `[V]`, or None.
+        scale: what the model multiplies its scores by.
+        softcap: c, or None.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class CompletionHidden(NamedTuple):
+    """What a model knows at each of the T completion tokens of a batch, before its head.
+
+    Attributes:
+        hidden: `[T, H]`, with gradient; from row t the t-th completion token is predicted. `[T, V]` fp32
+            logits where `head.weight` is None.
+        targets: `[T]`, the tokens that stand there.
+        head: what turns the one into scores of the other.
+        autocast: the dtype in which autocast had the model compute its head, or None. The methods do alike.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    head: Head
+    autocast: torch.dtype | None = None
+
+    def logps(self) -> Tensor:
+        """Log-probability of each completion token, `[T]` fp32, nats, with gradient."""
+        with self._autocast():
+            return token_logps(self.hidden, self.head.weight, self.targets, **self._head())
+
+    def logps_and_entropy(self) -> TokenLogps:
+        """The same, and the entropy of each next-token distribution, without gradient."""
+        with self._autocast():
+            return token_logps_and_entropy(self.hidden, self.head.weight, self.targets, **self._head())
+
+    def kl(self, reference: CompletionHidden, *, reverse: bool = False) -> TokenKL:
+        """KL(this ‖ reference) at each completion token, see `softpref.objectives.token_kl`."""
+        with self._autocast():
+            return token_kl(
+                self.hidden,
+                self.head.weight,
+                reference.hidden,
+                reference.head.weight,
+                self.targets,
+                reverse=reverse,
+                **self._head(),
+                **{f"ref_{name}": value for name, value in reference._head().items()},
+            )
+
+    def _head(self) -> dict[str, Any]:
+        return {"bias": self.head.bias, "scale": self.head.scale, "softcap": self.head.softcap}
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.autocast is not None
+        return torch.autocast(self.hidden.device.type, dtype=self.autocast, enabled=enabled)
+
+
+def completion_hidden(model: Any, batch: SequenceBatch) -> CompletionHidden:
+    """Run the model and keep the hidden states that predict completion tokens; no prompt, no padding.
+
+    The model is called as a whole, wrappers included, with its head replaced meanwhile: what enters the head
+    is kept, and the head is applied to one position only, so that the output has its usual form. That holds
+    for any architecture, where the name of the part below the head does not, nor the place of its last norm.
+    Wrappers do their part: precision, checkpointing, preparing the reduction of gradients. Gradients of the
+    head arise outside of forward, which DistributedDataParallel allows, for it acts when a parameter's
+    gradient has been accumulated; where it looks for unused parameters, it goes through the graph of the
+    output, and finds there, thanks to the one position, the head and everything below it.
+    """
+    known = _known_head(model)
+    if known is None:
+        logits, targets = completion_logits(model, batch)
+        return CompletionHidden(logits, targets, Head(None))
+    module, head = known
+    entered: list[tuple[Tensor, torch.dtype | None]] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        device = hidden.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        entered.append((hidden, autocast))
+        return nn.functional.linear(hidden[:1, -1:], module.weight, module.bias)
+
+    with _computing(module, keep):
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    [(hidden, autocast)] = entered
+    predicts = batch.completion_mask[:, 1:]
+    targets = batch.input_ids[:, 1:][predicts]
+    return CompletionHidden(hidden[:, :-1][predicts], targets, head, autocast)
+
+
+def output_head(model: Any) -> Head | None:
+    """The head of a causal model, wrapped or not; None where its logits do not arise from one plain product.
+
+    The head must be an `nn.Linear` itself, with nothing about it: no adapter, no quantization, no shards, no
+    hooks. What the model does to the head's scores afterwards is not read from its configuration, whose
+    names differ and whose meanings are opposite in places, but tried out once per model on scores chosen
+    for the purpose, and accepted when it is a positive factor, a soft cap by tanh, or both. The reason for a
+    None is logged, once per model.
+    """
+    known = _known_head(model)
+    return None if known is None else known[1]
+
+
+class _Form(NamedTuple):
+    """What a model does to the scores of its head."""
+
+    scale: float
+    softcap: float | None
+
+
+class _Unknown(Exception):
+    """Why a model's logits cannot be had from its hidden states."""
+
+
+# of each model: what was found out, and what has been logged
+_forms: WeakKeyDictionary[nn.Module, _Form | _Unknown] = WeakKeyDictionary()
+_reasons: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def _known_head(model: Any) -> tuple[nn.Linear, Head] | None:
+    """The module of the head, and the head; None, with a line in the log, where they are not known."""
+    try:
+        inner = _unwrapped(model)
+        module = inner.get_output_embeddings()
+        _check_plain(module)
+        if inner not in _forms:
+            _forms[inner] = _tried_form(inner, module)
+        form = _forms[inner]
+        if isinstance(form, _Unknown):
+            raise form
+    except _Unknown as reason:
+        if _reasons.get(model) != str(reason):
+            _reasons[model] = str(reason)
+            logger.warning("full logits are computed for %s: %s", type(model).__name__, reason)
+        return None
+    return module, Head(module.weight, module.bias, *form)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The transformers model inside wrappers that are known not to mind."""
+    from transformers import PreTrainedModel
+
+    while not isinstance(model, PreTrainedModel):
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            if model.static_graph:  # its first backward must pass through the output of forward
+                raise _Unknown("DistributedDataParallel with static_graph needs a loss made of its output")
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            raise _Unknown(f"{type(model).__name__} is no transformers model, nor a known wrapper of one")
+    return model
+
+
+def _check_plain(module: Any) -> None:
+    """Refuse a head that is more, or other, than a matrix and a bias on this device."""
+    if type(module) is not nn.Linear:
+        raise _Unknown(f"its head is {type(module).__name__}, not a plain nn.Linear")
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    if any(hooks) or module._backward_pre_hooks or "forward" in vars(module):
+        raise _Unknown("its head has hooks")
+    for tensor in (module.weight, module.bias):
+        if tensor is not None and (type(tensor) not in (nn.Parameter, Tensor) or tensor.is_meta):
+            raise _Unknown("its head is quantized, sharded or offloaded")
+    if module.weight.shape != (module.out_features, module.in_features):
+        raise _Unknown("its head is sharded, or packed")
+
+
+def _tried_form(model: Any, module: nn.Linear) -> _Form | _Unknown:
+    """Have the model take chosen numbers for its head's scores, and see what comes out as logits.
+
+    Three positions: small scores show the factor, huge ones the cap, and a ladder, different for every token,
+    whether the two explain everything.
+    """
+    dtype = torch.float32 if module.weight.device.type == "mps" else torch.float64
+    scores = torch.empty(3, module.out_features, dtype=dtype, device=module.weight.device)
+    scores[0], scores[1] = 2.0**-20, 2.0**20
+    torch.linspace(-60, 60, module.out_features, out=scores[2])
+    calls = []
+
+    def pretend(hidden: Tensor) -> Tensor:
+        calls.append(hidden)
+        return scores[None]
+
+    prompt = torch.zeros(1, 3, dtype=torch.long, device=scores.device)
+    try:
+        with evaluation_mode(model), torch.enable_grad(), _computing(module, pretend):
+            logits = model(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=False).logits
+    except Exception as error:  # whatever a foreign forward stumbles over: the ordinary way remains
+        return _Unknown(f"its forward did not take chosen scores ({type(error).__name__}: {error})")
+    if len(calls) != 1 or calls[0].shape != (1, 3, module.in_features):
+        return _Unknown("its forward does not call its head once, on all positions")
+    if logits.shape != (1, *scores.shape):
+        return _Unknown("its logits are not the scores of its head: the shape differs")
+    if logits.requires_grad:
+        return _Unknown("its logits depend on parameters behind its head")
+    seen = logits[0].to(dtype)
+    scale = float(f"{(seen[0, 0] / scores[0, 0]).item():.12g}")  # less the rounding of the division
+    top = seen[1, 0].item()
+    softcap = None if abs(top - scale * 2.0**20) <= 1e-3 * abs(top) else float(f"{top:.12g}")
+    expected = scores * scale
+    if softcap is not None:
+        expected = softcap * (expected / softcap).tanh()
+    if not (scale > 0 and torch.allclose(seen, expected, rtol=1e-6, atol=0)):
+        return _Unknown("its logits are not the scores of its head, nor those times a factor or under a cap")
+    return _Form(scale, softcap)
+
+
+@contextmanager
+def _computing(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Have the module compute `forward` meanwhile; it stays where it is, for all who know it by its place."""
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
