@@ -2,8 +2,8 @@
 
 Logits of T tokens over a vocabulary of V take 4·T·V bytes, and autograd keeps several copies. Here they are
 computed for a chunk of tokens at a time, reduced, thrown away, and computed once more for the gradient, which
-has a closed form. Memory is that of a few chunks, whatever T is; the price is one more product per head, mostly
-earned back by passes over logits that are still in cache.
+has a closed form. Memory is that of a few chunks, whatever T is; the price is one more product per head,
+mostly earned back by passes over logits that are still in cache.
 
 A *head* is how logits arise from hidden states h: `softcap(scale · (h Wᵀ + bias))`, where
 `softcap(z) = c · tanh(z / c)`, or nothing. Products run in the dtype of the inputs (under autocast in the
