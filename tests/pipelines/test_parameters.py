@@ -72,7 +72,7 @@ def test_embedded_recipe_plans_one_model_per_alpha_and_baseline(launch, sweep):
         "spo-alpha-2",
         "dpo-beta-1",
     ]
-    assert members[0].beta == 0.05
+    assert members[0].beta == 0.1
     assert members[3].beta == 1.0
 
 
