@@ -86,6 +86,28 @@ def model_fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
+def set_reference_logps(rows: Sequence[dict[str, Any]], score: Scorer) -> None:
+    """Give every row its `ref_logps`, computed now and kept nowhere else."""
+    logps = iter(score([(row["prompt"], one) for row in rows for one in row["completions"]]))
+    for row in rows:
+        row["ref_logps"] = [next(logps) for _ in row["completions"]]
+
+
+class adapter_off:
+    """Context that yields a PEFT model with its adapter disabled: the reference."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._context = model.disable_adapter()
+
+    def __enter__(self) -> Any:
+        self._context.__enter__()
+        return self._model
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+
 def _key(prompt: Sequence[int], completion: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps([list(prompt), list(completion)]).encode()).hexdigest()[:32]
 

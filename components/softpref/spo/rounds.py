@@ -18,6 +18,7 @@ from softpref.errors import ConfigError
 from softpref.lm.sampling import Sample, sampling_noise
 from softpref.lm.tokenization import decode
 from softpref.spo.config import SPOConfig
+from softpref.spo.reference import set_reference_logps
 
 if TYPE_CHECKING:
     from softpref.judges import Judge
@@ -79,10 +80,7 @@ class RoundRows(Dataset):
         else:
             self.rows = self._drawn(number)
         if self._args.refers_to_previous:
-            flat = [(row["prompt"], completion) for row in self.rows for completion in row["completions"]]
-            logps = iter(self._score(flat))
-            for row in self.rows:
-                row["ref_logps"] = [next(logps) for _ in row["completions"]]
+            set_reference_logps(self.rows, self._score)
         self.number = number
 
     def forget(self) -> None:

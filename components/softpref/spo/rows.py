@@ -212,6 +212,26 @@ def tokenize_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_leng
     return prompts
 
 
+def kl_prompts(
+    args: SPOConfig,
+    rows: Sequence[Mapping[str, Any]],
+    prompt_dataset: Iterable[Mapping[str, Any]] | None,
+    tokenizer: Any,
+) -> list[list[int]]:
+    """Prompts that the KL term's samples answer, as `SPOConfig.kl_prompts` says."""
+    if prompt_dataset is None and args.kl_prompts in ("separate", "both"):
+        raise ConfigError(
+            f"kl_prompts is {args.kl_prompts}, but there is no separate prompt set: give SPOTrainer a "
+            "prompt_dataset, or the data stage a prompts_source"
+        )
+    prompts = []
+    if prompt_dataset is None or args.kl_prompts in ("preferences", "both"):
+        prompts += [row["prompt"] for row in rows]
+    if prompt_dataset is not None and args.kl_prompts != "preferences":
+        prompts += tokenize_prompts(prompt_dataset, tokenizer, args.max_prompt_length)
+    return prompts
+
+
 class Collator:
     """Rows to one flat batch of sequences, the completions of a row next to each other."""
 

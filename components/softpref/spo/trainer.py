@@ -45,9 +45,14 @@ from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
 from softpref.spo.gauges import Means, SamplingClock, WeightSums
 from softpref.spo.losses import method_losses, preference_metrics
-from softpref.spo.reference import add_reference_logps, model_fingerprint
+from softpref.spo.reference import (
+    adapter_off,
+    add_reference_logps,
+    model_fingerprint,
+    set_reference_logps,
+)
 from softpref.spo.rounds import RoundRows
-from softpref.spo.rows import Collator, PreferenceRows, answer_rows, check_positions, tokenize_prompts
+from softpref.spo.rows import Collator, PreferenceRows, answer_rows, check_positions, kl_prompts
 
 if TYPE_CHECKING:
     from softpref.judges import Judge
@@ -196,7 +201,7 @@ class SPOTrainer(GuardedTrainer):
             self._keep_reference_logps(train_rows, eval_rows, fingerprint)
         self.buffer: SampleBuffer | None = None
         if args.samples_policy and train_rows is not None:
-            prompts = _kl_prompts(args, rows, prompt_dataset, processing_class)
+            prompts = kl_prompts(args, rows, prompt_dataset, processing_class)
             asked = [{"prompt": prompt, "completions": [[]]} for prompt in prompts]
             check_positions(model, asked, args, sampled=True)
             self.buffer = SampleBuffer(
@@ -362,7 +367,7 @@ class SPOTrainer(GuardedTrainer):
                 "these rows have no kept log-probabilities of the reference, and the reference itself is not "
                 "in memory: hand the rows to SPOTrainer as its train_dataset or eval_dataset"
             )
-        return _adapter_off(self.accelerator.unwrap_model(model))
+        return adapter_off(self.accelerator.unwrap_model(model))
 
     # ------------------------------------------------------------------ sampling
 
@@ -427,10 +432,10 @@ class SPOTrainer(GuardedTrainer):
     ) -> None:
         """Give rows the reference's log-probabilities once, so that no reference is needed in training."""
         model = self.model if self.ref_model is None else self.ref_model
-        adapter_off = self.ref_model is None and self._uses_adapter
+        without_adapter = self.ref_model is None and self._uses_adapter
 
         def score(sequences: list[tuple[list[int], list[int]]]) -> list[float]:
-            with _adapter_off(self.model) if adapter_off else nullcontext(model) as reference:
+            with adapter_off(self.model) if without_adapter else nullcontext(model) as reference:
                 return self._score(sequences, reference)
 
         for rows in (train_rows, eval_rows):
@@ -447,10 +452,7 @@ class SPOTrainer(GuardedTrainer):
                     everywhere=lambda here: self._sum_over_processes(here) == self.args.world_size,
                 )
             else:
-                flat = [(row["prompt"], completion) for row in rows.rows for completion in row["completions"]]
-                logps = iter(score(flat))
-                for row in rows.rows:
-                    row["ref_logps"] = [next(logps) for _ in row["completions"]]
+                set_reference_logps(rows.rows, score)
 
     def _score(self, sequences: list[tuple[list[int], list[int]]], model: Any = None) -> list[float]:
         """Sequence log-probabilities, nats, under `model` (the present policy), shared among processes."""
@@ -558,26 +560,6 @@ def _sample_batch(inputs: Mapping[str, Any]) -> SequenceBatch:
     return SequenceBatch(*(inputs[f"sample_{name}"] for name in SequenceBatch._fields))
 
 
-def _kl_prompts(
-    args: SPOConfig,
-    rows: Sequence[Mapping[str, Any]],
-    prompt_dataset: Iterable[Mapping[str, Any]] | None,
-    tokenizer: Any,
-) -> list[list[int]]:
-    """Prompts that the KL term's samples answer, as `SPOConfig.kl_prompts` says."""
-    if prompt_dataset is None and args.kl_prompts in ("separate", "both"):
-        raise ConfigError(
-            f"kl_prompts is {args.kl_prompts}, but there is no separate prompt set: give SPOTrainer a "
-            "prompt_dataset, or the data stage a prompts_source"
-        )
-    prompts = []
-    if prompt_dataset is None or args.kl_prompts in ("preferences", "both"):
-        prompts += [row["prompt"] for row in rows]
-    if prompt_dataset is not None and args.kl_prompts != "preferences":
-        prompts += tokenize_prompts(prompt_dataset, tokenizer, args.max_prompt_length)
-    return prompts
-
-
 class _RoundCallback(TrainerCallback):
     """Tells where an epoch begins, at which optimizer step: a round may begin with it."""
 
@@ -586,18 +568,3 @@ class _RoundCallback(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self._begin(state.global_step)
-
-
-class _adapter_off:
-    """Context that yields a PEFT model with its adapter disabled: the reference."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._context = model.disable_adapter()
-
-    def __enter__(self) -> Any:
-        self._context.__enter__()
-        return self._model
-
-    def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)

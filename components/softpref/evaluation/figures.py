@@ -1,0 +1,281 @@
+"""What one model does on held-out prompts, in figures: preferences, samples, and every outcome where known.
+
+Loads the models and runs them; knows no folder of results, and judges no comparison.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from softpref.errors import DataError
+from softpref.evaluation.config import EvaluationConfig
+from softpref.judges import as_text
+
+if TYPE_CHECKING:
+    from softpref.evaluation.exact import ExactPrompt
+    from softpref.evaluation.intervals import Bootstrap, Figure
+    from softpref.evaluation.measure import PromptRecord
+    from softpref.judges import Judge
+    from softpref.lm.sampling import Sample
+
+
+class Models(NamedTuple):
+    """Both models (the policy None until it is loaded), and how texts become their tokens."""
+
+    policy: Any
+    reference: Any
+    tokenizer: Any
+    max_prompt_length: int | None
+    max_new_tokens: int
+    batch_size: int
+
+    @property
+    def batching(self) -> dict[str, int]:
+        return {"pad_id": self.tokenizer.pad_token_id, "batch_size": self.batch_size}
+
+
+def load_reference(
+    config: EvaluationConfig, places: Mapping[str, str], metadata: Mapping[str, Any]
+) -> Models:
+    import torch
+
+    from softpref.lm.loading import load_model, load_tokenizer
+
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Models(
+        None,
+        load_model(places["reference"], dtype=config.dtype, device=device).eval(),
+        load_tokenizer(places["policy"]),
+        metadata.get("max_prompt_length"),
+        config.max_new_tokens or metadata["max_completion_length"],
+        config.batch_size,
+    )
+
+
+def load_policy(config: EvaluationConfig, models: Models, folder: str) -> Models:
+    from softpref.evaluation.measure import check_same_vocabulary
+    from softpref.lm.loading import load_model
+
+    device = next(models.reference.parameters()).device
+    policy = load_model(folder, dtype=config.dtype, device=str(device)).eval()
+    check_same_vocabulary(policy, models.reference)
+    return models._replace(policy=policy)
+
+
+def check_prompts(model: Any, models: Models, prompts: Sequence[Any]) -> None:
+    """Refuse prompts after which the longest completion would outgrow the model, before anything is drawn."""
+    from softpref.evaluation.measure import check_positions
+    from softpref.lm.tokenization import tokenize_prompt
+
+    limit = models.max_prompt_length
+    longest = max(len(tokenize_prompt(models.tokenizer, prompt, max_length=limit)) for prompt in prompts)
+    remedy = "lower max_new_tokens, or train with a lower max_prompt_length"
+    check_positions(model, longest, models.max_new_tokens, remedy)
+
+
+def held_out(
+    models: Models, rows: Sequence[Mapping[str, Any]], bootstrap: Bootstrap
+) -> tuple[dict[str, Figure], list[str]]:
+    """Score the held-out preferences under the policy: its figures, and warnings about rows."""
+    from softpref.evaluation.measure import score
+    from softpref.evaluation.metrics import PerplexityMetric, PreferenceMetric, prompt_key
+    from softpref.lm.tokenization import tokenize_sequence
+
+    limits = {
+        "max_prompt_length": models.max_prompt_length,
+        "max_completion_length": models.max_new_tokens,
+    }
+    used, tokens = [], []
+    for row in rows:
+        try:
+            tokens.append(
+                [
+                    tokenize_sequence(models.tokenizer, row["prompt"], completion, **limits)
+                    for completion in row["completions"]
+                ]
+            )
+        except DataError:  # a text that this tokenizer cannot express; counted below
+            continue
+        used.append(row)
+    if not used:
+        raise DataError("no held-out row can be tokenized with the policy's tokenizer")
+    sequences = [sequence for group in tokens for sequence in group]
+    with _progress(len(sequences), "held-out preferences", "sequence") as progress:
+        flat = iter(
+            score(
+                models.policy,
+                [(sequence.prompt, sequence.completion) for sequence in sequences],
+                **models.batching,
+                progress=progress,
+            ).tolist()
+        )
+    logps = [[next(flat) for _ in group] for group in tokens]
+    keys = [prompt_key(row["prompt"]) for row in used]
+    figures = PreferenceMetric(keep_in_memory=True).compute(
+        scores=logps,
+        kind=[row["kind"] for row in used],
+        probability=[row["probability"] for row in used],
+        prompt=keys,
+        bootstrap=bootstrap,
+    ) | PerplexityMetric(keep_in_memory=True).compute(
+        logp=[group[0] for group in logps],
+        tokens=[len(group[0].completion) for group in tokens],
+        prompt=keys,
+        bootstrap=bootstrap,
+    )
+    warnings = []
+    if len(used) < len(rows):
+        warnings.append(
+            f"{len(rows) - len(used)} of {len(rows)} held-out rows cannot be tokenized and were left out."
+        )
+    cut = sum(sequence.truncated for sequence in sequences)
+    if cut:
+        warnings.append(
+            f"{cut} of {len(sequences)} held-out completions exceed {models.max_new_tokens} tokens and "
+            f"were cut "
+            "for scoring."
+        )
+    return figures, warnings
+
+
+def draw_samples(
+    models: Models,
+    side: Literal["policy", "reference"],
+    prompts: Sequence[Any],
+    judge: Judge,
+    config: EvaluationConfig,
+) -> tuple[list[list[Sample]], list[list[dict[str, Any]]]]:
+    """Draw from one model for each prompt, let the judge score: what was drawn, and its texts and scores."""
+    from softpref.evaluation import measure
+    from softpref.lm.tokenization import decode, stop_token_ids, tokenize_prompt
+
+    ids = [
+        tokenize_prompt(models.tokenizer, prompt, max_length=models.max_prompt_length) for prompt in prompts
+    ]
+    count = config.samples_per_prompt
+    model = getattr(models, side)
+    with _progress(len(ids) * count, f"{side} samples", "sample") as progress:
+        drawn = measure.draw(
+            model,
+            ids,
+            count,
+            max_new_tokens=models.max_new_tokens,
+            stop_ids=stop_token_ids(models.tokenizer, model),
+            seed=2 * config.seed + (side == "reference"),  # independent streams of one seed
+            **models.batching,
+            progress=progress,
+        )
+    shown = []
+    for prompt, group in zip(prompts, drawn, strict=True):
+        completions = [decode(models.tokenizer, drawing.completion) for drawing in group]
+        scores = judge.scores([as_text(prompt, roles=True)] * count, completions).tolist()
+        shown.append(
+            [
+                {"text": completion, "score": score, "truncated": drawing.truncated}
+                for completion, score, drawing in zip(completions, scores, group, strict=True)
+            ]
+        )
+    return drawn, shown
+
+
+def sampled(
+    models: Models,
+    prompts: Sequence[Any],
+    reference: Sequence[list[dict[str, Any]]],
+    judge: Judge,
+    config: EvaluationConfig,
+    bootstrap: Bootstrap,
+) -> tuple[dict[str, Figure], list[PromptRecord]]:
+    """Draw from the policy on the prompts that the reference answered: figures, and what was drawn.
+
+    Args:
+        reference: the reference's samples of each prompt, as `draw_samples` shows them.
+    """
+    from softpref.evaluation import measure
+    from softpref.evaluation.metrics import DiversityMetric, SampleMetric, WinRateMetric
+
+    count = config.samples_per_prompt
+    drawn, shown = draw_samples(models, "policy", prompts, judge, config)
+    with _progress(len(drawn) * count, "KL and entropy", "sample") as progress:
+        divergences = measure.divergences(
+            models.policy,
+            models.reference,
+            [sample for group in drawn for sample in group],
+            **models.batching,
+            progress=progress,
+        )
+    kl, entropy = (values.reshape(-1, count).tolist() for values in divergences)
+    for lines, values in zip(shown, kl, strict=True):
+        for line, value in zip(lines, values, strict=True):
+            line["kl"] = value
+    figures = WinRateMetric(keep_in_memory=True).compute(
+        policy=[[sample["score"] for sample in group] for group in shown],
+        reference=[[sample["score"] for sample in group] for group in reference],
+        bootstrap=bootstrap,
+    )
+    figures |= SampleMetric(keep_in_memory=True).compute(
+        kl=kl,
+        entropy=entropy,
+        length=[[float(len(sample.completion)) for sample in group] for group in drawn],
+        truncated=[[float(sample.truncated) for sample in group] for group in drawn],
+        bootstrap=bootstrap,
+    )
+    figures |= DiversityMetric(keep_in_memory=True).compute(
+        completions=[[sample["text"] for sample in group] for group in shown], bootstrap=bootstrap
+    )
+    records = [
+        measure.PromptRecord(as_text(prompt, roles=True), theirs, ours)
+        for prompt, theirs, ours in zip(prompts, reference, shown, strict=True)
+    ]
+    return figures, records
+
+
+def enumerated(
+    models: Models,
+    outcomes: Mapping[str, Any],
+    prompts: Sequence[Any],
+    config: EvaluationConfig,
+    metadata: Mapping[str, Any],
+    stats: Mapping[str, Any],
+    warnings: list[str],
+) -> list[ExactPrompt]:
+    """Score every outcome of the first `exact_prompts` prompts whose outcomes are known."""
+    from softpref.evaluation.exact import exact_prompt, trained_objective, why_unknown
+    from softpref.evaluation.measure import score_outcomes
+    from softpref.lm.tokenization import tokenize_prompt, tokenize_sequence
+
+    known = [prompt for prompt in prompts if isinstance(prompt, str) and prompt in outcomes]
+    known = known[: config.exact_prompts]
+    if not known:
+        return []
+    objective = trained_objective(metadata, stats)
+    if reason := why_unknown(objective):
+        warnings.append(f"The exact optimum is not known: {reason}.")
+    found = []
+    total = 2 * sum(len(outcomes[prompt].completions) for prompt in known)
+    with _progress(total, "every outcome", "sequence") as progress:
+        for prompt in known:
+            entry = outcomes[prompt]
+            ids = tokenize_prompt(models.tokenizer, prompt, max_length=models.max_prompt_length)
+            completions = [
+                tokenize_sequence(models.tokenizer, prompt, text).completion for text in entry.completions
+            ]
+            policy, reference = (
+                score_outcomes(model, ids, completions, **models.batching, progress=progress)
+                for model in (models.policy, models.reference)
+            )
+            found.append(exact_prompt(entry, policy, reference, objective, seed=config.seed))
+    return found
+
+
+@contextmanager
+def _progress(total: int, title: str, unit: str) -> Iterator[Any]:
+    """A progress bar whose updater is handed out; in a log file it speaks every ten seconds."""
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    with tqdm(total=total, desc=title, unit=unit, mininterval=interval) as bar:
+        yield bar.update
