@@ -1,0 +1,277 @@
+"""A vLLM server for SPO training: `python -m softpref.spo.vllm_server [--host 0.0.0.0] [--port 8021]`.
+
+It runs in the environment that has vLLM, on this machine or another. The trainer, given
+`sampling_engine=vllm` and `vllm_server=http://HOST:8021`, tells it which model to build, sends the policy's
+weights at each refresh (safetensors, nothing is ever unpickled) and has prompts sampled. It serves one trainer
+at a time; trainers of the same model may follow one another.
+
+It binds to this machine alone unless told otherwise; to be reached from others it must be given a secret, in
+the environment variable `SOFTPREF_VLLM_TOKEN` of both sides. It speaks plain HTTP: across a network that
+others share, put TLS or a tunnel before it.
+
+    GET  /health                    whether it runs; asks for no token
+    GET  /engine                    {"built": whether it has an engine}
+    PUT  /engine                    builds the engine of an `EngineSpec`, unless it is there already
+    PUT  /weights/VERSION/PART      stores a part of the weights, a safetensors file
+    POST /weights/VERSION           {"parts": n}: loads them
+    POST /samples                   {"weights": VERSION, "prompts": …, "seeds": …, "max_new_tokens": …,
+                                    "stop_ids": …} -> {"samples": [[completion, token_logps, truncated], …]}
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hmac
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from softpref.errors import ConfigError, SoftprefError
+from softpref.spo.engines import TOKEN_VARIABLE
+from softpref.spo.vllm_core import EngineSpec, VLLMCore
+
+logger = logging.getLogger("softpref.spo.vllm_server")
+
+_MAX_BODY = 16 << 30  # bytes; the largest single tensor must fit
+_WEIGHTS = re.compile(r"/weights/(?P<version>[0-9a-f]{32})(?:/(?P<part>\d{1,6}))?")
+
+
+class Refusal(Exception):
+    """A request that is answered with an HTTP status and a message."""
+
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class EngineServer(ThreadingHTTPServer):
+    """Answers trainers' requests; everything that vLLM does happens in one thread, one request after another.
+
+    Args:
+        address: host and port; port 0 takes a free one.
+        token: secret that requests must bear; empty asks for none.
+        options: of `VLLMCore`.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], *, token: str, options: dict[str, Any]) -> None:
+        super().__init__(address, _Handler)
+        self.token, self._options = token, options
+        self._folder = tempfile.TemporaryDirectory(prefix="softpref-weights-")
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vllm")
+        self._core: VLLMCore | None = None
+        self._version = ""
+
+    @property
+    def built(self) -> bool:
+        return self._core is not None
+
+    def build(self, spec: EngineSpec) -> dict[str, Any]:
+        """Have the engine of `spec`."""
+        return self._worker.submit(self._build, spec).result()
+
+    def store(self, version: str, part: int, body: Any, size: int) -> dict[str, Any]:
+        """Keep a part of the weights until they are loaded."""
+        folder = Path(self._folder.name, version)
+        folder.mkdir(exist_ok=True)
+        partial = folder / f"{part}.{threading.get_ident()}.partial"
+        with partial.open("wb") as file:
+            left = size
+            while left and (block := body.read(min(left, 1 << 20))):
+                file.write(block)
+                left -= len(block)
+        if left:
+            partial.unlink()
+            raise Refusal(HTTPStatus.BAD_REQUEST, f"got {size - left} of {size} bytes")
+        partial.replace(folder / f"{part}.safetensors")
+        return {}
+
+    def load(self, version: str, parts: int) -> dict[str, Any]:
+        """Load the weights of which `parts` parts have come."""
+        return self._worker.submit(self._load, version, parts).result()
+
+    def sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Sample from the weights that the request names."""
+        return self._worker.submit(self._sample, request).result()
+
+    def server_close(self) -> None:
+        super().server_close()
+        self._worker.shutdown(wait=False, cancel_futures=True)
+        self._folder.cleanup()
+
+    def _build(self, spec: EngineSpec) -> dict[str, Any]:
+        if self._core is None:
+            logger.info("building the engine: %s, %s", spec.config.get("architectures"), spec.dtype)
+            self._core = VLLMCore(spec, **self._options)
+        elif self._core.spec != spec:
+            raise Refusal(
+                HTTPStatus.BAD_REQUEST,
+                "this server was started for another model, precision or length; restart it for this one",
+            )
+        return {}
+
+    def _load(self, version: str, parts: int) -> dict[str, Any]:
+        core = self._engine()
+        if self._version == version:  # the trainer did not hear of it and asks again
+            return {}
+        folder = Path(self._folder.name, version)
+        files = [folder / f"{part}.safetensors" for part in range(parts)]
+        if not all(file.is_file() for file in files):
+            raise Refusal(HTTPStatus.CONFLICT, "has not all parts of these weights")
+        self._version = ""  # neither the old nor the new until all are loaded
+        core.load_files([str(file) for file in files])
+        self._version = version
+        for old in Path(self._folder.name).iterdir():
+            shutil.rmtree(old, ignore_errors=True)
+        return {}
+
+    def _sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        core = self._engine()
+        if request["weights"] != self._version:
+            raise Refusal(HTTPStatus.CONFLICT, "has other weights than those that were sent last")
+        drawn = core.sample(
+            request["prompts"],
+            request["seeds"],
+            max_new_tokens=request["max_new_tokens"],
+            stop_ids=request["stop_ids"],
+        )
+        return {"samples": drawn}
+
+    def _engine(self) -> VLLMCore:
+        if self._core is None:
+            raise Refusal(HTTPStatus.CONFLICT, "has no engine yet")
+        return self._core
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: EngineServer
+    protocol_version = "HTTP/1.1"
+    timeout = 600  # seconds of silence after which a connection is given up
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        status, answer = HTTPStatus.OK, {}
+        try:
+            answer = self._handle()
+        except Refusal as error:
+            status, answer = error.status, {"error": str(error)}
+        except (SoftprefError, KeyError, TypeError, ValueError) as error:
+            status, answer = HTTPStatus.BAD_REQUEST, {"error": f"{error}"}
+            logger.warning("%s %s: %s", self.command, self.path, error)
+        except Exception as error:  # whatever vLLM raises: the trainer is told, the server goes on
+            status, answer = HTTPStatus.INTERNAL_SERVER_ERROR, {"error": f"{type(error).__name__}: {error}"}
+            logger.exception("%s %s", self.command, self.path)
+        body = json.dumps(answer).encode()
+        if status != HTTPStatus.OK:
+            self.close_connection = True  # what the trainer was still sending is not the next request
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _handle(self) -> dict[str, Any]:
+        if (self.command, self.path) == ("GET", "/health"):
+            return {"status": "ok"}
+        if self.server.token:
+            given = self.headers.get("Authorization", "").encode()
+            if not hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
+                raise Refusal(HTTPStatus.UNAUTHORIZED, "wrong or no token")
+        if (self.command, self.path) == ("GET", "/engine"):
+            return {"built": self.server.built}
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > _MAX_BODY:
+            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a body of at most {_MAX_BODY} bytes, please")
+        found = _WEIGHTS.fullmatch(self.path)
+        if found and found["part"] and self.command == "PUT":
+            return self.server.store(found["version"], int(found["part"]), self.rfile, int(length))
+        request = json.loads(self.rfile.read(int(length)))
+        if found and not found["part"] and self.command == "POST":
+            return self.server.load(found["version"], int(request["parts"]))
+        if (self.command, self.path) == ("PUT", "/engine"):
+            return self.server.build(EngineSpec(**request))
+        if (self.command, self.path) == ("POST", "/samples"):
+            return self.server.sample(request)
+        raise Refusal(HTTPStatus.NOT_FOUND, f"does not know {self.command} {self.path}")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        logger.debug(format, *args)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the server until it is stopped; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m softpref.spo.vllm_server",
+        description="vLLM for SPO training in a process of its own; the trainer sends model and weights.",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: this machine alone)"
+    )
+    parser.add_argument("--port", type=int, default=8021, help="0 takes a free one")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model")
+    parser.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        help="share of a GPU's memory to use; by default what sampling_batch_size sequences need",
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code of checkpoints")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        server = _server(options)
+    except SoftprefError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what is temporary is removed
+    host, port = server.server_address[:2]
+    print(f"listening at http://{host!s}:{port}", flush=True)
+    with server:
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+    return 0
+
+
+def _server(options: argparse.Namespace) -> EngineServer:
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if options.host not in ("127.0.0.1", "localhost", "::1") and not token:
+        raise ConfigError(
+            f"--host {options.host} would let anybody on the network load weights; put a secret into "
+            f"{TOKEN_VARIABLE}, here and at the trainer, or leave the host at 127.0.0.1"
+        )
+    try:
+        return EngineServer(
+            (options.host, options.port),
+            token=token,
+            options={
+                "tensor_parallel_size": options.tensor_parallel_size,
+                "gpu_memory_utilization": options.gpu_memory_utilization,
+                "trust_remote_code": options.trust_remote_code,
+            },
+        )
+    except OSError as error:
+        raise ConfigError(f"cannot listen at {options.host}:{options.port}: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
