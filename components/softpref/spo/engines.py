@@ -303,8 +303,8 @@ def check_agreement(
         raise SoftprefError(
             f"the sampling engine's log-probabilities differ from the trainer's by {found.mean:.3g} nats per "
             f"token on average (at most {found.largest:.3g}) over {len(every)} tokens, more than the "
-            f"{limit:g} that {precision} explains: it has other weights or computes the model differently, and the KL "
-            "term would be wrong; take sampling_engine=transformers for this model"
+            f"{limit:g} that {precision} explains: it has other weights or computes the model differently, "
+            "and the KL term would be wrong; take sampling_engine=transformers for this model"
         )
     return found
 

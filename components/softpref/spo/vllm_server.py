@@ -2,8 +2,8 @@
 
 It runs in the environment that has vLLM, on this machine or another. The trainer, given
 `sampling_engine=vllm` and `vllm_server=http://HOST:8021`, tells it which model to build, sends the policy's
-weights at each refresh (safetensors, nothing is ever unpickled) and has prompts sampled. It serves one trainer
-at a time; trainers of the same model may follow one another.
+weights at each refresh (safetensors, nothing is ever unpickled) and has prompts sampled. It serves one
+trainer at a time; trainers of the same model may follow one another.
 
 It binds to this machine alone unless told otherwise; to be reached from others it must be given a secret, in
 the environment variable `SOFTPREF_VLLM_TOKEN` of both sides. It speaks plain HTTP: across a network that
@@ -246,9 +246,8 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what is temporary is removed
     host, port = server.server_address[:2]
     print(f"listening at http://{host!s}:{port}", flush=True)
-    with server:
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
+    with server, contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
     return 0
 
 
