@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from forks import TaskServer
 from softpref.config import closest, read_mapping
 from softpref.errors import ConfigError, SoftprefError
 
@@ -38,13 +39,16 @@ def main(pipeline: Any, arguments: list[str]) -> int:
             return 0
         given = {name: getattr(options, name) for name in _inputs(pipeline)}
         parameters = pipeline_parameters(pipeline, options.recipe, given)
-        from softpref.preflight.stage import plan
+        with _task_server(parameters) if options.runner == "local" else contextlib.nullcontext() as tasks:
+            from softpref.preflight.stage import plan
 
-        members = plan(parameters)
-        print(f"{_name(pipeline)}, recipe {options.recipe}: {', '.join(member.name for member in members)}")
-        if options.runner == "cluster":
-            return _submit(pipeline, parameters, options)
-        return _run_here(pipeline, parameters, options)
+            members = plan(parameters)
+            print(
+                f"{_name(pipeline)}, recipe {options.recipe}: {', '.join(member.name for member in members)}"
+            )
+            if options.runner == "cluster":
+                return _submit(pipeline, parameters, options)
+            return _run_here(pipeline, parameters, options, tasks)
     except SoftprefError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -117,7 +121,19 @@ def compile_package(pipeline: Any, path: Path) -> Path:
 # ---------------------------------------------------------------------- on this machine
 
 
-def _run_here(pipeline: Any, parameters: dict[str, Any], options: argparse.Namespace) -> int:
+def _task_server(parameters: Mapping[str, Any]) -> contextlib.AbstractContextManager[TaskServer | None]:
+    """Begins the imports that all tasks need, while this process checks the parameters."""
+    # two models are trained at a time: more threads than cores would slow both
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.platform.startswith("linux"):  # elsewhere forks of a process with these libraries may crash
+        return contextlib.nullcontext()
+    return TaskServer()
+
+
+def _run_here(
+    pipeline: Any, parameters: dict[str, Any], options: argparse.Namespace, tasks: TaskServer | None
+) -> int:
     from softpref.tracking import end_run, open_parent, resolve_tracking_uri
 
     name = f"{Path(options.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -134,9 +150,6 @@ def _run_here(pipeline: Any, parameters: dict[str, Any], options: argparse.Names
         )
     output.mkdir(parents=True, exist_ok=True)
     os.environ["MLFLOW_TRACKING_URI"] = parameters["tracking_uri"] = uri
-    # two models are trained at a time: more threads than cores would slow both
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parent = parameters["parent_run_id"] or open_parent(
         parameters["experiment"], name, tags={"softpref.recipe": options.recipe}, tracking_uri=uri
     )
@@ -146,7 +159,7 @@ def _run_here(pipeline: Any, parameters: dict[str, Any], options: argparse.Names
     succeeded = False
     try:
         with _console(output / "pipeline.log") as console:
-            succeeded = _execute(pipeline, parameters, options.runner, output / "pipeline")
+            succeeded = _execute(pipeline, parameters, options.runner, output / "pipeline", tasks)
     finally:
         end_run(parent, "FINISHED" if succeeded else "FAILED", tracking_uri=uri)
     if not succeeded:
@@ -160,7 +173,9 @@ def _run_here(pipeline: Any, parameters: dict[str, Any], options: argparse.Names
     return 0
 
 
-def _execute(pipeline: Any, parameters: dict[str, Any], runner: str, root: Path) -> bool:
+def _execute(
+    pipeline: Any, parameters: dict[str, Any], runner: str, root: Path, tasks: TaskServer | None
+) -> bool:
     import warnings
 
     from kfp import local
@@ -176,6 +191,10 @@ def _execute(pipeline: Any, parameters: dict[str, Any], runner: str, root: Path)
         chosen: Any = local.DockerRunner(environment=environment, network_mode="host", user=user)
     else:
         chosen = local.SubprocessRunner(use_venv=False)
+        if tasks is not None:
+            from kfp.local import subprocess_task_handler
+
+            subprocess_task_handler.run_local_subprocess = tasks.run
     local.init(runner=chosen, pipeline_root=str(root.resolve()), raise_on_error=True)
     original_print = builtins.print
     try:

@@ -1,0 +1,171 @@
+"""Runs a local pipeline's tasks as forks of one process that has done the imports. Knows no stage's logic.
+
+KFP's local runner starts a Python process for every task; each begins with seconds of importing torch,
+transformers and MLflow, and ends with another two of taking them down. Here one process imports them once,
+while the launcher checks the parameters, and every task is a fork of it: as separate as before, with its own
+environment, output and exit status, but without that beginning and end.
+
+The process runs no thread of Python and never asks for a GPU, so that its forks are free to.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+# what the stages import when they run, and what those modules import only when they are used
+_IMPORTS = (
+    "kfp.dsl.executor_main",
+    "softpref.data.stage",
+    "softpref.sft.stage",
+    "softpref.spo.stage",
+    "softpref.evaluation.figures",
+    "softpref.evaluation.measure",
+    "softpref.evaluation.metrics",
+    "softpref.evaluation.report",
+    "softpref.evaluation.compare",
+    "softpref.registry.stage",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+)
+
+
+class TaskServer:
+    """The process that is forked, started at once; `run` takes the place of KFP's `run_local_subprocess`."""
+
+    def __init__(self) -> None:
+        self._control, there = socket.socketpair()
+        with there:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(there.fileno())],
+                pass_fds=[there.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+
+    def __enter__(self) -> TaskServer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._control.close()
+        self._process.kill()
+        self._process.wait()
+
+    def run(self, full_command: Sequence[str], env_vars: Mapping[str, str] | None = None) -> int:
+        """Run one task, print what it prints, and return its exit status.
+
+        Args:
+            full_command: of a lightweight component: a shell, its script, the component's program, arguments.
+            env_vars: added to the environment of this process.
+        """
+        start = 1 + next(i for i, part in enumerate(full_command) if "kfp.dsl.executor_main" in part)
+        request = {
+            "program": full_command[start],
+            "arguments": list(full_command[start + 1 :]),
+            "environment": {**os.environ, **(env_vars or {})},
+            "folder": os.getcwd(),
+        }
+        output, write_output = os.pipe()
+        status, write_status = os.pipe()
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+            json.dump(request, file)
+            file.flush()
+            file.seek(0)
+            socket.send_fds(self._control, [b"."], [file.fileno(), write_output, write_status])
+        os.close(write_output)
+        os.close(write_status)
+        with open(output, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                print(line, end="")
+        with open(status, encoding="ascii") as file_of_one_number:
+            code = file_of_one_number.read()
+        print("\n" if code else "ERROR - the task's process was killed, perhaps for want of memory\n")
+        return int(code or 1)
+
+
+def serve(control: socket.socket) -> None:
+    """Import, then fork a task for every request, until the launcher closes its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher and the tasks
+    os.environ["_KFP_RUNTIME"] = "true"  # of kfp, what tasks need and no more
+    with contextlib.suppress(Exception):  # a task that needs what cannot be imported will say so
+        for name in _IMPORTS:
+            importlib.import_module(name)
+        from softpref.tracking import mlflow_ready, resolve_tracking_uri
+
+        mlflow_ready(resolve_tracking_uri(None))
+    gc.collect()
+    gc.freeze()  # or the first collection in each fork would copy every page
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a fork: it reports its own end
+    while True:
+        message, files, _, _ = socket.recv_fds(control, 1, 3)
+        if not message:
+            return
+        if os.fork() == 0:
+            control.close()
+            _run_task(*files)
+        for file in files:
+            os.close(file)
+
+
+def _run_task(request: int, output: int, status: int) -> None:
+    """In the fork: run the component as its shell command would, report the exit status, and end."""
+    code = 1
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with open(request, encoding="utf-8") as file:
+            task = json.load(file)
+        os.environ.clear()
+        os.environ.update(task["environment"], _KFP_RUNTIME="true")
+        os.chdir(task["folder"])
+        _execute(task["program"], task["arguments"])
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            # the end of an interpreter, but for taking down every object
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os.write(status, str(code).encode())
+        os._exit(code)
+
+
+def _execute(program: str, arguments: Sequence[str]) -> None:
+    from kfp.dsl import executor_main
+
+    with contextlib.suppress(ImportError):  # its fingerprints name cache files; all forks would draw the same
+        from datasets.fingerprint import fingerprint_rng
+
+        fingerprint_rng.seed()
+    with tempfile.TemporaryDirectory() as folder:
+        component = Path(folder) / "ephemeral_component.py"
+        component.write_text(program, encoding="utf-8")
+        sys.argv = [str(executor_main.__file__), "--component_module_path", str(component), *arguments]
+        executor_main.executor_main()
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,0 +1,116 @@
+"""Tasks as forks of one process: as separate as KFP's own processes, and their ends are told as well."""
+
+import json
+import os
+import sys
+import threading
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="tasks are forked on Linux alone"
+)
+
+PROGRAM = """
+import atexit, os, random, signal, sys, threading
+
+def task(how: str):
+    import datasets.fingerprint, torch
+    assert "torch" in before, "torch was not imported in advance"
+    print("said", how, os.environ.get("OWN", "-"), os.environ.get("LATE", "-"), os.getcwd())
+    print("fingerprint", datasets.fingerprint.generate_random_fingerprint())
+    os.environ["OWN"] = "changed"
+    atexit.register(print, "at the end")
+    threading.Timer(0.1, print, ["of a thread"]).start()
+    torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()
+    if how == "fail":
+        raise ValueError("what went wrong")
+    if how == "leave":
+        sys.exit(7)
+    if how == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+before = set(sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    from forks import TaskServer
+
+    with TaskServer() as server:
+        yield server
+
+
+@pytest.fixture
+def run(server, capsys, tmp_path):
+    """Runs the task above; its exit status and what it printed."""
+
+    def run(how, env_vars=None):
+        given = {
+            "inputs": {"parameterValues": {"how": how}},
+            "outputs": {"outputFile": str(tmp_path / "output.json")},
+        }
+        script = "_KFP_RUNTIME=true python3 -m kfp.dsl.executor_main …"
+        options = ["--executor_input", json.dumps(given), "--function_to_execute", "task"]
+        return server.run(["sh", "-ec", script, PROGRAM, *options], env_vars), capsys.readouterr().out
+
+    return run
+
+
+def test_a_task_runs_to_its_end_in_its_own_environment(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("LATE", "set after the server began")
+    monkeypatch.chdir(tmp_path)
+    status, printed = run("well", {"OWN": "given"})
+    assert status == 0, printed
+    assert f"said well given set after the server began {tmp_path}" in printed
+    assert "of a thread" in printed
+    assert "at the end" in printed
+    assert "said well - " in run("well")[1]
+    assert "OWN" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "told"),
+    [("fail", 1, "ValueError: what went wrong"), ("leave", 7, ""), ("die", 1, "was killed")],
+)
+def test_the_end_of_a_task_is_told(run, how, status, told):
+    found, printed = run(how)
+    assert found == status
+    assert told in printed
+
+
+def test_no_two_tasks_draw_the_same_fingerprint(run):
+    printed = [run("well")[1] for _ in range(2)]
+    lines = [line for text in printed for line in text.splitlines() if line.startswith("fingerprint")]
+    assert len(set(lines)) == 2
+
+
+def test_two_tasks_run_at_once(server, tmp_path, capsys):
+    meet = """
+def task(own: str, other: str):
+    import time, pathlib
+    pathlib.Path(own).touch()
+    for _ in range(300):
+        if pathlib.Path(other).exists():
+            return
+        time.sleep(0.1)
+    raise TimeoutError("the other task never began")
+"""
+    statuses = []
+
+    def start(own, other):
+        values = {"own": str(tmp_path / own), "other": str(tmp_path / other)}
+        given = {
+            "inputs": {"parameterValues": values},
+            "outputs": {"outputFile": str(tmp_path / f"{own}.json")},
+        }
+        options = ["--executor_input", json.dumps(given), "--function_to_execute", "task"]
+        statuses.append(server.run(["sh", "-ec", "kfp.dsl.executor_main", meet, *options]))
+
+    threads = [threading.Thread(target=start, args=names) for names in (("a", "b"), ("b", "a"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [0, 0]
