@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from softpref.errors import ConfigError, SoftprefError
 from softpref.lm.sampling import Sample, evaluation_mode, sample_completions
 from softpref.spo.config import SPOConfig
-from softpref.spo.vllm_core import Drawn, EngineSpec, VLLMCore
+from softpref.spo.vllm_core import Drawn, EngineSpec, shared_core
 
 TOKEN_VARIABLE = "SOFTPREF_VLLM_TOKEN"
 """Environment variable with the secret that trainer and server share."""
@@ -94,13 +94,12 @@ def computing_precision(args: SPOConfig, model: Any) -> str:
 class VLLMEngine:
     """vLLM inside this process; in a distributed run each process has its own, for its share of the prompts.
 
-    It is built at the first call. Beside the trainer's own it holds a copy of the weights in `spec.dtype` and
-    a key-value cache for `spec.max_sequences` sequences.
+    It is built at the first call, and kept until the process ends. Beside the trainer's own weights it holds
+    a copy in `spec.dtype` and a key-value cache for `spec.max_sequences` sequences.
     """
 
     def __init__(self, spec: EngineSpec, *, trust_remote_code: bool = False) -> None:
         self._spec, self._trust_remote_code = spec, trust_remote_code
-        self._core: VLLMCore | None = None
 
     def __call__(
         self,
@@ -115,19 +114,12 @@ class VLLMEngine:
     ) -> list[Sample]:
         """Take over the model's weights, then sample; `batch_size` is the spec's, padding is not needed."""
         _check_noise(prompts, noise)
-        if self._core is None:
-            self._core = VLLMCore(self._spec, trust_remote_code=self._trust_remote_code)
-        self._core.load(policy_weights(model).items())
-        drawn = self._core.sample(
+        core = shared_core(self._spec, trust_remote_code=self._trust_remote_code)
+        core.load(policy_weights(model).items())
+        drawn = core.sample(
             prompts, noise_seeds(noise), max_new_tokens=noise.shape[1], stop_ids=stop_ids, progress=progress
         )
         return _samples(prompts, drawn)
-
-    def close(self) -> None:
-        """Give back the engine's memory; the next call builds another."""
-        if self._core is not None:
-            self._core.close()
-        self._core = None
 
 
 class VLLMServerEngine:
@@ -334,12 +326,12 @@ def policy_weights(model: Any) -> dict[str, Tensor]:
             "sampling_engine=vllm needs the whole model on each process, and its weights are spread over "
             "several (FSDP, ZeRO-3); take sampling_engine=transformers"
         )
-    seen: set[int] = set()
+    seen: dict[int, Tensor] = {}  # which keeps them alive, for the next tensor could bear a dead one's id
     weights = {}
     with torch.no_grad():
         for name, tensor in _merged_tensors(base, ""):
             if id(tensor) not in seen:
-                seen.add(id(tensor))
+                seen[id(tensor)] = tensor
                 weights[name] = tensor.detach()
     return revert_weight_conversion(base, weights)
 

@@ -15,6 +15,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,15 +197,28 @@ class VLLMCore:
                 raise
         return [drawn[name] for name in names]
 
-    def close(self) -> None:
-        """Give back the engine's memory; it cannot be used afterwards."""
-        self._engine.engine_core.shutdown()
-        del self._engine
-
     def _forget_prefixes(self) -> None:
         """Drop key-value blocks that prompts shared: they were computed with the old weights."""
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache over a change of weights: requests still run")
+
+
+@cache
+def _cores() -> dict[str, VLLMCore]:
+    return {}
+
+
+def shared_core(spec: EngineSpec, *, trust_remote_code: bool = False) -> VLLMCore:
+    """The engine of `spec` in this process, built when it is first asked for and kept until the process ends.
+
+    vLLM ends an engine by ending all of `torch.distributed`, other engines' and the trainer's groups
+    included, and does so also when the last reference to it goes. An engine is therefore never let go; the
+    next trainer of a model of the same shape uses it again.
+    """
+    key = json.dumps([spec, trust_remote_code], sort_keys=True)
+    if key not in _cores():
+        _cores()[key] = VLLMCore(spec, trust_remote_code=trust_remote_code)
+    return _cores()[key]
 
 
 def kv_cache_bytes(spec: EngineSpec) -> int:
@@ -232,10 +246,25 @@ def _drawn(output: Any) -> Drawn:
 
 def _load_tensors(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     worker.reload_weights(weights_iterator=iter(weights))
+    _pack_output_layer(worker)
 
 
 def _load_files(worker: Any, files: list[str]) -> None:
     worker.reload_weights(weights_iterator=_read(files))
+    _pack_output_layer(worker)
+
+
+def _pack_output_layer(worker: Any) -> None:
+    """Make vLLM's CPU kernel of the output layer anew: it keeps a packed copy of the weights.
+
+    A reload does so for layers that it loads; an output layer tied to the embeddings is none of them, and
+    would go on with the old weights.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in worker.get_model().modules():
+        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _read(files: list[str]) -> Iterator[tuple[str, Tensor]]:

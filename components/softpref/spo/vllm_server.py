@@ -200,20 +200,28 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Refusal(HTTPStatus.UNAUTHORIZED, "wrong or no token")
         if (self.command, self.path) == ("GET", "/engine"):
             return {"built": self.server.built}
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > _MAX_BODY:
-            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a body of at most {_MAX_BODY} bytes, please")
+        if (self.command, self.path) == ("PUT", "/engine"):
+            return self.server.build(EngineSpec(**json.loads(self._body())))
+        if (self.command, self.path) == ("POST", "/samples"):
+            return self.server.sample(json.loads(self._body()))
         found = _WEIGHTS.fullmatch(self.path)
         if found and found["part"] and self.command == "PUT":
-            return self.server.store(found["version"], int(found["part"]), self.rfile, int(length))
-        request = json.loads(self.rfile.read(int(length)))
+            return self.server.store(found["version"], int(found["part"]), self.rfile, self._body_size())
         if found and not found["part"] and self.command == "POST":
-            return self.server.load(found["version"], int(request["parts"]))
-        if (self.command, self.path) == ("PUT", "/engine"):
-            return self.server.build(EngineSpec(**request))
-        if (self.command, self.path) == ("POST", "/samples"):
-            return self.server.sample(request)
+            return self.server.load(found["version"], int(json.loads(self._body())["parts"]))
         raise Refusal(HTTPStatus.NOT_FOUND, f"does not know {self.command} {self.path}")
+
+    def _body(self) -> bytes:
+        return self.rfile.read(self._body_size())
+
+    def _body_size(self) -> int:
+        size = self.headers.get("Content-Length", "")
+        if not size.isdecimal() or int(size) > _MAX_BODY:
+            raise Refusal(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"wants a body of at most {_MAX_BODY} bytes, and its length",
+            )
+        return int(size)
 
     def log_message(self, format: str, *args: Any) -> None:
         logger.debug(format, *args)
