@@ -110,6 +110,14 @@ def draw(engine, model, prompts, *, seed=0, length=6, stop_ids=(STOP,), **option
     return engine(model, prompts, noise=noise, stop_ids=stop_ids, pad_id=0, **options)
 
 
+@torch.no_grad()
+def shake(parameters, scale, *, seed):
+    """Add noise to parameters, as an optimizer step would."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
 def largest_difference(model, samples):
     """Between the log-probabilities that came with samples and those of the model, nats per token."""
     return check_agreement(model, samples, precision="float32", sequences=len(samples)).largest
@@ -178,11 +186,7 @@ def test_every_call_takes_over_the_weights_as_they_are(engine, build):
         samples = draw(engine, model, prompts, seed=1, length=12)
         assert largest_difference(model, samples) < 1e-4, f"after {step} changes"
         before = deepcopy(model)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(
-                    0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
-                )
+        shake(model.parameters(), 0.05, seed=step)
         with pytest.raises(SoftprefError, match=r"differ from the trainer's by .* other weights"):
             check_agreement(model, samples, precision="float32")
         check_agreement(before, samples, precision="float32")
@@ -205,10 +209,7 @@ def test_an_adapter_is_merged_and_the_model_left_alone(engine, build):
     model = get_peft_model(
         deepcopy(base), LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"])
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    shake([parameter for parameter in model.parameters() if parameter.requires_grad], 0.1, seed=1)
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     samples = draw(engine, model, PROMPTS * 4, length=12)
     assert largest_difference(model, samples) < 1e-4
@@ -344,13 +345,9 @@ def test_a_wrong_token_and_a_stranger_are_turned_away(build, server, monkeypatch
     monkeypatch.setenv(engines.TOKEN_VARIABLE, "guessed")
     with pytest.raises(ConfigError, match=r"refuses the token: SOFTPREF_VLLM_TOKEN must hold"):
         VLLMServerEngine(engine_spec(settings(), build()), server.url)
-    for method, path in (
-        ("GET", "/engine"),
-        ("PUT", "/engine"),
-        ("POST", "/samples"),
-        ("POST", "/weights/0"),
-    ):
-        assert server.request(method, path, b"{}" if method != "GET" else None)[0] == 401
+    assert server.request("GET", "/engine")[0] == 401
+    for method, path in (("PUT", "/engine"), ("POST", "/samples"), ("POST", "/weights/0")):
+        assert server.request(method, path, b"{}")[0] == 401
     assert server.request("GET", "/health") == (200, {"status": "ok"})
 
 

@@ -107,7 +107,7 @@ class VLLMCore:
                         distributed_executor_backend="external_launcher" if external else None,
                         logprobs_mode="processed_logprobs",
                         use_fp64_gumbel=True,
-                        # on a CPU compiling takes longer than it saves; on a GPU it brings CUDA graphs
+                        # on a CPU compiling makes nothing faster; on a GPU it brings CUDA graphs
                         enforce_eager=not torch.cuda.is_available(),
                         disable_log_stats=True,
                         seed=0,

@@ -219,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not size.isdecimal() or int(size) > _MAX_BODY:
             raise Refusal(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"wants a body of at most {_MAX_BODY} bytes, and its length",
+                f"wants a body with a length, at most {_MAX_BODY} bytes",
             )
         return int(size)
 
