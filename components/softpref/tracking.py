@@ -355,9 +355,7 @@ def open_parent(
         if not mlflow_ready(uri):
             raise ConfigError("mlflow is not installed here")
         with short_requests():
-            from mlflow import MlflowClient
-
-            client = MlflowClient(uri)
+            client = open_client(uri)
             texts = {_name(key): _cut(_text(value), _TAG_LENGTH) for key, value in (tags or {}).items()}
             if inherited:
                 for key, text in texts.items():
@@ -382,9 +380,7 @@ def end_run(run_id: str | None, status: str = "FINISHED", tracking_uri: str | No
     uri = resolve_tracking_uri(tracking_uri)
     try:
         with short_requests():
-            from mlflow import MlflowClient
-
-            MlflowClient(uri).set_terminated(run_id, status)
+            open_client(uri).set_terminated(run_id, status)
     except Exception as error:
         logger.warning("run %s was not ended: MLflow at %s: %s", run_id, uri, in_short(error))
 
@@ -629,9 +625,7 @@ class _Delivery:
     def deliver_batch(self) -> int:
         """Deliver the next records and note it; returns how many."""
         if self._client is None:
-            from mlflow import MlflowClient
-
-            self._client = MlflowClient(self._uri)
+            self._client = open_client(self._uri)
         with self._lock:
             records, place = self._mirror.next_records()
         if not records:
@@ -808,6 +802,22 @@ def mlflow_ready(uri: str) -> bool:
     except ImportError:
         return False
     return True
+
+
+def open_client(uri: str) -> Any:
+    """A client of the store at `uri`, which `mlflow_ready` has been asked about.
+
+    MLflow makes a SQLite file's tables when it is first opened, and two processes that do so at once leave a
+    file that nobody can open again: here the second waits for the first.
+    """
+    from filelock import FileLock
+    from mlflow import MlflowClient
+
+    path = uri.removeprefix("sqlite:///")
+    if path == uri or path == ":memory:":
+        return MlflowClient(uri)
+    with FileLock(f"{path}.lock"):
+        return MlflowClient(uri)
 
 
 def find_experiment(client: Any, name: str, uri: str) -> str:

@@ -40,6 +40,7 @@ from softpref.tracking import (
     find_experiment,
     in_short,
     mlflow_ready,
+    open_client,
     resolve_tracking_uri,
     short_requests,
     source_tags,
@@ -168,10 +169,9 @@ def _register(
     kept = f"the model is kept in {model_dir}; register it again when the server is back"
     if not mlflow_ready(uri):
         raise ConfigError("mlflow is not installed here, and registration needs it: pip install mlflow")
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    client = MlflowClient(uri)
+    client = open_client(uri)
     try:
         with short_requests():
             client.search_registered_models(max_results=1)
@@ -308,7 +308,7 @@ def _whole_checkpoint(model_dir: Path) -> Iterator[Path]:
 
 def _is_served(path: Path) -> bool:
     training = path.name.startswith(
-        ("trainer_state", "tracking", "train_results", "eval_results", "all_results")
+        ("trainer_state", "tracking", "timings", "train_results", "eval_results", "all_results")
     )
     return path.is_file() and not training and any(path.match(pattern) for pattern in _SERVED_FILES)
 
