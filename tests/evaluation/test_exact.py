@@ -19,9 +19,10 @@ from softpref.evaluation.exact import (
     trained_objective,
     why_unknown,
 )
-from softpref.evaluation.measure import check_same_vocabulary, divergences, draw, score, score_outcomes
+from softpref.evaluation.measure import check_same_vocabulary, divergences, draw
 from softpref.judges import Outcomes
 from softpref.lm.sampling import Sample
+from softpref.lm.scoring import score_sequences
 from softpref.objectives import dpo_loss, ipo_loss, ordered_pairs, preference_loss
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,11 +44,15 @@ def llama(seed, vocabulary=5):
 PROMPT, PAD = [3, 4, 3], 0
 
 
+def score(model, completions, prompt=PROMPT, **options):
+    return score_sequences(model, [(prompt, completion) for completion in completions], **options).numpy()
+
+
 def test_shared_prompt_gives_the_same_scores_as_whole_sequences():
     model = llama(0)
     completions = [list(c) for n in (1, 2, 4) for c in itertools.product(range(3), repeat=n)]
-    shared = score_outcomes(model, PROMPT, completions, pad_id=PAD, batch_size=7)
-    whole = score(model, [(PROMPT, c) for c in completions], pad_id=PAD, batch_size=16)
+    shared = score(model, completions, batch_size=7)
+    whole = score(model, completions, plain=True)
     np.testing.assert_allclose(shared, whole, atol=1e-5)
 
 
@@ -55,10 +60,9 @@ def test_kl_and_entropy_estimates_have_the_true_values_as_their_expectation():
     """Over every sequence of three tokens, weighted by its probability, nothing is left to chance."""
     policy, reference = llama(0), llama(1)
     sequences = [list(c) for c in itertools.product(range(5), repeat=3)]
-    ours = score(policy, [(PROMPT, c) for c in sequences], pad_id=PAD, batch_size=64)
-    theirs = score(reference, [(PROMPT, c) for c in sequences], pad_id=PAD, batch_size=64)
+    ours, theirs = score(policy, sequences), score(reference, sequences)
     samples = [Sample(PROMPT, c, 0.0, True) for c in sequences]
-    found = divergences(policy, reference, samples, pad_id=PAD, batch_size=50)
+    found = divergences(policy, reference, samples, batch_size=50)
     weights = np.exp(ours)
     assert weights.sum() == pytest.approx(1.0, abs=1e-5)
     assert weights @ found.kl == pytest.approx(weights @ (ours - theirs), abs=1e-5)
@@ -71,7 +75,7 @@ def test_samples_follow_the_models_own_distribution_and_the_seed():
     groups = draw(model, [PROMPT, [2]], 2000, seed=7, **options)
     assert [len(group) for group in groups] == [2000, 2000]
     counts = np.bincount([sample.completion[0] for sample in groups[1]], minlength=5) / 2000
-    truth = np.exp(score(model, [([2], [token]) for token in range(5)], pad_id=PAD, batch_size=8))
+    truth = np.exp(score(model, [[token] for token in range(5)], prompt=[2]))
     assert np.abs(counts - truth).max() < 4 * math.sqrt(0.25 / 2000)
     assert draw(model, [PROMPT, [2]], 2000, seed=7, **options) == groups
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 from softpref.lm.head import completion_hidden, output_head
-from softpref.lm.scoring import completion_logits, entropies, gather_logps, pad_sequences
+from softpref.lm.padding import completion_logits, pad_sequences
+from softpref.lm.scoring import entropies, gather_logps
 from softpref.objectives import kl_per_token
 from torch import nn
 
@@ -342,7 +343,7 @@ TWO_PROCESSES = """
 import sys
 import torch
 from softpref.lm.head import completion_hidden
-from softpref.lm.scoring import pad_sequences
+from softpref.lm.padding import pad_sequences
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)

@@ -51,13 +51,13 @@ def test_an_adapter_folder_is_loaded_upon_its_base(saved, tmp_path):
 
     _, tokenizer, folder = saved
     base = load_model(str(folder))
-    plain = score_sequences(base, SEQUENCES, pad_id=0)
+    plain = score_sequences(base, SEQUENCES)
     model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    adapted = score_sequences(model, SEQUENCES, pad_id=0)
+    adapted = score_sequences(model, SEQUENCES)
     assert abs(float(adapted - plain)) > 1e-3
     save_model_folder(model, tokenizer, tmp_path / "adapter", {"adapter": True})
     loaded = load_model(str(tmp_path / "adapter"))
-    torch.testing.assert_close(score_sequences(loaded, SEQUENCES, pad_id=0), adapted)
+    torch.testing.assert_close(score_sequences(loaded, SEQUENCES), adapted)
     assert not hasattr(loaded, "peft_config")  # merged: it can be trained, and be a reference
     assert all(parameter.requires_grad for parameter in loaded.parameters())
 
@@ -184,8 +184,8 @@ def test_a_gguf_file_is_loaded_as_an_ordinary_model_that_can_be_saved(make_token
     model = make_model(tokenizer)
     write_gguf(model, tmp_path / "toy.gguf")
     loaded = load_model(str(tmp_path / "toy.gguf"))
-    expected = score_sequences(model, SEQUENCES, pad_id=0)
-    torch.testing.assert_close(score_sequences(loaded, SEQUENCES, pad_id=0), expected)
+    expected = score_sequences(model, SEQUENCES)
+    torch.testing.assert_close(score_sequences(loaded, SEQUENCES), expected)
     save_model_folder(loaded, tokenizer, tmp_path / "saved", {})
     again = load_model(str(tmp_path / "saved"))
-    torch.testing.assert_close(score_sequences(again, SEQUENCES, pad_id=0), expected)
+    torch.testing.assert_close(score_sequences(again, SEQUENCES), expected)

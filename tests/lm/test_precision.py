@@ -5,14 +5,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from softpref.lm.scoring import (
-    SequenceBatch,
-    completion_logits,
-    gather_logps,
-    pad_sequences,
-    sequence_logps,
-    sum_by_sequence,
-)
+from softpref.lm.padding import PaddedBatch, completion_logits, pad_sequences
+from softpref.lm.scoring import gather_logps, sequence_logps, sum_by_sequence
 
 VOCABULARY, PROMPT = 4000, 8
 LENGTHS = [500, 20, 350, 120, 250, 1, 60, 450]
@@ -22,7 +16,7 @@ class Scored(NamedTuple):
     """A model, completions drawn from it, and their log-probabilities in float64: of tokens, of sequences."""
 
     model: torch.nn.Module
-    batch: SequenceBatch
+    batch: PaddedBatch
     tokens: torch.Tensor
     sequences: torch.Tensor
 

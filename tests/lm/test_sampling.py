@@ -35,7 +35,7 @@ def outcome_probabilities(model, prompt, length):
         closed = [c for c in longer if c[-1] == STOP or step == length - 1]
         open_prefixes = [c for c in longer if c[-1] != STOP]
         outcomes += closed
-    logps = score_sequences(model, [(prompt, list(c)) for c in outcomes], pad_id=0)
+    logps = score_sequences(model, [(prompt, list(c)) for c in outcomes])
     return dict(zip(outcomes, logps.double().exp().tolist(), strict=True))
 
 
@@ -77,7 +77,7 @@ def test_a_sample_does_not_depend_on_batch_size_or_on_the_prompts_beside_it(mode
 
 def test_the_reported_log_probability_is_that_of_scoring(model):
     samples = sample(model, PROMPTS * 6, length=10, batch_size=16)
-    scored = score_sequences(model, [(s.prompt, s.completion) for s in samples], pad_id=0)
+    scored = score_sequences(model, [(s.prompt, s.completion) for s in samples])
     assert [s.logp for s in samples] == pytest.approx(scored.tolist(), abs=2e-5)
 
 
@@ -89,7 +89,7 @@ def test_padding_does_not_shift_absolute_positions(tokenizer):
     model = GPT2LMHeadModel(config).eval()
     torch.nn.init.normal_(model.transformer.wpe.weight, std=1.0)
     samples = sample(model, PROMPTS * 6, length=8)
-    scored = score_sequences(model, [(s.prompt, s.completion) for s in samples], pad_id=0, batch_size=1)
+    scored = score_sequences(model, [(s.prompt, s.completion) for s in samples], batch_size=1)
     assert [s.logp for s in samples] == pytest.approx(scored.tolist(), abs=2e-5)
 
 

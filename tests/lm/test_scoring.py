@@ -2,15 +2,8 @@
 
 import pytest
 import torch
-from softpref.lm.scoring import (
-    completion_logits,
-    entropies,
-    gather_logps,
-    pad_sequences,
-    score_sequences,
-    sequence_logps,
-    sum_by_sequence,
-)
+from softpref.lm.padding import completion_logits, pad_sequences
+from softpref.lm.scoring import entropies, gather_logps, score_sequences, sequence_logps, sum_by_sequence
 
 SEQUENCES = [([1, 7, 8], [9, 10, 3]), ([1], [5]), ([1, 6, 6, 6, 7], [3]), ([1, 9], [8, 7, 6, 5, 3])]
 
@@ -62,16 +55,16 @@ def test_what_stands_in_the_padding_changes_nothing(model):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_scores_come_in_the_order_given_and_do_not_depend_on_the_batch(model, batch_size):
-    scores = score_sequences(model, SEQUENCES, pad_id=3, batch_size=batch_size)
+    scores = score_sequences(model, SEQUENCES, batch_size=batch_size)
     expected = [sum(token_logps_by_hand(model, *sequence)) for sequence in SEQUENCES]
     assert scores.tolist() == pytest.approx(expected, abs=2e-5)
 
 
 def test_scoring_runs_without_dropout_and_restores_the_mode(make_model, tokenizer):
     model = make_model(tokenizer, attention_dropout=0.9)
-    still = score_sequences(model, SEQUENCES, pad_id=0)
+    still = score_sequences(model, SEQUENCES)
     model.train()
-    torch.testing.assert_close(score_sequences(model, SEQUENCES, pad_id=0), still)
+    torch.testing.assert_close(score_sequences(model, SEQUENCES), still)
     assert model.training
 
 

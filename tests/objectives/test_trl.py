@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from softpref.lm.scoring import pad_sequences, sequence_logps
+from softpref.lm.padding import pad_sequences
+from softpref.lm.scoring import sequence_logps
 from softpref.objectives import dpo_loss, ipo_loss, rdpo_loss, slic_loss, sppo_loss
 
 RECORDED = json.loads(Path(__file__).with_name("trl_losses.json").read_text(encoding="utf-8"))

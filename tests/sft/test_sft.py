@@ -12,7 +12,7 @@ from softpref.lm.sampling import sample_completions, sampling_noise
 from softpref.lm.scoring import score_sequences
 from softpref.lm.tokenization import decode, tokenize_prompt, tokenize_sequence
 from softpref.sft.config import SFTConfig
-from softpref.sft.stage import build_model, build_tokenizer, collate, run
+from softpref.sft.stage import SFTTrainer, build_model, build_tokenizer, collate, run
 
 SMALL = {
     "model_type": "llama",
@@ -44,21 +44,55 @@ def trained(tmp_path_factory, write_dataset, rows, tracking_uri):
 def loss_by_hand(model, tokenizer, rows):
     """Mean over completion tokens of −log π, each sequence alone."""
     sequences = [tokenize_sequence(tokenizer, row["prompt"], row["completion"])[:2] for row in rows]
-    scores = score_sequences(model, sequences, pad_id=tokenizer.pad_token_id, batch_size=1)
+    scores = score_sequences(model, sequences, batch_size=1)
     return -float(scores.sum()) / sum(len(completion) for _, completion in sequences)
 
 
-def test_the_loss_is_on_completion_tokens_alone(make_tokenizer, make_model, rows):
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_loss_is_on_completion_tokens_alone(tmp_path, make_tokenizer, make_model, rows, plain):
     tokenizer = make_tokenizer(pad_is_eos=True)
     model = make_model(tokenizer)
     sequences = [tokenize_sequence(tokenizer, row["prompt"], row["completion"]) for row in rows[:5]]
-    batch = collate(sequences, tokenizer.pad_token_id)
-    labelled = batch["labels"] != -100
-    assert labelled.sum(1).tolist() == [len(sequence.completion) for sequence in sequences]
-    for row, sequence in zip(batch["labels"], sequences, strict=True):
-        assert row[row != -100].tolist() == sequence.completion
+    batch = collate(sequences)
+    assert batch["targets"].tolist() == [token for sequence in sequences for token in sequence.completion]
+    config = SFTConfig(
+        output_dir=str(tmp_path), model_config=SMALL, use_cpu=True, bf16=False, plain_forward=plain
+    )
+    trainer = SFTTrainer(model=model, args=config, data_collator=collate)
     with torch.no_grad():
-        assert float(model(**batch).loss) == pytest.approx(loss_by_hand(model, tokenizer, rows[:5]), rel=1e-5)
+        loss = float(trainer.compute_loss(model.eval(), batch))
+    assert loss == pytest.approx(loss_by_hand(model, tokenizer, rows[:5]), rel=1e-5)
+
+
+def test_a_step_weighs_all_its_tokens_alike_however_it_is_cut(
+    tmp_path, make_tokenizer, make_model, rows, monkeypatch
+):
+    tokenizer = make_tokenizer()
+    sequences = [tokenize_sequence(tokenizer, row["prompt"], row["completion"]) for row in rows[:12]]
+    sequences += [sequences[0]._replace(completion=sequences[0].completion * 3)]
+    weights = []
+    for batch, pieces in ((13, 1), (4, 4), (1, 13)):
+        model = make_model(tokenizer)
+        config = SFTConfig(
+            output_dir=str(tmp_path / f"of-{batch}"),
+            model_config=SMALL,
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            optim="sgd",
+            learning_rate=0.5,
+            max_grad_norm=0,
+            num_train_epochs=1,
+            save_strategy="no",
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=pieces,
+        )
+        SFTTrainer(model=model, args=config, data_collator=collate, train_dataset=sequences).train()
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    begun = torch.cat([parameter.detach().flatten() for parameter in make_model(tokenizer).parameters()])
+    assert float((weights[0] - begun).abs().max()) > 1e-2
+    for found in weights[1:]:
+        torch.testing.assert_close(found, weights[0], rtol=0, atol=1e-5)
 
 
 def test_a_reference_from_nothing_learns_the_completions_and_to_end_them(trained, rows):

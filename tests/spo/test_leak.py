@@ -8,7 +8,8 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from softpref.lm.scoring import pad_sequences, score_sequences, sequence_logps
+from softpref.lm.padding import pad_sequences
+from softpref.lm.scoring import score_sequences, sequence_logps
 
 PROMPT, END = [1, 5], 3
 COMPLETIONS = [[*letters, END] for letters in itertools.product((5, 6, 7, 8), (9, 10, 11, 12), (5, 9))]
@@ -16,7 +17,7 @@ COMPLETIONS = [[*letters, END] for letters in itertools.product((5, 6, 7, 8), (9
 
 def mass(model):
     """Probability that the model's completion is one of the set."""
-    return float(score_sequences(model, [(PROMPT, c) for c in COMPLETIONS], pad_id=0).exp().sum())
+    return float(score_sequences(model, [(PROMPT, c) for c in COMPLETIONS]).exp().sum())
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_online_training_finds_softmax_of_reward_over_alpha(
 
     def measure(model):
         """Expected reward on the set, and KL(target ‖ model)."""
-        logps = score_sequences(model, [(PROMPT, c) for c in COMPLETIONS], pad_id=0).log_softmax(0)
+        logps = score_sequences(model, [(PROMPT, c) for c in COMPLETIONS]).log_softmax(0)
         return float(logps.exp() @ rewards), float(target.exp() @ (target - logps))
 
     trainer = make_trainer(

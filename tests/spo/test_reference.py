@@ -100,7 +100,7 @@ def test_kept_values_are_the_references_own_and_follow_their_rows(train, make_ro
     assert len(files()) == 2
     for tried in (trainer, shuffled):
         for row in tried.train_dataset.rows:
-            expected = score_sequences(model, [(row["prompt"], one) for one in row["completions"]], pad_id=0)
+            expected = score_sequences(model, [(row["prompt"], one) for one in row["completions"]])
             assert row["ref_logps"] == pytest.approx(expected.tolist(), abs=1e-4)
     assert shuffled.train_dataset.rows == trainer.train_dataset.rows[::-1]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from softpref.errors import ConfigError, DataError
+from softpref.lm.packing import PackedBatch
 from softpref.lm.scoring import score_sequences
 from softpref.lm.tokenization import decode, tokenize_prompt, tokenize_sequence
 from transformers import TrainerCallback
@@ -48,8 +49,8 @@ class Rounds(TrainerCallback):
             return samples
 
         def recorded_loss(model, inputs, *arguments, **options):
-            width = inputs["attention_mask"].sum(-1).tolist()
-            ids = [row[:length] for row, length in zip(inputs["input_ids"].tolist(), width, strict=True)]
+            batch = PackedBatch(*(inputs[name] for name in PackedBatch._fields))
+            ids = [[*prompt, *completion] for prompt, completion in batch.sequences()]
             self.trained.append((trainer.state.global_step, ids))
             return loss(model, inputs, *arguments, **options)
 
@@ -156,7 +157,7 @@ def test_rounds_from_beginning_to_end(
             assert all("ref_logps" not in row for row in rows)
             continue
         flat = [(row["prompt"], completion) for row in rows for completion in row["completions"]]
-        expected = score_sequences(policy, flat, pad_id=0).tolist()
+        expected = score_sequences(policy, flat).tolist()
         found = [logp for row in rows for logp in row["ref_logps"]]
         assert found == pytest.approx(expected, abs=1e-4)
         assert logs[watched.begun[number]]["rewards/margins"] == pytest.approx(0, abs=1e-3)
@@ -164,7 +165,7 @@ def test_rounds_from_beginning_to_end(
     assert bool(judge.asked) == judged
     assert {prompt for prompt, _, _ in judge.asked} <= {row["prompt"] for row in given}
     every = list(zip(prompts, answers, strict=True))
-    moved = score_sequences(trainer.model, every, pad_id=0) - score_sequences(model, every, pad_id=0)
+    moved = score_sequences(trainer.model, every) - score_sequences(model, every)
     assert float(moved.abs().max()) > 0.1
 
 
@@ -251,7 +252,7 @@ def test_evaluation_rows_are_scored_against_the_initial_model(rounds, make_rows,
         for row in held_out
         for completion in row["completions"]
     ]
-    change = score_sequences(trainer.model, flat, pad_id=0) - score_sequences(model, flat, pad_id=0)
+    change = score_sequences(trainer.model, flat) - score_sequences(model, flat)
     metrics = trainer.evaluate()
     assert metrics["eval_rewards/chosen"] == pytest.approx(BETA * change[::2].mean().item(), abs=1e-3)
     assert abs(metrics["eval_rewards/chosen"]) > 0.05
@@ -268,9 +269,9 @@ def test_an_adapters_previous_policy_has_its_adapter_on(rounds, logs_of):
     )
     flat = [(row["prompt"], one) for row in watched.rows[-1] for one in row["completions"]]
     found = torch.tensor([logp for row in watched.rows[-1] for logp in row["ref_logps"]])
-    on = score_sequences(watched.models[-1], flat, pad_id=0)
+    on = score_sequences(watched.models[-1], flat)
     with watched.models[-1].disable_adapter():
-        off = score_sequences(watched.models[-1], flat, pad_id=0)
+        off = score_sequences(watched.models[-1], flat)
     torch.testing.assert_close(found, on, rtol=0, atol=1e-4)
     assert float((on - off).abs().max()) > 0.1
     assert trainer.ref_model is None

@@ -60,7 +60,7 @@ def test_the_metrics_are_the_documented_ones(make_trainer, make_rows):
 def test_before_the_first_step_nothing_has_moved(make_trainer, make_rows, tokenizer):
     rows = make_rows(8, soft=True)
     trainer = make_trainer(rows, alpha=0.5)
-    scores = score_sequences(trainer.model, sequences(tokenizer, rows), pad_id=0)
+    scores = score_sequences(trainer.model, sequences(tokenizer, rows))
     trainer.train()
     log = logs_of(trainer)[0]
     assert log["kl/sequence"] == pytest.approx(0, abs=1e-5)
@@ -90,15 +90,15 @@ def test_training_prefers_what_was_preferred_and_regularises_towards_the_referen
 def test_dpo_starts_at_log_two_and_leaves_its_reference_alone(make_trainer, make_rows, tokenizer):
     rows = make_rows(16)
     trainer = make_trainer(rows, method="dpo", beta=0.5, num_train_epochs=3)
-    before = score_sequences(trainer.ref_model, sequences(tokenizer, rows), pad_id=0)
+    before = score_sequences(trainer.ref_model, sequences(tokenizer, rows))
     trainer.train()
     assert logs_of(trainer)[0]["loss"] == pytest.approx(math.log(2), rel=1e-4)
     assert logs_of(trainer)[-1]["rewards/margins"] > 0.5
     assert trainer.buffer is None
-    after = score_sequences(trainer.ref_model, sequences(tokenizer, rows), pad_id=0)
+    after = score_sequences(trainer.ref_model, sequences(tokenizer, rows))
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     # the rewards of the evaluation are those of policy against reference
-    policy = score_sequences(trainer.model, sequences(tokenizer, rows), pad_id=0)
+    policy = score_sequences(trainer.model, sequences(tokenizer, rows))
     metrics = trainer.evaluate(trainer.train_dataset)
     assert metrics["eval_rewards/chosen"] == pytest.approx(
         float(0.5 * (policy - before)[::2].mean()), rel=1e-3, abs=1e-4
@@ -110,7 +110,7 @@ def test_an_adapter_trains_against_itself_switched_off(make_trainer, make_rows, 
 
     rows = make_rows(16)
     base = weights(model)
-    before = score_sequences(model, sequences(tokenizer, rows), pad_id=0)
+    before = score_sequences(model, sequences(tokenizer, rows))
     lora = LoraConfig(
         r=4, lora_alpha=16, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -122,10 +122,10 @@ def test_an_adapter_trains_against_itself_switched_off(make_trainer, make_rows, 
     logs = logs_of(trainer)
     assert logs[0]["kl/sequence"] == pytest.approx(0, abs=1e-5)
     assert logs[-1]["kl/sequence"] > 0.05
-    after = score_sequences(trainer.model, sequences(tokenizer, rows), pad_id=0)
+    after = score_sequences(trainer.model, sequences(tokenizer, rows))
     assert float((after - before).abs().max()) > 0.1
     with trainer.model.disable_adapter():
-        off = score_sequences(trainer.model, sequences(tokenizer, rows), pad_id=0)
+        off = score_sequences(trainer.model, sequences(tokenizer, rows))
     torch.testing.assert_close(off, before)
     kept = [parameter for name, parameter in trainer.model.named_parameters() if "lora" not in name]
     torch.testing.assert_close(torch.cat([p.detach().flatten() for p in kept]), base, rtol=0, atol=0)
@@ -182,7 +182,8 @@ def test_a_non_finite_loss_stops_and_leaves_the_last_good_weights_and_the_batch(
     saved = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(weights(saved), poison.before, rtol=0, atol=0)
     batch = load_file(tmp_path / "run" / "nonfinite_batch.safetensors")
-    assert batch["input_ids"].shape[0] == 16
+    assert len(batch["lengths"]) == 16
+    assert len(batch["targets"]) == batch["lengths"].sum()
     assert batch["group_sizes"].tolist() == [2] * 8
 
 
@@ -212,7 +213,7 @@ def test_the_kind_of_the_rows_or_of_the_settings_decides_how_an_order_is_read(
         if options:
             rows = [{key: value for key, value in row.items() if key != "kind"} for row in rows]
         trainer = make_trainer(rows, **options)
-        scores = score_sequences(trainer.model, sequences(tokenizer, rows), pad_id=0)
+        scores = score_sequences(trainer.model, sequences(tokenizer, rows))
         expected = preference_loss(scores, torch.full((8,), 3), alpha=1.0, kind=kind)
         trainer.train()
         assert logs_of(trainer)[0]["loss/preference"] == pytest.approx(float(expected.mean()), rel=1e-4)
@@ -268,7 +269,7 @@ def test_evaluation_gives_its_metrics_whatever_the_batch(make_trainer, make_rows
         assert trainer.evaluate(metric_key_prefix="held_out")["held_out_logps/chosen"] == pytest.approx(
             results[-1]["eval_logps/chosen"]
         )
-    scores = score_sequences(trainer.model, sequences(tokenizer, rows), pad_id=0)
+    scores = score_sequences(trainer.model, sequences(tokenizer, rows))
     sizes = torch.tensor([len(row["completions"]) for row in rows])
     expected = preference_loss(scores, sizes, alpha=1.0, kind="ranking")
     chosen = scores[sizes.cumsum(0) - sizes]

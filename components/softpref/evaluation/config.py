@@ -25,8 +25,10 @@ class EvaluationConfig:
             from the reference. Distinct-n and self-BLEU depend on it: compare only at the same number.
         max_new_tokens (`int`, defaults to 0): longest completion in tokens, end token included; 0 takes
             `max_completion_length` from the policy's `softpref.json`.
-        batch_size (`int`, defaults to 256): sequences per forward pass, fewer where long ones or a large
-            vocabulary would take too much memory.
+        batch_size (`int`, defaults to 256): sequences per forward pass, fewer where full logits would take
+            too much memory.
+        plain_forward (`bool`, defaults to False): pad every completion with a prompt of its own and compute
+            full logits: the same figures up to rounding, slower, for a model whose fast path you doubt.
         judge (`str`, defaults to `"auto"`): `expert` (the known reward in the dataset's `outcomes.jsonl`),
             `bradley-terry` (trained on the training split's preferences), or `auto`: the expert where there
             is one.
@@ -52,6 +54,7 @@ class EvaluationConfig:
     samples_per_prompt: int = 32
     max_new_tokens: int = 0
     batch_size: int = 256
+    plain_forward: bool = False
     judge: JudgeName = "auto"
     judge_max_rows: int = 20000
     exact_prompts: int = 8

@@ -30,11 +30,7 @@ class Models(NamedTuple):
     tokenizer: Any
     max_prompt_length: int | None
     max_new_tokens: int
-    batch_size: int
-
-    @property
-    def batching(self) -> dict[str, int]:
-        return {"pad_id": self.tokenizer.pad_token_id, "batch_size": self.batch_size}
+    scoring: dict[str, Any]  # how many at once, and whether in the plain way
 
 
 def load_reference(
@@ -51,7 +47,7 @@ def load_reference(
         load_tokenizer(places["policy"]),
         metadata.get("max_prompt_length"),
         config.max_new_tokens or metadata["max_completion_length"],
-        config.batch_size,
+        {"batch_size": config.batch_size, "plain": config.plain_forward},
     )
 
 
@@ -80,8 +76,8 @@ def held_out(
     models: Models, rows: Sequence[Mapping[str, Any]], bootstrap: Bootstrap
 ) -> tuple[dict[str, Figure], list[str]]:
     """Score the held-out preferences under the policy: its figures, and warnings about rows."""
-    from softpref.evaluation.measure import score
     from softpref.evaluation.metrics import PerplexityMetric, PreferenceMetric, prompt_key
+    from softpref.lm.scoring import score_sequences
     from softpref.lm.tokenization import tokenize_sequence
 
     limits = {
@@ -105,10 +101,10 @@ def held_out(
     sequences = [sequence for group in tokens for sequence in group]
     with _progress(len(sequences), "held-out preferences", "sequence") as progress:
         flat = iter(
-            score(
+            score_sequences(
                 models.policy,
                 [(sequence.prompt, sequence.completion) for sequence in sequences],
-                **models.batching,
+                **models.scoring,
                 progress=progress,
             ).tolist()
         )
@@ -165,7 +161,8 @@ def draw_samples(
             max_new_tokens=models.max_new_tokens,
             stop_ids=stop_token_ids(models.tokenizer, model),
             seed=2 * config.seed + (side == "reference"),  # independent streams of one seed
-            **models.batching,
+            pad_id=models.tokenizer.pad_token_id,
+            batch_size=config.batch_size,
             progress=progress,
         )
     shown = []
@@ -204,7 +201,7 @@ def sampled(
             models.policy,
             models.reference,
             [sample for group in drawn for sample in group],
-            **models.batching,
+            **models.scoring,
             progress=progress,
         )
     kl, entropy = (values.reshape(-1, count).tolist() for values in divergences)
@@ -244,7 +241,8 @@ def enumerated(
 ) -> list[ExactPrompt]:
     """Score every outcome of the first `exact_prompts` prompts whose outcomes are known."""
     from softpref.evaluation.exact import exact_prompt, trained_objective, why_unknown
-    from softpref.evaluation.measure import score_outcomes
+    from softpref.evaluation.measure import check_positions
+    from softpref.lm.scoring import score_sequences
     from softpref.lm.tokenization import tokenize_prompt, tokenize_sequence
 
     known = [prompt for prompt in prompts if isinstance(prompt, str) and prompt in outcomes]
@@ -263,10 +261,14 @@ def enumerated(
             completions = [
                 tokenize_sequence(models.tokenizer, prompt, text).completion for text in entry.completions
             ]
-            policy, reference = (
-                score_outcomes(model, ids, completions, **models.batching, progress=progress)
-                for model in (models.policy, models.reference)
-            )
+            longest = max(map(len, completions))
+            sequences = [(ids, completion) for completion in completions]
+            scores = []
+            for model in (models.policy, models.reference):
+                check_positions(model, len(ids), longest, "set exact_prompts to 0")
+                found_scores = score_sequences(model, sequences, **models.scoring, progress=progress)
+                scores.append(found_scores.double().numpy())
+            policy, reference = scores
             found.append(exact_prompt(entry, policy, reference, objective, seed=config.seed))
     return found
 

@@ -1,7 +1,4 @@
-"""Runs the policy and the reference over prompts and completions. Turns nothing into figures.
-
-Batches shrink where long sequences meet a large vocabulary, so that the logits of one pass stay bounded.
-"""
+"""Draws from models, and compares policy and reference along samples. Turns nothing into figures."""
 
 from __future__ import annotations
 
@@ -12,18 +9,9 @@ import numpy as np
 import torch
 
 from softpref.errors import ConfigError
+from softpref.lm.head import completion_hidden
 from softpref.lm.sampling import Sample, sample_completions, sampling_noise
-from softpref.lm.scoring import (
-    completion_logits,
-    entropies,
-    gather_logps,
-    pad_sequences,
-    score_sequences,
-    sum_by_sequence,
-)
-from softpref.objectives import kl_per_token
-
-_LOGITS_AT_ONCE = 2**26  # 256 MB in fp32
+from softpref.lm.scoring import scoring_batches, sum_by_sequence
 
 Progress = Callable[[int], Any]
 Ids = Sequence[int]
@@ -87,78 +75,6 @@ def check_positions(model: Any, prompt: int, completion: int, remedy: str) -> No
         )
 
 
-def score(
-    model: Any,
-    sequences: Sequence[tuple[Ids, Ids]],
-    *,
-    pad_id: int,
-    batch_size: int,
-    progress: Progress | None = None,
-) -> np.ndarray:
-    """Log-probabilities of `(prompt ids, completion ids)` pairs in nats, `[n]` float64."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
-    scores = np.empty(len(sequences))
-    start = 0
-    while start < len(order):
-        chosen = order[start : start + batch_size]
-        longest = max(len(sequences[i][0]) + len(sequences[i][1]) for i in chosen)
-        chosen = chosen[: _rows_at_once(model, longest)]
-        scores[chosen] = score_sequences(
-            model, [sequences[i] for i in chosen], pad_id=pad_id, batch_size=len(chosen)
-        ).numpy()
-        start += len(chosen)
-        if progress:
-            progress(len(chosen))
-    return scores
-
-
-@torch.inference_mode()
-def score_outcomes(
-    model: Any,
-    prompt: Ids,
-    completions: Sequence[Ids],
-    *,
-    pad_id: int,
-    batch_size: int,
-    progress: Progress | None = None,
-) -> np.ndarray:
-    """Log-probabilities of many completions of *one* prompt, whose work is done once: `[n]` float64, nats."""
-    from transformers import DynamicCache
-
-    device = next(model.parameters()).device
-    ids = torch.as_tensor([list(prompt)], device=device)
-    order = sorted(range(len(completions)), key=lambda i: len(completions[i]))
-    longest = len(completions[order[-1]]) if order else 1
-    check_positions(model, len(prompt), longest, "set exact_prompts to 0")
-    size = min(batch_size, _rows_at_once(model, longest))
-    scores = np.empty(len(completions))
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        cache = DynamicCache(config=model.config)
-        first = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        cache.batch_repeat_interleave(len(rows))
-        # the last token is predicted, not read
-        lengths = torch.tensor([len(completions[i]) for i in rows])
-        width = int(lengths.max())
-        tokens = torch.full((len(rows), width), pad_id, dtype=torch.long)
-        for row, i in enumerate(rows):
-            tokens[row, : lengths[row]] = torch.as_tensor(list(completions[i]))
-        inside = torch.arange(width) < lengths[:, None]
-        tokens, inside, lengths = tokens.to(device), inside.to(device), lengths.to(device)
-        logits = first.expand(len(rows), 1, -1)
-        if width > 1:
-            mask = torch.cat([inside.new_ones(len(rows), len(prompt)), inside[:, :-1]], 1).long()
-            output = model(
-                input_ids=tokens[:, :-1], attention_mask=mask, past_key_values=cache, use_cache=True
-            )
-            logits = torch.cat([logits, output.logits], 1)
-        logps = gather_logps(logits[inside].float(), tokens[inside])
-        scores[rows] = sum_by_sequence(logps, lengths).cpu().numpy()
-        if progress:
-            progress(len(rows))
-    return scores
-
-
 def draw(
     model: Any,
     prompts: Sequence[Ids],
@@ -185,14 +101,14 @@ def draw(
     return [flat[i : i + samples_per_prompt] for i in range(0, len(flat), samples_per_prompt)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def divergences(
     policy: Any,
     reference: Any,
     samples: Sequence[Sample],
     *,
-    pad_id: int,
     batch_size: int,
+    plain: bool = False,
     progress: Progress | None = None,
 ) -> Divergences:
     """KL to the reference and entropy of the policy along its own samples.
@@ -200,24 +116,13 @@ def divergences(
     Whole-vocabulary sums at each sampled prefix: the same expectation as log-ratios of the sampled tokens,
     with less variance.
     """
-    device = next(policy.parameters()).device
     kl, entropy = np.empty(len(samples)), np.empty(len(samples))
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].completion))
-    start = 0
-    while start < len(order):
-        rows = order[start : start + batch_size]
-        longest = max(len(samples[i].prompt) + len(samples[i].completion) for i in rows)
-        rows = rows[: max(1, _rows_at_once(policy, longest) // 2)]
-        batch = pad_sequences([(samples[i].prompt, samples[i].completion) for i in rows], pad_id).to(device)
-        logits = completion_logits(policy, batch).logits
-        reference_logits = completion_logits(reference, batch).logits
-        kl[rows] = sum_by_sequence(kl_per_token(logits, reference_logits), batch.lengths).cpu().numpy()
-        entropy[rows] = sum_by_sequence(entropies(logits), batch.lengths).cpu().numpy()
-        start += len(rows)
+    sequences = [(sample.prompt, sample.completion) for sample in samples]
+    for rows, batch in scoring_batches(policy, sequences, batch_size=batch_size, plain=plain):
+        states, theirs = (completion_hidden(model, batch, plain=plain) for model in (policy, reference))
+        found = states.kl(theirs)
+        kl[rows] = sum_by_sequence(found.kl, batch.lengths).cpu().numpy()
+        entropy[rows] = sum_by_sequence(found.entropy, batch.lengths).cpu().numpy()
         if progress:
             progress(len(rows))
     return Divergences(kl, entropy)
-
-
-def _rows_at_once(model: Any, length: int) -> int:
-    return max(1, _LOGITS_AT_ONCE // (length * model.config.vocab_size))

@@ -16,8 +16,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from softpref.lm.packing import PackedBatch, packs, run_packed
+from softpref.lm.padding import PaddedBatch, completion_logits, pad_sequences
 from softpref.lm.sampling import evaluation_mode
-from softpref.lm.scoring import SequenceBatch, completion_logits
 from softpref.objectives import TokenKL, TokenLogps, token_kl, token_logps, token_logps_and_entropy
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,9 @@ class CompletionHidden(NamedTuple):
         return torch.autocast(self.hidden.device.type, dtype=self.autocast, enabled=enabled)
 
 
-def completion_hidden(model: Any, batch: SequenceBatch) -> CompletionHidden:
+def completion_hidden(
+    model: Any, batch: PackedBatch | PaddedBatch, *, plain: bool = False
+) -> CompletionHidden:
     """Run the model and keep the hidden states that predict completion tokens; no prompt, no padding.
 
     The model is called as a whole, wrappers included, with its head replaced meanwhile: what enters the head
@@ -98,10 +101,26 @@ def completion_hidden(model: Any, batch: SequenceBatch) -> CompletionHidden:
     head arise outside of forward, which DistributedDataParallel allows, for it acts when a parameter's
     gradient has been accumulated; where it looks for unused parameters, it goes through the graph of the
     output, and finds there, thanks to the one position, the head and everything below it.
+
+    Args:
+        batch: packed, and padded where the model cannot take it so (see `softpref.lm.packing.packs`); or
+            padded already.
+        plain: pad, and have the model compute full logits, as anybody would: slower, larger, and the same
+            numbers up to rounding.
     """
-    known = _known_head(model)
+    try:
+        inner = _unwrapped(model)
+    except _Unknown:
+        inner = None
+    packed = isinstance(batch, PackedBatch) and not plain and inner is not None and packs(model, inner, batch)
+    if isinstance(batch, PackedBatch) and not packed:
+        batch = pad_sequences(batch.sequences(), 0).to(batch.input_ids.device)
+    known = None if plain else _known_head(model)
     if known is None:
-        logits, targets = completion_logits(model, batch)
+        if isinstance(batch, PackedBatch):
+            logits, targets = run_packed(model, batch).logits[0][batch.predictors].float(), batch.targets
+        else:
+            logits, targets = completion_logits(model, batch)
         return CompletionHidden(logits, targets, Head(None))
     module, head = known
     entered: list[tuple[Tensor, torch.dtype | None]] = []
@@ -113,8 +132,13 @@ def completion_hidden(model: Any, batch: SequenceBatch) -> CompletionHidden:
         return nn.functional.linear(hidden[:1, -1:], module.weight, module.bias)
 
     with _computing(module, keep):
-        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        if isinstance(batch, PackedBatch):
+            run_packed(model, batch)
+        else:
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     [(hidden, autocast)] = entered
+    if isinstance(batch, PackedBatch):
+        return CompletionHidden(hidden[0][batch.predictors], batch.targets, head, autocast)
     predicts = batch.completion_mask[:, 1:]
     targets = batch.input_ids[:, 1:][predicts]
     return CompletionHidden(hidden[:, :-1][predicts], targets, head, autocast)
@@ -218,7 +242,12 @@ def _tried_form(model: Any, module: nn.Linear) -> _Form | _Unknown:
 
     prompt = torch.zeros(1, 3, dtype=torch.long, device=scores.device)
     try:
-        with evaluation_mode(model), torch.enable_grad(), _computing(module, pretend):
+        with (
+            evaluation_mode(model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _computing(module, pretend),
+        ):
             logits = model(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=False).logits
     except Exception as error:  # whatever a foreign forward stumbles over: the ordinary way remains
         return _Unknown(f"its forward did not take chosen scores ({type(error).__name__}: {error})")

@@ -1,4 +1,4 @@
-"""Log-probabilities of given completions under a model: batches, logits at completion positions, sums.
+"""Log-probabilities of given completions under a model, and sums of token values.
 
 Everything is *flat*: a batch of S sequences with lengths l_1 … l_S (completion tokens, end token included)
 gives tensors over T = Σ l_i tokens in order, so that no statistic can average over padding.
@@ -6,72 +6,20 @@ gives tensors over T = Σ l_i tokens in order, so that no statistic can average 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from softpref.lm.head import completion_hidden, output_head
+from softpref.lm.packing import PackedBatch, pack_sequences
+from softpref.lm.padding import PaddedBatch
 from softpref.lm.sampling import evaluation_mode
 
+_LOGITS_AT_ONCE = 2**26  # of a model whose full logits are needed: 256 MB in fp32
 
-class SequenceBatch(NamedTuple):
-    """Right-padded sequences with their completions marked.
-
-    Attributes:
-        input_ids: `[S, L]`, prompt then completion then padding.
-        attention_mask: `[S, L]`, 1 on prompt and completion.
-        completion_mask: `[S, L]`, True on completion tokens; by length, never by token id, since the padding
-            token may be the end token.
-        lengths: `[S]`, completion tokens per sequence.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    completion_mask: Tensor
-    lengths: Tensor
-
-    def to(self, device: Any) -> SequenceBatch:
-        return SequenceBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
-
-
-class CompletionLogits(NamedTuple):
-    """What a model says at each of the T completion tokens of a batch.
-
-    Attributes:
-        logits: `[T, V]` in fp32, the scores from which each completion token was chosen.
-        targets: `[T]`, the tokens that stand there.
-    """
-
-    logits: Tensor
-    targets: Tensor
-
-
-def pad_sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> SequenceBatch:
-    """Collate `(prompt ids, completion ids)` pairs; every completion needs at least one token."""
-    lengths = [len(completion) for _, completion in sequences]
-    if not sequences or min(lengths) == 0:
-        raise ValueError("every sequence needs at least one completion token")
-    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
-    completion_mask = torch.zeros((len(sequences), width), dtype=torch.bool)
-    for row, (prompt, completion) in enumerate(sequences):
-        end = len(prompt) + len(completion)
-        input_ids[row, :end] = torch.as_tensor([*prompt, *completion])
-        attention_mask[row, :end] = 1
-        completion_mask[row, len(prompt) : end] = True
-    return SequenceBatch(input_ids, attention_mask, completion_mask, torch.tensor(lengths))
-
-
-def completion_logits(model: Any, batch: SequenceBatch) -> CompletionLogits:
-    """Run the model and keep the fp32 logits that predict completion tokens; prompt and padding are dropped.
-
-    A prompt has at least one token, so every completion token has a position that predicts it.
-    """
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    predicts = batch.completion_mask[:, 1:]
-    return CompletionLogits(output.logits[:, :-1][predicts].float(), batch.input_ids[:, 1:][predicts])
+Ids = Sequence[int]
 
 
 def gather_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -95,31 +43,57 @@ def sum_by_sequence(values: Tensor, lengths: Tensor) -> Tensor:
     return terms.new_zeros(len(lengths)).index_add(0, rows, terms).to(values.dtype)
 
 
-def sequence_logps(model: Any, batch: SequenceBatch) -> Tensor:
-    """`log π(completion | prompt)` of each sequence in nats: `[S]`."""
-    logits, targets = completion_logits(model, batch)
-    return sum_by_sequence(gather_logps(logits, targets), batch.lengths)
+def sequence_logps(model: Any, batch: PackedBatch | PaddedBatch, *, plain: bool = False) -> Tensor:
+    """`log π(completion | prompt)` of each sequence in nats: `[S]` fp32, with gradient."""
+    return sum_by_sequence(completion_hidden(model, batch, plain=plain).logps(), batch.lengths)
 
 
 @torch.no_grad()
 def score_sequences(
     model: Any,
-    sequences: Iterable[tuple[Sequence[int], Sequence[int]]],
+    sequences: Sequence[tuple[Ids, Ids]],
     *,
-    pad_id: int,
     batch_size: int = 64,
+    plain: bool = False,
+    progress: Callable[[int], Any] | None = None,
 ) -> Tensor:
-    """Sequence log-probabilities of any number of `(prompt ids, completion ids)` pairs, on the CPU, in order.
+    """Sequence log-probabilities of any number of `(prompt ids, completion ids)` pairs: `[n]`, on the CPU.
 
-    The model is in eval mode meanwhile. Sequences are scored by length so that a batch holds little padding.
+    The model is in eval mode meanwhile. The result is in the order given.
+
+    Args:
+        batch_size: sequences computed at once.
+        plain: as in `softpref.lm.head.completion_hidden`.
+        progress: called with the number of sequences that a batch has added.
     """
-    sequences = list(sequences)
-    device = next(model.parameters()).device
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
     scores = torch.empty(len(sequences))
     with evaluation_mode(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = pad_sequences([sequences[i] for i in chosen], pad_id).to(device)
-            scores[chosen] = sequence_logps(model, batch).cpu()
+        for rows, batch in scoring_batches(model, sequences, batch_size=batch_size, plain=plain):
+            scores[rows] = sequence_logps(model, batch, plain=plain).cpu()
+            if progress:
+                progress(len(rows))
     return scores
+
+
+def scoring_batches(
+    model: Any, sequences: Sequence[tuple[Ids, Ids]], *, batch_size: int, plain: bool = False
+) -> Iterator[tuple[list[int], PackedBatch]]:
+    """Batches on the model's device, each with the places of its sequences: those of one prompt together.
+
+    Lengths are alike within a batch, for models that need padding; and where full logits arise, sequences are
+    so few that these stay bounded.
+    """
+    device = next(model.parameters()).device
+    order = sorted(
+        range(len(sequences)),
+        key=lambda i: (len(sequences[i][0]), list(sequences[i][0]), len(sequences[i][1])),
+    )
+    full = plain or (bool(order) and output_head(model) is None)
+    start = 0
+    while start < len(order):
+        rows = order[start : start + batch_size]
+        if full:
+            longest = max(len(sequences[i][0]) + len(sequences[i][1]) for i in rows)
+            rows = rows[: max(1, _LOGITS_AT_ONCE // (longest * model.config.vocab_size))]
+        yield rows, pack_sequences([sequences[i] for i in rows]).to(device)
+        start += len(rows)

@@ -24,6 +24,8 @@ class SFTConfig(TrainingArguments):
             least 258.
         max_prompt_length: tokens kept of a prompt, from its end.
         max_completion_length: tokens kept of a completion.
+        plain_forward: pad every demonstration and compute full logits: the same numbers up to rounding,
+            slower and larger, for a model whose fast path you doubt.
         gpus: GPUs the job asked for; training refuses to start with fewer. 0 asks for none.
         trust_remote_code: run model code that comes with a checkpoint.
 
@@ -37,6 +39,7 @@ class SFTConfig(TrainingArguments):
     vocab_size: int = 4096
     max_prompt_length: int = 512
     max_completion_length: int = 512
+    plain_forward: bool = False
     gpus: int = 0
     trust_remote_code: bool = False
 

@@ -13,8 +13,9 @@ import torch
 import softpref
 from softpref.config import closest
 from softpref.errors import ConfigError, DataError
+from softpref.lm.head import completion_hidden
 from softpref.lm.loading import load_model, load_tokenizer, require_new_folder, save_model_folder
-from softpref.lm.scoring import pad_sequences
+from softpref.lm.packing import PackedBatch, pack_sequences
 from softpref.lm.tokenization import TokenizedSequence, tokenize_sequence
 from softpref.lm.training import (
     GuardedTrainer,
@@ -25,6 +26,7 @@ from softpref.lm.training import (
     stage_tracker,
 )
 from softpref.sft.config import SFTConfig
+from softpref.timings import PhaseTimer
 
 _TRACKED = (
     "max_prompt_length",
@@ -40,7 +42,39 @@ _TRACKED = (
     "gradient_accumulation_steps",
     "seed",
 )
-_IGNORED = -100  # label of tokens that carry no loss, by convention of transformers
+
+
+class SFTTrainer(GuardedTrainer):
+    """A trainer whose loss is the mean negative log-probability of completion tokens, in nats.
+
+    The mean is over all completion tokens of an optimizer step, however it is cut.
+    """
+
+    args: SFTConfig
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.model_accepts_loss_kwargs = False  # losses are scaled here, over the global batch
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, and how many completion tokens all processes have."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tokens = torch.tensor(float(sum(len(batch["targets"]) for batch in batches)), device=device)
+        return batches, self.accelerator.reduce(tokens, reduction="sum")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        batch = PackedBatch(*(inputs[name] for name in PackedBatch._fields))
+        losses = -completion_hidden(model, batch, plain=self.args.plain_forward).logps()
+        if num_items_in_batch is None:
+            return losses.mean()
+        scale = self.current_gradient_accumulation_steps * self.args.world_size
+        return losses.sum() / num_items_in_batch * scale
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss of an evaluation batch; no predictions are collected."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
 
 
 def run(
@@ -71,6 +105,7 @@ def run(
     Raises:
         ConfigError, DataError: before training.
     """
+    timer = PhaseTimer("loading")
     require_devices(config.gpus)
     require_new_folder(output_dir)
     checkpoints = Path(checkpoint_dir or Path(output_dir) / "checkpoints")
@@ -87,6 +122,7 @@ def run(
     else:
         tokenizer = build_tokenizer(_texts(demonstrations["train"]), vocab_size=config.vocab_size)
         model = build_model(config.model_config, tokenizer)
+    timer.enter("tokenizing")
     splits = {split: _Demonstrations(rows, tokenizer, config) for split, rows in demonstrations.items()}
     stats = json.loads((Path(dataset_dir) / "stats.json").read_text(encoding="utf-8"))
     identity = {
@@ -100,6 +136,7 @@ def run(
         **{key: getattr(config, key) for key in _TRACKED},
     }
     checkpoint = claim_checkpoints(checkpoints, identity)
+    timer.enter("tracking")
     with stage_tracker(
         config,
         output_dir,
@@ -115,12 +152,12 @@ def run(
                 **identity,
             }
         )
-        trainer = GuardedTrainer(
+        trainer = SFTTrainer(
             model=model,
             args=config,
             train_dataset=splits["train"],
             eval_dataset=splits.get("validation"),
-            data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
+            data_collator=collate,
             processing_class=tokenizer,
         )
         add_stage_callbacks(trainer, name, tracker)
@@ -128,11 +165,15 @@ def run(
         if config.num_train_epochs > 0 or config.max_steps > 0:
             if checkpoint:
                 tracker.rewind(checkpoint_step(checkpoint))
+            timer.enter("training")
             metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        timer.enter("evaluation")
         if "validation" in splits:
             metrics.update(trainer.evaluate())
         if trainer.is_world_process_zero():
+            timer.enter("tracking")
             tracker.flush(timeout=10)  # the run's id is part of what is saved
+            timer.enter("saving")
             save_model_folder(
                 trainer.accelerator.unwrap_model(trainer.model),
                 tokenizer,
@@ -150,6 +191,10 @@ def run(
                 },
             )
             shutil.rmtree(checkpoints, ignore_errors=True)
+            timer.enter("tracking")
+            tracker.metrics(timer.metrics(), step=trainer.state.global_step)
+    if trainer.is_world_process_zero():
+        timer.write(output_dir)
     return metrics
 
 
@@ -218,14 +263,8 @@ def _known_options(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
     return model_config
 
 
-def collate(rows: list[TokenizedSequence], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad to one batch; labels stand on completion tokens alone."""
-    batch = pad_sequences([(row.prompt, row.completion) for row in rows], pad_id)
-    return {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "labels": batch.input_ids.masked_fill(~batch.completion_mask, _IGNORED),
-    }
+def collate(rows: list[TokenizedSequence]) -> dict[str, Any]:
+    return pack_sequences([(row.prompt, row.completion) for row in rows])._asdict()
 
 
 class _Demonstrations(torch.utils.data.Dataset):

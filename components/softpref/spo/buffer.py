@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class SampleBuffer:
         seed: fixes prompts and noise of every refresh.
         rank, world_size: this process takes the samples `rank`, `rank + world_size`, …
         draw: `(prompts, noise [n, max_new_tokens]) -> samples`.
+        annotate: `samples -> annotations`, one for each, made at once for all that were drawn, and made anew
+            rather than saved.
     """
 
     def __init__(
@@ -41,14 +44,16 @@ class SampleBuffer:
         max_new_tokens: int,
         seed: int,
         draw: Draw,
+        annotate: Callable[[list[Sample]], list[Any]] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self._prompts = prompts
         self._size, self._interval, self._max_new_tokens = size, interval, max_new_tokens
         self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._draw = draw
+        self._draw, self._annotate = draw, annotate
         self._samples: list[Sample] = []
+        self._annotations: list[Any] = []
         self._expired = False
         self.policy_step: int | None = None
         """Optimizer step whose policy drew the present samples; None before the first refresh."""
@@ -58,12 +63,22 @@ class SampleBuffer:
         due = self.policy_step is None or not 0 <= step - self.policy_step < self._interval
         if due or (self._expired and step != self.policy_step):
             self._refresh(step)
+        return [self._samples[i] for i in self._places(step)]
+
+    def annotations_for(self, step: int) -> list[Any]:
+        """What `annotate` made of the samples of `slice_for(step)`, which has been called."""
+        if len(self._annotations) != len(self._samples):
+            make = self._annotate or (lambda samples: [None] * len(samples))
+            self._annotations = make(self._samples)
+        return [self._annotations[i] for i in self._places(step)]
+
+    def _places(self, step: int) -> list[int]:
         assert self.policy_step is not None
         place = step - self.policy_step
         first, last = (self._size * i // self._interval for i in (place, place + 1))
         # samples are dealt round robin: sample g of all lies at g // world_size of process g % world_size
         mine = range(first + (self._rank - first) % self._world_size, last, self._world_size)
-        return [self._samples[g // self._world_size] for g in mine]
+        return [g // self._world_size for g in mine]
 
     def slice_size(self, step: int) -> int:
         """Samples that all processes together consume at `step`, which `slice_for` has served."""
@@ -103,6 +118,7 @@ class SampleBuffer:
         state = json.loads(file.read_text(encoding="utf-8"))
         self.policy_step, self._expired = state["policy_step"], state["expired"]
         self._samples = [Sample(**sample) for sample in state["samples"]]
+        self._annotations = []
 
     def _refresh(self, step: int) -> None:
         random = np.random.default_rng((self._seed, step))
@@ -111,6 +127,7 @@ class SampleBuffer:
         noise = sampling_noise(self._size, self._max_new_tokens, seed=int(random.integers(2**62)))
         mine = range(self._rank, self._size, self._world_size)
         self._samples = self._draw([list(self._prompts[order[g]]) for g in mine], noise[list(mine)])
+        self._annotations = []
         self.policy_step, self._expired = step, False
 
     def _file(self, folder: str | Path) -> Path:

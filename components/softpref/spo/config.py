@@ -89,6 +89,10 @@ class SPOConfig(TrainingArguments):
         lora_r, lora_alpha, lora_target_modules: the adapter's rank, scale, and layers (comma-separated, or
             `all-linear`).
         merge_adapter: save the merged model rather than the adapter alone.
+        plain_forward: pad every completion with a prompt of its own and compute full logits, as anybody
+            would; otherwise a row's completions share their prompt's work, nothing is padded, and logits
+            exist for a few hundred tokens at a time. The same numbers up to rounding, slower and larger: for
+            a model whose fast path you doubt.
         gpus: GPUs the job asked for; training refuses to start with fewer. 0 asks for none.
         trust_remote_code: run model code that comes with a checkpoint.
     """
@@ -129,6 +133,7 @@ class SPOConfig(TrainingArguments):
     lora_alpha: int = 32
     lora_target_modules: str = "all-linear"
     merge_adapter: bool = True
+    plain_forward: bool = False
     gpus: int = 0
     trust_remote_code: bool = False
 

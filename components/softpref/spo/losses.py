@@ -100,13 +100,17 @@ def preference_metrics(
     rewards = args.alpha * logps if ref_logps is None else args.beta * (logps - ref_logps)
     chosen, rejected, groups = _chosen_and_rejected(sizes, kinds)
     margins = rewards[chosen] - rewards[rejected]
+    # where policy and reference are one model, a margin is what rounding left of the log-probabilities: a tie
+    rounding = 0.0 if ref_logps is None else 1e-6 * args.beta * (logps.abs() + ref_logps.abs())
+    rounding = rounding[chosen] + rounding[rejected] if isinstance(rounding, Tensor) else rounding
+    ties = margins.abs() <= rounding
     each = {
         "logps/chosen": logps[chosen],
         "logps/rejected": logps[rejected],
         "rewards/chosen": rewards[chosen],
         "rewards/rejected": rewards[rejected],
         "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
+        "rewards/accuracies": torch.where(ties, 0.5, (margins > 0).float()),
     }
     return {name: _group_means(values, groups, len(sizes)) for name, values in each.items()}
 

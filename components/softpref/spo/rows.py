@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from softpref.errors import ConfigError, DataError
-from softpref.lm.scoring import pad_sequences
+from softpref.lm.packing import pack_sequences
 from softpref.lm.tokenization import tokenize_prompt, tokenize_sequence
 from softpref.objectives.preference import PreferenceKind
 from softpref.spo.config import SPOConfig
@@ -232,23 +232,17 @@ def kl_prompts(
     return prompts
 
 
-class Collator:
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Rows to one flat batch of sequences, the completions of a row next to each other."""
-
-    def __init__(self, pad_id: int) -> None:
-        self._pad_id = pad_id
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = pad_sequences(
-            [(row["prompt"], completion) for row in rows for completion in row["completions"]], self._pad_id
-        )
-        inputs: dict[str, Any] = {
-            **batch._asdict(),
-            "group_sizes": torch.tensor([len(row["completions"]) for row in rows]),
-            "probabilities": torch.tensor([row["probability"] for row in rows]),
-            "kinds": [row["kind"] for row in rows],
-        }
-        for name in ("ref_logps", "win_probabilities"):  # one for each completion, where rows have them
-            if all(name in row for row in rows):
-                inputs[name] = torch.tensor([value for row in rows for value in row[name]])
-        return inputs
+    inputs: dict[str, Any] = {  # group sizes first: batches are counted by the first tensor
+        "group_sizes": torch.tensor([len(row["completions"]) for row in rows]),
+        "probabilities": torch.tensor([row["probability"] for row in rows]),
+        "kinds": [row["kind"] for row in rows],
+        **pack_sequences(
+            [(row["prompt"], completion) for row in rows for completion in row["completions"]]
+        )._asdict(),
+    }
+    for name in ("ref_logps", "win_probabilities"):  # one for each completion, where rows have them
+        if all(name in row for row in rows):
+            inputs[name] = torch.tensor([value for row in rows for value in row[name]])
+    return inputs

@@ -21,26 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from softpref.errors import ConfigError
 from softpref.judges import as_text
+from softpref.lm.head import CompletionHidden, completion_hidden, output_head
+from softpref.lm.packing import PackedBatch, pack_sequences
 from softpref.lm.sampling import Sample, evaluation_mode, sample_completions
-from softpref.lm.scoring import (
-    SequenceBatch,
-    completion_logits,
-    entropies,
-    gather_logps,
-    pad_sequences,
-    score_sequences,
-    sequence_logps,
-    sum_by_sequence,
-)
+from softpref.lm.scoring import score_sequences, scoring_batches, sequence_logps, sum_by_sequence
 from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import GuardedTrainer
-from softpref.objectives import (
-    kl_loss,
-    kl_per_token,
-    log_group_weights,
-    prefix_ratios,
-    reward_to_go,
-)
+from softpref.objectives import TokenKL, kl_loss, log_group_weights, prefix_ratios, reward_to_go
 from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
 from softpref.spo.gauges import Means, SamplingClock, WeightSums
@@ -52,7 +39,7 @@ from softpref.spo.reference import (
     set_reference_logps,
 )
 from softpref.spo.rounds import RoundRows
-from softpref.spo.rows import Collator, PreferenceRows, answer_rows, check_positions, kl_prompts
+from softpref.spo.rows import PreferenceRows, answer_rows, check_positions, collate, kl_prompts
 
 if TYPE_CHECKING:
     from softpref.judges import Judge
@@ -180,7 +167,7 @@ class SPOTrainer(GuardedTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(pad_id),
+            data_collator=collate,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
@@ -197,6 +184,7 @@ class SPOTrainer(GuardedTrainer):
         self._clock = SamplingClock()
         self._step_weights, self._log_weights = (WeightSums(self.args.device) for _ in range(2))
         self._steps_per_round = 1
+        self._kept_reference: CompletionHidden | None = None  # how its kept hidden states become scores
         if keeps_logps:
             self._keep_reference_logps(train_rows, eval_rows, fingerprint)
         self.buffer: SampleBuffer | None = None
@@ -211,6 +199,7 @@ class SPOTrainer(GuardedTrainer):
                 max_new_tokens=args.max_completion_length,
                 seed=args.seed,
                 draw=self._draw,
+                annotate=self._reference_states,
                 rank=args.process_index,
                 world_size=args.world_size,
             )
@@ -227,10 +216,11 @@ class SPOTrainer(GuardedTrainer):
         if self.buffer is not None:
             self._expire_samples()
             samples = self.buffer.slice_for(self.state.global_step)
+            states = self.buffer.annotations_for(self.state.global_step)
             size = self.buffer.slice_size(self.state.global_step)
             for i, batch in enumerate(batches):
-                share = samples[len(samples) * i // len(batches) : len(samples) * (i + 1) // len(batches)]
-                batch.update(self._sample_tensors(share))
+                share = slice(len(samples) * i // len(batches), len(samples) * (i + 1) // len(batches))
+                batch.update(self._sample_tensors(samples[share], states[share]))
                 batch["samples_in_step"] = size
             if cut and self.args.kl_gradient == "full":
                 total = self._to_go_total(batches)
@@ -248,20 +238,19 @@ class SPOTrainer(GuardedTrainer):
         total = torch.zeros(self.args.max_completion_length, device=self.args.device)
         policy = self.accelerator.unwrap_model(self.model)
         for batch in batches:
-            if "sample_input_ids" in batch:
+            if "sample_lengths" in batch:
                 inputs = self._prepare_inputs(batch)
                 with evaluation_mode(policy), self.compute_loss_context_manager():
-                    sequences = _sample_batch(inputs)
-                    logits, targets = completion_logits(policy, sequences)
-                    token_kl = kl_per_token(logits, self._reference_logits(policy, sequences))
+                    found = self._token_kl(policy, inputs)
+                token_kl, lengths = found.kl, inputs["sample_lengths"]
                 if self.args.max_importance_ratio is not None:
                     token_kl = token_kl * prefix_ratios(
-                        gather_logps(logits, targets),
+                        found.logps,
                         inputs["sample_token_logps"],
-                        sequences.lengths,
+                        lengths,
                         max_ratio=self.args.max_importance_ratio,
                     )
-                to_go = reward_to_go(token_kl, sequences.lengths)
+                to_go = reward_to_go(token_kl, lengths)
                 total[: to_go.shape[1]] += to_go.sum(0)
         return self.accelerator.reduce(total, reduction="sum")
 
@@ -273,8 +262,9 @@ class SPOTrainer(GuardedTrainer):
         for batch in batches:
             inputs = self._prepare_inputs(batch)
             with evaluation_mode(policy), self.compute_loss_context_manager():
-                rows_batch = _preference_batch(inputs)
-                scores = self._weight_scores(sequence_logps(policy, rows_batch), rows_batch)
+                rows_batch = _packed(inputs)
+                logps = sequence_logps(policy, rows_batch, plain=self.args.plain_forward)
+                scores = self._weight_scores(logps, rows_batch)
             log_weights.append(
                 log_group_weights(scores, inputs["group_sizes"], weight_exponent=self.args.weight_exponent)
             )
@@ -292,23 +282,26 @@ class SPOTrainer(GuardedTrainer):
         if num_items_in_batch is None:
             return losses.mean()
         loss = losses.sum() / num_items_in_batch
-        if "sample_input_ids" in inputs:
+        if "sample_lengths" in inputs:
             kl = self._kl_losses(model, inputs, self._means[mode])
             loss = loss + self.args.beta * kl.sum() / inputs["samples_in_step"]
         return loss * self.current_gradient_accumulation_steps * self.args.world_size
 
     def _preference_losses(self, model, inputs, means: Means) -> Tensor:
         args = self.args
-        batch = _preference_batch(inputs)
-        logits, targets = completion_logits(model, batch)
-        logps = sum_by_sequence(gather_logps(logits, targets), batch.lengths)
-        ref_logps = inputs.get("ref_logps")
-        divergences = None
-        if args.method != "spo" and ref_logps is None:
-            ref_logits = self._reference_logits(model, batch)
-            ref_logps = sum_by_sequence(gather_logps(ref_logits, targets), batch.lengths)
-            if args.method == "tdpo":
-                divergences = sum_by_sequence(kl_per_token(ref_logits, logits), batch.lengths)
+        batch = _packed(inputs)
+        states = self._completion_hidden(model, batch)
+        ref_logps, divergences = inputs.get("ref_logps"), None
+        if args.method == "tdpo":
+            found = states.kl(self._reference_hidden(model, batch), reverse=True)
+            logps, ref_logps, divergences = (
+                sum_by_sequence(each, batch.lengths) for each in (found.logps, found.ref_logps, found.kl)
+            )
+        else:
+            logps = sum_by_sequence(states.logps(), batch.lengths)
+            if args.method != "spo" and ref_logps is None:
+                theirs = self._reference_hidden(model, batch)
+                ref_logps = sum_by_sequence(theirs.logps(), batch.lengths)
         losses = method_losses(
             args,
             logps,
@@ -323,18 +316,16 @@ class SPOTrainer(GuardedTrainer):
             means.add(name, values)
         return losses
 
-    def _weight_scores(self, logps: Tensor, batch: SequenceBatch) -> Tensor:
+    def _weight_scores(self, logps: Tensor, batch: PackedBatch) -> Tensor:
         return logps / batch.lengths if self.args.weight_scores == "token" else logps
 
     def _kl_losses(self, model, inputs, means: Means) -> Tensor:
-        batch = _sample_batch(inputs)
-        logits, targets = completion_logits(model, batch)
-        token_kl = kl_per_token(logits, self._reference_logits(model, batch))
-        token_logps = gather_logps(logits, targets)
+        found = self._token_kl(model, inputs)
+        lengths = inputs["sample_lengths"]
         losses = kl_loss(
-            token_kl,
-            token_logps,
-            batch.lengths,
+            found.kl,
+            found.logps,
+            lengths,
             kl_gradient=self.args.kl_gradient,
             old_token_logps=None if self.args.max_importance_ratio is None else inputs["sample_token_logps"],
             max_importance_ratio=self.args.max_importance_ratio,
@@ -342,21 +333,53 @@ class SPOTrainer(GuardedTrainer):
             sequences=inputs["samples_in_step"],
         )
         with torch.no_grad():
-            log_weights = sum_by_sequence(token_logps - inputs["sample_token_logps"], batch.lengths)
+            log_weights = sum_by_sequence(found.logps - inputs["sample_token_logps"], lengths)
             means.add("kl/sequence", losses)
-            means.add("kl/token", token_kl)
-            means.add("entropy", entropies(logits))
-            means.add("completions/mean_length", batch.lengths.float())
+            means.add("kl/token", found.kl)
+            means.add("entropy", found.entropy)
+            means.add("completions/mean_length", lengths.float())
             means.add("completions/truncated_fraction", inputs["sample_truncated"])
             self._step_weights.add(log_weights)
             self._log_weights.add(log_weights)
             means.add("sampling/age", inputs["sample_age"])
         return losses
 
+    def _token_kl(self, model, inputs) -> TokenKL:
+        """KL to the reference at each token of a batch's samples."""
+        batch = _packed(inputs, "sample_")
+        states = self._completion_hidden(model, batch)
+        if "sample_ref_hidden" not in inputs:
+            return states.kl(self._reference_hidden(model, batch))
+        assert self._kept_reference is not None
+        kept = self._kept_reference._replace(hidden=inputs["sample_ref_hidden"], targets=batch.targets)
+        return states.kl(kept)
+
+    def _completion_hidden(self, model, batch: PackedBatch) -> CompletionHidden:
+        return completion_hidden(model, batch, plain=self.args.plain_forward)
+
     @torch.no_grad()
-    def _reference_logits(self, model, batch: SequenceBatch) -> Tensor:
+    def _reference_hidden(self, model, batch: PackedBatch) -> CompletionHidden:
         with self._reference(model) as reference:
-            return completion_logits(reference, batch).logits
+            return self._completion_hidden(reference, batch)
+
+    @torch.no_grad()
+    def _reference_states(self, samples: list[Sample]) -> list[Tensor | None]:
+        """The reference's hidden states at each sample's tokens, on the CPU: it runs once a refresh.
+
+        Where it has no known head, full logits would have to be kept; it then runs with each batch.
+        """
+        states: list[Tensor | None] = [None] * len(samples)
+        sequences = [(sample.prompt, sample.completion) for sample in samples]
+        size = self.args.sampling_batch_size
+        with self.compute_loss_context_manager(), self._reference(self.model) as reference:
+            if self.args.plain_forward or output_head(reference) is None:
+                return states
+            for rows, batch in scoring_batches(reference, sequences, batch_size=size):
+                found = self._completion_hidden(reference, batch)
+                self._kept_reference = found._replace(hidden=found.hidden[:0], targets=found.targets[:0])
+                for row, hidden in zip(rows, found.hidden.cpu().split(batch.lengths.tolist()), strict=True):
+                    states[row] = hidden.clone()  # not a view that would keep the whole batch
+        return states
 
     def _reference(self, model):
         """Context that gives the reference: a model of its own, or the policy with its adapter off."""
@@ -460,7 +483,10 @@ class SPOTrainer(GuardedTrainer):
         mine = sequences[self.args.process_index :: self.args.world_size]
         with self.compute_loss_context_manager():
             logps = score_sequences(
-                model, mine, pad_id=self._pad_id, batch_size=self.args.per_device_eval_batch_size
+                model,
+                mine,
+                batch_size=self.args.per_device_eval_batch_size,
+                plain=self.args.plain_forward,
             )
         return self._shares(logps.tolist(), len(sequences))
 
@@ -472,15 +498,17 @@ class SPOTrainer(GuardedTrainer):
         torch.distributed.all_gather_object(parts, mine)
         return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
 
-    def _sample_tensors(self, samples: list[Sample]) -> dict[str, Any]:
+    def _sample_tensors(self, samples: list[Sample], states: list[Tensor | None]) -> dict[str, Any]:
         if not samples:
             return {}
-        batch = pad_sequences([(sample.prompt, sample.completion) for sample in samples], self._pad_id)
+        batch = pack_sequences([(sample.prompt, sample.completion) for sample in samples])
         assert self.buffer is not None
         assert self.buffer.policy_step is not None
         age = self.state.global_step - self.buffer.policy_step
+        kept = [each for each in states if each is not None]
         return {
-            **{f"sample_{name}": tensor for name, tensor in batch._asdict().items()},
+            **{f"sample_{name}": value for name, value in batch._asdict().items()},
+            **({"sample_ref_hidden": torch.cat(kept)} if len(kept) == len(samples) else {}),
             "sample_token_logps": torch.tensor([logp for sample in samples for logp in sample.token_logps]),
             "sample_truncated": torch.tensor([float(sample.truncated) for sample in samples]),
             "sample_age": torch.full((len(samples),), float(age)),
@@ -552,12 +580,8 @@ def _switch_dropout_off(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _preference_batch(inputs: Mapping[str, Any]) -> SequenceBatch:
-    return SequenceBatch(*(inputs[name] for name in SequenceBatch._fields))
-
-
-def _sample_batch(inputs: Mapping[str, Any]) -> SequenceBatch:
-    return SequenceBatch(*(inputs[f"sample_{name}"] for name in SequenceBatch._fields))
+def _packed(inputs: Mapping[str, Any], prefix: str = "") -> PackedBatch:
+    return PackedBatch(*(inputs[f"{prefix}{name}"] for name in PackedBatch._fields))
 
 
 class _RoundCallback(TrainerCallback):

@@ -1,0 +1,44 @@
+"""Seconds of a stage by phase, kept beside what the stage wrote. Says where time went, judges nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+TIMINGS_FILE = "timings.json"
+
+
+class PhaseTimer:
+    """Wall-clock seconds of a stage by phase: one phase at a time, from here to the last `enter`.
+
+    Stages share names, so that sums over stages mean something: `loading`, `tokenizing`, `training` (with the
+    sampling it needs), `evaluation`, `saving`. Training and evaluation are what a pipeline is run for.
+
+    Args:
+        phase: the first one, which begins now.
+    """
+
+    def __init__(self, phase: str) -> None:
+        self._phase, self._since = phase, time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def enter(self, phase: str) -> None:
+        """End the present phase and begin another, or go on with an earlier one."""
+        now = time.perf_counter()
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase, up to now."""
+        self.enter(self._phase)
+        return dict(self._seconds)
+
+    def metrics(self) -> dict[str, float]:
+        """`{seconds/PHASE: seconds}` up to now, for tracking."""
+        return {f"seconds/{phase}": seconds for phase, seconds in self.seconds().items()}
+
+    def write(self, folder: str | Path) -> None:
+        """Write `timings.json`: seconds by phase, up to now."""
+        rounded = {phase: round(seconds, 3) for phase, seconds in self.seconds().items()}
+        (Path(folder) / TIMINGS_FILE).write_text(json.dumps(rounded, indent=2) + "\n", encoding="utf-8")
