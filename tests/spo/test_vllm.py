@@ -32,11 +32,6 @@ PROMPTS = [[1, 5, 6, 7], [1], [1, 7], [1, 6, 6, 5, 5, 7, 7], [1, 5]]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(make_tokenizer):
-    return make_tokenizer("abc")
-
-
-@pytest.fixture(scope="module")
 def build(make_model, tokenizer):
     """`build(**options) -> model`, of a shape that vLLM has kernels for."""
 
@@ -222,7 +217,7 @@ def test_an_adapter_is_merged_and_the_model_left_alone(engine, build):
 
 
 def test_only_the_given_stop_tokens_end_a_completion_and_the_limit_truncates_it(engine, build):
-    model = build()
+    model = build(spread=0.1)
     assert model.generation_config.eos_token_id == STOP
     for stops in ((STOP, 6), (5,)):
         samples = draw(engine, model, PROMPTS * 20, length=8, stop_ids=stops)
@@ -329,16 +324,24 @@ def test_a_server_that_is_away_is_named_after_some_attempts(build, monkeypatch):
     assert pauses == [1, 2, 4, 8, 16]
 
 
-def test_a_server_that_was_restarted_gets_everything_again(build, secret):
-    model = build()
-    first = Server()
-    engine = VLLMServerEngine(engine_spec(settings(), model), first.url)
-    before = draw(engine, model, PROMPTS * 2)
-    assert first.stop() == 0
-    second = Server()
-    engine._client._url = second.url  # as if it had come back at its old address
-    assert draw(engine, model, PROMPTS * 2) == before
-    assert second.stop() == 0
+def test_weights_that_another_trainer_replaced_are_sent_again(build, server, secret, monkeypatch):
+    model, other = build(), build(seed=1)
+    engine, rival = (VLLMServerEngine(engine_spec(settings(), one), server.url) for one in (model, other))
+    before = draw(engine, model, PROMPTS)
+    request, rivalries = engine._client.request, []
+
+    def interrupted(method, path, body=None):
+        if path == "/samples" and rivalries:
+            rivalries.pop()
+            draw(rival, other, PROMPTS)
+        return request(method, path, body)
+
+    monkeypatch.setattr(engine._client, "request", interrupted)
+    rivalries.append("once")
+    assert draw(engine, model, PROMPTS) == before
+    rivalries += ["again", "and again"]
+    with pytest.raises(ConfigError, match=r"has other weights than .* give each trainer a server of its own"):
+        draw(engine, model, PROMPTS)
 
 
 def test_a_wrong_token_and_a_stranger_are_turned_away(build, server, monkeypatch):
@@ -368,7 +371,7 @@ def test_a_server_refuses_what_makes_no_sense_and_goes_on(build, server, secret)
         assert server.request(method, path, body, Server.token)[0] == status, (method, path)
     assert server.request("PUT", f"/weights/{name}/0", b"no safetensors", Server.token)[0] == 200
     assert server.request("POST", f"/weights/{name}", b'{"parts": 1}', Server.token)[0] >= 400
-    with pytest.raises(ConfigError, match=r"started for another model, precision or length; restart it"):
+    with pytest.raises(ConfigError, match=r"another model or other limits \(max_model_len: 192, not 21\)"):
         draw(VLLMServerEngine(engine_spec(settings(max_prompt_length=9), model), server.url), model, PROMPTS)
     assert largest_difference(model, draw(engine, model, PROMPTS)) < 1e-4
 
@@ -379,6 +382,84 @@ def test_weights_travel_in_parts(build, server, secret, monkeypatch):
     assert len(list(engines._parts(policy_weights(model), torch.float32))) > 5
     engine = VLLMServerEngine(engine_spec(settings(), model), server.url)
     assert largest_difference(model, draw(engine, model, PROMPTS)) < 1e-4
+
+
+SCRIPT = """
+import sys, torch
+from softpref.lm.sampling import sampling_noise
+from softpref.spo.engines import VLLMEngine, VLLMServerEngine, check_agreement
+from softpref.spo.vllm_core import EngineSpec
+from transformers import AutoModelForCausalLM
+
+folder, url, prompts, spec = sys.argv[1], sys.argv[2], eval(sys.argv[3]), eval(sys.argv[4])
+torch.distributed.init_process_group("gloo")
+rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+model = AutoModelForCausalLM.from_pretrained(folder)
+engine = VLLMServerEngine(EngineSpec(*spec), url) if url else VLLMEngine(EngineSpec(*spec))
+noise = sampling_noise(len(prompts), 12, 0)
+for round_ in range(2):
+    mine = list(range(rank, len(prompts), processes))
+    samples = engine(model, [prompts[i] for i in mine], noise=noise[mine], stop_ids=[3], pad_id=0)
+    assert [sample.prompt for sample in samples] == [prompts[i] for i in mine]
+    check_agreement(model, samples, precision="float32", sequences=99)
+    found = [None] * processes
+    torch.distributed.all_gather_object(found, [(i, s.completion) for i, s in zip(mine, samples)])
+    if rank == 0:
+        print("drawn", [completion for _, completion in sorted(sum(found, []))])
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+"""
+
+
+@pytest.mark.parametrize("place", ["in process", "server"])
+def test_two_processes_draw_what_one_does(place, request, in_process, build, tmp_path, monkeypatch):
+    model = build()
+    model.save_pretrained(tmp_path)
+    prompts = PROMPTS * 3
+    url = ""
+    if place == "server":
+        url = request.getfixturevalue("server").url
+        monkeypatch.setenv(engines.TOKEN_VARIABLE, Server.token)
+    spec = engine_spec(settings(), model)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [str(script), str(tmp_path), url, repr(prompts), repr(tuple(spec))]
+    result = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    drawn = [eval(line.removeprefix("drawn ")) for line in result.stdout.splitlines() if "drawn" in line]
+    for completions in drawn:
+        alone = in_process(model, prompts, noise=sampling_noise(15, 12, 0), stop_ids=[STOP], pad_id=0)
+        assert completions == [sample.completion for sample in alone]
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+    assert len(drawn) == 2
+
+
+def test_a_trainer_draws_from_it(make_trainer, make_rows, build, weights, logs_of, server, secret):
+    def train(output, **options):
+        lengths = {"max_prompt_length": 180, "max_completion_length": 12, "sampling_batch_size": 32}
+        every_step = {"sampling_interval": 1, "samples_per_refresh": 24, "max_steps": 4}
+        trainer = make_trainer(
+            make_rows(16), model=build(), output=output, **{**lengths, **every_step, **options}
+        )
+        trainer.train()
+        return trainer
+
+    first = train("first", sampling_engine="vllm")
+    logs = logs_of(first)
+    assert len(logs) == 4
+    # samples are fresh at every step, so their log-probabilities are those of the loss
+    assert all(log["sampling/ess"] == pytest.approx(1, abs=1e-6) for log in logs)
+    assert logs[0]["kl/sequence"] == pytest.approx(0, abs=1e-6)
+    assert logs[-1]["kl/sequence"] > 1e-4
+    again = train("again", sampling_engine="vllm")
+    assert torch.equal(weights(first.model), weights(again.model))
+    sent = train("sent", sampling_engine="vllm", vllm_server=server.url)
+    assert torch.allclose(weights(first.model), weights(sent.model), atol=1e-5)
+    own = train("own")
+    assert not torch.equal(weights(first.model), weights(own.model))
+    assert logs[0]["loss/preference"] == pytest.approx(logs_of(own)[0]["loss/preference"])
 
 
 def test_a_server_for_others_needs_a_secret(monkeypatch, capsys):

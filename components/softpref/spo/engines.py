@@ -78,7 +78,8 @@ def engine_spec(args: SPOConfig, model: Any) -> EngineSpec:
     base = _without_wrappers(model)
     dtype = computing_precision(args, model)
     config = json.loads(base.config.to_json_string(use_diff=False))
-    config.pop("_name_or_path", None)  # where the weights came from does not matter, they are sent
+    for name in ("_name_or_path", "use_cache"):  # where weights came from, what a trainer switches: no matter
+        config.pop(name, None)
     config.update(architectures=[type(base).__name__], dtype=dtype)
     longest = args.max_prompt_length + args.max_completion_length
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or longest

@@ -119,7 +119,8 @@ class EngineServer(ThreadingHTTPServer):
         elif self._core.spec != spec:
             raise Refusal(
                 HTTPStatus.BAD_REQUEST,
-                "this server was started for another model, precision or length; restart it for this one",
+                f"it has an engine for another model or other limits ({_difference(self._core.spec, spec)}); "
+                "restart it for this one",
             )
         return {}
 
@@ -225,6 +226,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         logger.debug(format, *args)
+
+
+def _difference(present: EngineSpec, wanted: EngineSpec) -> str:
+    """What distinguishes two specs, `name: present, not wanted`."""
+    one, other = ({**spec.config, **spec._asdict(), "config": None} for spec in (present, wanted))
+    names = [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+    return "; ".join(f"{name}: {one.get(name)!r}, not {other.get(name)!r}" for name in names)
 
 
 def main(arguments: list[str] | None = None) -> int:
