@@ -1,0 +1,299 @@
+"""Training steps: softpref's trainer beside TRL's DPOTrainer and OnlineDPOTrainer, and ways of its own.
+
+    python tests/benchmarks/bench_training.py                         # every part, on the CPU
+    python tests/benchmarks/bench_training.py --parts pairs --vocabularies 4096
+    python tests/benchmarks/bench_training.py --parts pairs kl --device cuda --size 1b
+    python tests/benchmarks/bench_training.py --parts pairs --model SmolLM2-135M-Instruct.Q4_1.gguf --steps 2
+
+`pairs`: the preference term alone against DPO, whose reference needs a forward more. `kl`: with the KL term,
+its samples drawn within the time, against DPO and, per optimizer step, against online DPO. `shared`: rows of
+one prompt and several completions, the prompt computed once against once for each.
+
+A step's time runs from the end of one optimizer step to that of the next: loading, forward, backward,
+optimizer, and what the trainer does around them. Both trainers get the same rows in the same order, AdamW,
+the same learning rate, no evaluation, no checkpoint, no gradient checkpointing; everything else of TRL's is
+as it comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from typing import Any
+
+import harness
+from harness import FIRST, Lengths, Section, Timed
+
+INTERVAL = 16  # optimizer steps between refreshes
+KL_BETA = 0.05
+GOALS_OF_PAIRS = {4096: 2.0, 32000: 3.0}
+
+
+def measure_pairs(options: argparse.Namespace) -> Section:
+    section = Section(
+        "Training step on pairs, without the KL term",
+        f"{harness.describe(options)}. {_rows_in_words(options)} softpref: `beta=0`, which needs no "
+        "reference. TRL: `DPOTrainer`, which runs its reference at each step. Further rows set it up "
+        "better, or as it comes: with the reference's log-probabilities computed before the clock starts, "
+        "and with its own default of gradient checkpointing. Its `padding_free` is out of order in this "
+        "version (it warns and pads), Liger's kernels need Triton and a GPU.",
+    )
+    for vocabulary in harness.vocabularies(options, (4096, 32000)):
+        rows = harness.make_rows(options, vocabulary, options.batch * options.steps)
+        trainers: dict[str, Timed] = {}
+        if options.sides != "trl":
+            trainers["softpref"] = harness.spo_trainer(options, rows, vocabulary)
+        if options.sides != "softpref" and harness.has_trl():
+            trainers["DPOTrainer"] = harness.dpo_trainer(options, rows, vocabulary)
+            if options.sides == "all":
+                trainers["DPOTrainer, reference precomputed"] = harness.dpo_trainer(
+                    options, rows, vocabulary, precompute_ref_log_probs=True
+                )
+                trainers["DPOTrainer, gradient checkpointing"] = harness.dpo_trainer(
+                    options, rows, vocabulary, gradient_checkpointing=True
+                )
+        speeds = _pairs_per_second(trainers, options)
+        label = f"vocabulary {vocabulary:,}"
+        for name in speeds:
+            if "softpref" in speeds and name != "softpref":
+                goal = (
+                    GOALS_OF_PAIRS.get(vocabulary) if name == "DPOTrainer" and _as_agreed(options) else None
+                )
+                section.compare(label, speeds["softpref"], speeds[name], "pairs/s", name, goal=goal)
+        section.notes += _utilisation(options, rows, trainers, speeds, label)
+        _forget(trainers)
+    return section
+
+
+def measure_kl(options: argparse.Namespace) -> Section:
+    samples = options.batch // 2
+    section = Section(
+        "Training step with the KL term, sampling included",
+        f"{harness.describe(options)}. {_rows_in_words(options)} softpref: `beta={KL_BETA}`, "
+        f"`sampling_interval={INTERVAL}`, {samples} fresh samples a step "
+        f"(`samples_per_refresh={INTERVAL * samples}`), drawn within the time; a run is {INTERVAL} steps "
+        "with one refresh. Enough tokens end a completion that samples of at most 128 tokens have 96 on "
+        "average, as the rows' completions have. DPOTrainer as above.",
+    )
+    for vocabulary in harness.vocabularies(options, (32000,)):
+        stops = max(1, round(0.0047 * vocabulary))  # mean length 96 of at most 128: (1 − (1 − p)^128) / p
+        rows = harness.make_rows(options, vocabulary, options.batch * options.steps, first=FIRST + stops)
+        model = harness.make_model(options, vocabulary)
+        if not options.model:
+            model.generation_config.eos_token_id = [harness.END, *range(FIRST, FIRST + stops)]
+        trainers = {"softpref": _with_kl(options, rows, vocabulary, model, limit=round(128 * options.scale))}
+        if harness.has_trl():
+            trainers["DPOTrainer"] = harness.dpo_trainer(options, rows, vocabulary)
+        speeds = _pairs_per_second(trainers, options)
+        if "DPOTrainer" in speeds:
+            goal = 1.7 if vocabulary == 32000 and _as_agreed(options) else None
+            what = f"vocabulary {vocabulary:,}"
+            section.compare(
+                what, speeds["softpref"], speeds["DPOTrainer"], "pairs/s", "DPOTrainer", goal=goal
+            )
+        section.notes.append(_samples_in_words(trainers["softpref"]))
+        _forget(trainers)
+    return section
+
+
+def measure_online(options: argparse.Namespace) -> Section:
+    length = round(96 * options.scale)
+    section = Section(
+        "Training step with the KL term, against online DPO",
+        f"{harness.describe(options)}. Equal: {options.batch} prompts a step of 32 to 96 tokens (times "
+        f"{options.scale:g}), two completions of {length} tokens each per prompt, sampled completions of "
+        f"{length} tokens (nothing but the end token, which random weights draw once in a vocabulary, ends "
+        "one earlier), temperature 1. softpref takes the pairs from the data, and draws "
+        f"{options.batch // 2} samples a step for its KL term, sixteen steps' at once; OnlineDPOTrainer "
+        "(`trl.experimental.online_dpo`) draws both completions of every prompt at every step, and a "
+        "reward function that returns zeros judges them. Its default of gradient checkpointing, which "
+        "would also switch its cache off while it samples, is off.",
+    )
+    if not harness.has_trl():
+        section.notes.append("TRL is not installed.")
+        return section
+    for vocabulary in harness.vocabularies(options, (32000,)):
+        lengths = Lengths(completion=(96, 96))
+        rows = harness.make_rows(options, vocabulary, options.batch * options.steps, lengths)
+        model = harness.make_model(options, vocabulary)
+        trainers = {
+            "softpref": _with_kl(options, rows, vocabulary, model, limit=length),
+            "OnlineDPOTrainer": _online_dpo(options, rows, vocabulary, length),
+        }
+        speeds = _pairs_per_second(trainers, options)
+        goal = 2.5 if vocabulary == 32000 and _as_agreed(options) else None
+        section.compare(
+            f"vocabulary {vocabulary:,}",
+            [speed / options.batch for speed in speeds["softpref"]],
+            [speed / options.batch for speed in speeds["OnlineDPOTrainer"]],
+            "steps/s",
+            "OnlineDPOTrainer",
+            goal=goal,
+        )
+        section.notes.append(_samples_in_words(trainers["softpref"]))
+        _forget(trainers)
+    return section
+
+
+def measure_shared(options: argparse.Namespace) -> Section:
+    from softpref.spo import SPOConfig
+
+    rows_a_step = max(1, options.batch // 4)
+    lengths = Lengths((512, 512), (64, 64))
+    section = Section(
+        "Shared prompts",
+        f"{harness.describe(options)}. Rankings of four completions of 64 tokens to a prompt of 512 (times "
+        f"{options.scale:g}), {rows_a_step} rows a step. Training steps without the KL term.",
+    )
+    switches = {field.name for field in dataclasses.fields(SPOConfig)}
+    if "plain_forward" not in switches:
+        section.notes.append("This version of softpref has no `plain_forward` to compare with.")
+        return section
+    options = argparse.Namespace(**{**vars(options), "batch": rows_a_step})
+    for vocabulary in harness.vocabularies(options, (4096, 32000)):
+        rows = harness.make_rows(options, vocabulary, rows_a_step * options.steps, lengths, completions=4)
+        trainers = {
+            "softpref": harness.spo_trainer(options, rows, vocabulary),
+            "each whole": harness.spo_trainer(options, rows, vocabulary, plain_forward=True),
+        }
+        speeds = _pairs_per_second(trainers, options)
+        section.compare(
+            f"vocabulary {vocabulary:,}",
+            speeds["softpref"],
+            speeds["each whole"],
+            "rows/s",
+            "padded rows, full logits",
+            goal=2.0 if _as_agreed(options) else None,
+        )
+        _forget(trainers)
+    return section
+
+
+def _with_kl(
+    options: argparse.Namespace, rows: list[dict[str, Any]], vocabulary: int, model: Any, limit: int
+) -> Timed:
+    """softpref with the KL term: as many timed steps as a refresh lasts."""
+    if INTERVAL % options.steps:
+        raise SystemExit(f"--steps must divide {INTERVAL}, so that every row comes equally often")
+    return harness.spo_trainer(
+        options,
+        rows,
+        vocabulary,
+        model,
+        steps=INTERVAL,
+        beta=KL_BETA,
+        sampling_interval=INTERVAL,
+        samples_per_refresh=INTERVAL * (options.batch // 2),
+        max_completion_length=limit,
+    )
+
+
+def _online_dpo(
+    options: argparse.Namespace, rows: list[dict[str, Any]], vocabulary: int, length: int
+) -> Timed:
+    from datasets import Dataset
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    def indifferent(completions: list[str], **ignored: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    trainer = OnlineDPOTrainer(
+        harness.make_model(options, vocabulary),
+        reward_funcs=indifferent,
+        args=OnlineDPOConfig(
+            **harness.shared_arguments(options, options.steps + 1), max_new_tokens=length, temperature=1.0
+        ),
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
+        processing_class=harness.make_tokenizer(options, vocabulary),
+    )
+    return Timed(trainer, options.steps)
+
+
+def _pairs_per_second(trainers: dict[str, Timed], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Rows per second of each trainer in each round, after a look at whether they have the same tokens."""
+    if {"softpref", "DPOTrainer"} <= trainers.keys():
+        harness.check_same_rows(trainers["softpref"], trainers["DPOTrainer"])
+    progress = {
+        name: (lambda _, each=each: options.batch / each.seconds()) for name, each in trainers.items()
+    }
+    return harness.alternate(progress, options.rounds)
+
+
+def _utilisation(
+    options: argparse.Namespace,
+    rows: list[dict[str, Any]],
+    trainers: dict[str, Timed],
+    speeds: dict[str, list[float]],
+    label: str,
+) -> list[str]:
+    """Tokens per second and the share of the device's peak, where there is one to speak of."""
+    peak = harness.device_peak(options)
+    if peak is None:
+        return []
+    tokens, flops = harness.work_of_rows(next(iter(trainers.values())).trainer.model, rows)
+    notes = []
+    for name, values in speeds.items():
+        speed = statistics.median(values) / len(rows)
+        notes.append(
+            f"{label}, {name}: {speed * tokens:,.0f} tokens/s (each prompt counted once), "
+            f"{speed * flops / peak:.1%} of {peak / 1e12:g} TFLOP/s"
+        )
+    notes.append(
+        "Counted are the products of one forward and backward of the policy, a prompt once, the head at "
+        "completion tokens: what the loss needs, not what a trainer does besides. Allocator's peak, all "
+        f"sides in one process: {harness.peak_memory(options.device) / 2**30:.1f} GiB; each side's own: "
+        "bench_memory.py."
+    )
+    return notes
+
+
+def _samples_in_words(timed: Timed) -> str:
+    logged = [log for log in timed.trainer.state.log_history if "sampling/time_fraction" in log][-1]
+    return (
+        f"Of softpref's time {logged['sampling/time_fraction']:.0%} went into sampling, at "
+        f"{logged.get('sampling/tokens_per_second', float('nan')):,.0f} tokens/s; samples had "
+        f"{logged['completions/mean_length']:.0f} tokens on average."
+    )
+
+
+def _rows_in_words(options: argparse.Namespace) -> str:
+    lengths = Lengths().scaled(options.scale)
+    return (
+        f"{options.batch} pairs a step, prompts of {lengths.prompt[0]} to {lengths.prompt[1]} tokens, "
+        f"completions of {lengths.completion[0]} to {lengths.completion[1]}, {options.steps} batches in "
+        "turn."
+    )
+
+
+def _as_agreed(options: argparse.Namespace) -> bool:
+    """Whether the goals speak of these settings."""
+    return options.size == "small" and not options.model and options.device == "cpu" and options.scale == 1
+
+
+def _forget(trainers: dict[str, Timed]) -> None:
+    """Give trainers up, with the models and optimizers that reference cycles would keep."""
+    import gc
+
+    trainers.clear()
+    gc.collect()
+
+
+PARTS = {"pairs": measure_pairs, "kl": measure_kl, "online": measure_online, "shared": measure_shared}
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__, PARTS)
+    parser.add_argument(
+        "--sides",
+        choices=("all", "both", "softpref", "trl"),
+        default="all",
+        help="of pairs: all, without TRL's variants, or one alone where the device holds no two",
+    )
+    options = parser.parse_args()
+    harness.set_up(options)
+    harness.run_parts(PARTS, options)
+
+
+if __name__ == "__main__":
+    main()
