@@ -47,11 +47,12 @@ _IMPORTS = (
 class TaskServer:
     """The process that is forked, started at once; `run` takes the place of KFP's `run_local_subprocess`."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracking_uri: str) -> None:
+        """Args: tracking_uri: of the MLflow store that the tasks will speak to."""
         self._control, there = socket.socketpair()
         with there:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(there.fileno())],
+                [sys.executable, __file__, str(there.fileno()), tracking_uri],
                 pass_fds=[there.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -98,16 +99,16 @@ class TaskServer:
         return int(code or 1)
 
 
-def serve(control: socket.socket) -> None:
+def serve(control: socket.socket, tracking_uri: str) -> None:
     """Import, then fork a task for every request, until the launcher closes its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher and the tasks
     os.environ["_KFP_RUNTIME"] = "true"  # of kfp, what tasks need and no more
     with contextlib.suppress(Exception):  # a task that needs what cannot be imported will say so
         for name in _IMPORTS:
             importlib.import_module(name)
-        from softpref.tracking import mlflow_ready, resolve_tracking_uri
+        from softpref.tracking import mlflow_ready
 
-        mlflow_ready(resolve_tracking_uri(None))
+        mlflow_ready(tracking_uri)
     gc.collect()
     gc.freeze()  # or the first collection in each fork would copy every page
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a fork: it reports its own end
@@ -168,4 +169,4 @@ def _execute(program: str, arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])

@@ -24,7 +24,10 @@ from typing import Any, TextIO
 from forks import TaskServer
 from softpref.config import closest, read_mapping
 from softpref.errors import ConfigError, SoftprefError
+from softpref.tracking import end_run, open_parent, resolve_tracking_uri
+from times import TaskTimes
 
+_BEGAN = time.time() - time.process_time()  # of this process, which has done nothing but compute so far
 _HERE = Path(__file__).resolve().parent
 RECIPES, PACKAGES = _HERE / "recipes", _HERE / "packages"
 _ONLY_FOR_SWEEPS = {"alphas", "baselines", "selection_rule", "max_kl"}
@@ -128,14 +131,12 @@ def _task_server(parameters: Mapping[str, Any]) -> contextlib.AbstractContextMan
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.platform.startswith("linux"):  # elsewhere forks of a process with these libraries may crash
         return contextlib.nullcontext()
-    return TaskServer()
+    return TaskServer(resolve_tracking_uri(parameters["tracking_uri"] or None))
 
 
 def _run_here(
     pipeline: Any, parameters: dict[str, Any], options: argparse.Namespace, tasks: TaskServer | None
 ) -> int:
-    from softpref.tracking import end_run, open_parent, resolve_tracking_uri
-
     name = f"{Path(options.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     output = Path(options.output or Path("runs") / name)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -155,11 +156,11 @@ def _run_here(
     )
     parameters["parent_run_id"] = parent or ""
     print(f"output {output}, tracking {uri}")
-    started = time.monotonic()
+    times = TaskTimes(_BEGAN)
     succeeded = False
     try:
         with _console(output / "pipeline.log") as console:
-            succeeded = _execute(pipeline, parameters, options.runner, output / "pipeline", tasks)
+            succeeded = _execute(pipeline, parameters, options.runner, output / "pipeline", tasks, times)
     finally:
         end_run(parent, "FINISHED" if succeeded else "FAILED", tracking_uri=uri)
     if not succeeded:
@@ -169,32 +170,46 @@ def _run_here(
             file=sys.stderr,
         )
         return 1
-    _summarise(output, uri, time.monotonic() - started)
+    _summarise(output, uri)
+    print(times.in_words(time.time()))
     return 0
 
 
 def _execute(
-    pipeline: Any, parameters: dict[str, Any], runner: str, root: Path, tasks: TaskServer | None
+    pipeline: Any,
+    parameters: dict[str, Any],
+    runner: str,
+    root: Path,
+    tasks: TaskServer | None,
+    times: TaskTimes,
 ) -> bool:
     import warnings
 
     from kfp import local
+    from kfp.local import docker_task_handler, subprocess_task_handler
 
+    start = tasks.run if tasks else subprocess_task_handler.run_local_subprocess
+
+    def run_task(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
+        with times.task(full_command):
+            return start(full_command, env_vars)
+
+    def run_container(
+        client: Any, image: str, command: list[str], volumes: dict[str, Any], **more: Any
+    ) -> int:
+        with times.task(command):
+            return _run_container(client, image, command, volumes, **more)
+
+    subprocess_task_handler.run_local_subprocess = run_task
+    docker_task_handler.run_docker_container = run_container
     warnings.filterwarnings("ignore", module="kfp")
     if runner == "docker":
-        from kfp.local import docker_task_handler
-
-        docker_task_handler.run_docker_container = _run_container
         environment = {"MLFLOW_TRACKING_URI": parameters["tracking_uri"]}
         # as the user who runs it, who owns the output folder that the containers write to
         user = f"{os.getuid()}:{os.getgid()}"
         chosen: Any = local.DockerRunner(environment=environment, network_mode="host", user=user)
     else:
         chosen = local.SubprocessRunner(use_venv=False)
-        if tasks is not None:
-            from kfp.local import subprocess_task_handler
-
-            subprocess_task_handler.run_local_subprocess = tasks.run
     local.init(runner=chosen, pipeline_root=str(root.resolve()), raise_on_error=True)
     original_print = builtins.print
     try:
@@ -294,7 +309,7 @@ def _console(log_file: Path) -> Iterator[_Console]:
             yield console
 
 
-def _summarise(output: Path, tracking_uri: str, seconds: float) -> None:
+def _summarise(output: Path, tracking_uri: str) -> None:
     """Bring the results to the top of the output folder and say what they are and where."""
     from softpref.evaluation.compare import evaluation_folders, format_table
 
@@ -320,7 +335,6 @@ def _summarise(output: Path, tracking_uri: str, seconds: float) -> None:
     for report in [output / "comparison" / "report.html"] if comparison else tasks.rglob("report.html"):
         print(f"report:   {report}")
     print(f"tracking: {tracking_uri}; look at it with: mlflow ui --backend-store-uri {tracking_uri}")
-    print(f"took {seconds:.0f} s")
 
 
 # ---------------------------------------------------------------------- on a cluster

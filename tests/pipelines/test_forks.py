@@ -38,7 +38,7 @@ before = set(sys.modules)
 def server():
     from forks import TaskServer
 
-    with TaskServer() as server:
+    with TaskServer("sqlite:///mlflow.db") as server:
         yield server
 
 

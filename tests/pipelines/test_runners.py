@@ -114,7 +114,7 @@ def test_the_summary_of_a_run_has_a_line_for_every_model(tmp_path, capsys):
         evaluation |= {"rounds": 1, "train_on": "preferences", "extrapolation": weight}
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
         (folder / "report.html").touch()
-    launch._summarise(tmp_path, "sqlite:///store.db", 1.0)
+    launch._summarise(tmp_path, "sqlite:///store.db")
     printed = capsys.readouterr().out
     table = [line.split()[0] for line in printed.splitlines() if " 1 " in line and line.endswith("–")]
     assert sorted(table) == ["even", "even-expo-0.5", "sharp"]

@@ -36,6 +36,9 @@ def test_sweep_trains_compares_and_registers(quick_recipe, folder):
     comparison = json.loads((output / "comparison/comparison.json").read_text())
     assert sorted(member["name"] for member in comparison["members"]) == ["dpo-beta-1", "spo-alpha-0.5"]
     assert comparison["chosen"] in result.stdout
+    took = result.stdout.splitlines()[-1]
+    assert "training" in took
+    assert "evaluation" in took
     assert (output / "comparison/frontier.png").stat().st_size > 10_000
     assert "frontier" in (output / "comparison/report.html").read_text().lower()
 
@@ -56,6 +59,7 @@ def test_sweep_trains_compares_and_registers(quick_recipe, folder):
     policy = children["spo-alpha-0.5"]
     assert policy.data.params["alpha"] == "0.5"
     assert {"kl/sequence", "sampling/ess", "rewards/accuracies", "eval/win_rate"} <= set(policy.data.metrics)
+    assert {"seconds/training", "eval/seconds/evaluation"} <= set(policy.data.metrics)
     assert "kl/sequence" not in children["dpo-beta-1"].data.metrics
     version = client.get_model_version_by_alias("softpref-story", "champion")
     assert version.tags["alpha"] in {"0.5", "1.0"}

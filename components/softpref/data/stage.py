@@ -26,6 +26,7 @@ from softpref.data.sources import SourceRow, open_source
 from softpref.data.splits import SPLITS, assign_splits, prompt_key
 from softpref.data.story_world import StoryWorld
 from softpref.errors import ConfigError, DataError
+from softpref.timings import PhaseTimer
 
 _EXAMPLES = 6  # rows shown on the page
 _ROWS_PER_SHARD = 100_000
@@ -63,8 +64,10 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
     shutil.rmtree(partial, ignore_errors=True)
     listing.unlink(missing_ok=True)
     partial.mkdir()
+    timer = PhaseTimer("preparing data")
     try:
         stats = _build(config, partial, listing)
+        timer.write(partial)
         _replace(output, partial)
     except DataError:
         if (partial / "rejected.jsonl").is_file():

@@ -24,6 +24,7 @@ from softpref.evaluation.figures import (
 from softpref.judges import OUTCOMES_FILE, check_judge, load_judge, read_outcomes, text_rows
 from softpref.lm.extrapolation import extrapolated_folders
 from softpref.lm.loading import METADATA_FILE, check_model_source, load_metadata
+from softpref.timings import PhaseTimer
 
 if TYPE_CHECKING:
     from softpref.evaluation.intervals import Bootstrap, Figure
@@ -62,6 +63,7 @@ def run(
             completions could outgrow the model's positions, or `output_dir` already holds an evaluation.
         DataError: the split is absent or empty, or `outcomes.jsonl` is damaged.
     """
+    timer = PhaseTimer("loading")
     output = Path(output_dir)
     if (output / EVALUATION_FILE).exists():
         raise ConfigError(f"{output} already holds an evaluation; give another folder, or remove it first")
@@ -94,11 +96,11 @@ def run(
             "reference_uri": reference_uri or reference_dir,
         }
         run_id = metadata.get("run_id") or tracker.run_id
-        task = _prepare(config, dataset, places, metadata)
+        task = _prepare(config, dataset, places, metadata, timer)
         for member in members:
             folder = output / member.subfolder
             folder.mkdir(exist_ok=True)
-            evaluation = _evaluate(config, task, places, member, run_id, folder)
+            evaluation = _evaluate(config, task, places, member, run_id, folder, timer)
             text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
             (folder / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
             weight = member.metadata.get("extrapolation")
@@ -107,6 +109,9 @@ def run(
             for file in (EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE):
                 tracker.artifact(folder / file, folder=f"evaluation/{member.subfolder}".rstrip("/"))
         tracker.tags({"evaluation_id": evaluation["evaluation_id"]})
+        timer.enter("tracking")
+        tracker.metrics({f"{prefix}{name}": value for name, value in timer.metrics().items()}, step=0)
+    timer.write(output)
     return evaluation
 
 
@@ -191,7 +196,11 @@ def _extrapolated(policy: _Member) -> list[_Member]:
 
 
 def _prepare(
-    config: EvaluationConfig, dataset: Any, places: Mapping[str, str], metadata: Mapping[str, Any]
+    config: EvaluationConfig,
+    dataset: Any,
+    places: Mapping[str, str],
+    metadata: Mapping[str, Any],
+    timer: PhaseTimer,
 ) -> _Task:
     """Choose prompts and rows, find the judge, load the reference and draw its samples."""
     from softpref.evaluation.intervals import Bootstrap
@@ -210,6 +219,7 @@ def _prepare(
     judge, judge_accuracy = _judge(config, dataset, outcomes, bootstrap)
     models = load_reference(config, places, metadata)
     check_prompts(models.reference, models, prompts)
+    timer.enter("evaluation")
     return _Task(
         _evaluation_id(config, rows, judge, places["reference"], models.max_new_tokens),
         prompts,
@@ -230,14 +240,17 @@ def _evaluate(
     member: _Member,
     run_id: str | None,
     output: Path,
+    timer: PhaseTimer,
 ) -> dict[str, Any]:
     """Measure one member, write its samples and report, return what `evaluation.json` will hold."""
     from softpref.evaluation.exact import exact_figures, softmax_frontier
     from softpref.evaluation.report import write_report
 
     metadata, prompts, judge, bootstrap = member.metadata, task.prompts, task.judge, task.bootstrap
+    timer.enter("loading")
     models = load_policy(config, task.models, member.folder)
     check_prompts(models.policy, models, prompts)
+    timer.enter("evaluation")
 
     figures, warnings = held_out(models, task.rows, bootstrap)
     of_samples, records = sampled(models, prompts, task.reference, judge, config, bootstrap)
@@ -276,6 +289,7 @@ def _evaluate(
         | {"max_new_tokens": models.max_new_tokens},
         "warnings": warnings,
     }
+    timer.enter("report")
     with open(output / SAMPLES_FILE, "w", encoding="utf-8") as lines:
         for record in records:
             lines.write(json.dumps(record._asdict(), ensure_ascii=False) + "\n")

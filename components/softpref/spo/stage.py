@@ -29,6 +29,7 @@ from softpref.lm.training import (
 )
 from softpref.spo.config import SPOConfig, member_name
 from softpref.spo.trainer import SPOTrainer
+from softpref.timings import PhaseTimer
 
 # What the model is: the objective, for a reader and for the exact optimum.
 _DEFINING = (
@@ -105,6 +106,7 @@ def run(
     Raises:
         ConfigError, DataError: before training.
     """
+    timer = PhaseTimer("loading")
     require_devices(config.gpus)
     require_new_folder(output_dir)
     name = name or member_name(config.method, config.alpha, config.beta)
@@ -128,6 +130,7 @@ def run(
     checkpoint = claim_checkpoints(checkpoints, identity)
     tokenizer = load_tokenizer(reference_dir, trust_remote_code=config.trust_remote_code)
     model = load_model(reference_dir, trust_remote_code=config.trust_remote_code)
+    timer.enter("tokenizing")
     trainer = SPOTrainer(
         model,
         config,
@@ -138,6 +141,7 @@ def run(
         peft_config=_lora(config) if config.use_peft else None,
         judge=judge,
     )
+    timer.enter("tracking")
     with stage_tracker(
         config,
         output_dir,
@@ -150,11 +154,15 @@ def run(
         add_stage_callbacks(trainer, name, tracker)
         if checkpoint:
             tracker.rewind(checkpoint_step(checkpoint))
+        timer.enter("training")
         metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        timer.enter("evaluation")
         if "validation" in preferences:
             metrics.update(trainer.evaluate())
         if trainer.is_world_process_zero():
+            timer.enter("tracking")
             tracker.flush(timeout=10)  # the run's id is part of what is saved
+            timer.enter("saving")
             policy = trainer.accelerator.unwrap_model(trainer.model)
             merged = config.use_peft and config.merge_adapter
             whole = policy.merge_and_unload() if merged else policy
@@ -175,6 +183,10 @@ def run(
                 write_extrapolations(whole, reference_dir, tokenizer, output_dir, metadata, weights)
             save_model_folder(whole, tokenizer, output_dir, metadata)
             shutil.rmtree(checkpoints, ignore_errors=True)
+            timer.enter("tracking")
+            tracker.metrics(timer.metrics(), step=trainer.state.global_step)
+    if trainer.is_world_process_zero():
+        timer.write(output_dir)
     return metrics
 
 
