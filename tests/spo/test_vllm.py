@@ -24,8 +24,9 @@ from softpref.spo.engines import (
     policy_weights,
     sampling_engine,
 )
+from softpref.spo.vllm_core import shared_core
 
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` sets up an environment")
+pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` sets up an environment")
 
 STOP = 3
 PROMPTS = [[1, 5, 6, 7], [1], [1, 7], [1, 6, 6, 5, 5, 7, 7], [1, 5]]
@@ -126,7 +127,7 @@ def outcome_probabilities(model, prompt, length):
         closed = [c for c in longer if c[-1] == STOP or step == length - 1]
         open_prefixes = [c for c in longer if c[-1] != STOP]
         outcomes += closed
-    logps = score_sequences(model, [(prompt, list(c)) for c in outcomes], pad_id=0)
+    logps = score_sequences(model, [(prompt, list(c)) for c in outcomes])
     return dict(zip(outcomes, logps.double().exp().tolist(), strict=True))
 
 
@@ -305,6 +306,49 @@ def test_a_model_that_vllm_does_not_know_is_named(build):
     spec.config.update(architectures=["NobodysForCausalLM"], model_type="nobodys")
     with pytest.raises(ConfigError, match=r"vLLM cannot run NobodysForCausalLM in float32 here"):
         draw(VLLMEngine(spec), build(), PROMPTS)
+
+
+def small(config_class, **options):
+    """A model of another family, small and with odds that are far from uniform."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    tokens = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": STOP, "pad_token_id": 0}
+    config = config_class(**shape, **tokens, max_position_embeddings=256, initializer_range=0.2, **options)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Mistral", "Gemma2", "GPT2"])
+def test_other_families_agree_and_have_room_for_every_sequence(family):
+    import transformers
+
+    options = {
+        "Qwen2": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+        "Mistral": {"num_key_value_heads": 1, "head_dim": 32, "sliding_window": 8},
+        "Gemma2": {"num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32},
+        "GPT2": {},  # other names for the shape, transposed matrices
+    }
+    model = small(getattr(transformers, f"{family}Config"), **options[family])
+    spec = engine_spec(settings(max_prompt_length=100), model)
+    engine = VLLMEngine(spec)
+    for seed in range(2):
+        prompts = [[5 + (i * k) % 30 for i in range(3 + 8 * k)] for k in range(1, 8)]
+        samples = draw(engine, model, prompts, seed=seed, length=12)
+        check_agreement(model, samples, precision="float32", sequences=7)
+        shake(model.parameters(), 0.02, seed=seed)
+    cache = shared_core(spec)._engine.vllm_config.cache_config
+    blocks = -(-spec.max_model_len // cache.block_size) * spec.max_sequences
+    assert blocks <= cache.num_gpu_blocks
+
+
+def test_a_model_that_vllm_would_borrow_from_transformers_needs_a_server():
+    from transformers import Olmo2Config
+
+    model = small(Olmo2Config)
+    with pytest.raises(ConfigError, match=r"no implementation of its own for Olmo2ForCausalLM .* server"):
+        draw(VLLMEngine(engine_spec(settings(), model)), model, PROMPTS)
+    model(torch.tensor([[1, 2]]))  # and transformers' class is as it was
 
 
 def test_the_configuration_picks_the_engine(build, server, secret):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softpref.errors import ConfigError
+from softpref.errors import ConfigError, SoftprefError
 
 _KV_BLOCK = 128  # tokens; the largest block of vLLM's back ends, a sequence's cache is rounded up to it
 
@@ -60,6 +60,7 @@ class VLLMCore:
         gpu_memory_utilization: share of the device's memory for weights and key-value cache together. None
             takes what `spec.max_sequences` need, no more, and leaves the rest to the trainer.
         trust_remote_code: run model code that comes with a checkpoint.
+        beside_trainer: whether the model that is trained lives in this process too.
 
     Raises:
         ConfigError: vLLM is not installed, or cannot run this model here; the message says why.
@@ -72,6 +73,7 @@ class VLLMCore:
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float | None = None,
         trust_remote_code: bool = False,
+        beside_trainer: bool = False,
     ) -> None:
         _prepare_environment()
         try:
@@ -83,6 +85,7 @@ class VLLMCore:
             ) from error
 
         self.spec = spec
+        name = "/".join(spec.config.get("architectures") or ["this model"])
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         # every process of a distributed run has an engine of its own, and vLLM must be told of the others
         external = distributed and torch.distributed.get_world_size() > 1
@@ -93,31 +96,39 @@ class VLLMCore:
             with tempfile.TemporaryDirectory(prefix="softpref-vllm-") as folder, _isolated():
                 # only a config: no generation config whose top-k or temperature could find its way in
                 Path(folder, "config.json").write_text(json.dumps(spec.config), encoding="utf-8")
-                self._engine = LLMEngine.from_engine_args(
-                    EngineArgs(
-                        model=folder,
-                        skip_tokenizer_init=True,
-                        load_format="dummy",
-                        generation_config="vllm",
-                        trust_remote_code=trust_remote_code,
-                        dtype=spec.dtype,
-                        max_model_len=spec.max_model_len,
-                        max_num_seqs=spec.max_sequences,
-                        tensor_parallel_size=tensor_parallel_size,
-                        distributed_executor_backend="external_launcher" if external else None,
-                        logprobs_mode="processed_logprobs",
-                        use_fp64_gumbel=True,
-                        # on a CPU compiling makes nothing faster; on a GPU it brings CUDA graphs
-                        enforce_eager=not torch.cuda.is_available(),
-                        disable_log_stats=True,
-                        seed=0,
-                        **memory,
+                config = EngineArgs(
+                    model=folder,
+                    skip_tokenizer_init=True,
+                    load_format="dummy",
+                    generation_config="vllm",
+                    trust_remote_code=trust_remote_code,
+                    dtype=spec.dtype,
+                    max_model_len=spec.max_model_len,
+                    max_num_seqs=spec.max_sequences,
+                    tensor_parallel_size=tensor_parallel_size,
+                    distributed_executor_backend="external_launcher" if external else None,
+                    logprobs_mode="processed_logprobs",
+                    use_fp64_gumbel=True,
+                    # on a CPU compiling makes nothing faster; on a GPU it brings CUDA graphs
+                    enforce_eager=not torch.cuda.is_available(),
+                    disable_log_stats=True,
+                    seed=0,
+                    **memory,
+                ).create_engine_config()
+                if beside_trainer and config.model_config.using_transformers_backend():
+                    # vLLM then rewrites the very class of transformers that the trained model is of
+                    raise ConfigError(
+                        f"vLLM has no implementation of its own for {name} and borrows that of transformers, "
+                        "which does not work beside the model in training; start a server with "
+                        "`python -m softpref.spo.vllm_server` and name it as vllm_server"
                     )
-                )
+                self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+        except SoftprefError:
+            raise
         except (ValueError, RuntimeError, NotImplementedError, torch.OutOfMemoryError) as error:
             raise ConfigError(
-                f"vLLM cannot run {'/'.join(spec.config.get('architectures') or ['this model'])} in "
-                f"{spec.dtype} here: {error}; sample with sampling_engine=transformers instead"
+                f"vLLM cannot run {name} in {spec.dtype} here: {error}; sample with "
+                "sampling_engine=transformers instead"
             ) from error
         self._requests = 0
         self._vocabulary = _text_config(spec.config).get("vocab_size")
@@ -217,7 +228,7 @@ def shared_core(spec: EngineSpec, *, trust_remote_code: bool = False) -> VLLMCor
     """
     key = json.dumps([spec, trust_remote_code], sort_keys=True)
     if key not in _cores():
-        _cores()[key] = VLLMCore(spec, trust_remote_code=trust_remote_code)
+        _cores()[key] = VLLMCore(spec, trust_remote_code=trust_remote_code, beside_trainer=True)
     return _cores()[key]
 
 
