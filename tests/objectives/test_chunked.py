@@ -361,3 +361,21 @@ def test_default_chunks_are_bounded_in_bytes():
         case.logps().sum().backward()
     assert 8 * 2**20 < max(allocations.sizes) <= 32 * 2**20
     assert math.isclose(case.logps()[7].item(), case.logps(chunk_size=1)[7].item(), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, [1.0, 1e-12]), (torch.float64, [1.0, 1e-30])])
+def test_gradients_that_rounding_would_lose_are_exactly_zero(dtype, kept):
+    """Settled preferences leave them; as denormal numbers they would slow every product down."""
+    case = Case(dtype, tokens=6, bias=False)
+    dust = [dtype.itemsize * 1e-35 * kept[1], 1e-40 * kept[1], -1e-25 * kept[1]]
+    upstream = torch.tensor([*kept, *dust, 0.5], dtype=dtype)
+    found = torch.autograd.grad((upstream * case.logps()).sum(), case.leaves)
+    assert (found[0][2:5] == 0).all()
+    assert (found[0][[0, 1, 5]] != 0).all()
+    logps = case.log_softmax()[range(6), case.targets]
+    exact = torch.autograd.grad((upstream * logps).sum(), case.leaves)
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-40 if dtype == torch.float64 else 1e-9)
+    alone = torch.tensor([kept[0], *dust, *dust[:2]], dtype=dtype) * torch.finfo(dtype).tiny
+    assert not torch.autograd.grad((alone * case.logps()).sum(), case.leaves)[0].any()
+    assert case.logps()[:0].sum().backward() is None  # nothing at all

@@ -283,3 +283,20 @@ def test_a_prompt_of_the_kl_term_that_has_no_room_is_refused_before_training(mak
             max_prompt_length=300,
             trainer_options={"prompt_dataset": [{"prompt": "a"}, {"prompt": "ab" * 125}]},
         )
+
+
+@pytest.mark.parametrize(("plain", "runs"), [(False, 2), (True, 6)])
+def test_the_reference_runs_once_a_refresh(make_trainer, make_model, make_rows, tokenizer, plain, runs):
+    reference, counted = make_model(tokenizer, layers=2, seed=5), []
+    trainer = make_trainer(
+        make_rows(48),
+        sampling_interval=3,
+        max_steps=6,
+        plain_forward=plain,
+        trainer_options={"ref_model": reference},
+    )
+    reference.model.embed_tokens.register_forward_pre_hook(
+        lambda module, inputs: counted.append(inputs[0].numel()) if inputs[0].numel() > 20 else None
+    )
+    trainer.train()
+    assert len(counted) == runs

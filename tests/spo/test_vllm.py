@@ -351,6 +351,12 @@ def test_a_model_that_vllm_would_borrow_from_transformers_needs_a_server():
     model(torch.tensor([[1, 2]]))  # and transformers' class is as it was
 
 
+def test_a_shape_without_a_kernel_is_named(build):
+    model = build(head_dim=8)
+    with pytest.raises(ConfigError, match=r"vLLM cannot run LlamaForCausalLM in float32 here: .*head_dim=8"):
+        draw(VLLMEngine(engine_spec(settings(), model)), model, PROMPTS)
+
+
 def test_the_configuration_picks_the_engine(build, server, secret):
     model = build()
     assert sampling_engine(settings(sampling_engine="transformers"), model) is sample_completions

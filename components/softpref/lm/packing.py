@@ -1,8 +1,8 @@
 """Prompts with their completions as one flat sequence: no padding, a prompt's work done once.
 
-A *block* is a prompt followed by the completions that share it, `p p p a a a b b b`. Each completion continues
-the prompt's positions, and attends to the prompt and to itself; blocks know nothing of each other. The linear
-layers of a model then run over tokens that count, and attention over one block at a time.
+A *block* is a prompt followed by the completions that share it, `p p p a a a b b b`. Each completion goes on
+from the prompt's positions, and attends to the prompt and to itself; blocks know nothing of each other. The
+linear layers of a model then run over tokens that count, and attention over one block at a time.
 
 The last token of a completion predicts nothing and is left out. From the last token of a prompt the first
 token of each of its completions is predicted.
@@ -172,7 +172,7 @@ class _Blocks:
         return self._masks[block]
 
     def continuing(self, prompt: int, completion: int) -> Tensor:
-        """`[completion, prompt + completion]`: what a completion's tokens may see of its prompt and itself."""
+        """`[completion, prompt + completion]`: what a completion may see of its prompt and of itself."""
         key = (-prompt, (completion,))
         if key not in self._masks:
             ones = torch.ones(completion, prompt + completion, dtype=torch.bool, device=self._device)

@@ -80,6 +80,10 @@ class SPOConfig(TrainingArguments):
             As a library, hand `SPOTrainer` a judge.
         extrapolation: weights w, comma-separated, at which the training stage also writes
             `aligned + w · (aligned − reference)` as a model of its own (ExPO, arXiv 2404.16792).
+        sampling_engine: what draws samples: `transformers`, the trained model itself, or `vllm`, which takes
+            over its weights at each refresh (`sampling/logps_difference` tells how well both agree).
+        vllm_server: URL of a server (`python -m softpref.spo.vllm_server`) that runs vLLM; empty runs it in
+            the training process, beside the trainer's own weights.
         sampling_batch_size: completions sampled at once on a device.
         temperature, top_p, top_k, repetition_penalty: fixed. Samples of the KL term must come from the
             distribution that is scored; these exist to refuse other values with a reason.
@@ -115,6 +119,8 @@ class SPOConfig(TrainingArguments):
     refresh: Literal["fixed", "adaptive"] = "fixed"
     min_ess: float = 0.5
     max_importance_ratio: float | None = None
+    sampling_engine: Literal["transformers", "vllm"] = "transformers"
+    vllm_server: str = ""
     sampling_batch_size: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
@@ -209,6 +215,10 @@ class SPOConfig(TrainingArguments):
                 f"at least sampling_interval ({self.sampling_interval}), for each optimizer step consumes a "
                 "slice of the samples",
             )
+        if self.vllm_server and not self.vllm_server.startswith(("http://", "https://")):
+            refuse("vllm_server", "a URL like http://HOST:8021, or empty to run vLLM in the training process")
+        if self.vllm_server and self.sampling_engine != "vllm":
+            refuse("vllm_server", "empty unless sampling_engine is vllm")
         if not 0 < self.min_ess < 1:
             refuse("min_ess", "a fraction between 0 and 1")
         smallest = self.samples_per_refresh // self.sampling_interval
@@ -260,6 +270,8 @@ class SPOConfig(TrainingArguments):
         idle.append(("label_smoothing_factor", 0.0, "label_smoothing is what dpo and rdpo take"))
         if self.refresh != "adaptive":
             idle.append(("min_ess", 0.5, "refresh is not adaptive"))
+        if not (self.samples_policy or self.draws_rows):
+            idle.append(("sampling_engine", "transformers", "nothing is sampled"))
         if not self.draws_rows:
             idle.append(("round_reference", "auto", "no row is drawn from the policy"))
         if not self.uses_judge:

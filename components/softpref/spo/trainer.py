@@ -23,13 +23,14 @@ from softpref.errors import ConfigError
 from softpref.judges import as_text
 from softpref.lm.head import CompletionHidden, completion_hidden, output_head
 from softpref.lm.packing import PackedBatch, pack_sequences
-from softpref.lm.sampling import Sample, evaluation_mode, sample_completions
+from softpref.lm.sampling import Sample, evaluation_mode
 from softpref.lm.scoring import score_sequences, scoring_batches, sequence_logps, sum_by_sequence
 from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import GuardedTrainer
 from softpref.objectives import TokenKL, kl_loss, log_group_weights, prefix_ratios, reward_to_go
 from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
+from softpref.spo.engines import check_agreement, computing_precision, sampling_engine
 from softpref.spo.gauges import Means, SamplingClock, WeightSums
 from softpref.spo.losses import method_losses, preference_metrics
 from softpref.spo.reference import (
@@ -73,7 +74,8 @@ class SPOTrainer(GuardedTrainer):
     method's own implicit reward: α·logp for `spo`, β·(logp − logp_ref) for the others; rejected is the last
     of a row, or the mean of a best-of-n row's others), `kl/sequence` and `kl/token` (nats), `entropy` (nats
     per token), `completions/mean_length`, `completions/truncated_fraction`, `sampling/age` (steps since the
-    samples were drawn), `sampling/ess` (effective sample size, a fraction), `sampling/tokens_per_second`,
+    samples were drawn), `sampling/logps_difference` (of another engine's log-probabilities to the
+    trainer's own, nats per token), `sampling/ess` (effective sample size, a fraction), `sampling/tokens_per_second`,
     `sampling/time_fraction`, and with rounds `round`, counted from 1.
 
     Raises:
@@ -183,6 +185,7 @@ class SPOTrainer(GuardedTrainer):
         self._means: dict[str, Means] = {"train": Means(), "eval": Means()}
         self._clock = SamplingClock()
         self._step_weights, self._log_weights = (WeightSums(self.args.device) for _ in range(2))
+        self._engine = sampling_engine(args, self.model) if args.samples_policy or args.draws_rows else None
         self._steps_per_round = 1
         self._kept_reference: CompletionHidden | None = None  # how its kept hidden states become scores
         if keeps_logps:
@@ -397,10 +400,11 @@ class SPOTrainer(GuardedTrainer):
     def _draw(
         self, prompts: list[list[int]], noise: Any, progress: Callable[[int], Any] | None = None
     ) -> list[Sample]:
+        assert self._engine is not None
         started = time.perf_counter()
         policy = self.accelerator.unwrap_model(self.model)
         with self.compute_loss_context_manager():
-            samples = sample_completions(
+            samples = self._engine(
                 policy,
                 prompts,
                 noise=noise,
@@ -409,7 +413,10 @@ class SPOTrainer(GuardedTrainer):
                 batch_size=self.args.sampling_batch_size,
                 progress=progress,
             )
-        self._clock.add(time.perf_counter() - started, sum(len(sample.completion) for sample in samples))
+            self._clock.add(time.perf_counter() - started, sum(len(sample.completion) for sample in samples))
+            if self.args.sampling_engine != "transformers":
+                found = check_agreement(policy, samples, precision=computing_precision(self.args, policy))
+                self._means["train"].add("sampling/logps_difference", torch.tensor([found.mean]))
         return samples
 
     def _expire_samples(self) -> None:
