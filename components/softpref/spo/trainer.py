@@ -75,8 +75,8 @@ class SPOTrainer(GuardedTrainer):
     of a row, or the mean of a best-of-n row's others), `kl/sequence` and `kl/token` (nats), `entropy` (nats
     per token), `completions/mean_length`, `completions/truncated_fraction`, `sampling/age` (steps since the
     samples were drawn), `sampling/logps_difference` (of another engine's log-probabilities to the
-    trainer's own, nats per token), `sampling/ess` (effective sample size, a fraction), `sampling/tokens_per_second`,
-    `sampling/time_fraction`, and with rounds `round`, counted from 1.
+    trainer's own, nats per token), `sampling/ess` (effective sample size, a fraction),
+    `sampling/tokens_per_second`, `sampling/time_fraction`, and with rounds `round`, counted from 1.
 
     Raises:
         ConfigError, DataError: before training, for anything that cannot be trained on.
