@@ -15,7 +15,6 @@ import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +84,8 @@ class VLLMCore:
             ) from error
 
         self.spec = spec
+        self._vocabulary = _text_config(spec.config).get("vocab_size")
+        self._requests = 0
         name = "/".join(spec.config.get("architectures") or ["this model"])
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         # every process of a distributed run has an engine of its own, and vLLM must be told of the others
@@ -123,6 +124,10 @@ class VLLMCore:
                         "`python -m softpref.spo.vllm_server` and name it as vllm_server"
                     )
                 self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+            _engines.append(self._engine)
+            self.sample(
+                [[0]], [0], max_new_tokens=1, stop_ids=[]
+            )  # some shapes have no kernel on some devices
         except SoftprefError:
             raise
         except (ValueError, RuntimeError, NotImplementedError, torch.OutOfMemoryError) as error:
@@ -130,8 +135,6 @@ class VLLMCore:
                 f"vLLM cannot run {name} in {spec.dtype} here: {error}; sample with "
                 "sampling_engine=transformers instead"
             ) from error
-        self._requests = 0
-        self._vocabulary = _text_config(spec.config).get("vocab_size")
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace all weights by `(checkpoint name, tensor)` pairs; what was cached of the old is dropped."""
@@ -214,22 +217,22 @@ class VLLMCore:
             raise RuntimeError("vLLM kept its prefix cache over a change of weights: requests still run")
 
 
-@cache
-def _cores() -> dict[str, VLLMCore]:
-    return {}
+_engines: list[Any] = []
+"""All engines of this process, none of which is let go: vLLM ends an engine, be it only that the last
+reference to it goes, by ending all of `torch.distributed`, other engines' and the trainer's groups included."""
+
+_cores: dict[str, VLLMCore] = {}
 
 
 def shared_core(spec: EngineSpec, *, trust_remote_code: bool = False) -> VLLMCore:
-    """The engine of `spec` in this process, built when it is first asked for and kept until the process ends.
+    """The engine of `spec` beside the trainer, built when it is first asked for.
 
-    vLLM ends an engine by ending all of `torch.distributed`, other engines' and the trainer's groups
-    included, and does so also when the last reference to it goes. An engine is therefore never let go; the
-    next trainer of a model of the same shape uses it again.
+    It is kept until the process ends; the next trainer of a model of the same shape uses it again.
     """
     key = json.dumps([spec, trust_remote_code], sort_keys=True)
-    if key not in _cores():
-        _cores()[key] = VLLMCore(spec, trust_remote_code=trust_remote_code, beside_trainer=True)
-    return _cores()[key]
+    if key not in _cores:
+        _cores[key] = VLLMCore(spec, trust_remote_code=trust_remote_code, beside_trainer=True)
+    return _cores[key]
 
 
 def kv_cache_bytes(spec: EngineSpec) -> int:
