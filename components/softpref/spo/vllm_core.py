@@ -219,7 +219,7 @@ class VLLMCore:
 
 _engines: list[Any] = []
 """All engines of this process, none of which is let go: vLLM ends an engine, be it only that the last
-reference to it goes, by ending all of `torch.distributed`, other engines' and the trainer's groups included."""
+reference to it goes, by ending all of `torch.distributed`, other engines' and the trainer's groups too."""
 
 _cores: dict[str, VLLMCore] = {}
 
