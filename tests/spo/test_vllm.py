@@ -362,7 +362,7 @@ def test_the_configuration_picks_the_engine(build, server, secret):
     assert sampling_engine(settings(sampling_engine="transformers"), model) is sample_completions
     assert isinstance(sampling_engine(settings(), model), VLLMEngine)
     assert isinstance(sampling_engine(settings(vllm_server=server.url), model), VLLMServerEngine)
-    with pytest.raises(ConfigError, match=r"vllm_server must be an address like http://"):
+    with pytest.raises(ConfigError, match=r"vllm_server must be a URL like http://"):
         settings(vllm_server="localhost:8021")
 
 
@@ -499,6 +499,7 @@ def test_a_trainer_draws_from_it(make_trainer, make_rows, build, weights, logs_o
     first = train("first", sampling_engine="vllm")
     logs = logs_of(first)
     assert len(logs) == 4
+    assert all(0 < log["sampling/logps_difference"] < 1e-5 for log in logs)
     # samples are fresh at every step, so their log-probabilities are those of the loss
     assert all(log["sampling/ess"] == pytest.approx(1, abs=1e-6) for log in logs)
     assert logs[0]["kl/sequence"] == pytest.approx(0, abs=1e-6)
