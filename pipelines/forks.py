@@ -29,6 +29,7 @@ from pathlib import Path
 # what the stages import when they run, and what those modules import only when they are used
 _IMPORTS = (
     "kfp.dsl.executor_main",
+    "softpref.preflight.stage",
     "softpref.data.stage",
     "softpref.sft.stage",
     "softpref.spo.stage",
@@ -36,11 +37,14 @@ _IMPORTS = (
     "softpref.evaluation.measure",
     "softpref.evaluation.metrics",
     "softpref.evaluation.report",
+    "softpref.evaluation.charts",
     "softpref.evaluation.compare",
     "softpref.registry.stage",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
+    "matplotlib.pyplot",
+    "matplotlib.backends.backend_svg",
 )
 
 
@@ -87,7 +91,8 @@ class TaskServer:
             json.dump(request, file)
             file.flush()
             file.seek(0)
-            socket.send_fds(self._control, [b"."], [file.fileno(), write_output, write_status])
+            with contextlib.suppress(OSError):  # the process is gone: the task then has no status
+                socket.send_fds(self._control, [b"."], [file.fileno(), write_output, write_status])
         os.close(write_output)
         os.close(write_status)
         with open(output, encoding="utf-8", errors="replace") as lines:
@@ -95,7 +100,7 @@ class TaskServer:
                 print(line, end="")
         with open(status, encoding="ascii") as file_of_one_number:
             code = file_of_one_number.read()
-        print("\n" if code else "ERROR - the task's process was killed, perhaps for want of memory\n")
+        print("\n" if code else "ERROR - the process of the task was killed, perhaps for want of memory\n")
         return int(code or 1)
 
 

@@ -80,6 +80,16 @@ def test_the_end_of_a_task_is_told(run, how, status, told):
     assert told in printed
 
 
+def test_a_server_that_was_killed_fails_its_tasks(capsys):
+    from forks import TaskServer
+
+    with TaskServer("sqlite:///mlflow.db") as server:
+        server._process.kill()
+        server._process.wait()
+        assert server.run(["sh", "-ec", "kfp.dsl.executor_main", PROGRAM]) == 1
+    assert "was killed" in capsys.readouterr().out
+
+
 def test_no_two_tasks_draw_the_same_fingerprint(run):
     printed = [run("well")[1] for _ in range(2)]
     lines = [line for text in printed for line in text.splitlines() if line.startswith("fingerprint")]
