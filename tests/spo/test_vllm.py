@@ -487,13 +487,13 @@ def test_two_processes_draw_what_one_does(place, request, in_process, build, tmp
 
 
 def test_a_trainer_draws_from_it(make_trainer, make_rows, build, weights, logs_of, server, secret):
-    def train(output, **options):
+    def train(output, resume_from=None, **options):
         lengths = {"max_prompt_length": 180, "max_completion_length": 12, "sampling_batch_size": 32}
         every_step = {"sampling_interval": 1, "samples_per_refresh": 24, "max_steps": 4}
         trainer = make_trainer(
             make_rows(16), model=build(), output=output, **{**lengths, **every_step, **options}
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume_from)
         return trainer
 
     first = train("first", sampling_engine="vllm")
@@ -508,6 +508,9 @@ def test_a_trainer_draws_from_it(make_trainer, make_rows, build, weights, logs_o
     assert torch.equal(weights(first.model), weights(again.model))
     sent = train("sent", sampling_engine="vllm", vllm_server=server.url)
     assert torch.allclose(weights(first.model), weights(sent.model), atol=1e-5)
+    saved = train("saved", sampling_engine="vllm", save_strategy="steps", save_steps=2)
+    resumed = train("saved", sampling_engine="vllm", resume_from=f"{saved.args.output_dir}/checkpoint-2")
+    assert torch.equal(weights(first.model), weights(resumed.model))
     own = train("own")
     assert not torch.equal(weights(first.model), weights(own.model))
     assert logs[0]["loss/preference"] == pytest.approx(logs_of(own)[0]["loss/preference"])
