@@ -96,10 +96,11 @@ def measure_memory(options: argparse.Namespace) -> Section:
                 section.compare(
                     f"vocabulary {vocabulary:,}", ours, theirs, "GiB", name, goal=goal, at_most=True
                 )
+    state_bytes = 16 if harness.precision(options) == "fp32" else 8
     rows = []
     for name, found in peaks.items():
         for vocabulary, one in found.items():
-            state = 16 * one["parameters"]
+            state = state_bytes * one["parameters"]
             libraries = one["libraries"] if options.device == "cpu" else 0
             values = (one["peak"], libraries, state, one["peak"] - libraries - state)
             rows.append([name, f"{vocabulary:,}", f"{one['parameters'] / 1e6:.1f}", *map(_gib, values)])
@@ -109,11 +110,11 @@ def measure_memory(options: argparse.Namespace) -> Section:
         "million parameters",
         "peak, GiB",
         "libraries",
-        "16 bytes a parameter",
+        f"{state_bytes} bytes a parameter",
         "rest",
     ]
     section.notes.append("\n".join(harness.table(head, rows)))
-    if len(chosen) > 2 and options.device == "cpu" and not options.model:
+    if len(chosen) > 2 and options.device == "cpu" and state_bytes == 16:
         section.notes += _fit_and_plot(peaks)
     return section
 
@@ -121,6 +122,7 @@ def measure_memory(options: argparse.Namespace) -> Section:
 def _in_own_process(options: argparse.Namespace, side: str, vocabulary: int) -> dict[str, Any]:
     words = ["--side", side, "--device", options.device, "--threads", str(options.threads)]
     words += ["--size", options.size, "--model", options.model, "--steps", str(options.steps)]
+    words += ["--precision", harness.precision(options)]
     words += ["--batch", str(options.batch), "--scale", str(options.scale), "--vocabularies", str(vocabulary)]
     return harness.in_own_process("bench_memory.py", *words)
 

@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_training.py                         # every part, on the CPU
     python tests/benchmarks/bench_training.py --parts pairs --vocabularies 4096
     python tests/benchmarks/bench_training.py --parts pairs kl --device cuda --size 1b
+    python tests/benchmarks/bench_training.py --parts pairs --device cuda --size 8b --apart
     python tests/benchmarks/bench_training.py --parts pairs --model SmolLM2-135M-Instruct.Q4_1.gguf --steps 2
 
 `pairs`: the preference term alone against DPO, whose reference needs a forward more. `kl`: with the KL term,
@@ -18,8 +19,9 @@ as it comes.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
+import time
+from collections.abc import Callable
 from typing import Any
 
 import harness
@@ -27,6 +29,11 @@ from harness import FIRST, Lengths, Section, Timed
 
 INTERVAL = 16  # optimizer steps between refreshes
 KL_BETA = 0.05
+DPO_VARIANTS: dict[str, dict[str, bool]] = {
+    "DPOTrainer": {},
+    "DPOTrainer, reference precomputed": {"precompute_ref_log_probs": True},
+    "DPOTrainer, gradient checkpointing": {"gradient_checkpointing": True},
+}
 GOALS_OF_PAIRS = {4096: 2.0, 32000: 3.0}
 
 
@@ -41,28 +48,30 @@ def measure_pairs(options: argparse.Namespace) -> Section:
     )
     for vocabulary in harness.vocabularies(options, (4096, 32000)):
         rows = harness.make_rows(options, vocabulary, options.batch * options.steps)
-        trainers: dict[str, Timed] = {}
-        if options.sides != "trl":
-            trainers["softpref"] = harness.spo_trainer(options, rows, vocabulary)
-        if options.sides != "softpref" and harness.has_trl():
-            trainers["DPOTrainer"] = harness.dpo_trainer(options, rows, vocabulary)
-            if options.sides == "all":
-                trainers["DPOTrainer, reference precomputed"] = harness.dpo_trainer(
-                    options, rows, vocabulary, precompute_ref_log_probs=True
+        sides: dict[str, Callable[[], Timed]] = {
+            "softpref": lambda rows=rows, v=vocabulary: harness.spo_trainer(options, rows, v)
+        }
+        if harness.has_trl():
+            for name, arguments in DPO_VARIANTS.items():
+                sides[name] = lambda rows=rows, v=vocabulary, arguments=arguments: harness.dpo_trainer(
+                    options, rows, v, **arguments
                 )
-                trainers["DPOTrainer, gradient checkpointing"] = harness.dpo_trainer(
-                    options, rows, vocabulary, gradient_checkpointing=True
-                )
-        speeds = _pairs_per_second(trainers, options)
         label = f"vocabulary {vocabulary:,}"
+        speeds: dict[str, list[float]] = {}
+        for together in [[name] for name in sides] if options.apart else [list(sides)]:
+            trainers = {name: sides[name]() for name in together}
+            speeds |= _pairs_per_second(trainers, options)
+            for note in _utilisation(options, rows, trainers, speeds, label):
+                section.notes += [] if note in section.notes else [note]
+            _forget(trainers)
         for name in speeds:
-            if "softpref" in speeds and name != "softpref":
+            if name != "softpref":
                 goal = (
                     GOALS_OF_PAIRS.get(vocabulary) if name == "DPOTrainer" and _as_agreed(options) else None
                 )
                 section.compare(label, speeds["softpref"], speeds[name], "pairs/s", name, goal=goal)
-        section.notes += _utilisation(options, rows, trainers, speeds, label)
-        _forget(trainers)
+        if len(speeds) == 1:
+            section.notes.append(f"{label}: {harness.spread(speeds['softpref'])} pairs/s, no peer installed")
     return section
 
 
@@ -73,16 +82,16 @@ def measure_kl(options: argparse.Namespace) -> Section:
         f"{harness.describe(options)}. {_rows_in_words(options)} softpref: `beta={KL_BETA}`, "
         f"`sampling_interval={INTERVAL}`, {samples} fresh samples a step "
         f"(`samples_per_refresh={INTERVAL * samples}`), drawn within the time; a run is {INTERVAL} steps "
-        "with one refresh. Enough tokens end a completion that samples of at most 128 tokens have 96 on "
-        "average, as the rows' completions have. DPOTrainer as above.",
+        "with one refresh. Under random weights so many tokens end a completion that samples cut at the "
+        "rows' greatest length have the rows' mean length. DPOTrainer as above, on the same rows.",
     )
     for vocabulary in harness.vocabularies(options, (32000,)):
-        stops = max(1, round(0.0047 * vocabulary))  # mean length 96 of at most 128: (1 − (1 − p)^128) / p
+        stops = max(1, round(0.0047 * vocabulary))  # (1 − (1 − p)^128) / p is 96, as the rows have
         rows = harness.make_rows(options, vocabulary, options.batch * options.steps, first=FIRST + stops)
         model = harness.make_model(options, vocabulary)
         if not options.model:
             model.generation_config.eos_token_id = [harness.END, *range(FIRST, FIRST + stops)]
-        trainers = {"softpref": _with_kl(options, rows, vocabulary, model, limit=round(128 * options.scale))}
+        trainers = {"softpref": _with_kl(options, rows, vocabulary, model, round(128 * options.scale))}
         if harness.has_trl():
             trainers["DPOTrainer"] = harness.dpo_trainer(options, rows, vocabulary)
         speeds = _pairs_per_second(trainers, options)
@@ -103,8 +112,8 @@ def measure_online(options: argparse.Namespace) -> Section:
         "Training step with the KL term, against online DPO",
         f"{harness.describe(options)}. Equal: {options.batch} prompts a step of 32 to 96 tokens (times "
         f"{options.scale:g}), two completions of {length} tokens each per prompt, sampled completions of "
-        f"{length} tokens (nothing but the end token, which random weights draw once in a vocabulary, ends "
-        "one earlier), temperature 1. softpref takes the pairs from the data, and draws "
+        f"{length} tokens (only an end token that the weights hardly ever draw ends one earlier), "
+        "temperature 1. softpref takes the pairs from the data, and draws "
         f"{options.batch // 2} samples a step for its KL term, sixteen steps' at once; OnlineDPOTrainer "
         "(`trl.experimental.online_dpo`) draws both completions of every prompt at every step, and a "
         "reward function that returns zeros judges them. Its default of gradient checkpointing, which "
@@ -116,10 +125,12 @@ def measure_online(options: argparse.Namespace) -> Section:
     for vocabulary in harness.vocabularies(options, (32000,)):
         lengths = Lengths(completion=(96, 96))
         rows = harness.make_rows(options, vocabulary, options.batch * options.steps, lengths)
+        tokenizer = harness.make_tokenizer(options, vocabulary, rare_end=True)
         model = harness.make_model(options, vocabulary)
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
         trainers = {
-            "softpref": _with_kl(options, rows, vocabulary, model, limit=length),
-            "OnlineDPOTrainer": _online_dpo(options, rows, vocabulary, length),
+            "softpref": _with_kl(options, rows, vocabulary, model, length, tokenizer=tokenizer),
+            "OnlineDPOTrainer": _online_dpo(options, rows, tokenizer, vocabulary, length),
         }
         speeds = _pairs_per_second(trainers, options)
         goal = 2.5 if vocabulary == 32000 and _as_agreed(options) else None
@@ -137,41 +148,71 @@ def measure_online(options: argparse.Namespace) -> Section:
 
 
 def measure_shared(options: argparse.Namespace) -> Section:
-    from softpref.spo import SPOConfig
-
     rows_a_step = max(1, options.batch // 4)
-    lengths = Lengths((512, 512), (64, 64))
     section = Section(
         "Shared prompts",
         f"{harness.describe(options)}. Rankings of four completions of 64 tokens to a prompt of 512 (times "
-        f"{options.scale:g}), {rows_a_step} rows a step. Training steps without the KL term.",
+        f"{options.scale:g}), {rows_a_step} rows a step. Training steps without the KL term against those "
+        "with `plain_forward`, which pads every completion with a prompt of its own and has full logits; "
+        "and forward and backward of the log-probabilities alone, packed, sharing the prompt or not, and "
+        "nothing else different.",
     )
-    switches = {field.name for field in dataclasses.fields(SPOConfig)}
-    if "plain_forward" not in switches:
-        section.notes.append("This version of softpref has no `plain_forward` to compare with.")
-        return section
     options = argparse.Namespace(**{**vars(options), "batch": rows_a_step})
     for vocabulary in harness.vocabularies(options, (4096, 32000)):
+        lengths = Lengths((512, 512), (64, 64))
         rows = harness.make_rows(options, vocabulary, rows_a_step * options.steps, lengths, completions=4)
+        goal = 2.0 if _as_agreed(options) else None
         trainers = {
             "softpref": harness.spo_trainer(options, rows, vocabulary),
             "each whole": harness.spo_trainer(options, rows, vocabulary, plain_forward=True),
         }
         speeds = _pairs_per_second(trainers, options)
-        section.compare(
-            f"vocabulary {vocabulary:,}",
-            speeds["softpref"],
-            speeds["each whole"],
-            "rows/s",
-            "padded rows, full logits",
-            goal=2.0 if _as_agreed(options) else None,
-        )
+        what = f"vocabulary {vocabulary:,}, training step"
+        ours, plain = speeds["softpref"], speeds["each whole"]
+        section.compare(what, ours, plain, "rows/s", "plain_forward", goal=goal)
+        tokenized = [dict(row) for row in trainers["softpref"].trainer.train_dataset]
         _forget(trainers)
+        model = harness.make_model(options, vocabulary)
+        sides = {
+            name: _forward_and_backward(options, model, tokenized[:rows_a_step], shared)
+            for name, shared in (("shared", True), ("apart", False))
+        }
+        speeds = harness.alternate(sides, options.rounds)
+        what = f"vocabulary {vocabulary:,}, forward and backward"
+        section.compare(what, speeds["shared"], speeds["apart"], "rows/s", "packed apart", goal=goal)
     return section
 
 
+def _forward_and_backward(
+    options: argparse.Namespace, model: Any, rows: list[dict[str, Any]], shared: bool
+) -> Callable[[int], float]:
+    """Rows per second of the log-probabilities of one packed batch and their gradient."""
+    import torch
+    from softpref.lm.packing import pack_sequences
+    from softpref.lm.scoring import sequence_logps
+
+    sequences = [(row["prompt"], completion) for row in rows for completion in row["completions"]]
+    batch = pack_sequences(sequences, share_prompts=shared).to(options.device)
+
+    def run(_: int) -> float:
+        started = time.perf_counter()
+        for _ in range(options.steps):
+            sequence_logps(model, batch).sum().backward()
+            model.zero_grad(set_to_none=True)
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        return options.steps * len(rows) / (time.perf_counter() - started)
+
+    return run
+
+
 def _with_kl(
-    options: argparse.Namespace, rows: list[dict[str, Any]], vocabulary: int, model: Any, limit: int
+    options: argparse.Namespace,
+    rows: list[dict[str, Any]],
+    vocabulary: int,
+    model: Any,
+    limit: int,
+    **arguments: Any,
 ) -> Timed:
     """softpref with the KL term: as many timed steps as a refresh lasts."""
     if INTERVAL % options.steps:
@@ -186,11 +227,12 @@ def _with_kl(
         sampling_interval=INTERVAL,
         samples_per_refresh=INTERVAL * (options.batch // 2),
         max_completion_length=limit,
+        **arguments,
     )
 
 
 def _online_dpo(
-    options: argparse.Namespace, rows: list[dict[str, Any]], vocabulary: int, length: int
+    options: argparse.Namespace, rows: list[dict[str, Any]], tokenizer: Any, vocabulary: int, length: int
 ) -> Timed:
     from datasets import Dataset
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
@@ -198,14 +240,15 @@ def _online_dpo(
     def indifferent(completions: list[str], **ignored: Any) -> list[float]:
         return [0.0] * len(completions)
 
+    model = harness.make_model(options, vocabulary)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    arguments = harness.shared_arguments(options, options.steps + 1)
     trainer = OnlineDPOTrainer(
-        harness.make_model(options, vocabulary),
+        model,
         reward_funcs=indifferent,
-        args=OnlineDPOConfig(
-            **harness.shared_arguments(options, options.steps + 1), max_new_tokens=length, temperature=1.0
-        ),
+        args=OnlineDPOConfig(**arguments, max_new_tokens=length, temperature=1.0),
         train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
-        processing_class=harness.make_tokenizer(options, vocabulary),
+        processing_class=tokenizer,
     )
     return Timed(trainer, options.steps)
 
@@ -233,17 +276,15 @@ def _utilisation(
         return []
     tokens, flops = harness.work_of_rows(next(iter(trainers.values())).trainer.model, rows)
     notes = []
-    for name, values in speeds.items():
-        speed = statistics.median(values) / len(rows)
+    for name in trainers:
+        speed = statistics.median(speeds[name]) / len(rows)
         notes.append(
             f"{label}, {name}: {speed * tokens:,.0f} tokens/s (each prompt counted once), "
             f"{speed * flops / peak:.1%} of {peak / 1e12:g} TFLOP/s"
         )
     notes.append(
         "Counted are the products of one forward and backward of the policy, a prompt once, the head at "
-        "completion tokens: what the loss needs, not what a trainer does besides. Allocator's peak, all "
-        f"sides in one process: {harness.peak_memory(options.device) / 2**30:.1f} GiB; each side's own: "
-        "bench_memory.py."
+        "completion tokens: what the loss needs, not what a trainer does besides."
     )
     return notes
 
@@ -285,10 +326,7 @@ PARTS = {"pairs": measure_pairs, "kl": measure_kl, "online": measure_online, "sh
 def main() -> None:
     parser = harness.arguments(__doc__, PARTS)
     parser.add_argument(
-        "--sides",
-        choices=("all", "both", "softpref", "trl"),
-        default="all",
-        help="of pairs: all, without TRL's variants, or one alone where the device holds no two",
+        "--apart", action="store_true", help="pairs: one side after another, if memory is short"
     )
     options = parser.parse_args()
     harness.set_up(options)

@@ -12,6 +12,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import random
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,7 @@ def arguments(description: str | None, parts: Iterable[str], **defaults: Any) ->
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=list(parts), help="of this benchmark; all by default")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32 on the CPU, else bf16")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--size", default="small", choices=SIZES, help="Llama shapes with random weights")
     parser.add_argument("--model", default="", help="a real model instead: a GGUF file, checkpoint or Hub id")
@@ -141,16 +143,20 @@ def spread(values: Sequence[float]) -> str:
 
 
 def figure(value: float) -> str:
-    """Three significant digits, in full."""
-    digits = max(0, 2 - (len(str(int(abs(value)))) - 1)) if abs(value) >= 1 else 3
-    return f"{value:.{digits}f}"
+    """Three significant digits; in full unless the number is very small."""
+    if value and abs(value) < 1e-3:
+        return f"{value:.2e}"
+    before = math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:.{max(0, 2 - before)}f}"
 
 
 def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run_parts(parts: dict[str, Callable[[argparse.Namespace], Section]], options: argparse.Namespace) -> None:
+def run_parts(
+    parts: Mapping[str, Callable[[argparse.Namespace], Section]], options: argparse.Namespace
+) -> None:
     """Measure the parts asked for and print them; write them for the table of all where that is asked for."""
     sections = []
     for name in options.parts or parts:
@@ -230,9 +236,9 @@ def set_up(options: argparse.Namespace) -> None:
 def make_model(options: argparse.Namespace, vocabulary: int | None = None) -> Any:
     """The model of `--model`, or a Llama of `--size` with random weights, alike at every call."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision(options)]
     if options.model:
         from softpref.lm.loading import load_model
 
@@ -252,24 +258,28 @@ def make_model(options: argparse.Namespace, vocabulary: int | None = None) -> An
         pad_token_id=PAD,
     )
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(options.device):
-            return LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(options.device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def make_tokenizer(options: argparse.Namespace, vocabulary: int) -> Any:
-    """The tokenizer of `--model`, or one whose words are the token ids themselves, set apart by spaces."""
+def make_tokenizer(options: argparse.Namespace, vocabulary: int, rare_end: bool = False) -> Any:
+    """The tokenizer of `--model`, or one whose words are the token ids themselves, set apart by spaces.
+
+    Args:
+        rare_end: a real model's end token becomes one that it hardly ever draws, so that samples have the
+            greatest length allowed, as they have under random weights.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     if options.model:
         from softpref.lm.loading import load_tokenizer
 
-        return load_tokenizer(options.model)
+        tokenizer = load_tokenizer(options.model)
+        if rare_end:
+            usual = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token}
+            tokenizer.eos_token = next(token for token in tokenizer.get_added_vocab() if token not in usual)
+        return tokenizer
     words = {str(i): i for i in range(FIRST, vocabulary)}
     text = Tokenizer(models.WordLevel({"<end>": END, "<pad>": PAD, **words}, unk_token="<end>"))
     text.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -355,13 +365,18 @@ def vocabularies(options: argparse.Namespace, usual: Sequence[int]) -> list[int]
     return options.vocabularies or (list(usual) if options.size == "small" else [SIZES[options.size][5]])
 
 
+def precision(options: argparse.Namespace) -> str:
+    """`fp32` or `bf16`: weights, gradients, optimizer state and products alike."""
+    return options.precision or ("fp32" if options.device == "cpu" else "bf16")
+
+
 def describe(options: argparse.Namespace) -> str:
     """The model and the machine's part in it, for a section's first lines."""
     hidden, _, layers, *_ = SIZES[options.size]
     model = f"`{Path(options.model).name}`" if options.model else f"Llama of {layers} layers, width {hidden}"
-    precision = "fp32" if options.device == "cpu" else "bf16"
     threads = f", {options.threads} threads" if options.device == "cpu" else ""
-    return f"{model}, {precision}, {options.device}{threads}; {options.rounds} rounds after a warm-up"
+    device = f"{precision(options)}, {options.device}{threads}"
+    return f"{model}, {device}; {options.rounds} rounds after a warm-up"
 
 
 # ---------------------------------------------------------------------------------------- trainers
@@ -405,7 +420,7 @@ def shared_arguments(options: argparse.Namespace, steps: int) -> dict[str, Any]:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "use_cpu": options.device == "cpu",
-        "bf16": options.device != "cpu",
+        "bf16": precision(options) == "bf16",
         "seed": 0,
     }
 
@@ -442,12 +457,13 @@ def spo_trainer(
     from softpref.spo import SPOConfig, SPOTrainer
 
     steps = arguments.pop("steps", options.steps)
+    tokenizer = arguments.pop("tokenizer", None) or make_tokenizer(options, vocabulary)
     values = {"beta": 0.0, "max_prompt_length": 2048, **shared_arguments(options, steps + 1), **arguments}
     trainer = SPOTrainer(
         make_model(options, vocabulary) if model is None else model,
         SPOConfig(**values),
         train_dataset=rows,
-        processing_class=make_tokenizer(options, vocabulary),
+        processing_class=tokenizer,
     )
     return Timed(trainer, steps)
 
@@ -482,7 +498,7 @@ def check_same_rows(ours: Timed, dpo: Timed) -> None:
             raise AssertionError(f"rows differ: {own} here, {theirs} there")
 
 
-def alternate(sides: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+def alternate(sides: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
     """Run all sides in turn, `rounds` times after a warm-up; what each returned."""
     values: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):

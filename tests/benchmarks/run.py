@@ -1,0 +1,146 @@
+"""Every benchmark after another, and RESULTS.md beside this file: what `make bench` runs.
+
+    python tests/benchmarks/run.py                      # quick: the whole within 25 minutes on two idle cores
+    python tests/benchmarks/run.py --rounds 5 --output results.md
+    python tests/benchmarks/run.py --only training:pairs memory
+    python tests/benchmarks/run.py --model SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2.md
+    python tests/benchmarks/run.py --device cuda --size 1b --output h200-1b.md
+
+Each part runs in a process of its own, so that none inherits another's memory, and a part that fails is
+listed with its last line while the rest goes on. TRL, the peer, comes with the extra `bench`; without it
+softpref is measured alone. Nothing else should run on the machine meanwhile: the load before each part is
+written down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import harness
+from harness import HERE, SIZES, Comparison, Section
+
+# script and part, with the options that keep the whole within its time
+PLAN = {
+    "training:pairs": ["--steps", "3"],
+    "training:kl": ["--steps", "4", "--rounds", "2"],
+    "training:online": ["--steps", "4", "--rounds", "2"],
+    "memory": ["--steps", "1"],
+    "training:shared": ["--steps", "2"],
+    "sampling:generate": [],
+    "sampling:ways": ["--rounds", "2"],
+    "products:products": ["--steps", "4"],
+    "products:profile": ["--steps", "2"],
+    "precision": [],
+}
+# a real model's steps take seconds each, and its vocabulary is its own
+OF_REAL_MODELS = ["training:pairs", "training:kl", "training:online", "memory", "sampling:generate"]
+
+
+def measure(name: str, extra: list[str], words: list[str], folder: Path) -> list[Section]:
+    """One part in its own process; its sections, or one that says how it failed."""
+    script, _, part = name.partition(":")
+    result = folder / f"{script}-{part}.json"
+    command = [sys.executable, str(HERE / f"bench_{script}.py"), *extra, *words, "--json", str(result)]
+    command += ["--parts", part] if part else []
+    load, started = os.getloadavg()[0], time.monotonic()
+    harness.progress(f"== {name}, load {load:.1f}")
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    sys.stderr.write(done.stderr)
+    took = time.monotonic() - started
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return [Section(name, f"Failed with exit status {done.returncode} after {took:.0f} s: {last}")]
+    sections = harness.read_sections(result)
+    sections[-1].notes.append(f"Took {took:.0f} s; load average before it: {load:.1f}.")
+    return sections
+
+
+def document(sections: list[Section], facts: list[tuple[str, str]], chart: str = "") -> str:
+    """The whole table: where and when, everything with a goal, then each section."""
+    lines = ["# Benchmarks", ""]
+    lines += [*harness.table(["", ""], [list(fact) for fact in facts]), ""]
+    lines += [
+        "softpref beside its peers: in one process, in turn, after a warm-up; medians, and in brackets the "
+        "least and the greatest; the ratio is that of the medians. `python tests/benchmarks/run.py` makes "
+        "this file.",
+        "",
+    ]
+    if goals := with_goals(sections):
+        lines += ["## Goals", "", *harness.comparison_table(goals), ""]
+        lines += [f"![Ratios and goals]({chart})", ""] if chart else []
+    return "\n".join(lines) + "\n" + "\n".join(section.markdown() for section in sections)
+
+
+def with_goals(sections: list[Section]) -> list[Comparison]:
+    """The comparisons that a goal is set for, named with their section."""
+    return [
+        dataclasses.replace(each, what=f"{section.title}: {each.what}")
+        for section in sections
+        for each in section.comparisons
+        if each.goal is not None
+    ]
+
+
+def draw(goals: list[Comparison], file: Path) -> None:
+    """How far each comparison is from its goal: 1 is the goal, more is better."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    reached = [each.goal / each.ratio if each.at_most else each.ratio / each.goal for each in goals]  # type: ignore[operator]
+    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.38 * len(goals)), layout="constrained")
+    bars = axes.barh(range(len(goals)), reached, color=["C2" if value >= 1 else "C1" for value in reached])
+    said = [f"{each.ratio:.2f} ({'≤' if each.at_most else '≥'} {each.goal:g})" for each in goals]
+    axes.bar_label(bars, said, padding=3, fontsize=7)
+    axes.set_yticks(range(len(goals)), [each.what for each in goals], fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(1, color="grey", lw=1)
+    axes.margins(x=0.15)
+    axes.set_xlabel("ratio against goal; 1 is the goal")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(PLAN), help="these parts alone")
+    parser.add_argument("--output", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, help="in place of each part's own number")
+    parser.add_argument("--size", default="small", choices=SIZES)
+    parser.add_argument("--model", default="", help="a real model instead of random weights")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies all lengths")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    facts = harness.environment(options.device, options.threads)
+    words = ["--device", options.device, "--threads", str(options.threads), "--size", options.size]
+    words += ["--scale", str(options.scale)]
+    plan = dict(PLAN)
+    if options.model:
+        plan = {name: [*PLAN[name], "--steps", "2", "--rounds", "1"] for name in OF_REAL_MODELS}
+        words += ["--model", options.model]
+    if options.rounds:
+        words += ["--rounds", str(options.rounds)]
+    sections = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.only or plan:
+            sections += measure(name, plan[name], words, Path(folder))
+            chart = options.output.with_name(f"{options.output.stem.lower()}.png")
+            if goals := with_goals(sections):
+                draw(goals, chart)
+            text = document(sections, facts, chart.name if goals else "")
+            options.output.write_text(text, encoding="utf-8")  # what there is so far
+    print(options.output.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
