@@ -78,7 +78,7 @@ def held_out(
     """Score the held-out preferences under the policy: its figures, and warnings about rows."""
     from softpref.evaluation.metrics import PerplexityMetric, PreferenceMetric, prompt_key
     from softpref.lm.scoring import score_sequences
-    from softpref.lm.tokenization import tokenize_sequence
+    from softpref.lm.tokenization import tokenize_row
 
     limits = {
         "max_prompt_length": models.max_prompt_length,
@@ -87,12 +87,7 @@ def held_out(
     used, tokens = [], []
     for row in rows:
         try:
-            tokens.append(
-                [
-                    tokenize_sequence(models.tokenizer, row["prompt"], completion, **limits)
-                    for completion in row["completions"]
-                ]
-            )
+            tokens.append(tokenize_row(models.tokenizer, row["prompt"], row["completions"], **limits))
         except DataError:  # a text that this tokenizer cannot express; counted below
             continue
         used.append(row)
@@ -243,7 +238,7 @@ def enumerated(
     from softpref.evaluation.exact import exact_prompt, trained_objective, why_unknown
     from softpref.evaluation.measure import check_positions
     from softpref.lm.scoring import score_sequences
-    from softpref.lm.tokenization import tokenize_prompt, tokenize_sequence
+    from softpref.lm.tokenization import tokenize_row
 
     known = [prompt for prompt in prompts if isinstance(prompt, str) and prompt in outcomes]
     known = known[: config.exact_prompts]
@@ -257,15 +252,14 @@ def enumerated(
     with _progress(total, "every outcome", "sequence") as progress:
         for prompt in known:
             entry = outcomes[prompt]
-            ids = tokenize_prompt(models.tokenizer, prompt, max_length=models.max_prompt_length)
-            completions = [
-                tokenize_sequence(models.tokenizer, prompt, text).completion for text in entry.completions
-            ]
-            longest = max(map(len, completions))
-            sequences = [(ids, completion) for completion in completions]
+            tokenized = tokenize_row(
+                models.tokenizer, prompt, entry.completions, max_prompt_length=models.max_prompt_length
+            )
+            sequences = [(each.prompt, each.completion) for each in tokenized]
+            longest = max(len(completion) for _, completion in sequences)
             scores = []
             for model in (models.policy, models.reference):
-                check_positions(model, len(ids), longest, "set exact_prompts to 0")
+                check_positions(model, len(sequences[0][0]), longest, "set exact_prompts to 0")
                 found_scores = score_sequences(model, sequences, **models.scoring, progress=progress)
                 scores.append(found_scores.double().numpy())
             policy, reference = scores

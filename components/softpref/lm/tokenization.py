@@ -54,6 +54,43 @@ def tokenize_prompt(tokenizer: Any, prompt: Text, *, max_length: int | None = No
     return ids if max_length is None else ids[-max_length:]
 
 
+def tokenize_row(
+    tokenizer: Any,
+    prompt: Text,
+    completions: Sequence[Text],
+    *,
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+) -> list[TokenizedSequence]:
+    """Tokenize completions of a prompt; exactly one end token closes each unless it is cut.
+
+    Args:
+        max_prompt_length: prompts longer than this lose their beginning.
+        max_completion_length: completions longer than this (end token included) lose their end, and with it
+            the end token: a cut text did not end there.
+
+    Raises:
+        DataError: a completion has no token, or the chat template does not keep the prompt's tokens as the
+            beginning of the whole conversation's.
+        ConfigError: the tokenizer has no end-of-sequence token or lacks a chat template.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ConfigError("the tokenizer has no eos_token; set one, for a completion must be able to end")
+    prompt_ids = tokenize_prompt(tokenizer, prompt)
+    texts = isinstance(prompt, str) and all(isinstance(completion, str) for completion in completions)
+    given: Any = [None] * len(completions)
+    if texts and completions:  # one call costs little more than a text does
+        given = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+    sequences = []
+    for completion, ids in zip(completions, given, strict=True):
+        completion_ids = _completion_ids(tokenizer, prompt, prompt_ids, completion, ids)
+        truncated = max_completion_length is not None and len(completion_ids) > max_completion_length
+        kept = prompt_ids if max_prompt_length is None else prompt_ids[-max_prompt_length:]
+        sequences.append(TokenizedSequence(kept, completion_ids[:max_completion_length], truncated))
+    return sequences
+
+
 def tokenize_sequence(
     tokenizer: Any,
     prompt: Text,
@@ -62,24 +99,18 @@ def tokenize_sequence(
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
 ) -> TokenizedSequence:
-    """Tokenize one completion of a prompt; exactly one end token closes it unless it is cut.
+    """Tokenize one completion of a prompt, as `tokenize_row` does."""
+    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
+    return tokenize_row(tokenizer, prompt, [completion], **limits)[0]
 
-    Args:
-        max_prompt_length: prompts longer than this lose their beginning.
-        max_completion_length: completions longer than this (end token included) lose their end, and with it
-            the end token: a cut text did not end there.
 
-    Raises:
-        DataError: the completion has no token, or the chat template does not keep the prompt's tokens as the
-            beginning of the whole conversation's.
-        ConfigError: the tokenizer has no end-of-sequence token or lacks a chat template.
-    """
+def _completion_ids(
+    tokenizer: Any, prompt: Text, prompt_ids: list[int], completion: Text, ids: list[int] | None
+) -> list[int]:
+    """The ids after the prompt's, closed by one end token; `ids` are the text's, where it is text."""
     eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ConfigError("the tokenizer has no eos_token; set one, for a completion must be able to end")
-    prompt_ids = tokenize_prompt(tokenizer, prompt)
     if isinstance(prompt, str) and isinstance(completion, str):
-        completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"] if ids is None else ids
         while completion_ids and completion_ids[-1] == eos:
             completion_ids = completion_ids[:-1]
         if not completion_ids:
@@ -89,8 +120,8 @@ def tokenize_sequence(
                 f"the completion {completion!r} has the end token {tokenizer.eos_token!r} before its end; "
                 "a completion ends there, nothing can follow"
             )
-        completion_ids = [*completion_ids, eos]
-    elif _is_messages(prompt) and _is_messages(completion):
+        return [*completion_ids, eos]
+    if _is_messages(prompt) and _is_messages(completion):
         whole = _chat_ids(tokenizer, [*prompt, *completion], add_generation_prompt=False)
         if whole[: len(prompt_ids)] != prompt_ids:
             raise DataError(
@@ -101,17 +132,11 @@ def tokenize_sequence(
         completion_ids = _close(whole[len(prompt_ids) :], eos)
         if completion_ids == [eos]:
             raise DataError(f"the completion {completion!r} has no token")
-    else:
-        raise DataError(
-            "prompt and completion must both be text or both be messages, got "
-            f"{type(prompt).__name__} and {completion!r}"
-        )
-    truncated = max_completion_length is not None and len(completion_ids) > max_completion_length
-    if truncated:
-        completion_ids = completion_ids[:max_completion_length]
-    if max_prompt_length is not None:
-        prompt_ids = prompt_ids[-max_prompt_length:]
-    return TokenizedSequence(prompt_ids, completion_ids, truncated)
+        return completion_ids
+    raise DataError(
+        "prompt and completion must both be text or both be messages, got "
+        f"{type(prompt).__name__} and {completion!r}"
+    )
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:

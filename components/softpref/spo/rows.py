@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from softpref.errors import ConfigError, DataError
 from softpref.lm.packing import pack_sequences
-from softpref.lm.tokenization import tokenize_prompt, tokenize_sequence
+from softpref.lm.tokenization import tokenize_prompt, tokenize_row, tokenize_sequence
 from softpref.objectives.preference import PreferenceKind
 from softpref.spo.config import SPOConfig
 
@@ -38,16 +38,13 @@ class PreferenceRows(Dataset):
         for number, row in enumerate(progress):
             try:
                 prompt, completions = _columns(row)
-                tokenized = [
-                    tokenize_sequence(
-                        tokenizer,
-                        prompt,
-                        completion,
-                        max_prompt_length=args.max_prompt_length,
-                        max_completion_length=args.max_completion_length,
-                    )
-                    for completion in completions
-                ]
+                tokenized = tokenize_row(
+                    tokenizer,
+                    prompt,
+                    completions,
+                    max_prompt_length=args.max_prompt_length,
+                    max_completion_length=args.max_completion_length,
+                )
                 probability = _probability(row, len(completions))
                 kind = _kind(row, len(completions), args)
                 wins = (
