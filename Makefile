@@ -26,8 +26,9 @@ lint: setup
 test: lint  ## two workers, one thread each; the longest file first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_story_world.py tests
 
-bench: setup
-	$(BIN)/python tests/benchmarks/bench_sampling.py
+bench: setup  ## speed and memory beside the peers, into tests/benchmarks/RESULTS.md; nothing else should run
+	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python tests/benchmarks/run.py
 
 packages: setup  ## compile the pipelines; a test compares the result with what is checked in
 	$(BIN)/python pipelines/spo_pipeline.py compile
