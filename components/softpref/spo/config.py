@@ -81,7 +81,9 @@ class SPOConfig(TrainingArguments):
         extrapolation: weights w, comma-separated, at which the training stage also writes
             `aligned + w · (aligned − reference)` as a model of its own (ExPO, arXiv 2404.16792).
         sampling_engine: what draws samples: `transformers`, the trained model itself, or `vllm`, which takes
-            over its weights at each refresh (`sampling/logps_difference` tells how well both agree).
+            over its weights at each refresh (`sampling/logps_difference` tells how well both agree). In this
+            process vLLM needs memory for a second copy of the weights, and for the keys and values of
+            `sampling_batch_size` completions, until the process ends.
         vllm_server: URL of a server (`python -m softpref.spo.vllm_server`) that runs vLLM; empty runs it in
             the training process, beside the trainer's own weights.
         sampling_batch_size: completions sampled at once on a device.
