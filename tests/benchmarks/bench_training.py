@@ -157,11 +157,11 @@ def measure_shared(options: argparse.Namespace) -> Section:
         "and forward and backward of the log-probabilities alone, packed, sharing the prompt or not, and "
         "nothing else different.",
     )
+    goal = 2.0 if _as_agreed(options) else None
     options = argparse.Namespace(**{**vars(options), "batch": rows_a_step})
     for vocabulary in harness.vocabularies(options, (4096, 32000)):
         lengths = Lengths((512, 512), (64, 64))
         rows = harness.make_rows(options, vocabulary, rows_a_step * options.steps, lengths, completions=4)
-        goal = 2.0 if _as_agreed(options) else None
         trainers = {
             "softpref": harness.spo_trainer(options, rows, vocabulary),
             "each whole": harness.spo_trainer(options, rows, vocabulary, plain_forward=True),
@@ -309,7 +309,8 @@ def _rows_in_words(options: argparse.Namespace) -> str:
 
 def _as_agreed(options: argparse.Namespace) -> bool:
     """Whether the goals speak of these settings."""
-    return options.size == "small" and not options.model and options.device == "cpu" and options.scale == 1
+    asked = (options.size, options.batch, options.model, harness.precision(options), options.scale)
+    return asked == ("small", 8, "", "fp32", 1.0) and options.device == "cpu"
 
 
 def _forget(trainers: dict[str, Timed]) -> None:

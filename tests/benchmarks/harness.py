@@ -218,13 +218,12 @@ def has_trl() -> bool:
 
 def set_up(options: argparse.Namespace) -> None:
     """Threads and silence, before anything is measured."""
+    for name in ("TQDM_DISABLE", "TRL_EXPERIMENTAL_SILENCE", "HF_HUB_OFFLINE"):  # read when they are imported
+        os.environ.setdefault(name, "1")
     import torch
     import transformers
 
     torch.set_num_threads(options.threads)
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with contextlib.suppress(ImportError):

@@ -3,7 +3,7 @@
     python tests/benchmarks/run.py                      # quick: the whole within 25 minutes on two idle cores
     python tests/benchmarks/run.py --rounds 5 --output results.md
     python tests/benchmarks/run.py --only training:pairs memory
-    python tests/benchmarks/run.py --model SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2.md
+    python tests/benchmarks/run.py --model SmolLM2-135M-Instruct.Q4_1.gguf --output RESULTS-smollm2.md
     python tests/benchmarks/run.py --device cuda --size 1b --output h200-1b.md
 
 Each part runs in a process of its own, so that none inherits another's memory, and a part that fails is
@@ -40,7 +40,15 @@ PLAN = {
     "precision": [],
 }
 # a real model's steps take seconds each, and its vocabulary is its own
-OF_REAL_MODELS = ["training:pairs", "training:kl", "training:online", "memory", "sampling:generate"]
+PLAN_OF_REAL_MODELS = {
+    "training:pairs": ["--batch", "4", "--steps", "2", "--rounds", "2"],
+    "training:kl": ["--batch", "2", "--steps", "2", "--rounds", "1"],
+    "training:online": ["--batch", "2", "--steps", "2", "--rounds", "1"],
+    "memory": ["--batch", "4", "--steps", "1"],
+    "sampling:generate": ["--samples", "16", "--rounds", "1"],
+}
+# neither two trainers nor a trainer with its reference beside another fit on one device
+PLAN_OF_8B = {"training:pairs": ["--apart"], "memory": ["--steps", "1"], "sampling:generate": []}
 
 
 def measure(name: str, extra: list[str], words: list[str], folder: Path) -> list[Section]:
@@ -51,12 +59,15 @@ def measure(name: str, extra: list[str], words: list[str], folder: Path) -> list
     command += ["--parts", part] if part else []
     load, started = os.getloadavg()[0], time.monotonic()
     harness.progress(f"== {name}, load {load:.1f}")
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    sys.stderr.write(done.stderr)
+    last = "no message"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            sys.stderr.write(line)
+            last = line.strip() or last
     took = time.monotonic() - started
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return [Section(name, f"Failed with exit status {done.returncode} after {took:.0f} s: {last}")]
+    if process.returncode:
+        return [Section(name, f"Failed with exit status {process.returncode} after {took:.0f} s: {last}")]
     sections = harness.read_sections(result)
     sections[-1].notes.append(f"Took {took:.0f} s; load average before it: {load:.1f}.")
     return sections
@@ -124,15 +135,14 @@ def main() -> None:
     facts = harness.environment(options.device, options.threads)
     words = ["--device", options.device, "--threads", str(options.threads), "--size", options.size]
     words += ["--scale", str(options.scale)]
-    plan = dict(PLAN)
+    plan = PLAN_OF_REAL_MODELS if options.model else PLAN_OF_8B if options.size == "8b" else PLAN
     if options.model:
-        plan = {name: [*PLAN[name], "--steps", "2", "--rounds", "1"] for name in OF_REAL_MODELS}
         words += ["--model", options.model]
     if options.rounds:
         words += ["--rounds", str(options.rounds)]
     sections = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.only or plan:
+        for name in [name for name in plan if not options.only or name in options.only]:
             sections += measure(name, plan[name], words, Path(folder))
             chart = options.output.with_name(f"{options.output.stem.lower()}.png")
             if goals := with_goals(sections):
