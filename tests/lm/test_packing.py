@@ -265,6 +265,16 @@ def test_sequences_longer_than_a_sliding_window_are_padded():
     assert seen[1] == (2, 17)  # as many rows as sequences
 
 
+def test_attention_that_is_changed_afterwards_is_found_out(caplog):
+    model = make()
+    agree(model, SEQUENCES)
+    model.set_attn_implementation("eager")
+    agree(model, SEQUENCES)
+    assert "its attention is eager" in caplog.text
+    model.set_attn_implementation("sdpa")
+    agree(model, SEQUENCES)  # padded ever after
+
+
 def test_compiled_models_are_padded(caplog):
     model = make()
     compiled = torch.compile(model, backend="eager")

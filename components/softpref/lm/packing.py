@@ -110,7 +110,11 @@ def pack_sequences(
 
 def run_packed(model: Any, batch: PackedBatch) -> Any:
     """The model's output over the packed tokens, `[1, N, …]`; see `packs`, which must have agreed."""
-    return _run(model, batch, _Blocks(batch.blocks, batch.input_ids.device))
+    blocks = _Blocks(batch.blocks, batch.input_ids.device)
+    output = _run(model, batch, blocks)
+    if not blocks.calls:
+        raise RuntimeError("the model did not attend by blocks: tokens saw all that stood before them")
+    return output
 
 
 def packs(model: Any, inner: Any, batch: PackedBatch) -> bool:
@@ -125,7 +129,8 @@ def packs(model: Any, inner: Any, batch: PackedBatch) -> bool:
         model: as it is called, with wrappers.
         inner: the transformers model inside.
     """
-    if inner not in _verdicts:
+    implementation = inner.config.get_text_config()._attn_implementation
+    if inner not in _verdicts or (not _verdicts[inner] and implementation != ATTENTION):  # somebody changed it
         _verdicts[inner] = reason = _reason_against(model, inner)
         if reason:
             logger.warning("sequences are padded for %s: %s", type(inner).__name__, reason)
