@@ -169,7 +169,7 @@ def _compare_products(options: argparse.Namespace, vocabulary: int, section: Sec
         flops[kind] += count * product.flops
     whole = statistics.median(times["step"])
     section.compare(
-        f"vocabulary {vocabulary:,}: products' time / step's time",
+        f"vocabulary {vocabulary:,}",
         times["products"],
         times["step"],
         "s",

@@ -101,7 +101,7 @@ def measure_kl(options: argparse.Namespace) -> Section:
             section.compare(
                 what, speeds["softpref"], speeds["DPOTrainer"], "pairs/s", "DPOTrainer", goal=goal
             )
-        section.notes.append(_samples_in_words(trainers["softpref"]))
+        section.notes.append(_samples_in_words(trainers["softpref"], options, speeds["softpref"]))
         _forget(trainers)
     return section
 
@@ -142,7 +142,7 @@ def measure_online(options: argparse.Namespace) -> Section:
             "OnlineDPOTrainer",
             goal=goal,
         )
-        section.notes.append(_samples_in_words(trainers["softpref"]))
+        section.notes.append(_samples_in_words(trainers["softpref"], options, speeds["softpref"]))
         _forget(trainers)
     return section
 
@@ -289,12 +289,15 @@ def _utilisation(
     return notes
 
 
-def _samples_in_words(timed: Timed) -> str:
-    logged = [log for log in timed.trainer.state.log_history if "sampling/time_fraction" in log][-1]
+def _samples_in_words(timed: Timed, options: argparse.Namespace, speeds: list[float]) -> str:
+    """What sampling took of a run's time, by the trainer's own clock in the last of them."""
+    logged = [log for log in timed.trainer.state.log_history if "sampling/tokens_per_second" in log][-1]
+    speed, length = logged["sampling/tokens_per_second"], logged["completions/mean_length"]
+    seconds = timed.trainer.args.samples_per_refresh * length / speed
+    share = seconds / (INTERVAL * options.batch / speeds[-1])
     return (
-        f"Of softpref's time {logged['sampling/time_fraction']:.0%} went into sampling, at "
-        f"{logged.get('sampling/tokens_per_second', float('nan')):,.0f} tokens/s; samples had "
-        f"{logged['completions/mean_length']:.0f} tokens on average."
+        f"Of softpref's time {share:.0%} went into sampling, at {speed:,.0f} tokens/s; samples had "
+        f"{length:.0f} tokens on average."
     )
 
 

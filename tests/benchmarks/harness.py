@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -401,10 +402,16 @@ def step_clock() -> Any:
     return StepClock()
 
 
+@functools.cache
+def _output_folder() -> tempfile.TemporaryDirectory[str]:
+    """Where trainers may write; gone when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="softpref-bench-")
+
+
 def shared_arguments(options: argparse.Namespace, steps: int) -> dict[str, Any]:
     """Arguments of `transformers.TrainingArguments` that both trainers get."""
     return {
-        "output_dir": tempfile.mkdtemp(prefix="bench-"),
+        "output_dir": _output_folder().name,
         "per_device_train_batch_size": options.batch,
         "gradient_accumulation_steps": 1,
         "max_steps": steps,

@@ -114,7 +114,7 @@ def draw(goals: list[Comparison], file: Path) -> None:
     axes.set_yticks(range(len(goals)), [each.what for each in goals], fontsize=7)
     axes.invert_yaxis()
     axes.axvline(1, color="grey", lw=1)
-    axes.margins(x=0.15)
+    axes.margins(x=0.25)
     axes.set_xlabel("ratio against goal; 1 is the goal")
     figure.savefig(file, dpi=150)
     plt.close(figure)
