@@ -123,7 +123,12 @@ def draw(goals: list[Comparison], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(PLAN), help="these parts alone")
-    parser.add_argument("--output", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="file to write; RESULTS.md of a whole run on a CPU, a file named after device, size and model "
+        "of others, and none of parts alone",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, help="in place of each part's own number")
@@ -140,16 +145,25 @@ def main() -> None:
         words += ["--model", options.model]
     if options.rounds:
         words += ["--rounds", str(options.rounds)]
-    sections = []
+    output = options.output
+    if output is None and not options.only:
+        default = (options.device, options.size, options.model) == ("cpu", "small", "")
+        what = Path(options.model).stem or f"{options.device}-{options.size}"
+        output = HERE / ("RESULTS.md" if default else f"RESULTS-{what}.md")
+    sections, text = [], ""
     with tempfile.TemporaryDirectory() as folder:
         for name in [name for name in plan if not options.only or name in options.only]:
             sections += measure(name, plan[name], words, Path(folder))
-            chart = options.output.with_name(f"{options.output.stem.lower()}.png")
-            if goals := with_goals(sections):
-                draw(goals, chart)
-            text = document(sections, facts, chart.name if goals else "")
-            options.output.write_text(text, encoding="utf-8")  # what there is so far
-    print(options.output.read_text(encoding="utf-8"))
+            chart, goals = "", with_goals(sections)
+            if output is not None and goals:
+                chart = f"{output.stem.lower()}.png"
+                draw(goals, output.with_name(chart))
+            text = document(sections, facts, chart)
+            if output is not None:
+                output.write_text(text, encoding="utf-8")  # what there is so far
+    print(text)
+    if failed := [section.title for section in sections if section.title in plan]:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
