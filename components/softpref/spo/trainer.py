@@ -122,6 +122,8 @@ class SPOTrainer(GuardedTrainer):
             except ValueError as error:  # layers that the model does not have, a rank that is none
                 raise ConfigError(f"peft_config does not fit the model: {error}") from error
         _switch_dropout_off(model)
+        # before anything costly: an engine may not be installed, or its server be away
+        self._engine = sampling_engine(args, model) if args.samples_policy or args.draws_rows else None
         keeps_logps = args.method not in ("spo", "tdpo") and bool(
             args.reference_cache or args.refers_to_previous
         )
@@ -185,7 +187,6 @@ class SPOTrainer(GuardedTrainer):
         self._means: dict[str, Means] = {"train": Means(), "eval": Means()}
         self._clock = SamplingClock()
         self._step_weights, self._log_weights = (WeightSums(self.args.device) for _ in range(2))
-        self._engine = sampling_engine(args, self.model) if args.samples_policy or args.draws_rows else None
         self._steps_per_round = 1
         self._kept_reference: CompletionHidden | None = None  # how its kept hidden states become scores
         if keeps_logps:
