@@ -42,8 +42,8 @@ PLAN = {
 # a real model's steps take seconds each, and its vocabulary is its own
 PLAN_OF_REAL_MODELS = {
     "training:pairs": ["--batch", "4", "--steps", "2", "--rounds", "2"],
-    "training:kl": ["--batch", "2", "--steps", "2", "--rounds", "1"],
-    "training:online": ["--batch", "2", "--steps", "2", "--rounds", "1"],
+    "training:kl": ["--batch", "4", "--steps", "2", "--rounds", "1"],
+    "training:online": ["--batch", "4", "--steps", "2", "--rounds", "1"],
     "memory": ["--batch", "4", "--steps", "1"],
     "sampling:generate": ["--samples", "16", "--rounds", "1"],
 }
