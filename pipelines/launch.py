@@ -7,27 +7,20 @@ one planning function checks them before anything starts.
 from __future__ import annotations
 
 import argparse
-import builtins
 import contextlib
 import inspect
 import json
-import os
-import re
-import shutil
 import sys
-import time
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from forks import TaskServer
+from local_run import run_here, task_server
 from softpref.config import closest, read_mapping
 from softpref.errors import ConfigError, SoftprefError
-from softpref.tracking import end_run, open_parent, resolve_tracking_uri
-from times import TaskTimes
+from submission import submit
 
-_BEGAN = time.time() - time.process_time()  # of this process, which has done nothing but compute so far
 _HERE = Path(__file__).resolve().parent
 RECIPES, PACKAGES = _HERE / "recipes", _HERE / "packages"
 _ONLY_FOR_SWEEPS = {"alphas", "baselines", "selection_rule", "max_kl"}
@@ -42,7 +35,7 @@ def main(pipeline: Any, arguments: list[str]) -> int:
             return 0
         given = {name: getattr(options, name) for name in _inputs(pipeline)}
         parameters = pipeline_parameters(pipeline, options.recipe, given)
-        with _task_server(parameters) if options.runner == "local" else contextlib.nullcontext() as tasks:
+        with task_server(parameters) if options.runner == "local" else contextlib.nullcontext() as tasks:
             from softpref.preflight.stage import plan
 
             members = plan(parameters)
@@ -50,8 +43,8 @@ def main(pipeline: Any, arguments: list[str]) -> int:
                 f"{_name(pipeline)}, recipe {options.recipe}: {', '.join(member.name for member in members)}"
             )
             if options.runner == "cluster":
-                return _submit(pipeline, parameters, options)
-            return _run_here(pipeline, parameters, options, tasks)
+                return submit(pipeline, parameters, options)
+            return run_here(pipeline, parameters, options, tasks)
     except SoftprefError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -119,246 +112,6 @@ def compile_package(pipeline: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     compiler.Compiler().compile(pipeline, str(path))
     return path
-
-
-# ---------------------------------------------------------------------- on this machine
-
-
-def _task_server(parameters: Mapping[str, Any]) -> contextlib.AbstractContextManager[TaskServer | None]:
-    """Begins the imports that all tasks need, while this process checks the parameters."""
-    # two models are trained at a time: more threads than cores would slow both
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.platform.startswith("linux"):  # elsewhere forks of a process with these libraries may crash
-        return contextlib.nullcontext()
-    return TaskServer(resolve_tracking_uri(parameters["tracking_uri"] or None))
-
-
-def _run_here(
-    pipeline: Any, parameters: dict[str, Any], options: argparse.Namespace, tasks: TaskServer | None
-) -> int:
-    name = f"{Path(options.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    output = Path(options.output or Path("runs") / name)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(
-            f"--output {output} is a file or not empty; name a new folder, nothing is overwritten"
-        )
-    uri = resolve_tracking_uri(parameters["tracking_uri"] or None)
-    if options.runner == "docker" and uri.startswith("sqlite:"):
-        raise ConfigError(
-            "containers cannot share a SQLite file; start a server (mlflow server --host 0.0.0.0) and give "
-            "its URL as --tracking-uri"
-        )
-    output.mkdir(parents=True, exist_ok=True)
-    os.environ["MLFLOW_TRACKING_URI"] = parameters["tracking_uri"] = uri
-    parent = parameters["parent_run_id"] or open_parent(
-        parameters["experiment"], name, tags={"softpref.recipe": options.recipe}, tracking_uri=uri
-    )
-    parameters["parent_run_id"] = parent or ""
-    print(f"output {output}, tracking {uri}")
-    times = TaskTimes(_BEGAN)
-    succeeded = False
-    try:
-        with _console(output / "pipeline.log") as console:
-            succeeded = _execute(pipeline, parameters, options.runner, output / "pipeline", tasks, times)
-    finally:
-        end_run(parent, "FINISHED" if succeeded else "FAILED", tracking_uri=uri)
-    if not succeeded:
-        print(console.last_lines(40), file=sys.stderr)
-        print(
-            f"error: the pipeline failed; everything it printed is in {output / 'pipeline.log'}",
-            file=sys.stderr,
-        )
-        return 1
-    _summarise(output, uri)
-    print(times.in_words(time.time()))
-    return 0
-
-
-def _execute(
-    pipeline: Any,
-    parameters: dict[str, Any],
-    runner: str,
-    root: Path,
-    tasks: TaskServer | None,
-    times: TaskTimes,
-) -> bool:
-    import warnings
-
-    from kfp import local
-    from kfp.local import docker_task_handler, subprocess_task_handler
-
-    start = tasks.run if tasks else subprocess_task_handler.run_local_subprocess
-
-    def run_task(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
-        with times.task(full_command):
-            return start(full_command, env_vars)
-
-    def run_container(
-        client: Any, image: str, command: list[str], volumes: dict[str, Any], **more: Any
-    ) -> int:
-        with times.task(command):
-            return _run_container(client, image, command, volumes, **more)
-
-    subprocess_task_handler.run_local_subprocess = run_task
-    docker_task_handler.run_docker_container = run_container
-    warnings.filterwarnings("ignore", module="kfp")
-    if runner == "docker":
-        environment = {"MLFLOW_TRACKING_URI": parameters["tracking_uri"]}
-        # as the user who runs it, who owns the output folder that the containers write to
-        user = f"{os.getuid()}:{os.getgid()}"
-        chosen: Any = local.DockerRunner(environment=environment, network_mode="host", user=user)
-    else:
-        chosen = local.SubprocessRunner(use_venv=False)
-    local.init(runner=chosen, pipeline_root=str(root.resolve()), raise_on_error=True)
-    original_print = builtins.print
-    try:
-        pipeline(**parameters)
-    except RuntimeError as error:
-        print(f"ERROR - {error}")
-        return False
-    finally:
-        builtins.print = original_print  # KFP indents it, and tasks side by side leave it so
-    return True
-
-
-def _run_container(
-    client: Any, image: str, command: list[str], volumes: dict[str, Any], **options: Any
-) -> int:
-    """Run one task in a container and return its exit status.
-
-    KFP's own function removes the container before it asks for the status and then takes a failure for a
-    success (kubeflow/pipelines 13332).
-    """
-    container = client.containers.run(image=image, command=command, detach=True, volumes=volumes, **options)
-    try:
-        for line in container.logs(stream=True, follow=True):
-            print(line.decode(errors="replace"), end="")
-        return container.wait()["StatusCode"]
-    finally:
-        container.remove(force=True)
-
-
-class _Console:
-    """What a local run prints: everything goes to a log file, the course of events to the screen."""
-
-    _EVENT = re.compile(r"^([\d:]+)\.\d+ - INFO - (Executing task|Task|Pipeline) '(.*?)'(.*)")
-    _TROUBLE = re.compile(r"Traceback|Error\b|ERROR|WARNING|warning: ")
-    _COLOUR = re.compile(r"\x1b\[\d+m")
-    _PROGRESS = re.compile(r"^(.*?)\s*(\d+%)\|.*?\| *(\S+/\S+) \[([^\]]*)\]")
-    _SECONDS_BETWEEN_PROGRESS = 10.0
-
-    def __init__(self, screen: TextIO, log: TextIO) -> None:
-        self._screen, self._log = screen, log
-        self._rest, self._last_progress = "", 0.0
-        self._recent: list[str] = []
-
-    def write(self, text: str) -> int:
-        *lines, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
-        for line in lines:
-            self._log.write(line + "\n")
-            if line.strip():
-                line = self._COLOUR.sub("", line)
-                self._recent = [*self._recent[-200:], line]
-                self._show(line.strip())
-        return len(text)
-
-    def flush(self) -> None:
-        self._log.flush()
-        self._screen.flush()
-
-    def isatty(self) -> bool:
-        return False
-
-    def last_lines(self, count: int) -> str:
-        """What was printed last, without progress bars."""
-        return "\n".join([line for line in self._recent if not self._PROGRESS.search(line)][-count:])
-
-    def _show(self, line: str) -> None:
-        progress, event = self._PROGRESS.search(line), self._EVENT.search(line)
-        if progress:
-            title, share, count, times = progress.groups()
-            momentary = times.startswith(("00:00", "00:01"))  # bars of a second say nothing
-            if (
-                not title
-                or momentary
-                or time.monotonic() - self._last_progress < self._SECONDS_BETWEEN_PROGRESS
-            ):
-                return
-            self._last_progress = time.monotonic()
-            line = f"          {title.rstrip(':')} {share} {count} [{times}]"
-        elif event:
-            clock, what, name, rest = event.groups()
-            if what != "Executing task" and "finished" not in rest:
-                return
-            rest = (
-                rest.replace("finished with status ", "").lower() if what != "Executing task" else " started"
-            )
-            line = f"{clock}  {name}{rest}"
-        elif not self._TROUBLE.search(line):
-            return
-        self._screen.write(line + "\n")
-        self._screen.flush()
-
-
-@contextlib.contextmanager
-def _console(log_file: Path) -> Iterator[_Console]:
-    with log_file.open("w", encoding="utf-8") as log:
-        console = _Console(sys.stdout, log)
-        with contextlib.redirect_stdout(console):  # type: ignore[type-var]
-            yield console
-
-
-def _summarise(output: Path, tracking_uri: str) -> None:
-    """Bring the results to the top of the output folder and say what they are and where."""
-    from softpref.evaluation.compare import evaluation_folders, format_table
-
-    tasks = output / "pipeline"
-    found = sorted(path.parent for path in tasks.rglob("evaluation/evaluation.json"))
-    evaluations = [
-        json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        for folder in evaluation_folders(found)
-    ]
-    print(f"\n{format_table(evaluations)}\n")
-    comparison = next(tasks.rglob("comparison.json"), None)
-    if comparison:
-        shutil.copytree(comparison.parent, output / "comparison", dirs_exist_ok=True)
-        choice = json.loads(comparison.read_text(encoding="utf-8"))
-        print(f"chosen:   {choice['chosen']}. {choice['reason']}")
-    registration = next(tasks.rglob("registration.json"), None)
-    if registration:
-        shutil.copy(registration, output / "registration.json")
-        decision = json.loads(registration.read_text(encoding="utf-8"))
-        aliases = "".join(f" @{alias}" for alias in decision["aliases"])
-        version = f" version {decision['version']}{aliases}" if decision["registered"] else ""
-        print(f"registry: {decision['model_name']}{version}. {decision['reason']}")
-    for report in [output / "comparison" / "report.html"] if comparison else tasks.rglob("report.html"):
-        print(f"report:   {report}")
-    print(f"tracking: {tracking_uri}; look at it with: mlflow ui --backend-store-uri {tracking_uri}")
-
-
-# ---------------------------------------------------------------------- on a cluster
-
-
-def _submit(pipeline: Any, parameters: dict[str, Any], options: argparse.Namespace) -> int:
-    import kfp
-
-    if not options.endpoint:
-        raise ConfigError("--runner cluster needs --endpoint, the URL of the Kubeflow Pipelines API")
-    client = kfp.Client(
-        host=options.endpoint,
-        namespace=options.namespace,
-        existing_token=os.environ.get("KFP_TOKEN"),
-    )
-    run = client.create_run_from_pipeline_func(
-        pipeline,
-        arguments=parameters,
-        run_name=f"{_name(pipeline)}-{Path(options.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}",
-        experiment_name=parameters["experiment"],
-        namespace=options.namespace,
-    )
-    print(f"submitted run {run.run_id} to {options.endpoint}")
-    return 0
 
 
 # ---------------------------------------------------------------------- the command line

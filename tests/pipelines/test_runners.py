@@ -26,7 +26,7 @@ class Container:
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_exit_status_of_a_container_is_read_before_it_is_removed(status, capsys):
-    import launch
+    import containers
 
     container = Container(status)
 
@@ -37,7 +37,7 @@ def test_exit_status_of_a_container_is_read_before_it_is_removed(status, capsys)
                 assert not options.get("auto_remove")
                 return container
 
-    assert launch._run_container(Client(), "image", ["true"], {}) == status
+    assert containers.run_container(Client(), "image", ["true"], {}) == status
     assert container.removed
     assert "working" in capsys.readouterr().out
 
@@ -101,7 +101,7 @@ def test_cluster_runner_posts_the_graph_and_its_parameters(cluster, capsys, monk
 
 
 def test_the_summary_of_a_run_has_a_line_for_every_model(tmp_path, capsys):
-    import launch
+    import local_run
 
     names = {"evaluate-model": "even", "evaluate-model/evaluation/extrapolated-0.5": "even-expo-0.5"}
     names["evaluate-model-2"] = "sharp"
@@ -114,7 +114,7 @@ def test_the_summary_of_a_run_has_a_line_for_every_model(tmp_path, capsys):
         evaluation |= {"rounds": 1, "train_on": "preferences", "extrapolation": weight}
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
         (folder / "report.html").touch()
-    launch._summarise(tmp_path, "sqlite:///store.db")
+    local_run._summarise(tmp_path, "sqlite:///store.db")
     printed = capsys.readouterr().out
     table = [line.split()[0] for line in printed.splitlines() if " 1 " in line and line.endswith("–")]
     assert sorted(table) == ["even", "even-expo-0.5", "sharp"]

@@ -1,0 +1,81 @@
+"""What a run on this machine shows: all of it in a log file, the course of events on the screen."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+
+class Console:
+    """What a local run prints: everything goes to a log file, the course of events to the screen."""
+
+    _EVENT = re.compile(r"^([\d:]+)\.\d+ - INFO - (Executing task|Task|Pipeline) '(.*?)'(.*)")
+    _TROUBLE = re.compile(r"Traceback|Error\b|ERROR|WARNING|warning: ")
+    _COLOUR = re.compile(r"\x1b\[\d+m")
+    _PROGRESS = re.compile(r"^(.*?)\s*(\d+%)\|.*?\| *(\S+/\S+) \[([^\]]*)\]")
+    _SECONDS_BETWEEN_PROGRESS = 10.0
+
+    def __init__(self, screen: TextIO, log: TextIO) -> None:
+        self._screen, self._log = screen, log
+        self._rest, self._last_progress = "", 0.0
+        self._recent: list[str] = []
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
+        for line in lines:
+            self._log.write(line + "\n")
+            if line.strip():
+                line = self._COLOUR.sub("", line)
+                self._recent = [*self._recent[-200:], line]
+                self._show(line.strip())
+        return len(text)
+
+    def flush(self) -> None:
+        self._log.flush()
+        self._screen.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+    def last_lines(self, count: int) -> str:
+        """What was printed last, without progress bars."""
+        return "\n".join([line for line in self._recent if not self._PROGRESS.search(line)][-count:])
+
+    def _show(self, line: str) -> None:
+        progress, event = self._PROGRESS.search(line), self._EVENT.search(line)
+        if progress:
+            title, share, count, times = progress.groups()
+            momentary = times.startswith(("00:00", "00:01"))  # bars of a second say nothing
+            if (
+                not title
+                or momentary
+                or time.monotonic() - self._last_progress < self._SECONDS_BETWEEN_PROGRESS
+            ):
+                return
+            self._last_progress = time.monotonic()
+            line = f"          {title.rstrip(':')} {share} {count} [{times}]"
+        elif event:
+            clock, what, name, rest = event.groups()
+            if what != "Executing task" and "finished" not in rest:
+                return
+            rest = (
+                rest.replace("finished with status ", "").lower() if what != "Executing task" else " started"
+            )
+            line = f"{clock}  {name}{rest}"
+        elif not self._TROUBLE.search(line):
+            return
+        self._screen.write(line + "\n")
+        self._screen.flush()
+
+
+@contextlib.contextmanager
+def console(log_file: Path) -> Iterator[Console]:
+    with log_file.open("w", encoding="utf-8") as log:
+        screen = Console(sys.stdout, log)
+        with contextlib.redirect_stdout(screen):  # type: ignore[type-var]
+            yield screen

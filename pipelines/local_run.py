@@ -1,0 +1,145 @@
+"""Runs a pipeline on this machine, its tasks as processes or in containers, and says what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from console import console
+from containers import docker_runner, run_container
+from forks import TaskServer
+from softpref.errors import ConfigError
+from softpref.tracking import end_run, open_parent, resolve_tracking_uri
+from times import TaskTimes
+
+_BEGAN = time.time() - time.process_time()  # of this process, which has done nothing but compute so far
+
+
+def task_server(parameters: Mapping[str, Any]) -> contextlib.AbstractContextManager[TaskServer | None]:
+    """Begins the imports that all tasks need, while this process checks the parameters."""
+    # two models are trained at a time: more threads than cores would slow both
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.platform.startswith("linux"):  # elsewhere forks of a process with these libraries may crash
+        return contextlib.nullcontext()
+    return TaskServer(resolve_tracking_uri(parameters["tracking_uri"] or None))
+
+
+def run_here(
+    pipeline: Any, parameters: dict[str, Any], options: argparse.Namespace, tasks: TaskServer | None
+) -> int:
+    name = f"{Path(options.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    output = Path(options.output or Path("runs") / name)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            f"--output {output} is a file or not empty; name a new folder, nothing is overwritten"
+        )
+    uri = resolve_tracking_uri(parameters["tracking_uri"] or None)
+    if options.runner == "docker" and uri.startswith("sqlite:"):
+        raise ConfigError(
+            "containers cannot share a SQLite file; start a server (mlflow server --host 0.0.0.0) and give "
+            "its URL as --tracking-uri"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    os.environ["MLFLOW_TRACKING_URI"] = parameters["tracking_uri"] = uri
+    parent = parameters["parent_run_id"] or open_parent(
+        parameters["experiment"], name, tags={"softpref.recipe": options.recipe}, tracking_uri=uri
+    )
+    parameters["parent_run_id"] = parent or ""
+    print(f"output {output}, tracking {uri}")
+    times = TaskTimes(_BEGAN)
+    succeeded = False
+    try:
+        with console(output / "pipeline.log") as screen:
+            succeeded = _execute(pipeline, parameters, options.runner, output / "pipeline", tasks, times)
+    finally:
+        end_run(parent, "FINISHED" if succeeded else "FAILED", tracking_uri=uri)
+    if not succeeded:
+        print(screen.last_lines(40), file=sys.stderr)
+        print(
+            f"error: the pipeline failed; everything it printed is in {output / 'pipeline.log'}",
+            file=sys.stderr,
+        )
+        return 1
+    _summarise(output, uri)
+    print(times.in_words(time.time()))
+    return 0
+
+
+def _execute(
+    pipeline: Any,
+    parameters: dict[str, Any],
+    runner: str,
+    root: Path,
+    tasks: TaskServer | None,
+    times: TaskTimes,
+) -> bool:
+    import warnings
+
+    from kfp import local
+    from kfp.local import docker_task_handler, subprocess_task_handler
+
+    start = tasks.run if tasks else subprocess_task_handler.run_local_subprocess
+
+    def run_task(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
+        with times.task(full_command):
+            return start(full_command, env_vars)
+
+    def run_image(client: Any, image: str, command: list[str], volumes: dict[str, Any], **more: Any) -> int:
+        with times.task(command):
+            return run_container(client, image, command, volumes, **more)
+
+    subprocess_task_handler.run_local_subprocess = run_task
+    docker_task_handler.run_docker_container = run_image
+    warnings.filterwarnings("ignore", module="kfp")
+    if runner == "docker":
+        chosen: Any = docker_runner({"MLFLOW_TRACKING_URI": parameters["tracking_uri"]})
+    else:
+        chosen = local.SubprocessRunner(use_venv=False)
+    local.init(runner=chosen, pipeline_root=str(root.resolve()), raise_on_error=True)
+    original_print = builtins.print
+    try:
+        pipeline(**parameters)
+    except RuntimeError as error:
+        print(f"ERROR - {error}")
+        return False
+    finally:
+        builtins.print = original_print  # KFP indents it, and tasks side by side leave it so
+    return True
+
+
+def _summarise(output: Path, tracking_uri: str) -> None:
+    """Bring the results to the top of the output folder and say what they are and where."""
+    from softpref.evaluation.compare import evaluation_folders, format_table
+
+    tasks = output / "pipeline"
+    found = sorted(path.parent for path in tasks.rglob("evaluation/evaluation.json"))
+    evaluations = [
+        json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        for folder in evaluation_folders(found)
+    ]
+    print(f"\n{format_table(evaluations)}\n")
+    comparison = next(tasks.rglob("comparison.json"), None)
+    if comparison:
+        shutil.copytree(comparison.parent, output / "comparison", dirs_exist_ok=True)
+        choice = json.loads(comparison.read_text(encoding="utf-8"))
+        print(f"chosen:   {choice['chosen']}. {choice['reason']}")
+    registration = next(tasks.rglob("registration.json"), None)
+    if registration:
+        shutil.copy(registration, output / "registration.json")
+        decision = json.loads(registration.read_text(encoding="utf-8"))
+        aliases = "".join(f" @{alias}" for alias in decision["aliases"])
+        version = f" version {decision['version']}{aliases}" if decision["registered"] else ""
+        print(f"registry: {decision['model_name']}{version}. {decision['reason']}")
+    for report in [output / "comparison" / "report.html"] if comparison else tasks.rglob("report.html"):
+        print(f"report:   {report}")
+    print(f"tracking: {tracking_uri}; look at it with: mlflow ui --backend-store-uri {tracking_uri}")
