@@ -20,6 +20,7 @@ def train_reference(
     parent_run_id: str = "",
     tracking_uri: str = "",
     overrides: str = "",
+    launcher: str = "",
 ):
     """Train the reference model by supervised fine-tuning on demonstrations or best completions.
 
@@ -38,6 +39,9 @@ def train_reference(
         tracking_uri: MLflow server. Empty: the environment's, or a local store.
         overrides: JSON object with any other parameter of SFTConfig, which has every option of
             transformers.TrainingArguments.
+        launcher: JSON object that a cluster profile writes: where the stage's processes run. Empty: on this
+            machine, one for each GPU asked for. {"processes": N}: N of them here, without GPUs.
+            {"trainjob": {...}}: as a Kubeflow TrainJob of several nodes, `gpus` on each.
     """
     from softpref.config import build_config, parse_overrides
     from softpref.sft.config import SFTConfig

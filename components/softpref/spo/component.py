@@ -22,6 +22,7 @@ def train_policy(
     experiment: str = "softpref",
     tracking_uri: str = "",
     overrides: str = "",
+    launcher: str = "",
 ):
     """Align the reference to preferences: soft preference optimization, or a baseline on the same rows.
 
@@ -42,6 +43,9 @@ def train_policy(
         tracking_uri: MLflow server. Empty: the environment's, or a local store.
         overrides: JSON object with any other parameter of SPOConfig, which has every option of
             transformers.TrainingArguments.
+        launcher: JSON object that a cluster profile writes: where the stage's processes run. Empty: on this
+            machine, one for each GPU asked for. {"processes": N}: N of them here, without GPUs.
+            {"trainjob": {...}}: as a Kubeflow TrainJob of several nodes, `gpus` on each.
     """
     import json
     import math

@@ -1,0 +1,177 @@
+"""Where a training stage runs: in this process, in several on this machine, or as a Kubeflow TrainJob.
+
+A cluster profile holds these values; the training faces take them as one JSON string, `launcher`. Starts
+nothing, and imports nothing heavy, so that a compiler can check a profile with it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from softpref.config import build_config
+from softpref.errors import ConfigError
+
+_DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass
+class TrainJobConfig:
+    """A training stage as a `TrainJob` of Kubeflow Trainer: several nodes, folders on one shared volume.
+
+    The step that submits the job needs no GPU. It must have the same volume claim mounted at the same path,
+    and a service account that may create, get and delete TrainJobs and read pods, their logs and events in
+    the job's namespace, and read TrainingRuntimes and ClusterTrainingRuntimes.
+
+    Args:
+        backend: `kubernetes`; or, to try the same path on one machine, `container` (each node a container of
+            `image`, through Docker or Podman) or `local` (each node a process of this environment).
+        runtime: name of a TrainingRuntime or ClusterTrainingRuntime whose policy is torch, and whose job and
+            container are called `node`, as those that come with Kubeflow Trainer do.
+        namespace: where the job runs; empty: the namespace of the step that submits it.
+        nodes: pods of the job.
+        gpus_per_node: GPUs of each node, one process for each. None: the stage's parameter `gpus`.
+        gpu_resource: the resource by which the cluster's device plugin offers them.
+        processes_per_node: processes of a node without GPUs.
+        image: the training image; empty: the one that this version of softpref is built into.
+        volume_claim: PersistentVolumeClaim (ReadWriteMany) for data, checkpoints and results, in the job's
+            namespace. Of the backend `kubernetes`, and needed there.
+        mount_path: where the claim is mounted, in the nodes and in the step that submits; of the backend
+            `local`, any folder. Containers have a folder of their own from the SDK.
+        folder: folder of the volume under which each job has one of its own.
+        cpu, memory: what each node requests and is limited to, as Kubernetes writes it (`8`, `64Gi`). Empty:
+            as the runtime says.
+        shared_memory: size of `/dev/shm`, as Kubernetes writes it; counted against memory. Empty: the
+            container engine's own, mostly 64 MiB, too small for NCCL on several GPUs.
+        service_account: of the nodes; empty: the namespace's default one. They need no rights.
+        node_selector: labels that a node must have.
+        tolerations: taints that are tolerated, as in a pod's specification.
+        image_pull_secrets: names of secrets for the image's registry.
+        secrets: environment variable → `SECRET/KEY`, read by Kubernetes when a node starts.
+        env: further environment variables. Never a secret: everybody who may see the job can read them.
+        labels: labels of the job, such as the queue of Kueue.
+        timeout: seconds that a job may take; the cluster then ends it. 0: no limit.
+        start_timeout: seconds within which all nodes must run; a job that a queue or a lack of GPUs holds
+            back longer is removed and the step fails. 0: no limit.
+        retries: how often a failed job is submitted again, to continue from its last checkpoint. A wrong
+            parameter is not tried again.
+        poll_interval: seconds between two looks at the job.
+    """
+
+    backend: Literal["kubernetes", "container", "local"] = "kubernetes"
+    runtime: str = "torch-distributed"
+    namespace: str = ""
+    nodes: int = 2
+    gpus_per_node: int | None = None
+    gpu_resource: str = "nvidia.com/gpu"
+    processes_per_node: int = 1
+    image: str = ""
+    volume_claim: str = ""
+    mount_path: str = "/shared"
+    folder: str = "training"
+    cpu: str = ""
+    memory: str = ""
+    shared_memory: str = ""
+    service_account: str = ""
+    node_selector: dict[str, str] = field(default_factory=dict)
+    tolerations: list[dict[str, Any]] = field(default_factory=list)
+    image_pull_secrets: list[str] = field(default_factory=list)
+    secrets: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    timeout: int = 0
+    start_timeout: int = 3600
+    retries: int = 0
+    poll_interval: float = 5.0
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, expected: str) -> None:
+            raise ConfigError(f"TrainJobConfig.{name} must be {expected}, got {getattr(self, name)!r}")
+
+        if self.backend not in ("kubernetes", "container", "local"):
+            refuse("backend", "kubernetes, container or local")
+        if self.backend == "kubernetes" and not self.volume_claim:
+            refuse("volume_claim", "the name of a ReadWriteMany claim that the nodes and this step mount")
+        for name in ("runtime", "volume_claim", "namespace", "service_account"):
+            if (name == "runtime" or getattr(self, name)) and not _DNS_NAME.fullmatch(getattr(self, name)):
+                refuse(name, "the name of a Kubernetes object: lower-case letters, digits, '-' and '.'")
+        for name, least in (
+            ("nodes", 1),
+            ("processes_per_node", 1),
+            ("timeout", 0),
+            ("start_timeout", 0),
+            ("retries", 0),
+        ):
+            if getattr(self, name) < least:
+                refuse(name, f"at least {least}")
+        if self.gpus_per_node is not None and self.gpus_per_node < 0:
+            refuse("gpus_per_node", "at least 0, or left out for the stage's parameter gpus")
+        if not self.poll_interval > 0:
+            refuse("poll_interval", "above 0 seconds")
+        if not self.mount_path.startswith("/") or self.mount_path == "/":
+            refuse("mount_path", "an absolute path below /")
+        if not self.folder or self.folder.startswith("/") or ".." in self.folder.split("/"):
+            refuse("folder", "a relative path inside the volume")
+        for name, reference in self.secrets.items():
+            if not _ENV_NAME.fullmatch(name) or not re.fullmatch(r"[^/\s]+/[^/\s]+", str(reference)):
+                refuse(
+                    "secrets", 'environment variables with "SECRET/KEY", like {"HF_TOKEN": "hub-token/token"}'
+                )
+        for name, value in self.env.items():
+            if not _ENV_NAME.fullmatch(name) or not isinstance(value, str):
+                refuse("env", 'environment variables with text, like {"NCCL_DEBUG": "INFO"}')
+        if twice := sorted({*self.env} & {*self.secrets}):
+            refuse("env", f"without {', '.join(twice)}, which secrets has too")
+        if not all(isinstance(toleration, dict) for toleration in self.tolerations):
+            refuse("tolerations", 'a list like [{"key": "nvidia.com/gpu", "operator": "Exists"}]')
+
+
+@dataclass
+class LauncherConfig:
+    """What the faces' parameter `launcher` holds.
+
+    Args:
+        processes: processes on this machine, under `accelerate launch`. 0: one for each GPU that is asked
+            for. Above 0 it is for machines without GPUs, or must equal the number of GPUs asked for.
+        trainjob: the parameters of `TrainJobConfig`; then nothing is trained on this machine.
+    """
+
+    processes: int = 0
+    trainjob: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.processes < 0:
+            raise ConfigError(f"LauncherConfig.processes must be at least 0, got {self.processes}")
+        if self.processes and self.trainjob is not None:
+            raise ConfigError(
+                "LauncherConfig has processes and trainjob; for a TrainJob give trainjob.processes_per_node"
+            )
+        if self.trainjob is not None:
+            build_config(TrainJobConfig, self.trainjob)
+
+    @property
+    def job(self) -> TrainJobConfig | None:
+        """The TrainJob's configuration, or None to train on this machine."""
+        return None if self.trainjob is None else build_config(TrainJobConfig, self.trainjob)
+
+
+def parse_launcher(text: str) -> LauncherConfig:
+    """Read the `launcher` parameter of a training face; empty means this machine.
+
+    Raises:
+        ConfigError: it is not a JSON object, or names what a launcher does not have.
+    """
+    if not text:
+        return LauncherConfig()
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f'launcher is not JSON ({error}); write it like {{"processes": 2}}, got {text!r}'
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"launcher must be a JSON object, got {text!r}")
+    return build_config(LauncherConfig, values)
