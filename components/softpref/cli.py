@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from softpref.errors import ConfigError, SoftprefError
+
+Values = dict[str, Any]
 
 _OF_THE_DISK = {
     errno.EACCES,
@@ -38,6 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
         for option, (required, text) in paths.items():
             stage.add_argument(f"--{option}", required=required, default="", help=text)
         stage.add_argument("--config", default="", help="YAML or JSON file with the stage's parameters")
+        stage.add_argument(
+            "--result",
+            default="",
+            help="JSON file to write: what is printed at the end, or the error (the first process's)",
+        )
     sync = commands.add_parser("track-sync", help="Send what a tracking server missed.")
     sync.add_argument("folder", help="output folder of a stage, with its tracking.jsonl")
     sync.add_argument("--tracking-uri", default="", help="MLflow server (default: the run's own)")
@@ -55,21 +64,43 @@ def main(arguments: list[str] | None = None) -> int:
 
         values = read_mapping(options.config) if options.config else {}
         _, paths, stage_function = _STAGES[options.command]
-        folders = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in paths}
+        folders = {_key(name): getattr(options, _key(name)) for name in paths}
         given = _pairs(rest)
         if "output_dir" in {**values, **given}:
             raise ConfigError("output_dir is not a parameter here: --output names the folder to write")
         result = stage_function(folders, values, given)
+        if not _is_first_process():
+            return 0
         print(json.dumps(result, indent=2, default=str, ensure_ascii=False))
+        if options.result:
+            _write_result(options.result, {"result": result})
         return 0
     except SoftprefError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refused(options, str(error))
     except OSError as error:
         if error.errno not in _OF_THE_DISK:
             raise
-        print(f"error: {error}; give a folder that can be written, on a disk with space", file=sys.stderr)
-        return 2
+        return _refused(options, f"{error}; give a folder that can be written, on a disk with space")
+
+
+def _refused(options: argparse.Namespace, message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    if getattr(options, "result", ""):
+        _write_result(options.result, {"error": message})
+    return 2
+
+
+def _write_result(path: str, values: Values) -> None:
+    """Write the file as a whole: of several processes that refuse alike, any may come last."""
+    file = Path(path)
+    part = file.with_name(f"{file.name}.{os.getpid()}")
+    part.write_text(json.dumps(values, default=str, ensure_ascii=False), encoding="utf-8")
+    part.replace(file)
+
+
+def _is_first_process() -> bool:
+    """Whether this is the first of a distributed run's processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _pairs(arguments: list[str]) -> dict[str, str]:
@@ -88,9 +119,6 @@ def _pairs(arguments: list[str]) -> dict[str, str]:
     return pairs
 
 
-Values = dict[str, Any]
-
-
 def _data(folders: Values, values: Values, given: Values) -> Any:
     from softpref.config import build_config
     from softpref.data.config import DataConfig
@@ -105,8 +133,9 @@ def _sft(folders: Values, values: Values, given: Values) -> Any:
     from softpref.sft.config import SFTConfig
     from softpref.sft.stage import run
 
+    options = _where(folders)
     config = build_config(SFTConfig, values, given)
-    return run(config, dataset_dir=folders["dataset"], output_dir=folders["output"])
+    return run(config, dataset_dir=folders["dataset"], output_dir=folders["output"], **options)
 
 
 def _train(folders: Values, values: Values, given: Values) -> Any:
@@ -119,7 +148,17 @@ def _train(folders: Values, values: Values, given: Values) -> Any:
         dataset_dir=folders["dataset"],
         reference_dir=folders["reference"],
         output_dir=folders["output"],
+        **_where(folders),
     )
+
+
+def _where(folders: Values) -> Values:
+    """Name, tracking and checkpoints of a training stage, as far as they were given."""
+    return {key: folders[key] for key in map(_key, _TRAINING) if folders[key]}
+
+
+def _key(option: str) -> str:
+    return option.replace("-", "_")
 
 
 def _evaluate(folders: Values, values: Values, given: Values) -> Any:
@@ -158,16 +197,28 @@ def _register(folders: Values, values: Values, given: Values) -> Any:
 
 _DATASET = (True, "dataset folder of `softpref data`")
 _OUTPUT = (True, "folder to write")
+_TRAINING = {
+    "name": (False, "name of the model and of its tracking run"),
+    "experiment": (False, "MLflow experiment"),
+    "parent-run-id": (False, "MLflow run under which the stage's run is put"),
+    "tracking-uri": (False, "MLflow server (default: the environment's, or a local store)"),
+    "checkpoint-dir": (False, "where checkpoints are kept while training (default: inside the output)"),
+}
 _STAGES: dict[str, tuple[str, dict[str, tuple[bool, str]], Callable[[Values, Values, Values], Any]]] = {
     "data": ("Turn preferences of any source into a checked dataset.", {"output": _OUTPUT}, _data),
     "sft": (
         "Train the reference model.",
-        {"dataset": _DATASET, "output": _OUTPUT},
+        {"dataset": _DATASET, "output": _OUTPUT, **_TRAINING},
         _sft,
     ),
     "train": (
         "Align the reference to preferences.",
-        {"dataset": _DATASET, "reference": (True, "model folder to start from"), "output": _OUTPUT},
+        {
+            "dataset": _DATASET,
+            "reference": (True, "model folder to start from"),
+            "output": _OUTPUT,
+            **_TRAINING,
+        },
         _train,
     ),
     "evaluate": (
