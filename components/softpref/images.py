@@ -1,11 +1,22 @@
-"""Names of the container images, the one place that says them. Holds no code that builds or pulls."""
+"""Names of the container images, the one place that says them. Holds no code that builds or pulls.
 
-import os
+The stages' faces carry these default names; a cluster's own stand in its profile and replace them when a
+pipeline is compiled. `images/build.py` builds images of these names.
+"""
 
-_PREFIX = os.environ.get("SOFTPREF_IMAGE_PREFIX", "localhost/softpref")
-_TAG = os.environ.get("SOFTPREF_IMAGE_TAG", "0.1.0")
+from softpref import __version__
 
-DATA_IMAGE = f"{_PREFIX}-data:{_TAG}"
-TRAIN_IMAGE = f"{_PREFIX}-train:{_TAG}"
-EVALUATE_IMAGE = f"{_PREFIX}-evaluate:{_TAG}"
-REGISTER_IMAGE = f"{_PREFIX}-evaluate:{_TAG}"
+PREFIX = "localhost/softpref"
+STAGES = ("data", "train", "evaluate", "tracking")
+
+
+def image_name(stage: str, prefix: str = PREFIX, tag: str = __version__) -> str:
+    """The full name of one of the `STAGES`' images, such as localhost/softpref-train:0.1.0."""
+    return f"{prefix}-{stage}:{tag}"
+
+
+DATA_IMAGE = image_name("data")
+TRAIN_IMAGE = image_name("train")
+EVALUATE_IMAGE = image_name("evaluate")
+REGISTER_IMAGE = EVALUATE_IMAGE
+TRACKING_IMAGE = image_name("tracking")

@@ -1,0 +1,208 @@
+#!/usr/bin/env python3
+"""Builds the container images with Podman or Docker, and says their names and sizes.
+
+    python3 images/build.py                                          # all four, for the CPU
+    python3 images/build.py --accelerator cuda --prefix registry.example/team/softpref --push
+    python3 images/build.py --torch-index URL                        # where pip's default torch brings CUDA
+
+Needs Python 3.9 and an engine, nothing else. Packages come from where this machine's pip gets them: its
+configuration, its credentials and its CA certificates reach the build as secrets, which no layer keeps.
+Folders of packages that it names are served to the build on the loopback address while the build runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import configparser
+import contextlib
+import functools
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "components"))
+
+from softpref import __version__  # noqa: E402
+from softpref.images import PREFIX, STAGES, image_name  # noqa: E402
+
+# what a build may need of pip's options; the others are for people or for environments
+_SOURCES = ("index-url", "extra-index-url", "find-links")
+_OPTIONS = (*_SOURCES, "no-index", "trusted-host", "proxy", "timeout", "default-timeout", "retries")
+
+
+def main(arguments: list[str]) -> int:
+    """Build what the command line asks for; returns the exit status."""
+    options = _parse(arguments)
+    engine = options.engine or next(filter(shutil.which, ("podman", "docker")), None)
+    if engine is None or not shutil.which(engine):
+        print(f"error: {engine or 'neither podman nor docker'} is not installed", file=sys.stderr)
+        return 2
+    tag = options.tag or (__version__ if options.accelerator == "cpu" else f"{__version__}-cuda")
+    names = {stage: image_name(stage, options.prefix, tag) for stage in options.only}
+    with tempfile.TemporaryDirectory() as folder, _reachable(pip_configuration()) as configuration:
+        secrets = _write_secrets(configuration, Path(folder))
+        for stage, name in names.items():
+            began = time.monotonic()
+            command = [engine, "build", "--file", "images/Dockerfile", "--target", stage, "--tag", name]
+            command += ["--network=host", *secrets]
+            # Docker's format is the one of the two that has health checks
+            command += ["--format=docker"] if engine == "podman" else []
+            command += ["--no-cache"] if options.no_cache else []
+            for argument, value in _build_arguments(options).items():
+                command += ["--build-arg", f"{argument}={value}"]
+            if engine == "docker":  # predefined there, kept out of the history; Podman passes them by itself
+                for variable in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
+                    if variable in os.environ or variable.lower() in os.environ:
+                        command += ["--build-arg", variable]
+            status = subprocess.run([*command, "."], cwd=REPOSITORY, env=_environment()).returncode
+            if status:
+                print(f"error: {name} was not built (exit status {status})", file=sys.stderr)
+                return 1
+            print(f"built {name} in {time.monotonic() - began:.0f} s", flush=True)
+    print()
+    for name in names.values():
+        print(f"{name:<60} {_size(engine, name) / 1e9:5.2f} GB")
+    if options.push:
+        for name in names.values():
+            subprocess.run([engine, "push", name], check=True)
+    return 0
+
+
+def pip_configuration(environment: Mapping[str, str] = os.environ) -> dict[str, list[str]]:
+    """What pip is configured with on this machine, of the options that a build may need; later ones win.
+
+    Files in pip's own order, then the environment's PIP_…; `cert` comes with them, or from what other
+    programs are told (REQUESTS_CA_BUNDLE, SSL_CERT_FILE), or is the system's.
+    """
+    home = Path(environment.get("HOME", "~")).expanduser()
+    user = Path(environment.get("XDG_CONFIG_HOME", home / ".config"))
+    files = [Path("/etc/xdg/pip/pip.conf"), Path("/etc/pip.conf"), home / ".pip/pip.conf"]
+    files += [user / "pip/pip.conf"]
+    if "VIRTUAL_ENV" in environment:
+        files.append(Path(environment["VIRTUAL_ENV"], "pip.conf"))
+    if environment.get("PIP_CONFIG_FILE"):
+        files.append(Path(environment["PIP_CONFIG_FILE"]))
+    found: dict[str, list[str]] = {}
+    for file in files:
+        parser = configparser.RawConfigParser()
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            parser.read(file, encoding="utf-8")
+        for section in ("global", "install"):
+            if parser.has_section(section):
+                found.update((key.replace("_", "-"), value.split()) for key, value in parser[section].items())
+    for name, value in environment.items():
+        if name.startswith("PIP_") and value:
+            found[name[len("PIP_") :].lower().replace("_", "-")] = value.split()
+    chosen = {key: values for key, values in found.items() if key in _OPTIONS and values}
+    certificates = [*found.get("cert", []), environment.get("REQUESTS_CA_BUNDLE")]
+    certificates += [environment.get("SSL_CERT_FILE"), ssl.get_default_verify_paths().cafile]
+    bundle = next((file for file in certificates if file and Path(file).is_file()), None)
+    return {**chosen, **({"cert": [bundle]} if bundle else {})}
+
+
+@contextlib.contextmanager
+def _reachable(configuration: dict[str, list[str]]) -> Iterator[dict[str, list[str]]]:
+    """The configuration with local folders of packages replaced by addresses that a build reaches."""
+    with contextlib.ExitStack() as stack:
+
+        def address(source: str, is_index: bool) -> str:
+            path = Path(unquote(urlsplit(source).path) if source.startswith("file:") else source)
+            if "://" in source.replace("file://", "") or not path.exists():
+                return source
+            # the pages of an index name files of a neighbouring folder
+            root = path.parent if is_index or path.is_file() else path
+            handler = functools.partial(_QuietHandler, directory=str(root))
+            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            rest = quote(str(path.relative_to(root)))
+            return f"http://127.0.0.1:{server.server_port}/" + ("" if rest == "." else rest)
+
+        replaced = {
+            key: [address(source, key != "find-links") for source in configuration[key]]
+            for key in _SOURCES
+            if key in configuration
+        }
+        yield {**configuration, **replaced}
+
+
+class _QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *arguments: object) -> None: ...
+
+
+def _write_secrets(configuration: Mapping[str, list[str]], folder: Path) -> list[str]:
+    """Write pip's configuration and the certificates into `folder`; returns the engine's options for them."""
+    lines = ["[global]"]
+    for key, values in configuration.items():
+        lines.append(f"{key} = /run/secrets/ca" if key == "cert" else "\n    ".join([f"{key} =", *values]))
+    (folder / "pip").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    secrets = ["--secret", f"id=pip,src={folder / 'pip'}"]
+    if "cert" in configuration:
+        secrets += ["--secret", f"id=ca,src={configuration['cert'][0]}"]
+    return secrets
+
+
+def _build_arguments(options: argparse.Namespace) -> dict[str, str]:
+    arguments = {"ACCELERATOR": options.accelerator, "VERSION": __version__, "REVISION": revision()}
+    if options.base:
+        arguments["BASE_IMAGE"] = options.base
+    if options.torch_index:
+        arguments["TORCH_INDEX"] = options.torch_index
+    return arguments
+
+
+def revision() -> str:
+    """The commit that is built, with "-modified" when the working tree differs; "unknown" without git."""
+    try:
+        commit = _output("git", "-C", str(REPOSITORY), "rev-parse", "HEAD")
+        changed = _output("git", "-C", str(REPOSITORY), "status", "--porcelain", "components", "images")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("-modified" if changed else "")
+
+
+def _environment() -> dict[str, str]:
+    """The engine's environment: the loopback address is never asked of a proxy."""
+    environment = {**os.environ, "DOCKER_BUILDKIT": "1"}
+    for name in ("NO_PROXY", "no_proxy"):
+        environment[name] = ",".join(filter(None, [environment.get(name), "127.0.0.1"]))
+    return environment
+
+
+def _size(engine: str, name: str) -> int:
+    """Bytes of an image on disk."""
+    return int(_output(engine, "image", "inspect", "--format", "{{.Size}}", name))
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Build softpref's container images.")
+    parser.add_argument("--prefix", default=PREFIX, help=f"names are PREFIX-STAGE:TAG (default: {PREFIX})")
+    parser.add_argument("--tag", help=f"default: {__version__}, with -cuda for CUDA")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help="of these")
+    parser.add_argument(
+        "--accelerator", choices=("cpu", "cuda"), default="cpu", help="what torch is built for"
+    )
+    parser.add_argument("--torch-index", metavar="URL", help="package index to take torch from")
+    parser.add_argument("--base", metavar="IMAGE", help="another base image, or the same one by its digest")
+    parser.add_argument("--engine", choices=("podman", "docker"), help="default: the first that is installed")
+    parser.add_argument("--no-cache", action="store_true", help="build every layer anew")
+    parser.add_argument("--push", action="store_true", help="push what was built")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
