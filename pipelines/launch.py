@@ -11,43 +11,72 @@ import contextlib
 import inspect
 import json
 import sys
+import tempfile
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from clusters import Profile, build, read_profile
 from local_run import run_here, task_server
 from softpref.config import closest, read_mapping
 from softpref.errors import ConfigError, SoftprefError
-from submission import submit
+from submission import add_client_options, submit
 
 _HERE = Path(__file__).resolve().parent
 RECIPES, PACKAGES = _HERE / "recipes", _HERE / "packages"
-_ONLY_FOR_SWEEPS = {"alphas", "baselines", "selection_rule", "max_kl"}
+_NOT_EVERYWHERE = {
+    "alphas",
+    "baselines",
+    "selection_rule",
+    "max_kl",
+    "gpus",
+}  # not single runs, not every cluster
 
 
 def main(pipeline: Any, arguments: list[str]) -> int:
     """Run the command line of one pipeline; returns the exit status."""
     options = _parse(pipeline, arguments)
     try:
-        if options.command == "compile":
-            print(compile_package(pipeline, PACKAGES / f"{_name(pipeline)}.yaml"))
-            return 0
         given = {name: getattr(options, name) for name in _inputs(pipeline)}
+        if options.command == "compile" or options.runner == "cluster":
+            return _for_cluster(pipeline, given, options)
         parameters = pipeline_parameters(pipeline, options.recipe, given)
         with task_server(parameters) if options.runner == "local" else contextlib.nullcontext() as tasks:
             from softpref.preflight.stage import plan
 
-            members = plan(parameters)
-            print(
-                f"{_name(pipeline)}, recipe {options.recipe}: {', '.join(member.name for member in members)}"
-            )
-            if options.runner == "cluster":
-                return submit(pipeline, parameters, options)
+            print(_planned(pipeline, options, plan(parameters)))
             return run_here(pipeline, parameters, options, tasks)
     except SoftprefError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
+    """Compile a package for a cluster, or submit a run to it."""
+    from softpref.preflight.stage import plan
+
+    profile = read_profile(options.cluster)
+    if profile.fixed_gpus is not None and given.pop("gpus") not in (None, profile.fixed_gpus):
+        raise ConfigError(f"the cluster profile {options.cluster} gives every run {profile.fixed_gpus} GPUs")
+    form = build(pipeline, profile)
+    parameters = pipeline_parameters(form, options.recipe, given)
+    members = plan(parameters)
+    if options.command == "compile":
+        suffix = "" if options.cluster == "default" else f"-{profile.name}"
+        path = Path(options.output or PACKAGES / f"{_name(pipeline)}{suffix}.yaml")
+        print(compile_package(pipeline, path, profile, parameters))
+        return 0
+    print(_planned(pipeline, options, members))
+    # the form shows the recipe; what was given on top of it belongs to the run
+    shown = pipeline_parameters(form, options.recipe, {})
+    with tempfile.TemporaryDirectory() as folder:
+        package = compile_package(pipeline, Path(folder) / f"{_name(pipeline)}.yaml", profile, shown)
+        return submit(pipeline.name, package, parameters, profile, options)
+
+
+def _planned(pipeline: Any, options: argparse.Namespace, members: Iterable[Any]) -> str:
+    return f"{_name(pipeline)}, recipe {options.recipe}: {', '.join(member.name for member in members)}"
 
 
 def pipeline_parameters(pipeline: Any, recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +101,7 @@ def pipeline_parameters(pipeline: Any, recipe: str, given: Mapping[str, Any]) ->
             if isinstance(value, dict):
                 mappings.add(name)
             parameters[name] = json.dumps(value) if isinstance(value, dict) else value
-        elif name not in _ONLY_FOR_SWEEPS:
+        elif name not in _NOT_EVERYWHERE:
             raise ConfigError(f"recipe {path}: no parameter {name!r}{closest(name, inputs)}")
     for name, value in given.items():
         if value is not None:
@@ -105,12 +134,18 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
     raise ConfigError(f"parameter {name} must be a {expected}, got {value!r}")
 
 
-def compile_package(pipeline: Any, path: Path) -> Path:
-    """Write the pipeline's package, the file to upload in the KFP UI."""
+def compile_package(
+    pipeline: Any, path: Path, profile: Profile, parameters: Mapping[str, Any] | None = None
+) -> Path:
+    """Write the pipeline's package, the file to upload in the KFP UI.
+
+    Args:
+        parameters: what the form shows before anybody fills it.
+    """
     from kfp import compiler
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(pipeline, str(path))
+    compiler.Compiler().compile(build(pipeline, profile, parameters), str(path))
     return path
 
 
@@ -122,14 +157,28 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
         prog=f"{_name(pipeline)}.py",
         description=pipeline.component_spec.description,
     )
-    parser.add_argument("command", nargs="?", choices=("run", "compile"), default="run")
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=("run", "compile"),
+        default="run",
+        help="run (default), or compile: write a package for the KFP UI whose form shows the parameters",
+    )
     parser.add_argument(
         "--recipe", default="embedded", help="name in pipelines/recipes, or a YAML file (default: embedded)"
     )
-    parser.add_argument("--output", help="new folder for the results (default: runs/RECIPE-TIME)")
+    parser.add_argument(
+        "--output",
+        help="new folder for the results (default: runs/RECIPE-TIME); the package to write, for compile",
+    )
     parser.add_argument("--runner", choices=("local", "docker", "cluster"), default="local")
-    parser.add_argument("--endpoint", help="URL of the Kubeflow Pipelines API, for --runner cluster")
-    parser.add_argument("--namespace", default="kubeflow", help="namespace of the run, for --runner cluster")
+    cluster = parser.add_argument_group("compile, and --runner cluster")
+    cluster.add_argument(
+        "--cluster",
+        default="default",
+        help="profile in pipelines/clusters, or a YAML file (default: default)",
+    )
+    add_client_options(cluster)
     group = parser.add_argument_group("pipeline parameters (they win over the recipe)")
     texts = _parameter_texts(pipeline)
     for name, parameter in _inputs(pipeline).items():

@@ -7,6 +7,7 @@ python pipelines/spo_pipeline.py compile                 # writes pipelines/pack
 
 import sys
 
+from clusters import launcher, place
 from kfp import dsl
 from launch import main
 from softpref.data.component import prepare_data
@@ -106,7 +107,7 @@ def spo_pipeline(
         parent_run_id=parent_run_id,
     )
     check.set_display_name("Check every parameter")
-    check.set_caching_options(False)  # it opens a tracking run
+    place(check, "plan", cache=False)  # it opens a tracking run
 
     data = prepare_data(
         source=source,
@@ -118,6 +119,7 @@ def spo_pipeline(
     )
     data.after(check)
     data.set_display_name("Prepare preferences")
+    place(data, "data")
 
     reference = train_reference(
         dataset=data.outputs["dataset"],
@@ -130,9 +132,10 @@ def spo_pipeline(
         parent_run_id=parent_run_id,
         tracking_uri=tracking_uri,
         overrides=sft_overrides,
+        launcher=launcher(),
     )
     reference.set_display_name("Train the reference")
-    reference.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
+    place(reference, "sft", gpus=gpus)
 
     policy = train_policy(
         dataset=data.outputs["dataset"],
@@ -147,9 +150,10 @@ def spo_pipeline(
         experiment=experiment,
         tracking_uri=tracking_uri,
         overrides=train_overrides,
+        launcher=launcher(),
     )
     policy.set_display_name("Align the policy")
-    policy.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
+    place(policy, "train", gpus=gpus)
 
     evaluation = evaluate_model(
         dataset=data.outputs["dataset"],
@@ -163,6 +167,7 @@ def spo_pipeline(
         overrides=evaluation_overrides,
     )
     evaluation.set_display_name("Evaluate")
+    place(evaluation, "evaluate")
 
     registered = register_model(
         model=policy.outputs["policy"],
@@ -173,7 +178,7 @@ def spo_pipeline(
         overrides=registry_overrides,
     )
     registered.set_display_name("Register")
-    registered.set_caching_options(False)  # what the registry holds decides, not the inputs
+    place(registered, "register", cache=False)  # what the registry holds decides, not the inputs
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ python pipelines/spo_sweep.py compile                    # writes pipelines/pack
 import sys
 from typing import List  # noqa: UP035  # kfp reads the element type from typing.List
 
+from clusters import launcher, models_at_once, place
 from kfp import dsl
 from launch import main
 from softpref.data.component import prepare_data
@@ -122,7 +123,7 @@ def spo_sweep(
         parent_run_id=parent_run_id,
     )
     plan.set_display_name("Check every parameter, plan the sweep")
-    plan.set_caching_options(False)  # it opens a tracking run
+    place(plan, "plan", cache=False)  # it opens a tracking run
 
     data = prepare_data(
         source=source,
@@ -134,6 +135,7 @@ def spo_sweep(
     )
     data.after(plan)
     data.set_display_name("Prepare preferences")
+    place(data, "data")
 
     reference = train_reference(
         dataset=data.outputs["dataset"],
@@ -146,11 +148,12 @@ def spo_sweep(
         parent_run_id=parent_run_id,
         tracking_uri=tracking_uri,
         overrides=sft_overrides,
+        launcher=launcher(),
     )
     reference.set_display_name("Train the reference")
-    reference.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
+    place(reference, "sft", gpus=gpus)
 
-    with dsl.ParallelFor(plan.output, name="models") as member:
+    with dsl.ParallelFor(plan.output, name="models", parallelism=models_at_once()) as member:
         policy = train_policy(
             dataset=data.outputs["dataset"],
             reference=reference.outputs["reference"],
@@ -164,9 +167,10 @@ def spo_sweep(
             experiment=experiment,
             tracking_uri=tracking_uri,
             overrides=train_overrides,
+            launcher=launcher(),
         )
         policy.set_display_name("Align the policy")
-        policy.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
+        place(policy, "train", gpus=gpus)
 
         evaluation = evaluate_model(
             dataset=data.outputs["dataset"],
@@ -180,6 +184,7 @@ def spo_sweep(
             overrides=evaluation_overrides,
         )
         evaluation.set_display_name("Evaluate")
+        place(evaluation, "evaluate")
 
     comparison = compare_models(
         evaluations=dsl.Collected(evaluation.outputs["evaluation"]),
@@ -190,6 +195,7 @@ def spo_sweep(
         parent_run_id=parent_run_id,
     )
     comparison.set_display_name("Compare and choose")
+    place(comparison, "compare")
     chosen = dsl.importer(
         artifact_uri=comparison.outputs["model_uri"], artifact_class=dsl.Model, reimport=True
     )
@@ -205,7 +211,7 @@ def spo_sweep(
         overrides=registry_overrides,
     )
     registered.set_display_name("Register")
-    registered.set_caching_options(False)  # what the registry holds decides, not the inputs
+    place(registered, "register", cache=False)  # what the registry holds decides, not the inputs
 
 
 if __name__ == "__main__":

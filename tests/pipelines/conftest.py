@@ -31,3 +31,24 @@ def quick_recipe(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def launch():
+    import launch
+
+    return launch
+
+
+@pytest.fixture(scope="session")
+def sweep():
+    import spo_sweep
+
+    return spo_sweep.spo_sweep
+
+
+@pytest.fixture(scope="session")
+def single():
+    import spo_pipeline
+
+    return spo_pipeline.spo_pipeline

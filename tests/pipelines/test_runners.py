@@ -1,8 +1,6 @@
-"""What differs between runners: a container's exit status, the requests that submit a run to a cluster."""
+"""What differs between runners on this machine: a container's exit status, the store that tasks can share."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -50,54 +48,6 @@ def test_containers_are_not_given_a_sqlite_store(tmp_path, capsys):
     arguments = ["--runner", "docker", "--tracking-uri", uri, "--output", str(tmp_path / "out")]
     assert launch.main(spo_sweep.spo_sweep, arguments) == 2
     assert "mlflow server" in capsys.readouterr().err
-
-
-@pytest.fixture
-def cluster():
-    """A Kubeflow Pipelines API that knows no experiment and records what is posted; its URL and the posts."""
-    posts = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def _answer(self, content):
-            body = json.dumps(content).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_GET(self):
-            self._answer({"multi_user": False} if "healthz" in self.path else {})
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
-            posts.append((self.path, self.headers.get("Authorization"), body))
-            self._answer({"experiment_id": "e1", "run_id": "r1", **body})
-
-        def log_message(self, *arguments): ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", posts
-    server.shutdown()
-
-
-def test_cluster_runner_posts_the_graph_and_its_parameters(cluster, capsys, monkeypatch):
-    import launch
-    import spo_sweep
-
-    endpoint, posts = cluster
-    monkeypatch.setenv("KFP_TOKEN", "secret")
-    arguments = ["--runner", "cluster", "--endpoint", endpoint, "--alphas", "0.25", "--gpus", "2"]
-    assert launch.main(spo_sweep.spo_sweep, arguments) == 0
-    assert "submitted run r1" in capsys.readouterr().out
-    _, token, run = next(post for post in posts if post[0].endswith("/runs"))
-    assert token == "Bearer secret"
-    assert run["pipeline_spec"]["pipelineInfo"]["name"] == "spo-sweep"
-    parameters = run["runtime_config"]["parameters"]
-    assert parameters["alphas"] == [0.25]
-    assert parameters["gpus"] == 2
-    assert json.loads(parameters["train_overrides"])["sampling_batch_size"] == 256
 
 
 def test_the_summary_of_a_run_has_a_line_for_every_model(tmp_path, capsys):

@@ -1,0 +1,348 @@
+"""What one cluster gives the stages: images, GPUs, secrets, limits. Read from a file of `clusters/`, checked,
+and applied to the tasks of a pipeline in `place`, the one function that knows Kubernetes.
+
+Runs on this machine apply no profile: they trace the pipelines without one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Literal
+
+from softpref.config import build_config, closest, read_mapping
+from softpref.distributed.config import TrainJobConfig
+from softpref.errors import ConfigError
+
+CLUSTERS = Path(__file__).resolve().parent / "clusters"
+STAGES = {  # of a pipeline, with the image that each runs in
+    "plan": "train",
+    "data": "data",
+    "sft": "train",
+    "train": "train",
+    "evaluate": "evaluate",
+    "compare": "evaluate",
+    "register": "evaluate",
+}
+_TRAINING = ("sft", "train")
+_TOLERATION = ("key", "operator", "value", "effect", "tolerationSeconds")
+_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|[EPTGMK]i?)?")
+_PINNED = re.compile(r"[^\s@]+(@sha256:[0-9a-f]{64}|:(?!latest$)[\w][\w.-]{0,127})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Secret:
+    """A key of a Kubernetes secret in the namespace of the run, as an environment variable.
+
+    Attributes:
+        optional: a task starts although the secret is absent.
+    """
+
+    secret: str
+    key: str
+    optional: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What a task gets that asks for GPUs.
+
+    Attributes:
+        resource: name of the extended resource that the device plugin offers.
+        shared_memory: size of `/dev/shm`, which processes of one node exchange tensors through; empty leaves
+            the container runtime's 64 MiB.
+    """
+
+    resource: str = "nvidia.com/gpu"
+    node_selector: dict[str, str] = dataclasses.field(default_factory=dict)
+    tolerations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    shared_memory: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What every task of a stage gets.
+
+    Attributes:
+        cpu, memory: asked for and not exceeded, as Kubernetes writes them (`500m`, `8Gi`); empty sets none.
+        gpus: a number, or `parameter`: the pipeline's parameter `gpus` (training stages alone).
+        timeout: seconds after which the pod is stopped; 0 sets none.
+        retries: attempts after the first. A training stage continues from its last checkpoint where they are
+            on a shared volume; the backend ignores retries inside a loop (kubeflow/pipelines 12389).
+        cache: reuse the outputs of an earlier task with the same inputs.
+    """
+
+    cpu: str = ""
+    memory: str = ""
+    gpus: int | Literal["parameter"] = 0
+    node_selector: dict[str, str] = dataclasses.field(default_factory=dict)
+    tolerations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    timeout: int = 0
+    retries: int = 0
+    cache: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """One cluster. The file `clusters/default.yaml` comments every entry.
+
+    Attributes:
+        images: full name, with tag or digest, of the images `data`, `train` and `evaluate`.
+        stages: settings by stage (see `STAGES`).
+        trainjob: the training stages as Kubeflow Trainer jobs, in all that it does not say (image, secrets,
+            environment, GPUs, tolerations) as the tasks are; None trains in the tasks themselves.
+        parameters: defaults of the pipelines' parameters on this cluster.
+        service_account: of the run; empty leaves the backend's.
+        models_at_once: models of a sweep that train at the same time; 0 sets no limit.
+    """
+
+    name: str
+    images: dict[str, str]
+    stages: dict[str, Stage]
+    gpu: Gpu
+    secrets: dict[str, Secret]
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)
+    annotations: dict[str, str] = dataclasses.field(default_factory=dict)
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    image_pull_policy: Literal["", "Always", "IfNotPresent", "Never"] = ""
+    image_pull_secrets: list[str] = dataclasses.field(default_factory=list)
+    service_account: str = ""
+    user: int = 1000
+    models_at_once: int = 0
+    trainjob: TrainJobConfig | None = None
+
+    @property
+    def fixed_gpus(self) -> int | None:
+        """GPUs of a training stage where the profile says how many; None where the parameter does."""
+        gpus = self.stages["train"].gpus
+        return None if gpus == "parameter" else int(gpus)
+
+
+_profile: ContextVar[Profile | None] = ContextVar("profile", default=None)
+
+
+def read_profile(name: str) -> Profile:
+    """Read and check a profile: the name of a file in `clusters/`, or the path of one.
+
+    Raises:
+        ConfigError: there is no such file, or an entry is unknown or wrong, with what would be right.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CLUSTERS / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in CLUSTERS.glob("*.yaml"))
+        raise ConfigError(f"there is no cluster profile {name!r}{closest(name, known)}")
+    values = read_mapping(path)
+    try:
+        return _profile_of(path.stem, values)
+    except ConfigError as error:
+        raise ConfigError(f"cluster profile {path}: {error}") from error
+
+
+def _profile_of(name: str, values: dict[str, Any]) -> Profile:
+    entries = dict(values)
+    stages = _mapping(entries, "stages")
+    shared = _mapping(stages, "all")
+    entries["stages"] = {
+        stage: build_config(Stage, shared, _known(stages, STAGES, "stage").get(stage) or {})
+        for stage in STAGES
+    }
+    entries["gpu"] = build_config(Gpu, _mapping(entries, "gpu"))
+    entries["secrets"] = {
+        variable: build_config(Secret, entry) for variable, entry in _mapping(entries, "secrets").items()
+    }
+    entries["environment"] = {key: str(value) for key, value in _mapping(entries, "environment").items()}
+    given = _mapping(entries, "trainjob")
+    entries.pop("trainjob", None)
+    profile = build_config(Profile, {**entries, "name": name})
+    _check(profile)
+    if not given:
+        return profile
+    return dataclasses.replace(profile, trainjob=build_config(TrainJobConfig, _of_nodes(profile), given))
+
+
+def _of_nodes(profile: Profile) -> dict[str, Any]:
+    """What the nodes of a TrainJob share with the tasks of the training stage."""
+    settings, gpu = profile.stages["train"], profile.gpu
+    return {
+        "image": profile.images["train"],
+        "cpu": settings.cpu,
+        "memory": settings.memory,
+        "gpu_resource": gpu.resource,
+        "shared_memory": gpu.shared_memory,
+        "node_selector": {**settings.node_selector, **gpu.node_selector},
+        "tolerations": [*settings.tolerations, *gpu.tolerations],
+        "image_pull_secrets": profile.image_pull_secrets,
+        "secrets": {variable: f"{one.secret}/{one.key}" for variable, one in profile.secrets.items()},
+        "env": profile.environment,
+    }
+
+
+def _check(profile: Profile) -> None:
+    wanted = set(STAGES.values())
+    for image in sorted(wanted - set(profile.images)):
+        raise ConfigError(f"images needs {image}, the full name of that image")
+    for image, full_name in _known(profile.images, wanted, "image").items():
+        if not _PINNED.fullmatch(full_name):
+            raise ConfigError(
+                f"images.{image} must end with a tag other than latest, or a digest, got {full_name!r}; a "
+                "run must be able to say what it ran"
+            )
+    for name, tolerations in [
+        ("gpu", profile.gpu.tolerations),
+        *((f"stages.{name}", stage.tolerations) for name, stage in profile.stages.items()),
+    ]:
+        for toleration in tolerations:
+            if not isinstance(toleration, dict):
+                raise ConfigError(f"{name}.tolerations must be a list of mappings, got {toleration!r}")
+            _known(toleration, _TOLERATION, f"{name}.tolerations entry")
+    for name, stage in profile.stages.items():
+        for key in ("cpu", "memory"):
+            if getattr(stage, key) and not _QUANTITY.fullmatch(getattr(stage, key)):
+                raise ConfigError(
+                    f"stages.{name}.{key} is no quantity like 500m or 8Gi: {getattr(stage, key)!r}"
+                )
+        for key in ("timeout", "retries"):
+            if getattr(stage, key) < 0:
+                raise ConfigError(f"stages.{name}.{key} must be at least 0, got {getattr(stage, key)}")
+        if stage.gpus == "parameter" and name not in _TRAINING:
+            raise ConfigError(f"stages.{name}.gpus must be a number: the parameter is of the training stages")
+        if stage.gpus != "parameter" and stage.gpus < 0:
+            raise ConfigError(f"stages.{name}.gpus must be at least 0, got {stage.gpus}")
+    if profile.stages["sft"].gpus != profile.stages["train"].gpus:
+        raise ConfigError("stages.sft.gpus and stages.train.gpus must be the same: one parameter serves both")
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = values.get(key)
+    if not isinstance(value, (dict, type(None))):
+        raise ConfigError(f"{key} must be a mapping, got {value!r}")
+    return value or {}
+
+
+def _known(values: Mapping[str, Any], known: Any, what: str) -> dict[str, Any]:
+    for name in values:
+        if name not in known and name != "all":
+            raise ConfigError(f"there is no {what} {name!r}{closest(name, known)}")
+    return dict(values)
+
+
+# ---------------------------------------------------------------------- applied to a pipeline
+
+
+def build(pipeline: Any, profile: Profile, defaults: Mapping[str, Any] | None = None) -> Any:
+    """The pipeline as it is on a cluster.
+
+    Args:
+        pipeline: of `@dsl.pipeline`; its function is traced anew.
+        defaults: values that the parameters take when the form is left alone; they win over the profile's.
+
+    Returns:
+        A pipeline without the parameter `gpus` where the profile fixes their number.
+
+    Raises:
+        ConfigError: the profile sets a parameter that the pipeline does not have.
+    """
+    from kfp import dsl
+
+    function = pipeline.pipeline_func
+    signature = inspect.signature(function)
+    _known(profile.parameters, signature.parameters, "parameter")
+    values = {**profile.parameters, **(defaults or {})}
+    fixed = {} if profile.fixed_gpus is None else {"gpus": profile.fixed_gpus}
+    form = [
+        parameter.replace(default=values.get(name, parameter.default))
+        for name, parameter in signature.parameters.items()
+        if name not in fixed
+    ]
+
+    @functools.wraps(function)
+    def traced(*given: Any, **named: Any) -> None:
+        function(**shown.bind(*given, **named).arguments, **fixed)
+
+    shown = signature.replace(parameters=form)
+    traced.__signature__ = shown  # type: ignore[attr-defined]
+    token = _profile.set(profile)
+    try:
+        return dsl.pipeline(traced, name=pipeline.name, description=pipeline.component_spec.description)
+    finally:
+        _profile.reset(token)
+
+
+def place(task: Any, stage: str, *, gpus: Any = 0, cache: bool = True) -> None:
+    """Give a task what the profile that is being compiled for says of its stage; nothing without a profile.
+
+    Args:
+        gpus: the pipeline's parameter, or its fixed number, for a training stage.
+        cache: False for a task that must run anew whatever the profile says.
+    """
+    profile = _profile.get()
+    if profile is None:
+        if not cache:
+            task.set_caching_options(False)
+        return
+    from kfp import kubernetes
+
+    settings = profile.stages[stage]
+    task.set_container_image(profile.images[STAGES[stage]])
+    task.set_caching_options(cache and settings.cache)
+    if settings.cpu:
+        task.set_cpu_request(settings.cpu).set_cpu_limit(settings.cpu)
+    if settings.memory:
+        task.set_memory_request(settings.memory).set_memory_limit(settings.memory)
+    if settings.retries:
+        task.set_retry(settings.retries, backoff_duration="30s", backoff_factor=2.0)
+    if settings.timeout:
+        kubernetes.set_timeout(task, settings.timeout)
+    selector, tolerations = dict(settings.node_selector), list(settings.tolerations)
+    if settings.gpus and not (profile.trainjob and stage in _TRAINING):  # else its nodes get them
+        count = gpus if settings.gpus == "parameter" else settings.gpus
+        task.set_accelerator_type(profile.gpu.resource).set_accelerator_limit(count)
+        selector |= profile.gpu.node_selector
+        tolerations += profile.gpu.tolerations
+        if profile.gpu.shared_memory:
+            kubernetes.empty_dir_mount(
+                task, "shared-memory", "/dev/shm", medium="Memory", size_limit=profile.gpu.shared_memory
+            )
+    for key, value in selector.items():
+        kubernetes.add_node_selector(task, key, value)
+    for toleration in tolerations:
+        given = dict(toleration)
+        kubernetes.add_toleration(task, toleration_seconds=given.pop("tolerationSeconds", None), **given)
+    if profile.trainjob and stage in _TRAINING:
+        kubernetes.mount_pvc(task, profile.trainjob.volume_claim, profile.trainjob.mount_path)
+    for variable, source in profile.secrets.items():
+        kubernetes.use_secret_as_env(task, source.secret, {source.key: variable}, optional=source.optional)
+    for variable, value in profile.environment.items():
+        task.set_env_variable(variable, value)
+    for key, value in profile.labels.items():
+        kubernetes.add_pod_label(task, key, value)
+    for key, value in profile.annotations.items():
+        kubernetes.add_pod_annotation(task, key, value)
+    if profile.image_pull_policy:
+        kubernetes.set_image_pull_policy(task, profile.image_pull_policy)
+    if profile.image_pull_secrets:
+        kubernetes.set_image_pull_secrets(task, profile.image_pull_secrets)
+    kubernetes.set_security_context(
+        task, run_as_user=profile.user, run_as_group=profile.user, run_as_non_root=True
+    )
+
+
+def launcher() -> str:
+    """The training stages' parameter of that name on the cluster that is being compiled for."""
+    profile = _profile.get()
+    if profile is None or profile.trainjob is None:
+        return ""
+    return json.dumps({"trainjob": dataclasses.asdict(profile.trainjob)})
+
+
+def models_at_once() -> int | None:
+    """How many models of a sweep train at the same time; None sets no limit."""
+    profile = _profile.get()
+    return (profile.models_at_once or None) if profile else None

@@ -1,0 +1,290 @@
+"""What a cluster profile says is what the compiled package carries, read from the package itself."""
+
+import re
+
+import pytest
+import yaml
+
+PROFILE = """
+images:
+  data: registry.example/team/softpref-data:1.2.3
+  train: registry.example/team/softpref-train@sha256:{digest}
+  evaluate: registry.example/team/softpref-evaluate:1.2.3
+image_pull_policy: Always
+image_pull_secrets: [pull-secret]
+service_account: trainer
+user: 1234
+parameters: {{ tracking_uri: "http://tracking.example:5000", gpus: 2 }}
+secrets:
+  MLFLOW_TRACKING_PASSWORD: {{ secret: tracking, key: password }}
+  HF_TOKEN: {{ secret: hub, key: token, optional: true }}
+environment: {{ HF_HOME: /cache }}
+labels: {{ team: research }}
+annotations: {{ sidecar.istio.io/inject: "false" }}
+gpu:
+  resource: vendor.example/gpu
+  node_selector: {{ gpu-type: large }}
+  tolerations: [{{ key: gpus-only, operator: Exists, effect: NoSchedule, tolerationSeconds: 60 }}]
+  shared_memory: 3Gi
+stages:
+  all: {{ cpu: "2", memory: 4Gi, timeout: 100, retries: 1 }}
+  data: {{ node_selector: {{ disk: fast }}, cache: false }}
+  sft: {{ gpus: parameter }}
+  train: {{ gpus: parameter, memory: 32Gi, timeout: 7200 }}
+  evaluate: {{ gpus: 1 }}
+models_at_once: 3
+""".format(digest="ab" * 32)
+
+
+@pytest.fixture(scope="module")
+def compiled(sweep, tmp_path_factory):
+    """Compiles the sweep with a profile's text; returns its pipeline and its Kubernetes part."""
+    import clusters
+    import launch
+
+    def compiled(text, parameters=None):
+        folder = tmp_path_factory.mktemp("profile")
+        file = folder / "lab.yaml"
+        file.write_text(text)
+        package = launch.compile_package(
+            sweep, folder / "package.yaml", clusters.read_profile(str(file)), parameters
+        )
+        spec, platform = yaml.safe_load_all(package.read_text())
+        return spec, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def package(compiled):
+    return compiled(PROFILE)
+
+
+def containers(spec):
+    executors = spec["deploymentSpec"]["executors"]
+    return {name: one["container"] for name, one in executors.items() if "container" in one}
+
+
+def test_only_images_of_the_profile_are_named(package):
+    spec, _ = package
+    images = {name: container["image"] for name, container in containers(spec).items()}
+    training = "registry.example/team/softpref-train@sha256:" + "ab" * 32
+    assert images == {
+        "exec-plan-sweep": training,
+        "exec-prepare-data": "registry.example/team/softpref-data:1.2.3",
+        "exec-train-reference": training,
+        "exec-train-policy": training,
+        "exec-evaluate-model": "registry.example/team/softpref-evaluate:1.2.3",
+        "exec-compare-models": "registry.example/team/softpref-evaluate:1.2.3",
+        "exec-register-model": "registry.example/team/softpref-evaluate:1.2.3",
+    }
+
+
+def test_training_stages_ask_for_the_gpus_of_the_form(package):
+    spec, platform = package
+    assert spec["root"]["inputDefinitions"]["parameters"]["gpus"]["defaultValue"] == 2
+    for name in ("exec-train-reference", "exec-train-policy"):
+        accelerator = containers(spec)[name]["resources"]["accelerator"]
+        assert accelerator["resourceType"] == "vendor.example/gpu"
+        assert accelerator["resourceCount"] == "{{$.inputs.parameters['pipelinechannel--gpus']}}"
+        assert platform[name]["nodeSelector"]["labels"] == {"gpu-type": "large"}
+        (toleration,) = platform[name]["tolerations"]
+        assert toleration.pop("tolerationSeconds") in (60, "60")
+        assert toleration == {"key": "gpus-only", "operator": "Exists", "effect": "NoSchedule"}
+        (volume,) = platform[name]["emptyDirMounts"]
+        assert volume["mountPath"] == "/dev/shm"
+        assert (volume["medium"], volume["sizeLimit"]) == ("Memory", "3Gi")
+
+
+def test_evaluation_asks_for_its_own_gpu_and_the_others_for_none(package):
+    spec, platform = package
+    assert containers(spec)["exec-evaluate-model"]["resources"]["accelerator"]["resourceCount"] == "1"
+    for name in ("exec-plan-sweep", "exec-prepare-data", "exec-compare-models", "exec-register-model"):
+        assert "accelerator" not in containers(spec)[name]["resources"]
+        assert "tolerations" not in platform[name]
+        assert "emptyDirMounts" not in platform[name]
+    assert platform["exec-prepare-data"]["nodeSelector"]["labels"] == {"disk": "fast"}
+
+
+def test_limits_timeouts_and_retries(package):
+    spec, platform = package
+    for name, container in containers(spec).items():
+        training = name == "exec-train-policy"
+        assert container["resources"]["resourceCpuLimit"] == "2"
+        assert container["resources"]["resourceCpuRequest"] == "2"
+        assert container["resources"]["resourceMemoryLimit"] == ("32Gi" if training else "4Gi")
+        assert int(platform[name]["activeDeadlineSeconds"]) == (7200 if training else 100)
+    tasks = tasks_of(spec)
+    assert {task["retryPolicy"]["maxRetryCount"] for name, task in tasks.items() if name in TASKS} == {1}
+
+
+TASKS = {
+    "plan-sweep",
+    "prepare-data",
+    "train-reference",
+    "train-policy",
+    "evaluate-model",
+    "compare-models",
+    "register-model",
+}
+
+
+def tasks_of(spec):
+    groups = [spec["root"], *spec["components"].values()]
+    return {name: task for group in groups for name, task in group.get("dag", {}).get("tasks", {}).items()}
+
+
+def test_secrets_are_referenced_in_every_task(package):
+    spec, platform = package
+    for name in containers(spec):
+        found = {
+            one["keyToEnv"][0]["envVar"]: (
+                one["secretName"],
+                one["keyToEnv"][0]["secretKey"],
+                one["optional"],
+            )
+            for one in platform[name]["secretAsEnv"]
+        }
+        assert found == {
+            "MLFLOW_TRACKING_PASSWORD": ("tracking", "password", False),
+            "HF_TOKEN": ("hub", "token", True),
+        }
+        assert {"name": "HF_HOME", "value": "/cache"} in containers(spec)[name]["env"]
+
+
+def test_caching_as_the_profile_says_and_never_where_a_task_must_run_anew(package):
+    spec, _ = package
+    cached = {
+        name: bool(task["cachingOptions"].get("enableCache"))
+        for name, task in tasks_of(spec).items()
+        if name in TASKS
+    }
+    assert cached == {
+        "plan-sweep": False,  # opens a tracking run
+        "prepare-data": False,  # the profile says so
+        "train-reference": True,
+        "train-policy": True,
+        "evaluate-model": True,
+        "compare-models": True,
+        "register-model": False,  # the registry decides
+    }
+
+
+def test_pods_carry_user_labels_and_pull_settings(package):
+    spec, platform = package
+    for name in containers(spec):
+        pod = platform[name]
+        assert pod["podMetadata"]["labels"] == {"team": "research"}
+        assert pod["podMetadata"]["annotations"] == {"sidecar.istio.io/inject": "false"}
+        assert pod["imagePullPolicy"] == "Always"
+        assert [one["secretName"] for one in pod["imagePullSecret"]] == ["pull-secret"]
+        context = pod["securityContext"]
+        assert (int(context["runAsUser"]), context["runAsNonRoot"]) == (1234, True)
+
+
+def test_models_at_once(package, compiled):
+    spec, _ = package
+    loops = [task["iteratorPolicy"] for task in tasks_of(spec).values() if "iteratorPolicy" in task]
+    assert loops == [{"parallelismLimit": 3}]
+    spec, _ = compiled(PROFILE.replace("models_at_once: 3", "models_at_once: 0"))
+    assert not [task for task in tasks_of(spec).values() if "iteratorPolicy" in task]
+
+
+def test_a_fixed_number_of_gpus_takes_the_field_from_the_form(compiled):
+    text = PROFILE.replace("gpus: parameter", "gpus: 4").replace(", gpus: 2", "")
+    spec, _ = compiled(text)
+    assert "gpus" not in spec["root"]["inputDefinitions"]["parameters"]
+    assert containers(spec)["exec-train-policy"]["resources"]["accelerator"]["resourceCount"] == "4"
+    given = tasks_of(spec)["train-policy"]["inputs"]["parameters"]["gpus"]
+    assert given["runtimeValue"]["constant"] == 4  # what the stage checks at its start
+
+
+def test_the_form_shows_the_parameters_given(compiled):
+    spec, _ = compiled(PROFILE, {"alphas": [0.25], "experiment": "tone", "tracking_uri": "http://other:1"})
+    shown = {
+        name: one.get("defaultValue") for name, one in spec["root"]["inputDefinitions"]["parameters"].items()
+    }
+    assert (shown["alphas"], shown["experiment"]) == ([0.25], "tone")
+    assert shown["tracking_uri"] == "http://other:1"
+    spec, _ = compiled(PROFILE)
+    shown = spec["root"]["inputDefinitions"]["parameters"]
+    assert shown["tracking_uri"]["defaultValue"] == "http://tracking.example:5000"
+
+
+def test_training_as_jobs_moves_gpus_and_secrets_to_the_nodes(compiled):
+    from softpref.distributed.config import parse_launcher
+
+    spec, platform = compiled(
+        PROFILE + "trainjob: { volume_claim: team-volume, mount_path: /data, nodes: 3 }\n"
+    )
+    for name in ("train-reference", "train-policy"):
+        assert "accelerator" not in containers(spec)[f"exec-{name}"]["resources"]
+        (mount,) = platform[f"exec-{name}"]["pvcMount"]
+        assert mount["mountPath"] == "/data"
+        assert mount["constant"] == "team-volume"
+        text = tasks_of(spec)[name]["inputs"]["parameters"]["launcher"]["runtimeValue"]["constant"]
+        job = parse_launcher(text).job
+        assert (job.nodes, job.volume_claim, job.gpu_resource) == (3, "team-volume", "vendor.example/gpu")
+        assert job.image.endswith("ab" * 32)
+        assert job.node_selector == {"gpu-type": "large"}
+        assert job.secrets["HF_TOKEN"] == "hub/token"
+        assert job.shared_memory == "3Gi"
+    assert "pvcMount" not in platform["exec-evaluate-model"]
+    assert containers(spec)["exec-evaluate-model"]["resources"]["accelerator"]["resourceCount"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("softpref-data:1.2.3", "softpref-data:latest", "images.data"),
+        ("softpref-data:1.2.3", "softpref-data", "images.data"),
+        ("  evaluate: registry", "  judge: registry", "images needs evaluate"),
+        ("memory: 32Gi", "memory: 32GB", "stages.train.memory"),
+        ("memory: 32Gi", "memry: 32Gi", "did you mean 'memory'"),
+        ("  data: {", "  dataset: {", "did you mean 'data'"),
+        ("gpus: 1", "gpus: parameter", "stages.evaluate.gpus"),
+        ("  sft: { gpus: parameter }", "  sft: { gpus: 1 }", "must be the same"),
+        ("timeout: 7200", "timeout: -1", "stages.train.timeout"),
+        ("key: token", "entry: token", "'entry'"),
+        ("tolerationSeconds", "toleration_seconds", "tolerationSeconds"),
+        ("gpus: 2", "gpu: 2", "did you mean 'gpus'"),
+        ("models_at_once", "models_together", "did you mean 'models_at_once'"),
+    ],
+)
+def test_a_wrong_profile_is_refused_with_its_file_and_entry(sweep, tmp_path, old, new, complaint):
+    import clusters
+    from softpref.errors import ConfigError
+
+    file = tmp_path / "lab.yaml"
+    assert old in PROFILE
+    file.write_text(PROFILE.replace(old, new))
+    with pytest.raises(ConfigError, match=re.escape(complaint)):
+        clusters.build(sweep, clusters.read_profile(str(file)))
+
+
+def test_an_unknown_profile_names_the_closest():
+    import clusters
+    from softpref.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="did you mean 'default'"):
+        clusters.read_profile("defualt")
+
+
+def test_the_default_profile_names_the_images_that_are_built_here():
+    import clusters
+    from softpref import images
+
+    names = clusters.read_profile("default").images
+    assert names == {
+        "data": images.DATA_IMAGE,
+        "train": images.TRAIN_IMAGE,
+        "evaluate": images.EVALUATE_IMAGE,
+    }
+
+
+def test_without_a_profile_nothing_of_kubernetes_is_asked_for(sweep):
+    from google.protobuf import json_format
+
+    spec = json_format.MessageToDict(sweep.pipeline_spec)
+    assert not sweep.platform_spec.platforms
+    assert not [name for name, container in containers(spec).items() if "resources" in container]
