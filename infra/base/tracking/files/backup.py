@@ -5,8 +5,8 @@
     backup.py copy s3://FROM s3://TO                  copy objects that are missing or differ; deletes nothing
 
 The backup's store may be another one: BACKUP_S3_ENDPOINT_URL, BACKUP_AWS_ACCESS_KEY_ID and
-BACKUP_AWS_SECRET_ACCESS_KEY name it and take the place of MLFLOW_S3_ENDPOINT_URL and AWS_* for URIs that begin
-with BACKUP_DESTINATION.
+BACKUP_AWS_SECRET_ACCESS_KEY name it and take the place of MLFLOW_S3_ENDPOINT_URL and AWS_* for URIs that
+begin with BACKUP_DESTINATION.
 """
 
 import argparse

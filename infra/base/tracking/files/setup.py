@@ -3,9 +3,9 @@
     setup.py database          make or upgrade the tables, then make or update the users
     setup.py buckets URI...    make the buckets that do not exist (for an object store of one's own)
 
-The database is the one that the PG* variables name. A user is a folder of /etc/mlflow/users (or $MLFLOW_USERS),
-a mounted Secret with the files `username` and `password`; the folder `admin` is the administrator. A changed
-Secret takes effect with the next start of the pod.
+The database is the one that the PG* variables name. A user is a folder of /etc/mlflow/users (or of
+$MLFLOW_USERS), a mounted Secret with the files `username` and `password`; the folder `admin` is the
+administrator. A changed Secret takes effect with the next start of the pod.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-DATABASE = "postgresql:///mlflow"
+DATABASE = "postgresql+psycopg2:///mlflow"
 _LOCK = 7_100_514  # any number; only one pod at a time changes tables
 _PATIENCE = 180  # seconds; a database that starts together with this pod needs a while
 
