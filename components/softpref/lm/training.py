@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,26 @@ from transformers.trainer_callback import ProgressCallback
 
 from softpref.errors import ConfigError, SoftprefError
 
+logger = logging.getLogger(__name__)
+
 
 class GuardedTrainer(Trainer):
     """A `transformers.Trainer` that stops at the first non-finite loss or gradient, before the weights move.
 
-    The last good state is saved as a checkpoint and the offending batch beside it.
+    The last good state is saved as a checkpoint and the offending batch beside it. One process uses one GPU,
+    whatever else it sees: threads of `nn.DataParallel` know nothing of packed batches.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        config = options["args"]
+        if config.n_gpu > 1:
+            logger.warning(
+                "%d GPUs can be seen here, and one is used; set gpus=%d to train on all of them",
+                config.n_gpu,
+                config.n_gpu,
+            )
+            config._n_gpu = 1
+        super().__init__(*args, **options)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -180,6 +196,8 @@ def check_training_arguments(args: TrainingArguments) -> None:
         value = getattr(args, name)
         if not (value >= least and math.isfinite(value)):
             raise ConfigError(f"{type(args).__name__}.{name} must be at least {least}, got {value!r}")
+    if not args.use_cpu:  # before transformers takes the device of this process, which may not be there
+        require_devices(0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def device_has_bf16() -> bool:
@@ -187,10 +205,13 @@ def device_has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
-def require_devices(count: int) -> None:
+def require_devices(count: int, processes: int = 1) -> None:
     """Refuse to train on fewer GPUs than were asked for.
 
     A cluster can drop the request for a GPU without a word; the job would then crawl on a CPU.
+
+    Args:
+        processes: processes of this machine; where there are GPUs, each needs one of its own.
 
     Raises:
         ConfigError: says how many were asked for and how many are there.
@@ -200,4 +221,9 @@ def require_devices(count: int) -> None:
         raise ConfigError(
             f"{count} GPU(s) were asked for, but {found} can be seen here; check the pod's resource limits "
             "and the node's device plugin, or set gpus to 0 to train on the CPU"
+        )
+    if 0 < found < processes:
+        raise ConfigError(
+            f"{processes} processes need a GPU each, and {found} can be seen here; start as many processes "
+            "as there are GPUs, or hide these from them (CUDA_VISIBLE_DEVICES='') to train on the CPU"
         )

@@ -1,4 +1,4 @@
-"""The KFP face of stage 2. Holds no logic: it builds an SFTConfig and calls `softpref.sft.stage.run`."""
+"""The KFP face of stage 2. Holds no logic: parameters go to `softpref.sft.stage.run`, wherever it runs."""
 
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
@@ -43,12 +43,11 @@ def train_reference(
             machine, one for each GPU asked for. {"processes": N}: N of them here, without GPUs.
             {"trainjob": {...}}: as a Kubeflow TrainJob of several nodes, `gpus` on each.
     """
-    from softpref.config import build_config, parse_overrides
-    from softpref.sft.config import SFTConfig
-    from softpref.sft.stage import run
+    from softpref.config import parse_overrides
+    from softpref.distributed.launch import run_stage
 
-    config = build_config(
-        SFTConfig,
+    results = run_stage(
+        "sft",
         {
             "base_model": base_model,
             "learning_rate": learning_rate,
@@ -57,11 +56,8 @@ def train_reference(
             "gpus": gpus,
         },
         parse_overrides(overrides),
-    )
-    results = run(
-        config,
-        dataset_dir=dataset.path,
-        output_dir=reference.path,
+        folders={"dataset": dataset.path, "output": reference.path},
+        launcher=launcher,
         experiment=experiment,
         parent_run_id=parent_run_id,
         tracking_uri=tracking_uri,

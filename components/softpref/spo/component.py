@@ -1,4 +1,4 @@
-"""The KFP face of stage 3. Holds no logic: it builds an SPOConfig and calls `softpref.spo.stage.run`."""
+"""The KFP face of stage 3. Holds no logic: parameters go to `softpref.spo.stage.run`, wherever it runs."""
 
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
@@ -50,13 +50,12 @@ def train_policy(
     import json
     import math
 
-    from softpref.config import build_config, parse_overrides
-    from softpref.spo.config import SPOConfig
-    from softpref.spo.stage import run
+    from softpref.config import parse_overrides
+    from softpref.distributed.launch import run_stage
 
     plan = json.loads(member)
-    config = build_config(
-        SPOConfig,
+    results = run_stage(
+        "train",
         {
             "learning_rate": learning_rate,
             "num_train_epochs": num_train_epochs,
@@ -68,12 +67,8 @@ def train_policy(
         parse_overrides(overrides),
         {key: plan[key] for key in ("method", "alpha", "beta")},
         plan.get("options", {}),
-    )
-    results = run(
-        config,
-        dataset_dir=dataset.path,
-        reference_dir=reference.path,
-        output_dir=policy.path,
+        folders={"dataset": dataset.path, "reference": reference.path, "output": policy.path},
+        launcher=launcher,
         name=plan["name"],
         experiment=experiment,
         parent_run_id=plan["parent_run_id"],

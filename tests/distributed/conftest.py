@@ -1,0 +1,134 @@
+"""A small dataset and reference, and the training faces run as the pipeline runs them, wherever they run."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+STEP = 8  # rows of an optimizer step, in one process or in several
+OPTIONS = {
+    "optim": "sgd",  # Adam would blow rounding errors of tiny gradients up to whole steps
+    "lr_scheduler_type": "constant",
+    "train_sampling_strategy": "sequential",
+    "max_prompt_length": 40,
+    "max_completion_length": 24,
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "save_strategy": "no",
+}
+# what tells of time, or of the place within an epoch
+UNLIKE = ("epoch", "sampling/t", "seconds/", "total_flos")
+UNLIKE += tuple(
+    f"{split}_{what}" for split in ("train", "eval") for what in ("runtime", "samples_", "steps_")
+)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, make_tokenizer, make_model):
+    """Folders of a dataset and of a reference model."""
+    from datasets import Dataset, DatasetDict
+
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = random.Random(0)
+
+    def text():
+        return "".join(rng.choices("abcdefgh", k=rng.choice((1, 2, 5, 20))))
+
+    def row(number):
+        size = 2 if number % 2 else 3
+        return {
+            "prompt": text(),
+            "completions": [text() for _ in range(size)],
+            "kind": "pairwise" if size == 2 else "ranking",
+            "probability": round(rng.uniform(0.05, 0.95), 3) if size == 2 else None,
+        }
+
+    splits = {"train": [row(i) for i in range(20)], "validation": [row(i) for i in range(8)]}
+    dataset, reference = folder / "dataset", folder / "reference"
+    DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(str(dataset))
+    Dataset.from_list([{"prompt": "abcdefgh"[: 1 + i % 7]} for i in range(20)]).save_to_disk(
+        str(dataset / "prompts")
+    )
+    (dataset / "stats.json").write_text(json.dumps({"dataset_hash": "abc"}))
+    tokenizer = make_tokenizer("abcdefgh")
+    make_model(tokenizer, layers=2).save_pretrained(reference)
+    tokenizer.save_pretrained(reference)
+    return SimpleNamespace(dataset=str(dataset), reference=str(reference))
+
+
+@pytest.fixture
+def train(tmp_path, folders, monkeypatch):
+    """`train(name, launcher, world_size, **options)`: the face of stage 3; its metrics and model folder."""
+    from softpref.spo.component import train_policy
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run(name, launcher="", world_size=1, **options):
+        logged = {}
+        policy = SimpleNamespace(path=str(tmp_path / name), metadata={})
+        train_policy.python_func(
+            SimpleNamespace(path=folders.dataset),
+            SimpleNamespace(path=folders.reference),
+            policy,
+            SimpleNamespace(log_metric=logged.__setitem__),
+            json.dumps(
+                {"name": name, "method": "spo", "alpha": 0.5, "beta": 0.3, "parent_run_id": "", "options": {}}
+            ),
+            learning_rate=0.05,
+            num_train_epochs=2,
+            samples_per_refresh=26,
+            sampling_interval=3,
+            seed=3,
+            overrides=json.dumps(
+                {
+                    **OPTIONS,
+                    "per_device_train_batch_size": 2,
+                    "per_device_eval_batch_size": 2,
+                    "gradient_accumulation_steps": STEP // (2 * world_size),
+                    **options,
+                }
+            ),
+            launcher=json.dumps(launcher) if launcher else "",
+        )
+        assert policy.metadata == {"name": name}
+        return logged, tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def same_trajectory():
+    """Asserts that two model folders were reached by the same steps, and hold the same weights."""
+
+    def check(one, other):
+        expected, found = _steps(one), _steps(other)
+        assert found.keys() == expected.keys()
+        assert len(expected) >= 6
+        for step, values in expected.items():
+            assert found[step].keys() == values.keys(), step
+            for key, value in values.items():
+                if not key.startswith(UNLIKE):
+                    assert found[step][key] == pytest.approx(value, rel=2e-4, abs=2e-4), (step, key)
+        weights = load_file(one / "model.safetensors")
+        others = load_file(other / "model.safetensors")
+        assert weights.keys() == others.keys()
+        for key, tensor in weights.items():
+            torch.testing.assert_close(others[key], tensor, rtol=0, atol=1e-5, msg=key)
+
+    return check
+
+
+def _steps(folder):
+    """Every logged metric by step: `{step: {name: value}}`."""
+    metrics = {}
+    for line in (folder / "tracking.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] == "metrics":
+            metrics.setdefault(record["step"], {}).update(record["values"])
+    return metrics

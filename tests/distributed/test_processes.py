@@ -1,0 +1,159 @@
+"""A training face in several processes of one machine: the same trajectory, and every end of them seen."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from softpref.distributed.processes import Rendezvous, StageFailed, launch_command, run_watched
+from softpref.errors import ConfigError, SoftprefError
+
+
+def test_two_processes_take_the_steps_of_one(train, same_trajectory, capfd):
+    one, single = train("single")
+    assert "training in 2 processes" not in capfd.readouterr().err
+    two, double = train("double", {"processes": 2}, world_size=2)
+    printed = capfd.readouterr()
+    same_trajectory(single, double)
+    assert {key for key in one if not key.startswith("train_")} == {
+        k for k in two if not k.startswith("train_")
+    }
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
+    assert "'rewards/margins'" in printed.out  # what the processes print is passed on
+    assert sorted(path.name for path in double.iterdir()) == sorted(path.name for path in single.iterdir())
+
+
+def test_a_refusal_in_the_processes_is_the_faces_own(train):
+    with pytest.raises(SoftprefError, match="did you mean 'kl_gradient'") as refused:
+        train("policy", {"processes": 2}, world_size=2, kl_gradent="full")
+    assert "ended with exit status" not in str(refused.value)
+
+
+def test_a_failure_in_the_processes_is_raised_with_their_last_lines(train, monkeypatch, tmp_path):
+    (tmp_path / "fault").mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('RANK') == '1':\n"
+        "    import transformers\n"
+        "    def fail(*a, **k): raise RuntimeError('the second process fails')\n"
+        "    transformers.Trainer.train = fail\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fault'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(
+        StageFailed, match="the stage train in 2 processes ended with exit status 1"
+    ) as failed:
+        train("policy", {"processes": 2}, world_size=2)
+    assert "the second process fails" in str(failed.value)
+    assert not (tmp_path / "policy" / "model.safetensors").exists()
+
+
+def test_devices_are_asked_for_before_processes_start(train, monkeypatch):
+    monkeypatch.setattr("softpref.distributed.launch.run_watched", lambda *a, **k: pytest.fail("started"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"2 GPU.s. were asked for, but 1"):
+        train("a", gpus=2)
+    with pytest.raises(ConfigError, match="3 processes need a GPU each, and 1"):
+        train("b", {"processes": 3}, use_cpu=False)
+    with pytest.raises(ConfigError, match=r"launcher\.processes is 3, and gpus is 2"):
+        train("c", {"processes": 3}, gpus=2)
+
+
+def test_a_process_without_a_device_of_its_own_says_so(monkeypatch, folders, tmp_path, capsys):
+    from softpref.cli import main
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    arguments = ["--dataset", folders.dataset, "--reference", folders.reference, "--output", str(tmp_path)]
+    assert main(["train", *arguments, "--bf16", "false"]) == 2
+    assert "2 processes need a GPU each, and 1 can be seen" in capsys.readouterr().err
+
+
+def test_nodes_meet_where_the_first_is():
+    command = launch_command("sft", ["--x=1"], processes=4, rendezvous=Rendezvous(3, 2, "host-0", 29400))
+    options = dict(itertools.pairwise(command))
+    assert options["--num_processes"] == "12"
+    assert options["--num_machines"] == "3"
+    assert options["--machine_rank"] == "2"
+    assert options["--main_process_ip"] == "host-0"
+    assert options["--main_process_port"] == "29400"
+    assert command[-3:] == ["-m", "softpref.sft", "--x=1"]
+    assert launch_command("train", [], processes=1) == [sys.executable, "-m", "softpref.spo"]
+
+
+def test_output_comes_as_it_is_made_and_its_end_is_kept(capfd):
+    script = (
+        "import sys\nfor i in range(100): print('line', i)\nsys.stdout.write('10%\\r99%\\r'); sys.exit(3)"
+    )
+    with pytest.raises(StageFailed) as failed:
+        run_watched([sys.executable, "-c", script], what="the command")
+    lines = str(failed.value).splitlines()
+    assert lines[0] == "the command ended with exit status 3; its last lines:"
+    assert lines[-2:] == ["line 99", "99%"]
+    assert len(lines) == 61
+    assert capfd.readouterr().out.startswith("line 0\nline 1\n")
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_a_signal_ends_all_processes_and_then_this_one(tmp_path, stubborn):
+    own = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if stubborn else ""
+    child = f"{own}import os, subprocess, sys, time\n" + (
+        "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(os.getpid(), other.pid, flush=True)\ntime.sleep(60)"
+    )
+    outer = (
+        "import sys\nfrom softpref.distributed import processes\nprocesses._GRACE = 1.0\n"
+        f"processes.run_watched([sys.executable, '-c', {child!r}])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", outer], stdout=subprocess.PIPE, text=True)
+    pids = [int(number) for number in process.stdout.readline().split()]
+    assert len(pids) == 2
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == -signal.SIGTERM
+    deadline = time.monotonic() + 5
+    while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(_alive(pid) for pid in pids)
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_stage_of_the_reference_runs_in_processes_too(folders, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from softpref.sft.component import train_reference
+
+    from tests.distributed.conftest import OPTIONS, STEP
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found = []
+    for name, processes in (("one", 1), ("two", 2)):
+        logged = {}
+        overrides = {
+            **OPTIONS,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 1,  # a mean over rows, however they are dealt out
+            "gradient_accumulation_steps": STEP // (2 * processes),
+        }
+        train_reference.python_func(
+            SimpleNamespace(path=folders.dataset),
+            SimpleNamespace(path=str(tmp_path / name)),
+            SimpleNamespace(log_metric=logged.__setitem__),
+            base_model=folders.reference,
+            learning_rate=0.05,
+            overrides=json.dumps(overrides),
+            launcher=json.dumps({"processes": processes}),
+        )
+        found.append(logged)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert (tmp_path / "two" / "model.safetensors").is_file()
