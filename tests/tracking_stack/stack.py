@@ -1,7 +1,7 @@
 """The tracking stack as processes of this machine: PostgreSQL, an S3 store, the MLflow server. No test in it.
 
-Commands, arguments, environment and files are those of the manifests, as `kubectl kustomize` gives them; only what
-a pod has and a process has not is put in: addresses and ports, the folder of a mount, the values of Secrets.
+Commands, arguments, environment and files are those of the manifests, as `kubectl kustomize` gives them; only
+what a pod has and a process has not is put in: addresses and ports, the folder of a mount, values of Secrets.
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Makes the Secrets that the manifests refer to, in the cluster that kubectl is pointed at. What exists is kept, so
+# it may be run again; values are random unless the environment gives them, and none is printed or passed as an
+# argument.
+#
+#   infra/secrets.sh [RUNS_NAMESPACE]     `kubeflow` (single-user KFP, the default) or `softpref` (multi-user)
+#
+#   DATABASE_USERNAME, DATABASE_PASSWORD            of a managed PostgreSQL
+#   STORE_ACCESS_KEY, STORE_SECRET_KEY              of a bucket
+#   HUB_TOKEN                                       for models and data sets that the Hub gates
+set -euo pipefail
+
+runs=${1:-kubeflow}
+tracking=softpref-tracking
+serving=softpref-serving
+
+random() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
+encode() { printf %s "$1" | base64 | tr -d '\n'; }
+
+# make NAMESPACE NAME KEY=VALUE...: create a Secret unless it is there
+make() {
+    local namespace=$1 name=$2 data='' pair
+    shift 2
+    if kubectl --namespace "$namespace" get secret "$name" --output name >/dev/null 2>&1; then
+        echo "$namespace/$name is there and stays as it is"
+        return
+    fi
+    for pair in "$@"; do data+="${data:+,}\"${pair%%=*}\":\"$(encode "${pair#*=}")\""; done
+    printf '{"apiVersion":"v1","kind":"Secret","type":"Opaque","metadata":{"name":"%s","namespace":"%s","labels":{"app.kubernetes.io/part-of":"softpref"}},"data":{%s}}' \
+        "$name" "$namespace" "$data" | kubectl create --filename - >/dev/null
+    echo "$namespace/$name made"
+}
+
+# value NAMESPACE NAME KEY: what a Secret holds
+value() {
+    kubectl --namespace "$1" get secret "$2" --output "jsonpath={.data.$3}" | base64 --decode
+}
+
+for namespace in "$tracking" "$serving" "$runs"; do
+    if ! kubectl get namespace "$namespace" --output name >/dev/null 2>&1; then
+        if [ "$namespace" = "$runs" ]; then
+            echo "namespace $runs does not exist: install Kubeflow Pipelines or apply the profile first" >&2
+            exit 1
+        fi
+        kubectl create namespace "$namespace" >/dev/null
+        echo "namespace $namespace made"
+    fi
+done
+
+key=${STORE_ACCESS_KEY:-$(random)}
+secret=${STORE_SECRET_KEY:-$(random)}
+make "$tracking" postgres "username=${DATABASE_USERNAME:-mlflow}" "password=${DATABASE_PASSWORD:-$(random)}"
+make "$tracking" object-store "access-key=$key" "secret-key=$secret" \
+    "s3.json={\"identities\":[{\"name\":\"mlflow\",\"credentials\":[{\"accessKey\":\"$key\",\"secretKey\":\"$secret\"}],\"actions\":[\"Admin\"]}]}"
+make "$tracking" mlflow-server "flask-secret-key=$(random)"
+make "$tracking" mlflow-admin username=admin "password=$(random)"
+make "$tracking" mlflow-credentials username=softpref "password=$(random)"
+make "$tracking" mlflow-serving-credentials username=serving "password=$(random)"
+
+# the same logins where they are used; KFP's MLflow plugin asks for a Secret of just this name
+user=$(value "$tracking" mlflow-credentials username)
+password=$(value "$tracking" mlflow-credentials password)
+make "$runs" mlflow-credentials "username=$user" "password=$password"
+make "$runs" kfp-mlflow-credentials "username=$user" "password=$password"
+make "$serving" mlflow-credentials "username=$(value "$tracking" mlflow-serving-credentials username)" \
+    "password=$(value "$tracking" mlflow-serving-credentials password)"
+if [ -n "${HUB_TOKEN:-}" ]; then
+    make "$runs" hub-token "token=$HUB_TOKEN"
+fi
