@@ -1,0 +1,267 @@
+"""Nodes of a TrainJob as pods of a cluster, by the Kubeflow SDK. Knows no training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from softpref.distributed.config import TrainJobConfig
+from softpref.distributed.node import SECRETS_VARIABLE
+from softpref.distributed.trainjob import State
+from softpref.errors import ConfigError
+from softpref.images import TRAIN_IMAGE
+
+logger = logging.getLogger(__name__)
+
+_SECRETS = "/var/run/softpref-secrets"
+_USER = 1000  # of the project's images
+_GONE_WITHIN = 120.0  # seconds for a removed job's pods to end: they have 30 of grace
+_TAIL = 60
+# caches that libraries would put into a home that cannot be written
+_HOMES = {
+    "HOME": "/tmp/home",
+    "HF_HOME": "/tmp/huggingface",
+    "MPLCONFIGDIR": "/tmp/matplotlib",
+    "XDG_CACHE_HOME": "/tmp/cache",
+    "TRITON_CACHE_DIR": "/tmp/triton",
+    "TORCHINDUCTOR_CACHE_DIR": "/tmp/inductor",
+}
+
+
+class KubernetesNodes:
+    """The pods of a TrainJob; see `softpref.distributed.trainjob.Nodes`.
+
+    Args:
+        gpus: of each node.
+        client: a `kubeflow.trainer.TrainerClient`; by default of the cluster that this step runs in, or of
+            the kubeconfig's current context.
+    """
+
+    def __init__(self, job: TrainJobConfig, gpus: int, client: Any = None) -> None:
+        from kubeflow.common.types import KubernetesBackendConfig
+        from kubeflow.trainer import TrainerClient
+
+        self._job, self._gpus = job, gpus
+        self._client = client or TrainerClient(KubernetesBackendConfig(namespace=job.namespace or None))
+        self._printed: dict[str, int] = {}  # lines of each pod that were passed on
+
+    def folder(self, name: str) -> Path:
+        return Path(self._job.mount_path) / self._job.folder / name
+
+    def node_folder(self, name: str) -> str:
+        return str(self.folder(name))
+
+    def submit(self, name: str, env: Mapping[str, str]) -> None:
+        try:
+            self._client.train(**self.request(name, env))
+        except (RuntimeError, TimeoutError) as error:
+            raise ConfigError(
+                f"TrainJob {name} cannot be created: {_reason(error)}; the step's service account must be "
+                f"allowed to create TrainJobs, and the runtime {self._job.runtime} must exist"
+            ) from error
+        self._own(name)
+
+    def request(self, name: str, env: Mapping[str, str]) -> dict[str, Any]:
+        """What `TrainerClient.train` is called with."""
+        from kubeflow.trainer import CustomTrainerContainer
+        from kubeflow.trainer import options as sdk
+
+        job = self._job
+        resources: dict[str, str | int] = {}
+        for key, value in (("cpu", job.cpu), ("memory", job.memory), (job.gpu_resource, self._gpus)):
+            if value:
+                resources[key] = str(value)
+        files = {
+            variable: f"{_SECRETS}/{reference.partition('/')[0]}/{reference.partition('/')[2]}"
+            for variable, reference in job.secrets.items()
+        }
+        variables = {**_HOMES, **env, **({SECRETS_VARIABLE: json.dumps(files)} if files else {})}
+        volumes, mounts = self._volumes()
+        pod = sdk.PodSpecPatch(
+            service_account_name=job.service_account or None,
+            volumes=volumes,
+            containers=[
+                sdk.ContainerPatch(
+                    name="node",
+                    volume_mounts=mounts,
+                    security_context={
+                        "allowPrivilegeEscalation": False,
+                        "readOnlyRootFilesystem": True,
+                        "capabilities": {"drop": ["ALL"]},
+                    },
+                )
+            ],
+            image_pull_secrets=[{"name": secret} for secret in job.image_pull_secrets] or None,
+            security_context={
+                "runAsNonRoot": True,
+                "runAsUser": _USER,
+                "runAsGroup": _USER,
+                "fsGroup": _USER,
+                "fsGroupChangePolicy": "OnRootMismatch",  # not file by file through a large volume
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            node_selector=job.node_selector or None,
+            tolerations=job.tolerations or None,
+        )
+        template = sdk.JobTemplatePatch(spec=sdk.JobSpecPatch(template=sdk.PodTemplatePatch(spec=pod)))
+        patch = sdk.TrainingRuntimeSpecPatch(
+            template=sdk.JobSetTemplatePatch(
+                spec=sdk.JobSetSpecPatch(
+                    replicated_jobs=[sdk.ReplicatedJobPatch(name="node", template=template)]
+                )
+            )
+        )
+        options: list[Any] = [
+            sdk.Name(name),
+            sdk.Labels({"app.kubernetes.io/part-of": "softpref", **job.labels}),
+            sdk.TrainerCommand(["python", "-m", "softpref.distributed.node", self.node_folder(name)]),
+            sdk.RuntimePatch(training_runtime_spec=patch),
+        ]
+        if job.timeout:
+            options.append(sdk.ActiveDeadlineSeconds(job.timeout))
+        trainer = CustomTrainerContainer(
+            image=job.image or TRAIN_IMAGE,
+            num_nodes=job.nodes,
+            resources_per_node=resources or None,
+            env=variables,
+        )
+        return {"runtime": job.runtime, "trainer": trainer, "options": options}
+
+    def _volumes(self) -> tuple[list[dict], list[dict]]:
+        """The pod's volumes, and where the container has them."""
+        job = self._job
+        memory = {"medium": "Memory", **({"sizeLimit": job.shared_memory} if job.shared_memory else {})}
+        volumes: list[dict] = [
+            {"name": "shared", "persistentVolumeClaim": {"claimName": job.volume_claim}},
+            {"name": "tmp", "emptyDir": {}},
+            *([{"name": "shm", "emptyDir": memory}] if job.shared_memory else []),
+        ]
+        mounts: list[dict] = [
+            {"name": "shared", "mountPath": job.mount_path},
+            {"name": "tmp", "mountPath": "/tmp"},
+            *([{"name": "shm", "mountPath": "/dev/shm"}] if job.shared_memory else []),
+        ]
+        # files, for variables of this container cannot be taken from secrets by a TrainJob's patches
+        for secret in sorted({reference.partition("/")[0] for reference in job.secrets.values()}):
+            volume = f"secret-{secret}".replace(".", "-")
+            volumes.append({"name": volume, "secret": {"secretName": secret}})
+            mounts.append({"name": volume, "mountPath": f"{_SECRETS}/{secret}", "readOnly": True})
+        return volumes, mounts
+
+    def _own(self, name: str) -> None:
+        """Have the cluster remove the job with this step's pod, should nobody live to do it."""
+        pod, uid = os.environ.get("KFP_POD_NAME"), os.environ.get("KFP_POD_UID")
+        backend = self._client.backend
+        if not (pod and uid) or self._job.namespace not in ("", backend.namespace):
+            return
+        owner = {"apiVersion": "v1", "kind": "Pod", "name": pod, "uid": uid}
+        try:
+            backend.custom_api.patch_namespaced_custom_object(
+                "trainer.kubeflow.org",
+                "v1alpha1",
+                backend.namespace,
+                "trainjobs",
+                name,
+                {"metadata": {"ownerReferences": [owner]}},
+            )
+        except Exception as error:  # the job runs all the same, and is removed by this step's own hand
+            logger.warning("TrainJob %s is not owned by this step's pod: %s", name, _reason(error))
+
+    def state(self, name: str) -> State:
+        try:
+            job = self._client.get_job(name)
+        except (RuntimeError, TimeoutError) as error:
+            if _status(error) == 404 and "TrainJob" in str(error):
+                return State("gone", {})
+            raise OSError(_reason(error)) from error
+        steps = {step.name: str(step.status) for step in job.steps if step.name.startswith("node-")}
+        if job.status in ("Complete", "Failed"):
+            return State(job.status.lower(), steps)
+        going = [status for status in steps.values() if status in ("Running", "Succeeded")]
+        return State("running" if len(going) == self._job.nodes else "waiting", steps)
+
+    def output(self, name: str) -> Iterator[str]:
+        try:
+            pods = [step.pod_name for step in self._client.get_job(name).steps if step.name == "node-0"]
+            if not pods:
+                return
+            for number, line in enumerate(self._client.get_job_logs(name, step="node-0", follow=True), 1):
+                if number > self._printed.get(pods[0], 0):
+                    self._printed[pods[0]] = number
+                    yield f"{line}\n"
+        except (RuntimeError, TimeoutError) as error:
+            raise OSError(_reason(error)) from error
+
+    def failure(self, name: str) -> list[str]:
+        lines: list[str] = []
+        try:
+            job = self._client.get_job(name)
+            failed = [step for step in job.steps if step.status == "Failed"]
+            for step in failed or job.steps:
+                found = list(self._client.get_job_logs(name, step=step.name))
+                lines += [f"[{step.name}, {step.status}] {line}" for line in found[-_TAIL:]]
+            lines += [
+                f"[{event.involved_object_name}] {event.reason}: {event.message}"
+                for event in self._client.get_job_events(name)[-10:]
+            ]
+        except (RuntimeError, TimeoutError) as error:
+            lines.append(f"nothing more can be found out: {_reason(error)}")
+        return lines
+
+    def delete(self, name: str) -> None:
+        from kubernetes.client import ApiException
+
+        try:
+            self._client.delete_job(name)
+        except (RuntimeError, TimeoutError) as error:
+            if _status(error) == 404:
+                return
+            logger.warning(
+                "TrainJob %s cannot be removed: %s; remove it by kubectl delete trainjob %s",
+                name,
+                _reason(error),
+                name,
+            )
+            return
+        logger.warning("TrainJob %s: removed", name)
+        backend, until = self._client.backend, time.monotonic() + _GONE_WITHIN
+        while time.monotonic() < until:  # its pods write checkpoints until they end
+            try:
+                pods = backend.core_api.list_namespaced_pod(
+                    backend.namespace, label_selector=f"jobset.sigs.k8s.io/jobset-name={name}"
+                )
+                if not pods.items and self.state(name).status == "gone":
+                    return
+            except (ApiException, OSError) as error:
+                logger.warning("whether TrainJob %s is gone is unknown: %s", name, _reason(error))
+                return
+            time.sleep(min(1.0, self._job.poll_interval))
+        logger.warning("TrainJob %s: pods are still there after %d s", name, _GONE_WITHIN)
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error of the SDK goes back to, if any."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(status := getattr(cause, "status", None), int):
+            return status
+        cause = cause.__cause__
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """What the API said, where an error of the SDK goes back to an answer of it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if body := getattr(cause, "body", None):
+            try:
+                return str(json.loads(body)["message"])
+            except (ValueError, KeyError, TypeError):
+                return str(body)
+        cause = cause.__cause__
+    return f"{error}" + (f" ({error.__cause__})" if error.__cause__ else "")

@@ -1,0 +1,286 @@
+"""A training stage as a `TrainJob` of Kubeflow Trainer, from the step that submits it: copy, submit, watch.
+
+Folders go to the shared volume, the job's nodes train there (`softpref.distributed.node`), and the result is
+copied back. The job's name is made of what is trained: the step that is run again finds what it left, removes
+a job that is still there, and continues from the checkpoints. Whatever ends the step, the job ends with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from softpref.distributed.config import TrainJobConfig
+from softpref.distributed.launch import Stage, read_result
+from softpref.distributed.node import CHECKPOINTS, OUTPUT, PARAMETERS_FILE, RESULT_FILE, NodeTask, finished
+from softpref.distributed.processes import StageFailed, cancellable
+from softpref.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_FORWARDED = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_RUN_ID",
+    "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_EXPERIMENT_NAME",
+    "HF_HUB_OFFLINE",
+)
+"""Variables of this step that hold no secret, and say to the nodes where to track and what to read."""
+
+_PATIENCE = 300.0  # seconds that the cluster's API may be away before the step gives up
+_LAST_LINES = 60
+
+
+class State(NamedTuple):
+    """What is known of a job.
+
+    Attributes:
+        status: `waiting` until all nodes have run, `running`, `complete`, `failed`, or `gone` if somebody
+            has removed it.
+        nodes: the state of each node that there is, by its name, in the words of the backend.
+    """
+
+    status: str
+    nodes: dict[str, str]
+
+
+class Nodes(Protocol):
+    """Where a job's nodes run: a cluster, or for a try containers or processes of this machine."""
+
+    def folder(self, name: str) -> Path:
+        """The job's folder on the shared volume, as this step sees it."""
+
+    def node_folder(self, name: str) -> str:
+        """The same folder as the nodes see it."""
+
+    def submit(self, name: str, env: Mapping[str, str]) -> None:
+        """Start the job's nodes; each runs `softpref.distributed.node` with `env` in its environment."""
+
+    def state(self, name: str) -> State:
+        """How the job stands; raises OSError while that cannot be found out."""
+
+    def output(self, name: str) -> Iterator[str]:
+        """What the first node prints, from its beginning, as it comes, until it ends or the stream breaks."""
+
+    def failure(self, name: str) -> list[str]:
+        """Last lines of the nodes that failed, and what the backend says about them."""
+
+    def delete(self, name: str) -> None:
+        """Remove the job and its nodes, if they are there; returns when they are gone."""
+
+
+def run_trainjob(
+    job: TrainJobConfig,
+    stage: Stage,
+    values: Mapping[str, Any],
+    *,
+    folders: Mapping[str, str],
+    where: Mapping[str, str],
+    nodes: Nodes | None = None,
+) -> dict[str, float]:
+    """Run a training stage as a TrainJob and wait for its end.
+
+    Args:
+        values, folders, where: see `softpref.distributed.launch.run_stage`.
+        nodes: where they run, in place of what `job.backend` names.
+
+    Returns:
+        The stage's final metrics; its model is in `folders["output"]`.
+
+    Raises:
+        SoftprefError: what the stage refuses.
+        StageFailed: the job failed, more often than `job.retries` allows, or did not start in time.
+    """
+    folders = {name: os.path.abspath(path) for name, path in folders.items()}
+    gpus = int(job.gpus_per_node if job.gpus_per_node is not None else values.get("gpus") or 0)
+    values = {**values, "gpus": gpus}
+    nodes = nodes or _nodes(job, gpus)
+    name = job_name(stage, values, folders, where)
+    folder = nodes.folder(name)
+    task = NodeTask(
+        stage,
+        {
+            **{kind: kind for kind in folders if kind != "output"},
+            "output": OUTPUT,
+            "checkpoint_dir": CHECKPOINTS,
+        },
+        {key: value for key, value in where.items() if value},
+        gpus or job.processes_per_node,
+        gpus,
+    )
+    with cancellable():
+        _require_volume(job, folder)
+        try:
+            nodes.delete(name)  # of a step that was killed before it could
+            if not finished(folder / RESULT_FILE):
+                _prepare(folder, task, values, folders)
+                _attempts(job, nodes, name, folder)
+            result = read_result(folder / RESULT_FILE)
+            shutil.copytree(folder / OUTPUT, folders["output"], dirs_exist_ok=True)
+        finally:
+            nodes.delete(name)
+    shutil.rmtree(folder, ignore_errors=True)
+    return result
+
+
+def job_name(
+    stage: str, values: Mapping[str, Any], folders: Mapping[str, str], where: Mapping[str, str]
+) -> str:
+    """A name of the job, a DNS label, that the same step of the same pipeline run always finds again."""
+    identity = {
+        "stage": stage,
+        "values": dict(values),
+        "name": where.get("name", ""),
+        # one run of a pipeline, or without tracking the one place that the model goes to
+        "run": where.get("parent_run_id") or os.environ.get("MLFLOW_RUN_ID") or folders["output"],
+        "dataset": _stamp(Path(folders["dataset"]) / "stats.json"),
+        "reference": _stamp(Path(folders["reference"]) / "softpref.json") if "reference" in folders else "",
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    words = re.sub(r"[^a-z0-9]+", "-", f"{stage}-{where.get('name', '')}".lower()).strip("-")
+    return f"{words[:30].rstrip('-')}-{digest[:12]}"
+
+
+def _stamp(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else str(file)
+
+
+def _nodes(job: TrainJobConfig, gpus: int) -> Nodes:
+    try:
+        import kubeflow.trainer  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("a TrainJob needs the Kubeflow SDK: pip install 'softpref[cluster]'") from error
+    if job.backend == "kubernetes":
+        from softpref.distributed.kubernetes_nodes import KubernetesNodes
+
+        return KubernetesNodes(job, gpus)
+    from softpref.distributed.local_nodes import ContainerNodes, ProcessNodes
+
+    return ContainerNodes(job, gpus) if job.backend == "container" else ProcessNodes(job)
+
+
+def _require_volume(job: TrainJobConfig, folder: Path) -> None:
+    """Refuse a volume that is not mounted here: data would be copied to where no node finds them."""
+    if job.backend == "kubernetes" and not os.path.ismount(job.mount_path):
+        raise ConfigError(
+            f"nothing is mounted at {job.mount_path} in this step; mount the claim {job.volume_claim} there, "
+            "as the cluster profile does for steps that submit TrainJobs"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the shared volume cannot be written ({error}); {job.mount_path} must belong to this "
+            "step's user or group"
+        ) from error
+
+
+def _prepare(folder: Path, task: NodeTask, values: Mapping[str, Any], folders: Mapping[str, str]) -> None:
+    """Put data, reference and parameters where the nodes find them; what stands there already stays."""
+    for kind, source in folders.items():
+        target = folder / kind
+        if kind == "output" or target.is_dir():
+            continue
+        part = folder / f"{kind}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(source, part)
+        part.replace(target)  # a folder of this name is whole
+    (folder / RESULT_FILE).unlink(missing_ok=True)  # an earlier refusal
+    (folder / PARAMETERS_FILE).write_text(json.dumps(dict(values)), encoding="utf-8")
+    task.write(folder)
+
+
+def _attempts(job: TrainJobConfig, nodes: Nodes, name: str, folder: Path) -> None:
+    """Submit the job until it completes, as often as is allowed."""
+    env = {key: os.environ[key] for key in _FORWARDED if os.environ.get(key)} | job.env
+    for attempt in range(job.retries + 1):
+        if attempt:
+            nodes.delete(name)
+        nodes.submit(name, env)
+        logger.warning("TrainJob %s: submitted, %d nodes", name, job.nodes)
+        if (state := _watch(job, nodes, name)).status == "complete" and finished(folder / RESULT_FILE):
+            return
+        read_result(folder / RESULT_FILE)  # a refusal is said as such, and would be repeated
+        what = f"TrainJob {name} {state.status}"
+        if state.status == "complete":
+            what += f", and left no result in {folder / RESULT_FILE}; is this the volume that its nodes have?"
+        lines = nodes.failure(name)
+        if attempt < job.retries:
+            logger.warning("%s; submitted again, to continue from its last checkpoint", what)
+    kept = f"checkpoints are kept in {folder / CHECKPOINTS}; the same step, run again, continues from them"
+    raise StageFailed("\n".join([f"{what} ({kept}); last lines of its nodes:", *lines]))
+
+
+def _watch(job: TrainJobConfig, nodes: Nodes, name: str) -> State:
+    """Wait for the job's end, its output passed on meanwhile.
+
+    Raises:
+        StageFailed: its nodes did not start in time, or nobody could say for too long how it stands.
+    """
+    over = threading.Event()
+    printer = threading.Thread(target=_print_output, args=(nodes, name, over), daemon=True)
+    printer.start()
+    started = answered = time.monotonic()
+    was_running, said = False, ""
+    try:
+        while True:
+            try:
+                state = nodes.state(name)
+                answered = time.monotonic()
+            except OSError as error:
+                if time.monotonic() - answered > _PATIENCE:
+                    raise StageFailed(f"how TrainJob {name} stands cannot be found out: {error}") from error
+                logger.warning("how TrainJob %s stands cannot be found out now: %s", name, error)
+                time.sleep(job.poll_interval)
+                continue
+            now = ", ".join(f"{node} {status}" for node, status in sorted(state.nodes.items()))
+            if (now := f"{state.status}: {now}" if now else state.status) != said:
+                logger.warning("TrainJob %s: %s", name, now)
+                said = now
+            was_running = was_running or state.status == "running"
+            if state.status in ("complete", "failed", "gone"):
+                return state
+            if job.start_timeout and not was_running and time.monotonic() - started > job.start_timeout:
+                raise StageFailed(
+                    "\n".join(
+                        [
+                            f"TrainJob {name} did not start within {job.start_timeout} s ({said}); look at "
+                            "quota, queue and free GPUs, or raise start_timeout",
+                            *nodes.failure(name),
+                        ]
+                    )
+                )
+            time.sleep(job.poll_interval)
+    finally:
+        over.set()
+        printer.join(30)
+
+
+def _print_output(nodes: Nodes, name: str, over: threading.Event) -> None:
+    """Pass on what the first node prints; a stream that breaks is taken up where it broke."""
+    printed: deque[str] = deque(maxlen=1)
+    while True:
+        last_round = over.is_set()
+        try:
+            for text in nodes.output(name):
+                sys.stdout.write(text)
+                sys.stdout.flush()
+                printed.append(text)
+        except OSError as error:
+            logger.debug("the output of TrainJob %s broke off: %s", name, error)
+        if last_round:
+            if printed and not printed[0].endswith("\n"):
+                sys.stdout.write("\n")
+            return
+        over.wait(1)
