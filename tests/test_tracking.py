@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from softpref.errors import ConfigError
-from softpref.tracking import Tracker, end_run, open_parent, sync
+from softpref.tracking import Tracker, end_run, open_parent, sync, sync_below
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +173,40 @@ def test_stage_without_a_server_ends_in_time_and_a_later_sync_delivers_all(
     assert run.info.status == "FINISHED"
     assert run.data.tags["alpha"] == "0.5"
     assert history(client, run.info.run_id, "loss") == [(step, step) for step in range(50)]
+
+
+def test_end_of_a_pipeline_delivers_what_its_stages_could_not(dead_uri, store, client, tmp_path, caplog):
+    for name in ("train", "evaluate"):
+        with tracker(tmp_path / "tasks" / name / "out", dead_uri, run_name=name, exit_wait=0.5) as tracked:
+            tracked.metrics({"loss": 1}, 0)
+    caplog.clear()
+    assert sync_below(tmp_path / "tasks") == 0
+    assert [str(tmp_path / "tasks" / "train" / "out") in record.message for record in caplog.records].count(
+        True
+    )
+    assert sync_below(tmp_path / "tasks", store) == 4
+    assert sync_below(tmp_path / "tasks", store) == 0
+    runs = client.search_runs([client.get_experiment_by_name("stories").experiment_id])
+    assert {run.info.run_name: run.data.metrics for run in runs} == {
+        "train": {"loss": 1},
+        "evaluate": {"loss": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("hours", "status", "longest"),
+    [(0, "FINISHED", 30), (1, "FINISHED", 360), (15, "FAILED", 900), (15, "KILLED", 30)],
+)
+def test_longer_runs_wait_longer_for_a_server_that_is_away(
+    hours, status, longest, dead_uri, tmp_path, monkeypatch
+):
+    tracked = tracker(tmp_path / "out", dead_uri)
+    tracked.metrics({"loss": 1}, 0)
+    waits = []
+    monkeypatch.setattr(tracked._sender, "join", waits.append)
+    tracked._opened -= hours * 3600
+    tracked.close(status)
+    assert waits[0] == pytest.approx(longest, abs=1)
 
 
 def test_two_processes_may_make_one_sqlite_store_at_once_and_all_points_arrive(tmp_path):

@@ -41,6 +41,7 @@ PARENT_TAG = "mlflow.parentRunId"
 _PARAM_LENGTH, _TAG_LENGTH, _NAME_LENGTH = 6000, 8000, 250  # MLflow's own limits
 _BATCH_RECORDS, _BATCH_BYTES = 200, 400_000
 _BATCH_SECONDS, _LONGEST_PAUSE = 1.0, 60.0
+_EXIT_WAIT, _LONGEST_EXIT_WAIT = 30.0, 900.0  # seconds
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
 
 _short_lock = threading.Lock()
@@ -73,7 +74,9 @@ class Tracker:
         tags: Tags of the run.
         tracking_uri: MLflow store. Default: `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` in the
             current directory.
-        exit_wait: Seconds that `close` waits at most for what is not yet delivered.
+        exit_wait: Seconds that `close` waits at most for what is not yet delivered. Default: a tenth of the
+            time that the run has taken, at least half a minute and at most a quarter of an hour; half a minute
+            for a run that is killed.
     """
 
     def __init__(
@@ -86,12 +89,13 @@ class Tracker:
         run_id: str | None = None,
         tags: Mapping[str, Any] | None = None,
         tracking_uri: str | None = None,
-        exit_wait: float = 30.0,
+        exit_wait: float | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.tracking_uri = resolve_tracking_uri(tracking_uri)
         attached = os.environ.get("MLFLOW_RUN_ID") or run_id or None
         self._exit_wait = exit_wait
+        self._opened = time.monotonic()
         self._changed = threading.Condition()
         self._closing = self._abandoned = self._closed = False
         self._trouble: str | None = None
@@ -195,6 +199,11 @@ class Tracker:
 
         Waits at most `exit_wait` seconds; what is still undelivered then is named in a warning.
         """
+        wait = self._exit_wait
+        if wait is None:
+            wait = _EXIT_WAIT
+            if status != "KILLED":  # a long run is worth waiting for a server that is restarted
+                wait = min(max(wait, (time.monotonic() - self._opened) / 10), _LONGEST_EXIT_WAIT)
         if self._closed or self._mirror is None:
             return
         self._closed = True
@@ -207,7 +216,7 @@ class Tracker:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        sender.join(self._exit_wait)
+        sender.join(wait)
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
@@ -339,6 +348,21 @@ def sync(output_dir: str | Path, tracking_uri: str | None = None) -> SyncResult:
     return SyncResult(delivered, run_id)
 
 
+def sync_below(root: str | Path, tracking_uri: str | None = None) -> int:
+    """Deliver what any stage below a folder could not, as `sync` does; returns how many records that were.
+
+    For the end of a pipeline: by then a server that was away while a stage ended may be back. A folder whose
+    records still cannot be delivered is a warning.
+    """
+    delivered = 0
+    for folder in sorted({path.parent for path in Path(root).rglob("tracking*.jsonl")}):
+        try:
+            delivered += sync(folder, tracking_uri).delivered
+        except ConfigError as error:
+            logger.warning("tracking: %s; `softpref track-sync %s` sends them", error, folder)
+    return delivered
+
+
 def open_parent(
     experiment: str,
     name: str,
@@ -348,6 +372,10 @@ def open_parent(
     """Open the parent run of a sweep and return its id, or None with a warning when MLflow cannot be had.
 
     Like a stage, it takes the inherited `MLFLOW_RUN_ID` when there is one.
+
+    Raises:
+        ConfigError: the server is there and refuses the login or its own name. Waiting would not change that,
+            and a sweep that begins here would find it out at its end, when it registers the model.
     """
     inherited = os.environ.get("MLFLOW_RUN_ID")
     uri = resolve_tracking_uri(tracking_uri)
@@ -366,6 +394,9 @@ def open_parent(
             )
             return run.info.run_id
     except Exception as error:
+        refusal = _refusal(error)
+        if refusal:
+            raise ConfigError(f"MLflow at {uri} {refusal}") from error
         logger.warning("no parent run: MLflow at %s: %s", uri, in_short(error))
         return inherited
 
@@ -974,8 +1005,24 @@ def _cut(text: str, length: int) -> str:
 
 def in_short(error: BaseException) -> str:
     """An error's message on one line of at most 200 characters."""
+    refusal = _refusal(error)
+    if refusal:
+        return f"it {refusal}"
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + " …"
+
+
+def _refusal(error: BaseException) -> str | None:
+    """What a server that answers does not accept of this client, and what to do; None for any other error."""
+    if getattr(error, "error_code", None) == "UNAUTHENTICATED":
+        if os.environ.get("MLFLOW_TRACKING_TOKEN"):
+            return "refuses the login: set MLFLOW_TRACKING_TOKEN to a token that it knows"
+        user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+        who = f"the login of user {user!r}" if user else "a client without login"
+        return f"refuses {who}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a login it knows"
+    if "Invalid Host header" in str(error):
+        return "does not answer to the name in its URL: it must stand in the server's --allowed-hosts"
+    return None
 
 
 def _now() -> int:
