@@ -1,32 +1,368 @@
-"""Runs the tasks of a pipeline in containers, through the API that Docker and Podman share."""
+"""Runs the tasks of a pipeline in containers, through the API that Docker and Podman share. Knows no stage.
+
+A container runs as the user who started the pipeline, sees the folders of this run and what its parameters
+name, can write to nothing else but its own /tmp, has no capabilities, and goes when the run is interrupted.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from typing import Any
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from softpref.errors import ConfigError
+
+# the environment that tasks get of the launcher's, where it is set
+_FORWARDED = (
+    *("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
+    *("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"),
+    *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+    *("MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_TRACKING_SERVER_CERT_PATH"),
+    *("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
+    *("http_proxy", "https_proxy", "no_proxy"),
+)
+_UNPRIVILEGED = 1000  # the images' user
+_GRACE = 10.0  # seconds that an interrupted task has to end its tracking run
+_PATIENCE = 60.0  # seconds that an engine's or a tracking server's process may take to answer
 
 
-def docker_runner(environment: dict[str, str]) -> Any:
-    """KFP's runner of containers: on this machine's network, as the user who starts it."""
-    from kfp import local
+class Engine(NamedTuple):
+    """What answers at `DOCKER_HOST`.
 
-    # as the user who owns the output folder that the containers write to
-    user = f"{os.getuid()}:{os.getgid()}"
-    return local.DockerRunner(environment=environment, network_mode="host", user=user)
-
-
-def run_container(
-    client: Any, image: str, command: list[str], volumes: dict[str, Any], **options: Any
-) -> int:
-    """Run one task in a container and return its exit status.
-
-    KFP's own function removes the container before it asks for the status and then takes a failure for a
-    success (kubeflow/pipelines 13332).
+    Attributes:
+        name: "podman" or "docker".
+        rootless: whether the root of its containers is this machine's calling user.
     """
-    container = client.containers.run(image=image, command=command, detach=True, volumes=volumes, **options)
+
+    name: str
+    rootless: bool
+
+
+@contextlib.contextmanager
+def engine() -> Iterator[Engine]:
+    """Podman or Docker: the one that `DOCKER_HOST` names, else Podman, whose API is started, else Docker.
+
+    Raises:
+        ConfigError: there is neither, or it does not answer.
+    """
+    with contextlib.ExitStack() as stack:
+        if "DOCKER_HOST" not in os.environ and shutil.which("podman"):
+            os.environ["DOCKER_HOST"] = stack.enter_context(_podman_service())
+            stack.callback(os.environ.pop, "DOCKER_HOST")
+        yield _who_answers()
+
+
+@contextlib.contextmanager
+def _podman_service() -> Iterator[str]:
+    """Podman's API for as long as this lasts; its address."""
+    with tempfile.TemporaryDirectory(prefix="softpref-") as folder:
+        path = Path(folder, "podman.sock")
+        command = ["podman", "system", "service", "--time=0", f"unix://{path}"]
+        with _process(command, Path(folder, "log")) as process:
+            _await(path.exists, process, Path(folder, "log"), "podman system service")
+            yield f"unix://{path}"
+
+
+def _who_answers() -> Engine:
+    import docker
+    import requests
+
     try:
-        for line in container.logs(stream=True, follow=True):
-            print(line.decode(errors="replace"), end="")
-        return container.wait()["StatusCode"]
+        client = docker.from_env()
+        try:
+            components = client.version().get("Components") or [{}]
+            security = client.info().get("SecurityOptions") or []
+        finally:
+            client.close()
+    except (docker.errors.DockerException, requests.RequestException) as error:
+        where = os.environ.get("DOCKER_HOST")
+        raise ConfigError(
+            f"no container engine answers at DOCKER_HOST={where}: {error}"
+            if where
+            else f"--runner docker needs Podman or Docker, and neither answers here: {error}"
+        ) from error
+    name = "podman" if "Podman" in components[0].get("Name", "") else "docker"
+    return Engine(name, any("rootless" in option for option in security))
+
+
+def require_images(names: Iterable[str], engine: Engine) -> None:
+    """Pull the images that are not here.
+
+    Raises:
+        ConfigError: some cannot be had; it names them all, and the command that builds them.
+    """
+    import docker
+
+    missing = []
+    client = docker.from_env()
+    try:
+        for name in sorted(set(names)):
+            try:
+                client.images.get(name)
+            except docker.errors.ImageNotFound:
+                try:
+                    if name.startswith("localhost/"):  # where no registry is
+                        raise
+                    print(f"pulling {name}", flush=True)
+                    client.images.pull(name)
+                except docker.errors.APIError:
+                    missing.append(name)
     finally:
-        container.remove(force=True)
+        client.close()
+    if missing:
+        build = f"python3 images/build.py --engine {engine.name}"
+        raise ConfigError(f"{engine.name} has no image {', '.join(missing)}; build the images with: {build}")
+
+
+@contextlib.contextmanager
+def served(tracking_uri: str, log_file: Path) -> Iterator[str]:
+    """An MLflow server before a SQLite store, which containers cannot share as a file; its address.
+
+    Only the loopback interface reaches it. Runs and artifacts end where they would without it, because the
+    store's experiments say where their artifacts are.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--workers", "1", "--backend-store-uri", tracking_uri, "--no-serve-artifacts"]
+    command += ["--default-artifact-root", artifact_folder(tracking_uri).as_uri()]
+    address = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=2):
+            return True
+        return False
+
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with _process(command, log_file, environment) as process:
+        _await(answers, process, log_file, "the MLflow server")
+        yield address
+
+
+def artifact_folder(tracking_uri: str) -> Path:
+    """Where a SQLite store's experiments keep their artifacts (see `softpref.tracking`)."""
+    return Path(tracking_uri.removeprefix("sqlite:///")).parent / "mlartifacts"
+
+
+class Containers:
+    """The containers of one run of a pipeline: `run` takes the place of KFP's `run_docker_container`.
+
+    Entered, it has an engine that has every image; `open` then makes ready what the tasks need.
+    """
+
+    def __init__(self, images: Iterable[str]) -> None:
+        """Args: images: names of the images of all tasks."""
+        self._images = set(images)
+        self._stack = contextlib.ExitStack()
+        self._running: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._interrupted = False
+        self._user, self._gpus = "", 0
+        self._environment: dict[str, str] = {}
+        self._volumes: dict[str, str] = {}  # path, the same on both sides, and mode
+
+    def __enter__(self) -> Containers:
+        with contextlib.ExitStack() as stack:
+            self._engine = stack.enter_context(engine())
+            require_images(self._images, self._engine)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def open(self, output: Path, parameters: Mapping[str, Any]) -> str:
+        """Make the folders that tasks write to, and an address of the tracking store that they can reach.
+
+        Args:
+            output: folder of the run; the tasks' outputs will be in its `pipeline`.
+            parameters: of the pipeline; tasks can read the files and folders that they name.
+
+        Returns:
+            The tracking URI for the tasks: the given one, or that of a server before a SQLite file.
+        """
+        address = str(parameters["tracking_uri"])
+        writable = [output / "pipeline"]
+        if address.startswith("sqlite:"):
+            writable.append(artifact_folder(address))
+            address = self._stack.enter_context(served(address, output / "mlflow-server.log"))
+        forwarded = {name: os.environ[name] for name in _FORWARDED if os.environ.get(name)}
+        self._environment = {**forwarded, "MLFLOW_TRACKING_URI": address}
+        self._gpus = int(parameters.get("gpus") or 0)
+        for path in _paths_in([dict(parameters), forwarded]):
+            self._volumes[str(path.absolute())] = "ro"
+        hub_cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+        if self._engine.rootless:  # its root is the user who called, and its other users are not
+            self._user = "0:0"
+        elif os.getuid():
+            self._user = f"{os.getuid()}:{os.getgid()}"
+        else:  # no container is root: the images' user runs it, and gets what is written to
+            self._user = f"{_UNPRIVILEGED}:{_UNPRIVILEGED}"
+            hub_cache = output / "hub-cache"
+        for folder in [*writable, hub_cache]:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.getuid() and not self._engine.rootless:
+                _give(folder, _UNPRIVILEGED)
+            self._volumes[str(folder.absolute())] = "rw"
+        self._environment["HF_HOME"] = str(hub_cache.absolute())
+        return address
+
+    def runner(self) -> Any:
+        """KFP's runner, with this machine's network and the containers' confinement."""
+        from docker.types import DeviceRequest
+        from kfp import local
+
+        options: dict[str, Any] = {
+            "network_mode": "host",
+            "user": self._user,
+            "read_only": True,
+            "tmpfs": {"/tmp": "rw,exec,nosuid,mode=1777"},
+            "cap_drop": ["ALL"],
+            "security_opt": ["no-new-privileges"],
+            "shm_size": "1g",
+            "environment": self._environment,
+        }
+        here = Path.cwd()
+        if any(here in Path(path).parents for path in self._volumes):
+            options["working_dir"] = str(here)  # relative paths in parameters then mean the same
+        if self._gpus:
+            options["device_requests"] = [DeviceRequest(count=self._gpus, capabilities=[["gpu"]])]
+        return local.DockerRunner(**options)
+
+    def run(
+        self, client: Any, image: str, command: list[str], volumes: dict[str, Any], **options: Any
+    ) -> int:
+        """Run one task in a container, print what it prints, and return its exit status.
+
+        KFP's own function removes the container before it asks for the status, and then takes a failure for a
+        success (kubeflow/pipelines 13332).
+        """
+        if self._interrupted:
+            return 1
+        suffix = ",z" if any(volume["mode"].endswith(",z") for volume in volumes.values()) else ""  # SELinux
+        for path, mode in self._volumes.items():
+            volumes.setdefault(path, {"bind": path, "mode": mode + suffix})
+        container = client.containers.run(
+            image=image, command=command, detach=True, volumes=volumes, **options
+        )
+        try:
+            with self._lock:
+                self._running[container.id] = container
+            if self._interrupted:  # meanwhile
+                container.kill()
+            for line in container.logs(stream=True, follow=True):
+                print(line.decode(errors="replace"), end="")
+            status = container.wait()["StatusCode"]
+            if status == 137 and not self._interrupted:
+                print("ERROR - the task's container was killed, perhaps for want of memory\n")
+            return status
+        finally:
+            with self._lock:
+                self._running.pop(container.id, None)
+            container.remove(force=True)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Within it, SIGINT and SIGTERM end the containers and raise KeyboardInterrupt; a second kills."""
+
+        def interrupt(number: int, frame: object) -> None:
+            again, self._interrupted = self._interrupted, True
+            threading.Thread(target=self._end, args=(0.0 if again else _GRACE,), daemon=True).start()
+            if not again:
+                raise KeyboardInterrupt
+
+        before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _end(self, grace: float) -> None:
+        """Interrupt every task as Ctrl-C would, and kill what is still there after `grace` seconds."""
+        with self._lock:
+            running = list(self._running.values())
+        if grace:
+            for container in running:
+                with contextlib.suppress(Exception):  # it has just ended
+                    # everything but the shell that KFP starts a task with, which then ends by itself
+                    container.exec_run(["sh", "-c", "kill -INT -1"], detach=True)
+        until = time.monotonic() + grace
+        while time.monotonic() < until and any(container.id in self._running for container in running):
+            time.sleep(0.2)
+        for container in running:
+            if container.id in self._running:
+                with contextlib.suppress(Exception):
+                    container.kill()
+
+
+def _paths_in(value: Any) -> Iterator[Path]:
+    """Files and folders of this machine that parameters name, also those within JSON."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        for element in value:
+            yield from _paths_in(element)
+    elif isinstance(value, str) and value.startswith(("{", "[")):
+        with contextlib.suppress(ValueError):
+            yield from _paths_in(json.loads(value))
+    elif isinstance(value, str) and value.strip():
+        with contextlib.suppress(OSError):  # a text too long to be a path
+            if Path(value).exists() and Path(value).absolute() != Path("/"):
+                yield Path(value)
+
+
+def _give(folder: Path, user: int) -> None:
+    """Make a user the owner of a folder and all it holds."""
+    os.chown(folder, user, user)
+    for place, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            os.chown(Path(place, name), user, user, follow_symlinks=False)
+
+
+@contextlib.contextmanager
+def _process(
+    command: list[str], log_file: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of a session of its own, which Ctrl-C does not reach; it ends with this."""
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _await(ready: Any, process: subprocess.Popen[bytes], log_file: Path, what: str) -> None:
+    until = time.monotonic() + _PATIENCE
+    while not ready():
+        if process.poll() is not None or time.monotonic() > until:
+            last = "\n".join(log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-10:])
+            raise ConfigError(f"{what} did not start; it said:\n{last}")
+        time.sleep(0.1)

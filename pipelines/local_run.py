@@ -7,6 +7,7 @@ import builtins
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from console import console
-from containers import docker_runner, run_container
+from containers import Containers
 from forks import TaskServer
 from softpref.errors import ConfigError
 from softpref.tracking import end_run, open_parent, resolve_tracking_uri
@@ -26,12 +27,16 @@ _BEGAN = time.time() - time.process_time()  # of this process, which has done no
 
 def task_server(parameters: Mapping[str, Any]) -> contextlib.AbstractContextManager[TaskServer | None]:
     """Begins the imports that all tasks need, while this process checks the parameters."""
-    # two models are trained at a time: more threads than cores would slow both
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    share_cores()
     if not sys.platform.startswith("linux"):  # elsewhere forks of a process with these libraries may crash
         return contextlib.nullcontext()
     return TaskServer(resolve_tracking_uri(parameters["tracking_uri"] or None))
+
+
+def share_cores() -> None:
+    """Two models are trained at a time: more threads than cores would slow both."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def run_here(
@@ -44,29 +49,33 @@ def run_here(
             f"--output {output} is a file or not empty; name a new folder, nothing is overwritten"
         )
     uri = resolve_tracking_uri(parameters["tracking_uri"] or None)
-    if options.runner == "docker" and uri.startswith("sqlite:"):
-        raise ConfigError(
-            "containers cannot share a SQLite file; start a server (mlflow server --host 0.0.0.0) and give "
-            "its URL as --tracking-uri"
+    in_containers = Containers(_images(pipeline)) if options.runner == "docker" else contextlib.nullcontext()
+    with in_containers as containers:
+        output.mkdir(parents=True, exist_ok=True)
+        os.environ["MLFLOW_TRACKING_URI"] = parameters["tracking_uri"] = uri
+        parent = parameters["parent_run_id"] or open_parent(
+            parameters["experiment"], name, tags={"softpref.recipe": options.recipe}, tracking_uri=uri
         )
-    output.mkdir(parents=True, exist_ok=True)
-    os.environ["MLFLOW_TRACKING_URI"] = parameters["tracking_uri"] = uri
-    parent = parameters["parent_run_id"] or open_parent(
-        parameters["experiment"], name, tags={"softpref.recipe": options.recipe}, tracking_uri=uri
-    )
-    parameters["parent_run_id"] = parent or ""
-    print(f"output {output}, tracking {uri}")
-    times = TaskTimes(_BEGAN)
-    succeeded = False
-    try:
-        with console(output / "pipeline.log") as screen:
-            succeeded = _execute(pipeline, parameters, options.runner, output / "pipeline", tasks, times)
-    finally:
-        end_run(parent, "FINISHED" if succeeded else "FAILED", tracking_uri=uri)
-    if not succeeded:
+        parameters["parent_run_id"] = parent or ""
+        print(f"output {output}, tracking {uri}")
+        times = TaskTimes(_BEGAN)
+        failure: str | None = "it was interrupted"
+        try:
+            with console(output / "pipeline.log") as screen:
+                if containers:
+                    share_cores()
+                    parameters["tracking_uri"] = containers.open(output, parameters)
+                failure = _execute(pipeline, parameters, containers, output / "pipeline", tasks, times)
+        except KeyboardInterrupt:
+            print("\nerror: the pipeline was interrupted", file=sys.stderr)
+            return 130
+        finally:
+            end_run(parent, "FAILED" if failure else "FINISHED", tracking_uri=uri)
+    if failure:
         print(screen.last_lines(40), file=sys.stderr)
         print(
-            f"error: the pipeline failed; everything it printed is in {output / 'pipeline.log'}",
+            f"error: the pipeline failed: {failure}\n"
+            f"error: everything it printed is in {output / 'pipeline.log'}",
             file=sys.stderr,
         )
         return 1
@@ -75,14 +84,21 @@ def run_here(
     return 0
 
 
+def _images(pipeline: Any) -> set[str]:
+    """The images of a pipeline's tasks."""
+    executors = dict(pipeline.pipeline_spec.deployment_spec)["executors"]
+    return {executor["container"]["image"] for executor in executors.values() if "container" in executor}
+
+
 def _execute(
     pipeline: Any,
     parameters: dict[str, Any],
-    runner: str,
+    containers: Containers | None,
     root: Path,
     tasks: TaskServer | None,
     times: TaskTimes,
-) -> bool:
+) -> str | None:
+    """Run the pipeline's tasks in the containers, or as processes; returns what failed."""
     import warnings
 
     from kfp import local
@@ -95,26 +111,25 @@ def _execute(
             return start(full_command, env_vars)
 
     def run_image(client: Any, image: str, command: list[str], volumes: dict[str, Any], **more: Any) -> int:
+        assert containers is not None  # KFP runs images for its DockerRunner alone
         with times.task(command):
-            return run_container(client, image, command, volumes, **more)
+            return containers.run(client, image, command, volumes, **more)
 
     subprocess_task_handler.run_local_subprocess = run_task
     docker_task_handler.run_docker_container = run_image
     warnings.filterwarnings("ignore", module="kfp")
-    if runner == "docker":
-        chosen: Any = docker_runner({"MLFLOW_TRACKING_URI": parameters["tracking_uri"]})
-    else:
-        chosen = local.SubprocessRunner(use_venv=False)
-    local.init(runner=chosen, pipeline_root=str(root.resolve()), raise_on_error=True)
+    runner = containers.runner() if containers else local.SubprocessRunner(use_venv=False)
+    local.init(runner=runner, pipeline_root=str(root.resolve()), raise_on_error=True)
     original_print = builtins.print
     try:
-        pipeline(**parameters)
+        with containers.interruptible() if containers else contextlib.nullcontext():
+            pipeline(**parameters)
     except RuntimeError as error:
         print(f"ERROR - {error}")
-        return False
+        return re.sub(r"\x1b\[\d+m", "", str(error))
     finally:
         builtins.print = original_print  # KFP indents it, and tasks side by side leave it so
-    return True
+    return None
 
 
 def _summarise(output: Path, tracking_uri: str) -> None:

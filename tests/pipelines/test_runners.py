@@ -1,4 +1,4 @@
-"""What differs between runners on this machine: a container's exit status, the store that tasks can share."""
+"""What differs between runners on this machine, without an engine: see tests/containers for the real ones."""
 
 import json
 
@@ -7,6 +7,8 @@ import pytest
 
 class Container:
     """Stands in for a container of the docker SDK that has ended with `status`."""
+
+    id = "c1"
 
     def __init__(self, status):
         self.status, self.removed = status, False
@@ -24,7 +26,7 @@ class Container:
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_exit_status_of_a_container_is_read_before_it_is_removed(status, capsys):
-    import containers
+    from containers import Containers
 
     container = Container(status)
 
@@ -35,19 +37,34 @@ def test_exit_status_of_a_container_is_read_before_it_is_removed(status, capsys)
                 assert not options.get("auto_remove")
                 return container
 
-    assert containers.run_container(Client(), "image", ["true"], {}) == status
+    assert Containers([]).run(Client(), "image", ["true"], {}) == status
     assert container.removed
     assert "working" in capsys.readouterr().out
 
 
-def test_containers_are_not_given_a_sqlite_store(tmp_path, capsys):
+def test_an_engine_that_does_not_answer_is_said_before_anything_starts(tmp_path, capsys, monkeypatch):
     import launch
     import spo_sweep
 
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    arguments = ["--runner", "docker", "--tracking-uri", uri, "--output", str(tmp_path / "out")]
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path / 'nobody.sock'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    arguments = ["--runner", "docker", "--output", str(tmp_path / "out")]
     assert launch.main(spo_sweep.spo_sweep, arguments) == 2
-    assert "mlflow server" in capsys.readouterr().err
+    assert "no container engine answers at DOCKER_HOST" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_files_that_parameters_name_are_found_also_within_json(tmp_path):
+    from containers import _paths_in
+
+    rows, prompts = tmp_path / "rows.jsonl", tmp_path / "prompts.jsonl"
+    for path in (rows, prompts):
+        path.touch()
+    overrides = json.dumps({"prompts_source": str(prompts), "votes": 3})
+    parameters = {"source": str(rows), "data_overrides": overrides, "judge": "auto", "alphas": [0.5]}
+    assert sorted(_paths_in(parameters)) == [prompts, rows]
+    assert not list(_paths_in({"source": "/", "prompt_template": "x" * 5000, "columns": "{no json}"}))
 
 
 def test_the_summary_of_a_run_has_a_line_for_every_model(tmp_path, capsys):
