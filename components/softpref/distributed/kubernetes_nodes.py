@@ -45,9 +45,17 @@ class KubernetesNodes:
     def __init__(self, job: TrainJobConfig, gpus: int, client: Any = None) -> None:
         from kubeflow.common.types import KubernetesBackendConfig
         from kubeflow.trainer import TrainerClient
+        from kubernetes.config import ConfigException
 
         self._job, self._gpus = job, gpus
-        self._client = client or TrainerClient(KubernetesBackendConfig(namespace=job.namespace or None))
+        try:
+            config = KubernetesBackendConfig(namespace=job.namespace or None)
+            self._client = client or TrainerClient(config)
+        except ConfigException as error:
+            raise ConfigError(
+                f"a TrainJob needs a cluster, and none is known here ({error}); run the step in one, give a "
+                "kubeconfig, or try backend local"
+            ) from error
         self._printed: dict[str, int] = {}  # lines of each pod that were passed on
 
     def folder(self, name: str) -> Path:

@@ -48,7 +48,7 @@ def start_in_container(folder):
 
 
 class ProcessNodes:
-    """Each node is a job of the SDK's local backend: a process on this machine; see `Nodes` in `trainjob`.
+    """Each node is a job of the SDK's local backend: a process on this machine; see `trainjob.Nodes`.
 
     The backend has one process to a job and no rendezvous. What a cluster's torch policy would tell each node
     is put into its environment here, and the node starts its processes as it does on a cluster.
@@ -153,7 +153,7 @@ class ProcessNodes:
 
 
 class ContainerNodes:
-    """Each node is a container of the SDK's container backend, by Docker or Podman; see `Nodes` in `trainjob`.
+    """Each node is a container of the SDK's container backend, by Docker or Podman; see `trainjob.Nodes`.
 
     The backend gives the nodes one folder of its own, `/workspace`, and runs torchrun in each.
     """

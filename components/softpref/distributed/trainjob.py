@@ -152,6 +152,11 @@ def job_name(
     return f"{words[:30].rstrip('-')}-{digest[:12]}"
 
 
+def node_environment(job: TrainJobConfig) -> dict[str, str]:
+    """Variables for the nodes: the profile's, and those of this step that are no secret."""
+    return {key: os.environ[key] for key in _FORWARDED if os.environ.get(key)} | job.env
+
+
 def _stamp(file: Path) -> str:
     return file.read_text(encoding="utf-8") if file.is_file() else str(file)
 
@@ -203,7 +208,7 @@ def _prepare(folder: Path, task: NodeTask, values: Mapping[str, Any], folders: M
 
 def _attempts(job: TrainJobConfig, nodes: Nodes, name: str, folder: Path) -> None:
     """Submit the job until it completes, as often as is allowed."""
-    env = {key: os.environ[key] for key in _FORWARDED if os.environ.get(key)} | job.env
+    env = node_environment(job)
     for attempt in range(job.retries + 1):
         if attempt:
             nodes.delete(name)

@@ -1,0 +1,303 @@
+"""A training face as a TrainJob of a cluster: its objects by the recorded schema, and all that ends it."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+pytest.importorskip("kubeflow.trainer", reason="the extra cluster is not installed")
+
+from softpref.distributed.config import TrainJobConfig
+from softpref.distributed.kubernetes_nodes import KubernetesNodes
+from softpref.distributed.processes import StageFailed
+from softpref.distributed.trainjob import node_environment
+from softpref.errors import ConfigError
+
+from tests.distributed.cluster import SCHEMA, Cluster
+
+FAULT = """
+import os, pathlib
+mark = pathlib.Path(os.environ.get("FAULT_MARK", "/nowhere/x"))
+if os.environ.get("RANK") == "1" and mark.parent.is_dir() and not mark.exists():
+    import transformers
+    step = transformers.Trainer.training_step
+    def fail(self, *arguments):
+        if self.state.global_step == 4:
+            mark.touch()
+            raise RuntimeError("this node was preempted")
+        return step(self, *arguments)
+    transformers.Trainer.training_step = fail
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    (tmp_path / "cluster").mkdir()
+    cluster = Cluster(tmp_path / "cluster")
+    monkeypatch.setenv("KUBECONFIG", cluster.kubeconfig())
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", cluster.kubeconfig())
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def launcher(tmp_path, monkeypatch):
+    """`launcher(**options)`: two nodes of the cluster; the shared volume is a folder, mounted in name."""
+    monkeypatch.setattr("os.path.ismount", lambda path: path == str(tmp_path / "shared"))
+
+    def make(**options):
+        defaults = {"volume_claim": "softpref-shared", "mount_path": str(tmp_path / "shared")}
+        return {"trainjob": {**defaults, "poll_interval": 0.3, **options}}
+
+    return make
+
+
+@pytest.fixture
+def faulty(tmp_path, cluster):
+    """Has the second node fail once, at its fifth step."""
+    (tmp_path / "fault").mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(FAULT)
+    path = f"{tmp_path / 'fault'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    cluster.node_environment = {"FAULT_MARK": str(tmp_path / "fault" / "mark"), "PYTHONPATH": path}
+
+
+def test_two_nodes_take_the_steps_of_one_process(
+    cluster, train, launcher, same_trajectory, capfd, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("KFP_POD_NAME", "step-1")
+    monkeypatch.setenv("KFP_POD_UID", "1234")
+    _, single = train("policy")
+    single = single.rename(tmp_path / "single")
+    _, double = train("policy", launcher(), world_size=2)
+    same_trajectory(single, double)
+    printed = capfd.readouterr().out
+    assert printed.count("node 0 of 2: 1 processes") == 1  # the log is passed on, and no line twice
+    assert "'rewards/margins'" in printed
+    [job] = cluster.posted
+    assert job["spec"]["trainer"]["numNodes"] == 2
+    assert not cluster.jobs
+    assert not list((tmp_path / "shared" / "training").iterdir())
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": "step-1", "uid": "1234"}
+    assert cluster.patched == [{"metadata": {"ownerReferences": [owner]}}]
+
+
+def test_a_job_that_failed_is_submitted_again_and_goes_on_from_its_checkpoint(
+    cluster, train, launcher, faulty, same_trajectory, capfd, tmp_path
+):
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    _, single = train("policy", **saving)
+    single = single.rename(tmp_path / "single")
+    _, double = train("policy", launcher(retries=1), world_size=2, **saving)
+    same_trajectory(single, double)
+    assert len(cluster.posted) == 2
+    second = next((tmp_path / "cluster").glob("*-0-1.log")).read_text()
+    steps = [line for line in second.splitlines() if "'rewards/margins'" in line and "eval" not in line]
+    assert len(steps) == 3  # of six
+    assert (tmp_path / "fault" / "mark").exists()
+    assert not cluster.jobs
+
+
+def test_a_job_that_fails_fails_the_step_with_the_last_lines_of_the_node(
+    cluster, train, launcher, faulty, tmp_path
+):
+    with pytest.raises(
+        StageFailed, match=r"TrainJob train-policy-\w+ failed \(checkpoints are kept"
+    ) as failed:
+        train("policy", launcher(), world_size=2)
+    assert "[node-1, Failed]" in str(failed.value)
+    assert "this node was preempted" in str(failed.value)
+    assert not cluster.jobs
+    assert not (tmp_path / "policy").exists()
+
+
+def test_a_step_that_is_stopped_takes_its_job_with_it_and_goes_on_when_it_is_run_again(
+    cluster, train, launcher, same_trajectory, folders, tmp_path, monkeypatch
+):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    _, single = train("policy", **saving)
+    single = single.rename(tmp_path / "single")
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "sitecustomize.py").write_text(
+        "import transformers\nstep = transformers.Trainer.training_step\n"
+        "def slowly(*a):\n    import time; time.sleep(0.7); return step(*a)\n"
+        "transformers.Trainer.training_step = slowly\n"
+    )
+    cluster.node_environment = {"PYTHONPATH": f"{slow}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    jobs = []
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        step = start_step(tmp_path, launcher())
+        wait_for(lambda: list((tmp_path / "shared").glob("training/*/checkpoints/checkpoint-*")), 90)
+        step.send_signal(sign)
+        assert step.wait(40) == -sign
+        jobs.append(set(cluster.jobs))
+    assert not jobs[0]
+    assert len(jobs[1]) == 1  # nobody was left to remove it
+    cluster.node_environment = {}
+    begun = len(cluster.calls)
+    _, double = train("policy", launcher(), world_size=2, **saving)
+    same_trajectory(single, double)
+    assert {body["metadata"]["name"] for body in cluster.posted} == jobs[1]  # always the same name
+    calls = [call for call in cluster.calls[begun:] if "/trainjobs" in call]
+    assert calls[0].startswith("DELETE")  # the orphan goes before the new one comes
+    assert "node 0 of 2" in next((tmp_path / "cluster").glob("*-0-2.log")).read_text()
+    assert not cluster.jobs
+
+
+def test_a_job_that_gets_no_nodes_is_removed_in_time(cluster, train, launcher):
+    cluster.held = True
+    with pytest.raises(StageFailed, match="did not start within 1 s"):
+        train("policy", launcher(start_timeout=1), world_size=2)
+    assert not cluster.jobs
+
+
+def test_what_the_cluster_lacks_is_said_before_anything_is_trained(cluster, train, launcher, tmp_path):
+    with pytest.raises(ConfigError, match="nothing is mounted at /elsewhere"):
+        train("policy", launcher(mount_path="/elsewhere"), world_size=2)
+    with pytest.raises(ConfigError, match="clustertrainingruntimes/none not found"):
+        train("policy", launcher(runtime="none"), world_size=2)
+
+
+PROFILE = {
+    "volume_claim": "softpref-shared",
+    "nodes": 3,
+    "cpu": "8",
+    "memory": "64Gi",
+    "shared_memory": "16Gi",
+    "image": "registry.example/softpref-train:0.1.0",
+    "service_account": "softpref-runner",
+    "node_selector": {"nvidia.com/gpu.product": "H100"},
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    "image_pull_secrets": ["registry"],
+    "secrets": {"HF_TOKEN": "hub-token/token", "MLFLOW_TRACKING_PASSWORD": "mlflow-credentials/password"},
+    "env": {"NCCL_DEBUG": "INFO"},
+    "labels": {"kueue.x-k8s.io/queue-name": "gpus"},
+    "timeout": 3600,
+}
+
+
+@pytest.fixture
+def manifest(cluster, monkeypatch):
+    """`manifest(gpus, **profile)`: what is posted for a job, which nobody runs."""
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "the-password")
+
+    def make(gpus=0, **profile):
+        cluster.held = True
+        job = TrainJobConfig(**profile)
+        KubernetesNodes(job, gpus).submit("job", node_environment(job))
+        return cluster.posted[-1]
+
+    return make
+
+
+def test_the_job_holds_what_the_profile_says(manifest):
+    job = manifest(gpus=8, **PROFILE)
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    spec = job["spec"]
+    assert spec["activeDeadlineSeconds"] == 3600
+    assert spec["runtimeRef"]["name"] == "torch-distributed"
+    trainer = spec["trainer"]
+    assert trainer["image"] == PROFILE["image"]
+    assert trainer["numNodes"] == 3
+    assert trainer["command"] == ["python", "-m", "softpref.distributed.node", "/shared/training/job"]
+    limits = {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "8"}
+    assert trainer["resourcesPerNode"] == {"limits": limits, "requests": limits}
+    variables = {each["name"]: each["value"] for each in trainer["env"]}
+    assert variables["NCCL_DEBUG"] == "INFO"
+    assert variables["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+    assert "the-password" not in json.dumps(job)
+    files = json.loads(variables["SOFTPREF_SECRET_FILES"])
+
+    [patch] = spec["runtimePatches"]
+    [replicated] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    assert replicated["name"] == "node"
+    pod = replicated["template"]["spec"]["template"]["spec"]
+    assert pod["serviceAccountName"] == "softpref-runner"
+    assert pod["nodeSelector"] == PROFILE["node_selector"]
+    assert pod["tolerations"] == PROFILE["tolerations"]
+    assert pod["imagePullSecrets"] == [{"name": "registry"}]
+    [container] = pod["containers"]
+    assert "env" not in container  # Kubeflow Trainer refuses a patch with variables of this container
+    mounts = {each["mountPath"]: each for each in container["volumeMounts"]}
+    volumes = {each["name"]: each for each in pod["volumes"]}
+    assert volumes[mounts["/shared"]["name"]]["persistentVolumeClaim"]["claimName"] == "softpref-shared"
+    assert volumes[mounts["/dev/shm"]["name"]]["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
+    assert "emptyDir" in volumes[mounts["/tmp"]["name"]]
+    for name, reference in PROFILE["secrets"].items():
+        secret, key = reference.split("/")
+        mount = mounts[str(Path(files[name]).parent)]
+        assert volumes[mount["name"]]["secret"]["secretName"] == secret
+        assert mount["readOnly"]
+        assert Path(files[name]).name == key
+
+
+def test_nodes_pass_a_restricted_pod_security_level(manifest):
+    job = manifest(volume_claim="softpref-shared")
+    pod = job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0][
+        "template"
+    ]["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] == 1000
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    security = pod["containers"][0]["securityContext"]
+    assert security["allowPrivilegeEscalation"] is False
+    assert security["readOnlyRootFilesystem"] is True
+    assert security["capabilities"] == {"drop": ["ALL"]}
+    assert "resourcesPerNode" not in job["spec"]["trainer"]
+    homes = {e["name"]: e["value"] for e in job["spec"]["trainer"]["env"] if e["value"].startswith("/")}
+    assert {"HOME", "HF_HOME"} <= homes.keys()
+    assert all(value.startswith("/tmp/") for value in homes.values())
+
+
+def test_the_recorded_schema_tells_right_from_wrong(manifest):
+    job = manifest(gpus=1, **PROFILE)
+    jsonschema.validate(job, SCHEMA)
+    for break_it in (
+        lambda job: job["spec"].update(nodes=2),
+        lambda job: job["spec"]["trainer"].update(numNodes="two"),
+        lambda job: job["spec"].pop("runtimeRef"),
+        lambda job: job["spec"]["runtimePatches"][0].pop("manager"),
+    ):
+        wrong = copy.deepcopy(job)
+        break_it(wrong)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, SCHEMA)
+
+
+def start_step(tmp_path, launcher):
+    """The test's own face in a process of its own, as a pod would have it."""
+    script = f"""
+import os, pathlib, sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+os.path.ismount = lambda path: path == {str(tmp_path / "shared")!r}
+import pytest, tests.distributed.conftest as own
+from types import SimpleNamespace
+folders = SimpleNamespace(**{json.dumps(dict(_inputs))})
+run = own.train.__wrapped__(pathlib.Path({str(tmp_path)!r}), folders, pytest.MonkeyPatch())
+run("policy", {launcher!r}, world_size=2, save_strategy="steps", save_steps=1)
+"""
+    return subprocess.Popen([sys.executable, "-c", script])
+
+
+_inputs = {}
+
+
+@pytest.fixture(autouse=True)
+def _known_inputs(folders):
+    _inputs.update(vars(folders))
+
+
+def wait_for(condition, seconds):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.1)
