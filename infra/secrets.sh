@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the Secrets that the manifests refer to, in the cluster that kubectl is pointed at. What exists is kept, so
 # it may be run again; values are random unless the environment gives them, and none is printed or passed as an
-# argument.
+# argument. (No validation by the server: the tests have checked what is made here.)
 #
 #   infra/secrets.sh [RUNS_NAMESPACE]     `kubeflow` (single-user KFP, the default) or `softpref` (multi-user)
 #
@@ -27,7 +27,7 @@ make() {
     fi
     for pair in "$@"; do data+="${data:+,}\"${pair%%=*}\":\"$(encode "${pair#*=}")\""; done
     printf '{"apiVersion":"v1","kind":"Secret","type":"Opaque","metadata":{"name":"%s","namespace":"%s","labels":{"app.kubernetes.io/part-of":"softpref"}},"data":{%s}}' \
-        "$name" "$namespace" "$data" | kubectl create --filename - >/dev/null
+        "$name" "$namespace" "$data" | kubectl create --validate=ignore --filename - >/dev/null
     echo "$namespace/$name made"
 }
 
@@ -36,15 +36,13 @@ value() {
     kubectl --namespace "$1" get secret "$2" --output "jsonpath={.data.$3}" | base64 --decode
 }
 
-for namespace in "$tracking" "$serving" "$runs"; do
-    if ! kubectl get namespace "$namespace" --output name >/dev/null 2>&1; then
-        if [ "$namespace" = "$runs" ]; then
-            echo "namespace $runs does not exist: install Kubeflow Pipelines or apply the profile first" >&2
-            exit 1
-        fi
-        kubectl create namespace "$namespace" >/dev/null
-        echo "namespace $namespace made"
-    fi
+if ! kubectl get namespace "$runs" --output name >/dev/null 2>&1; then
+    echo "no namespace $runs: install Kubeflow Pipelines, or apply the profile first; is kubectl at your cluster?" >&2
+    exit 1
+fi
+for base in tracking serving; do
+    kubectl get namespace "softpref-$base" --output name >/dev/null 2>&1 ||
+        kubectl apply --validate=ignore --filename "$(dirname "$0")/base/$base/namespace.yaml"
 done
 
 key=${STORE_ACCESS_KEY:-$(random)}

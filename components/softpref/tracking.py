@@ -75,8 +75,8 @@ class Tracker:
         tracking_uri: MLflow store. Default: `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` in the
             current directory.
         exit_wait: Seconds that `close` waits at most for what is not yet delivered. Default: a tenth of the
-            time that the run has taken, at least half a minute and at most a quarter of an hour; half a minute
-            for a run that is killed.
+            run's time so far, at least half a minute and at most a quarter of an hour; half a minute for a run
+            that is killed.
     """
 
     def __init__(

@@ -1,0 +1,54 @@
+"""The overlays as `kubectl kustomize` gives them, and the Secrets as the script makes them."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from .cluster import api_server, run_secrets_script
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+INFRA = REPOSITORY / "infra"
+OVERLAYS = sorted(path.parent.name for path in INFRA.glob("overlays/*/kustomization.yaml"))
+
+
+@pytest.fixture(scope="session")
+def kubectl():
+    beside = Path(sys.executable).parent / "kubectl"
+    found = str(beside) if beside.exists() else shutil.which("kubectl")
+    if found is None:
+        pytest.skip("kubectl is not installed (it comes with the extra `dev`)")
+    return found
+
+
+@pytest.fixture(scope="session")
+def overlays(kubectl):
+    """Overlay → its objects."""
+    return {
+        name: list(
+            yaml.safe_load_all(
+                subprocess.run(
+                    [kubectl, "kustomize", str(INFRA / "overlays" / name)],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                ).stdout
+            )
+        )
+        for name in OVERLAYS
+    }
+
+
+@pytest.fixture(scope="session")
+def made_secrets(kubectl, tmp_path_factory):
+    """(namespace, name) → keys that infra/secrets.sh makes, for single-user and multi-user KFP."""
+    made = {}
+    for runs in ("kubeflow", "softpref"):
+        with api_server(tmp_path_factory.mktemp("api")) as cluster:
+            cluster.add(f"/api/v1/namespaces/{runs}", apiVersion="v1", kind="Namespace")
+            run_secrets_script(cluster, INFRA / "secrets.sh", kubectl, runs, HUB_TOKEN="a-token")
+            made |= cluster.secrets()
+    return made
