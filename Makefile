@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # the environment must be on PATH: `mlflow models serve` calls uvicorn by name
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup sweep test test-vllm lint bench packages
+.PHONY: setup sweep test test-vllm lint bench packages check-infra test-tracking
 
 setup: $(VENV)/.ready
 
@@ -23,8 +23,16 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint  ## two workers, one thread each; the longest file first
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_story_world.py tests
+test: lint check-infra  ## two workers, one thread each; the longest file first
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_story_world.py tests --ignore tests/infra
+
+check-infra: setup  ## manifests, YAML and Dockerfiles; offline, in seconds
+	$(BIN)/yamllint --strict .
+	$(BIN)/hadolint images/Dockerfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/infra
+
+test-tracking: setup  ## a sweep on PostgreSQL, an S3 store and a server that is killed in the middle; minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/tracking_stack/test_stack.py tests/tracking_stack/outage_sweep.py
 
 test-vllm: .venv-vllm/.ready  ## the tests of sampling with vLLM, on the CPU
 	OMP_NUM_THREADS=1 PYTHONPATH=components .venv-vllm/bin/python -m pytest -q tests/spo/test_vllm.py
