@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # the environment must be on PATH: `mlflow models serve` calls uvicorn by name
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup sweep test test-vllm lint bench packages check-infra test-tracking
+.PHONY: setup sweep test test-vllm lint bench packages check-infra test-tracking images test-containers
 
 setup: $(VENV)/.ready
 
@@ -52,3 +52,11 @@ bench: setup  ## speed and memory beside the peers, into tests/benchmarks/RESULT
 packages: setup  ## compile the pipelines; a test compares the result with what is checked in
 	$(BIN)/python pipelines/spo_pipeline.py compile
 	$(BIN)/python pipelines/spo_sweep.py compile
+
+images:  ## build the container images with Podman or Docker; BUILD="--accelerator cuda --push" passes options
+	python3 images/build.py $(BUILD)
+
+test-containers: setup  ## the images and --runner docker, with Podman; builds what is missing
+	images/stand-in-base.sh
+	$(BIN)/python images/build.py --engine podman
+	OMP_NUM_THREADS=1 SOFTPREF_CONTAINERS=1 $(BIN)/python -m pytest -q tests/containers

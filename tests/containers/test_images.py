@@ -1,0 +1,151 @@
+"""The built images: their size, whom they run as, what they say of themselves, what they must not hold."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+from softpref import __version__
+from softpref.images import STAGES
+
+from tests.containers.conftest import REPOSITORY, inspect, needs_containers, podman
+
+pytestmark = needs_containers
+
+CONFINED = ("run", "--rm", "--read-only", "--cap-drop=all", "--network=host")
+# what a stage's component imports when it runs
+MODULES = {
+    "data": "kfp.dsl.executor_main softpref.data.stage datasets pyarrow.parquet",
+    "train": "kfp.dsl.executor_main softpref.preflight.stage softpref.sft.stage softpref.spo.stage "
+    "softpref.judges sklearn.feature_extraction peft gguf accelerate.commands.launch kubeflow.trainer "
+    "mlflow.store.tracking.rest_store",
+    "evaluate": "kfp.dsl.executor_main softpref.evaluation.stage softpref.evaluation.measure "
+    "softpref.evaluation.charts softpref.evaluation.compare softpref.registry.stage matplotlib.pyplot "
+    "mlflow.transformers mlflow.pyfunc.scoring_server uvicorn",
+    "tracking": "mlflow.server mlflow.server.auth.entities boto3 psycopg2",
+}
+
+
+@pytest.mark.parametrize(("stage", "limit"), [("data", 0.7e9), ("train", 2.5e9), ("evaluate", 2.7e9)])
+def test_images_for_the_cpu_are_small(images, stage, limit):
+    assert inspect(images[stage])["Size"] < limit
+
+
+def test_the_data_image_has_no_torch(images):
+    found = podman(*CONFINED, images["data"], "pip", "list").stdout
+    assert "datasets" in found
+    assert "torch" not in found
+
+
+@pytest.mark.parametrize("user", ["", "4242:4242"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_stage_imports_loads_read_only_as_any_user(images, stage, user):
+    program = (
+        "import importlib, os, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "print(os.getuid(), os.access('/home/softpref', os.W_OK), os.access('/opt/softpref', os.W_OK))"
+    )
+    options = ("--user", user) if user else ()
+    environment = ("--env", "_KFP_RUNTIME=true")  # as KFP's executor is started
+    command = ("python", "-W", "error::UserWarning:__main__", "-c", program, *MODULES[stage].split())
+    result = podman(*CONFINED, *options, *environment, images[stage], *command)
+    assert result.stdout.split() == [(user or "1000").split(":")[0], "False", "False"]
+    assert "not writable" not in result.stderr  # matplotlib and others say so of a cache
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_images_say_what_they_are_and_run_as_nobody_special(images, stage):
+    config = inspect(images[stage])["Config"]
+    labels = {key.removeprefix("org.opencontainers.image."): value for key, value in config["Labels"].items()}
+    assert labels["title"] == f"softpref-{stage}"
+    assert labels["version"] == __version__
+    assert labels["revision"] not in ("", "unknown")
+    assert config["User"] == "1000:1000"
+    assert not [entry for entry in config["Env"] if "PIP" in entry or "proxy" in entry.lower()]
+
+
+@pytest.mark.parametrize("stage", ["data", "train", "evaluate"])
+def test_the_default_command_explains_the_stage(images, stage):
+    assert f"usage: softpref {stage}" in podman(*CONFINED, images[stage]).stdout
+
+
+def test_images_share_the_layers_of_those_before_them(images):
+    layers = {stage: inspect(image)["RootFS"]["Layers"] for stage, image in images.items()}
+    assert layers["train"][: len(layers["data"]) - 1] == layers["data"][:-1]  # but for the code, its last
+    assert layers["evaluate"][: len(layers["train"]) - 1] == layers["train"][:-1]
+    assert layers["tracking"][:2] == layers["data"][:2]
+
+
+def test_what_a_build_is_told_of_pip_is_in_no_layer_and_no_history(tmp_path):
+    """The data image built anew, with a marker in pip's configuration and one in the certificates."""
+    marker = "planted-9f86d081"
+    bundle = (
+        os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE") or "/etc/ssl/certs/ca-certificates.crt"
+    )
+    shutil.copy(bundle, tmp_path / "bundle.pem")
+    with (tmp_path / "bundle.pem").open("a") as file:
+        file.write(f"\n# {marker}\n")
+    environment = {
+        **os.environ,
+        "PIP_CERT": str(tmp_path / "bundle.pem"),
+        "PIP_TRUSTED_HOST": f"{marker}.example",
+    }
+    command = [sys.executable, "images/build.py", "--only", "data", "--no-cache", "--engine=podman"]
+    command += ["--prefix", "localhost/softpref-test-planted", "--tag", "1"]
+    name = "localhost/softpref-test-planted-data:1"
+    try:
+        subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True, timeout=500)
+        archive = tmp_path / "image.tar"
+        podman("image", "save", "--format=docker-archive", "--output", str(archive), name)
+    finally:
+        podman("image", "rm", "--force", name, check=False)
+    searched = 0
+    with tarfile.open(archive) as outer:
+        for member in outer.getmembers():
+            if member.isfile():
+                content = outer.extractfile(member).read()
+                searched += len(content)
+                assert marker.encode() not in content, member.name
+    assert searched > 3e8  # layers lie in it as plain archives
+
+
+@contextmanager
+def server(image, *command):
+    """A detached container of the tracking image, read-only but for a new volume; its id."""
+    name = podman(
+        *("run", "--detach", "--read-only", "--cap-drop=all", "--network=host", "--user=1000:1000"),
+        *("--volume=softpref-test-mlflow:/var/lib/mlflow", "--stop-timeout=1", image, *command),
+    ).stdout.strip()
+    try:
+        yield name
+    finally:
+        podman("rm", "--force", name)
+        podman("volume", "rm", "softpref-test-mlflow")
+
+
+def healthy(name, seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if podman("healthcheck", "run", name, check=False).returncode == 0:
+            return True
+        time.sleep(1)
+    return False
+
+
+def test_the_tracking_image_serves_and_knows_when_it_is_healthy(images):
+    with server(images["tracking"]) as name:
+        assert healthy(name, 60), podman("logs", name).stdout
+        address = "http://127.0.0.1:5000/api/2.0/mlflow/experiments/search"
+        request = urllib.request.Request(
+            address, json.dumps({"max_results": 1}).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            assert json.loads(answer.read())["experiments"][0]["name"] == "Default"
+    with server(images["tracking"], "sleep", "60") as name:
+        assert not healthy(name, 3)

@@ -1,0 +1,97 @@
+"""What can be said of the images without building one: names, versions, and what a build is told of pip."""
+
+import importlib.util
+import re
+import tomllib
+import urllib.request
+
+import pytest
+from softpref import __version__, images
+
+from tests.containers.conftest import REPOSITORY
+
+REQUIREMENTS = sorted((REPOSITORY / "images/requirements").glob("*.txt"))
+
+
+@pytest.fixture(scope="module")
+def build():
+    specification = importlib.util.spec_from_file_location("images_build", REPOSITORY / "images/build.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def names_in(requirements):
+    lines = [line for line in requirements.read_text().splitlines() if line and not line.startswith("#")]
+    return {re.split(r"[\[<>=]", line)[0].lower() for line in lines}
+
+
+def test_every_stage_has_a_target_of_the_recipe_and_an_image_with_the_packages_version():
+    recipe = (REPOSITORY / "images/Dockerfile").read_text()
+    for stage in images.STAGES:
+        assert re.search(rf"^FROM \S+ AS {stage}$", recipe, re.MULTILINE)
+        assert images.image_name(stage) == f"localhost/softpref-{stage}:{__version__}"
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    assert version == __version__
+
+
+@pytest.mark.parametrize("requirements", REQUIREMENTS, ids=lambda path: path.stem)
+def test_an_image_gets_only_packages_whose_version_the_constraints_say(requirements):
+    constraints = (REPOSITORY / "constraints.txt").read_text().lower()
+    for name in names_in(requirements):
+        assert re.search(rf"^{re.escape(name)}==", constraints, re.MULTILINE), name
+
+
+def test_together_the_images_have_every_package_that_the_project_depends_on():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["tracking"]]
+    asked += [
+        line for extra in ("peft", "gguf", "cluster") for line in project["optional-dependencies"][extra]
+    ]
+    wanted = {re.split(r"[\[<>=]", line)[0].lower() for line in asked}
+    given = set().union(*map(names_in, REQUIREMENTS)) | {"torch", "kfp"}  # these two stand in the recipe
+    assert wanted <= given
+
+
+def test_pips_configuration_is_read_as_pip_reads_it(build, tmp_path):
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip/pip.conf").write_text(
+        "[global]\nindex-url = https://mirror.example/simple\ntimeout = 5\nrequire-virtualenv = true\n"
+        "[install]\nfind-links =\n    /a\n    /b\n"
+    )
+    bundle = tmp_path / "bundle.pem"
+    bundle.touch()
+    environment = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
+    environment |= {"PIP_TIMEOUT": "60", "PIP_CERT": str(bundle)}
+    found = build.pip_configuration(environment)
+    assert found["index-url"] == ["https://mirror.example/simple"]
+    assert found["timeout"] == ["60"]
+    assert found["find-links"] == ["/a", "/b"]
+    assert found["cert"] == [str(bundle)]
+    assert "require-virtualenv" not in found
+
+
+def test_folders_of_packages_are_served_while_a_build_runs(build, tmp_path):
+    index, wheels = tmp_path / "index/simple", tmp_path / "wheels"
+    for folder in (index / "kfp", tmp_path / "index/files", wheels):
+        folder.mkdir(parents=True)
+    (index / "kfp/index.html").write_text('<a href="../../files/kfp-1.whl">kfp-1.whl</a>')
+    (tmp_path / "index/files/kfp-1.whl").write_bytes(b"one")
+    (wheels / "torch+cpu.whl").write_bytes(b"two")
+    remote = "https://name:password@mirror.example/simple"
+    given = {"extra-index-url": [index.as_uri()], "find-links": [str(wheels)], "index-url": [remote]}
+
+    def get(address):
+        with urllib.request.urlopen(address) as answer:
+            return answer.read()
+
+    with build._reachable(given) as reached:
+        assert reached["index-url"] == [remote]
+        (address,) = reached["extra-index-url"]
+        assert b"kfp-1.whl" in get(f"{address}/kfp/")
+        assert get(address.replace("simple", "files/kfp-1.whl")) == b"one"
+        (address,) = reached["find-links"]
+        assert b'href="torch%2Bcpu.whl"' in get(address)
+        assert get(f"{address}torch%2Bcpu.whl") == b"two"
+    with pytest.raises(OSError, match="refused"):
+        get(address)
