@@ -4,18 +4,22 @@ The real pipeline on this machine logs to the real stack as a user without speci
 train, the server is killed, stays away for a minute, and is started again.
 """
 
+import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 
-from .stack import REPOSITORY, SECRETS, missing_tools, running_stack
+from .stack import REPOSITORY, SECRETS, free_port, manifests, missing_tools, running_stack, tool
 
 OUTAGE = 60  # seconds
 
@@ -215,3 +219,57 @@ def test_the_sweeps_runs_have_one_parent(client, mirrors, sweep):
     parents = {client.get_run(run_id).data.tags.get("mlflow.parentRunId") for run_id in mirrors} - {None}
     assert len(parents) == 1
     assert client.get_run(parents.pop()).info.status == "FINISHED"
+
+
+def test_the_champion_is_served_as_the_deployment_serves_it(stack, sweep, tmp_path):
+    """The Deployment's command and environment, logged in as the user that may only read."""
+    objects = manifests("overlays/serving")
+    pod = objects["Deployment", "softpref-serving"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    port = free_port()
+    user = SECRETS["mlflow-serving-credentials"]
+    environment = {
+        **objects["ConfigMap", "serving-settings"]["data"],
+        **{one["name"]: one["value"] for one in container["env"] if "value" in one},
+        "MLFLOW_TRACKING_URI": stack.uri,
+        "MLFLOW_TRACKING_USERNAME": user["username"],
+        "MLFLOW_TRACKING_PASSWORD": user["password"],
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / "huggingface"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    settings = {"--host=0.0.0.0": "--host=127.0.0.1", "--port=8080": f"--port={port}"}
+    arguments = [
+        re.sub(r"\$\((\w+)\)", lambda found: environment[found[1]], settings.get(part, part))
+        for part in container["args"]
+    ]
+    log = tmp_path / "serving.log"
+    with log.open("wb") as text:
+        process = subprocess.Popen(
+            [str(tool("mlflow")), *container["command"][1:], *arguments],
+            stdout=text,
+            stderr=text,
+            env=environment,
+            cwd=tmp_path,
+            start_new_session=True,
+        )
+    address = f"http://127.0.0.1:{port}"
+    probe = container["readinessProbe"]["httpGet"]["path"]
+
+    def answers():
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(address + probe, timeout=5).status == 200
+
+    try:
+        _wait(process, log, answers)
+        request = urllib.request.Request(
+            address + "/invocations",
+            data=json.dumps({"prompt": "Write a very short story about a brave fox.\n"}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            (told,) = json.load(answer)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert len(told["choices"][0]["text"].split()) > 3

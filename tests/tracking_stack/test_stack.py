@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .stack import REPOSITORY, SECRETS, missing_tools, running_stack
+from .stack import REPOSITORY, SECRETS, manifests, missing_tools, running_stack
 
 pytestmark = pytest.mark.skipif(bool(missing_tools()), reason=f"not installed: {', '.join(missing_tools())}")
 
@@ -199,3 +199,66 @@ def test_a_password_that_is_changed_while_training_is_a_warning_with_the_reason(
     assert "refuses the login of user 'softpref'" in caplog.text
     login(RUNS)
     assert sync(tmp_path / "out").delivered == 2
+
+
+def test_the_service_is_rolled_over_when_the_alias_moves(stack, login, tmp_path):
+    """follow.py as its CronJob starts it, between the real registry and an API server with the Deployment."""
+    from mlflow import MlflowClient
+
+    from ..infra.cluster import api_server
+
+    login(RUNS)
+    client = MlflowClient(stack.uri)
+    run = client.create_run(client.create_experiment("served"))
+    client.log_text(run.info.run_id, "a model", "model/MLmodel")
+    client.create_registered_model("softpref-story")
+    versions = [
+        client.create_model_version(
+            "softpref-story", f"runs:/{run.info.run_id}/model", run.info.run_id
+        ).version
+        for _ in range(2)
+    ]
+    objects = manifests("overlays/serving")
+    pod = objects["CronJob", "follow-champion"]["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    script = tmp_path / "follow.py"
+    script.write_text(objects["ConfigMap", "serving-files"]["data"]["follow.py"], encoding="utf-8")
+    assert container["command"] == ["python", "/etc/serving/follow.py"]
+    (role,) = objects["Role", "follow-champion"]["rules"]
+    assert (role["resources"], role["resourceNames"]) == (["deployments"], container["args"])
+
+    account = tmp_path / "account"
+    account.mkdir()
+    with api_server(account) as cluster:
+        (account / "token").write_text("t")
+        path = f"/apis/apps/v1/namespaces/softpref-serving/deployments/{container['args'][0]}"
+        cluster.add(path, spec={"template": objects["Deployment", "softpref-serving"]["spec"]["template"]})
+        host, port = cluster.url.removeprefix("https://").split(":")
+        environment = objects["ConfigMap", "serving-settings"]["data"] | {
+            "PATH": os.environ["PATH"],
+            "MLFLOW_TRACKING_URI": stack.uri,
+            "MLFLOW_TRACKING_USERNAME": SERVING[0],
+            "MLFLOW_TRACKING_PASSWORD": SERVING[1],
+            "NAMESPACE": "softpref-serving",
+            "SERVICE_ACCOUNT_FOLDER": str(account),
+            "KUBERNETES_SERVICE_HOST": host,
+            "KUBERNETES_SERVICE_PORT": port,
+        }
+
+        def follow():
+            command = [sys.executable, str(script), *container["args"]]
+            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+        nothing = follow()
+        assert nothing.returncode == 1
+        assert "MLflow" in nothing.stderr
+        assert not cluster.requests
+        for version in versions:
+            client.set_registered_model_alias("softpref-story", "champion", version)
+            assert "is rolled over" in follow().stdout
+            assert "is served" in follow().stdout
+            template = cluster.objects[path]["spec"]["template"]
+            assert template["metadata"]["annotations"] == {"softpref/model-version": version}
+        assert [method for method, _, _ in cluster.requests].count("PATCH") == 2
+        assert template["spec"]["containers"][0]["image"]  # nothing else of the Deployment is touched
+        assert {method for method, _, _ in cluster.requests} == {"GET", "PATCH"}

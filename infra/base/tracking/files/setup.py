@@ -10,7 +10,6 @@ administrator. A changed Secret takes effect with the next start of the pod.
 
 import contextlib
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,12 +22,13 @@ _PATIENCE = 180  # seconds; a database that starts together with this pod needs 
 def database() -> None:
     """Tables and users, under a lock of the database."""
     import psycopg2
+    from mlflow.db import upgrade
 
     with contextlib.closing(_connection()) as connection, connection.cursor() as cursor:
         connection.autocommit = True
         cursor.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
         try:
-            subprocess.run([sys.executable, "-m", "mlflow", "db", "upgrade", DATABASE], check=True)
+            upgrade.callback(DATABASE)  # `mlflow db upgrade`, without another start of the interpreter
             _users()
         except psycopg2.Error as error:
             raise SystemExit(f"PostgreSQL: {error}") from error
