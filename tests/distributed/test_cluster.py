@@ -95,7 +95,7 @@ def test_a_job_that_failed_is_submitted_again_and_goes_on_from_its_checkpoint(
     _, single = train("policy", **saving)
     single = single.rename(tmp_path / "single")
     _, double = train("policy", launcher(retries=1), world_size=2, **saving)
-    same_trajectory(single, double)
+    same_trajectory(single, double, resumed=True)
     assert len(cluster.posted) == 2
     second = next((tmp_path / "cluster").glob("*-0-1.log")).read_text()
     steps = [line for line in second.splitlines() if "'rewards/margins'" in line and "eval" not in line]
@@ -133,8 +133,9 @@ def test_a_step_that_is_stopped_takes_its_job_with_it_and_goes_on_when_it_is_run
     cluster.node_environment = {"PYTHONPATH": f"{slow}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     jobs = []
     for sign in (signal.SIGTERM, signal.SIGKILL):
+        begun = newest_checkpoint(tmp_path)
         step = start_step(tmp_path, launcher())
-        wait_for(lambda: list((tmp_path / "shared").glob("training/*/checkpoints/checkpoint-*")), 90)
+        wait_for(lambda last=begun: newest_checkpoint(tmp_path) > last, 90)
         step.send_signal(sign)
         assert step.wait(40) == -sign
         jobs.append(set(cluster.jobs))
@@ -143,7 +144,7 @@ def test_a_step_that_is_stopped_takes_its_job_with_it_and_goes_on_when_it_is_run
     cluster.node_environment = {}
     begun = len(cluster.calls)
     _, double = train("policy", launcher(), world_size=2, **saving)
-    same_trajectory(single, double)
+    same_trajectory(single, double, resumed=True)
     assert {body["metadata"]["name"] for body in cluster.posted} == jobs[1]  # always the same name
     calls = [call for call in cluster.calls[begun:] if "/trainjobs" in call]
     assert calls[0].startswith("DELETE")  # the orphan goes before the new one comes
@@ -294,6 +295,12 @@ _inputs = {}
 @pytest.fixture(autouse=True)
 def _known_inputs(folders):
     _inputs.update(vars(folders))
+
+
+def newest_checkpoint(tmp_path):
+    """The step of the last whole checkpoint on the shared volume; 0 if there is none."""
+    files = (tmp_path / "shared").glob("training/*/checkpoints/checkpoint-*/trainer_state.json")
+    return max((int(file.parent.name.rpartition("-")[2]) for file in files), default=0)
 
 
 def wait_for(condition, seconds):

@@ -35,6 +35,8 @@ class GuardedTrainer(Trainer):
                 config.n_gpu,
             )
             config._n_gpu = 1
+        if config.ddp_broadcast_buffers is None:
+            config.ddp_broadcast_buffers = False  # constants; and every forward would wait for the others
         super().__init__(*args, **options)
 
     def training_step(self, model, inputs, num_items_in_batch=None):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -561,6 +562,7 @@ class SPOTrainer(GuardedTrainer):
             self.rounds.save(output_dir)
         if self.buffer is not None:
             self._expire_samples()  # before the next step would
+            os.makedirs(output_dir, exist_ok=True)  # the first process makes it, at its own pace
             self.buffer.save(output_dir)
             self.accelerator.wait_for_everyone()  # the file that marks a checkpoint complete comes after all
 
