@@ -255,6 +255,8 @@ def _watch(job: TrainJobConfig, nodes: Nodes, name: str) -> State:
                 said = now
             was_running = was_running or state.status == "running"
             if state.status in ("complete", "failed", "gone"):
+                over.set()
+                printer.join(30)  # for what is still under way; after an exception nobody waits
                 return state
             if job.start_timeout and not was_running and time.monotonic() - started > job.start_timeout:
                 raise StageFailed(
@@ -269,7 +271,6 @@ def _watch(job: TrainJobConfig, nodes: Nodes, name: str) -> State:
             time.sleep(job.poll_interval)
     finally:
         over.set()
-        printer.join(30)
 
 
 def _print_output(nodes: Nodes, name: str, over: threading.Event) -> None:
