@@ -33,6 +33,7 @@ _FORWARDED = (
     *("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
     *("http_proxy", "https_proxy", "no_proxy"),
 )
+OUTPUT_LABEL = "softpref.output"  # of a container: the folder of its run
 _UNPRIVILEGED = 1000  # the images' user
 _GRACE = 10.0  # seconds that an interrupted task has to end its tracking run
 _PATIENCE = 60.0  # seconds that an engine's or a tracking server's process may take to answer
@@ -172,6 +173,7 @@ class Containers:
         self._interrupted = False
         self._user, self._gpus = "", 0
         self._environment: dict[str, str] = {}
+        self._labels: dict[str, str] = {}
         self._volumes: dict[str, str] = {}  # path, the same on both sides, and mode
 
     def __enter__(self) -> Containers:
@@ -195,6 +197,7 @@ class Containers:
             The tracking URI for the tasks: the given one, or that of a server before a SQLite file.
         """
         address = str(parameters["tracking_uri"])
+        self._labels = {OUTPUT_LABEL: str(output.absolute())}
         writable = [output / "pipeline"]
         if address.startswith("sqlite:"):
             writable.append(artifact_folder(address))
@@ -234,6 +237,7 @@ class Containers:
             "security_opt": ["no-new-privileges"],
             "shm_size": "1g",
             "environment": self._environment,
+            "labels": self._labels,
         }
         here = Path.cwd()
         if any(here in Path(path).parents for path in self._volumes):

@@ -36,10 +36,16 @@ def run(folder, script, *arguments):
     return process.returncode, out, err
 
 
-def wait_for_container(image, seconds=120):
+def containers_of(output):
+    """Ids of the containers that a run has now, also of those that have ended and were not removed."""
+    return podman("ps", "--all", "--quiet", "--filter", f"label=softpref.output={output}").stdout.split()
+
+
+def wait_for_container(output, image, seconds=120):
     until = time.monotonic() + seconds
+    filters = ("--filter", f"label=softpref.output={output}", "--filter", f"ancestor={image}")
     while time.monotonic() < until:
-        found = podman("ps", "--quiet", "--filter", f"ancestor={image}").stdout.split()
+        found = podman("ps", "--quiet", *filters).stdout.split()
         if found:
             return found[0]
         time.sleep(0.2)
@@ -74,15 +80,15 @@ def test_a_sweep_in_containers_leaves_what_a_local_one_leaves(quick_recipe, tmp_
     recipe = quick_recipe()
     code, _, err = run(local, "spo_sweep.py", "--recipe", recipe, "--output", "out")
     assert code == 0, err[-4000:]
-    began = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     code, out, err = run(contained, "spo_sweep.py", "--runner=docker", "--recipe", recipe, "--output", "out")
     assert code == 0, out[-2000:] + err[-4000:]
 
     # each stage in its own container, of its own image
-    query = ["events", "--stream=false", "--since", began, "--filter=event=create", "--format={{.Image}}"]
-    started = sorted(line for line in podman(*query).stdout.split() if "softpref" in line)
+    query = ["events", "--stream=false", "--since=1h", "--filter=event=create", "--format={{.Image}}"]
+    query.append(f"--filter=label=softpref.output={contained / 'out'}")
+    started = sorted(podman(*query).stdout.split())
     assert started == sorted([DATA_IMAGE] + 4 * [TRAIN_IMAGE] + 4 * [EVALUATE_IMAGE])
-    assert not podman("ps", "--all", "--quiet", "--filter", f"ancestor={TRAIN_IMAGE}").stdout
+    assert not containers_of(contained / "out")
 
     assert artifacts(contained / "out") == artifacts(local / "out")
     here, there = evaluations(local / "out"), evaluations(contained / "out")
@@ -130,7 +136,7 @@ def test_a_stage_that_is_killed_fails_the_run_and_is_named(quick_recipe, tmp_pat
     process = start(
         tmp_path, "spo_sweep.py", "--runner=docker", "--recipe", quick_recipe(), "--output", "out"
     )
-    data = wait_for_container(DATA_IMAGE)
+    data = wait_for_container(tmp_path / "out", DATA_IMAGE)
     podman("kill", data)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -141,16 +147,16 @@ def test_a_stage_that_is_killed_fails_the_run_and_is_named(quick_recipe, tmp_pat
 def test_an_interrupted_run_leaves_no_container(quick_recipe, tmp_path):
     recipe = quick_recipe(rows=8000, epochs=20)  # long enough to be in the middle of
     process = start(tmp_path, "spo_sweep.py", "--runner=docker", "--recipe", recipe, "--output", "out")
-    wait_for_container(DATA_IMAGE)
+    wait_for_container(tmp_path / "out", DATA_IMAGE)
     until = time.monotonic() + 200
     while "spo-alpha-0.5" not in statuses(tmp_path) and time.monotonic() < until:
         time.sleep(1)
-    assert podman("ps", "--quiet", "--filter", f"ancestor={TRAIN_IMAGE}").stdout
+    assert containers_of(tmp_path / "out")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in err
-    assert not podman("ps", "--all", "--quiet", "--filter", f"ancestor={TRAIN_IMAGE}").stdout
+    assert not containers_of(tmp_path / "out")
     ended = statuses(tmp_path)
     assert ended.pop("reference") == "FINISHED"
     assert ended.pop("spo-alpha-0.5") == "KILLED"
