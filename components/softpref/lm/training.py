@@ -198,6 +198,13 @@ def check_training_arguments(args: TrainingArguments) -> None:
         value = getattr(args, name)
         if not (value >= least and math.isfinite(value)):
             raise ConfigError(f"{type(args).__name__}.{name} must be at least {least}, got {value!r}")
+    if args.fsdp:
+        raise ConfigError(
+            f"{type(args).__name__}.fsdp is not supported: log-probabilities are computed outside of the "
+            "model's forward, samples are drawn in a different number of passes on each process, and sharded "
+            "weights are whole in neither; train replicas (leave fsdp out), and where memory is short, with "
+            "use_peft, bf16 or gradient_checkpointing"
+        )
     if not args.use_cpu:  # before transformers takes the device of this process, which may not be there
         require_devices(0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
