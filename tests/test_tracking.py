@@ -194,19 +194,26 @@ def test_end_of_a_pipeline_delivers_what_its_stages_could_not(dead_uri, store, c
 
 
 @pytest.mark.parametrize(
-    ("hours", "status", "longest"),
-    [(0, "FINISHED", 30), (1, "FINISHED", 360), (15, "FAILED", 900), (15, "KILLED", 30)],
+    ("hours", "status", "answered", "longest"),
+    [
+        (0, "FINISHED", False, 30),
+        (0, "FINISHED", True, 180),
+        (1, "FINISHED", True, 360),
+        (15, "FAILED", False, 900),
+        (15, "KILLED", True, 30),
+    ],
 )
-def test_longer_runs_wait_longer_for_a_server_that_is_away(
-    hours, status, longest, dead_uri, tmp_path, monkeypatch
+def test_the_end_of_a_run_waits_for_a_server_as_long_as_it_is_worth(
+    hours, status, answered, longest, dead_uri, store, tmp_path, monkeypatch
 ):
-    tracked = tracker(tmp_path / "out", dead_uri)
+    tracked = tracker(tmp_path / "out", store if answered else dead_uri)
     tracked.metrics({"loss": 1}, 0)
+    assert tracked.flush(30 if answered else 0.1) == answered
     waits = []
     monkeypatch.setattr(tracked._sender, "join", waits.append)
     tracked._opened -= hours * 3600
     tracked.close(status)
-    assert waits[0] == pytest.approx(longest, abs=1)
+    assert waits[0] == pytest.approx(longest, abs=3)
 
 
 def test_two_processes_may_make_one_sqlite_store_at_once_and_all_points_arrive(tmp_path):

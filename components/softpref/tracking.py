@@ -41,7 +41,11 @@ PARENT_TAG = "mlflow.parentRunId"
 _PARAM_LENGTH, _TAG_LENGTH, _NAME_LENGTH = 6000, 8000, 250  # MLflow's own limits
 _BATCH_RECORDS, _BATCH_BYTES = 200, 400_000
 _BATCH_SECONDS, _LONGEST_PAUSE = 1.0, 60.0
-_EXIT_WAIT, _LONGEST_EXIT_WAIT = 30.0, 900.0  # seconds
+_EXIT_WAIT, _RESTART_WAIT, _LONGEST_EXIT_WAIT = (
+    30.0,
+    180.0,
+    900.0,
+)  # seconds; a server restarts in two minutes
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
 
 _short_lock = threading.Lock()
@@ -75,8 +79,8 @@ class Tracker:
         tracking_uri: MLflow store. Default: `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` in the
             current directory.
         exit_wait: Seconds that `close` waits at most for what is not yet delivered. Default: a tenth of the
-            run's time so far, at least half a minute and at most a quarter of an hour; half a minute for a run
-            that is killed.
+            run's time so far and at most a quarter of an hour, but three minutes at least for a server that has
+            answered before, and half a minute for one that never has. A killed run waits half a minute.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class Tracker:
         attached = os.environ.get("MLFLOW_RUN_ID") or run_id or None
         self._exit_wait = exit_wait
         self._opened = time.monotonic()
+        self._answered = False
         self._changed = threading.Condition()
         self._closing = self._abandoned = self._closed = False
         self._trouble: str | None = None
@@ -202,8 +207,9 @@ class Tracker:
         wait = self._exit_wait
         if wait is None:
             wait = _EXIT_WAIT
-            if status != "KILLED":  # a long run is worth waiting for a server that is restarted
-                wait = min(max(wait, (time.monotonic() - self._opened) / 10), _LONGEST_EXIT_WAIT)
+            if status != "KILLED":
+                least = _RESTART_WAIT if self._answered else _EXIT_WAIT
+                wait = min(max(least, (time.monotonic() - self._opened) / 10), _LONGEST_EXIT_WAIT)
         if self._closed or self._mirror is None:
             return
         self._closed = True
@@ -297,6 +303,7 @@ class Tracker:
                     if self._closing:
                         self._changed.wait_for(lambda: self._abandoned, 1.0)
             else:
+                self._answered = True
                 if failures:
                     logger.warning("MLflow at %s answers again", self.tracking_uri)
                     failures, self._trouble = 0, None
@@ -1014,10 +1021,16 @@ def in_short(error: BaseException) -> str:
 
 def _refusal(error: BaseException) -> str | None:
     """What a server that answers does not accept of this client, and what to do; None for any other error."""
-    if getattr(error, "error_code", None) == "UNAUTHENTICATED":
+    code = getattr(error, "error_code", None)
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    if code == "PERMISSION_DENIED" and "Permission denied" in str(error):
+        return (
+            f"does not let user {user!r} write there: the experiment or model is another user's; name one of "
+            "your own, or ask for the permission EDIT"
+        )
+    if code == "UNAUTHENTICATED":
         if os.environ.get("MLFLOW_TRACKING_TOKEN"):
             return "refuses the login: set MLFLOW_TRACKING_TOKEN to a token that it knows"
-        user = os.environ.get("MLFLOW_TRACKING_USERNAME")
         who = f"the login of user {user!r}" if user else "a client without login"
         return f"refuses {who}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a login it knows"
     if "Invalid Host header" in str(error):
