@@ -79,8 +79,8 @@ class Tracker:
         tracking_uri: MLflow store. Default: `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` in the
             current directory.
         exit_wait: Seconds that `close` waits at most for what is not yet delivered. Default: a tenth of the
-            run's time so far and at most a quarter of an hour, but three minutes at least for a server that has
-            answered before, and half a minute for one that never has. A killed run waits half a minute.
+            run's time so far and at most a quarter of an hour, but three minutes at least for a server that
+            has answered before, and half a minute for one that never has. A killed run waits half a minute.
     """
 
     def __init__(
