@@ -21,6 +21,33 @@ def test_the_torch_policy_says_where_nodes_meet():
         rendezvous({"PET_MASTER_PORT": "29500"})
 
 
+def test_a_node_waits_for_the_name_of_the_first(tmp_path, monkeypatch, capsys):
+    from softpref.distributed import node
+
+    asked, started = [], []
+
+    def resolve(address, port):
+        asked.append(address)
+        if len(asked) < 3:
+            raise OSError("not known")
+
+    NodeTask("sft", {"dataset": "dataset", "output": "output"}, {}, processes=1, gpus=0).write(tmp_path)
+    policy = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a-node-0-0.a", "MASTER_PORT": "29500"}
+    for key, value in policy.items():
+        monkeypatch.setenv(f"PET_{key}", value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(node.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(node.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(node, "run_watched", lambda command, **options: started.append(command))
+    assert main([str(tmp_path)]) == 0
+    assert asked == ["a-node-0-0.a"] * 3
+    assert len(started) == 1
+    asked.clear()
+    monkeypatch.setattr(node, "_NAMED_WITHIN", -1)
+    assert main([str(tmp_path)]) == 2
+    assert "a-node-0-0.a, has no address" in capsys.readouterr().err
+
+
 def test_secrets_are_read_from_files(tmp_path):
     (tmp_path / "token").write_text("abc\n")
     files = {"HF_TOKEN": str(tmp_path / "token")}

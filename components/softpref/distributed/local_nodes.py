@@ -198,6 +198,7 @@ class ContainerNodes:
         from kubeflow.trainer import CustomTrainer
         from kubeflow.trainer.options import Name
 
+        (self.folder(name) / ".bash_profile").write_text(_PROFILE, encoding="utf-8")
         for path in (self.folder(name), *self.folder(name).rglob("*")):
             path.chmod(0o777 if path.is_dir() else 0o666)  # the image's user is not this one
         per_node = self._gpus or (self._job.processes_per_node if self._job.processes_per_node > 1 else 0)
@@ -210,7 +211,7 @@ class ContainerNodes:
                     image=self._image,
                     num_nodes=self._job.nodes,
                     resources_per_node={"gpu": per_node} if per_node else None,
-                    env={"HOME": "/tmp", **env},
+                    env={"HOME": self.node_folder(name), **env},
                 ),
                 options=[Name(name)],
             )
@@ -244,6 +245,11 @@ class ContainerNodes:
         with suppress(ValueError):
             self._client.delete_job(name)
 
+
+# the backend starts a login shell, which forgets the image's own PATH, and with it the image's Python
+_PROFILE = """\
+export PATH="$(tr '\\0' '\\n' </proc/$$/environ | sed -n 's/^PATH=//p')"
+"""
 
 _RUNTIME_FILE = """\
 apiVersion: trainer.kubeflow.org/v1alpha1

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ JOB_FILE, PARAMETERS_FILE, RESULT_FILE = "job.json", "parameters.json", "result.
 CHECKPOINTS, OUTPUT = "checkpoints", "output"
 SECRETS_VARIABLE = "SOFTPREF_SECRET_FILES"
 """JSON object of environment variable → file with its value: secrets that are mounted, not set."""
+
+_NAMED_WITHIN = 300.0
 
 
 @dataclass
@@ -95,6 +99,8 @@ def run_node(folder: Path) -> int:
 
         require_devices(task.gpus, task.processes)
     meet = rendezvous(os.environ)
+    if meet.nodes > 1:
+        _await_name(meet.address)
     print(f"node {meet.rank} of {meet.nodes}: {task.processes} processes", flush=True)
     run_watched(
         launch_command(task.stage, arguments, processes=task.processes, rendezvous=meet),
@@ -102,6 +108,26 @@ def run_node(folder: Path) -> int:
         what=f"node {meet.rank}",
     )
     return 0
+
+
+def _await_name(address: str) -> None:
+    """Wait until the first node has a name: nodes start in any order, and a name comes with its pod.
+
+    Raises:
+        ConfigError: it has none after `_NAMED_WITHIN` seconds.
+    """
+    until = time.monotonic() + _NAMED_WITHIN
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ConfigError(
+                    f"the first node, {address}, has no address after {_NAMED_WITHIN:g} s ({error}); look at "
+                    "its pod, and whether the job's headless service and the cluster's DNS are reachable"
+                ) from error
+        time.sleep(1)
 
 
 def read_secrets(env: Mapping[str, str]) -> dict[str, str]:
