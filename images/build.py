@@ -57,14 +57,15 @@ def main(arguments: list[str]) -> int:
             command += ["--network=host", *secrets]
             # Docker's format is the one of the two that has health checks
             command += ["--format=docker"] if engine == "podman" else []
-            command += ["--no-cache"] if options.no_cache else []
             for argument, value in _build_arguments(options).items():
                 command += ["--build-arg", f"{argument}={value}"]
             if engine == "docker":  # predefined there, kept out of the history; Podman passes them by itself
                 for variable in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
                     if variable in os.environ or variable.lower() in os.environ:
                         command += ["--build-arg", variable]
-            status = subprocess.run([*command, "."], cwd=REPOSITORY, env=_environment()).returncode
+            status = subprocess.run(
+                [*command, *options.engine_options, "."], cwd=REPOSITORY, env=_environment()
+            ).returncode
             if status:
                 print(f"error: {name} was not built (exit status {status})", file=sys.stderr)
                 return 1
@@ -199,8 +200,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--torch-index", metavar="URL", help="package index to take torch from")
     parser.add_argument("--base", metavar="IMAGE", help="another base image, or the same one by its digest")
     parser.add_argument("--engine", choices=("podman", "docker"), help="default: the first that is installed")
-    parser.add_argument("--no-cache", action="store_true", help="build every layer anew")
     parser.add_argument("--push", action="store_true", help="push what was built")
+    parser.add_argument(
+        "engine_options",
+        nargs="*",
+        metavar="-- OPTION",
+        help="for the engine's build command, such as --pull",
+    )
     return parser.parse_args(arguments)
 
 

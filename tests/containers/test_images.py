@@ -96,8 +96,8 @@ def test_what_a_build_is_told_of_pip_is_in_no_layer_and_no_history(tmp_path):
         "PIP_CERT": str(tmp_path / "bundle.pem"),
         "PIP_TRUSTED_HOST": f"{marker}.example",
     }
-    command = [sys.executable, "images/build.py", "--only", "data", "--no-cache", "--engine=podman"]
-    command += ["--prefix", "localhost/softpref-test-planted", "--tag", "1"]
+    command = [sys.executable, "images/build.py", "--only", "data", "--engine=podman"]
+    command += ["--prefix", "localhost/softpref-test-planted", "--tag", "1", "--", "--no-cache"]
     name = "localhost/softpref-test-planted-data:1"
     try:
         subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True, timeout=500)
