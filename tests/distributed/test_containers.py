@@ -57,7 +57,8 @@ def test_two_containers_take_the_steps_of_one_process(
     job["env"] = {"MLFLOW_TRACKING_URI": "sqlite:////tmp/mlflow.db", "OMP_NUM_THREADS": "1"}
     _, double = train("policy", {"trainjob": job}, world_size=2)
     same_trajectory(single, double)
-    assert "'rewards/margins'" in capfd.readouterr().out
+    # the one process's, and each node's once: the backend passes on the log of one after the other
+    assert capfd.readouterr().out.count("'train_runtime'") == 3
     client = docker.DockerClient(base_url=engine)
     assert not client.containers.list(all=True, filters={"name": "train-policy-"})
     assert not client.networks.list(filters={"name": "train-policy-"})

@@ -72,11 +72,6 @@ def test_a_process_without_a_device_of_its_own_says_so(monkeypatch, folders, tmp
     assert "2 processes need a GPU each, and 1 can be seen" in capsys.readouterr().err
 
 
-def test_sharded_weights_are_refused_before_anything_is_loaded(train):
-    with pytest.raises(ConfigError, match=r"fsdp is not supported: .* train replicas"):
-        train("policy", fsdp="full_shard")
-
-
 def test_nodes_meet_where_the_first_is():
     command = launch_command("sft", ["--x=1"], processes=4, rendezvous=Rendezvous(3, 2, "host-0", 29400))
     options = dict(itertools.pairwise(command))

@@ -61,6 +61,7 @@ class ProcessNodes:
         self._client = TrainerClient(LocalProcessBackendConfig())
         self._started: dict[str, list[str]] = {}
         self._here = ""
+        self._printed = 0  # lines of the first node that were passed on
 
     def folder(self, name: str) -> Path:
         return Path(self._job.mount_path) / self._job.folder / name
@@ -74,7 +75,7 @@ class ProcessNodes:
 
         if self._job.secrets:
             raise ConfigError("the backend local reads no secrets; set their variables where the run starts")
-        port, self._here = _free_port(), os.getcwd()
+        port, self._here, self._printed = _free_port(), os.getcwd(), 0
         self._started[name] = []
         for rank in range(self._job.nodes):
             node = f"{name}-node-{rank}"
@@ -110,13 +111,13 @@ class ProcessNodes:
         return State(_together(found.values()), found)
 
     def output(self, name: str) -> Iterator[str]:
-        node, printed = self._started[name][0], 0
+        node = self._started[name][0]
         while True:
             ended = self._client.get_job(node).status in ("Complete", "Failed")
             lines = list(self._client.get_job_logs(node))
-            for line in lines[printed : len(lines) - (not ended)]:  # the last one may still grow
+            for line in lines[self._printed : len(lines) - (not ended)]:  # the last one may still grow
+                self._printed += 1
                 yield f"{line}\n"
-                printed += 1
             if ended:
                 return
             time.sleep(min(0.5, self._job.poll_interval))
@@ -166,6 +167,7 @@ class ContainerNodes:
             raise ConfigError("the backend container reads no secrets; give it none, or train on a cluster")
         self._job, self._gpus = job, gpus
         self._image = job.image or TRAIN_IMAGE
+        self._printed = 0  # characters that were passed on
         # the backend asks a public repository for runtimes unless it is given one
         self._runtimes = Path(tempfile.mkdtemp(prefix="softpref-runtime-"))
         (self._runtimes / f"{_RUNTIME}.yaml").write_text(_RUNTIME_FILE.format(image=self._image))
@@ -198,6 +200,7 @@ class ContainerNodes:
         from kubeflow.trainer import CustomTrainer
         from kubeflow.trainer.options import Name
 
+        self._printed = 0
         (self.folder(name) / ".bash_profile").write_text(_PROFILE, encoding="utf-8")
         for path in (self.folder(name), *self.folder(name).rglob("*")):
             path.chmod(0o777 if path.is_dir() else 0o666)  # the image's user is not this one
@@ -227,8 +230,14 @@ class ContainerNodes:
         return State(_together(found.values()), found)
 
     def output(self, name: str) -> Iterator[str]:
+        passed = 0  # the backend gives the whole log each time
         try:
-            yield from self._client.get_job_logs(name, step="node-0", follow=True)
+            for text in self._client.get_job_logs(name, step="node-0", follow=True):
+                fresh = text[max(0, self._printed - passed) :]
+                passed += len(text)
+                self._printed = max(self._printed, passed)
+                if fresh:
+                    yield fresh
         except ValueError as error:
             raise OSError(str(error)) from error
 
