@@ -1,12 +1,14 @@
 """Weights in shards on two processes (FSDP2): the trajectory of one process, and whole models on disk.
 
-accelerate shards on accelerators alone. Here a start file has it take two CPUs for such; everything else is its
-own, and PyTorch's: FSDP2 over gloo.
+accelerate shards on accelerators alone. Here a start file has it take two CPUs for such; everything else is
+its own, and PyTorch's: FSDP2 over gloo.
 """
 
 import os
 
 import pytest
+from softpref.distributed.processes import StageFailed
+from softpref.errors import ConfigError
 
 ON_CPU = """
 import os
@@ -17,10 +19,23 @@ if os.environ.get("RANK"):
     prepare = state.PartialState._prepare_backend
     def as_accelerators(self, *args, **options):
         backend, kind = prepare(self, *args, **options)
+        if kind == DistributedType.MULTI_CPU and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group(backend)
         return backend, DistributedType.MULTI_XPU if kind == DistributedType.MULTI_CPU else kind
     state.PartialState._prepare_backend = as_accelerators
+
+    import transformers
     from torch.distributed.fsdp import FSDPModule
-    shard = FSDPModule.__init_subclass__
+    step = transformers.Trainer.training_step
+    seen = []
+    def watched(self, model, *args, **options):
+        if not seen:
+            print("weights are in shards:", isinstance(model, FSDPModule), flush=True)
+        seen.append(1)
+        if os.environ.get("DIES_AT_STEP") == str(self.state.global_step + 1):
+            os._exit(9)
+        return step(self, model, *args, **options)
+    transformers.Trainer.training_step = watched
 """
 
 
@@ -35,5 +50,61 @@ def on_cpu(monkeypatch, tmp_path):
 
 def test_sharded_weights_take_the_steps_of_one_process(train, same_trajectory, on_cpu, capfd):
     _, whole = train("whole")
-    _, sharded = train("sharded", {"processes": 2}, world_size=2, fsdp=True)
+    _, sharded = train("sharded", {"processes": 2}, world_size=2, fsdp="full_shard")
     same_trajectory(whole, sharded)
+    assert capfd.readouterr().out.count("weights are in shards: True") == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kl_gradient": "full", "weight_exponent": 0.5, "weight_scores": "token"},
+        {"use_peft": True, "lora_r": 4, "merge_adapter": True},
+        {"plain_forward": True},
+        {"rounds": 2, "train_on": "samples", "judge": "bradley-terry"},
+    ],
+    ids=["estimates over the whole step", "adapter", "full logits", "rounds"],
+)
+def test_other_ways_of_training_with_sharded_weights(train, same_trajectory, on_cpu, options):
+    _, whole = train("whole", **options)
+    _, sharded = train("sharded", {"processes": 2}, world_size=2, fsdp="full_shard", **options)
+    same_trajectory(whole, sharded)
+
+
+def test_a_tied_head_in_shards(train, same_trajectory, on_cpu, folders, monkeypatch, tmp_path, make_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders.reference)
+    make_model(tokenizer, layers=2, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    monkeypatch.setattr(folders, "reference", str(tmp_path / "tied"))
+    _, whole = train("whole")
+    _, sharded = train("sharded", {"processes": 2}, world_size=2, fsdp="full_shard")
+    same_trajectory(whole, sharded)
+
+
+def test_a_run_in_shards_continues_from_its_checkpoint(train, same_trajectory, on_cpu, monkeypatch, tmp_path):
+    # an optimizer without a state, such as the others' SGD, cannot be loaded into shards
+    options = {"fsdp": "full_shard", "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    _, whole = train("whole", {"processes": 2}, world_size=2, **options)
+    monkeypatch.setenv("DIES_AT_STEP", "5")
+    with pytest.raises(StageFailed):
+        train("cut", {"processes": 2}, world_size=2, **options)
+    assert (tmp_path / "cut" / "checkpoints" / "checkpoint-4").is_dir()
+    monkeypatch.delenv("DIES_AT_STEP")
+    _, resumed = train("cut", {"processes": 2}, world_size=2, **options)
+    same_trajectory(whole, resumed, resumed=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"fsdp_config": {"version": 1}}, "version 2"),
+        ({"fsdp_config": {"cpu_ram_efficient_loading": True}}, "cpu_ram_efficient_loading"),
+    ],
+)
+def test_what_does_not_work_in_shards_is_refused(options, complaint):
+    from softpref.spo import SPOConfig
+
+    with pytest.raises(ConfigError, match=complaint):
+        SPOConfig(output_dir="unused", use_cpu=True, bf16=False, fsdp="full_shard", **options)

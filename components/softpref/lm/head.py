@@ -16,9 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from softpref.lm.packing import PackedBatch, packs, run_packed
+from softpref.lm.packing import PackedBatch, pack_sequences, packs, run_packed
 from softpref.lm.padding import PaddedBatch, completion_logits, pad_sequences
 from softpref.lm.sampling import evaluation_mode
+from softpref.lm.sharding import shards
 from softpref.objectives import TokenKL, TokenLogps, token_kl, token_logps, token_logps_and_entropy
 
 logger = logging.getLogger(__name__)
@@ -123,12 +124,13 @@ def completion_hidden(
             logits, targets = completion_logits(model, batch)
         return CompletionHidden(logits, targets, Head(None))
     module, head = known
-    entered: list[tuple[Tensor, torch.dtype | None]] = []
+    entered: list[tuple[Tensor, Head, torch.dtype | None]] = []
 
     def keep(hidden: Tensor) -> Tensor:
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        entered.append((hidden, autocast))
+        # sharded weights are whole here, and stay so until their gradient is there
+        entered.append((hidden, head._replace(weight=module.weight, bias=module.bias), autocast))
         return nn.functional.linear(hidden[:1, -1:], module.weight, module.bias)
 
     with _computing(module, keep):
@@ -136,7 +138,7 @@ def completion_hidden(
             run_packed(model, batch)
         else:
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    [(hidden, autocast)] = entered
+    [(hidden, head, autocast)] = entered
     if isinstance(batch, PackedBatch):
         return CompletionHidden(hidden[0][batch.predictors], batch.targets, head, autocast)
     predicts = batch.completion_mask[:, 1:]
@@ -155,6 +157,14 @@ def output_head(model: Any) -> Head | None:
     """
     known = _known_head(model)
     return None if known is None else known[1]
+
+
+def try_out(model: Any) -> None:
+    """Find out how the model is best computed, by runs of a few tokens, before its weights are sharded."""
+    known = _known_head(model)
+    if known is not None:
+        inner = _unwrapped(model)
+        packs(model, inner, pack_sequences([([0], [0])]))
 
 
 class _Form(NamedTuple):
@@ -211,14 +221,17 @@ def _unwrapped(model: Any) -> Any:
 
 
 def _check_plain(module: Any) -> None:
-    """Refuse a head that is more, or other, than a matrix and a bias on this device."""
-    if type(module) is not nn.Linear:
+    """Refuse a head that is more, or other, than a matrix and a bias, whole here when its forward runs."""
+    sharded = isinstance(module, nn.Module) and module in shards(module)
+    if type(module).__mro__[2 if sharded else 0] is not nn.Linear:
         raise _Unknown(f"its head is {type(module).__name__}, not a plain nn.Linear")
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    if any(hooks) or module._backward_pre_hooks or "forward" in vars(module):
+    if (any(hooks) or module._backward_pre_hooks or "forward" in vars(module)) and not sharded:
         raise _Unknown("its head has hooks")
     for tensor in (module.weight, module.bias):
-        if tensor is not None and (type(tensor) not in (nn.Parameter, Tensor) or tensor.is_meta):
+        if tensor is None or sharded:
+            continue
+        if type(tensor) not in (nn.Parameter, Tensor) or tensor.is_meta:
             raise _Unknown("its head is quantized, sharded or offloaded")
     if module.weight.shape != (module.out_features, module.in_features):
         raise _Unknown("its head is sharded, or packed")

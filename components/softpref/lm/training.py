@@ -15,6 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from softpref.errors import ConfigError, SoftprefError
+from softpref.lm.head import try_out
+from softpref.lm.sharding import shards, whole_copy, whole_head
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +40,23 @@ class GuardedTrainer(Trainer):
         if config.ddp_broadcast_buffers is None:
             config.ddp_broadcast_buffers = False  # constants; and every forward would wait for the others
         super().__init__(*args, **options)
+        if config.fsdp:
+            try_out(self.model)
+
+    def whole_model(self) -> Any:
+        """The model as it can be saved: without wrappers, its weights not in shards.
+
+        All processes must call it. Where weights are in shards it is a copy on the CPU, and None on other
+        processes than the first.
+        """
+        if not shards(self.model):
+            return self.accelerator.unwrap_model(self.model)
+        weights = self.accelerator.get_state_dict(self.model)
+        return whole_copy(self.model, weights) if self.is_world_process_zero() else None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with whole_head(model):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             self._stop("loss", loss, inputs)
         self._last_inputs = inputs
@@ -64,6 +80,11 @@ class GuardedTrainer(Trainer):
             tensors = {k: v.cpu().contiguous() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
             save_file(tensors, batch_file)
         assert self.model is not None
+        if self.args.fsdp:  # to save takes all processes, and the others may have seen nothing
+            raise SoftprefError(
+                f"{what} became {float(value)} at optimizer step {step + 1}; use the last checkpoint in "
+                f"{folder}, the batch is in {batch_file}. {_REMEDIES}"
+            )
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
         if finite:
             self._save_checkpoint(self.model, trial=None)
@@ -72,8 +93,11 @@ class GuardedTrainer(Trainer):
             kept = f"the weights are no longer finite either; use the last checkpoint in {folder}"
         raise SoftprefError(
             f"{what} became {float(value)} at optimizer step {step + 1}; {kept}, the batch in {batch_file}. "
-            "A lower learning_rate, a longer warm-up or fp32 in place of bf16 are the usual remedies."
+            f"{_REMEDIES}"
         )
+
+
+_REMEDIES = "A lower learning_rate, a longer warm-up or fp32 in place of bf16 are the usual remedies."
 
 
 class TrackingCallback(TrainerCallback):
@@ -198,15 +222,26 @@ def check_training_arguments(args: TrainingArguments) -> None:
         value = getattr(args, name)
         if not (value >= least and math.isfinite(value)):
             raise ConfigError(f"{type(args).__name__}.{name} must be at least {least}, got {value!r}")
-    if args.fsdp:
-        raise ConfigError(
-            f"{type(args).__name__}.fsdp is not supported: log-probabilities are computed outside of the "
-            "model's forward, samples are drawn in a different number of passes on each process, and sharded "
-            "weights are whole in neither; train replicas (leave fsdp out), and where memory is short, with "
-            "use_peft, bf16 or gradient_checkpointing"
-        )
     if not args.use_cpu:  # before transformers takes the device of this process, which may not be there
         require_devices(0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def check_sharding(args: TrainingArguments) -> None:
+    """Refuse ways of sharding weights (`fsdp`) under which the stages do not work.
+
+    Raises:
+        ConfigError: names the option and what would be right.
+    """
+    if not args.fsdp:
+        return
+    options = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+    if int(options.get("version", 2)) != 2 or options.get("xla"):
+        raise ConfigError(f"{type(args).__name__}.fsdp_config must have version 2, without xla: FSDP2")
+    if str(options.get("cpu_ram_efficient_loading", "false")).lower() in ("true", "1", "yes"):
+        raise ConfigError(
+            f"{type(args).__name__}.fsdp_config must not have cpu_ram_efficient_loading: every process "
+            "copies the reference from the weights that it has loaded"
+        )
 
 
 def device_has_bf16() -> bool:

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from softpref.errors import ConfigError
 from softpref.lm.loading import check_model_source
-from softpref.lm.training import check_training_arguments, device_has_bf16
+from softpref.lm.training import check_sharding, check_training_arguments, device_has_bf16
 
 
 @dataclass
@@ -66,3 +66,4 @@ class SFTConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = device_has_bf16() and not self.fp16 and not self.use_cpu
         super().__post_init__()
+        check_sharding(self)

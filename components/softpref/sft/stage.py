@@ -170,12 +170,13 @@ def run(
         timer.enter("evaluation")
         if "validation" in splits:
             metrics.update(trainer.evaluate())
+        reference = trainer.whole_model()
         if trainer.is_world_process_zero():
             timer.enter("tracking")
             tracker.flush(timeout=10)  # the run's id is part of what is saved
             timer.enter("saving")
             save_model_folder(
-                trainer.accelerator.unwrap_model(trainer.model),
+                reference,
                 tokenizer,
                 output_dir,
                 {

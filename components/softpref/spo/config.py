@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from softpref.errors import ConfigError
 from softpref.lm.extrapolation import parse_weights
-from softpref.lm.training import check_training_arguments, device_has_bf16
+from softpref.lm.training import check_sharding, check_training_arguments, device_has_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,7 @@ class SPOConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = device_has_bf16() and not self.fp16 and not self.use_cpu
         super().__post_init__()
+        check_sharding(self)
 
     @property
     def samples_policy(self) -> bool:

@@ -159,11 +159,11 @@ def run(
         timer.enter("evaluation")
         if "validation" in preferences:
             metrics.update(trainer.evaluate())
+        policy = trainer.whole_model()
         if trainer.is_world_process_zero():
             timer.enter("tracking")
             tracker.flush(timeout=10)  # the run's id is part of what is saved
             timer.enter("saving")
-            policy = trainer.accelerator.unwrap_model(trainer.model)
             merged = config.use_peft and config.merge_adapter
             whole = policy.merge_and_unload() if merged else policy
             metadata = {

@@ -26,6 +26,7 @@ from softpref.lm.head import CompletionHidden, completion_hidden, output_head
 from softpref.lm.packing import PackedBatch, pack_sequences
 from softpref.lm.sampling import Sample, evaluation_mode
 from softpref.lm.scoring import score_sequences, scoring_batches, sequence_logps, sum_by_sequence
+from softpref.lm.sharding import whole_weights
 from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import GuardedTrainer
 from softpref.objectives import TokenKL, kl_loss, log_group_weights, prefix_ratios, reward_to_go
@@ -113,6 +114,13 @@ class SPOTrainer(GuardedTrainer):
                 "SPOConfig.samples_per_refresh must be at least sampling_interval times the number of "
                 f"processes ({args.sampling_interval} × {args.world_size}), for every process takes part in "
                 f"every step's slice; got {args.samples_per_refresh}"
+            )
+        passes = args.sampling_interval * args.world_size * args.gradient_accumulation_steps
+        if args.fsdp and args.samples_policy and args.samples_per_refresh < passes:
+            raise ConfigError(
+                "with fsdp every process must run as many passes as the others, so each micro-batch needs a "
+                "sample: SPOConfig.samples_per_refresh must be at least sampling_interval × processes × "
+                f"gradient_accumulation_steps, {passes}; got {args.samples_per_refresh}"
             )
         self._uses_adapter = peft_config is not None or hasattr(model, "peft_config")
         if peft_config is not None:
@@ -376,7 +384,11 @@ class SPOTrainer(GuardedTrainer):
         states: list[Tensor | None] = [None] * len(samples)
         sequences = [(sample.prompt, sample.completion) for sample in samples]
         size = self.args.sampling_batch_size
-        with self.compute_loss_context_manager(), self._reference(self.model) as reference:
+        with (
+            whole_weights(self.model) if self.ref_model is None else nullcontext(),
+            self.compute_loss_context_manager(),
+            self._reference(self.model) as reference,
+        ):
             if self.args.plain_forward or output_head(reference) is None:
                 return states
             for rows, batch in scoring_batches(reference, sequences, batch_size=size):
@@ -405,7 +417,7 @@ class SPOTrainer(GuardedTrainer):
         assert self._engine is not None
         started = time.perf_counter()
         policy = self.accelerator.unwrap_model(self.model)
-        with self.compute_loss_context_manager():
+        with whole_weights(policy), self.compute_loss_context_manager():
             samples = self._engine(
                 policy,
                 prompts,
@@ -490,7 +502,7 @@ class SPOTrainer(GuardedTrainer):
         """Sequence log-probabilities, nats, under `model` (the present policy), shared among processes."""
         model = self.accelerator.unwrap_model(self.model) if model is None else model
         mine = sequences[self.args.process_index :: self.args.world_size]
-        with self.compute_loss_context_manager():
+        with whole_weights(model), self.compute_loss_context_manager():
             logps = score_sequences(
                 model,
                 mine,
