@@ -12,7 +12,7 @@ base=python:3.11-slim-bookworm
 settings=/etc/containers/containers.conf.d/softpref-stand-in.conf
 
 command -v podman >/dev/null || { echo "error: podman is not installed" >&2; exit 1; }
-if ! podman image exists "$base" && ! podman pull --quiet "docker.io/library/$base" 2>/dev/null; then
+if ! podman image exists "$base" && ! podman pull --quiet "$base" 2>/dev/null; then
     command -v debootstrap >/dev/null || {
         echo "error: $base cannot be pulled, and debootstrap is not installed: apt-get install debootstrap" >&2
         exit 1

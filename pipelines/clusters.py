@@ -66,6 +66,19 @@ class Gpu:
 
 
 @dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """A volume on which the training stages keep their checkpoints while they last.
+
+    Attributes:
+        folder: of the volume.
+    """
+
+    volume_claim: str
+    mount_path: str = "/shared"
+    folder: str = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """What every task of a stage gets.
 
@@ -73,8 +86,7 @@ class Stage:
         cpu, memory: asked for and not exceeded, as Kubernetes writes them (`500m`, `8Gi`); empty sets none.
         gpus: a number, or `parameter`: the pipeline's parameter `gpus` (training stages alone).
         timeout: seconds after which the pod is stopped; 0 sets none.
-        retries: attempts after the first. A training stage continues from its last checkpoint where they are
-            on a shared volume; the backend ignores retries inside a loop (kubeflow/pipelines 12389).
+        retries: attempts after the first; the backend ignores them inside a loop (kubeflow/pipelines 12389).
         cache: reuse the outputs of an earlier task with the same inputs.
     """
 
@@ -97,6 +109,7 @@ class Profile:
         stages: settings by stage (see `STAGES`).
         trainjob: the training stages as Kubeflow Trainer jobs, in all that it does not say (image, secrets,
             environment, GPUs, tolerations) as the tasks are; None trains in the tasks themselves.
+        checkpoints: where a training stage that is run again finds how far it had come; None: in its pod.
         parameters: defaults of the pipelines' parameters on this cluster.
         service_account: of the run; empty leaves the backend's.
         models_at_once: models of a sweep that train at the same time; 0 sets no limit.
@@ -117,6 +130,7 @@ class Profile:
     user: int = 1000
     models_at_once: int = 0
     trainjob: TrainJobConfig | None = None
+    checkpoints: Checkpoints | None = None
 
     @property
     def fixed_gpus(self) -> int | None:
@@ -160,6 +174,10 @@ def _profile_of(name: str, values: dict[str, Any]) -> Profile:
     entries["environment"] = {key: str(value) for key, value in _mapping(entries, "environment").items()}
     given = _mapping(entries, "trainjob")
     entries.pop("trainjob", None)
+    if entries.get("checkpoints"):
+        entries["checkpoints"] = build_config(Checkpoints, _mapping(entries, "checkpoints"))
+    if given and entries.get("checkpoints"):
+        raise ConfigError("checkpoints are for training in the tasks; a trainjob keeps its own on its volume")
     profile = build_config(Profile, {**entries, "name": name})
     _check(profile)
     if not given:
@@ -315,8 +333,9 @@ def place(task: Any, stage: str, *, gpus: Any = 0, cache: bool = True) -> None:
     for toleration in tolerations:
         given = dict(toleration)
         kubernetes.add_toleration(task, toleration_seconds=given.pop("tolerationSeconds", None), **given)
-    if profile.trainjob and stage in _TRAINING:
-        kubernetes.mount_pvc(task, profile.trainjob.volume_claim, profile.trainjob.mount_path)
+    volume = profile.trainjob or profile.checkpoints
+    if volume and stage in _TRAINING:
+        kubernetes.mount_pvc(task, volume.volume_claim, volume.mount_path)
     for variable, source in profile.secrets.items():
         kubernetes.use_secret_as_env(task, source.secret, {source.key: variable}, optional=source.optional)
     for variable, value in profile.environment.items():
@@ -337,9 +356,12 @@ def place(task: Any, stage: str, *, gpus: Any = 0, cache: bool = True) -> None:
 def launcher() -> str:
     """The training stages' parameter of that name on the cluster that is being compiled for."""
     profile = _profile.get()
-    if profile is None or profile.trainjob is None:
-        return ""
-    return json.dumps({"trainjob": dataclasses.asdict(profile.trainjob)})
+    if profile and profile.trainjob:
+        return json.dumps({"trainjob": dataclasses.asdict(profile.trainjob)})
+    if profile and profile.checkpoints:
+        volume = profile.checkpoints
+        return json.dumps({"checkpoints": f"{volume.mount_path.rstrip('/')}/{volume.folder}"})
+    return ""
 
 
 def models_at_once() -> int | None:

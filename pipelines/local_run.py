@@ -19,7 +19,7 @@ from console import console
 from containers import Containers
 from forks import TaskServer
 from softpref.errors import ConfigError
-from softpref.tracking import end_run, open_parent, resolve_tracking_uri
+from softpref.tracking import end_run, open_parent, resolve_tracking_uri, sync_below
 from times import TaskTimes
 
 _BEGAN = time.time() - time.process_time()  # of this process, which has done nothing but compute so far
@@ -70,6 +70,8 @@ def run_here(
             print("\nerror: the pipeline was interrupted", file=sys.stderr)
             return 130
         finally:
+            if not uri.startswith("sqlite:"):
+                sync_below(output / "pipeline", uri)  # what a server that was away has not heard
             end_run(parent, "FAILED" if failure else "FINISHED", tracking_uri=uri)
     if failure:
         print(screen.last_lines(40), file=sys.stderr)

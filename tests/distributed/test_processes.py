@@ -72,6 +72,39 @@ def test_a_process_without_a_device_of_its_own_says_so(monkeypatch, folders, tmp
     assert "2 processes need a GPU each, and 1 can be seen" in capsys.readouterr().err
 
 
+def test_a_step_that_is_run_again_continues_from_its_checkpoints_elsewhere(
+    train, same_trajectory, tmp_path, monkeypatch
+):
+    import shutil
+
+    from transformers import Trainer
+
+    _, whole = train("whole", save_strategy="steps", save_steps=2)
+    volume = tmp_path / "volume"
+    step = Trainer.training_step
+
+    def evicted(self, *args, **options):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **options)
+
+    options = {"save_strategy": "steps", "save_steps": 2}
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "training_step", evicted)
+        with pytest.raises(KeyboardInterrupt):
+            train("pod", {"checkpoints": str(volume)}, **options)
+    shutil.move(tmp_path / "pod" / "tracking.jsonl", tmp_path / "tracked.jsonl")
+    shutil.rmtree(tmp_path / "pod")  # gone with its pod
+    (kept,) = volume.iterdir()
+    assert (kept / "checkpoint-4").is_dir()
+    _, resumed = train("pod", {"checkpoints": str(volume)}, **options)
+    before = (tmp_path / "tracked.jsonl").read_text().splitlines(keepends=True)
+    after = (resumed / "tracking.jsonl").read_text()
+    (resumed / "tracking.jsonl").write_text("".join(before) + after)
+    same_trajectory(whole, resumed, resumed=True)
+    assert not list(volume.iterdir())
+
+
 def test_nodes_meet_where_the_first_is():
     command = launch_command("sft", ["--x=1"], processes=4, rendezvous=Rendezvous(3, 2, "host-0", 29400))
     options = dict(itertools.pairwise(command))

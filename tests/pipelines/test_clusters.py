@@ -288,3 +288,16 @@ def test_without_a_profile_nothing_of_kubernetes_is_asked_for(sweep):
     spec = json_format.MessageToDict(sweep.pipeline_spec)
     assert not sweep.platform_spec.platforms
     assert not [name for name, container in containers(spec).items() if "resources" in container]
+
+
+def test_checkpoints_on_a_volume_that_outlives_the_pod(compiled):
+    from softpref.distributed.config import parse_launcher
+
+    spec, platform = compiled(PROFILE + "checkpoints: { volume_claim: team-volume, mount_path: /data }\n")
+    for name in ("train-reference", "train-policy"):
+        (mount,) = platform[f"exec-{name}"]["pvcMount"]
+        assert (mount["mountPath"], mount["constant"]) == ("/data", "team-volume")
+        text = tasks_of(spec)[name]["inputs"]["parameters"]["launcher"]["runtimeValue"]["constant"]
+        assert parse_launcher(text).checkpoints == "/data/checkpoints"
+        assert "accelerator" in containers(spec)[f"exec-{name}"]["resources"]
+    assert "pvcMount" not in platform["exec-evaluate-model"]

@@ -136,10 +136,14 @@ class LauncherConfig:
     Args:
         processes: processes on this machine, under `accelerate launch`. 0: one for each GPU that is asked
             for. Above 0 it is for machines without GPUs, or must equal the number of GPUs asked for.
+        checkpoints: folder, on a volume that outlives the step, under which each training keeps its
+            checkpoints while it lasts; the same step of the same pipeline run, run again, continues from
+            them. Empty: inside the output, which a pod takes with it.
         trainjob: the parameters of `TrainJobConfig`; then nothing is trained on this machine.
     """
 
     processes: int = 0
+    checkpoints: str = ""
     trainjob: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -148,6 +152,10 @@ class LauncherConfig:
         if self.processes and self.trainjob is not None:
             raise ConfigError(
                 "LauncherConfig has processes and trainjob; for a TrainJob give trainjob.processes_per_node"
+            )
+        if self.checkpoints and self.trainjob is not None:
+            raise ConfigError(
+                "LauncherConfig has checkpoints and trainjob; a TrainJob keeps its own on its volume"
             )
         if self.trainjob is not None:
             build_config(TrainJobConfig, self.trainjob)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +56,8 @@ def run_stage(
         from softpref.distributed.trainjob import run_trainjob
 
         return run_trainjob(job, stage, values, folders=folders, where=where)
+    if config.checkpoints:
+        where["checkpoint_dir"] = str(Path(config.checkpoints) / job_name(stage, values, folders, where))
     processes = _processes(config, _count(values.get("gpus", 0)))
     if processes == 1:
         return run_here(stage, values, folders=folders, where=where)
@@ -114,6 +119,28 @@ def read_result(file: Path) -> dict[str, float]:
     if "error" in found:
         raise SoftprefError(found["error"])
     return found["result"]
+
+
+def job_name(
+    stage: str, values: Mapping[str, Any], folders: Mapping[str, str], where: Mapping[str, str]
+) -> str:
+    """A DNS label for the job or checkpoints of a step, which the same step of the same run finds again."""
+    identity = {
+        "stage": stage,
+        "values": dict(values),
+        "name": where.get("name", ""),
+        # one run of a pipeline, or without tracking the one place that the model goes to
+        "run": where.get("parent_run_id") or os.environ.get("MLFLOW_RUN_ID") or folders["output"],
+        "dataset": _stamp(Path(folders["dataset"]) / "stats.json"),
+        "reference": _stamp(Path(folders["reference"]) / "softpref.json") if "reference" in folders else "",
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    words = re.sub(r"[^a-z0-9]+", "-", f"{stage}-{where.get('name', '')}".lower()).strip("-")
+    return f"{words[:30].rstrip('-')}-{digest[:12]}"
+
+
+def _stamp(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else str(file)
 
 
 def _processes(config: LauncherConfig, gpus: int) -> int:

@@ -7,11 +7,9 @@ a job that is still there, and continues from the checkpoints. Whatever ends the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import threading
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from softpref.distributed.config import TrainJobConfig
-from softpref.distributed.launch import Stage, read_result
+from softpref.distributed.launch import Stage, job_name, read_result
 from softpref.distributed.node import CHECKPOINTS, OUTPUT, PARAMETERS_FILE, RESULT_FILE, NodeTask, finished
 from softpref.distributed.processes import StageFailed, cancellable
 from softpref.errors import ConfigError
@@ -134,31 +132,9 @@ def run_trainjob(
     return result
 
 
-def job_name(
-    stage: str, values: Mapping[str, Any], folders: Mapping[str, str], where: Mapping[str, str]
-) -> str:
-    """A name of the job, a DNS label, that the same step of the same pipeline run always finds again."""
-    identity = {
-        "stage": stage,
-        "values": dict(values),
-        "name": where.get("name", ""),
-        # one run of a pipeline, or without tracking the one place that the model goes to
-        "run": where.get("parent_run_id") or os.environ.get("MLFLOW_RUN_ID") or folders["output"],
-        "dataset": _stamp(Path(folders["dataset"]) / "stats.json"),
-        "reference": _stamp(Path(folders["reference"]) / "softpref.json") if "reference" in folders else "",
-    }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-    words = re.sub(r"[^a-z0-9]+", "-", f"{stage}-{where.get('name', '')}".lower()).strip("-")
-    return f"{words[:30].rstrip('-')}-{digest[:12]}"
-
-
 def node_environment(job: TrainJobConfig) -> dict[str, str]:
     """Variables for the nodes: the profile's, and those of this step that are no secret."""
     return {key: os.environ[key] for key in _FORWARDED if os.environ.get(key)} | job.env
-
-
-def _stamp(file: Path) -> str:
-    return file.read_text(encoding="utf-8") if file.is_file() else str(file)
 
 
 def _nodes(job: TrainJobConfig, gpus: int) -> Nodes:

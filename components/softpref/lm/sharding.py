@@ -52,7 +52,7 @@ def whole_head(model: Any) -> Iterator[None]:
     free the weights that the next one needs.
     """
     head = _head(model)
-    sharded = [module for module in shards(model) if module is head]
+    sharded: list[Any] = [module for module in shards(model) if module is head]
     for module in sharded:
         module.set_reshard_after_backward(False, recurse=False)
     try:
@@ -82,7 +82,7 @@ def whole_copy(model: Any, state_dict: dict[str, Any]) -> nn.Module:
     return copy.eval()
 
 
-def _head(model: Any) -> nn.Module | None:
+def _head(model: Any) -> Any:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
