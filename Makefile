@@ -59,4 +59,4 @@ images:  ## build the container images with Podman or Docker; BUILD="--accelerat
 test-containers: setup  ## the images and --runner docker, with Podman; builds what is missing
 	images/stand-in-base.sh
 	$(BIN)/python images/build.py --engine podman
-	OMP_NUM_THREADS=1 SOFTPREF_CONTAINERS=1 $(BIN)/python -m pytest -q tests/containers
+	OMP_NUM_THREADS=1 SOFTPREF_CONTAINERS=1 $(BIN)/python -m pytest -q tests/containers tests/distributed/test_containers.py

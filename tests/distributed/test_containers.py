@@ -8,8 +8,12 @@ import time
 import pytest
 from softpref.images import TRAIN_IMAGE
 
+from tests.containers.conftest import needs_containers
+
 docker = pytest.importorskip("docker", reason="the extra cluster is not installed")
 pytest.importorskip("kubeflow.trainer", reason="the extra cluster is not installed")
+
+pytestmark = needs_containers
 
 IMAGE = os.environ.get("TRAIN_IMAGE_UNDER_TEST", TRAIN_IMAGE)
 
