@@ -165,7 +165,8 @@ def write_dataset():
 @pytest.fixture
 def command(tmp_path, reference_folder, monkeypatch):
     """`command(name, dataset, **options)`: `softpref train` to the folder `name`; its exit status."""
-    monkeypatch.setattr("softpref.tracking.mlflow_ready", lambda uri: False)  # the mirror alone is written
+    # the mirror alone is written
+    monkeypatch.setattr("softpref.tracking.tracker.mlflow_ready", lambda uri: False)
 
     def run(name, dataset, **options):
         from softpref.cli import main
