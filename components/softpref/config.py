@@ -148,6 +148,8 @@ def _convert(cls: type, key: str, value: Any, hint: Any) -> Any:
         elif option is str:
             if isinstance(value, str):
                 return value
+            if key == "fsdp" and isinstance(value, bool):  # transformers says str, and wants True
+                return value
         elif (origin or option) in (dict, list, tuple):
             container = origin or option
             if isinstance(value, str):

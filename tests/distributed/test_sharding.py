@@ -50,7 +50,7 @@ def on_cpu(monkeypatch, tmp_path):
 
 def test_sharded_weights_take_the_steps_of_one_process(train, same_trajectory, on_cpu, capfd):
     _, whole = train("whole")
-    _, sharded = train("sharded", {"processes": 2}, world_size=2, fsdp="full_shard")
+    _, sharded = train("sharded", {"processes": 2}, world_size=2, fsdp=True)
     same_trajectory(whole, sharded)
     assert capfd.readouterr().out.count("weights are in shards: True") == 2
 
@@ -67,7 +67,7 @@ def test_sharded_weights_take_the_steps_of_one_process(train, same_trajectory, o
 )
 def test_other_ways_of_training_with_sharded_weights(train, same_trajectory, on_cpu, options):
     _, whole = train("whole", **options)
-    _, sharded = train("sharded", {"processes": 2}, world_size=2, fsdp="full_shard", **options)
+    _, sharded = train("sharded", {"processes": 2}, world_size=2, fsdp="true", **options)
     same_trajectory(whole, sharded)
 
 
@@ -79,13 +79,13 @@ def test_a_tied_head_in_shards(train, same_trajectory, on_cpu, folders, monkeypa
     tokenizer.save_pretrained(tmp_path / "tied")
     monkeypatch.setattr(folders, "reference", str(tmp_path / "tied"))
     _, whole = train("whole")
-    _, sharded = train("sharded", {"processes": 2}, world_size=2, fsdp="full_shard")
+    _, sharded = train("sharded", {"processes": 2}, world_size=2, fsdp=True)
     same_trajectory(whole, sharded)
 
 
 def test_a_run_in_shards_continues_from_its_checkpoint(train, same_trajectory, on_cpu, monkeypatch, tmp_path):
     # an optimizer without a state, such as the others' SGD, cannot be loaded into shards
-    options = {"fsdp": "full_shard", "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    options = {"fsdp": True, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
     _, whole = train("whole", {"processes": 2}, world_size=2, **options)
     monkeypatch.setenv("DIES_AT_STEP", "5")
     with pytest.raises(StageFailed):
@@ -107,4 +107,4 @@ def test_what_does_not_work_in_shards_is_refused(options, complaint):
     from softpref.spo import SPOConfig
 
     with pytest.raises(ConfigError, match=complaint):
-        SPOConfig(output_dir="unused", use_cpu=True, bf16=False, fsdp="full_shard", **options)
+        SPOConfig(output_dir="unused", use_cpu=True, bf16=False, fsdp=True, **options)

@@ -222,6 +222,10 @@ def check_training_arguments(args: TrainingArguments) -> None:
         value = getattr(args, name)
         if not (value >= least and math.isfinite(value)):
             raise ConfigError(f"{type(args).__name__}.{name} must be at least {least}, got {value!r}")
+    if str(args.fsdp).lower() in ("true", "1", "yes"):  # as the console has it
+        args.fsdp = True  # type: ignore[assignment]
+    elif str(args.fsdp).lower() in ("false", "0", "no"):
+        args.fsdp = None
     if not args.use_cpu:  # before transformers takes the device of this process, which may not be there
         require_devices(0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
