@@ -197,7 +197,14 @@ def _of_nodes(profile: Profile) -> dict[str, Any]:
         "node_selector": {**settings.node_selector, **gpu.node_selector},
         "tolerations": [*settings.tolerations, *gpu.tolerations],
         "image_pull_secrets": profile.image_pull_secrets,
-        "secrets": {variable: f"{one.secret}/{one.key}" for variable, one in profile.secrets.items()},
+        "secrets": {
+            variable: f"{one.secret}/{one.key}{'?' if one.optional else ''}"
+            for variable, one in profile.secrets.items()
+        },
+        "pod_labels": profile.labels,
+        "pod_annotations": profile.annotations,
+        "user": profile.user,
+        "timeout": settings.timeout,
         "env": profile.environment,
     }
 
@@ -220,12 +227,12 @@ def _check(profile: Profile) -> None:
             if not isinstance(toleration, dict):
                 raise ConfigError(f"{name}.tolerations must be a list of mappings, got {toleration!r}")
             _known(toleration, _TOLERATION, f"{name}.tolerations entry")
+    quantities = {f"stages.{name}.cpu": stage.cpu for name, stage in profile.stages.items()}
+    quantities |= {f"stages.{name}.memory": stage.memory for name, stage in profile.stages.items()}
+    for name, quantity in {**quantities, "gpu.shared_memory": profile.gpu.shared_memory}.items():
+        if quantity and not _QUANTITY.fullmatch(quantity):
+            raise ConfigError(f"{name} is no quantity like 500m or 8Gi: {quantity!r}")
     for name, stage in profile.stages.items():
-        for key in ("cpu", "memory"):
-            if getattr(stage, key) and not _QUANTITY.fullmatch(getattr(stage, key)):
-                raise ConfigError(
-                    f"stages.{name}.{key} is no quantity like 500m or 8Gi: {getattr(stage, key)!r}"
-                )
         for key in ("timeout", "retries"):
             if getattr(stage, key) < 0:
                 raise ConfigError(f"stages.{name}.{key} must be at least 0, got {getattr(stage, key)}")
@@ -308,6 +315,11 @@ def place(task: Any, stage: str, *, gpus: Any = 0, cache: bool = True) -> None:
     from kfp import kubernetes
 
     settings = profile.stages[stage]
+    if profile.trainjob and stage in _TRAINING:  # the work is done by the job's nodes; the task waits
+        waiting = profile.stages["plan"]
+        settings = dataclasses.replace(
+            settings, cpu=waiting.cpu, memory=waiting.memory, gpus=0, node_selector={}, tolerations=[]
+        )
     task.set_container_image(profile.images[STAGES[stage]])
     task.set_caching_options(cache and settings.cache)
     if settings.cpu:
@@ -319,7 +331,7 @@ def place(task: Any, stage: str, *, gpus: Any = 0, cache: bool = True) -> None:
     if settings.timeout:
         kubernetes.set_timeout(task, settings.timeout)
     selector, tolerations = dict(settings.node_selector), list(settings.tolerations)
-    if settings.gpus and not (profile.trainjob and stage in _TRAINING):  # else its nodes get them
+    if settings.gpus:
         count = gpus if settings.gpus == "parameter" else settings.gpus
         task.set_accelerator_type(profile.gpu.resource).set_accelerator_limit(count)
         selector |= profile.gpu.node_selector

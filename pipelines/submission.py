@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import time
 from pathlib import Path
@@ -115,7 +116,10 @@ def _version(
     """Ids of the pipeline and of the version with this package's content; uploaded unless it is there."""
     digest = hashlib.sha256(package.read_bytes()).hexdigest()[:12]
     version_name = f"{Path(options.recipe).stem}-{digest}"
-    pipeline_id = client.get_pipeline_id(name)
+    # kfp's own get_pipeline_id names no namespace, and so finds no team's pipeline
+    named = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
+    found = client.list_pipelines(filter=json.dumps({"predicates": [named]}), namespace=namespace).pipelines
+    pipeline_id = found[0].pipeline_id if found else None
     if pipeline_id is None:
         pipeline_id = client.upload_pipeline(
             str(package), pipeline_name=name, namespace=namespace
@@ -135,9 +139,21 @@ def _version(
 
 def _wait(client: Any, run_id: str) -> int:
     """Until the run has ended; its state as it changes."""
-    state = ""
+    import kfp_server_api
+    import urllib3
+
+    state, failures = "", 0
     while True:
-        run = client.get_run(run_id)
+        try:
+            run = client.get_run(run_id)
+        except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
+            failures += 1
+            if failures > _FAILED_LOOKS or 400 <= getattr(error, "status", 500) < 500:
+                raise
+            print(f"{time.strftime('%H:%M:%S')}  the API does not answer; the run goes on", flush=True)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            continue
+        failures = 0
         if run.state != state:
             state = run.state
             print(f"{time.strftime('%H:%M:%S')}  {(state or 'unknown').lower()}", flush=True)
@@ -156,6 +172,7 @@ def _tasks(run: Any) -> list[Any]:
 
 
 _SECONDS_BETWEEN_LOOKS = 10.0
+_FAILED_LOOKS = 60  # one after the other, until waiting is given up
 
 
 def _explained(error: Any, options: argparse.Namespace) -> str:

@@ -96,6 +96,11 @@ def test_a_run_in_shards_continues_from_its_checkpoint(train, same_trajectory, o
     same_trajectory(whole, resumed, resumed=True)
 
 
+def test_one_process_has_nothing_to_share_out(train):
+    with pytest.raises(ConfigError, match="only one"):
+        train("alone", fsdp=True)
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

@@ -60,12 +60,13 @@ def test_every_object_is_valid_for_kubernetes(overlay, overlays):
 
     assert overlays[overlay]
     for one in overlays[overlay]:
-        kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
+        if one["kind"] != "ClusterTrainingRuntime":  # what it holds for Kubernetes is validated below
+            kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
 
 
 @each_overlay
 def test_no_object_is_said_twice_and_each_has_its_namespace(overlay, overlays):
-    cluster_wide = {"Namespace", "ClusterRole", "ClusterRoleBinding"}
+    cluster_wide = {"Namespace", "ClusterRole", "ClusterRoleBinding", "ClusterTrainingRuntime"}
     for one in overlays[overlay]:
         assert ("namespace" in one["metadata"]) != (one["kind"] in cluster_wide), one["metadata"]
     keys = Counter(
@@ -387,3 +388,18 @@ def test_secrets_are_kept_random_and_unprinted(kubectl, tmp_path):
             first[f"/api/v1/namespaces/kubeflow/secrets/{runs}"]["data"]
             == first[f"/api/v1/namespaces/softpref-tracking/secrets/{tracking}"]["data"]
         )
+
+
+def test_nodes_of_a_training_start_again_together(overlays):
+    import kubernetes_validate
+
+    (runtime,) = overlays["trainer"]
+    assert set(runtime["spec"]["mlPolicy"]) == {"numNodes", "torch"}
+    jobs = runtime["spec"]["template"]["spec"]
+    assert jobs["failurePolicy"]["maxRestarts"] > 0
+    (node,) = jobs["replicatedJobs"]
+    job = node["template"]["spec"]
+    whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "node"}, "spec": job}
+    kubernetes_validate.validate(whole, kubernetes_validate.latest_version(), strict=True)
+    assert (node["name"], job["template"]["spec"]["containers"][0]["name"]) == ("node", "node")
+    assert (job["backoffLimit"], job["template"]["spec"]["restartPolicy"]) == (0, "Never")

@@ -58,6 +58,7 @@ class PipelinesApi:
     def __init__(self, *, multi_user=False, token="", states=("SUCCEEDED",)) -> None:
         self.multi_user, self.token, self.states = multi_user, token, list(states)
         self.pipelines, self.versions, self.experiments, self.runs = [], [], [], []
+        self.failures = 0  # looks at a run that are answered with 503
         self.headers = []
         calls = {
             ("GET", "/apis/v2beta1/healthz"): self.healthz,
@@ -92,12 +93,14 @@ class PipelinesApi:
         return api.V2beta1GetHealthzResponse(multi_user=self.multi_user)
 
     def list_pipelines(self, query):
-        found = [one for one in self.pipelines if one.display_name in _named(query, one.display_name)]
+        self._check_namespace(query.get("namespace"))
+        found = _found(self.pipelines, query)
         return api.V2beta1ListPipelinesResponse(pipelines=found or None, total_size=len(found))
 
     def upload_pipeline(self, query, package):
         self._check_namespace(query.get("namespace"))
-        if [one for one in self.pipelines if one.display_name == query["name"]]:
+        there = {(one.namespace, one.display_name) for one in self.pipelines}
+        if (query.get("namespace"), query["name"]) in there:
             raise Refusal(409, f"a pipeline {query['name']} exists")
         pipeline = api.V2beta1Pipeline(
             pipeline_id=_id(), display_name=query["name"], namespace=query.get("namespace")
@@ -121,7 +124,7 @@ class PipelinesApi:
 
     def list_experiments(self, query):
         self._check_namespace(query.get("namespace"))
-        found = [one for one in self.experiments if one.display_name in _named(query, one.display_name)]
+        found = _found(self.experiments, query)
         return api.V2beta1ListExperimentsResponse(experiments=found or None)
 
     def create_experiment(self, query, body):
@@ -147,6 +150,9 @@ class PipelinesApi:
         return run
 
     def get_run(self, query, run_id):
+        if self.failures:
+            self.failures -= 1
+            raise Refusal(503, "later")
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         task = api.V2beta1PipelineTaskDetail(display_name="train-policy", state=state)
         failed = state == "FAILED"
@@ -228,6 +234,12 @@ def _message(kind, body):
     if unknown := set(body) - set(names):
         raise Refusal(400, f"{kind.__name__} has no field {sorted(unknown)}")
     return kind(**{names[field]: value for field, value in body.items()})
+
+
+def _found(things, query):
+    """Those of the query's namespace that its filter takes."""
+    here = [one for one in things if (one.namespace or "") == query.get("namespace", "")]
+    return [one for one in here if one.display_name in _named(query, one.display_name)]
 
 
 def _named(query, default):

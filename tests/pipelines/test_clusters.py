@@ -227,7 +227,9 @@ def test_training_as_jobs_moves_gpus_and_secrets_to_the_nodes(compiled):
         assert (job.nodes, job.volume_claim, job.gpu_resource) == (3, "team-volume", "vendor.example/gpu")
         assert job.image.endswith("ab" * 32)
         assert job.node_selector == {"gpu-type": "large"}
-        assert job.secrets["HF_TOKEN"] == "hub/token"
+        assert job.secrets == {"MLFLOW_TRACKING_PASSWORD": "tracking/password", "HF_TOKEN": "hub/token?"}
+        assert (job.user, job.pod_labels, job.timeout) == (1234, {"team": "research"}, 7200)
+        assert job.pod_annotations == {"sidecar.istio.io/inject": "false"}
         assert job.shared_memory == "3Gi"
     assert "pvcMount" not in platform["exec-evaluate-model"]
     assert containers(spec)["exec-evaluate-model"]["resources"]["accelerator"]["resourceCount"] == "1"

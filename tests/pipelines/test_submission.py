@@ -58,6 +58,10 @@ def test_several_users_need_a_namespace(launch, sweep, capsys):
         assert submit(launch, sweep, server) == 2
         assert "--namespace" in capsys.readouterr().err
         assert submit(launch, sweep, server, "--namespace", "team") == 0
+        assert submit(launch, sweep, server, "--namespace", "team") == 0
+        assert len(server.pipelines) == 1
+        assert submit(launch, sweep, server, "--namespace", "others") == 0
+    assert [one.namespace for one in server.pipelines] == ["team", "others"]
     assert server.experiments[0].namespace == "team"
     assert server.pipelines[0].namespace == "team"
 
@@ -92,6 +96,7 @@ def test_waiting_tells_how_the_run_ended(launch, sweep, capsys, monkeypatch, end
 
     monkeypatch.setattr(submission, "_SECONDS_BETWEEN_LOOKS", 0.01)
     with PipelinesApi(states=["PENDING", "RUNNING", "RUNNING", end]) as server:
+        server.failures = 2
         assert submit(launch, sweep, server, "--wait") == status
     printed = capsys.readouterr().out
     assert printed.count("running") == 1

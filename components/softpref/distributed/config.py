@@ -15,6 +15,7 @@ from softpref.config import build_config
 from softpref.errors import ConfigError
 
 _DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|[EPTGMK]i?)?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -50,9 +51,12 @@ class TrainJobConfig:
         node_selector: labels that a node must have.
         tolerations: taints that are tolerated, as in a pod's specification.
         image_pull_secrets: names of secrets for the image's registry.
-        secrets: environment variable → `SECRET/KEY`, read by Kubernetes when a node starts.
+        secrets: environment variable → `SECRET/KEY`, read by Kubernetes when a node starts. With `?` at the
+            end, the variable is left out where there is no such secret or key.
         env: further environment variables. Never a secret: everybody who may see the job can read them.
         labels: labels of the job, such as the queue of Kueue.
+        pod_labels, pod_annotations: of each node's pod, such as `sidecar.istio.io/inject: "false"`.
+        user: the user and group id of the nodes; the step that submits must have the same.
         timeout: seconds that a job may take; the cluster then ends it. 0: no limit.
         start_timeout: seconds within which all nodes must run; a job that a queue or a lack of GPUs holds
             back longer is removed and the step fails. 0: no limit.
@@ -82,6 +86,9 @@ class TrainJobConfig:
     secrets: dict[str, str] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
+    pod_labels: dict[str, str] = field(default_factory=dict)
+    pod_annotations: dict[str, str] = field(default_factory=dict)
+    user: int = 1000
     timeout: int = 0
     start_timeout: int = 3600
     retries: int = 0
@@ -116,7 +123,7 @@ class TrainJobConfig:
         if not self.folder or self.folder.startswith("/") or ".." in self.folder.split("/"):
             refuse("folder", "a relative path inside the volume")
         for name, reference in self.secrets.items():
-            if not _ENV_NAME.fullmatch(name) or not re.fullmatch(r"[^/\s]+/[^/\s]+", str(reference)):
+            if not _ENV_NAME.fullmatch(name) or not re.fullmatch(r"[^/\s]+/[^/\s?]+\??", str(reference)):
                 refuse(
                     "secrets", 'environment variables with "SECRET/KEY", like {"HF_TOKEN": "hub-token/token"}'
                 )
@@ -125,6 +132,9 @@ class TrainJobConfig:
                 refuse("env", 'environment variables with text, like {"NCCL_DEBUG": "INFO"}')
         if twice := sorted({*self.env} & {*self.secrets}):
             refuse("env", f"without {', '.join(twice)}, which secrets has too")
+        for name in ("cpu", "memory", "shared_memory"):
+            if getattr(self, name) and not _QUANTITY.fullmatch(getattr(self, name)):
+                refuse(name, "a quantity like 500m or 8Gi")
         if not all(isinstance(toleration, dict) for toleration in self.tolerations):
             refuse("tolerations", 'a list like [{"key": "nvidia.com/gpu", "operator": "Exists"}]')
 

@@ -19,7 +19,6 @@ from softpref.images import TRAIN_IMAGE
 logger = logging.getLogger(__name__)
 
 _SECRETS = "/var/run/softpref-secrets"
-_USER = 1000  # of the project's images
 _GONE_WITHIN = 120.0  # seconds for a removed job's pods to end: they have 30 of grace
 _TAIL = 60
 # caches that libraries would put into a home that cannot be written
@@ -56,7 +55,7 @@ class KubernetesNodes:
                 f"a TrainJob needs a cluster, and none is known here ({error}); run the step in one, give a "
                 "kubeconfig, or try backend local"
             ) from error
-        self._printed: dict[str, int] = {}  # lines of each pod that were passed on
+        self._printed: dict[tuple[str, int], int] = {}  # lines of each start of a pod that were passed on
 
     def folder(self, name: str) -> Path:
         return Path(self._job.mount_path) / self._job.folder / name
@@ -84,10 +83,7 @@ class KubernetesNodes:
         for key, value in (("cpu", job.cpu), ("memory", job.memory), (job.gpu_resource, self._gpus)):
             if value:
                 resources[key] = str(value)
-        files = {
-            variable: f"{_SECRETS}/{reference.partition('/')[0]}/{reference.partition('/')[2]}"
-            for variable, reference in job.secrets.items()
-        }
+        files = {variable: f"{_SECRETS}/{reference}" for variable, reference in job.secrets.items()}
         variables = {**_HOMES, **env, **({SECRETS_VARIABLE: json.dumps(files)} if files else {})}
         volumes, mounts = self._volumes()
         pod = sdk.PodSpecPatch(
@@ -107,16 +103,22 @@ class KubernetesNodes:
             image_pull_secrets=[{"name": secret} for secret in job.image_pull_secrets] or None,
             security_context={
                 "runAsNonRoot": True,
-                "runAsUser": _USER,
-                "runAsGroup": _USER,
-                "fsGroup": _USER,
+                "runAsUser": job.user,
+                "runAsGroup": job.user,
+                "fsGroup": job.user,
                 "fsGroupChangePolicy": "OnRootMismatch",  # not file by file through a large volume
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             node_selector=job.node_selector or None,
             tolerations=job.tolerations or None,
         )
-        template = sdk.JobTemplatePatch(spec=sdk.JobSpecPatch(template=sdk.PodTemplatePatch(spec=pod)))
+        about = {
+            key: values
+            for key, values in (("labels", job.pod_labels), ("annotations", job.pod_annotations))
+            if values
+        }
+        pods = sdk.PodTemplatePatch(metadata=about or None, spec=pod)
+        template = sdk.JobTemplatePatch(spec=sdk.JobSpecPatch(template=pods))
         patch = sdk.TrainingRuntimeSpecPatch(
             template=sdk.JobSetTemplatePatch(
                 spec=sdk.JobSetSpecPatch(
@@ -157,7 +159,9 @@ class KubernetesNodes:
         # files, for variables of this container cannot be taken from secrets by a TrainJob's patches
         for secret in sorted({reference.partition("/")[0] for reference in job.secrets.values()}):
             volume = f"secret-{secret}".replace(".", "-")
-            volumes.append({"name": volume, "secret": {"secretName": secret}})
+            needed = any(one.startswith(f"{secret}/") and one[-1] != "?" for one in job.secrets.values())
+            source = {"secretName": secret, **({} if needed else {"optional": True})}
+            volumes.append({"name": volume, "secret": source})
             mounts.append({"name": volume, "mountPath": f"{_SECRETS}/{secret}", "readOnly": True})
         return volumes, mounts
 
@@ -198,12 +202,24 @@ class KubernetesNodes:
             pods = [step.pod_name for step in self._client.get_job(name).steps if step.name == "node-0"]
             if not pods:
                 return
+            start = (pods[0], self._restarts(pods[0]))
             for number, line in enumerate(self._client.get_job_logs(name, step="node-0", follow=True), 1):
-                if number > self._printed.get(pods[0], 0):
-                    self._printed[pods[0]] = number
+                if number > self._printed.get(start, 0):
+                    self._printed[start] = number
                     yield f"{line}\n"
         except (RuntimeError, TimeoutError) as error:
             raise OSError(_reason(error)) from error
+
+    def _restarts(self, pod: str) -> int:
+        """How often a pod's container has been started again, each time with a log of its own."""
+        from kubernetes.client import ApiException
+
+        backend = self._client.backend
+        try:
+            found = backend.core_api.read_namespaced_pod(pod, backend.namespace)
+        except ApiException:  # it is going; its log then tells
+            return 0
+        return sum(each.restart_count for each in found.status.container_statuses or ())
 
     def failure(self, name: str) -> list[str]:
         lines: list[str] = []

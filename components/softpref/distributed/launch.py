@@ -57,7 +57,15 @@ def run_stage(
 
         return run_trainjob(job, stage, values, folders=folders, where=where)
     if config.checkpoints:
-        where["checkpoint_dir"] = str(Path(config.checkpoints) / job_name(stage, values, folders, where))
+        checkpoints = Path(config.checkpoints) / job_name(stage, values, folders, where)
+        try:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"checkpoints cannot be written to {config.checkpoints} ({error}); the volume must belong to "
+                f'this step\'s user, {os.getuid()}: see "The shared volume" in infra/README.md'
+            ) from error
+        where["checkpoint_dir"] = str(checkpoints)
     processes = _processes(config, _count(values.get("gpus", 0)))
     if processes == 1:
         return run_here(stage, values, folders=folders, where=where)

@@ -30,7 +30,8 @@ from softpref.errors import ConfigError, SoftprefError
 JOB_FILE, PARAMETERS_FILE, RESULT_FILE = "job.json", "parameters.json", "result.json"
 CHECKPOINTS, OUTPUT = "checkpoints", "output"
 SECRETS_VARIABLE = "SOFTPREF_SECRET_FILES"
-"""JSON object of environment variable → file with its value: secrets that are mounted, not set."""
+"""JSON object of environment variable → file with its value: secrets that are mounted, not set. A file may be
+absent whose name here ends with `?`."""
 
 _NAMED_WITHIN = 300.0
 
@@ -139,8 +140,10 @@ def read_secrets(env: Mapping[str, str]) -> dict[str, str]:
     found = {}
     for name, file in json.loads(env.get(SECRETS_VARIABLE, "{}")).items():
         try:
-            found[name] = Path(file).read_text(encoding="utf-8").rstrip("\n")
+            found[name] = Path(file.removesuffix("?")).read_text(encoding="utf-8").rstrip("\n")
         except OSError as error:
+            if file.endswith("?"):
+                continue
             raise ConfigError(f"the secret for {name} cannot be read: {error}") from error
     return found
 

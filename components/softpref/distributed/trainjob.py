@@ -162,8 +162,8 @@ def _require_volume(job: TrainJobConfig, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"the shared volume cannot be written ({error}); {job.mount_path} must belong to this "
-            "step's user or group"
+            f"the shared volume cannot be written ({error}); {job.mount_path} must belong to this step's "
+            f'user, {os.getuid()}: see "The shared volume" in infra/README.md'
         ) from error
 
 
@@ -190,9 +190,11 @@ def _attempts(job: TrainJobConfig, nodes: Nodes, name: str, folder: Path) -> Non
             nodes.delete(name)
         nodes.submit(name, env)
         logger.warning("TrainJob %s: submitted, %d nodes", name, job.nodes)
-        if (state := _watch(job, nodes, name)).status == "complete" and finished(folder / RESULT_FILE):
+        if (state := _watch(job, nodes, name, folder / RESULT_FILE)).status == "complete" and finished(
+            folder / RESULT_FILE
+        ):
             return
-        read_result(folder / RESULT_FILE)  # a refusal is said as such, and would be repeated
+        read_result(folder / RESULT_FILE)  # a refusal is said as such
         what = f"TrainJob {name} {state.status}"
         if state.status == "complete":
             what += f", and left no result in {folder / RESULT_FILE}; is this the volume that its nodes have?"
@@ -203,10 +205,14 @@ def _attempts(job: TrainJobConfig, nodes: Nodes, name: str, folder: Path) -> Non
     raise StageFailed("\n".join([f"{what} ({kept}); last lines of its nodes:", *lines]))
 
 
-def _watch(job: TrainJobConfig, nodes: Nodes, name: str) -> State:
+def _watch(job: TrainJobConfig, nodes: Nodes, name: str, result: Path) -> State:
     """Wait for the job's end, its output passed on meanwhile.
 
+    Args:
+        result: the file where the stage leaves its result, or says what it refuses.
+
     Raises:
+        SoftprefError: what the stage refuses; the runtime may be about to start it again, in vain.
         StageFailed: its nodes did not start in time, or nobody could say for too long how it stands.
     """
     over = threading.Event()
@@ -230,6 +236,7 @@ def _watch(job: TrainJobConfig, nodes: Nodes, name: str) -> State:
                 logger.warning("TrainJob %s: %s", name, now)
                 said = now
             was_running = was_running or state.status == "running"
+            read_result(result)
             if state.status in ("complete", "failed", "gone"):
                 over.set()
                 printer.join(30)  # for what is still under way; after an exception nobody waits

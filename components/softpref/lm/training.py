@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,20 @@ class GuardedTrainer(Trainer):
             config._n_gpu = 1
         if config.ddp_broadcast_buffers is None:
             config.ddp_broadcast_buffers = False  # constants; and every forward would wait for the others
+        if config.fsdp and config.world_size == 1:
+            raise ConfigError(
+                f"{type(config).__name__}.fsdp divides weights among processes, and this is the only one; "
+                "leave it out, or set gpus"
+            )
         super().__init__(*args, **options)
         if config.fsdp:
             try_out(self.model)
+            plugin = self.accelerator.state.fsdp_plugin
+            if (
+                plugin is not None and plugin.mixed_precision_policy is not None
+            ):  # gradients are summed in fp32
+                policy = plugin.mixed_precision_policy
+                plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
 
     def whole_model(self) -> Any:
         """The model as it can be saved: without wrappers, its weights not in shards.
