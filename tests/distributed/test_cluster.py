@@ -177,9 +177,12 @@ PROFILE = {
     "node_selector": {"nvidia.com/gpu.product": "H100"},
     "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
     "image_pull_secrets": ["registry"],
-    "secrets": {"HF_TOKEN": "hub-token/token", "MLFLOW_TRACKING_PASSWORD": "mlflow-credentials/password"},
+    "secrets": {"HF_TOKEN": "hub-token/token?", "MLFLOW_TRACKING_PASSWORD": "mlflow-credentials/password"},
     "env": {"NCCL_DEBUG": "INFO"},
     "labels": {"kueue.x-k8s.io/queue-name": "gpus"},
+    "pod_labels": {"team": "research"},
+    "pod_annotations": {"sidecar.istio.io/inject": "false"},
+    "user": 1234,
     "timeout": 3600,
 }
 
@@ -221,7 +224,13 @@ def test_the_job_holds_what_the_profile_says(manifest):
     [patch] = spec["runtimePatches"]
     [replicated] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
     assert replicated["name"] == "node"
-    pod = replicated["template"]["spec"]["template"]["spec"]
+    template = replicated["template"]["spec"]["template"]
+    assert template["metadata"] == {
+        "labels": PROFILE["pod_labels"],
+        "annotations": PROFILE["pod_annotations"],
+    }
+    pod = template["spec"]
+    assert {pod["securityContext"][key] for key in ("runAsUser", "runAsGroup", "fsGroup")} == {1234}
     assert pod["serviceAccountName"] == "softpref-runner"
     assert pod["nodeSelector"] == PROFILE["node_selector"]
     assert pod["tolerations"] == PROFILE["tolerations"]
@@ -236,7 +245,9 @@ def test_the_job_holds_what_the_profile_says(manifest):
     for name, reference in PROFILE["secrets"].items():
         secret, key = reference.split("/")
         mount = mounts[str(Path(files[name]).parent)]
-        assert volumes[mount["name"]]["secret"]["secretName"] == secret
+        volume = volumes[mount["name"]]["secret"]
+        assert volume["secretName"] == secret
+        assert volume.get("optional", False) == key.endswith("?")
         assert mount["readOnly"]
         assert Path(files[name]).name == key
 

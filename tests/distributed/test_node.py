@@ -53,6 +53,8 @@ def test_secrets_are_read_from_files(tmp_path):
     files = {"HF_TOKEN": str(tmp_path / "token")}
     assert read_secrets({"SOFTPREF_SECRET_FILES": json.dumps(files)}) == {"HF_TOKEN": "abc"}
     assert read_secrets({}) == {}
+    optional = {"HF_TOKEN": f"{tmp_path / 'none'}?"}
+    assert read_secrets({"SOFTPREF_SECRET_FILES": json.dumps(optional)}) == {}
     with pytest.raises(ConfigError, match="the secret for HF_TOKEN cannot be read"):
         read_secrets({"SOFTPREF_SECRET_FILES": json.dumps({"HF_TOKEN": str(tmp_path / "none")})})
 

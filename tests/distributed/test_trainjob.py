@@ -6,6 +6,9 @@ import pytest
 
 pytest.importorskip("kubeflow.trainer", reason="the extra cluster is not installed")
 
+from softpref.distributed.config import TrainJobConfig
+from softpref.distributed.nodes import State
+from softpref.distributed.trainjob import run_trainjob
 from softpref.errors import SoftprefError
 
 
@@ -47,3 +50,37 @@ def test_a_refusal_on_the_nodes_is_the_faces_own_and_is_not_repeated(train, laun
     with pytest.raises(SoftprefError, match="did you mean 'kl_gradient'"):
         train("policy", launcher(retries=2), world_size=2, kl_gradent="full")
     assert sum("submitted" in record.getMessage() for record in caplog.records) == 1
+
+
+class Restarting:
+    """Nodes whose runtime starts them again and again, whatever the stage says."""
+
+    def __init__(self, folder):
+        self.place, self.deleted = folder, 0
+
+    def folder(self, name):
+        return self.place
+
+    def submit(self, name, env):
+        (self.place / "result.json").write_text('{"error": "alpha must be at least 0"}')
+
+    def state(self, name):
+        return State("running", {"node-0": "Running", "node-1": "Running"})
+
+    def output(self, name):
+        return iter(())
+
+    def failure(self, name):
+        return []
+
+    def delete(self, name):
+        self.deleted += 1
+
+
+def test_a_refusal_ends_a_job_that_its_runtime_would_start_again(folders, tmp_path):
+    nodes = Restarting(tmp_path / "shared")
+    job = TrainJobConfig(volume_claim="shared", backend="local", mount_path=str(tmp_path), poll_interval=0.1)
+    places = {"dataset": folders.dataset, "reference": folders.reference, "output": str(tmp_path / "policy")}
+    with pytest.raises(SoftprefError, match="alpha must be at least 0"):
+        run_trainjob(job, "train", {}, folders=places, where={}, nodes=nodes)
+    assert nodes.deleted == 2  # before and after

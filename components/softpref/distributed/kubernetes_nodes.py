@@ -12,7 +12,7 @@ from typing import Any
 
 from softpref.distributed.config import TrainJobConfig
 from softpref.distributed.node import SECRETS_VARIABLE
-from softpref.distributed.trainjob import State
+from softpref.distributed.nodes import State
 from softpref.errors import ConfigError
 from softpref.images import TRAIN_IMAGE
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from softpref.config import build_config
+from softpref.distributed.command import Stage, job_name, read_result, stage_arguments
 from softpref.distributed.config import LauncherConfig, parse_launcher
 from softpref.distributed.processes import (
     StageFailed,
@@ -20,11 +19,9 @@ from softpref.distributed.processes import (
     launch_environment,
     run_watched,
 )
-from softpref.errors import ConfigError, SoftprefError
+from softpref.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-Stage = Literal["sft", "train"]
 
 
 def run_stage(
@@ -105,50 +102,6 @@ def run_here(
     from softpref.spo.stage import run as run_spo
 
     return run_spo(build_config(SPOConfig, values), **paths, **where)
-
-
-def stage_arguments(
-    folders: Mapping[str, str], where: Mapping[str, str], *, config: Path, result: Path
-) -> list[str]:
-    """What the console command of a stage takes, for folders, place and files; options may be left empty."""
-    options = {**folders, **where, "config": str(config), "result": str(result)}
-    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value]
-
-
-def read_result(file: Path) -> dict[str, float]:
-    """The metrics that a stage left in its `--result`; empty if it left nothing.
-
-    Raises:
-        SoftprefError: the stage refused, and this is why.
-    """
-    if not file.is_file():
-        return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if "error" in found:
-        raise SoftprefError(found["error"])
-    return found["result"]
-
-
-def job_name(
-    stage: str, values: Mapping[str, Any], folders: Mapping[str, str], where: Mapping[str, str]
-) -> str:
-    """A DNS label for the job or checkpoints of a step, which the same step of the same run finds again."""
-    identity = {
-        "stage": stage,
-        "values": dict(values),
-        "name": where.get("name", ""),
-        # one run of a pipeline, or without tracking the one place that the model goes to
-        "run": where.get("parent_run_id") or os.environ.get("MLFLOW_RUN_ID") or folders["output"],
-        "dataset": _stamp(Path(folders["dataset"]) / "stats.json"),
-        "reference": _stamp(Path(folders["reference"]) / "softpref.json") if "reference" in folders else "",
-    }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-    words = re.sub(r"[^a-z0-9]+", "-", f"{stage}-{where.get('name', '')}".lower()).strip("-")
-    return f"{words[:30].rstrip('-')}-{digest[:12]}"
-
-
-def _stamp(file: Path) -> str:
-    return file.read_text(encoding="utf-8") if file.is_file() else str(file)
 
 
 def _processes(config: LauncherConfig, gpus: int) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from softpref.distributed.config import TrainJobConfig
-from softpref.distributed.trainjob import State
+from softpref.distributed.nodes import State
 from softpref.errors import ConfigError
 from softpref.images import TRAIN_IMAGE
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from softpref.distributed.launch import stage_arguments
+from softpref.distributed.command import stage_arguments
 from softpref.distributed.processes import (
     Rendezvous,
     StageFailed,
