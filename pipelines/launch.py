@@ -25,13 +25,8 @@ from submission import add_client_options, submit
 
 _HERE = Path(__file__).resolve().parent
 RECIPES, PACKAGES = _HERE / "recipes", _HERE / "packages"
-_NOT_EVERYWHERE = {
-    "alphas",
-    "baselines",
-    "selection_rule",
-    "max_kl",
-    "gpus",
-}  # not single runs, not every cluster
+# what a recipe may name although single runs, or clusters that fix their GPUs, do not have it
+_NOT_EVERYWHERE = {"alphas", "baselines", "selection_rule", "max_kl", "gpus"}
 
 
 def main(pipeline: Any, arguments: list[str]) -> int:
@@ -191,7 +186,18 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
             metavar=name.split("_")[-1].upper(),
             help=texts[name].replace("%", "%%"),
         )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    to_cluster = options.command == "compile" or options.runner == "cluster"
+    for action in cluster._group_actions:
+        if not to_cluster and getattr(options, action.dest) != action.default:
+            parser.error(
+                f"{action.option_strings[0]} is for --runner cluster, and this run is {options.runner}"
+            )
+    if options.command == "run" and options.runner == "cluster" and options.output:
+        parser.error(
+            "--output is for runs on this machine; the results of a cluster's are in MLflow and in KFP"
+        )
+    return options
 
 
 def _inputs(pipeline: Any) -> Mapping[str, inspect.Parameter]:

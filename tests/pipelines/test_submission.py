@@ -133,3 +133,20 @@ def test_fixed_gpus_cannot_be_asked_otherwise(launch, sweep, capsys, tmp_path):
         assert "4 GPUs" in capsys.readouterr().err
         assert submit(launch, sweep, server, "--cluster", str(profile)) == 0
     assert "gpus" not in server.runs[0].runtime_config["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--endpoint", "http://kfp"], "--endpoint is for --runner cluster, and this run is local"),
+        (["--runner", "docker", "--cluster", "lab"], "--cluster is for --runner cluster"),
+        (
+            ["--runner", "cluster", "--endpoint", "http://kfp", "--output", "here"],
+            "--output is for runs on this",
+        ),
+    ],
+)
+def test_an_option_that_would_have_no_effect_is_refused(launch, sweep, capsys, arguments, complaint):
+    with pytest.raises(SystemExit):
+        launch.main(sweep, arguments)
+    assert complaint in capsys.readouterr().err
