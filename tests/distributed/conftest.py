@@ -103,6 +103,38 @@ def train(tmp_path, folders, monkeypatch):
 
 
 @pytest.fixture
+def train_reference(tmp_path, folders, monkeypatch):
+    """`train_reference(name, processes, **options)`: the face of stage 2; its metrics and model folder."""
+    from softpref.sft.component import train_reference
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run(name, processes=1, **options):
+        logged = {}
+        overrides = {
+            **OPTIONS,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 1,  # a mean over rows, however they are dealt out
+            "gradient_accumulation_steps": STEP // (2 * processes),
+            **options,
+        }
+        train_reference.python_func(
+            SimpleNamespace(path=folders.dataset),
+            SimpleNamespace(path=str(tmp_path / name)),
+            SimpleNamespace(log_metric=logged.__setitem__),
+            base_model=folders.reference,
+            learning_rate=0.05,
+            overrides=json.dumps(overrides),
+            launcher=json.dumps({"processes": processes}),
+        )
+        return logged, tmp_path / name
+
+    return run
+
+
+@pytest.fixture
 def same_trajectory():
     """Asserts that two model folders were reached by the same steps, and hold the same weights.
 

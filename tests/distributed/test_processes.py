@@ -1,7 +1,6 @@
 """A training face in several processes of one machine: the same trajectory, and every end of them seen."""
 
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -159,34 +158,8 @@ def _alive(pid):
         return False
 
 
-def test_the_stage_of_the_reference_runs_in_processes_too(folders, tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
-    from softpref.sft.component import train_reference
-
-    from tests.distributed.conftest import OPTIONS, STEP
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    found = []
-    for name, processes in (("one", 1), ("two", 2)):
-        logged = {}
-        overrides = {
-            **OPTIONS,
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 1,  # a mean over rows, however they are dealt out
-            "gradient_accumulation_steps": STEP // (2 * processes),
-        }
-        train_reference.python_func(
-            SimpleNamespace(path=folders.dataset),
-            SimpleNamespace(path=str(tmp_path / name)),
-            SimpleNamespace(log_metric=logged.__setitem__),
-            base_model=folders.reference,
-            learning_rate=0.05,
-            overrides=json.dumps(overrides),
-            launcher=json.dumps({"processes": processes}),
-        )
-        found.append(logged)
-    assert found[1] == pytest.approx(found[0], rel=1e-4)
-    assert (tmp_path / "two" / "model.safetensors").is_file()
+def test_the_stage_of_the_reference_runs_in_processes_too(train_reference):
+    one, _ = train_reference("one")
+    two, folder = train_reference("two", 2)
+    assert two == pytest.approx(one, rel=1e-4)
+    assert (folder / "model.safetensors").is_file()

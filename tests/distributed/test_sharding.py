@@ -7,6 +7,8 @@ its own, and PyTorch's: FSDP2 over gloo.
 import os
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from softpref.distributed.processes import StageFailed
 from softpref.errors import ConfigError
 
@@ -69,6 +71,17 @@ def test_other_ways_of_training_with_sharded_weights(train, same_trajectory, on_
     _, whole = train("whole", **options)
     _, sharded = train("sharded", {"processes": 2}, world_size=2, fsdp="true", **options)
     same_trajectory(whole, sharded)
+
+
+def test_the_reference_is_trained_in_shards_too(train_reference, on_cpu, capfd):
+    one, whole = train_reference("whole")
+    two, sharded = train_reference("sharded", 2, fsdp=True)
+    assert capfd.readouterr().out.count("weights are in shards: True") == 2
+    assert two == pytest.approx(one, rel=1e-4)
+    weights, others = load_file(whole / "model.safetensors"), load_file(sharded / "model.safetensors")
+    assert weights.keys() == others.keys()
+    for key, tensor in weights.items():
+        torch.testing.assert_close(others[key], tensor, rtol=0, atol=1e-5, msg=key)
 
 
 def test_a_tied_head_in_shards(train, same_trajectory, on_cpu, folders, monkeypatch, tmp_path, make_model):
