@@ -31,6 +31,7 @@ STAGES = {  # of a pipeline, with the image that each runs in
     "register": "evaluate",
 }
 _TRAINING = ("sft", "train")
+_OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _TOLERATION = ("key", "operator", "value", "effect", "tolerationSeconds")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|[EPTGMK]i?)?")
 _PINNED = re.compile(r"[^\s@]+(@sha256:[0-9a-f]{64}|:(?!latest$)[\w][\w.-]{0,127})")
@@ -162,15 +163,17 @@ def read_profile(name: str) -> Profile:
 def _profile_of(name: str, values: dict[str, Any]) -> Profile:
     entries = dict(values)
     stages = _mapping(entries, "stages")
-    shared = _mapping(stages, "all")
+    shared = _quoted(_mapping(stages, "all"))
     entries["stages"] = {
-        stage: build_config(Stage, shared, _known(stages, STAGES, "stage").get(stage) or {})
+        stage: build_config(Stage, shared, _quoted(_known(stages, STAGES, "stage").get(stage) or {}))
         for stage in STAGES
     }
     entries["gpu"] = build_config(Gpu, _mapping(entries, "gpu"))
-    entries["secrets"] = {
-        variable: build_config(Secret, entry) for variable, entry in _mapping(entries, "secrets").items()
-    }
+    secrets = _mapping(entries, "secrets")
+    for variable, entry in secrets.items():
+        if not isinstance(entry, dict):
+            raise ConfigError(f"secrets.{variable} must be {{ secret: NAME, key: KEY }}, got {entry!r}")
+    entries["secrets"] = {variable: build_config(Secret, entry) for variable, entry in secrets.items()}
     entries["environment"] = {key: str(value) for key, value in _mapping(entries, "environment").items()}
     given = _mapping(entries, "trainjob")
     entries.pop("trainjob", None)
@@ -210,6 +213,19 @@ def _of_nodes(profile: Profile) -> dict[str, Any]:
 
 
 def _check(profile: Profile) -> None:
+    texts = {name: getattr(profile, name) for name in ("labels", "annotations")}
+    texts |= {"gpu.node_selector": profile.gpu.node_selector}
+    texts |= {f"stages.{name}.node_selector": stage.node_selector for name, stage in profile.stages.items()}
+    for name, values in texts.items():
+        for key, value in values.items():
+            if not isinstance(value, str):
+                raise ConfigError(f'{name}.{key} must be text, got {value!r}; write it in quotes, "{value}"')
+    if profile.models_at_once < 0:
+        raise ConfigError(f"models_at_once must be at least 0, got {profile.models_at_once}")
+    if profile.user < 1:
+        raise ConfigError(f"user must be at least 1, got {profile.user}: no stage runs as root")
+    if profile.service_account and not _OBJECT_NAME.fullmatch(profile.service_account):
+        raise ConfigError(f"service_account must be an object's name, got {profile.service_account!r}")
     wanted = set(STAGES.values())
     for image in sorted(wanted - set(profile.images)):
         raise ConfigError(f"images needs {image}, the full name of that image")
@@ -227,6 +243,10 @@ def _check(profile: Profile) -> None:
             if not isinstance(toleration, dict):
                 raise ConfigError(f"{name}.tolerations must be a list of mappings, got {toleration!r}")
             _known(toleration, _TOLERATION, f"{name}.tolerations entry")
+            if toleration.get("operator", "Equal") not in ("Equal", "Exists"):
+                raise ConfigError(
+                    f"{name}.tolerations: operator must be Equal or Exists, got {toleration['operator']!r}"
+                )
     quantities = {f"stages.{name}.cpu": stage.cpu for name, stage in profile.stages.items()}
     quantities |= {f"stages.{name}.memory": stage.memory for name, stage in profile.stages.items()}
     for name, quantity in {**quantities, "gpu.shared_memory": profile.gpu.shared_memory}.items():
@@ -249,6 +269,14 @@ def _mapping(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, (dict, type(None))):
         raise ConfigError(f"{key} must be a mapping, got {value!r}")
     return value or {}
+
+
+def _quoted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`cpu: 2` is a number in YAML, and meant as Kubernetes writes it."""
+    return {
+        key: str(value) if key in ("cpu", "memory") and isinstance(value, (int, float)) else value
+        for key, value in settings.items()
+    }
 
 
 def _known(values: Mapping[str, Any], known: Any, what: str) -> dict[str, Any]:

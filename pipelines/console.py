@@ -16,6 +16,7 @@ class Console:
 
     _EVENT = re.compile(r"^([\d:]+)\.\d+ - INFO - (Executing task|Task|Pipeline) '(.*?)'(.*)")
     _TROUBLE = re.compile(r"Traceback|Error\b|ERROR|WARNING|warning: ")
+    _REFUSAL = re.compile(r"softpref\.errors\.\w+Error: ")
     _COLOUR = re.compile(r"\x1b\[\d+m")
     _PROGRESS = re.compile(r"^(.*?)\s*(\d+%)\|.*?\| *(\S+/\S+) \[([^\]]*)\]")
     _SECONDS_BETWEEN_PROGRESS = 10.0
@@ -45,6 +46,11 @@ class Console:
     def last_lines(self, count: int) -> str:
         """What was printed last, without progress bars."""
         return "\n".join([line for line in self._recent if not self._PROGRESS.search(line)][-count:])
+
+    def reason(self) -> str:
+        """What a stage said last of what it refuses, for the end; empty if none did."""
+        said = [line.partition("Error: ")[2] for line in self._recent if self._REFUSAL.search(line)]
+        return f": {said[-1]}" if said else ""
 
     def _show(self, line: str) -> None:
         progress, event = self._PROGRESS.search(line), self._EVENT.search(line)

@@ -54,8 +54,24 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
     profile = read_profile(options.cluster)
     if profile.fixed_gpus is not None and given.pop("gpus") not in (None, profile.fixed_gpus):
         raise ConfigError(f"the cluster profile {options.cluster} gives every run {profile.fixed_gpus} GPUs")
+    shape = {name: parameter.annotation for name, parameter in _inputs(pipeline).items()}
+    for name, value in profile.parameters.items():
+        if name in shape:
+            _typed(name, value, shape[name])
+    if profile.trainjob and profile.trainjob.gpus_per_node is not None and given.get("gpus") is not None:
+        raise ConfigError(
+            f"the cluster profile {options.cluster} gives a node {profile.trainjob.gpus_per_node} GPUs "
+            "(trainjob.gpus_per_node); leave one of the two out"
+        )
     form = build(pipeline, profile)
     parameters = pipeline_parameters(form, options.recipe, given)
+    for name in ("source", "base_model"):
+        value = parameters[name]
+        if value not in ("", "story") and Path(value).expanduser().exists():
+            raise ConfigError(
+                f"{name} {value} is on this machine, and no step of the cluster sees it: give a Hub id, or a "
+                "path of a volume or image that the steps have"
+            )
     members = plan(parameters)
     if options.command == "compile":
         suffix = "" if options.cluster == "default" else f"-{profile.name}"
@@ -166,7 +182,12 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
         "--output",
         help="new folder for the results (default: runs/RECIPE-TIME); the package to write, for compile",
     )
-    parser.add_argument("--runner", choices=("local", "docker", "cluster"), default="local")
+    parser.add_argument(
+        "--runner",
+        choices=("local", "docker", "cluster"),
+        default="local",
+        help="where stages run: processes here (default), containers here, or Kubeflow Pipelines",
+    )
     cluster = parser.add_argument_group("compile, and --runner cluster")
     cluster.add_argument(
         "--cluster",

@@ -76,7 +76,7 @@ def run_here(
     if failure:
         print(screen.last_lines(40), file=sys.stderr)
         print(
-            f"error: the pipeline failed: {failure}\n"
+            f"error: the pipeline failed: {failure}{screen.reason()}\n"
             f"error: everything it printed is in {output / 'pipeline.log'}",
             file=sys.stderr,
         )

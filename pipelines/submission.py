@@ -86,7 +86,6 @@ def _client(options: argparse.Namespace) -> Any:
     credentials = ServiceAccountTokenVolumeCredentials(options.token_file) if options.token_file else None
     return Client(
         host=options.endpoint,
-        namespace=options.namespace,
         existing_token=os.environ.get("KFP_TOKEN"),
         cookies=os.environ.get("KFP_COOKIES"),
         credentials=credentials,

@@ -251,6 +251,14 @@ def test_training_as_jobs_moves_gpus_and_secrets_to_the_nodes(compiled):
         ("tolerationSeconds", "toleration_seconds", "tolerationSeconds"),
         ("gpus: 2", "gpu: 2", "did you mean 'gpus'"),
         ("models_at_once", "models_together", "did you mean 'models_at_once'"),
+        ("models_at_once: 3", "models_at_once: -1", "models_at_once must be"),
+        ("team: research", "team: 7", 'write it in quotes, "7"'),
+        ("gpu-type: large", "gpu-type: true", "gpu.node_selector.gpu-type must be text"),
+        ("{ secret: hub, key: token, optional: true }", "hub/token", "secrets.HF_TOKEN must be"),
+        ("user: 1234", "user: 0", "no stage runs as root"),
+        ("operator: Exists", "operator: Exist", "Equal or Exists"),
+        ("service_account: trainer", "service_account: The Trainer", "service_account"),
+        ("shared_memory: 3Gi", "shared_memory: 3GB", "gpu.shared_memory"),
     ],
 )
 def test_a_wrong_profile_is_refused_with_its_file_and_entry(sweep, tmp_path, old, new, complaint):

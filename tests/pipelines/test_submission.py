@@ -19,7 +19,8 @@ def submit(launch, sweep, server, *more):
 
 def test_a_version_and_a_run_in_an_experiment(launch, sweep, capsys):
     with PipelinesApi() as server:
-        assert submit(launch, sweep, server, "--alphas", "0.25", "--gpus", "2") == 0
+        on_gpus = [f"--{stage}-overrides={json.dumps({'use_cpu': False})}" for stage in ("sft", "train")]
+        assert submit(launch, sweep, server, "--alphas", "0.25", "--gpus", "2", *on_gpus) == 0
     (run,) = server.runs
     assert f"submitted run {run.run_id}" in capsys.readouterr().out
     assert run.display_name.startswith("spo-sweep-embedded-")
@@ -109,6 +110,11 @@ def test_what_is_wrong_is_said_before_anything_is_uploaded(launch, sweep, capsys
         assert submit(launch, sweep, server, "--alphas", "-1") == 2
         assert submit(launch, sweep, server, "--cluster", "nowhere") == 2
         assert submit(launch, sweep, server, "--token-file", "/does/not/exist") == 2
+        assert submit(launch, sweep, server, "--gpus", "2") == 2
+        assert "use_cpu" in capsys.readouterr().err
+        assert submit(launch, sweep, server, "--source", __file__) == 2
+        assert "no step of the cluster sees it" in capsys.readouterr().err
+        assert submit(launch, sweep, server, "--alphas", "-1") == 2
     assert "alpha" in capsys.readouterr().err
     assert not server.pipelines
 

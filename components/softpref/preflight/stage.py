@@ -77,6 +77,13 @@ def plan(parameters: Mapping[str, Any]) -> list[Member]:
     for name in ("seed", "gpus"):
         if parameters.get(name, 0) < 0:
             raise ConfigError(f"{name} must be at least 0, got {parameters[name]}")
+    if parameters.get("gpus", 0) > 0:
+        for name in ("sft_overrides", "train_overrides"):
+            if str(parse_overrides(parameters.get(name, "")).get("use_cpu", "")).lower() in ("true", "1"):
+                raise ConfigError(
+                    f"{name} has use_cpu, and gpus is {parameters['gpus']}: the GPUs would be held without "
+                    "being used; set use_cpu to false, or gpus to 0"
+                )
     alphas = parameters["alphas"] if "alphas" in parameters else [parameters["alpha"]]
     beta = parameters["beta"]
     members = [
