@@ -23,8 +23,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint check-infra  ## two workers, one thread each; the longest file first
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_story_world.py tests --ignore tests/infra
+test: lint check-infra  ## two workers, one thread each; the longest files first
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_story_world.py tests/distributed tests/tracking_stack tests --ignore tests/infra
 
 check-infra: setup  ## manifests, YAML and Dockerfiles; offline, in seconds
 	$(BIN)/yamllint --strict .
