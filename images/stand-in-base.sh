@@ -21,12 +21,12 @@ if ! podman image exists "$base" && ! podman pull --quiet "$base" 2>/dev/null; t
     echo "$base cannot be pulled: making a stand-in from Debian's archive"
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT
-    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$folder/root" \
+    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$folder/base" \
         >"$folder/log" 2>&1 || { tail -n 20 "$folder/log" >&2; exit 1; }
     # as small as the base it stands for: neither package lists, documents nor messages in other languages
-    rm -rf "$folder"/root/var/cache/apt/* "$folder"/root/var/lib/apt/lists/* \
-        "$folder"/root/usr/share/{doc,man,info,locale}/*
-    tar -C "$folder/root" -c . |
+    rm -rf "$folder"/base/var/cache/apt/* "$folder"/base/var/lib/apt/lists/* \
+        "$folder"/base/usr/share/{doc,man,info,locale}/*
+    tar -C "$folder/base" -c . |
         podman import --quiet --change 'CMD ["python3"]' \
             --change 'LABEL org.opencontainers.image.title="stand-in for '"$base"'"' - "localhost/$base" >/dev/null
 fi
