@@ -44,8 +44,15 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def parse_overrides(overrides: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Read the JSON `overrides` parameter of a stage; an empty string or None means none.
+def parse_overrides(
+    overrides: str | Mapping[str, Any] | None,
+    name: str = "overrides",
+    example: str = '{"logging_steps": 5}',
+) -> dict[str, Any]:
+    """Read a parameter that is a JSON object, by default `overrides`; an empty string or None means none.
+
+    Args:
+        name, example: of the parameter, for messages.
 
     Raises:
         ConfigError: the text is not JSON, or not a JSON object.
@@ -58,10 +65,10 @@ def parse_overrides(overrides: str | Mapping[str, Any] | None) -> dict[str, Any]
         values = json.loads(overrides)
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f'overrides is not JSON ({error}); write it like {{"logging_steps": 5}}, got {overrides!r}'
+            f"{name} is not JSON ({error}); write it like {example}, got {overrides!r}"
         ) from error
     if not isinstance(values, dict):
-        raise ConfigError(f"overrides must be a JSON object, got {overrides!r}")
+        raise ConfigError(f"{name} must be a JSON object, got {overrides!r}")
     return values
 
 

@@ -24,10 +24,8 @@ def engine(tmp_path_factory):
     service = None
     address = os.environ.get("DOCKER_HOST", "")
     if not address:
-        if not shutil.which("podman"):
-            pytest.skip("there is no podman, and DOCKER_HOST names no engine")
-        if not shutil.which("iptables"):
-            pytest.skip("podman needs iptables for a network of containers, and it is not installed")
+        assert shutil.which("podman"), "there is no podman, and DOCKER_HOST names no engine"
+        assert shutil.which("iptables"), "podman needs iptables for a network of containers"
         socket = tmp_path_factory.mktemp("podman") / "podman.sock"
         address = f"unix://{socket}"
         service = subprocess.Popen(["podman", "system", "service", "--time=0", address])
@@ -38,8 +36,7 @@ def engine(tmp_path_factory):
             time.sleep(0.1)
     client = docker.DockerClient(base_url=address)
     try:
-        if not client.images.list(name=IMAGE):
-            pytest.skip(f"{IMAGE} is not built; make images builds it")
+        assert client.images.list(name=IMAGE), f"{IMAGE} is not built; make images builds it"
         yield address
     finally:
         client.close()

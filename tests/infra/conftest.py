@@ -19,8 +19,7 @@ OVERLAYS = sorted(path.parent.name for path in INFRA.glob("overlays/*/kustomizat
 def kubectl():
     beside = Path(sys.executable).parent / "kubectl"
     found = str(beside) if beside.exists() else shutil.which("kubectl")
-    if found is None:
-        pytest.skip("kubectl is not installed (it comes with the extra `dev`)")
+    assert found, "kubectl is not installed; it comes with the extra `dev`"
     return found
 
 

@@ -23,7 +23,7 @@ from .stack import REPOSITORY, SECRETS, free_port, manifests, missing_tools, run
 
 OUTAGE = 60  # seconds
 
-pytestmark = pytest.mark.skipif(bool(missing_tools()), reason=f"not installed: {', '.join(missing_tools())}")
+assert not missing_tools(), f"make test-tracking needs {', '.join(missing_tools())}: install PostgreSQL"
 
 
 @pytest.fixture(scope="module")

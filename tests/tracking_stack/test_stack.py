@@ -13,7 +13,9 @@ import pytest
 
 from .stack import REPOSITORY, SECRETS, manifests, missing_tools, running_stack
 
-pytestmark = pytest.mark.skipif(bool(missing_tools()), reason=f"not installed: {', '.join(missing_tools())}")
+pytestmark = pytest.mark.skipif(
+    bool(missing_tools()), reason=f"PostgreSQL is not installed: no {', '.join(missing_tools())}"
+)
 
 SOME_ENDPOINT = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
 RUNS = (SECRETS["mlflow-credentials"]["username"], SECRETS["mlflow-credentials"]["password"])

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from softpref.errors import SoftprefError
+from softpref.errors import ConfigError, SoftprefError
 
 Stage = Literal["sft", "train"]
 
@@ -35,6 +35,21 @@ def read_result(file: Path) -> dict[str, float]:
     if "error" in found:
         raise SoftprefError(found["error"])
     return found["result"]
+
+
+def make_on_volume(folder: Path) -> None:
+    """Make a folder on a volume that several pods mount.
+
+    Raises:
+        ConfigError: this process may not write there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the shared volume cannot be written ({error}); it must belong to this step's user, "
+            f'{os.getuid()}: see "The shared volume" in infra/README.md'
+        ) from error
 
 
 def job_name(

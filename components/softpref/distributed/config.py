@@ -6,12 +6,11 @@ nothing, and imports nothing heavy, so that a compiler can check a profile with 
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from softpref.config import build_config
+from softpref.config import build_config, parse_overrides
 from softpref.errors import ConfigError
 
 _DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
@@ -182,14 +181,4 @@ def parse_launcher(text: str) -> LauncherConfig:
     Raises:
         ConfigError: it is not a JSON object, or names what a launcher does not have.
     """
-    if not text:
-        return LauncherConfig()
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f'launcher is not JSON ({error}); write it like {{"processes": 2}}, got {text!r}'
-        ) from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"launcher must be a JSON object, got {text!r}")
-    return build_config(LauncherConfig, values)
+    return build_config(LauncherConfig, parse_overrides(text, "launcher", '{"processes": 2}'))

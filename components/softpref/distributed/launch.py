@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from softpref.config import build_config
-from softpref.distributed.command import Stage, job_name, read_result, stage_arguments
+from softpref.distributed.command import Stage, job_name, make_on_volume, read_result, stage_arguments
 from softpref.distributed.config import LauncherConfig, parse_launcher
 from softpref.distributed.processes import (
     StageFailed,
@@ -55,13 +54,7 @@ def run_stage(
         return run_trainjob(job, stage, values, folders=folders, where=where)
     if config.checkpoints:
         checkpoints = Path(config.checkpoints) / job_name(stage, values, folders, where)
-        try:
-            checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"checkpoints cannot be written to {config.checkpoints} ({error}); the volume must belong to "
-                f'this step\'s user, {os.getuid()}: see "The shared volume" in infra/README.md'
-            ) from error
+        make_on_volume(checkpoints)
         where["checkpoint_dir"] = str(checkpoints)
     processes = _processes(config, _count(values.get("gpus", 0)))
     if processes == 1:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from softpref.distributed.command import Stage, job_name, read_result
+from softpref.distributed.command import Stage, job_name, make_on_volume, read_result
 from softpref.distributed.config import TrainJobConfig
 from softpref.distributed.node import CHECKPOINTS, OUTPUT, PARAMETERS_FILE, RESULT_FILE, NodeTask, finished
 from softpref.distributed.nodes import Nodes, State
@@ -121,13 +121,7 @@ def _require_volume(job: TrainJobConfig, folder: Path) -> None:
             f"nothing is mounted at {job.mount_path} in this step; mount the claim {job.volume_claim} there, "
             "as the cluster profile does for steps that submit TrainJobs"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"the shared volume cannot be written ({error}); {job.mount_path} must belong to this step's "
-            f'user, {os.getuid()}: see "The shared volume" in infra/README.md'
-        ) from error
+    make_on_volume(folder)
 
 
 def _prepare(folder: Path, task: NodeTask, values: Mapping[str, Any], folders: Mapping[str, str]) -> None:
