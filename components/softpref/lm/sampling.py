@@ -66,12 +66,14 @@ def sample_completions(
         stop_ids: tokens that end a completion; they belong to it.
         progress: called with the number of completions that a batch has added.
     """
+    from softpref.lm.decoding import decoding_attention
+
     device = next(model.parameters()).device
     if len(noise) != len(prompts):
         raise ValueError(f"noise needs one row per prompt: {len(prompts)} prompts, {len(noise)} rows")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     samples: list[Sample | None] = [None] * len(prompts)
-    with evaluation_mode(model):
+    with evaluation_mode(model), decoding_attention(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = [list(prompts[i]) for i in rows]
@@ -104,7 +106,7 @@ def _sample_batch(
     stop_ids: Sequence[int],
     pad_id: int,
 ) -> list[Sample]:
-    from transformers import DynamicCache
+    from softpref.lm.decoding import decoding_cache
 
     device, max_new_tokens = noise.device, noise.shape[1]
     width = max(len(prompt) for prompt in prompts)
@@ -121,7 +123,7 @@ def _sample_batch(
     drawn = torch.zeros((len(prompts), max_new_tokens), dtype=torch.long, device=device)
     lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
     logps = torch.zeros((len(prompts), max_new_tokens), dtype=torch.float32, device=device)
-    cache = DynamicCache(config=model.config)
+    cache = decoding_cache(model.config)
     for step in range(max_new_tokens):
         output = model(
             input_ids=ids,
