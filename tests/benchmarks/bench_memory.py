@@ -90,8 +90,8 @@ def measure_memory(options: argparse.Namespace) -> Section:
         ours = [peaks["softpref"][vocabulary]["peak"] / GIB]
         for name in sides:
             if name.startswith("DPO") and vocabulary in peaks[name]:
-                agreed = options.size == "small" and options.device == "cpu" and options.scale == 1
-                goal = 0.33 if name == "DPOTrainer" and vocabulary == 32000 and agreed else None
+                agreed = name == "DPOTrainer" and options.batch == 8
+                goal = 0.33 if agreed and harness.goals_of(options, vocabulary) == 32000 else None
                 theirs = [peaks[name][vocabulary]["peak"] / GIB]
                 section.compare(
                     f"vocabulary {vocabulary:,}", ours, theirs, "GiB", name, goal=goal, at_most=True

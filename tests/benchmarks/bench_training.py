@@ -66,9 +66,7 @@ def measure_pairs(options: argparse.Namespace) -> Section:
             _forget(trainers)
         for name in speeds:
             if name != "softpref":
-                goal = (
-                    GOALS_OF_PAIRS.get(vocabulary) if name == "DPOTrainer" and _as_agreed(options) else None
-                )
+                goal = _goal(options, vocabulary, GOALS_OF_PAIRS) if name == "DPOTrainer" else None
                 section.compare(label, speeds["softpref"], speeds[name], "pairs/s", name, goal=goal)
         if len(speeds) == 1:
             section.notes.append(f"{label}: {harness.spread(speeds['softpref'])} pairs/s, no peer installed")
@@ -77,13 +75,19 @@ def measure_pairs(options: argparse.Namespace) -> Section:
 
 def measure_kl(options: argparse.Namespace) -> Section:
     samples = options.batch // 2
+    longest = round((96 if options.model else 128) * options.scale)
+    lengths = (
+        "Samples end at the rows' mean length, for the end token hardly ever comes earlier."
+        if options.model
+        else "Under random weights so many tokens end a completion that samples cut at the rows' greatest "
+        "length have the rows' mean length."
+    )
     section = Section(
         "Training step with the KL term, sampling included",
         f"{harness.describe(options)}. {_rows_in_words(options)} softpref: `beta={KL_BETA}`, "
         f"`sampling_interval={INTERVAL}`, {samples} fresh samples a step "
         f"(`samples_per_refresh={INTERVAL * samples}`), drawn within the time; a run is {INTERVAL} steps "
-        "with one refresh. Under random weights so many tokens end a completion that samples cut at the "
-        "rows' greatest length have the rows' mean length. DPOTrainer as above, on the same rows.",
+        f"with one refresh. {lengths} DPOTrainer as above, on the same rows.",
     )
     for vocabulary in harness.vocabularies(options, (32000,)):
         stops = max(1, round(0.0047 * vocabulary))  # (1 − (1 − p)^128) / p is 96, as the rows have
@@ -91,12 +95,12 @@ def measure_kl(options: argparse.Namespace) -> Section:
         model = harness.make_model(options, vocabulary)
         if not options.model:
             model.generation_config.eos_token_id = [harness.END, *range(FIRST, FIRST + stops)]
-        trainers = {"softpref": _with_kl(options, rows, vocabulary, model, round(128 * options.scale))}
+        trainers = {"softpref": _with_kl(options, rows, vocabulary, model, longest)}
         if harness.has_trl():
             trainers["DPOTrainer"] = harness.dpo_trainer(options, rows, vocabulary)
         speeds = _pairs_per_second(trainers, options)
         if "DPOTrainer" in speeds:
-            goal = 1.7 if vocabulary == 32000 and _as_agreed(options) else None
+            goal = _goal(options, vocabulary, {32000: 1.7})
             what = f"vocabulary {vocabulary:,}"
             section.compare(
                 what, speeds["softpref"], speeds["DPOTrainer"], "pairs/s", "DPOTrainer", goal=goal
@@ -133,7 +137,7 @@ def measure_online(options: argparse.Namespace) -> Section:
             "OnlineDPOTrainer": _online_dpo(options, rows, tokenizer, vocabulary, length),
         }
         speeds = _pairs_per_second(trainers, options)
-        goal = 2.5 if vocabulary == 32000 and _as_agreed(options) else None
+        goal = _goal(options, vocabulary, {32000: 2.5})
         section.compare(
             f"vocabulary {vocabulary:,}",
             [speed / options.batch for speed in speeds["softpref"]],
@@ -157,9 +161,10 @@ def measure_shared(options: argparse.Namespace) -> Section:
         "and forward and backward of the log-probabilities alone, packed, sharing the prompt or not, and "
         "nothing else different.",
     )
-    goal = 2.0 if _as_agreed(options) else None
+    agreed = options
     options = argparse.Namespace(**{**vars(options), "batch": rows_a_step})
     for vocabulary in harness.vocabularies(options, (4096, 32000)):
+        goal = _goal(agreed, vocabulary, {4096: 2.0, 32000: 2.0})
         lengths = Lengths((512, 512), (64, 64))
         rows = harness.make_rows(options, vocabulary, rows_a_step * options.steps, lengths, completions=4)
         trainers = {
@@ -310,10 +315,10 @@ def _rows_in_words(options: argparse.Namespace) -> str:
     )
 
 
-def _as_agreed(options: argparse.Namespace) -> bool:
-    """Whether the goals speak of these settings."""
-    asked = (options.size, options.batch, options.model, harness.precision(options), options.scale)
-    return asked == ("small", 8, "", "fp32", 1.0) and options.device == "cpu"
+def _goal(options: argparse.Namespace, vocabulary: int, goals: dict[int, float]) -> float | None:
+    """The goal of this vocabulary; they are all of eight rows a step."""
+    speaks_of = harness.goals_of(options, vocabulary)
+    return goals.get(speaks_of) if speaks_of is not None and options.batch == 8 else None
 
 
 def _forget(trainers: dict[str, Timed]) -> None:

@@ -370,6 +370,14 @@ def precision(options: argparse.Namespace) -> str:
     return options.precision or ("fp32" if options.device == "cpu" else "bf16")
 
 
+def goals_of(options: argparse.Namespace, vocabulary: int) -> int | None:
+    """The vocabulary whose goals speak of these settings, or None; a real model has those of 32,000."""
+    asked = (options.size, options.device, precision(options), options.scale)
+    if asked != ("small", "cpu", "fp32", 1.0):
+        return None
+    return 32000 if options.model else vocabulary
+
+
 def describe(options: argparse.Namespace) -> str:
     """The model and the machine's part in it, for a section's first lines."""
     hidden, _, layers, *_ = SIZES[options.size]

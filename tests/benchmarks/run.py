@@ -41,11 +41,12 @@ PLAN = {
 }
 # a real model's steps take seconds each, and its vocabulary is its own
 PLAN_OF_REAL_MODELS = {
-    "training:pairs": ["--batch", "4", "--steps", "2", "--rounds", "2"],
-    "training:kl": ["--batch", "4", "--steps", "2", "--rounds", "1"],
-    "training:online": ["--batch", "4", "--steps", "2", "--rounds", "1"],
-    "memory": ["--batch", "4", "--steps", "1"],
-    "sampling:generate": ["--samples", "16", "--rounds", "1"],
+    "training:pairs": ["--steps", "1", "--rounds", "2"],
+    "training:kl": ["--steps", "2", "--rounds", "1"],
+    "training:online": ["--steps", "2", "--rounds", "1"],
+    "memory": ["--steps", "1"],
+    "sampling:generate": ["--rounds", "1"],
+    "products:products": ["--steps", "1", "--rounds", "2"],
 }
 # neither two trainers nor a trainer with its reference beside another fit on one device
 PLAN_OF_8B = {"training:pairs": ["--apart"], "memory": ["--steps", "1"], "sampling:generate": []}
