@@ -75,23 +75,26 @@ def measure_pairs(options: argparse.Namespace) -> Section:
 
 def measure_kl(options: argparse.Namespace) -> Section:
     samples = options.batch // 2
-    longest = round((96 if options.model else 128) * options.scale)
-    lengths = (
-        "Samples end at the rows' mean length, for the end token hardly ever comes earlier."
+    # a real model hardly ever draws its end token after random words: all rows have its samples' length then
+    lengths = Lengths(completion=(96, 96)) if options.model else Lengths()
+    longest = lengths.scaled(options.scale).completion[1]
+    ends = (
+        "Samples have the rows' length, for the end token hardly ever comes earlier."
         if options.model
         else "Under random weights so many tokens end a completion that samples cut at the rows' greatest "
         "length have the rows' mean length."
     )
     section = Section(
         "Training step with the KL term, sampling included",
-        f"{harness.describe(options)}. {_rows_in_words(options)} softpref: `beta={KL_BETA}`, "
+        f"{harness.describe(options)}. {_rows_in_words(options, lengths)} softpref: `beta={KL_BETA}`, "
         f"`sampling_interval={INTERVAL}`, {samples} fresh samples a step "
         f"(`samples_per_refresh={INTERVAL * samples}`), drawn within the time; a run is {INTERVAL} steps "
-        f"with one refresh. {lengths} DPOTrainer as above, on the same rows.",
+        f"with one refresh. {ends} DPOTrainer as above, on the same rows.",
     )
     for vocabulary in harness.vocabularies(options, (32000,)):
         stops = max(1, round(0.0047 * vocabulary))  # (1 − (1 − p)^128) / p is 96, as the rows have
-        rows = harness.make_rows(options, vocabulary, options.batch * options.steps, first=FIRST + stops)
+        count = options.batch * options.steps
+        rows = harness.make_rows(options, vocabulary, count, lengths, first=FIRST + stops)
         model = harness.make_model(options, vocabulary)
         if not options.model:
             model.generation_config.eos_token_id = [harness.END, *range(FIRST, FIRST + stops)]
@@ -306,8 +309,8 @@ def _samples_in_words(timed: Timed, options: argparse.Namespace, speeds: list[fl
     )
 
 
-def _rows_in_words(options: argparse.Namespace) -> str:
-    lengths = Lengths().scaled(options.scale)
+def _rows_in_words(options: argparse.Namespace, lengths: Lengths | None = None) -> str:
+    lengths = (lengths or Lengths()).scaled(options.scale)
     return (
         f"{options.batch} pairs a step, prompts of {lengths.prompt[0]} to {lengths.prompt[1]} tokens, "
         f"completions of {lengths.completion[0]} to {lengths.completion[1]}, {options.steps} batches in "

@@ -160,29 +160,34 @@ class _Blocks:
         self.longest = _longest(blocks)
         self.calls = 0
         self._device = device
-        self._masks: dict[Block, Tensor] = {}
+        self._masks: dict[tuple[Block, torch.dtype], Tensor] = {}
 
-    def mask(self, block: Block) -> Tensor | None:
-        """`[tokens, tokens]`: what each token of a block may see; None: all before it."""
+    def mask(self, block: Block, dtype: torch.dtype) -> Tensor | None:
+        """`[tokens, tokens]`: 0 where a token of a block may see another, else −∞; None: all before it."""
         prompt, completions = block
         if len(completions) == 1:
             return None
-        if block not in self._masks:
+        if (block, dtype) not in self._masks:
             size = prompt + sum(completions)
             mask, start = torch.ones(size, size, dtype=torch.bool).tril(), prompt
             for length in completions:
                 mask[start + length :, start : start + length] = False
                 start += length
-            self._masks[block] = mask.to(self._device, non_blocking=True)
-        return self._masks[block]
+            self._masks[block, dtype] = self._added(mask, dtype)
+        return self._masks[block, dtype]
 
-    def continuing(self, prompt: int, completion: int) -> Tensor:
+    def continuing(self, prompt: int, completion: int, dtype: torch.dtype) -> Tensor:
         """`[completion, prompt + completion]`: what a completion may see of its prompt and of itself."""
-        key = (-prompt, (completion,))
+        key = ((-prompt, (completion,)), dtype)
         if key not in self._masks:
-            ones = torch.ones(completion, prompt + completion, dtype=torch.bool, device=self._device)
-            self._masks[key] = ones.tril(prompt)
+            ones = torch.ones(completion, prompt + completion, dtype=torch.bool)
+            self._masks[key] = self._added(ones.tril(prompt), dtype)
         return self._masks[key]
+
+    def _added(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is added to scores; a mask of truths would be made into this in each layer."""
+        added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+        return added.to(self._device, non_blocking=True)
 
 
 def _longest(blocks: Sequence[Block]) -> int:
@@ -251,13 +256,13 @@ def _attention(
 
     for block, runs in softpref_blocks.blocks:
         q, k, v = next(parts)
-        outputs.append(attend(q, k, v, None if runs else softpref_blocks.mask(block)))
+        outputs.append(attend(q, k, v, None if runs else softpref_blocks.mask(block, query.dtype)))
         for count, length in runs:
             each = [part.unflatten(2, (count, length))[0].transpose(0, 1) for part in next(parts)]
             if length:  # [count, heads, length, d]
                 keys = torch.cat([k.expand(count, -1, -1, -1), each[1]], 2)
                 values = torch.cat([v.expand(count, -1, -1, -1), each[2]], 2)
-                mask = softpref_blocks.continuing(block[0], length)
+                mask = softpref_blocks.continuing(block[0], length, query.dtype)
                 outputs.append(attend(each[0], keys, values, mask).flatten(0, 1)[None])
     return torch.cat(outputs, 1), None
 
