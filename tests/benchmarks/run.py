@@ -6,6 +6,8 @@
     python tests/benchmarks/run.py --model SmolLM2-135M-Instruct.Q4_1.gguf --output RESULTS-smollm2.md
     python tests/benchmarks/run.py --device cuda --size 1b --output h200-1b.md
 
+A real model's table takes an hour, for SmolLM2-135M.
+
 Each part runs in a process of its own, so that none inherits another's memory, and a part that fails is
 listed with its last line while the rest goes on. TRL, the peer, comes with the extra `bench`; without it
 softpref is measured alone. Nothing else should run on the machine meanwhile: the load before each part is

@@ -33,7 +33,10 @@ def decoding_cache(config: Any) -> DynamicCache:
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values at the front of tensors with room for tokens to come, which are written in place."""
+    """Keys and values at the front of tensors with room for tokens to come, which are written in place.
+
+    It knows what drawing asks of a cache: tokens that are added, rows that leave. Beams do not pass here.
+    """
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)

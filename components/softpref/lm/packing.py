@@ -177,7 +177,7 @@ class _Blocks:
         return self._masks[block, dtype]
 
     def continuing(self, prompt: int, completion: int, dtype: torch.dtype) -> Tensor:
-        """`[completion, prompt + completion]`: what a completion may see of its prompt and of itself."""
+        """`[completion, prompt + completion]`: alike, of a completion with its prompt before it."""
         key = ((-prompt, (completion,)), dtype)
         if key not in self._masks:
             ones = torch.ones(completion, prompt + completion, dtype=torch.bool)
