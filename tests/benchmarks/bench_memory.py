@@ -22,10 +22,12 @@ PLOT = Path(__file__).with_name("memory.png")
 SIDES = {  # name, whether it needs TRL
     "softpref": False,
     "softpref, KL term": False,
+    "softpref, gradient checkpointing": False,
     "DPOTrainer": True,
     "DPOTrainer, reference precomputed": True,
     "DPOTrainer, gradient checkpointing": True,
 }
+CHECKPOINTING = ("softpref, gradient checkpointing", "DPOTrainer, gradient checkpointing")
 GIB = 2**30
 
 
@@ -41,8 +43,9 @@ def measure_one(options: argparse.Namespace) -> None:
     else:
         from trl import DPOTrainer  # noqa: F401
     before = harness.peak_memory("cpu")
-    if options.side == "softpref":
-        timed = harness.spo_trainer(options, rows, vocabulary)
+    if options.side in ("softpref", CHECKPOINTING[0]):
+        checkpointing = options.side != "softpref"
+        timed = harness.spo_trainer(options, rows, vocabulary, gradient_checkpointing=checkpointing)
     elif options.side == "softpref, KL term":
         timed = harness.spo_trainer(
             options,
@@ -96,6 +99,10 @@ def measure_memory(options: argparse.Namespace) -> Section:
                 section.compare(
                     f"vocabulary {vocabulary:,}", ours, theirs, "GiB", name, goal=goal, at_most=True
                 )
+        if CHECKPOINTING[1] in sides and vocabulary in peaks[CHECKPOINTING[1]]:
+            ours, theirs = ([peaks[side][vocabulary]["peak"] / GIB] for side in CHECKPOINTING)
+            what = f"vocabulary {vocabulary:,}, {CHECKPOINTING[0]}"
+            section.compare(what, ours, theirs, "GiB", CHECKPOINTING[1])
     state_bytes = 16 if harness.precision(options) == "fp32" else 8
     rows = []
     for name, found in peaks.items():
@@ -147,7 +154,7 @@ def _fit_and_plot(peaks: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     slope, constant = np.polyfit(states, sizes, 1)
     worst = float(np.abs(sizes - (slope * states + constant)).max())
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for (name, where), colour in zip(points.items(), ("C0", "C2", "C3", "C1", "C4"), strict=False):
+    for (name, where), colour in zip(points.items(), ("C0", "C2", "C4", "C3", "C1", "C5"), strict=False):
         x, y = zip(*where, strict=True)
         axes.plot(x, y, "o-" if name != "softpref" else "o", color=colour, label=name, lw=1)
     line = np.linspace(0, states.max(), 2)

@@ -12,13 +12,14 @@ one prompt and several completions, the prompt computed once against once for ea
 
 A step's time runs from the end of one optimizer step to that of the next: loading, forward, backward,
 optimizer, and what the trainer does around them. Both trainers get the same rows in the same order, AdamW,
-the same learning rate, no evaluation, no checkpoint, no gradient checkpointing; everything else of TRL's is
-as it comes.
+the same learning rate, no evaluation, no checkpoint, and no gradient checkpointing but where a row says so;
+everything else of TRL's is as it comes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +30,11 @@ from harness import FIRST, Lengths, Section, Timed
 
 INTERVAL = 16  # optimizer steps between refreshes
 KL_BETA = 0.05
+CHECKPOINTING = "softpref, gradient checkpointing"
+SPO_VARIANTS: dict[str, dict[str, bool]] = {
+    "softpref": {},
+    CHECKPOINTING: {"gradient_checkpointing": True},
+}
 DPO_VARIANTS: dict[str, dict[str, bool]] = {
     "DPOTrainer": {},
     "DPOTrainer, reference precomputed": {"precompute_ref_log_probs": True},
@@ -43,19 +49,17 @@ def measure_pairs(options: argparse.Namespace) -> Section:
         f"{harness.describe(options)}. {_rows_in_words(options)} softpref: `beta=0`, which needs no "
         "reference. TRL: `DPOTrainer`, which runs its reference at each step. Further rows set it up "
         "better, or as it comes: with the reference's log-probabilities computed before the clock starts, "
-        "and with its own default of gradient checkpointing. Its `padding_free` is out of order in this "
-        "version (it warns and pads), Liger's kernels need Triton and a GPU.",
+        "and with its own default of gradient checkpointing, beside softpref without and with it. Its "
+        "`padding_free` is out of order in this version (it warns and pads), Liger's kernels need Triton "
+        "and a GPU.",
     )
     for vocabulary in harness.vocabularies(options, (4096, 32000)):
         rows = harness.make_rows(options, vocabulary, options.batch * options.steps)
-        sides: dict[str, Callable[[], Timed]] = {
-            "softpref": lambda rows=rows, v=vocabulary: harness.spo_trainer(options, rows, v)
-        }
-        if harness.has_trl():
-            for name, arguments in DPO_VARIANTS.items():
-                sides[name] = lambda rows=rows, v=vocabulary, arguments=arguments: harness.dpo_trainer(
-                    options, rows, v, **arguments
-                )
+        sides: dict[str, Callable[[], Timed]] = {}
+        for variants, make in ((SPO_VARIANTS, harness.spo_trainer), (DPO_VARIANTS, harness.dpo_trainer)):
+            if variants is SPO_VARIANTS or harness.has_trl():
+                for name, arguments in variants.items():
+                    sides[name] = functools.partial(make, options, rows, vocabulary, **arguments)
         label = f"vocabulary {vocabulary:,}"
         speeds: dict[str, list[float]] = {}
         for together in [[name] for name in sides] if options.apart else [list(sides)]:
@@ -64,11 +68,13 @@ def measure_pairs(options: argparse.Namespace) -> Section:
             for note in _utilisation(options, rows, trainers, speeds, label):
                 section.notes += [] if note in section.notes else [note]
             _forget(trainers)
-        for name in speeds:
-            if name != "softpref":
-                goal = _goal(options, vocabulary, GOALS_OF_PAIRS) if name == "DPOTrainer" else None
-                section.compare(label, speeds["softpref"], speeds[name], "pairs/s", name, goal=goal)
-        if len(speeds) == 1:
+        for name in DPO_VARIANTS if harness.has_trl() else ():
+            goal = _goal(options, vocabulary, GOALS_OF_PAIRS) if name == "DPOTrainer" else None
+            section.compare(label, speeds["softpref"], speeds[name], "pairs/s", name, goal=goal)
+        if harness.has_trl():
+            name = "DPOTrainer, gradient checkpointing"
+            section.compare(f"{label}, {CHECKPOINTING}", speeds[CHECKPOINTING], speeds[name], "pairs/s", name)
+        else:
             section.notes.append(f"{label}: {harness.spread(speeds['softpref'])} pairs/s, no peer installed")
     return section
 

@@ -5,12 +5,14 @@ import random
 
 import pytest
 import torch
+from softpref.lm import packing
 from softpref.lm.head import completion_hidden
 from softpref.lm.packing import ATTENTION, pack_sequences
 from softpref.lm.padding import pad_sequences
 from softpref.lm.sampling import sample_completions, sampling_noise
 from softpref.lm.scoring import score_sequences, scoring_batches, sequence_logps
 from torch import nn
+from torch.nn import functional
 
 SIZES = {
     "vocab_size": 40,
@@ -164,6 +166,27 @@ def test_no_token_sees_its_neighbours():
             assert torch.equal(reached, expected)
             own, place = own + length, place + 1
         start = own
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_keys_that_heads_share_are_copied_only_where_a_mask_meets_an_accelerator(device, monkeypatch):
+    calls = []
+    attention = functional.scaled_dot_product_attention
+
+    def watched(query, key, value, mask, **options):
+        calls.append((mask is not None, key.shape[1] == value.shape[1] == 4, options["enable_gqa"]))
+        return attention(query, key, value, mask, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
+    batch = pack_sequences(SEQUENCES)
+    blocks = packing._Blocks(batch.blocks, device)
+    query = torch.zeros(1, 4, len(batch.input_ids), 8, device=device)
+    key, value = torch.zeros(2, 1, 2, len(batch.input_ids), 8, device=device)
+    output, _ = packing._attention(None, query, key, value, None, softpref_blocks=blocks)
+    assert output.shape == (1, len(batch.input_ids), 4, 8)
+    assert {mask for mask, _, _ in calls} == {True, False}
+    for mask, copied, grouped in calls:
+        assert copied == (not grouped) == (mask and device == "meta")
 
 
 def test_linear_layers_see_each_token_once():

@@ -230,9 +230,9 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention within blocks: `[1, heads, N, d]` queries to `[1, N, heads, d]`."""
-    if softpref_blocks is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward, use_gqa_in_sdpa
 
+    if softpref_blocks is None:
         options.update(scaling=scaling, dropout=dropout, is_causal=is_causal, sliding_window=sliding_window)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     softpref_blocks.calls += 1
@@ -243,15 +243,17 @@ def _attention(
             raise _Refused(f"its attention has {name}, which attention by blocks does not know")
     if query.shape[2] != key.shape[2] or query.shape[0] != 1 or is_causal is False:
         raise _Refused("its attention is not from every token to every token")
-    if key.shape[1] != query.shape[1]:
-        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
     parts = zip(*(each.split(softpref_blocks.sizes, dim=2) for each in (query, key, value)), strict=True)
     outputs = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        causal = mask is None
+        causal, grouped = mask is None, k.shape[1] != q.shape[1]
+        # heads that share keys need no copies of them, but for accelerators' kernels that know masks
+        if grouped and q.device.type != "cpu" and not use_gqa_in_sdpa(mask, k, v):
+            k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
+            grouped = False
         return functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, dropout_p=dropout
+            q, k, v, mask, is_causal=causal, scale=scaling, dropout_p=dropout, enable_gqa=grouped
         ).transpose(1, 2)
 
     for block, runs in softpref_blocks.blocks:

@@ -1,9 +1,9 @@
 """Log-probabilities, entropy and KL per token straight from hidden states: full logits never exist.
 
 Logits of T tokens over a vocabulary of V take 4·T·V bytes, and autograd keeps several copies. Here they are
-computed for a chunk of tokens at a time, reduced, thrown away, and computed once more for the gradient, which
-has a closed form. Memory is that of a few chunks, whatever T is; the price is one more product per head,
-mostly earned back by passes over logits that are still in cache.
+computed for a chunk of tokens at a time, reduced, and computed once more for the gradient, which has a closed
+form; those of the last tokens stay for it where they fit into a room of fixed size. Memory is that room and a
+few chunks, whatever T and V are; the price is one more product per head for what did not fit.
 
 A *head* is how logits arise from hidden states h: `softcap(scale · (h Wᵀ + bias))`, where
 `softcap(z) = c · tanh(z / c)`, or nothing. Products run in the dtype of the inputs (under autocast in the
@@ -24,6 +24,7 @@ from torch import Tensor
 _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 32 * 2**20, 512
 _CHUNK_BYTES = 256 * 2**20
 _MIN_CHUNK_TOKENS = 64
+_KEPT_BYTES = 256 * 2**20  # of logits that stay from forward to backward; each head has as much
 _WIDE_PRODUCTS = torch.version.hip is None  # CUDA can hand out a bf16 product before it is rounded to bf16
 
 
@@ -71,8 +72,8 @@ def token_logps(
         hidden: `[T, H]`, the last hidden states, from which each target was predicted.
         head_weight: `[V, H]`; None where `hidden` are logits already, `[T, V]`.
         targets: `[T]`, token ids.
-        chunk_size: tokens whose logits exist at once; by default as many as suit the device. The result
-            depends on it by no more than rounding.
+        chunk_size: tokens whose logits exist at once; by default as many as suit the device, and up to
+            256 MB of them stay for backward. The result depends on it by no more than rounding.
         bias, scale, softcap: the rest of the head: `softcap · tanh(scale · (h Wᵀ + bias) / softcap)`.
 
     Returns:
@@ -162,13 +163,21 @@ class _Form(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What is asked, and how it is computed; `sums` is the dtype of all but the products."""
+    """What is asked, and how it is computed; `sums` is the dtype of all but the products.
+
+    Logits of the last `kept` chunks stay for backward, as what forward has made of them:
+
+    - asked for log-probabilities alone, `exp(z − top)`, where top is the greatest of a row;
+    - with the entropy, log p;
+    - with a reference, log p and log p − log q, reversed log q − log p and log q.
+    """
 
     form: _Form
     ref_form: _Form
     entropy: bool
     reverse: bool
     chunk: int
+    kept: int
     sums: torch.dtype
 
 
@@ -192,14 +201,24 @@ def _run(
             raise ValueError(f"the reference's vocabulary has {theirs} tokens, the policy's {vocabulary}")
         ref_weight, ref_bias = reference.weight, reference.bias
         ref_form = _Form(reference.scale, reference.softcap, _product_dtype(ref_hidden))
-    if chunk_size is None:
-        chunk_size = default_chunk_size(vocabulary, hidden.device)
-    if chunk_size < 1:
+    size = default_chunk_size(vocabulary, hidden.device) if chunk_size is None else chunk_size
+    if size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    chunk = min(chunk_size, max(1, len(targets)))
+    chunk = min(size, max(1, len(targets)))
     sums = torch.promote_types(hidden.dtype, torch.float32)
-    plan = _Plan(form, ref_form, entropy, reverse, chunk, sums)
+    kept = 0
+    if _has_gradient(hidden, head) and head.weight is not None and head.softcap is None:
+        room = _KEPT_BYTES // (sums.itemsize * vocabulary) if chunk_size is None else 0
+        kept = min(max(1, room // chunk), -(-len(targets) // chunk))
+    plan = _Plan(form, ref_form, entropy, reverse, chunk, kept, sums)
     return _TokenTerms.apply(hidden, head.weight, head.bias, targets, ref_hidden, ref_weight, ref_bias, plan)
+
+
+def _has_gradient(hidden: Tensor, head: _Head) -> bool:
+    """Whether there will be a backward pass, and not one that a compiler writes."""
+    leaves = (hidden, head.weight, head.bias)
+    wanted = any(each is not None and each.requires_grad for each in leaves)
+    return wanted and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _check(hidden: Tensor, head: _Head, targets: Tensor, prefix: str) -> int:
@@ -249,48 +268,49 @@ class _TokenTerms(torch.autograd.Function):
         asked = (True, True, plan.entropy, compared, compared, compared)
         results: list[Any] = [torch.empty(count, **new) if each else None for each in asked]
         logps, log_sums, entropy, kl, ref_logps, ref_log_sums = results
+        sums = torch.empty_like(log_sums)
         with torch.autocast(hidden.device.type, enabled=False):
             scores = _Scores(weight, bias, plan.form)
             ref_scores = _Scores(ref_weight, ref_bias, plan.ref_form)
-            vocabulary = hidden.shape[1] if weight is None else weight.shape[0]
-            z_chunk = torch.empty(plan.chunk, vocabulary, **new)
-            q_chunk = torch.empty_like(z_chunk) if compared else None
-            work_chunk = torch.empty_like(z_chunk) if plan.entropy else z_chunk
-            for rows, size in _chunks(count, plan.chunk):
-                z, work, target = z_chunk[:size], work_chunk[:size], targets[rows, None]
+            z_room = _room(hidden, weight, plan, plan.kept)
+            q_room = torch.empty_like(z_room) if compared else None
+            work_chunk = torch.empty_like(z_room[: plan.chunk]) if plan.entropy else None
+            for rows, place, _ in _chunks(count, plan.chunk, plan.kept):
+                z, target = z_room[place], targets[rows, None]
+                work = z if work_chunk is None else work_chunk[: len(z)]
                 scores(hidden[rows], z)
                 logps[rows] = z.gather(1, target).squeeze(1)
-                log_sums[rows] = _log_sum_exp(z, work)
+                log_sums[rows], sums[rows] = _log_sum_exp(z, work)
                 if entropy is None:
                     continue
                 log_p = z.sub_(log_sums[rows, None])
                 entropy[rows] = torch.exp(log_p, out=work).mul_(log_p).sum(1).neg_()
-                if q_chunk is None:
+                if q_room is None:
                     continue
-                q = q_chunk[:size]
+                q = q_room[place]
                 ref_scores(ref_hidden[rows], q)
                 ref_logps[rows] = q.gather(1, target).squeeze(1)
-                ref_log_sums[rows] = _log_sum_exp(q, work)
+                ref_log_sums[rows] = _log_sum_exp(q, work)[0]
                 log_q = q.sub_(ref_log_sums[rows, None])
                 first, second = (log_q, log_p) if plan.reverse else (log_p, log_q)
                 torch.exp(first, out=work)
-                kl[rows] = second.sub_(first).mul_(work).sum(1).neg_()
+                kl[rows] = work.mul_(torch.sub(first, second, out=second)).sum(1)
             logps -= log_sums
             if compared:
                 ref_logps -= ref_log_sums
         ctx.plan = plan
+        ctx.rooms = (z_room, q_room) if plan.kept else None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, log_sums, ref_log_sums, kl
+            hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, log_sums, sums, ref_log_sums, kl
         )
         ctx.mark_non_differentiable(*(each for each in (entropy, ref_logps) if each is not None))
         return logps, entropy, kl, ref_logps
 
     @staticmethod
     def backward(ctx, grad_logps, grad_entropy, grad_kl, grad_ref_logps):
-        hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, log_sums, ref_log_sums, kl = (
-            ctx.saved_tensors
-        )
+        hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, *terms = ctx.saved_tensors
+        log_sums, sums, ref_log_sums, kl = terms
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "token_logps and token_kl can be differentiated once, but create_graph=True asks for the "
@@ -304,35 +324,48 @@ class _TokenTerms(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             scores = _Scores(weight, bias, plan.form)
             ref_scores = _Scores(ref_weight, ref_bias, plan.ref_form)
-            vocabulary = hidden.shape[1] if weight is None else weight.shape[0]
-            z_chunk = torch.empty(plan.chunk, vocabulary, **new)
-            q_chunk = None if grad_kl is None else torch.empty_like(z_chunk)
-            slope_chunk = None if form.softcap is None else torch.empty_like(z_chunk)
-            low_chunk = None if form.products == plan.sums else torch.empty_like(z_chunk, dtype=form.products)
+            kept = plan.kept if ctx.rooms else 0  # what is kept serves once: it is written over
+            z_room, q_room = ctx.rooms or (_room(hidden, weight, plan, 0), None)
+            ctx.rooms = None
+            if grad_kl is not None and q_room is None:
+                q_room = torch.empty_like(z_room)
+            slope_chunk = None if form.softcap is None else torch.empty_like(z_room)
+            low_chunk = None
+            if form.products != plan.sums:
+                low_chunk = torch.empty_like(z_room[: plan.chunk], dtype=form.products)
             grad_hidden = torch.empty_like(hidden) if wants_hidden else None
             grad_weight = torch.zeros(weight.shape, **new) if wants_weight else None
-            grad_bias = torch.zeros(vocabulary, **new) if wants_bias else None
+            grad_bias = torch.zeros(z_room.shape[1], **new) if wants_bias else None
             # the gradient is linear in what comes from above, so the scale can be multiplied in here
             grad_logps = torch.zeros_like(log_sums) if grad_logps is None else grad_logps
             grad_logps = _significant(grad_logps * form.scale)
             grad_kl = None if grad_kl is None else _significant(grad_kl * form.scale)
-            for rows, size in _chunks(len(targets), plan.chunk):
-                z, g = z_chunk[:size], grad_logps[rows, None]
-                scores(hidden[rows], z)
-                if slope_chunk is not None:  # 1 − (z / c)²
-                    slope = torch.div(z, form.softcap, out=slope_chunk[:size]).square_().neg_().add_(1)
-                z.sub_(log_sums[rows, None])
-                if q_chunk is None:
-                    z.exp_().mul_(-g)
-                else:
-                    q, g_kl = q_chunk[:size], grad_kl[rows, None]
-                    ref_scores(ref_hidden[rows], q)
-                    q.sub_(ref_log_sums[rows, None])
+            # the kept chunks come first, then their place is free
+            for rows, place, is_kept in reversed([*_chunks(len(targets), plan.chunk, kept)]):
+                z, g = z_room[place], grad_logps[rows, None]
+                q: Any = None if q_room is None else q_room[place]
+                if not is_kept:
+                    scores(hidden[rows], z)
+                    if slope_chunk is not None:  # 1 − (z / c)²
+                        slope = torch.div(z, form.softcap, out=slope_chunk[: len(z)])
+                        slope.square_().neg_().add_(1)
+                    z.sub_(log_sums[rows, None])
+                elif plan.reverse and q is not None:
+                    torch.sub(q, z, out=z)
+                if grad_kl is not None:
+                    g_kl = grad_kl[rows, None]
+                    if not is_kept:
+                        ref_scores(ref_hidden[rows], q)
+                        q.sub_(ref_log_sums[rows, None])
                     if plan.reverse:
                         z.exp_().mul_(g_kl - g).sub_(q.exp_().mul_(g_kl))
                     else:
-                        torch.sub(z, q, out=q).mul_(g_kl).sub_(g_kl * kl[rows, None] + g)
-                        z.exp_().mul_(q)
+                        log_ratio = q if is_kept else torch.sub(z, q, out=q)
+                        z.exp_().mul_(log_ratio.mul_(g_kl).sub_(g_kl * kl[rows, None] + g))
+                elif is_kept and not plan.entropy:
+                    z.mul_(-g / sums[rows, None])
+                else:
+                    z.exp_().mul_(-g)
                 z.scatter_add_(1, targets[rows, None], g)
                 if slope_chunk is not None:
                     z.mul_(slope)
@@ -342,7 +375,7 @@ class _TokenTerms(torch.autograd.Function):
                     if grad_hidden is not None:
                         grad_hidden[rows] = z
                     continue
-                low = z if low_chunk is None else low_chunk[:size].copy_(z)
+                low = z if low_chunk is None else low_chunk[: len(z)].copy_(z)
                 if grad_hidden is not None:
                     _product(low, scores.weight, grad_hidden[rows])
                 if grad_weight is not None:
@@ -352,6 +385,13 @@ class _TokenTerms(torch.autograd.Function):
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+
+
+def _room(hidden: Tensor, weight: Tensor | None, plan: _Plan, kept: int) -> Tensor:
+    """Room for the logits of the kept chunks, at least of one."""
+    tokens = min(max(1, kept) * plan.chunk, max(1, len(hidden)))
+    vocabulary = hidden.shape[1] if weight is None else weight.shape[0]
+    return torch.empty(tokens, vocabulary, dtype=plan.sums, device=hidden.device)
 
 
 def _significant(gradient: Tensor) -> Tensor:
@@ -404,13 +444,20 @@ def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> 
         out.copy_(left @ right)
 
 
-def _log_sum_exp(z: Tensor, work: Tensor) -> Tensor:
-    """`log Σ exp(z)` of each row, `[n]`; `work` is written over, and may be `z`."""
+def _log_sum_exp(z: Tensor, work: Tensor) -> tuple[Tensor, Tensor]:
+    """`log Σ exp(z)` and `Σ exp(z − top)` of each row, `[n]`; `work`, perhaps `z`, becomes `exp(z − top)`."""
     top = z.amax(1, keepdim=True)
-    return torch.sub(z, top, out=work).exp_().sum(1).log_().add_(top.squeeze(1))
+    total = torch.sub(z, top, out=work).exp_().sum(1)
+    return total.log().add_(top.squeeze(1)), total
 
 
-def _chunks(count: int, size: int) -> Iterator[tuple[slice, int]]:
-    for start in range(0, count, size):
-        end = min(start + size, count)
-        yield slice(start, end), end - start
+def _chunks(count: int, size: int, kept: int) -> Iterator[tuple[slice, slice, bool]]:
+    """Tokens of each chunk, where in the room their logits lie, and whether they stay there.
+
+    The last `kept` chunks lie side by side; those before them pass through the place of the first of these.
+    """
+    starts = range(0, count, size)
+    first = len(starts) - kept
+    for number, start in enumerate(starts):
+        length, place = min(size, count - start), max(0, number - first) * size
+        yield slice(start, start + length), slice(place, place + length), number >= first
