@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from harness import Section
+import report
+from report import Section
 
 PLOT = Path(__file__).with_name("memory.png")
 SIDES = {  # name, whether it needs TRL
@@ -88,7 +89,7 @@ def measure_memory(options: argparse.Namespace) -> Section:
             if vocabulary > 32000 and len(chosen) > 1 and name not in ("softpref", "DPOTrainer"):
                 continue  # the variants say nothing new there, and the whole has its time
             peaks[name][vocabulary] = one = _in_own_process(options, name, vocabulary)
-            harness.progress(f"  vocabulary {vocabulary:,}, {name}: {one['peak'] / GIB:.2f} GiB")
+            report.progress(f"  vocabulary {vocabulary:,}, {name}: {one['peak'] / GIB:.2f} GiB")
     for vocabulary in chosen:
         ours = [peaks["softpref"][vocabulary]["peak"] / GIB]
         for name in sides:
@@ -120,7 +121,7 @@ def measure_memory(options: argparse.Namespace) -> Section:
         f"{state_bytes} bytes a parameter",
         "rest",
     ]
-    section.notes.append("\n".join(harness.table(head, rows)))
+    section.notes.append("\n".join(report.table(head, rows)))
     if len(chosen) > 2 and options.device == "cpu" and state_bytes == 16:
         section.notes += _fit_and_plot(peaks)
     return section
@@ -185,7 +186,7 @@ def main() -> None:
     if options.side:
         measure_one(options)
     else:
-        harness.run_parts(PARTS, options)
+        report.run_parts(PARTS, options)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import harness
-from harness import SIZES, Section
+import report
+from harness import SIZES
+from report import Section
 
 TOKENS = 1024
 
@@ -40,7 +42,7 @@ def measure_precision(options: argparse.Namespace) -> Section:
             f"{what}, distance", [chunked[0]], [full[0]], "nats", "full logits", goal=0.5, at_most=True
         )
     head = ["way", "vocabulary", "distance", "greatest", "gradient's, relative"]
-    section.notes.append("\n".join(harness.table(head, rows)))
+    section.notes.append("\n".join(report.table(head, rows)))
     return section
 
 
@@ -89,7 +91,7 @@ PARTS = {"precision": measure_precision}
 def main() -> None:
     options = harness.arguments(__doc__, PARTS).parse_args()
     harness.set_up(options)
-    harness.run_parts(PARTS, options)
+    report.run_parts(PARTS, options)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
     python tests/benchmarks/bench_products.py
     python tests/benchmarks/bench_products.py --vocabularies 4096 --steps 2
 
-One optimizer step is watched as it runs, and every product that reaches the backend is noted with the sizes
-and strides of its operands: those of linear layers (one forward, two backward), of the head (forward, what is
-computed anew in chunks, two backward) and of attention (its fused kernel performs two products forward and
-five backward, the scores computed anew among them). The same products are then run alone, many times over in
-one loop, on numbers of the same layout, and the medians of their times are added up. Attention's are counted
-as batched products of whole matrices, or half of it where the kernel is told that it is causal, for that
-skips the other half.
+One optimizer step is watched as it runs, and every product that reaches the backend is noted: those of
+linear layers (one forward, two backward), of the head (forward, what is computed anew in chunks, two
+backward) and of attention. Its fused kernel performs two products forward and five backward, the scores
+computed anew among them; they count as batched products of whole matrices, or half of it where the kernel is
+told that it is causal, for that skips the other half. The same products are then run alone, in two ways:
+
+- warm: each many times over in one loop, on numbers of the same sizes and strides; the medians of their
+  times are added up. Operands and results lie in cache, as in no step.
+- in order: all of the step's, one after another as they came, on its own tensors. Operands come from where
+  the products before have left them; in the step, what stands between two products has just read some.
 """
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ import functools
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import harness
-from harness import Section
+import report
+from report import Section
 
 
 class Product(NamedTuple):
@@ -43,35 +47,47 @@ class Product(NamedTuple):
         return 2.0 * (batch[0] if batch else 1) * m * k * self.right[0][-1] * self.share
 
 
+class Call(NamedTuple):
+    """A product as it was carried out, and the same once more on the same tensors."""
+
+    product: Product
+    again: Callable[[], Any]
+
+
 @contextlib.contextmanager
-def recorded() -> Iterator[Counter[Product]]:
-    """The products that are carried out meanwhile, each with how often."""
+def recorded() -> Iterator[list[Call]]:
+    """The products that are carried out meanwhile; their tensors stay in memory."""
+    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    products: Counter[Product] = Counter()
+    calls: list[Call] = []
     operands = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
+    rooms: dict[tuple[int, ...], Any] = {}  # for scores, which never reach memory in the fused kernel
 
-    def layout(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(tensor.shape), tuple(tensor.stride())
+    def note(kind: str, left: Any, right: Any, again: Callable[[], Any], **more: Any) -> None:
+        sizes = ((tuple(each.shape), tuple(each.stride())) for each in (left, right))
+        calls.append(Call(Product(kind, *sizes, left.dtype, **more), again))
 
-    def attention(q: Any, k: Any, causal: bool, backward: bool) -> None:
-        """Scores of all heads, `[B·H, L, D] · [B·H, D, S]`, and the products that have their shape."""
-        (batch, heads, length, width), span = q.shape, k.shape[2]
-        n, share = batch * heads, 0.5 if causal else 1.0
-
-        def whole(rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-            return (n, rows, columns), (rows * columns, columns, 1)
-
-        def product(m: int, inner: int, columns: int) -> Product:
-            return Product("attention", whole(m, inner), whole(inner, columns), q.dtype, share=share)
-
-        if not backward:
-            products[product(length, width, span)] += 1
-            products[product(length, span, width)] += 1
-        else:
-            products[product(length, width, span)] += 2  # scores again, and the slope of the probabilities
-            products[product(length, span, width)] += 1  # of the queries
-            products[product(span, length, width)] += 2  # of keys and values
+    def attention(q: Any, k: Any, v: Any, slope: Any, causal: bool) -> None:
+        """Of all heads: queries `[B·H, L, D]`, keys and values `[B·H, S, D]`, scores `[B·H, L, S]`."""
+        heads = q.shape[1]
+        q, k, v, slope = (
+            each if each is None else each.repeat_interleave(heads // each.shape[1], 1).flatten(0, 1)
+            for each in (q, k, v, slope)
+        )
+        size = (*q.shape[:2], k.shape[1])
+        if size not in rooms:
+            rooms[size] = torch.rand(size, dtype=q.dtype, device=q.device)
+        scores = rooms[size]
+        products = [(q, k.mT, scores)]
+        if slope is None:
+            products += [(scores, v, None)]
+        else:  # of the probabilities, then of queries, keys and values
+            products += [(slope, v.mT, scores), (scores, k, None), (scores.mT, q, None)]
+            products += [(scores.mT, slope, None)]
+        for left, right, out in products:
+            again = functools.partial(torch.bmm, left, right, **({} if out is None else {"out": out}))
+            note("attention", left, right, again, share=0.5 if causal else 1.0)
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -80,23 +96,22 @@ def recorded() -> Iterator[Counter[Product]]:
             if name in operands:
                 left, right = (args[place] for place in operands[name])
                 adds = name in ("addmm", "baddbmm") and kwargs.get("beta", 1) != 0
-                products[Product("linear", layout(left), layout(right), left.dtype, adds)] += 1
+                note("linear", left, right, functools.partial(func, *args, **kwargs), adds=adds)
             elif name.startswith("_scaled_dot_product"):
-                backward = name.endswith("backward")
-                q, k = args[1:3] if backward else args[:2]
                 schema = [argument.name for argument in func._schema.arguments]
                 given = dict(zip(schema, args, strict=False)) | kwargs
-                attention(q, k, bool(given.get("is_causal")), backward)
+                slope = args[0] if name.endswith("backward") else None
+                attention(given["query"], given["key"], given["value"], slope, bool(given.get("is_causal")))
             return func(*args, **kwargs)
 
     with Recorder():
-        yield products
+        yield calls
 
 
-class Alone:
-    """The recorded products on numbers of their own, to be run again and again."""
+class Warm:
+    """Products on numbers of their own, to be run again and again."""
 
-    def __init__(self, products: Counter[Product], device: str) -> None:
+    def __init__(self, products: Iterable[Product], device: str) -> None:
         import torch
 
         def numbers(place: Any, dtype: Any) -> Any:
@@ -104,7 +119,7 @@ class Alone:
             extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
             return torch.randn(extent, device=device).to(dtype).as_strided(sizes, strides)
 
-        self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self._wait = _waits(device)
         self._runs: dict[Product, Callable[[], Any]] = {}
         for product in products:
             left, right = numbers(product.left, product.dtype), numbers(product.right, product.dtype)
@@ -121,25 +136,43 @@ class Alone:
         """Seconds of each product: the median of `repeats` one after another, after one to warm it."""
         medians = {}
         for product, run in self._runs.items():
-            times = []
-            for _ in range(repeats + 1):
-                self._wait()
-                started = time.perf_counter()
-                run()
-                self._wait()
-                times.append(time.perf_counter() - started)
+            times = [_seconds(run, self._wait) for _ in range(repeats + 1)]
             medians[product] = statistics.median(times[1:]) * product.share
         return medians
+
+
+def seconds_in_order(calls: Sequence[Call], device: str) -> float:
+    """Seconds of all calls, one after another as they came."""
+    import torch
+
+    wait = _waits(device)
+    with torch.no_grad():
+        return sum(_seconds(again, wait) * product.share for product, again in calls)
+
+
+def _waits(device: str) -> Callable[[], None]:
+    import torch
+
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def _seconds(run: Callable[[], Any], wait: Callable[[], None]) -> float:
+    wait()
+    started = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - started
 
 
 def measure_products(options: argparse.Namespace) -> Section:
     section = Section(
         "Training step against its matrix products alone",
-        f"{harness.describe(options)}. softpref on {options.batch} pairs a step, `beta=0`. Every product "
-        "that a step hands to the backend was noted with sizes and strides as it ran; the same products "
-        "were then run alone, warm, and their median times added up. Attention counts as two batched "
-        "products forward and five backward of whole matrices (half of that where its kernel is told that "
-        "it is causal). The goal is their share of the step's time.",
+        f"{harness.describe(options)}. softpref on {options.batch} pairs, `beta=0`, the same step again and "
+        "again. Every product that a step hands to the backend was noted as it ran; the same products were "
+        "then run alone. *Warm*: each in a loop of its own, so that operands lie in cache, and the median "
+        "times added up. *In order*: one after another as they came, on the step's own tensors. Attention "
+        "counts as two batched products forward and five backward of whole matrices (half of that where its "
+        "kernel is told that it is causal). The goal is their share of the step's time.",
     )
     for vocabulary in harness.vocabularies(options, (4096, 32000)):
         _compare_products(options, vocabulary, section)
@@ -147,35 +180,37 @@ def measure_products(options: argparse.Namespace) -> Section:
 
 
 def _compare_products(options: argparse.Namespace, vocabulary: int, section: Section) -> None:
-    rows = harness.make_rows(options, vocabulary, options.batch * options.steps)
-    timed = harness.spo_trainer(options, rows, vocabulary)
-    with recorded() as products:
-        timed.seconds()
-    # the clock's first step is there too, on the first of the batches, which come in turn
-    per_step = {product: count / (options.steps + 1) for product, count in products.items()}
-    alone = Alone(products, options.device)
+    rows = harness.make_rows(options, vocabulary, options.batch)
+    one_step = harness.spo_trainer(options, rows, vocabulary, steps=0).trainer
+    one_step.train()  # the first one also tries out what the model can
+    with recorded() as calls:
+        one_step.train()
+    timed = harness.spo_trainer(options, rows * (options.steps + 1), vocabulary)  # the noted step each time
+    counts = Counter(product for product, _ in calls)
+    warm = Warm(counts, options.device)
     rounds: list[dict[Product, float]] = []
 
-    def sum_alone(_: int) -> float:
-        rounds.append(alone.seconds())
-        return sum(count * rounds[-1][product] for product, count in per_step.items())
+    def sum_warm(_: int) -> float:
+        rounds.append(warm.seconds())
+        return sum(count * rounds[-1][product] for product, count in counts.items())
 
-    times = harness.alternate({"products": sum_alone, "step": lambda _: timed.seconds()}, options.rounds)
+    sides = {
+        "warm": sum_warm,
+        "in order": lambda _: seconds_in_order(calls, options.device),
+        "step": lambda _: timed.seconds(),
+    }
+    times = harness.alternate(sides, options.rounds)
+    goal = None if harness.goals_of(options, vocabulary) is None else 0.75
+    for name in ("warm", "in order"):
+        what = f"vocabulary {vocabulary:,}, {name}"
+        section.compare(what, times[name], times["step"], "s", "the step", goal=goal)
     totals: Counter[str] = Counter()
     flops: Counter[str] = Counter()
-    for product, count in per_step.items():
+    for product, count in counts.items():
         kind = "head" if product.kind == "linear" and _touches(product, vocabulary) else product.kind
         totals[kind] += count * statistics.median(seconds[product] for seconds in rounds[1:])
         flops[kind] += count * product.flops
     whole = statistics.median(times["step"])
-    section.compare(
-        f"vocabulary {vocabulary:,}",
-        times["products"],
-        times["step"],
-        "s",
-        "the step",
-        goal=None if harness.goals_of(options, vocabulary) is None else 0.75,
-    )
     lines = [
         [
             kind,
@@ -186,8 +221,8 @@ def _compare_products(options: argparse.Namespace, vocabulary: int, section: Sec
         for kind in totals
     ]
     section.notes.append(
-        f"Vocabulary {vocabulary:,}, {_tokens_in_words(rows, options)}:\n\n"
-        + "\n".join(harness.table(["products", "ms a step", "of the step", "GFLOP/s alone"], lines))
+        f"Vocabulary {vocabulary:,}, {_tokens_in_words(rows, options)}, warm:\n\n"
+        + "\n".join(report.table(["products", "ms a step", "of the step", "GFLOP/s"], lines))
     )
 
 
@@ -236,7 +271,7 @@ def _profile(options: argparse.Namespace, vocabulary: int) -> str:
         most = ", ".join(f"{name} {value * 1e3:.0f}" for name, value in parts)
         lines.append([group, f"{seconds * 1e3:.0f}", f"{seconds / whole:.0%}", f"{calls[group]:.0f}", most])
     head = ["operations", "ms a step", "of the step", "calls", "most of it, ms"]
-    return f"Vocabulary {vocabulary:,}, {whole:.2f} s a step:\n\n" + "\n".join(harness.table(head, lines))
+    return f"Vocabulary {vocabulary:,}, {whole:.2f} s a step:\n\n" + "\n".join(report.table(head, lines))
 
 
 _MEMORY = {"empty", "empty_like", "empty_strided", "zeros", "zero", "fill", "resize", "clone", "copy"}
@@ -268,8 +303,8 @@ def _tokens_in_words(rows: list[dict[str, Any]], options: argparse.Namespace) ->
     answers = [[len(answer.split()) + 1 for answer in row["completions"]] for row in rows]
     steps = len(rows) / options.batch
     return (
-        f"on average {sum(prompts) / steps:,.0f} prompt and {sum(map(sum, answers)) / steps:,.0f} "
-        "completion tokens a step (a prompt counted once)"
+        f"{sum(prompts) / steps:,.0f} prompt and {sum(map(sum, answers)) / steps:,.0f} completion tokens a "
+        "step (a prompt counted once)"
     )
 
 
@@ -279,7 +314,7 @@ PARTS = {"products": measure_products, "profile": profile_step}
 def main() -> None:
     options = harness.arguments(__doc__, PARTS).parse_args()
     harness.set_up(options)
-    harness.run_parts(PARTS, options)
+    report.run_parts(PARTS, options)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import harness
-from harness import END, FIRST, PAD, Section
+import report
+from harness import END, FIRST, PAD
+from report import Section
 
 SHORTEST, LONGEST = 8, 64  # tokens of a prompt
 ENDING = 40  # one token in so many ends a completion
@@ -201,7 +203,7 @@ def measure_ways(options: argparse.Namespace) -> Section:
             except Exception as error:  # what a way may stumble over here is what is to be known of it
                 reason = str(error).strip().splitlines() or [""]
                 rows.append([name, f"{vocabulary:,}", f"{type(error).__name__}: {reason[0][:150]}", "", ""])
-                harness.progress(f"  {name}: {rows[-1][2]}")
+                report.progress(f"  {name}: {rows[-1][2]}")
                 continue
             warm_ups[name] = time.perf_counter() - started
             sides[name] = per_second(way, options.device)
@@ -210,9 +212,9 @@ def measure_ways(options: argparse.Namespace) -> Section:
         for name, values in speeds.items():
             ratio = f"{statistics.median(values) / usual:.2f}"
             first = f"{warm_ups[name]:.1f}"
-            rows.append([name, f"{vocabulary:,}", harness.spread(values), ratio, first])
+            rows.append([name, f"{vocabulary:,}", report.spread(values), ratio, first])
     head = ["way", "vocabulary", "tokens/s", "against generate", "first call, s"]
-    section.notes.append("\n".join(harness.table(head, rows)))
+    section.notes.append("\n".join(report.table(head, rows)))
     return section
 
 
@@ -235,7 +237,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=96, help="limit of a completion's length")
     options = parser.parse_args()
     harness.set_up(options)
-    harness.run_parts(PARTS, options)
+    report.run_parts(PARTS, options)
 
 
 if __name__ == "__main__":

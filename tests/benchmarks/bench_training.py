@@ -26,7 +26,9 @@ from collections.abc import Callable
 from typing import Any
 
 import harness
-from harness import FIRST, Lengths, Section, Timed
+import report
+from harness import FIRST, Lengths, Timed
+from report import Section
 
 INTERVAL = 16  # optimizer steps between refreshes
 KL_BETA = 0.05
@@ -75,7 +77,7 @@ def measure_pairs(options: argparse.Namespace) -> Section:
             name = "DPOTrainer, gradient checkpointing"
             section.compare(f"{label}, {CHECKPOINTING}", speeds[CHECKPOINTING], speeds[name], "pairs/s", name)
         else:
-            section.notes.append(f"{label}: {harness.spread(speeds['softpref'])} pairs/s, no peer installed")
+            section.notes.append(f"{label}: {report.spread(speeds['softpref'])} pairs/s, no peer installed")
     return section
 
 
@@ -348,7 +350,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     harness.set_up(options)
-    harness.run_parts(PARTS, options)
+    report.run_parts(PARTS, options)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import harness
-from harness import HERE, SIZES, Comparison, Section
+import report
+from harness import HERE, SIZES
+from report import Comparison, Section
 
 # script and part, with the options that keep the whole within its time
 PLAN = {
@@ -61,7 +62,7 @@ def measure(name: str, extra: list[str], words: list[str], folder: Path) -> list
     command = [sys.executable, str(HERE / f"bench_{script}.py"), *extra, *words, "--json", str(result)]
     command += ["--parts", part] if part else []
     load, started = os.getloadavg()[0], time.monotonic()
-    harness.progress(f"== {name}, load {load:.1f}")
+    report.progress(f"== {name}, load {load:.1f}")
     last = "no message"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -71,7 +72,7 @@ def measure(name: str, extra: list[str], words: list[str], folder: Path) -> list
     took = time.monotonic() - started
     if process.returncode:
         return [Section(name, f"Failed with exit status {process.returncode} after {took:.0f} s: {last}")]
-    sections = harness.read_sections(result)
+    sections = report.read_sections(result)
     sections[-1].notes.append(f"Took {took:.0f} s; load average before it: {load:.1f}.")
     return sections
 
@@ -79,7 +80,7 @@ def measure(name: str, extra: list[str], words: list[str], folder: Path) -> list
 def document(sections: list[Section], facts: list[tuple[str, str]], chart: str = "") -> str:
     """The whole table: where and when, everything with a goal, then each section."""
     lines = ["# Benchmarks", ""]
-    lines += [*harness.table(["", ""], [list(fact) for fact in facts]), ""]
+    lines += [*report.table(["", ""], [list(fact) for fact in facts]), ""]
     lines += [
         "softpref beside its peers: in one process, in turn, after a warm-up; medians, and in brackets the "
         "least and the greatest; the ratio is that of the medians. `python tests/benchmarks/run.py` makes "
@@ -87,7 +88,7 @@ def document(sections: list[Section], facts: list[tuple[str, str]], chart: str =
         "",
     ]
     if goals := with_goals(sections):
-        lines += ["## Goals", "", *harness.comparison_table(goals), ""]
+        lines += ["## Goals", "", *report.comparison_table(goals), ""]
         lines += [f"![Ratios and goals]({chart})", ""] if chart else []
     return "\n".join(lines) + "\n" + "\n".join(section.markdown() for section in sections)
 
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all lengths")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    facts = harness.environment(options.device, options.threads)
+    facts = report.environment(options.device, options.threads)
     words = ["--device", options.device, "--threads", str(options.threads), "--size", options.size]
     words += ["--scale", str(options.scale)]
     plan = PLAN_OF_REAL_MODELS if options.model else PLAN_OF_8B if options.size == "8b" else PLAN
