@@ -2,8 +2,8 @@
 
 Logits of T tokens over a vocabulary of V take 4·T·V bytes, and autograd keeps several copies. Here they are
 computed for a chunk of tokens at a time, reduced, and computed once more for the gradient, which has a closed
-form; those of the last tokens stay for it where they fit into a room of fixed size. Memory is that room and a
-few chunks, whatever T and V are; the price is one more product per head for what did not fit.
+form; those of the last tokens stay for it, as many as fit into a room of fixed size. Memory is that room and
+a few chunks, whatever T is; the price is one more product per head for what did not fit.
 
 A *head* is how logits arise from hidden states h: `softcap(scale · (h Wᵀ + bias))`, where
 `softcap(z) = c · tanh(z / c)`, or nothing. Products run in the dtype of the inputs (under autocast in the
@@ -72,8 +72,8 @@ def token_logps(
         hidden: `[T, H]`, the last hidden states, from which each target was predicted.
         head_weight: `[V, H]`; None where `hidden` are logits already, `[T, V]`.
         targets: `[T]`, token ids.
-        chunk_size: tokens whose logits exist at once; by default as many as suit the device, and up to
-            256 MB of them stay for backward. The result depends on it by no more than rounding.
+        chunk_size: tokens whose logits exist at once. By default as many as suit the device, and up to
+            256 MB of logits stay for backward besides. The result depends on it by no more than rounding.
         bias, scale, softcap: the rest of the head: `softcap · tanh(scale · (h Wᵀ + bias) / softcap)`.
 
     Returns:
@@ -206,7 +206,7 @@ def _run(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     chunk = min(size, max(1, len(targets)))
     sums = torch.promote_types(hidden.dtype, torch.float32)
-    kept = 0
+    kept = 0  # under a soft cap nothing is: its slope asks for what forward writes over
     if _has_gradient(hidden, head) and head.weight is not None and head.softcap is None:
         room = _KEPT_BYTES // (sums.itemsize * vocabulary) if chunk_size is None else 0
         kept = min(max(1, room // chunk), -(-len(targets) // chunk))
