@@ -20,15 +20,15 @@ import report
 from report import Section
 
 PLOT = Path(__file__).with_name("memory.png")
+CHECKPOINTING = ("softpref, gradient checkpointing", "DPOTrainer, gradient checkpointing")
 SIDES = {  # name, whether it needs TRL
     "softpref": False,
     "softpref, KL term": False,
-    "softpref, gradient checkpointing": False,
+    CHECKPOINTING[0]: False,
     "DPOTrainer": True,
     "DPOTrainer, reference precomputed": True,
-    "DPOTrainer, gradient checkpointing": True,
+    CHECKPOINTING[1]: True,
 }
-CHECKPOINTING = ("softpref, gradient checkpointing", "DPOTrainer, gradient checkpointing")
 GIB = 2**30
 
 
@@ -61,7 +61,7 @@ def measure_one(options: argparse.Namespace) -> None:
         extra = {
             "DPOTrainer": {},
             "DPOTrainer, reference precomputed": {"precompute_ref_log_probs": True},
-            "DPOTrainer, gradient checkpointing": {"gradient_checkpointing": True},
+            CHECKPOINTING[1]: {"gradient_checkpointing": True},
         }[options.side]
         timed = harness.dpo_trainer(options, rows, vocabulary, **extra)
     if options.device == "cuda":
