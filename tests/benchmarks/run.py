@@ -141,6 +141,14 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all lengths")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    if options.model:
+        from softpref.errors import SoftprefError
+        from softpref.lm.loading import load_tokenizer
+
+        try:
+            load_tokenizer(options.model)  # hours of parts would each fail on it
+        except SoftprefError as error:
+            parser.error(f"--model: {error}")
     facts = report.environment(options.device, options.threads)
     words = ["--device", options.device, "--threads", str(options.threads), "--size", options.size]
     words += ["--scale", str(options.scale)]

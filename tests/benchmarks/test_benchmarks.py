@@ -40,3 +40,13 @@ def test_smallest_setting_gives_figures(script, tmp_path):
         assert section["comparisons"] or section["notes"], section["title"]
         for comparison in section["comparisons"]:
             assert min(comparison["ours"] + comparison["peer"]) > 0, comparison["what"]
+
+
+def test_a_model_that_is_not_there_is_refused_before_anything_is_measured(tmp_path):
+    output = tmp_path / "results.md"
+    command = [sys.executable, str(HERE / "run.py"), "--model", "nowhere.gguf", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--model: base model nowhere.gguf: there is no such GGUF file" in done.stderr
+    assert "==" not in done.stderr  # the line of a part that begins
+    assert not output.exists()
