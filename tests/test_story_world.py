@@ -77,28 +77,28 @@ def test_entropy_rises_with_softness_and_follows_the_exact_optimum(exact_figures
     sharp, plain, soft = (exact_figures(alpha) for alpha in (0.5, 1.0, 2.0))
     assert sharp["entropy"] < plain["entropy"] < soft["entropy"]
     for figures in (sharp, plain, soft):
-        assert abs(figures["entropy"] - figures["optimum_entropy"]) < 0.3
+        assert abs(figures["entropy"] - figures["optimum_entropy"]) < 0.15
 
 
 def test_reward_falls_with_softness_and_follows_the_exact_optimum(exact_figures):
     sharp, plain, soft = (exact_figures(alpha) for alpha in (0.5, 1.0, 2.0))
     assert sharp["expected_reward"] > plain["expected_reward"] > soft["expected_reward"]
     for figures in (sharp, plain, soft):
-        assert abs(figures["expected_reward"] - figures["optimum_expected_reward"]) < 0.3
+        assert abs(figures["expected_reward"] - figures["optimum_expected_reward"]) < 0.15
 
 
 def test_at_softness_one_the_experts_distribution_is_learned(exact_figures):
     figures = exact_figures(1.0)
-    assert figures["kl_optimum_to_policy"] <= 0.10
+    assert figures["kl_optimum_to_policy"] <= 0.06
     assert figures["mass_on_set"] >= 0.97
 
 
 def test_rankings_teach_the_same_distribution(exact_figures):
     # a ranking of four is three comparisons, against which the regulariser must hold its own
     figures = exact_figures(1.0, beta=2 * RECIPE["beta"], dataset="rankings")
-    assert figures["kl_optimum_to_policy"] <= 0.10
+    assert figures["kl_optimum_to_policy"] <= 0.06
     assert figures["mass_on_set"] >= 0.97
-    assert abs(figures["entropy"] - figures["optimum_entropy"]) < 0.3
+    assert abs(figures["entropy"] - figures["optimum_entropy"]) < 0.15
 
 
 def test_without_the_regulariser_probability_leaks_off_the_set(exact_figures):
