@@ -431,9 +431,10 @@ class _Scores:
 
 def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
     """`out = left right`, or `out += left right`; out may be of more precision than they are."""
+    wide = _WIDE_PRODUCTS and left.is_cuda and left.itemsize == 2 and out.dtype == torch.float32
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
-    elif _WIDE_PRODUCTS and left.is_cuda and left.itemsize == 2 and out.dtype == torch.float32:
+    elif wide and not (add and torch.compiler.is_compiling()):  # the compiler knows no such sum
         if add:
             torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
         else:
