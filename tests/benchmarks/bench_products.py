@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import statistics
 import time
 from collections import Counter
@@ -32,7 +33,10 @@ from report import Section
 
 
 class Product(NamedTuple):
-    """`left [b, m, k] · right [b, k, n]` by sizes and strides; `share` of it is computed."""
+    """`left [b, m, k] · right [b, k, n]` by sizes and strides; `share` of it is computed.
+
+    Operands are of `dtype`; `out_dtype` is the result's, where it is another one.
+    """
 
     kind: str
     left: tuple[tuple[int, ...], tuple[int, ...]]
@@ -40,6 +44,7 @@ class Product(NamedTuple):
     dtype: Any
     adds: bool = False
     share: float = 1.0
+    out_dtype: Any = None
 
     @property
     def flops(self) -> float:
@@ -96,7 +101,10 @@ def recorded() -> Iterator[list[Call]]:
             if name in operands:
                 left, right = (args[place] for place in operands[name])
                 adds = name in ("addmm", "baddbmm") and kwargs.get("beta", 1) != 0
-                note("linear", left, right, functools.partial(func, *args, **kwargs), adds=adds)
+                out = kwargs.get("out")
+                wide = None if out is None or out.dtype == left.dtype else out.dtype
+                again = functools.partial(func, *args, **kwargs)
+                note("linear", left, right, again, adds=adds, out_dtype=wide)
             elif name.startswith("_scaled_dot_product"):
                 schema = [argument.name for argument in func._schema.arguments]
                 given = dict(zip(schema, args, strict=False)) | kwargs
@@ -119,24 +127,25 @@ class Warm:
             extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
             return torch.randn(extent, device=device).to(dtype).as_strided(sizes, strides)
 
-        self._wait = _waits(device)
+        self._device = device
         self._runs: dict[Product, Callable[[], Any]] = {}
         for product in products:
             left, right = numbers(product.left, product.dtype), numbers(product.right, product.dtype)
             sizes = (*product.left[0][:-1], product.right[0][-1])
-            out = torch.zeros(sizes, device=device, dtype=product.dtype)
+            out = torch.zeros(sizes, device=device, dtype=product.out_dtype or product.dtype)
+            options = {"out": out} | ({"out_dtype": out.dtype} if product.out_dtype else {})
             if product.adds:
                 add = torch.addmm if left.dim() == 2 else torch.baddbmm
-                run = functools.partial(add, out, left, right, out=out, beta=0.5)
+                run = functools.partial(add, out, left, right, beta=0.5, **options)
             else:
-                run = functools.partial(torch.mm if left.dim() == 2 else torch.bmm, left, right, out=out)
+                run = functools.partial(torch.mm if left.dim() == 2 else torch.bmm, left, right, **options)
             self._runs[product] = run
 
     def seconds(self, repeats: int = 3) -> dict[Product, float]:
         """Seconds of each product: the median of `repeats` one after another, after one to warm it."""
         medians = {}
         for product, run in self._runs.items():
-            times = [_seconds(run, self._wait) for _ in range(repeats + 1)]
+            times = _seconds([run] * (repeats + 1), self._device)
             medians[product] = statistics.median(times[1:]) * product.share
         return medians
 
@@ -145,23 +154,29 @@ def seconds_in_order(calls: Sequence[Call], device: str) -> float:
     """Seconds of all calls, one after another as they came."""
     import torch
 
-    wait = _waits(device)
     with torch.no_grad():
-        return sum(_seconds(again, wait) * product.share for product, again in calls)
+        times = _seconds([again for _, again in calls], device)
+    return sum(each * product.share for each, (product, _) in zip(times, calls, strict=True))
 
 
-def _waits(device: str) -> Callable[[], None]:
+def _seconds(runs: Sequence[Callable[[], Any]], device: str) -> list[float]:
+    """Seconds of each of these, run one after another; a GPU does not wait between them, as in a step."""
     import torch
 
-    return torch.cuda.synchronize if device == "cuda" else lambda: None
-
-
-def _seconds(run: Callable[[], Any], wait: Callable[[], None]) -> float:
-    wait()
-    started = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - started
+    if device == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]
+        marks[0].record()
+        for run, mark in zip(runs, marks[1:], strict=True):
+            run()
+            mark.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(marks)]
+    times = []
+    for run in runs:
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return times
 
 
 def measure_products(options: argparse.Namespace) -> Section:

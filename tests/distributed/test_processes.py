@@ -50,6 +50,37 @@ def test_a_failure_in_the_processes_is_raised_with_their_last_lines(train, monke
     assert not (tmp_path / "policy" / "model.safetensors").exists()
 
 
+NAN_IN_ONE = """
+import os
+if os.environ.get("RANK") == "1":
+    from softpref.spo.trainer import SPOTrainer
+    compute_loss = SPOTrainer.compute_loss
+    def poisoned(self, model, inputs, *args, **options):
+        loss = compute_loss(self, model, inputs, *args, **options)
+        steps_first = self.state.global_step == 2 and self._suspect is None
+        return loss * float("nan") if steps_first else loss
+    SPOTrainer.compute_loss = poisoned
+"""
+
+
+@pytest.mark.parametrize("rows", [2, 4], ids=["accumulated", "one batch a step"])
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_loses_nothing(
+    train, monkeypatch, tmp_path, rows
+):
+    from safetensors.torch import load_file
+
+    (tmp_path / "fault").mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(NAN_IN_ONE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fault'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 4 // rows}
+    with pytest.raises(SoftprefError, match="gradient norm became nan at optimizer step 3"):
+        train("policy", {"processes": 2}, world_size=2, **options)
+    kept = load_file(tmp_path / "policy" / "checkpoints" / "checkpoint-2" / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in kept.values())
+    batch = load_file(tmp_path / "policy" / "checkpoints" / "nonfinite_batch-1.safetensors")
+    assert len(batch["group_sizes"]) == rows
+
+
 def test_devices_are_asked_for_before_processes_start(train, monkeypatch):
     monkeypatch.setattr("softpref.distributed.launch.run_watched", lambda *a, **k: pytest.fail("started"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)

@@ -1,9 +1,12 @@
 """Heads and hidden states of real architectures, wrapped in all ways, against their own full logits."""
 
 import copy
+import gc
 import logging
 import subprocess
 import sys
+import weakref
+from types import MethodType
 
 import pytest
 import torch
@@ -302,6 +305,24 @@ def test_adapters_below_the_head_use_it(batch):
         reference = completion_hidden(model, batch)
     assert torch.equal(reference.logps(), plain)
     assert states.kl(reference).kl.max() > 0.1
+
+
+def test_a_model_whose_logits_are_of_no_known_form_is_let_go():
+    model = make()
+    forward = type(model).forward
+
+    def cubed(self, *args, **options):
+        output = forward(self, *args, **options)
+        output.logits = output.logits**3
+        return output
+
+    model.forward = MethodType(cubed, model)
+    for _ in range(3):
+        assert output_head(model) is None
+    kept = weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is None
 
 
 def test_compiled_models(batch):

@@ -304,6 +304,14 @@ def test_compiled_models_are_padded(caplog):
     agree(compiled, SEQUENCES)
     assert not is_packed(model)
     assert "compiled anew" in caplog.text
+    known = make()
+    agree(known, SEQUENCES)
+    assert is_packed(known)
+    before = len(caplog.records)
+    compiled = torch.compile(known, backend="eager")
+    for _ in range(2):
+        assert not packing.packs(compiled, known, pack_sequences(SEQUENCES))
+    assert len(caplog.records) == before + 1
 
 
 # ------------------------------------------------------------------ what else happens to such a model

@@ -159,6 +159,61 @@ def test_dropout_is_off(make_trainer, make_rows, make_model, tokenizer, weights)
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["copy", "adapter switched off"])
+@pytest.mark.parametrize("plain", [False, True], ids=["chunked", "full logits"])
+@pytest.mark.parametrize("method", ["spo", "dpo", "tdpo"])
+def test_in_bf16_a_model_is_at_distance_zero_from_itself(make_trainer, make_rows, method, plain, adapter):
+    options = {"method": method, "plain_forward": plain, "beta": 0.3, "bf16": True, "learning_rate": 0.0}
+    if adapter:
+        from peft import LoraConfig
+
+        options["trainer_options"] = {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"])}
+    trainer = make_trainer(make_rows(8), **options)
+    seen = set()
+    models = [trainer.model] if trainer.ref_model is None else [trainer.model, trainer.ref_model]
+    for model in models:
+        projection = next(module for name, module in model.named_modules() if name.endswith("0.mlp.up_proj"))
+        projection.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    trainer.train()
+    assert seen == {torch.bfloat16}
+    log = logs_of(trainer)[0]
+    if method == "spo":  # the reference's hidden states were computed in other batches
+        assert abs(log["kl/sequence"]) < 5e-4
+    else:
+        assert log["rewards/margins"] == log["rewards/chosen"] == log["rewards/accuracies"] - 0.5 == 0.0
+
+
+@pytest.mark.parametrize("method", ["spo", "tdpo"])
+def test_in_bf16_gradients_are_those_of_fp32_up_to_rounding(make_trainer, make_rows, watch, method):
+    for options in ({}, {"bf16": True}, {"bf16": True, "gradient_checkpointing": True}):
+        callbacks = {"callbacks": [watch]}
+        make_trainer(make_rows(8), method=method, trainer_options=callbacks, **options).train()
+    exact, rounded, checkpointed = watch.gradients
+    assert ((rounded != 0) == (exact != 0)).float().mean() > 0.99
+    assert 1e-4 * exact.norm() < (rounded - exact).norm() < 0.12 * exact.norm()
+    assert (checkpointed - rounded).norm() < 1e-5 * exact.norm()
+
+
+def test_how_the_models_are_computed_is_found_out_before_anything_lowers_their_precision(
+    make_trainer, make_rows, monkeypatch
+):
+    from softpref.lm import packing
+
+    tried = []
+    find_out = packing._found_by_trying
+
+    def watched(inner):
+        tried.append(inner(input_ids=torch.tensor([[1, 2]])).logits.dtype)
+        assert inner.model.layers[0].mlp.up_proj(torch.ones(1, 16)).dtype == torch.float32
+        return find_out(inner)
+
+    monkeypatch.setattr(packing, "_found_by_trying", watched)
+    trainer = make_trainer(make_rows(8), bf16=True, beta=0.3)
+    assert tried == [torch.float32] * 2
+    trainer.train()
+    assert len(tried) == 2
+
+
 def test_a_non_finite_loss_stops_and_leaves_the_last_good_weights_and_the_batch(
     make_trainer, make_rows, tmp_path, weights
 ):

@@ -193,11 +193,11 @@ def _known_head(model: Any) -> tuple[nn.Linear, Head] | None:
             _forms[inner] = _tried_form(inner, module)
         form = _forms[inner]
         if isinstance(form, _Unknown):
-            raise form
+            raise _Unknown(*form.args)  # anew: what is raised keeps its frames, and they keep the model
     except _Unknown as reason:
         if _reasons.get(model) != str(reason):
             _reasons[model] = str(reason)
-            logger.warning("full logits are computed for %s: %s", type(model).__name__, reason)
+            logger.warning("full logits are computed for %s: %s", type(model).__name__, _reasons[model])
         return None
     return module, Head(module.weight, module.bias, *form)
 

@@ -130,7 +130,8 @@ def packs(model: Any, inner: Any, batch: PackedBatch) -> bool:
         inner: the transformers model inside.
     """
     implementation = inner.config.get_text_config()._attn_implementation
-    if inner not in _verdicts or (not _verdicts[inner] and implementation != ATTENTION):  # changed since
+    changed = implementation != ATTENTION or _compiled(model)
+    if inner not in _verdicts or (not _verdicts[inner] and changed):
         _verdicts[inner] = reason = _reason_against(model, inner)
         if reason:
             logger.warning("sequences are padded for %s: %s", type(inner).__name__, reason)

@@ -25,8 +25,10 @@ logger = logging.getLogger(__name__)
 class GuardedTrainer(Trainer):
     """A `transformers.Trainer` that stops at the first non-finite loss or gradient, before the weights move.
 
-    The last good state is saved as a checkpoint and the offending batch beside it. One process uses one GPU,
-    whatever else it sees: threads of `nn.DataParallel` know nothing of packed batches.
+    The last good state is saved as a checkpoint and the offending batch beside it. Where there are several
+    processes, a loss is known to one of them alone, and the gradient that it leaves, which all share, is what
+    stops them together. One process uses one GPU, whatever else it sees: threads of `nn.DataParallel` know
+    nothing of packed batches.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -46,8 +48,12 @@ class GuardedTrainer(Trainer):
                 "leave it out, or set gpus"
             )
         super().__init__(*args, **options)
-        if config.fsdp:
+        self._suspect: dict[str, Any] | None = None  # the first micro-batch of a step that was not finite
+        # now, for accelerate will have its forward compute in a lower precision, whose rounding hides what
+        # is looked for, and may cut its weights into shards
+        if not config.plain_forward:
             try_out(self.model)
+        if config.fsdp:
             plugin = self.accelerator.state.fsdp_plugin
             if (
                 plugin is not None and plugin.mixed_precision_policy is not None
@@ -66,12 +72,22 @@ class GuardedTrainer(Trainer):
         weights = self.accelerator.get_state_dict(self.model)
         return whole_copy(self.model, weights) if self.is_world_process_zero() else None
 
+    def compute_loss_context_manager(self):
+        """Autocast around all that is computed here.
+
+        transformers leaves it to the forward of the model that is trained; a reference, whose forward nobody
+        prepares, would be computed in another precision than the policy it is compared with.
+        """
+        return self.accelerator.autocast()
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         with whole_head(model):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            self._stop("loss", loss, inputs)
         self._last_inputs = inputs
+        if not torch.isfinite(loss):
+            if self.args.world_size == 1 or self.args.fp16:
+                self._stop("loss", loss, inputs)
+            self._suspect = self._suspect or inputs
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -79,20 +95,22 @@ class GuardedTrainer(Trainer):
         if self.args.fp16:  # the loss scaler finds its scale by overflowing, and skips those steps itself
             return norm
         if norm is not None and not math.isfinite(float(norm)):
-            self._stop("gradient norm", norm, self._last_inputs)
+            self._stop("gradient norm", norm, self._suspect or self._last_inputs)
+        self._suspect = None
         return norm
 
     def _stop(self, what: str, value: Any, inputs: dict[str, Any]) -> None:
         from safetensors.torch import save_file
 
-        step, folder = self.state.global_step, Path(str(self.args.output_dir))
-        batch_file = folder / "nonfinite_batch.safetensors"
-        if self.args.should_save:
+        step, folder, rank = self.state.global_step, Path(str(self.args.output_dir)), self.args.process_index
+        batch_file = folder / f"nonfinite_batch{f'-{rank}' if rank else ''}.safetensors"
+        if self.args.should_save or self._suspect:
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {k: v.cpu().contiguous() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
             save_file(tensors, batch_file)
         assert self.model is not None
-        if self.args.fsdp:  # to save takes all processes, and the others may have seen nothing
+        # to save takes all processes, and the others may have seen nothing
+        if self.args.fsdp or (what == "loss" and self.args.world_size > 1):
             raise SoftprefError(
                 f"{what} became {float(value)} at optimizer step {step + 1}; use the last checkpoint in "
                 f"{folder}, the batch is in {batch_file}. {_REMEDIES}"

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from softpref.errors import ConfigError
 from softpref.judges import as_text
-from softpref.lm.head import CompletionHidden, completion_hidden, output_head
+from softpref.lm.head import CompletionHidden, completion_hidden, output_head, try_out
 from softpref.lm.packing import PackedBatch, pack_sequences
 from softpref.lm.sampling import Sample, evaluation_mode
 from softpref.lm.scoring import score_sequences, scoring_batches, sequence_logps, sum_by_sequence
@@ -191,6 +191,8 @@ class SPOTrainer(GuardedTrainer):
         if ref_model is not None:
             ref_model.requires_grad_(False)
             ref_model.to(self.args.device).eval()
+            if not args.plain_forward:
+                try_out(ref_model)
         self._pad_id = pad_id
         self._stop_ids = stop_token_ids(processing_class, model)
         self._means: dict[str, Means] = {"train": Means(), "eval": Means()}
