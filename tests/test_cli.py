@@ -84,7 +84,11 @@ def test_stages_follow_one_another_from_data_to_registry(tmp_path, monkeypatch, 
         "--max_steps",
         "3",
     ]
-    assert main([*train, *options, *shared]) == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work", encoding="utf-8")
+    kept = ["--checkpoint-dir", "mine", "--save_steps", "2"]
+    assert main([*train, *options, *shared, *kept]) == 0
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     metadata = json.loads((tmp_path / "policy/softpref.json").read_text(encoding="utf-8"))
     assert (metadata["method"], metadata["alpha"]) == ("spo", 0.5)
     assert (tmp_path / "policy/model.safetensors").is_file()

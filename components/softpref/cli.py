@@ -125,7 +125,11 @@ def _data(folders: Values, values: Values, given: Values) -> Any:
     from softpref.data.stage import run
 
     stats = run(build_config(DataConfig, values, given), folders["output"])
-    return {key: stats[key] for key in ("rows", "dataset_hash") if key in stats}
+    return {
+        key: stats[key]
+        for key in ("rows", "rejected", "left_out", "duplicates", "dataset_hash")
+        if key in stats
+    }
 
 
 def _sft(folders: Values, values: Values, given: Values) -> Any:
@@ -242,3 +246,7 @@ _STAGES: dict[str, tuple[str, dict[str, tuple[bool, str]], Callable[[Values, Val
         _register,
     ),
 }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

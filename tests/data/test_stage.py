@@ -222,6 +222,24 @@ def test_an_empty_source_and_too_few_prompts_are_errors(tmp_path):
     assert len(datasets.load_from_disk(str(tmp_path / "data"))["test"]) == 0
 
 
+def test_nothing_but_a_dataset_is_replaced_and_not_its_own_source(tmp_path):
+    source = write(tmp_path / "rows.jsonl", pairs())
+    folder = tmp_path / "data"
+    run(DataConfig(source=source), str(folder))
+    run(DataConfig(source=source), str(folder))
+    inside = write(folder / "rows.jsonl", pairs())
+    with pytest.raises(ConfigError, match=r"it also holds rows\.jsonl"):
+        run(DataConfig(source=source), str(folder))
+    (folder / "rows.jsonl").rename(folder / "sft")
+    for taken in (str(folder), str(folder / "sft")):
+        with pytest.raises(ConfigError, match="lies in the output"):
+            run(DataConfig(source=taken), str(folder))
+    with pytest.raises(ConfigError, match=r"sft_source .* lies in the output"):
+        run(DataConfig(source=source, sft_source=str(folder / "sft")), str(folder))
+    assert inside
+    assert (folder / "dataset_dict.json").is_file()
+
+
 def test_a_folder_of_someone_else_is_never_overwritten(tmp_path):
     source = write(tmp_path / "rows.jsonl", pairs())
     (tmp_path / "thesis").mkdir()

@@ -259,6 +259,21 @@ def test_completions_that_outgrow_the_model_are_refused_before_any_is_drawn(
 
 
 @pytest.mark.usefixtures("recorded")
+def test_a_reference_of_another_vocabulary_is_refused_before_any_is_drawn(
+    world, evaluating, tmp_path, monkeypatch
+):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr("softpref.evaluation.measure.draw", lambda *a, **k: pytest.fail("drew samples"))
+    reference = shutil.copytree(world.reference, tmp_path / "reference")
+    model = AutoModelForCausalLM.from_pretrained(reference)
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    model.save_pretrained(reference)
+    with pytest.raises(ConfigError, match="give the reference that the policy was trained from"):
+        evaluating(world, tmp_path / "out", reference=reference)
+
+
+@pytest.mark.usefixtures("recorded")
 def test_a_policy_of_other_data_is_warned_of(world, evaluating, tmp_path):
     policy = copy_policy(world, tmp_path / "policy", dataset_hash="xyz")
     evaluation = evaluating(world, tmp_path / "out", policy=policy, exact_prompts=0)
@@ -280,6 +295,8 @@ def test_what_is_wrong_is_refused_before_a_model_is_loaded(
         evaluating(world, tmp_path / "c", split="tets")
     with pytest.raises(ConfigError, match="set max_new_tokens"):
         evaluating(world, tmp_path / "d", policy=world.reference)
+    with pytest.raises(ConfigError, match="no such folder is here"):
+        evaluating(world, tmp_path / "e", policy="nowhere")
 
 
 def test_a_judge_that_cannot_be_had_is_refused_before_anything_is_imported(world, tmp_path):

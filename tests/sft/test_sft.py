@@ -236,6 +236,14 @@ def test_a_demonstration_that_cannot_be_learned_is_named(trained, tmp_path, writ
         run(config, dataset_dir=dataset, output_dir=str(tmp_path / "out"))
 
 
+def test_a_demonstration_longer_than_the_model_is_refused(tmp_path, write_dataset, settings):
+    rows = [{"prompt": "a", "completion": " b"}] * 11 + [{"prompt": "fox " * 60, "completion": " bell" * 60}]
+    limits = {"max_prompt_length": 500, "max_completion_length": 500}
+    config = SFTConfig(**{**settings, **limits}, model_config={**SMALL, "max_position_embeddings": 32})
+    with pytest.raises(ConfigError, match="do not fit the model's 32 positions; lower max_prompt_length"):
+        run(config, dataset_dir=write_dataset(tmp_path / "data", rows), output_dir=str(tmp_path / "out"))
+
+
 def test_messages_cannot_train_a_model_from_nothing(tmp_path, settings):
     from datasets import Dataset, DatasetDict
 

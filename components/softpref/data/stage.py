@@ -28,6 +28,17 @@ from softpref.data.story_world import StoryWorld
 from softpref.errors import ConfigError, DataError
 from softpref.timings import PhaseTimer
 
+_WRITTEN = {  # what a dataset folder holds; a run replaces them all
+    *SPLITS,
+    "dataset_dict.json",
+    "stats.json",
+    "rejected.jsonl",
+    "page.html",
+    "sft",
+    "prompts",
+    "outcomes.jsonl",
+    "timings.json",
+}
 _EXAMPLES = 6  # rows shown on the page
 _ROWS_PER_SHARD = 100_000
 _LENGTH_BINS = 30
@@ -52,12 +63,13 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
         What `stats.json` holds.
 
     Raises:
-        ConfigError: the source or a column does not exist, or `output_dir` holds something else.
+        ConfigError: the source or a column does not exist, `output_dir` holds something else, or the source.
         DataError: no usable row, too many refused ones, or too few prompts. Refused rows are then listed in
             `<output_dir>.rejected.jsonl`.
     """
     output = Path(os.path.abspath(output_dir))
     _refuse_foreign(output)
+    _refuse_source_inside(config, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     listing = output.with_name(f"{output.name}.rejected.jsonl")
@@ -439,6 +451,21 @@ def _refuse_foreign(output: Path) -> None:
         raise ConfigError(
             f"output {output} exists and is not a dataset of this stage; give another folder, or remove it"
         )
+    foreign = sorted(path.name for path in output.iterdir() if path.name not in _WRITTEN)
+    if foreign:
+        raise ConfigError(
+            f"output {output} is a dataset of this stage, which would be replaced with all that is in it, "
+            f"but it also holds {', '.join(foreign)}; give another folder, or move that elsewhere"
+        )
+
+
+def _refuse_source_inside(config: DataConfig, output: Path) -> None:
+    """Refuse to read from the folder that will be replaced."""
+    for name in ("source", "sft_source", "prompts_source"):
+        given = getattr(config, name)
+        path = Path(os.path.realpath(given)) if given and given != "story" else None
+        if path and path.exists() and Path(os.path.realpath(output)) in (path, *path.parents):
+            raise ConfigError(f"{name} {given} lies in the output {output}, which is replaced; give another")
 
 
 def _replace(output: Path, partial: Path) -> None:

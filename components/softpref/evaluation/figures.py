@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from softpref.errors import DataError
@@ -37,13 +39,18 @@ def load_reference(
     config: EvaluationConfig, places: Mapping[str, str], metadata: Mapping[str, Any]
 ) -> Models:
     import torch
+    from transformers import AutoConfig
 
+    from softpref.evaluation.measure import check_same_vocabulary
     from softpref.lm.loading import load_model, load_tokenizer
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    reference = load_model(places["reference"], dtype=config.dtype, device=device).eval()
+    if (Path(places["policy"]) / "config.json").is_file():  # said before anything is drawn
+        check_same_vocabulary(SimpleNamespace(config=AutoConfig.from_pretrained(places["policy"])), reference)
     return Models(
         None,
-        load_model(places["reference"], dtype=config.dtype, device=device).eval(),
+        reference,
         load_tokenizer(places["policy"]),
         metadata.get("max_prompt_length"),
         config.max_new_tokens or metadata["max_completion_length"],
@@ -63,7 +70,7 @@ def load_policy(config: EvaluationConfig, models: Models, folder: str) -> Models
 
 def check_prompts(model: Any, models: Models, prompts: Sequence[Any]) -> None:
     """Refuse prompts after which the longest completion would outgrow the model, before anything is drawn."""
-    from softpref.evaluation.measure import check_positions
+    from softpref.lm.scoring import check_positions
     from softpref.lm.tokenization import tokenize_prompt
 
     limit = models.max_prompt_length
@@ -236,8 +243,7 @@ def enumerated(
 ) -> list[ExactPrompt]:
     """Score every outcome of the first `exact_prompts` prompts whose outcomes are known."""
     from softpref.evaluation.exact import exact_prompt, trained_objective, why_unknown
-    from softpref.evaluation.measure import check_positions
-    from softpref.lm.scoring import score_sequences
+    from softpref.lm.scoring import check_positions, score_sequences
     from softpref.lm.tokenization import tokenize_row
 
     known = [prompt for prompt in prompts if isinstance(prompt, str) and prompt in outcomes]

@@ -57,24 +57,6 @@ def check_same_vocabulary(policy: Any, reference: Any) -> None:
         )
 
 
-def check_positions(model: Any, prompt: int, completion: int, remedy: str) -> None:
-    """Refuse sequences that the model has no positions for, before a batch of them fails.
-
-    Args:
-        prompt, completion: lengths in tokens, the longest that there can be.
-        remedy: what the message ends with.
-
-    Raises:
-        ConfigError: together they exceed `max_position_embeddings`, where the model says it.
-    """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and prompt + completion > positions:
-        raise ConfigError(
-            f"prompts of up to {prompt} tokens with completions of up to {completion} do not fit the model's "
-            f"{positions} positions; {remedy}"
-        )
-
-
 def draw(
     model: Any,
     prompts: Sequence[Ids],

@@ -73,6 +73,8 @@ def run(
     for source in (*(member.folder for member in members), reference_dir):
         check_model_source(source)
     if not config.max_new_tokens and not metadata.get("max_completion_length"):
+        if not Path(policy_dir).exists():
+            raise ConfigError(f"policy {policy_dir}: no such folder is here; for a Hub id set max_new_tokens")
         raise ConfigError(
             f"{policy_dir} has no softpref.json that says max_completion_length; set max_new_tokens"
         )

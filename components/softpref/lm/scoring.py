@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softpref.errors import ConfigError
 from softpref.lm.head import completion_hidden, output_head
 from softpref.lm.packing import PackedBatch, pack_sequences
 from softpref.lm.padding import PaddedBatch
@@ -41,6 +42,24 @@ def sum_by_sequence(values: Tensor, lengths: Tensor) -> Tensor:
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
     terms = values if values.device.type == "mps" else values.double()
     return terms.new_zeros(len(lengths)).index_add(0, rows, terms).to(values.dtype)
+
+
+def check_positions(model: Any, prompt: int, completion: int, remedy: str) -> None:
+    """Refuse sequences that the model has no positions for, before a batch of them fails.
+
+    Args:
+        prompt, completion: lengths in tokens, the longest that there can be.
+        remedy: what the message ends with.
+
+    Raises:
+        ConfigError: together they exceed `max_position_embeddings`, where the model says it.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and prompt + completion > positions:
+        raise ConfigError(
+            f"prompts of up to {prompt} tokens with completions of up to {completion} do not fit the model's "
+            f"{positions} positions; {remedy}"
+        )
 
 
 def sequence_logps(model: Any, batch: PackedBatch | PaddedBatch, *, plain: bool = False) -> Tensor:

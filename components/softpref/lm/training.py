@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,8 @@ from softpref.lm.head import try_out
 from softpref.lm.sharding import shards, whole_copy, whole_head
 
 logger = logging.getLogger(__name__)
+
+_IDENTITY = "run.json"  # in a folder of checkpoints: whose they are
 
 
 class GuardedTrainer(Trainer):
@@ -172,7 +176,7 @@ def claim_checkpoints(folder: str | Path, identity: Mapping[str, Any]) -> str | 
     Raises:
         ConfigError: the folder holds checkpoints of another run; continuing would mix the two.
     """
-    file = Path(folder) / "run.json"
+    file = Path(folder) / _IDENTITY
     own = json.loads(json.dumps(identity, default=str))
     checkpoint = last_checkpoint(folder)
     if checkpoint and file.is_file():
@@ -186,10 +190,23 @@ def claim_checkpoints(folder: str | Path, identity: Mapping[str, Any]) -> str | 
                 f"{folder} holds checkpoints of another run ({changes}); name another folder, or remove it "
                 "to start anew"
             )
+    if checkpoint and os.environ.get("RANK", "0") == "0":
+        logger.warning("continuing from %s", checkpoint)
     if not (checkpoint and file.is_file()):  # another process may be reading what stands there already
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(own, indent=2), encoding="utf-8")
     return checkpoint
+
+
+def remove_checkpoints(folder: str | Path) -> None:
+    """Remove what training has left in its folder, and the folder too where there is nothing else in it."""
+    folder = Path(folder)
+    for checkpoint in folder.glob("checkpoint-[0-9]*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    for file in (folder / _IDENTITY, *folder.glob("nonfinite_batch*.safetensors")):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:

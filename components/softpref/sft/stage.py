@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,14 @@ from softpref.errors import ConfigError, DataError
 from softpref.lm.head import completion_hidden
 from softpref.lm.loading import load_model, load_tokenizer, require_new_folder, save_model_folder
 from softpref.lm.packing import PackedBatch, pack_sequences
+from softpref.lm.scoring import check_positions
 from softpref.lm.tokenization import TokenizedSequence, tokenize_sequence
 from softpref.lm.training import (
     GuardedTrainer,
     add_stage_callbacks,
     checkpoint_step,
     claim_checkpoints,
+    remove_checkpoints,
     require_devices,
     stage_tracker,
 )
@@ -35,7 +36,13 @@ _TRACKED = (
     "lr_scheduler_type",
     "warmup_steps",
     "weight_decay",
+    "max_grad_norm",
     "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "fp16",
     "num_train_epochs",
     "max_steps",
     "per_device_train_batch_size",
@@ -124,6 +131,9 @@ def run(
         model = build_model(config.model_config, tokenizer)
     timer.enter("tokenizing")
     splits = {split: _Demonstrations(rows, tokenizer, config) for split, rows in demonstrations.items()}
+    longest = max((row for split in splits.values() for row in split.rows), key=_length)
+    remedy = "lower max_prompt_length or max_completion_length"
+    check_positions(model, len(longest.prompt), len(longest.completion), remedy)
     stats = json.loads((Path(dataset_dir) / "stats.json").read_text(encoding="utf-8"))
     identity = {
         "dataset_hash": stats.get("dataset_hash", ""),
@@ -191,7 +201,7 @@ def run(
                     "adapter": False,
                 },
             )
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            remove_checkpoints(checkpoints)
             timer.enter("tracking")
             tracker.metrics(timer.metrics(), step=trainer.state.global_step)
     if trainer.is_world_process_zero():
@@ -266,6 +276,10 @@ def _known_options(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def collate(rows: list[TokenizedSequence]) -> dict[str, Any]:
     return pack_sequences([(row.prompt, row.completion) for row in rows])._asdict()
+
+
+def _length(row: TokenizedSequence) -> int:
+    return len(row.prompt) + len(row.completion)
 
 
 class _Demonstrations(torch.utils.data.Dataset):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from softpref.lm.training import (
     add_stage_callbacks,
     checkpoint_step,
     claim_checkpoints,
+    remove_checkpoints,
     require_devices,
     stage_tracker,
 )
@@ -63,7 +63,13 @@ _TRACKED = (
     "lr_scheduler_type",
     "warmup_steps",
     "weight_decay",
+    "max_grad_norm",
     "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "fp16",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "num_train_epochs",
@@ -182,7 +188,7 @@ def run(
             if weights := parse_weights(config.extrapolation):
                 write_extrapolations(whole, reference_dir, tokenizer, output_dir, metadata, weights)
             save_model_folder(whole, tokenizer, output_dir, metadata)
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            remove_checkpoints(checkpoints)
             timer.enter("tracking")
             tracker.metrics(timer.metrics(), step=trainer.state.global_step)
     if trainer.is_world_process_zero():

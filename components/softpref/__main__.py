@@ -1,0 +1,7 @@
+"""`python -m softpref` is the command `softpref`."""
+
+import sys
+
+from softpref.cli import main
+
+sys.exit(main())
