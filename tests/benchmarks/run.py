@@ -133,7 +133,7 @@ def main() -> None:
         help="file to write; RESULTS.md of a whole run on a CPU, a file named after device, size and model "
         "of others, and none of parts alone",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, help="in place of each part's own number")
     parser.add_argument("--size", default="small", choices=SIZES)
@@ -141,12 +141,22 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all lengths")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    # hours of parts would each fail on these
+    if options.output is not None and not options.output.parent.is_dir():
+        parser.error(f"--output: there is no folder {options.output.parent}")
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch sees no such device here")
     if options.model:
         from softpref.errors import SoftprefError
         from softpref.lm.loading import load_tokenizer
 
         try:
-            load_tokenizer(options.model)  # hours of parts would each fail on it
+            load_tokenizer(options.model)
         except SoftprefError as error:
             parser.error(f"--model: {error}")
     facts = report.environment(options.device, options.threads)

@@ -42,11 +42,19 @@ def test_smallest_setting_gives_figures(script, tmp_path):
             assert min(comparison["ours"] + comparison["peer"]) > 0, comparison["what"]
 
 
-def test_a_model_that_is_not_there_is_refused_before_anything_is_measured(tmp_path):
-    output = tmp_path / "results.md"
-    command = [sys.executable, str(HERE / "run.py"), "--model", "nowhere.gguf", "--output", str(output)]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "nowhere.gguf"), "--model: base model nowhere.gguf: there is no such GGUF file"),
+        (("--output", "nowhere/results.md"), "--output: there is no folder nowhere"),
+        (("--rounds", "0"), "--rounds must be at least 1"),
+        (("--device", "gpu"), "invalid choice: 'gpu'"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anything_is_measured(tmp_path, options, message):
+    command = [sys.executable, str(HERE / "run.py"), "--output", str(tmp_path / "results.md"), *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "--model: base model nowhere.gguf: there is no such GGUF file" in done.stderr
+    assert message in done.stderr
     assert "==" not in done.stderr  # the line of a part that begins
-    assert not output.exists()
+    assert not list(tmp_path.iterdir())
