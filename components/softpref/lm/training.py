@@ -203,9 +203,9 @@ def remove_checkpoints(folder: str | Path) -> None:
     folder = Path(folder)
     for checkpoint in folder.glob("checkpoint-[0-9]*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
-    for file in (folder / _IDENTITY, *folder.glob("nonfinite_batch*.safetensors")):
-        file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # the model is saved already
+        for file in (folder / _IDENTITY, *folder.glob("nonfinite_batch*.safetensors")):
+            file.unlink(missing_ok=True)
         folder.rmdir()
 
 
