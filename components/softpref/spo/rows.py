@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from softpref.errors import ConfigError, DataError
 from softpref.lm.packing import pack_sequences
+from softpref.lm.scoring import check_positions
 from softpref.lm.tokenization import tokenize_prompt, tokenize_row, tokenize_sequence
 from softpref.objectives.preference import PreferenceKind
 from softpref.spo.config import SPOConfig
@@ -80,23 +81,17 @@ class PreferenceRows(Dataset):
         return self.rows[index]
 
 
-def check_positions(model: Any, rows: Sequence[Mapping[str, Any]], args: SPOConfig, sampled: bool) -> None:
-    """Refuse sequences that the model has no positions for, before a batch in the middle of a run fails.
+def check_lengths(model: Any, rows: Sequence[Mapping[str, Any]], args: SPOConfig, sampled: bool) -> None:
+    """Refuse rows that the model has no positions for, before a batch in the middle of a run fails.
 
     Args:
         rows: tokenized, with `prompt` and `completions`.
         sampled: whether completions are drawn for these prompts, up to the length limit.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    longest_prompt = max(len(row["prompt"]) for row in rows)
-    longest = longest_prompt + args.max_completion_length if sampled else 0
-    longest = max(longest, *(len(row["prompt"]) + max(map(len, row["completions"])) for row in rows))
-    if positions is not None and longest > positions:
-        raise ConfigError(
-            f"sequences of up to {longest} tokens (prompts of up to {longest_prompt}, completions of up to "
-            f"{longest - longest_prompt}) do not fit the model's {positions} positions; lower "
-            "max_prompt_length or max_completion_length"
-        )
+    lengths = [(len(row["prompt"]), max(map(len, row["completions"]))) for row in rows]
+    if sampled:
+        lengths.append((max(prompt for prompt, _ in lengths), args.max_completion_length))
+    check_positions(model, *max(lengths, key=sum), "lower max_prompt_length or max_completion_length")
 
 
 def answer_rows(rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConfig) -> list[dict[str, Any]]:

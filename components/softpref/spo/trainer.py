@@ -42,7 +42,7 @@ from softpref.spo.reference import (
     set_reference_logps,
 )
 from softpref.spo.rounds import RoundRows
-from softpref.spo.rows import PreferenceRows, answer_rows, check_positions, collate, kl_prompts
+from softpref.spo.rows import PreferenceRows, answer_rows, check_lengths, collate, kl_prompts
 
 if TYPE_CHECKING:
     from softpref.judges import Judge
@@ -158,10 +158,10 @@ class SPOTrainer(GuardedTrainer):
                 rows = train_rows.rows
             else:
                 rows = answer_rows(train_dataset, processing_class, args)
-            check_positions(model, rows, args, sampled=args.samples_policy or args.draws_rows)
+            check_lengths(model, rows, args, sampled=args.samples_policy or args.draws_rows)
         eval_rows = None if eval_dataset is None else PreferenceRows(eval_dataset, processing_class, args)
         if eval_rows is not None:
-            check_positions(model, eval_rows.rows, args, sampled=False)
+            check_lengths(model, eval_rows.rows, args, sampled=False)
         self.rounds: RoundRows | None = None
         if args.draws_rows and train_dataset is not None:
             texts = [] if judge is None else [as_text(row["prompt"], roles=True) for row in train_dataset]
@@ -206,7 +206,7 @@ class SPOTrainer(GuardedTrainer):
         if args.samples_policy and train_rows is not None:
             prompts = kl_prompts(args, rows, prompt_dataset, processing_class)
             asked = [{"prompt": prompt, "completions": [[]]} for prompt in prompts]
-            check_positions(model, asked, args, sampled=True)
+            check_lengths(model, asked, args, sampled=True)
             self.buffer = SampleBuffer(
                 prompts,
                 size=args.samples_per_refresh,
