@@ -19,7 +19,14 @@ from console import console
 from containers import Containers
 from forks import TaskServer
 from softpref.errors import ConfigError
-from softpref.tracking import end_run, open_parent, resolve_tracking_uri, sync_below
+from softpref.tracking import (
+    end_run,
+    open_client,
+    open_parent,
+    resolve_tracking_uri,
+    short_requests,
+    sync_below,
+)
 from times import TaskTimes
 
 _BEGAN = time.time() - time.process_time()  # of this process, which has done nothing but compute so far
@@ -81,7 +88,7 @@ def run_here(
             file=sys.stderr,
         )
         return 1
-    _summarise(output, uri)
+    _summarise(output, uri, parent)
     print(times.in_words(time.time()))
     return 0
 
@@ -134,7 +141,7 @@ def _execute(
     return None
 
 
-def _summarise(output: Path, tracking_uri: str) -> None:
+def _summarise(output: Path, tracking_uri: str, run_id: str | None) -> None:
     """Bring the results to the top of the output folder and say what they are and where."""
     from softpref.evaluation.compare import evaluation_folders, format_table
 
@@ -159,4 +166,17 @@ def _summarise(output: Path, tracking_uri: str) -> None:
         print(f"registry: {decision['model_name']}{version}. {decision['reason']}")
     for report in [output / "comparison" / "report.html"] if comparison else tasks.rglob("report.html"):
         print(f"report:   {report}")
-    print(f"tracking: {tracking_uri}; look at it with: mlflow ui --backend-store-uri {tracking_uri}")
+    print(f"tracking: {_where_to_look(tracking_uri, run_id)}")
+
+
+def _where_to_look(tracking_uri: str, run_id: str | None) -> str:
+    """How a person gets to see a run: a server shows it by itself."""
+    if not tracking_uri.startswith(("http://", "https://")):
+        return f"{tracking_uri}; look at it with: mlflow ui --backend-store-uri {tracking_uri}"
+    address = tracking_uri.rstrip("/")
+    with contextlib.suppress(Exception):  # a server that is away right now costs the link its end, no more
+        with short_requests():
+            experiment = open_client(tracking_uri).get_run(run_id).info.experiment_id
+        # without this MLflow opens an experiment in its view of traces
+        address += f"/#/experiments/{experiment}?workflowType=machine_learning"
+    return address
