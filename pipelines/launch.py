@@ -83,7 +83,8 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
     shown = pipeline_parameters(form, options.recipe, {})
     with tempfile.TemporaryDirectory() as folder:
         package = compile_package(pipeline, Path(folder) / f"{_name(pipeline)}.yaml", profile, shown)
-        return submit(pipeline.name, package, parameters, profile, options)
+        models = [member.name for member in members]
+        return submit(pipeline.name, package, parameters, profile, options, models)
 
 
 def _planned(pipeline: Any, options: argparse.Namespace, members: Iterable[Any]) -> str:
