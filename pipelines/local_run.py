@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from containers import Containers
 from forks import TaskServer
 from softpref.errors import ConfigError
 from softpref.tracking import (
-    end_run,
+    RUN_ID,
+    RUN_NAME,
+    check_server,
+    finish_pipeline_run,
     open_client,
-    open_parent,
     resolve_tracking_uri,
     short_requests,
     sync_below,
@@ -60,10 +63,8 @@ def run_here(
     with in_containers as containers:
         output.mkdir(parents=True, exist_ok=True)
         os.environ["MLFLOW_TRACKING_URI"] = parameters["tracking_uri"] = uri
-        parent = parameters["parent_run_id"] or open_parent(
-            parameters["experiment"], name, tags={"softpref.recipe": options.recipe}, tracking_uri=uri
-        )
-        parameters["parent_run_id"] = parent or ""
+        os.environ[RUN_ID], os.environ[RUN_NAME] = f"local-{uuid.uuid4().hex}", name
+        root = check_server(parameters["experiment"], uri)
         print(f"output {output}, tracking {uri}")
         times = TaskTimes(_BEGAN)
         failure: str | None = "it was interrupted"
@@ -79,7 +80,14 @@ def run_here(
         finally:
             if not uri.startswith("sqlite:"):
                 sync_below(output / "pipeline", uri)  # what a server that was away has not heard
-            end_run(parent, "FAILED" if failure else "FINISHED", tracking_uri=uri)
+            finish_pipeline_run(
+                not failure,
+                name=name,
+                tags={"softpref.recipe": options.recipe},
+                experiment=parameters["experiment"],
+                tracking_uri=uri,
+            )
+            del os.environ[RUN_ID], os.environ[RUN_NAME]
     if failure:
         print(screen.last_lines(40), file=sys.stderr)
         print(
@@ -88,7 +96,7 @@ def run_here(
             file=sys.stderr,
         )
         return 1
-    _summarise(output, uri, parent)
+    _summarise(output, uri, root)
     print(times.in_words(time.time()))
     return 0
 

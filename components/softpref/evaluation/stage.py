@@ -81,14 +81,15 @@ def run(
     dataset = _load_dataset(dataset_dir, config)
     output.mkdir(parents=True, exist_ok=True)
 
-    from softpref.tracking import Tracker
+    from softpref.tracking import Tracker, run_tracked_in
 
+    own_run = metadata.get("run_id") or run_tracked_in(policy_dir)
     with Tracker(
         output,
         experiment=config.experiment,
         run_name=f"evaluate {policy.name}",
         parent_run_id=config.parent_run_id or None,
-        run_id=metadata.get("run_id"),
+        run_id=own_run,
         tracking_uri=config.tracking_uri or None,
     ) as tracker:
         places = {
@@ -97,7 +98,7 @@ def run(
             "reference": reference_dir,
             "reference_uri": reference_uri or reference_dir,
         }
-        run_id = metadata.get("run_id") or tracker.run_id
+        run_id = own_run or tracker.run_id
         task = _prepare(config, dataset, places, metadata, timer)
         for member in members:
             folder = output / member.subfolder
