@@ -24,21 +24,28 @@ def kubectl():
 
 
 @pytest.fixture(scope="session")
-def overlays(kubectl):
-    """Overlay → its objects."""
-    return {
-        name: list(
-            yaml.safe_load_all(
-                subprocess.run(
-                    [kubectl, "kustomize", str(INFRA / "overlays" / name)],
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                ).stdout
-            )
+def build(kubectl):
+    """`build(folder)`: the objects of a folder with a kustomization."""
+
+    def objects(folder):
+        command = [kubectl, "kustomize", str(folder)]
+        return list(
+            yaml.safe_load_all(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         )
-        for name in OVERLAYS
-    }
+
+    return objects
+
+
+@pytest.fixture(scope="session")
+def overlays(build):
+    """Overlay → its objects."""
+    return {name: build(INFRA / "overlays" / name) for name in OVERLAYS}
+
+
+@pytest.fixture(scope="session")
+def profile():
+    """The cluster profile that fits the manifests."""
+    return yaml.safe_load((REPOSITORY / "pipelines/clusters/default.yaml").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")

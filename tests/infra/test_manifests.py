@@ -6,11 +6,12 @@ from collections import Counter
 import pytest
 import yaml
 
-from .conftest import INFRA, OVERLAYS, REPOSITORY
+from .conftest import INFRA, OVERLAYS
 
 each_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
-# labels that KFP and JobSet give to pods of runs
-_PODS_OF_OTHERS = ({"pipelines.kubeflow.org/v2_component": "true"}, {"jobset.sigs.k8s.io/jobset-name": "any"})
+# the labels of pods that no manifest makes: steps of runs, and nodes of their TrainJobs
+_RUN = {"app.kubernetes.io/part-of": "softpref"}
+_PODS_OF_RUNS = (_RUN, {**_RUN, "jobset.sigs.k8s.io/jobset-name": "any"})
 
 
 def workloads(objects):
@@ -219,7 +220,7 @@ def test_selectors_find_what_they_are_meant_for(overlay, overlays):
             ]
             assert target["spec"]["replicas"] > one["spec"]["minAvailable"]
         elif one["kind"] == "NetworkPolicy":
-            labels = [t["metadata"]["labels"] for t in own] + list(_PODS_OF_OTHERS)
+            labels = [t["metadata"]["labels"] for t in own] + list(_PODS_OF_RUNS)
             assert any(matches(one["spec"]["podSelector"], found) for found in labels), one["metadata"][
                 "name"
             ]
@@ -233,7 +234,8 @@ def test_selectors_find_what_they_are_meant_for(overlay, overlays):
 @each_overlay
 def test_accounts_have_the_least_rights(overlay, overlays):
     objects = overlays[overlay]
-    roles = [one for one in objects if one["kind"] in ("Role", "ClusterRole")]
+    made = [*objects, *(overlays["local"] if overlay == "trainer" else [])]  # where base/runs is too
+    roles = [one for one in made if one["kind"] in ("Role", "ClusterRole")]
     for role in roles:
         for rule in role["rules"]:
             assert "*" not in (*rule["apiGroups"], *rule["resources"], *rule["verbs"]), role["metadata"]
@@ -258,6 +260,24 @@ def test_accounts_have_the_least_rights(overlay, overlays):
             for subject in binding["subjects"]
         )
         assert template["spec"]["automountServiceAccountToken"] == bound, name
+
+
+def test_only_the_account_for_it_may_make_train_jobs(overlays):
+    """Who may, may read every Secret of the namespace: a TrainJob's pods may mount them."""
+    for overlay in OVERLAYS:
+        objects = overlays[overlay]
+        makers = {
+            role["metadata"]["name"]
+            for role in of_kind(objects, "Role")
+            if any("trainjobs" in rule["resources"] for rule in role["rules"])
+        }
+        may = {
+            subject["name"]
+            for binding in of_kind(objects, "RoleBinding")
+            if binding["roleRef"]["name"] in makers
+            for subject in binding["subjects"]
+        }
+        assert may == ({"softpref-trainer"} if overlay == "trainer" else set())
 
 
 @each_overlay
@@ -286,11 +306,10 @@ def test_jobs_name_settings_that_exist(overlays):
                 assert set(re.findall(r"\$\((\w+)\)", text)) <= known, name
 
 
-def test_one_address_of_the_server_everywhere(overlays):
+def test_one_address_of_the_server_everywhere(overlays, profile):
     import json
 
     address = "http://mlflow.softpref-tracking.svc:5000"
-    profile = yaml.safe_load((REPOSITORY / "pipelines/clusters/default.yaml").read_text(encoding="utf-8"))
     assert profile["parameters"]["tracking_uri"] == address
     (kfp,) = of_kind(overlays["kfp"], "ConfigMap")
     assert json.loads(kfp["data"]["config.json"])["plugins"]["mlflow"]["endpoint"] == address
@@ -312,13 +331,19 @@ def test_one_address_of_the_server_everywhere(overlays):
     assert ingress["spec"]["rules"][0]["host"] in hosts
 
 
-def test_the_cluster_profile_names_what_the_manifests_make(overlays, made_secrets):
-    profile = yaml.safe_load((REPOSITORY / "pipelines/clusters/default.yaml").read_text(encoding="utf-8"))
+def test_the_cluster_profile_names_what_the_manifests_make(overlays, made_secrets, profile):
     for overlay, namespace in (("local", "kubeflow"), ("cloud", "softpref")):
         assert (namespace, profile["service_account"]) in names(overlays[overlay], "ServiceAccount")
         for reference in profile["secrets"].values():
             assert reference["key"] in made_secrets[namespace, reference["secret"]]
         assert (namespace, "softpref-shared") in names(overlays[overlay], "PersistentVolumeClaim")
+        policies = [
+            one
+            for one in of_kind(overlays[overlay], "NetworkPolicy")
+            if one["metadata"]["namespace"] == namespace
+        ]
+        assert policies
+        assert all(matches(one["spec"]["podSelector"], profile["labels"]) for one in policies)
 
 
 def test_the_plugin_of_kfp_is_told_what_it_knows(overlays, made_secrets):
@@ -393,7 +418,7 @@ def test_secrets_are_kept_random_and_unprinted(kubectl, tmp_path):
 def test_nodes_of_a_training_start_again_together(overlays):
     import kubernetes_validate
 
-    (runtime,) = overlays["trainer"]
+    (runtime,) = of_kind(overlays["trainer"], "ClusterTrainingRuntime")
     assert runtime["spec"]["mlPolicy"] == {"numNodes": 2, "torch": {}}  # Trainer 2.3 has no more of it
     jobs = runtime["spec"]["template"]["spec"]
     assert jobs["failurePolicy"]["maxRestarts"] > 0

@@ -4,6 +4,8 @@ The sweep through an outage is outage_sweep.py.
 """
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +57,17 @@ def test_only_the_servers_own_names_are_answered(stack):
         assert stack.status(SOME_ENDPOINT, RUNS, host) == 200
     for host in ("elsewhere.example", "mlflow.softpref-tracking.svc.elsewhere.example"):
         assert stack.status(SOME_ENDPOINT, RUNS, host) == 403
+
+
+def test_a_worker_that_is_silent_for_a_while_is_not_killed(stack):
+    """As one is that imports MLflow on a slow node; uvicorn's own limit is 5 seconds."""
+    worker = int(re.findall(r"Started server process \[(\d+)\]", stack.log("mlflow"))[-1])
+    os.kill(worker, signal.SIGSTOP)
+    time.sleep(7)
+    os.kill(worker, signal.SIGCONT)
+    time.sleep(1)  # for the one that watches it
+    assert "died" not in stack.log("mlflow")
+    assert stack.status(SOME_ENDPOINT, RUNS) == 200
 
 
 def test_no_password_is_in_a_command_or_a_log(stack):
