@@ -35,6 +35,10 @@ STAGES = {  # of a pipeline, with the image that each runs in
     "finish": "train",
 }
 _TRAINING = ("sft", "train")
+_EXPLAINED = (
+    *("source", "columns", "base_model", "alphas", "alpha", "baselines", "beta", "learning_rate", "epochs"),
+    *("gpus", "registered_model_name"),
+)
 _OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _TOLERATION = ("key", "operator", "value", "effect", "tolerationSeconds")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|[EPTGMK]i?)?")
@@ -371,10 +375,27 @@ def build(pipeline: Any, profile: Profile, defaults: Mapping[str, Any] | None = 
     source = str(values.get("source", ""))
     tokens = _profile.set(profile), _artifact.set(source if source.startswith(_ARTIFACT_SCHEME) else "")
     try:
-        return dsl.pipeline(traced, name=pipeline.name, description=pipeline.component_spec.description)
+        return dsl.pipeline(traced, name=pipeline.name, description=_explained(pipeline))
     finally:
         _profile.reset(tokens[0])
         _artifact.reset(tokens[1])
+
+
+def _explained(pipeline: Any) -> str:
+    """The pipeline's description with the fields that most people fill: KFP's form shows name and type alone."""
+    lines = [pipeline.component_spec.description, "The form's fields that matter most:"]
+    texts = parameter_texts(pipeline)
+    lines += [f"- {name}: {texts[name]}" for name in _EXPLAINED if name in texts]
+    script = pipeline.name.replace("-", "_")
+    return "\n".join([*lines, f"`python pipelines/{script}.py --help` explains them all."])
+
+
+def parameter_texts(pipeline: Any) -> dict[str, str]:
+    """What the pipeline's docstring says of each parameter."""
+    import docstring_parser
+
+    parsed = docstring_parser.parse(inspect.getdoc(pipeline.pipeline_func) or "")
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parsed.params}
 
 
 def _shown(value: Any, annotation: Any) -> Any:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clusters import Profile, build, read_profile
+from clusters import Profile, build, parameter_texts, read_profile
 from local_run import run_here, task_server
 from softpref.config import closest, parse_overrides, read_mapping
 from softpref.errors import ConfigError, SoftprefError
@@ -216,7 +216,7 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     )
     add_client_options(cluster)
     group = parser.add_argument_group("pipeline parameters (they win over the recipe)")
-    texts = _parameter_texts(pipeline)
+    texts = parameter_texts(pipeline)
     for name, parameter in _inputs(pipeline).items():
         many = typing.get_origin(parameter.annotation) is list
         group.add_argument(
@@ -257,14 +257,6 @@ def _argument_type(name: str, annotation: Any) -> Any:
 
 def _inputs(pipeline: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(pipeline.pipeline_func).parameters
-
-
-def _parameter_texts(pipeline: Any) -> dict[str, str]:
-    """What the pipeline's docstring, which the KFP UI shows, says of each parameter."""
-    import docstring_parser
-
-    parsed = docstring_parser.parse(inspect.getdoc(pipeline.pipeline_func) or "")
-    return {entry.arg_name: entry.description or "" for entry in parsed.params}
 
 
 def _name(pipeline: Any) -> str:

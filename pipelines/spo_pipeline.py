@@ -50,12 +50,14 @@ def spo_pipeline(
     """Align a language model to preferences at one softness.
 
     Args:
-        source: "story" for the embedded story world, a Hub dataset id, or a path (JSONL, CSV, Parquet …).
+        source: "story" for the embedded story world, a Hub dataset id, a URL (s3://, gs://, https:// …), the
+            address of a KFP artifact (minio://) or a path (JSONL, CSV, Parquet …).
         columns: From role to column of the source; empty uses columns named like the roles.
         prompt_template: Builds the prompt from columns, such as "Debate: {debate}\\nArgument:".
         rows: Preference rows to draw or to sample; 0 takes the default or all.
         data_overrides: Any other parameter of the data stage.
-        base_model: Hub id, checkpoint folder or .gguf file; empty trains a model from nothing.
+        base_model: Hub id, URL, registered model (models:/NAME@champion), checkpoint folder or .gguf file;
+            empty trains a model from nothing.
         sft_learning_rate: Peak learning rate of the reference.
         sft_epochs: Passes over the demonstrations; 0 takes the base model as the reference.
         sft_overrides: Any other parameter of the SFT stage.
