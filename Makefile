@@ -56,7 +56,7 @@ packages: setup  ## compile the pipelines; a test compares the result with what 
 images:  ## build the container images with Podman or Docker; BUILD="--accelerator cuda --push" passes options
 	python3 images/build.py $(BUILD)
 
-test-containers: setup  ## the images and --runner docker, with Podman; builds what is missing
+test-containers: setup  ## the images and --runner docker, with Podman; builds what is missing, with options by BUILD
 	images/stand-in-base.sh
-	$(BIN)/python images/build.py --engine podman
+	$(BIN)/python images/build.py --engine podman $(BUILD)
 	OMP_NUM_THREADS=1 SOFTPREF_CONTAINERS=1 $(BIN)/python -m pytest -q tests/containers tests/distributed/test_containers.py

@@ -17,6 +17,7 @@ import configparser
 import contextlib
 import functools
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -63,11 +64,11 @@ def main(arguments: list[str]) -> int:
                 for variable in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
                     if variable in os.environ or variable.lower() in os.environ:
                         command += ["--build-arg", variable]
-            status = subprocess.run(
-                [*command, *options.engine_options, "."], cwd=REPOSITORY, env=_environment()
-            ).returncode
+            status, said = _build([*command, *options.engine_options, "."])
             if status:
                 print(f"error: {name} was not built (exit status {status})", file=sys.stderr)
+                if said:
+                    print(said, file=sys.stderr)
                 return 1
             print(f"built {name} in {time.monotonic() - began:.0f} s", flush=True)
     print()
@@ -77,6 +78,29 @@ def main(arguments: list[str]) -> int:
         for name in names.values():
             subprocess.run([engine, "push", name], check=True)
     return 0
+
+
+def _build(command: list[str]) -> tuple[int, str]:
+    """Run the engine; returns its exit status, and the last error that the recipe itself printed.
+
+    What the engine prints after an error, and Docker's prefix of each line, would bury it.
+    """
+    said = ""
+    engine = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
+    assert engine.stdout is not None
+    for line in engine.stdout:
+        print(line, end="", flush=True)
+        error = re.match(r"(?:#\d+ )?(?:\d+\.\d+ )?(error: .*)", line)
+        said = error[1] if error else said
+    return engine.wait(), said
 
 
 def pip_configuration(environment: Mapping[str, str] = os.environ) -> dict[str, list[str]]:

@@ -6,12 +6,14 @@ Runs on this machine apply no profile: they trace the pipelines without one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from typing import Any, Literal
 from softpref.config import build_config, closest, read_mapping
 from softpref.distributed.config import TrainJobConfig
 from softpref.errors import ConfigError
+from softpref.tracking import KFP_UI, RUN_ID, RUN_NAME
 
 CLUSTERS = Path(__file__).resolve().parent / "clusters"
 STAGES = {  # of a pipeline, with the image that each runs in
@@ -29,8 +32,13 @@ STAGES = {  # of a pipeline, with the image that each runs in
     "evaluate": "evaluate",
     "compare": "evaluate",
     "register": "evaluate",
+    "finish": "train",
 }
 _TRAINING = ("sft", "train")
+_EXPLAINED = (
+    *("source", "columns", "base_model", "alphas", "alpha", "baselines", "beta", "learning_rate", "epochs"),
+    *("gpus", "registered_model_name"),
+)
 _OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _TOLERATION = ("key", "operator", "value", "effect", "tolerationSeconds")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|[EPTGMK]i?)?")
@@ -80,14 +88,31 @@ class Checkpoints:
 
 
 @dataclasses.dataclass(frozen=True)
+class Volume:
+    """A PersistentVolumeClaim of the run's namespace that tasks see.
+
+    Attributes:
+        path: where it is mounted. A claim that nobody may write to is one of the access mode ReadOnlyMany:
+            KFP has no word for it.
+        stages: which see it; empty: all.
+    """
+
+    claim: str
+    path: str
+    sub_path: str = ""
+    stages: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """What every task of a stage gets.
 
     Attributes:
         cpu, memory: asked for and not exceeded, as Kubernetes writes them (`500m`, `8Gi`); empty sets none.
+            A stage computes with as many threads.
         gpus: a number, or `parameter`: the pipeline's parameter `gpus` (training stages alone).
         timeout: seconds after which the pod is stopped; 0 sets none.
-        retries: attempts after the first; the backend ignores them inside a loop (kubeflow/pipelines 12389).
+        retries: attempts after the first, each with the whole timeout.
         cache: reuse the outputs of an earlier task with the same inputs.
     """
 
@@ -111,6 +136,8 @@ class Profile:
         trainjob: the training stages as Kubeflow Trainer jobs, in all that it does not say (image, secrets,
             environment, GPUs, tolerations) as the tasks are; None trains in the tasks themselves.
         checkpoints: where a training stage that is run again finds how far it had come; None: in its pod.
+        volumes: claims mounted into stages.
+        kfp_ui: address of KFP's UI, which runs in MLflow link to; empty: that given at submission.
         parameters: defaults of the pipelines' parameters on this cluster.
         service_account: of the run; empty leaves the backend's.
         models_at_once: models of a sweep that train at the same time; 0 sets no limit.
@@ -132,6 +159,8 @@ class Profile:
     models_at_once: int = 0
     trainjob: TrainJobConfig | None = None
     checkpoints: Checkpoints | None = None
+    volumes: list[Volume] = dataclasses.field(default_factory=list)
+    kfp_ui: str = ""
 
     @property
     def fixed_gpus(self) -> int | None:
@@ -141,6 +170,10 @@ class Profile:
 
 
 _profile: ContextVar[Profile | None] = ContextVar("profile", default=None)
+_artifact: ContextVar[str] = ContextVar("artifact", default="")  # address of a KFP artifact to begin with
+_ARTIFACT_SCHEME = "minio://"  # by which KFP addresses what its own store holds
+_LONG = 30 * 86400  # seconds within which a step without timeout is tried again
+_BACKOFF = 30
 
 
 def read_profile(name: str) -> Profile:
@@ -179,6 +212,10 @@ def _profile_of(name: str, values: dict[str, Any]) -> Profile:
     entries.pop("trainjob", None)
     if entries.get("checkpoints"):
         entries["checkpoints"] = build_config(Checkpoints, _mapping(entries, "checkpoints"))
+    volumes = entries.get("volumes") or []
+    if not isinstance(volumes, list) or not all(isinstance(entry, dict) for entry in volumes):
+        raise ConfigError(f"volumes must be a list like [{{claim: NAME, path: /data}}], got {volumes!r}")
+    entries["volumes"] = [build_config(Volume, entry) for entry in volumes]
     if given and entries.get("checkpoints"):
         raise ConfigError("checkpoints are for training in the tasks; a trainjob keeps its own on its volume")
     profile = build_config(Profile, {**entries, "name": name})
@@ -208,8 +245,16 @@ def _of_nodes(profile: Profile) -> dict[str, Any]:
         "pod_annotations": profile.annotations,
         "user": profile.user,
         "timeout": settings.timeout,
-        "env": profile.environment,
+        "env": {**_threads(settings), **profile.environment},
     }
+
+
+def _threads(settings: Stage) -> dict[str, str]:
+    """As many threads as the limit has CPUs; libraries would count the node's."""
+    if not settings.cpu:
+        return {}
+    cpus = float(settings.cpu[:-1]) / 1000 if settings.cpu.endswith("m") else float(settings.cpu)
+    return {"OMP_NUM_THREADS": str(max(1, math.floor(cpus)))}
 
 
 def _check(profile: Profile) -> None:
@@ -260,6 +305,12 @@ def _check(profile: Profile) -> None:
             raise ConfigError(f"stages.{name}.gpus must be a number: the parameter is of the training stages")
         if stage.gpus != "parameter" and stage.gpus < 0:
             raise ConfigError(f"stages.{name}.gpus must be at least 0, got {stage.gpus}")
+    for volume in profile.volumes:
+        if not _OBJECT_NAME.fullmatch(volume.claim):
+            raise ConfigError(f"volumes: claim must be an object's name, got {volume.claim!r}")
+        if not volume.path.startswith("/"):
+            raise ConfigError(f"volumes: path must begin with /, got {volume.path!r}")
+        _known(dict.fromkeys(volume.stages), STAGES, "stage")
     if profile.stages["sft"].gpus != profile.stages["train"].gpus:
         raise ConfigError("stages.sft.gpus and stages.train.gpus must be the same: one parameter serves both")
 
@@ -308,9 +359,9 @@ def build(pipeline: Any, profile: Profile, defaults: Mapping[str, Any] | None = 
     signature = inspect.signature(function)
     _known(profile.parameters, signature.parameters, "parameter")
     values = {**profile.parameters, **(defaults or {})}
-    fixed = {} if profile.fixed_gpus is None else {"gpus": profile.fixed_gpus}
+    fixed = {} if profile.fixed_gpus is None else {"gpus": str(profile.fixed_gpus or "")}
     form = [
-        parameter.replace(default=values.get(name, parameter.default))
+        parameter.replace(default=_shown(values.get(name, parameter.default), parameter.annotation))
         for name, parameter in signature.parameters.items()
         if name not in fixed
     ]
@@ -321,11 +372,35 @@ def build(pipeline: Any, profile: Profile, defaults: Mapping[str, Any] | None = 
 
     shown = signature.replace(parameters=form)
     traced.__signature__ = shown  # type: ignore[attr-defined]
-    token = _profile.set(profile)
+    source = str(values.get("source", ""))
+    tokens = _profile.set(profile), _artifact.set(source if source.startswith(_ARTIFACT_SCHEME) else "")
     try:
-        return dsl.pipeline(traced, name=pipeline.name, description=pipeline.component_spec.description)
+        return dsl.pipeline(traced, name=pipeline.name, description=_explained(pipeline))
     finally:
-        _profile.reset(token)
+        _profile.reset(tokens[0])
+        _artifact.reset(tokens[1])
+
+
+def _explained(pipeline: Any) -> str:
+    """The pipeline's description with the fields that most people fill: KFP's form shows name and type alone."""
+    lines = [pipeline.component_spec.description, "The form's fields that matter most:"]
+    texts = parameter_texts(pipeline)
+    lines += [f"- {name}: {texts[name]}" for name in _EXPLAINED if name in texts]
+    script = pipeline.name.replace("-", "_")
+    return "\n".join([*lines, f"`python pipelines/{script}.py --help` explains them all."])
+
+
+def parameter_texts(pipeline: Any) -> dict[str, str]:
+    """What the pipeline's docstring says of each parameter."""
+    import docstring_parser
+
+    parsed = docstring_parser.parse(inspect.getdoc(pipeline.pipeline_func) or "")
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parsed.params}
+
+
+def _shown(value: Any, annotation: Any) -> Any:
+    """A default as the form has it: a profile writes the text `gpus` as the number that it is."""
+    return str(value) if annotation is str else value
 
 
 def place(task: Any, stage: str, *, gpus: Any = 0, cache: bool = True) -> None:
@@ -355,7 +430,14 @@ def place(task: Any, stage: str, *, gpus: Any = 0, cache: bool = True) -> None:
     if settings.memory:
         task.set_memory_request(settings.memory).set_memory_limit(settings.memory)
     if settings.retries:
-        task.set_retry(settings.retries, backoff_duration="30s", backoff_factor=2.0)
+        # of all attempts together: an hour, unless it is given
+        whole = (settings.retries + 1) * settings.timeout + _BACKOFF * 2**settings.retries
+        task.set_retry(
+            settings.retries,
+            backoff_duration=f"{_BACKOFF}s",
+            backoff_factor=2.0,
+            backoff_max_duration=f"{whole if settings.timeout else _LONG}s",
+        )
     if settings.timeout:
         kubernetes.set_timeout(task, settings.timeout)
     selector, tolerations = dict(settings.node_selector), list(settings.tolerations)
@@ -373,12 +455,18 @@ def place(task: Any, stage: str, *, gpus: Any = 0, cache: bool = True) -> None:
     for toleration in tolerations:
         given = dict(toleration)
         kubernetes.add_toleration(task, toleration_seconds=given.pop("tolerationSeconds", None), **given)
-    volume = profile.trainjob or profile.checkpoints
-    if volume and stage in _TRAINING:
-        kubernetes.mount_pvc(task, volume.volume_claim, volume.mount_path)
+    shared = profile.trainjob or profile.checkpoints
+    if shared and stage in _TRAINING:
+        kubernetes.mount_pvc(task, shared.volume_claim, shared.mount_path)
+    for volume in profile.volumes:
+        if stage in (volume.stages or STAGES):
+            kubernetes.mount_pvc(task, volume.claim, volume.path, volume.sub_path)
+    kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
+    kubernetes.use_field_path_as_env(task, RUN_NAME, "metadata.labels['workflows.argoproj.io/workflow']")
     for variable, source in profile.secrets.items():
         kubernetes.use_secret_as_env(task, source.secret, {source.key: variable}, optional=source.optional)
-    for variable, value in profile.environment.items():
+    told = {KFP_UI: profile.kfp_ui} if profile.kfp_ui else {}
+    for variable, value in {**told, **_threads(settings), **profile.environment}.items():
         task.set_env_variable(variable, value)
     for key, value in profile.labels.items():
         kubernetes.add_pod_label(task, key, value)
@@ -402,6 +490,44 @@ def launcher() -> str:
         volume = profile.checkpoints
         return json.dumps({"checkpoints": f"{volume.mount_path.rstrip('/')}/{volume.folder}"})
     return ""
+
+
+@contextlib.contextmanager
+def ended(**where: Any) -> Iterator[None]:
+    """Steps after which, on a cluster, a last one ends the run in MLflow, however they have ended.
+
+    Args:
+        where: `experiment` and `tracking_uri`.
+    """
+    if _profile.get() is None:  # on this machine the runner does it
+        yield
+        return
+    from kfp import dsl
+    from softpref.preflight.component import finish_run
+
+    finish = finish_run(run_name=run_name(), **where)
+    finish.set_display_name("End the run in MLflow")
+    place(finish, "finish", cache=False)
+    with dsl.ExitHandler(finish, name="steps"):
+        yield
+
+
+def run_name() -> str:
+    """The name of the pipeline run, as KFP puts it in."""
+    from kfp import dsl
+
+    return dsl.PIPELINE_JOB_NAME_PLACEHOLDER if _profile.get() else ""
+
+
+def source_artifact() -> dict[str, Any]:
+    """The data stage's artifact, where the source is the address of one in KFP's own store."""
+    if not _artifact.get():
+        return {}
+    from kfp import dsl
+
+    dataset = dsl.importer(artifact_uri=_artifact.get(), artifact_class=dsl.Dataset)
+    dataset.set_display_name("The dataset")
+    return {"artifact": dataset.output}
 
 
 def models_at_once() -> int | None:

@@ -1,4 +1,7 @@
-"""What a run on this machine shows: all of it in a log file, the course of events on the screen."""
+"""What a run on this machine shows: all of it in a log file, the course of events on the screen.
+
+Reads what steps print: it knows colours, progress bars and the refusals of the stages.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,25 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
+
+_REFUSAL = re.compile(r"softpref\.errors\.\w+Error: ")
+_COLOUR = re.compile(r"\x1b\[\d+m")
+_PROGRESS = re.compile(r"^(.*?)\s*(\d+%)\|.*?\| *(\S+/\S+) \[([^\]]*)\]")
+
+
+def plain_lines(text: str) -> list[str]:
+    """The lines of what a step printed: without colours, progress bars and empty ones."""
+    lines = _COLOUR.sub("", text).replace("\r", "\n").split("\n")
+    return [line.rstrip() for line in lines if line.strip() and not _PROGRESS.search(line)]
+
+
+def refusal(lines: Sequence[str]) -> str:
+    """What a stage said last of what it refuses; empty if none did."""
+    said = [line.partition("Error: ")[2] for line in lines if _REFUSAL.search(line)]
+    return said[-1] if said else ""
 
 
 class Console:
@@ -16,9 +35,6 @@ class Console:
 
     _EVENT = re.compile(r"^([\d:]+)\.\d+ - INFO - (Executing task|Task|Pipeline) '(.*?)'(.*)")
     _TROUBLE = re.compile(r"Traceback|Error\b|ERROR|WARNING|warning: ")
-    _REFUSAL = re.compile(r"softpref\.errors\.\w+Error: ")
-    _COLOUR = re.compile(r"\x1b\[\d+m")
-    _PROGRESS = re.compile(r"^(.*?)\s*(\d+%)\|.*?\| *(\S+/\S+) \[([^\]]*)\]")
     _SECONDS_BETWEEN_PROGRESS = 10.0
 
     def __init__(self, screen: TextIO, log: TextIO) -> None:
@@ -31,7 +47,7 @@ class Console:
         for line in lines:
             self._log.write(line + "\n")
             if line.strip():
-                line = self._COLOUR.sub("", line)
+                line = _COLOUR.sub("", line)
                 self._recent = [*self._recent[-200:], line]
                 self._show(line.strip())
         return len(text)
@@ -45,15 +61,15 @@ class Console:
 
     def last_lines(self, count: int) -> str:
         """What was printed last, without progress bars."""
-        return "\n".join([line for line in self._recent if not self._PROGRESS.search(line)][-count:])
+        return "\n".join(plain_lines("\n".join(self._recent))[-count:])
 
     def reason(self) -> str:
         """What a stage said last of what it refuses, for the end; empty if none did."""
-        said = [line.partition("Error: ")[2] for line in self._recent if self._REFUSAL.search(line)]
-        return f": {said[-1]}" if said else ""
+        said = refusal(self._recent)
+        return f": {said}" if said else ""
 
     def _show(self, line: str) -> None:
-        progress, event = self._PROGRESS.search(line), self._EVENT.search(line)
+        progress, event = _PROGRESS.search(line), self._EVENT.search(line)
         if progress:
             title, share, count, times = progress.groups()
             momentary = times.startswith(("00:00", "00:01"))  # bars of a second say nothing

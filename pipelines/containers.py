@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref.errors import ConfigError
+from softpref.tracking import RUN_ID, RUN_NAME
 
 # the environment that tasks get of the launcher's, where it is set
 _FORWARDED = (
+    *(RUN_ID, RUN_NAME),
     *("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
     *("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"),
     *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),

@@ -7,9 +7,12 @@ one planning function checks them before anything starts.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import dataclasses
 import inspect
 import json
+import re
 import sys
 import tempfile
 import typing
@@ -17,9 +20,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clusters import Profile, build, read_profile
+from clusters import Profile, build, parameter_texts, read_profile
 from local_run import run_here, task_server
-from softpref.config import closest, read_mapping
+from softpref.config import closest, parse_overrides, read_mapping
 from softpref.errors import ConfigError, SoftprefError
 from submission import add_client_options, submit
 
@@ -52,7 +55,9 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
     from softpref.preflight.stage import plan
 
     profile = read_profile(options.cluster)
-    if profile.fixed_gpus is not None and given.pop("gpus") not in (None, profile.fixed_gpus):
+    if not profile.kfp_ui and (ui := options.ui_host or options.endpoint):
+        profile = dataclasses.replace(profile, kfp_ui=ui)
+    if profile.fixed_gpus is not None and given.pop("gpus") not in (None, str(profile.fixed_gpus)):
         raise ConfigError(f"the cluster profile {options.cluster} gives every run {profile.fixed_gpus} GPUs")
     shape = {name: parameter.annotation for name, parameter in _inputs(pipeline).items()}
     for name, value in profile.parameters.items():
@@ -69,10 +74,10 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
         value = parameters[name]
         if value not in ("", "story") and Path(value).expanduser().exists():
             raise ConfigError(
-                f"{name} {value} is on this machine, and no step of the cluster sees it: give a Hub id, or a "
-                "path of a volume or image that the steps have"
+                f"{name} {value} is on this machine, and no step of the cluster sees it: give a Hub id, a "
+                "URL (s3://, gs://, https:// …), or a path of a volume that the profile mounts"
             )
-    members = plan(parameters)
+    members = plan(parameters, here=False)
     if options.command == "compile":
         suffix = "" if options.cluster == "default" else f"-{profile.name}"
         path = Path(options.output or PACKAGES / f"{_name(pipeline)}{suffix}.yaml")
@@ -83,7 +88,8 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
     shown = pipeline_parameters(form, options.recipe, {})
     with tempfile.TemporaryDirectory() as folder:
         package = compile_package(pipeline, Path(folder) / f"{_name(pipeline)}.yaml", profile, shown)
-        return submit(pipeline.name, package, parameters, profile, options)
+        models = [member.name for member in members]
+        return submit(pipeline.name, package, parameters, profile, options, models)
 
 
 def _planned(pipeline: Any, options: argparse.Namespace, members: Iterable[Any]) -> str:
@@ -94,8 +100,8 @@ def pipeline_parameters(pipeline: Any, recipe: str, given: Mapping[str, Any]) ->
     """All parameters of a pipeline: its defaults, then the recipe's, then those given (None is not given).
 
     Args:
-        recipe: name of a file in `recipes/`, or the path of one. A recipe's mappings (`train_overrides:` and
-            the like) become JSON; a JSON object given for one of them is laid over it, key by key.
+        recipe: name of a file in `recipes/`, or the path of one. A mapping given for one of the recipe's
+            (`train_overrides:` and the like) is laid over it, key by key; an empty one takes nothing of it.
 
     Raises:
         ConfigError: there is no such recipe, or it names a parameter that no pipeline has.
@@ -111,21 +117,13 @@ def pipeline_parameters(pipeline: Any, recipe: str, given: Mapping[str, Any]) ->
         if name in inputs:
             if isinstance(value, dict):
                 mappings.add(name)
-            parameters[name] = json.dumps(value) if isinstance(value, dict) else value
+            parameters[name] = value
         elif name not in _NOT_EVERYWHERE:
             raise ConfigError(f"recipe {path}: no parameter {name!r}{closest(name, inputs)}")
     for name, value in given.items():
         if value is not None:
-            parameters[name] = _laid_over(parameters[name], value) if name in mappings else value
+            parameters[name] = {**parameters[name], **value} if name in mappings and value else value
     return {name: _typed(name, value, inputs[name].annotation) for name, value in parameters.items()}
-
-
-def _laid_over(recipe: str, given: str) -> str:
-    """A recipe's JSON object with the keys given in place of its own; what is no object stays as given."""
-    try:
-        return json.dumps({**json.loads(recipe), **json.loads(given)})
-    except (ValueError, TypeError):
-        return given  # the empty text takes nothing of the recipe's; anything else is refused by the plan
 
 
 def _typed(name: str, value: Any, annotation: Any) -> Any:
@@ -135,14 +133,25 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
     try:
         if many and isinstance(value, list):
             return [_typed(name, element, kind) for element in value]
-        if kind is str and isinstance(value, str):
-            return value
+        if kind is dict and isinstance(value, dict):
+            return _without_nulls(value)
+        if kind is str and isinstance(value, (str, int)):
+            return str(value)
         if not many and kind in (int, float) and kind(value) == float(value):
             return kind(value)
     except (TypeError, ValueError):
         pass
     expected = f"list of {kind.__name__}" if many else kind.__name__
     raise ConfigError(f"parameter {name} must be a {expected}, got {value!r}")
+
+
+def _without_nulls(value: Any) -> Any:
+    """KFP's structs on this machine bear no null; an empty text means the same to every configuration."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    return "" if value is None else value
 
 
 def compile_package(
@@ -157,7 +166,18 @@ def compile_package(
 
     path.parent.mkdir(parents=True, exist_ok=True)
     compiler.Compiler().compile(build(pipeline, profile, parameters), str(path))
+    text = path.read_text(encoding="utf-8")
+    path.write_text(_DEFAULT.sub(_in_order, text), encoding="utf-8")
     return path
+
+
+_DEFAULT = re.compile(r"^(#.*\[Default: )(\{.*\})(?=\])", re.MULTILINE)
+
+
+def _in_order(match: re.Match[str]) -> str:
+    """KFP's comment on a mapping has its keys in another order each time."""
+    values = parse_overrides(ast.literal_eval(match[2]))
+    return match[1] + json.dumps(values, sort_keys=True)
 
 
 # ---------------------------------------------------------------------- the command line
@@ -196,13 +216,13 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     )
     add_client_options(cluster)
     group = parser.add_argument_group("pipeline parameters (they win over the recipe)")
-    texts = _parameter_texts(pipeline)
+    texts = parameter_texts(pipeline)
     for name, parameter in _inputs(pipeline).items():
         many = typing.get_origin(parameter.annotation) is list
         group.add_argument(
             f"--{name.replace('_', '-')}",
             dest=name,
-            type=typing.get_args(parameter.annotation)[0] if many else parameter.annotation,
+            type=_argument_type(name, parameter.annotation),
             nargs="*" if many else None,
             metavar=name.split("_")[-1].upper(),
             help=texts[name].replace("%", "%%"),
@@ -221,16 +241,22 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _argument_type(name: str, annotation: Any) -> Any:
+    """What argparse makes of a parameter's text."""
+    if annotation is not dict:
+        return typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else annotation
+
+    def mapping(text: str) -> dict[str, Any]:
+        try:
+            return parse_overrides(text, name)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return mapping
+
+
 def _inputs(pipeline: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(pipeline.pipeline_func).parameters
-
-
-def _parameter_texts(pipeline: Any) -> dict[str, str]:
-    """What the pipeline's docstring, which the KFP UI shows, says of each parameter."""
-    import docstring_parser
-
-    parsed = docstring_parser.parse(inspect.getdoc(pipeline.pipeline_func) or "")
-    return {entry.arg_name: entry.description or "" for entry in parsed.params}
 
 
 def _name(pipeline: Any) -> str:

@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,16 @@ from console import console
 from containers import Containers
 from forks import TaskServer
 from softpref.errors import ConfigError
-from softpref.tracking import end_run, open_parent, resolve_tracking_uri, sync_below
+from softpref.tracking import (
+    RUN_ID,
+    RUN_NAME,
+    check_server,
+    finish_pipeline_run,
+    open_client,
+    resolve_tracking_uri,
+    short_requests,
+    sync_below,
+)
 from times import TaskTimes
 
 _BEGAN = time.time() - time.process_time()  # of this process, which has done nothing but compute so far
@@ -53,10 +63,8 @@ def run_here(
     with in_containers as containers:
         output.mkdir(parents=True, exist_ok=True)
         os.environ["MLFLOW_TRACKING_URI"] = parameters["tracking_uri"] = uri
-        parent = parameters["parent_run_id"] or open_parent(
-            parameters["experiment"], name, tags={"softpref.recipe": options.recipe}, tracking_uri=uri
-        )
-        parameters["parent_run_id"] = parent or ""
+        os.environ[RUN_ID], os.environ[RUN_NAME] = f"local-{uuid.uuid4().hex}", name
+        root = check_server(parameters["experiment"], uri)
         print(f"output {output}, tracking {uri}")
         times = TaskTimes(_BEGAN)
         failure: str | None = "it was interrupted"
@@ -72,7 +80,14 @@ def run_here(
         finally:
             if not uri.startswith("sqlite:"):
                 sync_below(output / "pipeline", uri)  # what a server that was away has not heard
-            end_run(parent, "FAILED" if failure else "FINISHED", tracking_uri=uri)
+            finish_pipeline_run(
+                not failure,
+                name=name,
+                tags={"softpref.recipe": options.recipe},
+                experiment=parameters["experiment"],
+                tracking_uri=uri,
+            )
+            del os.environ[RUN_ID], os.environ[RUN_NAME]
     if failure:
         print(screen.last_lines(40), file=sys.stderr)
         print(
@@ -81,7 +96,7 @@ def run_here(
             file=sys.stderr,
         )
         return 1
-    _summarise(output, uri)
+    _summarise(output, uri, root)
     print(times.in_words(time.time()))
     return 0
 
@@ -134,7 +149,7 @@ def _execute(
     return None
 
 
-def _summarise(output: Path, tracking_uri: str) -> None:
+def _summarise(output: Path, tracking_uri: str, run_id: str | None) -> None:
     """Bring the results to the top of the output folder and say what they are and where."""
     from softpref.evaluation.compare import evaluation_folders, format_table
 
@@ -159,4 +174,17 @@ def _summarise(output: Path, tracking_uri: str) -> None:
         print(f"registry: {decision['model_name']}{version}. {decision['reason']}")
     for report in [output / "comparison" / "report.html"] if comparison else tasks.rglob("report.html"):
         print(f"report:   {report}")
-    print(f"tracking: {tracking_uri}; look at it with: mlflow ui --backend-store-uri {tracking_uri}")
+    print(f"tracking: {_where_to_look(tracking_uri, run_id)}")
+
+
+def _where_to_look(tracking_uri: str, run_id: str | None) -> str:
+    """How a person gets to see a run: a server shows it by itself."""
+    if not tracking_uri.startswith(("http://", "https://")):
+        return f"{tracking_uri}; look at it with: mlflow ui --backend-store-uri {tracking_uri}"
+    address = tracking_uri.rstrip("/")
+    with contextlib.suppress(Exception):  # a server that is away right now costs the link its end, no more
+        with short_requests():
+            experiment = open_client(tracking_uri).get_run(run_id).info.experiment_id
+        # without this MLflow opens an experiment in its view of traces
+        address += f"/#/experiments/{experiment}?workflowType=machine_learning"
+    return address

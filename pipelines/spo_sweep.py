@@ -9,7 +9,7 @@ python pipelines/spo_sweep.py compile                    # writes pipelines/pack
 import sys
 from typing import List  # noqa: UP035  # kfp reads the element type from typing.List
 
-from clusters import launcher, models_at_once, place
+from clusters import ended, launcher, models_at_once, place, run_name, source_artifact
 from kfp import dsl
 from launch import main
 from softpref.data.component import prepare_data
@@ -25,14 +25,14 @@ from softpref.spo.component import train_policy
 )
 def spo_sweep(
     source: str = "story",
-    columns: str = "",
+    columns: dict = {},  # noqa: B006
     prompt_template: str = "",
     rows: int = 0,
-    data_overrides: str = "",
+    data_overrides: dict = {},  # noqa: B006
     base_model: str = "",
     sft_learning_rate: float = 2e-5,
     sft_epochs: float = 1.0,
-    sft_overrides: str = "",
+    sft_overrides: dict = {},  # noqa: B006
     alphas: List[float] = [0.5, 1.0, 2.0],  # noqa: B006, UP006
     baselines: List[str] = ["dpo:0.1"],  # noqa: B006, UP006
     beta: float = 0.05,
@@ -40,33 +40,34 @@ def spo_sweep(
     epochs: float = 1.0,
     samples_per_refresh: int = 64,
     sampling_interval: int = 8,
-    train_overrides: str = "",
+    train_overrides: dict = {},  # noqa: B006
     judge: str = "auto",
     samples_per_prompt: int = 32,
-    evaluation_overrides: str = "",
+    evaluation_overrides: dict = {},  # noqa: B006
     selection_rule: str = "expected_reward",
     max_kl: float = 0.0,
     registered_model_name: str = "softpref",
     min_win_rate: float = 0.5,
-    registry_overrides: str = "",
-    gpus: int = 0,
+    registry_overrides: dict = {},  # noqa: B006
+    gpus: str = "",
     seed: int = 0,
     experiment: str = "softpref",
     tracking_uri: str = "",
-    parent_run_id: str = "",
 ):
     """Align a language model to preferences at several softness values, compare them and register one.
 
     Args:
-        source: "story" for the embedded story world, a Hub dataset id, or a path (JSONL, CSV, Parquet …).
-        columns: JSON object from role to column of the source; empty uses columns named like the roles.
+        source: "story" for the embedded story world, a Hub dataset id, a URL (s3://, gs://, https:// …), the
+            address of a KFP artifact (minio://) or a path (JSONL, CSV, Parquet …).
+        columns: From role to column of the source; empty uses columns named like the roles.
         prompt_template: Builds the prompt from columns, such as "Debate: {debate}\\nArgument:".
         rows: Preference rows to draw or to sample; 0 takes the default or all.
-        data_overrides: JSON object with any other parameter of the data stage.
-        base_model: Hub id, checkpoint folder or .gguf file; empty trains a model from nothing.
+        data_overrides: Any other parameter of the data stage.
+        base_model: Hub id, URL, registered model (models:/NAME@champion), checkpoint folder or .gguf file;
+            empty trains a model from nothing.
         sft_learning_rate: Peak learning rate of the reference.
         sft_epochs: Passes over the demonstrations; 0 takes the base model as the reference.
-        sft_overrides: JSON object with any other parameter of the SFT stage.
+        sft_overrides: Any other parameter of the SFT stage.
         alphas: Softness values, one model each. 1: the experts' own distribution, towards 0: their favourite.
         baselines: Further models on the same rows, METHOD[:BETA][,OPTION=VALUE...]: dpo, rdpo, ipo, slic,
             tdpo, sppo (or spo), with options of the training stage for this model alone and perhaps its
@@ -76,142 +77,145 @@ def spo_sweep(
         epochs: Passes over the preferences.
         samples_per_refresh: Completions drawn from the policy at each refresh.
         sampling_interval: Optimizer steps between refreshes.
-        train_overrides: JSON object with any other parameter of the training stage.
+        train_overrides: Any other parameter of the training stage.
         judge: "auto", "expert" (known reward) or "bradley-terry" (learned from the training preferences).
         samples_per_prompt: Completions drawn per held-out prompt, from policy and reference.
-        evaluation_overrides: JSON object with any other parameter of the evaluation stage.
+        evaluation_overrides: Any other parameter of the evaluation stage.
         selection_rule: "expected_reward" or "win_rate": what ranks the models. Of those that cannot be told
             from the best, the softest is chosen.
         max_kl: Models further than this from the reference (nats per completion) are not chosen; 0: no limit.
         registered_model_name: Name in the MLflow model registry.
         min_win_rate: Gate: the low end of the win rate's interval must reach this.
-        registry_overrides: JSON object with any other parameter of the registration stage.
-        gpus: GPUs of the training stages; 0 trains on the CPU.
+        registry_overrides: Any other parameter of the registration stage.
+        gpus: GPUs of the training stages; empty trains on the CPU.
         seed: Seed of data, training and sampling.
         experiment: MLflow experiment.
         tracking_uri: MLflow server; empty takes the environment's.
-        parent_run_id: MLflow run of the whole pipeline; empty opens one or takes the inherited one.
     """
-    plan = plan_sweep(
-        alphas=alphas,
-        baselines=baselines,
-        beta=beta,
-        source=source,
-        columns=columns,
-        prompt_template=prompt_template,
-        rows=rows,
-        data_overrides=data_overrides,
-        base_model=base_model,
-        sft_learning_rate=sft_learning_rate,
-        sft_epochs=sft_epochs,
-        sft_overrides=sft_overrides,
-        learning_rate=learning_rate,
-        epochs=epochs,
-        samples_per_refresh=samples_per_refresh,
-        sampling_interval=sampling_interval,
-        train_overrides=train_overrides,
-        judge=judge,
-        samples_per_prompt=samples_per_prompt,
-        evaluation_overrides=evaluation_overrides,
-        selection_rule=selection_rule,
-        max_kl=max_kl,
-        registered_model_name=registered_model_name,
-        min_win_rate=min_win_rate,
-        registry_overrides=registry_overrides,
-        experiment=experiment,
-        tracking_uri=tracking_uri,
-        parent_run_id=parent_run_id,
-    )
-    plan.set_display_name("Check every parameter, plan the sweep")
-    place(plan, "plan", cache=False)  # it opens a tracking run
-
-    data = prepare_data(
-        source=source,
-        columns=columns,
-        prompt_template=prompt_template,
-        rows=rows,
-        seed=seed,
-        overrides=data_overrides,
-    )
-    data.after(plan)
-    data.set_display_name("Prepare preferences")
-    place(data, "data")
-
-    reference = train_reference(
-        dataset=data.outputs["dataset"],
-        base_model=base_model,
-        learning_rate=sft_learning_rate,
-        num_train_epochs=sft_epochs,
-        seed=seed,
-        gpus=gpus,
-        experiment=experiment,
-        parent_run_id=parent_run_id,
-        tracking_uri=tracking_uri,
-        overrides=sft_overrides,
-        launcher=launcher(),
-    )
-    reference.set_display_name("Train the reference")
-    place(reference, "sft", gpus=gpus)
-
-    with dsl.ParallelFor(plan.output, name="models", parallelism=models_at_once()) as member:
-        policy = train_policy(
-            dataset=data.outputs["dataset"],
-            reference=reference.outputs["reference"],
-            member=member,
+    with ended(experiment=experiment, tracking_uri=tracking_uri):
+        plan = plan_sweep(
+            alphas=alphas,
+            baselines=baselines,
+            beta=beta,
+            source=source,
+            columns=columns,
+            prompt_template=prompt_template,
+            rows=rows,
+            data_overrides=data_overrides,
+            base_model=base_model,
+            sft_learning_rate=sft_learning_rate,
+            sft_epochs=sft_epochs,
+            sft_overrides=sft_overrides,
             learning_rate=learning_rate,
-            num_train_epochs=epochs,
+            epochs=epochs,
             samples_per_refresh=samples_per_refresh,
             sampling_interval=sampling_interval,
+            train_overrides=train_overrides,
+            judge=judge,
+            samples_per_prompt=samples_per_prompt,
+            evaluation_overrides=evaluation_overrides,
+            selection_rule=selection_rule,
+            max_kl=max_kl,
+            registered_model_name=registered_model_name,
+            min_win_rate=min_win_rate,
+            registry_overrides=registry_overrides,
+            gpus=gpus,
+            experiment=experiment,
+            tracking_uri=tracking_uri,
+            run_name=run_name(),
+        )
+        plan.set_display_name("Check every parameter, plan the sweep")
+        place(plan, "plan", cache=False)  # it opens the run's own in MLflow
+
+        data = prepare_data(
+            source=source,
+            columns=columns,
+            prompt_template=prompt_template,
+            rows=rows,
+            seed=seed,
+            overrides=data_overrides,
+            experiment=experiment,
+            tracking_uri=tracking_uri,
+            source_version=plan.outputs["source_version"],
+            code_version=plan.outputs["code_version"],
+            **source_artifact(),
+        )
+        data.set_display_name("Prepare preferences")
+        place(data, "data")
+
+        reference = train_reference(
+            dataset=data.outputs["dataset"],
+            base_model=plan.outputs["base_model"],
+            learning_rate=sft_learning_rate,
+            num_train_epochs=sft_epochs,
             seed=seed,
             gpus=gpus,
             experiment=experiment,
             tracking_uri=tracking_uri,
-            overrides=train_overrides,
+            overrides=sft_overrides,
             launcher=launcher(),
+            base_model_version=plan.outputs["base_model_version"],
         )
-        policy.set_display_name("Align the policy")
-        place(policy, "train", gpus=gpus)
+        reference.set_display_name("Train the reference")
+        place(reference, "sft", gpus=gpus)
 
-        evaluation = evaluate_model(
-            dataset=data.outputs["dataset"],
-            reference=reference.outputs["reference"],
-            policy=policy.outputs["policy"],
-            judge=judge,
-            samples_per_prompt=samples_per_prompt,
-            seed=seed,
+        with dsl.ParallelFor(plan.outputs["Output"], name="models", parallelism=models_at_once()) as member:
+            policy = train_policy(
+                dataset=data.outputs["dataset"],
+                reference=reference.outputs["reference"],
+                member=member,
+                learning_rate=learning_rate,
+                num_train_epochs=epochs,
+                samples_per_refresh=samples_per_refresh,
+                sampling_interval=sampling_interval,
+                seed=seed,
+                gpus=gpus,
+                experiment=experiment,
+                tracking_uri=tracking_uri,
+                overrides=train_overrides,
+                launcher=launcher(),
+            )
+            policy.set_display_name("Align the policy")
+            place(policy, "train", gpus=gpus)
+
+            evaluation = evaluate_model(
+                dataset=data.outputs["dataset"],
+                reference=reference.outputs["reference"],
+                policy=policy.outputs["policy"],
+                judge=judge,
+                samples_per_prompt=samples_per_prompt,
+                seed=seed,
+                experiment=experiment,
+                tracking_uri=tracking_uri,
+                overrides=evaluation_overrides,
+            )
+            evaluation.set_display_name("Evaluate")
+            place(evaluation, "evaluate")
+
+        comparison = compare_models(
+            evaluations=dsl.Collected(evaluation.outputs["evaluation"]),
+            rule=selection_rule,
+            max_kl=max_kl,
             experiment=experiment,
             tracking_uri=tracking_uri,
-            overrides=evaluation_overrides,
+            record=plan.outputs["record"],
         )
-        evaluation.set_display_name("Evaluate")
-        place(evaluation, "evaluate")
+        comparison.set_display_name("Compare and choose")
+        place(comparison, "compare", cache=False)  # this run's tree in MLflow gets it
 
-    comparison = compare_models(
-        evaluations=dsl.Collected(evaluation.outputs["evaluation"]),
-        rule=selection_rule,
-        max_kl=max_kl,
-        experiment=experiment,
-        tracking_uri=tracking_uri,
-        parent_run_id=parent_run_id,
-    )
-    comparison.set_display_name("Compare and choose")
-    place(comparison, "compare")
-    chosen = dsl.importer(
-        artifact_uri=comparison.outputs["model_uri"], artifact_class=dsl.Model, reimport=True
-    )
-    chosen.set_display_name("The chosen model")
-
-    registered = register_model(
-        model=chosen.output,
-        evaluation=comparison.outputs["chosen"],
-        comparison=comparison.outputs["comparison"],
-        registered_model_name=registered_model_name,
-        min_win_rate=min_win_rate,
-        tracking_uri=tracking_uri,
-        overrides=registry_overrides,
-    )
-    registered.set_display_name("Register")
-    place(registered, "register", cache=False)  # what the registry holds decides, not the inputs
+        registered = register_model(
+            model=comparison.outputs["model"],
+            evaluation=comparison.outputs["chosen"],
+            comparison=comparison.outputs["comparison"],
+            registered_model_name=registered_model_name,
+            min_win_rate=min_win_rate,
+            experiment=experiment,
+            tracking_uri=tracking_uri,
+            overrides=registry_overrides,
+            record=plan.outputs["record"],
+        )
+        registered.set_display_name("Register")
+        place(registered, "register", cache=False)  # what the registry holds decides, not the inputs
 
 
 if __name__ == "__main__":

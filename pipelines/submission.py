@@ -7,15 +7,22 @@ Dex's `authservice_session=…`), `KFP_OTHER_CLIENT_SECRET` the secret that belo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
+import logging
 import os
+import sys
 import time
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from clusters import Profile
 from softpref.errors import ConfigError
+from waiting import TERMINATED, display_names, wait_for
 
 
 def add_client_options(group: Any) -> None:
@@ -31,7 +38,12 @@ def add_client_options(group: Any) -> None:
     group.add_argument("--ssl-ca-cert", help="certificate of the authority that signed the API's")
     group.add_argument("--no-verify-ssl", action="store_true", help="take the API's certificate as it is")
     group.add_argument("--ui-host", help="URL of the UI, where it is not the endpoint's")
-    group.add_argument("--wait", action="store_true", help="until the run ends; the exit status says how")
+    group.add_argument(
+        "--wait",
+        action="store_true",
+        help="until the run ends, saying what its steps do; exit status 0: it succeeded, 1: it failed, "
+        "130: it was terminated, or waiting was interrupted",
+    )
 
 
 def submit(
@@ -40,8 +52,12 @@ def submit(
     parameters: dict[str, Any],
     profile: Profile,
     options: argparse.Namespace,
+    models: Sequence[str] = (),
 ) -> int:
     """Upload the package unless the cluster has this very version, and start a run; returns the exit status.
+
+    Args:
+        models: names of the models in the order of the pipeline's loop, for what is said while waiting.
 
     Raises:
         ConfigError: the API is not to be reached, refuses, or needs what was not given.
@@ -51,25 +67,58 @@ def submit(
 
     if not options.endpoint:
         raise ConfigError("--runner cluster needs --endpoint, the URL of the Kubeflow Pipelines API")
+    submitted = ""
+    with _retries_unsaid():
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # kfp prints a link for each thing it makes
+                client = _client(options)
+                namespace = _namespace(client, options)
+                pipeline_id, version_id = _version(client, pipeline_name, package, namespace, options)
+                experiment = client.create_experiment(parameters["experiment"], namespace=namespace)
+                run = client.run_pipeline(
+                    experiment_id=experiment.experiment_id,
+                    job_name=f"{pipeline_name}-{Path(options.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}",
+                    pipeline_id=pipeline_id,
+                    version_id=version_id,
+                    params=parameters,
+                    service_account=profile.service_account or None,
+                )
+            address = _address(options, run.run_id)
+            print(f"submitted run {run.display_name} ({run.run_id}): {address}", flush=True)
+            submitted = f"; the run goes on: {address}"
+            if options.wait:
+                return wait_for(client, run.run_id, address, display_names(package), models)
+            return 0
+        except kfp_server_api.ApiException as error:
+            raise ConfigError(_explained(error, options) + submitted) from error
+        except urllib3.exceptions.HTTPError as error:
+            raise ConfigError(
+                f"Kubeflow Pipelines at {options.endpoint} cannot be reached: "
+                f"{getattr(error, 'reason', None) or error}{submitted}"
+            ) from error
+        except KeyboardInterrupt:
+            if not submitted:
+                raise
+            print(f"\nerror: waiting was interrupted{submitted}", file=sys.stderr)
+            return TERMINATED
+
+
+@contextlib.contextmanager
+def _retries_unsaid() -> Iterator[None]:
+    """urllib3 warns of each request that it tries again; what matters of that is said once."""
+    logger = logging.getLogger("urllib3.connectionpool")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        client = _client(options)
-        namespace = _namespace(client, options)
-        pipeline_id, version_id = _version(client, pipeline_name, package, namespace, options)
-        experiment = client.create_experiment(parameters["experiment"], namespace=namespace)
-        run = client.run_pipeline(
-            experiment_id=experiment.experiment_id,
-            job_name=f"{pipeline_name}-{Path(options.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}",
-            pipeline_id=pipeline_id,
-            version_id=version_id,
-            params=parameters,
-            service_account=profile.service_account or None,
-        )
-        print(f"submitted run {run.run_id} to {options.endpoint}")
-        return _wait(client, run.run_id) if options.wait else 0
-    except kfp_server_api.ApiException as error:
-        raise ConfigError(_explained(error, options)) from error
-    except urllib3.exceptions.HTTPError as error:
-        raise ConfigError(f"Kubeflow Pipelines at {options.endpoint} cannot be reached: {error}") from error
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _address(options: argparse.Namespace, run_id: str) -> str:
+    """The page of a run in the UI."""
+    host = (options.ui_host or options.endpoint).rstrip("/")
+    return f"{host if '://' in host else f'http://{host}'}/#/runs/details/{run_id}"
 
 
 def _client(options: argparse.Namespace) -> Any:
@@ -81,22 +130,46 @@ def _client(options: argparse.Namespace) -> Any:
             """Asks once: kfp's own asks five times, with pauses, and keeps the refusal to itself."""
             return self._healthz_api.healthz_service_get_healthz()
 
+        def get_run(self, run_id: str) -> Any:
+            """Waits no longer than a minute for an answer: kfp's own waits for as long as it takes."""
+            return self._run_api.run_service_get_run(run_id, _request_timeout=_REQUEST_SECONDS)
+
+        def get_text(self, path: str, query: Sequence[tuple[str, str]] = ()) -> str:
+            """What is answered to a GET that the generated client does not have.
+
+            Raises:
+                ApiException: with another status than 200.
+            """
+            answer = self._run_api.api_client.call_api(
+                path,
+                "GET",
+                query_params=list(query),
+                auth_settings=["Bearer"],
+                _preload_content=False,
+                _return_http_data_only=True,
+                _request_timeout=_REQUEST_SECONDS,
+            )
+            return answer.data.decode(errors="replace")
+
     if options.token_file and not Path(options.token_file).is_file():
         raise ConfigError(f"--token-file {options.token_file} does not exist")
     credentials = ServiceAccountTokenVolumeCredentials(options.token_file) if options.token_file else None
-    return Client(
-        host=options.endpoint,
-        existing_token=os.environ.get("KFP_TOKEN"),
-        cookies=os.environ.get("KFP_COOKIES"),
-        credentials=credentials,
-        client_id=options.client_id,
-        other_client_id=options.other_client_id,
-        other_client_secret=os.environ.get("KFP_OTHER_CLIENT_SECRET"),
-        proxy=options.proxy,
-        ssl_ca_cert=options.ssl_ca_cert,
-        verify_ssl=False if options.no_verify_ssl else None,
-        ui_host=options.ui_host,
-    )
+    with warnings.catch_warnings():
+        # it warns at each start that it is for Kubeflow Pipelines of version 2
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"kfp\.client")
+        return Client(
+            host=options.endpoint,
+            existing_token=os.environ.get("KFP_TOKEN"),
+            cookies=os.environ.get("KFP_COOKIES"),
+            credentials=credentials,
+            client_id=options.client_id,
+            other_client_id=options.other_client_id,
+            other_client_secret=os.environ.get("KFP_OTHER_CLIENT_SECRET"),
+            proxy=options.proxy,
+            ssl_ca_cert=options.ssl_ca_cert,
+            verify_ssl=False if options.no_verify_ssl else None,
+            ui_host=options.ui_host,
+        )
 
 
 def _namespace(client: Any, options: argparse.Namespace) -> str | None:
@@ -113,16 +186,17 @@ def _version(
     client: Any, name: str, package: Path, namespace: str | None, options: argparse.Namespace
 ) -> tuple[str, str]:
     """Ids of the pipeline and of the version with this package's content; uploaded unless it is there."""
+    import kfp_server_api
+
     digest = hashlib.sha256(package.read_bytes()).hexdigest()[:12]
     version_name = f"{Path(options.recipe).stem}-{digest}"
     # kfp's own get_pipeline_id names no namespace, and so finds no team's pipeline
     named = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
     found = client.list_pipelines(filter=json.dumps({"predicates": [named]}), namespace=namespace).pipelines
     pipeline_id = found[0].pipeline_id if found else None
-    if pipeline_id is None:
-        pipeline_id = client.upload_pipeline(
-            str(package), pipeline_name=name, namespace=namespace
-        ).pipeline_id
+    if pipeline_id is None:  # kfp's upload_pipeline would make a version of the pipeline's name besides
+        made = kfp_server_api.V2beta1Pipeline(display_name=name, namespace=namespace)
+        pipeline_id = client.pipelines.pipeline_service_create_pipeline(made).pipeline_id
     token = ""
     while True:
         page = client.list_pipeline_versions(pipeline_id, page_token=token, page_size=100)
@@ -136,42 +210,7 @@ def _version(
     return pipeline_id, version.pipeline_version_id
 
 
-def _wait(client: Any, run_id: str) -> int:
-    """Until the run has ended; its state as it changes."""
-    import kfp_server_api
-    import urllib3
-
-    state, failures = "", 0
-    while True:
-        try:
-            run = client.get_run(run_id)
-        except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
-            failures += 1
-            if failures > _FAILED_LOOKS or 400 <= getattr(error, "status", 500) < 500:
-                raise
-            print(f"{time.strftime('%H:%M:%S')}  the API does not answer; the run goes on", flush=True)
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-            continue
-        failures = 0
-        if run.state != state:
-            state = run.state
-            print(f"{time.strftime('%H:%M:%S')}  {(state or 'unknown').lower()}", flush=True)
-        if state in ("SUCCEEDED", "SKIPPED"):
-            return 0
-        if state in ("FAILED", "CANCELED"):
-            message = run.error.message if run.error else ""
-            failed = [task.display_name for task in _tasks(run) if task.state == "FAILED"]
-            print(f"error: the run {state.lower()}: {message} {', '.join(failed)}".rstrip(" :"))
-            return 1
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
-
-
-def _tasks(run: Any) -> list[Any]:
-    return (run.run_details.task_details if run.run_details else None) or []
-
-
-_SECONDS_BETWEEN_LOOKS = 10.0
-_FAILED_LOOKS = 60  # one after the other, until waiting is given up
+_REQUEST_SECONDS = 60
 
 
 def _explained(error: Any, options: argparse.Namespace) -> str:

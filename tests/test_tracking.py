@@ -15,12 +15,22 @@ from pathlib import Path
 
 import pytest
 from softpref.errors import ConfigError
-from softpref.tracking import Tracker, end_run, open_parent, sync, sync_below
+from softpref.tracking import (
+    RUN_ID,
+    RUN_NAME,
+    Tracker,
+    check_server,
+    deliver_missed,
+    finish_pipeline_run,
+    run_tracked_in,
+    sync,
+    sync_below,
+)
 
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"):
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", RUN_ID, RUN_NAME):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -357,36 +367,36 @@ def test_one_value_that_mlflow_refuses_holds_up_no_other(tmp_path, store, client
         assert part in caplog.text
 
 
+def opened(client, name):
+    """A run that somebody else opened."""
+    found = client.get_experiment_by_name("stories")
+    experiment = found.experiment_id if found else client.create_experiment("stories")
+    return client.create_run(experiment, run_name=name).info.run_id
+
+
 def test_inherited_run_wins_and_is_left_open(tmp_path, store, client, monkeypatch):
-    other = open_parent("stories", "other", tracking_uri=store)
-    inherited = open_parent("stories", "inherited", tracking_uri=store)
+    other, inherited = opened(client, "other"), opened(client, "inherited")
     monkeypatch.setenv("MLFLOW_RUN_ID", inherited)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     with Tracker(tmp_path / "out", experiment="stories", run_name="x", run_id=other) as tracked:
         assert tracked.run_id == inherited
         tracked.metrics({"loss": 1}, 0)
-    assert open_parent("stories", "sweep", {"kind": "sweep"}) == inherited
-    end_run(inherited)
     run = client.get_run(inherited)
     assert run.info.status == "RUNNING"
     assert run.data.metrics == {"loss": 1}
-    assert run.data.tags["kind"] == "sweep"
     assert len(client.search_runs([run.info.experiment_id])) == 2
 
 
-def test_evaluation_continues_the_training_run_and_sweep_runs_have_their_parent(tmp_path, store, client):
-    parent = open_parent("stories", "sweep", {"alphas": [0.5, 1]}, store)
+def test_evaluation_continues_the_training_run_and_runs_have_their_parent(tmp_path, store, client):
+    parent = opened(client, "sweep")
     with tracker(tmp_path / "train", store, parent_run_id=parent) as training:
         training.metrics({"loss": 1}, 0)
     with tracker(tmp_path / "evaluate", store, run_id=training.run_id) as evaluation:
         evaluation.metrics({"win_rate": 0.7}, 0)
-    end_run(parent, "FINISHED", store)
     run = client.get_run(training.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics == {"loss": 1, "win_rate": 0.7}
     assert run.data.tags["mlflow.parentRunId"] == parent
-    assert client.get_run(parent).info.status == "FINISHED"
-    assert client.get_run(parent).data.tags["alphas"] == "[0.5, 1]"
 
 
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
@@ -415,7 +425,7 @@ def test_mirror_is_written_where_mlflow_is_not_installed(tmp_path, store, monkey
         (3, float("inf"))
     ]
     assert sum("mlflow is not installed" in record.message for record in caplog.records) == 1
-    assert open_parent("stories", "sweep", tracking_uri=store) is None
+    assert check_server("stories", store) is None
     with pytest.raises(ConfigError, match="not installed"):
         sync(tmp_path / "out")
 
@@ -429,7 +439,7 @@ def test_unwritable_output_folder_is_a_warning(tmp_path, store, caplog):
 
 
 def test_deleted_run_stops_the_sending_and_keeps_the_records(tmp_path, store, client, caplog):
-    run_id = open_parent("stories", "gone", tracking_uri=store)
+    run_id = opened(client, "gone")
     client.delete_run(run_id)
     with tracker(tmp_path / "out", store, run_id=run_id) as tracked:
         tracked.metrics({"loss": 1}, 0)
@@ -441,15 +451,149 @@ def test_deleted_run_stops_the_sending_and_keeps_the_records(tmp_path, store, cl
     assert history(client, run_id, "loss") == [(0, 1)]
 
 
-def test_parent_is_none_at_once_when_no_server_answers(dead_uri, caplog):
+def test_a_server_that_is_away_when_a_pipeline_begins_is_a_warning_at_once(dead_uri, caplog, pipeline_run):
     begun = time.monotonic()
-    assert open_parent("stories", "sweep", tracking_uri=dead_uri) is None
-    end_run("a" * 32, "FINISHED", dead_uri)
-    end_run(None)
+    assert check_server("stories", dead_uri) is None
     assert time.monotonic() - begun < 10
     assert [record.levelno for record in caplog.records if record.name.startswith("softpref.tracking")] == [
         logging.WARNING
-    ] * 2
+    ]
+
+
+# ---------------------------------------------------------------------- the run of a pipeline
+
+
+@pytest.fixture
+def pipeline_run(monkeypatch):
+    """This process is a step of a pipeline run, as a cluster's pod is."""
+    monkeypatch.setenv(RUN_ID, "0a1b-2c3d")
+    monkeypatch.setenv(RUN_NAME, "spo-sweep-x7k2p")
+    return "0a1b-2c3d"
+
+
+def tree(client):
+    """The experiment's runs: `{name: (parent's name, status)}`."""
+    experiment = client.get_experiment_by_name("stories").experiment_id
+    runs = client.search_runs([experiment])
+    names = {run.info.run_id: run.info.run_name for run in runs}
+    assert len(names) == len(set(names.values()))
+    return {
+        run.info.run_name: (names.get(run.data.tags.get("mlflow.parentRunId")), run.info.status)
+        for run in runs
+    }
+
+
+def test_steps_of_a_pipeline_put_their_runs_under_its_own(tmp_path, store, client, pipeline_run):
+    root = check_server("stories", store)
+    assert check_server("stories", store) == root
+    with tracker(tmp_path / "plan", store, run_name="plan", root=True) as plan:
+        plan.params({"beta": 0.1})
+    for name in ("reference", "spo-alpha-1"):
+        with tracker(tmp_path / name, store, run_name=name):
+            assert tree(client)["spo-sweep-x7k2p"] == (None, "RUNNING")
+    finish_pipeline_run(True, name="my sweep", experiment="stories", tracking_uri=store)
+    assert tree(client) == {
+        "my sweep": (None, "FINISHED"),
+        "reference": ("my sweep", "FINISHED"),
+        "spo-alpha-1": ("my sweep", "FINISHED"),
+    }
+    run = client.get_run(root)
+    assert run.data.params == {"beta": "0.1"}
+    assert run.data.tags["kfp.pipeline_run_id"] == pipeline_run
+
+
+def test_a_step_that_is_tried_again_in_another_pod_goes_on_in_its_run(tmp_path, store, client, pipeline_run):
+    first = tracker(tmp_path / "pod-1", store)
+    first.metrics({"loss": 2}, 0)
+    first.close("KILLED")
+    assert tree(client)["alpha-1"] == ("spo-sweep-x7k2p", "KILLED")
+    with tracker(tmp_path / "pod-2", store) as second:
+        assert second.flush(10)
+        assert tree(client)["alpha-1"] == ("spo-sweep-x7k2p", "RUNNING")
+        second.metrics({"loss": 1}, 1)
+    assert second.run_id == first.run_id
+    assert history(client, first.run_id, "loss") == [(0, 2), (1, 1)]
+
+
+def test_what_a_failed_pipeline_left_running_is_ended(tmp_path, store, client, pipeline_run):
+    left = tracker(tmp_path / "lost", store, run_name="lost")
+    assert left.flush(10)
+    finish_pipeline_run(False, experiment="stories", tracking_uri=store)
+    assert tree(client) == {
+        "spo-sweep-x7k2p": (None, "FAILED"),
+        "lost": ("spo-sweep-x7k2p", "FAILED"),
+    }
+    left.close()
+
+
+def test_the_tree_is_the_same_where_the_plugin_opens_runs_of_its_own(
+    tmp_path, store, client, pipeline_run, monkeypatch
+):
+    experiment = client.create_experiment("stories")
+    root = client.create_run(experiment, run_name="my sweep", tags={"kfp.pipeline_run_id": pipeline_run})
+    below = {"mlflow.parentRunId": root.info.run_id}
+    loop = client.create_run(experiment, run_name="for-loop-1", tags=below).info.run_id
+    step = client.create_run(experiment, run_name="train-policy", tags={"mlflow.parentRunId": loop})
+    monkeypatch.setenv("MLFLOW_RUN_ID", step.info.run_id)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
+    with tracker(tmp_path / "out", store, experiment="another", run_name="spo-alpha-1") as tracked:
+        tracked.metrics({"loss": 1}, 0)
+    finish_pipeline_run(True, name="my sweep", experiment="another", tracking_uri=store)
+    assert tree(client) == {"my sweep": (None, "FINISHED"), "spo-alpha-1": ("my sweep", "FINISHED")}
+
+
+def test_a_later_step_delivers_what_a_pod_could_not(tmp_path, store, client, dead_uri, pipeline_run):
+    with tracker(tmp_path / "policy", dead_uri, exit_wait=0.1) as tracked:
+        tracked.metrics({"loss": 1}, 0)
+    assert run_tracked_in(tmp_path / "policy") is None
+    deliver_missed(tmp_path / "policy", tmp_path)  # still away: nothing is lost, and nothing fails
+    lines = (tmp_path / "policy/tracking.jsonl").read_text().replace(dead_uri, store)
+    (tmp_path / "policy/tracking.jsonl").write_text(lines)
+    deliver_missed(tmp_path / "policy")
+    run_id = run_tracked_in(tmp_path / "policy")
+    assert history(client, run_id, "loss") == [(0, 1)]
+    assert tree(client)["alpha-1"] == ("spo-sweep-x7k2p", "FINISHED")
+
+
+def test_steps_that_open_the_pipelines_run_at_the_same_moment_agree_on_one(store, client, pipeline_run):
+    code = (
+        "import sys; from softpref.tracking import check_server; print(check_server('stories', sys.argv[1]))"
+    )
+    client.create_experiment("stories")
+    steps = [
+        subprocess.Popen([sys.executable, "-c", code, store], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    ids = {step.communicate(timeout=120)[0].strip() for step in steps}
+    assert len(ids) == 1
+    assert tree(client) == {"spo-sweep-x7k2p": (None, "RUNNING")}
+
+
+_BUSY_STEP = """
+import sys, time
+from softpref.tracking import Tracker, watch_termination
+watch_termination("stories", sys.argv[1])
+tracker = Tracker(sys.argv[2], experiment="stories", run_name="alpha-1", tracking_uri=sys.argv[1])
+tracker.flush(30)
+print("busy", flush=True)
+with tracker:
+    time.sleep(60)
+"""
+
+
+def test_termination_of_a_pod_ends_its_run_and_the_pipelines_as_killed(tmp_path, store, client, pipeline_run):
+    step = subprocess.Popen(
+        [sys.executable, "-c", _BUSY_STEP, store, tmp_path / "out"], stdout=subprocess.PIPE, text=True
+    )
+    assert step.stdout.readline() == "busy\n"
+    step.send_signal(signal.SIGTERM)
+    assert step.wait(30) == 143
+    assert tree(client) == {
+        "spo-sweep-x7k2p": (None, "KILLED"),
+        "alpha-1": ("spo-sweep-x7k2p", "KILLED"),
+    }
+    finish_pipeline_run(False, experiment="stories", tracking_uri=store)
+    assert tree(client)["spo-sweep-x7k2p"] == (None, "KILLED")
 
 
 def test_sync_says_what_is_wrong(tmp_path, dead_uri, store):

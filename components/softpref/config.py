@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from softpref.errors import ConfigError
 
 Config = TypeVar("Config")
+COMMIT = "commit "  # how the version of something on the Hub begins, as the plan settles it
 
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
@@ -60,7 +61,7 @@ def parse_overrides(
     if overrides is None or overrides == "":
         return {}
     if isinstance(overrides, Mapping):
-        return dict(overrides)
+        return {key: _whole(value) for key, value in overrides.items()}
     try:
         values = json.loads(overrides)
     except json.JSONDecodeError as error:
@@ -70,6 +71,20 @@ def parse_overrides(
     if not isinstance(values, dict):
         raise ConfigError(f"{name} must be a JSON object, got {overrides!r}")
     return values
+
+
+def _whole(value: Any) -> Any:
+    """KFP hands numbers of a struct over as floats; those without a fraction were written as integers."""
+    if isinstance(value, dict):
+        return {key: _whole(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_whole(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def hub_revision(version: str) -> dict[str, str]:
+    """The parameter `revision` that a version settled by the plan stands for; none where it is no commit."""
+    return {"revision": version.removeprefix(COMMIT)} if version.startswith(COMMIT) else {}
 
 
 def build_config(cls: type[Config], *layers: Mapping[str, Any]) -> Config:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import subprocess
 import tomllib
 import urllib.request
 
@@ -51,6 +52,59 @@ def test_together_the_images_have_every_package_that_the_project_depends_on():
     wanted = {re.split(r"[\[<>=]", line)[0].lower() for line in asked}
     given = set().union(*map(names_in, REQUIREMENTS)) | {"torch", "kfp"}  # these two stand in the recipe
     assert wanted <= given
+
+
+@pytest.mark.parametrize("prefix", ["", "#12 34.5 "], ids=["podman", "docker"])
+def test_the_recipes_own_error_is_the_last_word_of_a_build(build, tmp_path, monkeypatch, capfd, prefix):
+    """An engine that prints a lot, the recipe's error in the middle of it, and fails."""
+    engine = tmp_path / "podman"
+    recipe = 'STEP 9/9: RUN case $built_for in cpu/*) echo "error: not this one"'
+    engine.write_text(
+        f"#!/bin/sh\necho '{recipe}'\necho '{prefix}error: only CUDA' >&2\necho tail\nexit 125\n"
+    )
+    engine.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert build.main(["--only", "train"]) == 1
+    printed = capfd.readouterr()
+    assert printed.out.splitlines() == [recipe, f"{prefix}error: only CUDA", "tail"]
+    assert printed.err.splitlines()[-1] == "error: only CUDA"
+    assert "softpref-train" in printed.err.splitlines()[-2]
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "built_for", "words"),
+    [
+        ("cpu", "'13.0'", ("--torch-index URL", "PIP_FIND_LINKS", "only torch's build for CUDA '13.0'")),
+        ("cuda", "None", ("--torch-index URL", "only torch's build for the CPU")),
+        ("cpu", "None", ()),
+        ("cuda", "'13.0'", ()),
+    ],
+)
+def test_a_wrong_build_of_torch_is_refused_in_one_sentence_with_the_ways_out(accelerator, built_for, words):
+    recipe = (REPOSITORY / "images/Dockerfile").read_text()
+    case = re.search(r'case "\$ACCELERATOR/\$built_for" in .*?\besac', recipe, re.DOTALL)[0]
+    result = subprocess.run(
+        ["sh", "-c", case],
+        env={"ACCELERATOR": accelerator, "built_for": built_for},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == (1 if words else 0)
+    assert len(result.stderr.splitlines()) == (1 if words else 0)
+    for word in words:
+        assert word in result.stderr
+
+
+def test_options_of_the_build_reach_it_from_every_target_of_make():
+    for target in ("images", "test-containers"):
+        planned = subprocess.run(
+            ["make", "--dry-run", target, "BUILD=--torch-index URL"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert re.search(r"images/build\.py .*--torch-index URL$", planned, re.MULTILINE)
 
 
 def test_pips_configuration_is_read_as_pip_reads_it(build, tmp_path):

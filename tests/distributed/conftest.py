@@ -77,9 +77,7 @@ def train(tmp_path, folders, monkeypatch):
             SimpleNamespace(path=folders.reference),
             policy,
             SimpleNamespace(log_metric=logged.__setitem__),
-            json.dumps(
-                {"name": name, "method": "spo", "alpha": 0.5, "beta": 0.3, "parent_run_id": "", "options": {}}
-            ),
+            json.dumps({"name": name, "method": "spo", "alpha": 0.5, "beta": 0.3, "options": {}}),
             learning_rate=0.05,
             num_train_epochs=2,
             samples_per_refresh=26,

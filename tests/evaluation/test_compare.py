@@ -233,25 +233,27 @@ def test_the_choice_is_logged_to_the_parent_run(tmp_path, recorded):
 @pytest.mark.parametrize(
     ("max_kl", "chosen"),
     [
-        (3.5, ("s3://even", "even", "")),
-        (0.0, ("s3://sharp/extrapolated-0.5", "sharp-expo-0.5", "run-of-sharp")),
+        (3.5, ("s3://even", "even")),
+        (0.0, ("s3://sharp/extrapolated-0.5", "sharp-expo-0.5")),
     ],
 )
-def test_component_returns_the_chosen_model(tmp_path, max_kl, chosen):
+def test_component_puts_out_the_chosen_model_where_it_is(tmp_path, max_kl, chosen):
     from softpref.evaluation.component import compare_models
 
     def artifact(name):
         return SimpleNamespace(path=str(tmp_path / name), uri=str(tmp_path / name), metadata={})
 
-    outputs = compare_models.python_func(
+    model = artifact("model")
+    compare_models.python_func(
         evaluations=[SimpleNamespace(path=folder) for folder in save_with_extrapolated(tmp_path)],
         comparison=artifact("comparison"),
         chosen=artifact("chosen"),
         report=artifact("report.html"),
         summary=artifact("summary.md"),
+        model=model,
         max_kl=max_kl,
     )
-    assert (outputs.model_uri, outputs.name, outputs.run_id) == chosen
-    assert json.loads((tmp_path / "chosen" / "evaluation.json").read_text())["name"] == outputs.name
+    assert (model.uri, model.metadata["name"]) == chosen
+    assert json.loads((tmp_path / "chosen" / "evaluation.json").read_text())["name"] == chosen[1]
     assert "sharp-expo-0.5" in (tmp_path / "summary.md").read_text()
     assert (tmp_path / "report.html").exists()

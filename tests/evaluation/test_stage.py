@@ -123,14 +123,18 @@ def test_the_batch_size_changes_no_figure(evaluation, world, evaluating, tmp_pat
 def test_evaluations_are_comparable_only_with_same_data_judge_and_reference(
     evaluation, world, evaluating, tmp_path
 ):
-    identities = {
-        "same": evaluation["evaluation_id"],
-        "other judge": evaluating(world, tmp_path / "a", judge="bradley-terry")["evaluation_id"],
-        "other reference": evaluating(world, tmp_path / "b", reference=world.policy)["evaluation_id"],
-        "other split": evaluating(world, tmp_path / "c", split="validation")["evaluation_id"],
-        "other count": evaluating(world, tmp_path / "d", samples_per_prompt=2)["evaluation_id"],
+    others = {
+        "judge": evaluating(world, tmp_path / "a", judge="bradley-terry"),
+        "reference": evaluating(world, tmp_path / "b", reference=world.policy),
+        "data": evaluating(world, tmp_path / "c", split="validation"),
+        "settings": evaluating(world, tmp_path / "d", samples_per_prompt=2),
     }
-    assert len(set(identities.values())) == len(identities)
+    identities = [evaluation["evaluation_id"], *(other["evaluation_id"] for other in others.values())]
+    assert len(set(identities)) == len(identities)
+    for part, other in others.items():  # what differs can be told
+        ours, theirs = evaluation["evaluated_on"], other["evaluated_on"]
+        differing = {name for name in ours if ours[name] != theirs[name]}
+        assert differing == ({"data", "settings"} if part == "data" else {part})
 
 
 @pytest.mark.usefixtures("recorded")

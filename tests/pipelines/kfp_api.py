@@ -2,6 +2,8 @@
 
 What it answers to, and what it takes and gives, is read from the generated client `kfp_server_api`: a path
 that the client's description does not have is not found, a field that a message does not have is refused.
+Two calls stand in no description of version 2, and are as the API server of 2.17 answers them: a run's Argo
+workflow (v1beta1), and the log of a pod (v1alpha1, or the UI's).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import re
 import threading
 import uuid
+import zlib
 from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
@@ -53,17 +56,23 @@ class PipelinesApi:
         multi_user: it serves several users, and wants a namespace; else it refuses one.
         token: a bearer token without which nothing is answered.
         states: the states that a run is in, one for each time it is asked for.
+        workflows: its Argo workflow at these times, each a `Workflow.manifest`; without, it is not given.
+        logs: what pods printed, by pod.
+        ui: the endpoint is the UI's, which passes on what the API describes and gives logs by itself.
     """
 
-    def __init__(self, *, multi_user=False, token="", states=("SUCCEEDED",)) -> None:
+    def __init__(
+        self, *, multi_user=False, token="", states=("SUCCEEDED",), workflows=(), logs=None, ui=False
+    ) -> None:
         self.multi_user, self.token, self.states = multi_user, token, list(states)
+        self.workflows, self.logs, self.ui, self.looks = list(workflows), logs or {}, ui, 0
         self.pipelines, self.versions, self.experiments, self.runs = [], [], [], []
         self.failures = 0  # looks at a run that are answered with 503
         self.headers = []
         calls = {
             ("GET", "/apis/v2beta1/healthz"): self.healthz,
             ("GET", "/apis/v2beta1/pipelines"): self.list_pipelines,
-            ("POST", "/apis/v2beta1/pipelines/upload"): self.upload_pipeline,
+            ("POST", "/apis/v2beta1/pipelines"): self.create_pipeline,
             ("POST", "/apis/v2beta1/pipelines/upload_version"): self.upload_version,
             ("GET", "/apis/v2beta1/pipelines/{pipeline_id}/versions"): self.list_versions,
             ("GET", "/apis/v2beta1/experiments"): self.list_experiments,
@@ -72,6 +81,11 @@ class PipelinesApi:
             ("GET", "/apis/v2beta1/runs/{run_id}"): self.get_run,
         }
         assert set(calls) <= described_calls(), "the client's description has no such call"
+        calls["GET", "/apis/v1beta1/runs/{run_id}"] = self.get_workflow
+        if ui:
+            calls["GET", "/k8s/pod/logs"] = self.get_log_of_ui
+        else:
+            calls["GET", "/apis/v1alpha1/runs/{run_id}/nodes/{pod}/log"] = self.get_log
         self._calls = [
             (method, re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/:]+)", path) + "$"), function)
             for (method, path), function in calls.items()
@@ -97,16 +111,14 @@ class PipelinesApi:
         found = _found(self.pipelines, query)
         return api.V2beta1ListPipelinesResponse(pipelines=found or None, total_size=len(found))
 
-    def upload_pipeline(self, query, package):
-        self._check_namespace(query.get("namespace"))
+    def create_pipeline(self, query, body):
+        pipeline = _message(api.V2beta1Pipeline, body)
+        self._check_namespace(pipeline.namespace)
         there = {(one.namespace, one.display_name) for one in self.pipelines}
-        if (query.get("namespace"), query["name"]) in there:
-            raise Refusal(409, f"a pipeline {query['name']} exists")
-        pipeline = api.V2beta1Pipeline(
-            pipeline_id=_id(), display_name=query["name"], namespace=query.get("namespace")
-        )
+        if (pipeline.namespace, pipeline.display_name) in there:
+            raise Refusal(409, f"a pipeline {pipeline.display_name} exists")
+        pipeline.pipeline_id = _id()
         self.pipelines.append(pipeline)
-        self._add_version(pipeline.pipeline_id, query["name"], package)
         return pipeline
 
     def upload_version(self, query, package):
@@ -153,15 +165,32 @@ class PipelinesApi:
         if self.failures:
             self.failures -= 1
             raise Refusal(503, "later")
-        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
-        task = api.V2beta1PipelineTaskDetail(display_name="train-policy", state=state)
+        state = self.states[min(self.looks, len(self.states) - 1)]
+        self.looks += 1
         failed = state == "FAILED"
         return api.V2beta1Run(
             run_id=run_id,
             state=state,
+            state_history=[
+                api.V2beta1RuntimeStatus(state=one) for one in dict.fromkeys(self.states[: self.looks])
+            ],
             error=api.GoogleRpcStatus(code=2, message="a task failed") if failed else None,
-            run_details=api.V2beta1RunDetails(task_details=[task]),
         )
+
+    def get_workflow(self, query, run_id):
+        if not self.workflows:
+            raise Refusal(404, "not here")
+        manifest = json.dumps(self.workflows[min(self.looks, len(self.workflows)) - 1])
+        return {"run": {"id": run_id}, "pipeline_runtime": {"workflow_manifest": manifest}}
+
+    def get_log(self, query, run_id, pod):
+        # a log that is not there comes with status 200: the answer has begun when that turns out
+        return self.logs.get(pod) or json.dumps({"error_message": "no log", "error_details": f"pod {pod}"})
+
+    def get_log_of_ui(self, query):
+        if query["podnamespace"] != NAMESPACE or query["podname"] not in self.logs:
+            raise Refusal(500, "Could not get main container logs")
+        return self.logs[query["podname"]]
 
     # ------------------------------------------------------------------ what they share
 
@@ -194,9 +223,11 @@ class PipelinesApi:
                     status, answer = 200, self._call(method, content)
                 except Refusal as refusal:
                     status, answer = refusal.status, {"message": str(refusal)}
-                body = json.dumps(api.ApiClient().sanitize_for_serialization(answer)).encode()
+                is_text = isinstance(answer, str)
+                body = answer if is_text else json.dumps(api.ApiClient().sanitize_for_serialization(answer))
+                body = body.encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", "text/plain" if is_text else "application/json")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -226,6 +257,100 @@ class PipelinesApi:
             def log_message(self, *arguments): ...
 
         return Handler
+
+
+NAMESPACE = "team"
+
+
+class Workflow:
+    """An Argo workflow as KFP 2.17 makes and reports it, in `manifest`.
+
+    Args:
+        wrapped: whether the cluster's defaults give every template a retry strategy, as KFP's manifests do:
+            Argo then wraps each node into another, and the inner names end with the attempt's number.
+        deadline: `activeDeadlineSeconds`; the API sets 0 when a person terminates the run.
+    """
+
+    name = "spo-sweep-x7k2p"
+
+    def __init__(self, *, wrapped=True, deadline=None) -> None:
+        self._wrapped, self._nodes = wrapped, {}
+        self._root = f"{self.name}(0).root" if wrapped else f"{self.name}.root"
+        self._add(self.name, "entrypoint", "DAG", "Running")
+        self._add(self._root, "root", "DAG", "Running")
+        self.manifest = {
+            "metadata": {"name": self.name, "namespace": NAMESPACE},
+            "spec": {} if deadline is None else {"activeDeadlineSeconds": deadline},
+            "status": {"phase": "Running", "nodes": self._nodes},
+        }
+
+    def step(self, path, phase, *attempts):
+        """A task, such as `plan-sweep`, in this phase; its pods' phases, with their message after a colon.
+
+        Without attempts it is taken from the cache, or has not begun.
+        """
+        full = self._full(path)
+        self.driver(path, "Succeeded")
+        inner = self._add(full, "retry-system-container-executor", "DAG", phase)
+        template = "retry-system-container-impl"
+        if not attempts:
+            if phase == "Succeeded":
+                self._node(f"{inner}.executor", template, "Skipped", "Skipped")
+            return self
+        if self._wrapped:
+            self._node(f"{inner}.executor", template, "Retry", phase)
+        for number, attempt in enumerate(attempts):
+            name = f"{inner}.executor" + (f"({number})" if self._wrapped else "")
+            self._node(name, template, "Pod", *attempt.split(":", 1))
+        return self
+
+    def driver(self, path, phase, message="", template="system-container-driver"):
+        """The driver of a task, which looks up its inputs; of the graph or the loop with another template."""
+        self._add(f"{self._full(path)}-driver", template, "Pod", phase, message)
+        return self
+
+    def pod(self, path, attempt=0):
+        """The name of the pod of a step's attempt."""
+        one = f"({attempt})" if self._wrapped else ""
+        wrapper = "(0)" if self._wrapped else ""
+        return (
+            f"{self.name}-retry-system-container-impl-{_hash(f'{self._full(path)}{wrapper}.executor{one}')}"
+        )
+
+    def driver_pod(self, path, template="system-container-driver"):
+        wrapper = "(0)" if self._wrapped else ""
+        return f"{self.name}-{template}-{_hash(f'{self._full(path)}-driver{wrapper}')}"
+
+    def _full(self, path):
+        joint = "(0)." if self._wrapped else "."
+        return joint.join([self._root, *path.split(".")])
+
+    def _add(self, name, template, kind, phase, message=""):
+        """A node of a template, in a wrapper where there are any; returns the inner one's name."""
+        if not self._wrapped:
+            return self._node(name, template, kind, phase, message)
+        self._node(name, template, "Retry", phase, message)
+        return self._node(f"{name}(0)", template, kind, phase, message)
+
+    def _node(self, name, template, kind, phase, message=""):
+        number = len(self._nodes)
+        identity = self.name if name == self.name else f"{self.name}-{_hash(name)}"
+        self._nodes[identity] = {
+            "id": identity,
+            "name": name,
+            "displayName": name.rpartition(".")[2],
+            "type": kind,
+            "templateName": template,
+            "phase": phase,
+            "startedAt": f"2026-01-01T10:{number:02}:00Z",
+            "finishedAt": f"2026-01-01T10:{number:02}:30Z" if phase in ("Succeeded", "Failed") else None,
+            **({"message": message} if message else {}),
+        }
+        return name
+
+
+def _hash(name):
+    return zlib.crc32(name.encode())
 
 
 def _message(kind, body):

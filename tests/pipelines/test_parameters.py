@@ -1,12 +1,11 @@
 """Recipes, the command line and the planning task: what is wrong is refused before anything runs."""
 
-import json
 import subprocess
 import sys
 import time
 
 import pytest
-from softpref.config import build_config
+from softpref.config import build_config, parse_overrides
 from softpref.errors import ConfigError
 from softpref.preflight.stage import plan, training_layers
 from softpref.spo.config import SPOConfig
@@ -32,7 +31,7 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(launch, sweep):
     assert parameters["alphas"] == [0.5, 1.0, 2.0]
     assert parameters["learning_rate"] == 0.002
     assert parameters["prompt_template"] == ""
-    assert json.loads(parameters["data_overrides"])["votes"] == 5
+    assert parameters["data_overrides"]["votes"] == 5
 
 
 def test_every_recipe_serves_both_pipelines(launch, sweep, single):
@@ -59,21 +58,26 @@ def test_what_is_given_is_laid_over_a_recipes_mapping_key_by_key(launch, sweep):
     def overrides(given):
         return launch.pipeline_parameters(sweep, "embedded", {"data_overrides": given})["data_overrides"]
 
-    recipe = json.loads(overrides(None))
-    assert json.loads(overrides('{"votes": 1, "story_kind": "ranking"}')) == {
-        **recipe,
-        "votes": 1,
-        "story_kind": "ranking",
+    recipe = overrides(None)
+    given = {"votes": 1, "story_kind": "ranking", "max_characters": None}
+    assert overrides(given) == {**recipe, **given, "max_characters": ""}  # KFP's structs bear no null here
+    assert overrides({}) == {}
+
+
+def test_numbers_of_a_form_are_whole_again_where_they_were_written_so():
+    form = {"model_config": {"hidden_size": 96.0, "initializer_range": 0.04}, "save_steps": 200.0}
+    assert parse_overrides(form) == {
+        "model_config": {"hidden_size": 96, "initializer_range": 0.04},
+        "save_steps": 200,
     }
-    assert overrides("") == ""
-    assert overrides("[1]") == "[1]"  # no object: the plan refuses it
+    assert isinstance(parse_overrides(form)["model_config"]["hidden_size"], int)
 
 
 def test_a_baseline_has_options_of_its_own_that_win_over_the_shared_ones(launch, sweep):
     changes = {
         "alphas": [],
         "baselines": ["dpo:0.5, learning_rate=1e-4", "spo:0.1,alpha=2,rounds=2,name=online", "ipo"],
-        "train_overrides": '{"learning_rate": 0.3, "seed": 5}',
+        "train_overrides": {"learning_rate": 0.3, "seed": 5},
     }
     members = plan(launch.pipeline_parameters(sweep, "embedded", changes))
     assert members == [
@@ -100,27 +104,27 @@ def test_a_baseline_has_options_of_its_own_that_win_over_the_shared_ones(launch,
         ({"baselines": ["dpo:0.1,beta=2"]}, "beta stands in front"),
         ({"baselines": ["dpo:0.1", "dpo:0.1,learning_rate=1e-6"]}, "name=slow-dpo"),
         ({"baselines": ["sppo:1,rounds=0"]}, "rounds must be at least 1"),
-        ({"train_overrides": '{"alpha": 2}'}, "use the parameter alpha"),
+        ({"train_overrides": {"alpha": 2}}, "use the parameter alpha"),
         (
             {"source": "owner/name", "baselines": ["sppo:1,rounds=2,judge=expert"]},
             "sppo-beta-1: judge expert knows the story world alone",
         ),
         (
-            {"data_overrides": '{"story_kind": "best_of_n"}', "baselines": ["sppo"]},
+            {"data_overrides": {"story_kind": "best_of_n"}, "baselines": ["sppo"]},
             "sppo needs to know how often each completion wins",
         ),
         ({"baselines": ["dpo:strong"]}, "dpo:0.1"),
-        ({"train_overrides": '{"loging_steps": 5}'}, "did you mean 'logging_steps'"),
-        ({"train_overrides": '{"top_p": 0.9}'}, "policy's own distribution"),
-        ({"train_overrides": '{"temperature": 0.7}'}, "policy's own distribution"),
+        ({"train_overrides": {"loging_steps": 5}}, "did you mean 'logging_steps'"),
+        ({"train_overrides": {"top_p": 0.9}}, "policy's own distribution"),
+        ({"train_overrides": {"temperature": 0.7}}, "policy's own distribution"),
         ({"train_overrides": "{logging_steps: 5}"}, "not JSON"),
-        ({"sft_overrides": '{"model_cofig": {}}'}, "did you mean 'model_config'"),
+        ({"sft_overrides": {"model_cofig": {}}}, "did you mean 'model_config'"),
         ({"base_model": "/no/such/model"}, "does not exist"),
         ({"source": "missing.jsonl"}, "does not exist"),
         ({"source": "missing.csv.gz"}, "does not exist"),
         ({"seed": -1}, "seed must be at least 0"),
-        ({"gpus": -1}, "gpus must be at least 0"),
-        ({"data_overrides": '{"votse": 1}'}, "did you mean 'votes'"),
+        ({"gpus": -1}, "gpus must be a whole number of at least 0"),
+        ({"data_overrides": {"votse": 1}}, "did you mean 'votes'"),
         ({"samples_per_refresh": 4}, "samples_per_refresh"),
         ({"judge": "oracle"}, "judge"),
         ({"source": "owner/name", "judge": "expert"}, "bradley-terry"),

@@ -1,10 +1,15 @@
 """Submitting to Kubeflow Pipelines, against a server made from the client's own description of the API."""
 
 import json
+import logging
+import re
 
 import pytest
+from softpref.errors import ConfigError
 
-from tests.pipelines.kfp_api import PipelinesApi
+from tests.pipelines.kfp_api import PipelinesApi, Workflow
+
+LOOP = "for-loop-1.iteration-iterations({0}:{0}).iteration-item."
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +27,10 @@ def test_a_version_and_a_run_in_an_experiment(launch, sweep, capsys):
         on_gpus = [f"--{stage}-overrides={json.dumps({'use_cpu': False})}" for stage in ("sft", "train")]
         assert submit(launch, sweep, server, "--alphas", "0.25", "--gpus", "2", *on_gpus) == 0
     (run,) = server.runs
-    assert f"submitted run {run.run_id}" in capsys.readouterr().out
+    address = f"{server.url}/#/runs/details/{run.run_id}"
+    printed = capsys.readouterr()
+    assert f"submitted run {run.display_name} ({run.run_id}): {address}" in printed.out
+    assert (printed.out.count("http"), printed.err) == (1, "")  # neither kfp's links nor its warnings
     assert run.display_name.startswith("spo-sweep-embedded-")
     assert run.service_account == "softpref-runner"
     parameters = run.runtime_config["parameters"]
@@ -30,7 +38,8 @@ def test_a_version_and_a_run_in_an_experiment(launch, sweep, capsys):
     assert json.loads(parameters["train_overrides"])["sampling_batch_size"] == 256
     assert parameters["tracking_uri"] == "http://mlflow.softpref-tracking.svc:5000"
     assert [one.display_name for one in server.experiments] == [parameters["experiment"]]
-    version = server.versions[-1]
+    (version,) = server.versions
+    assert version.display_name.startswith("embedded-")
     assert run.pipeline_version_reference["pipeline_version_id"] == version.pipeline_version_id
     form = version.pipeline_spec["root"]["inputDefinitions"]["parameters"]
     assert form["alphas"]["defaultValue"] == [0.5, 1, 2]  # the recipe's: the form is for every run
@@ -50,6 +59,7 @@ def test_the_same_pipeline_is_not_uploaded_twice_and_a_changed_one_is_a_new_vers
         assert len(first) == 1
         assert submit(launch, sweep, server, "--cluster", str(profile)) == 0
     assert len(server.pipelines) == 1
+    assert len(server.versions) == 2
     assert server.runs[2].pipeline_version_reference["pipeline_version_id"] not in first
     assert len({run.experiment_id for run in server.runs}) == 1
 
@@ -64,7 +74,7 @@ def test_several_users_need_a_namespace(launch, sweep, capsys):
         assert submit(launch, sweep, server, "--namespace", "others") == 0
     assert [one.namespace for one in server.pipelines] == ["team", "others"]
     assert server.experiments[0].namespace == "team"
-    assert server.pipelines[0].namespace == "team"
+    assert [one.pipeline_id for one in server.versions] == [one.pipeline_id for one in server.pipelines]
 
 
 @pytest.mark.parametrize("way", ["environment", "file"])
@@ -91,18 +101,199 @@ def test_cookies_of_a_session(launch, sweep, monkeypatch):
     assert all(headers.get("Cookie") == "authservice_session=abc" for headers in server.headers)
 
 
-@pytest.mark.parametrize(("end", "status"), [("SUCCEEDED", 0), ("FAILED", 1), ("CANCELED", 1)])
-def test_waiting_tells_how_the_run_ended(launch, sweep, capsys, monkeypatch, end, status):
-    import submission
+@pytest.fixture
+def wait(launch, capsys, monkeypatch):
+    """Submits the checked-in package of the sweep and waits; returns the status and what is printed then."""
+    import argparse
 
-    monkeypatch.setattr(submission, "_SECONDS_BETWEEN_LOOKS", 0.01)
-    with PipelinesApi(states=["PENDING", "RUNNING", "RUNNING", end]) as server:
-        server.failures = 2
-        assert submit(launch, sweep, server, "--wait") == status
-    printed = capsys.readouterr().out
-    assert printed.count("running") == 1
-    assert end.lower() in printed
-    assert ("train-policy" in printed) == (end == "FAILED")
+    import clusters
+    import submission
+    import waiting
+
+    monkeypatch.setattr(waiting, "_SECONDS_BETWEEN_LOOKS", 0.01)
+
+    def submit_and_wait(server, *more):
+        parser = argparse.ArgumentParser()
+        submission.add_client_options(parser)
+        options = parser.parse_args(["--endpoint", server.url, "--wait", *more])
+        options.recipe = "embedded"
+        status = submission.submit(
+            "spo-sweep",
+            launch.PACKAGES / "spo_sweep.yaml",
+            {"experiment": "softpref"},
+            clusters.read_profile("default"),
+            options,
+            ["spo-alpha-0.5", "dpo-beta-1"],
+        )
+        printed = capsys.readouterr()
+        return status, re.sub(r"(?m)^[\d:]{8}  ", "", printed.out).splitlines()[1:], printed.err
+
+    return submit_and_wait
+
+
+def test_waiting_says_what_each_step_does_once(wait):
+    began = Workflow().step("plan-sweep", "Running", "Running")
+    data = Workflow().step("plan-sweep", "Succeeded", "Succeeded").step("prepare-data", "Succeeded")
+    pending = "Pending:Unschedulable: 0/1 nodes are available: 1 Insufficient nvidia.com/gpu"
+    data.step(LOOP.format(0) + "train-policy", "Running", pending)
+    data.step(LOOP.format(1) + "train-policy", "Running", "Failed:pod deleted", "Running")
+    with PipelinesApi(
+        states=["PENDING", "RUNNING", "RUNNING", "RUNNING", "SUCCEEDED"],
+        workflows=[{}, began.manifest, began.manifest, data.manifest],
+    ) as server:
+        status, lines, errors = wait(server)
+    assert lines == [
+        "pending",
+        "Check every parameter, plan the sweep started",
+        "running",
+        "Check every parameter, plan the sweep succeeded",
+        "Prepare preferences succeeded, from the cache",
+        "Align the policy (spo-alpha-0.5) waits: Unschedulable: 0/1 nodes are available: 1 Insufficient "
+        "nvidia.com/gpu",
+        "Align the policy (dpo-beta-1) started again, attempt 2 (pod deleted)",
+        "succeeded",
+    ]
+    assert (status, errors) == (0, "")
+
+
+LOG = """\
+time="2026-01-01T10:00:00Z" level=INFO msg="capturing logs" argo=true
+I0101 10:00:00.000000      23 launcher_v2.go:126] input ComponentSpec:{
+[KFP Executor 2026-01-01 10:00:00,000 INFO]: Looking for component `prepare_data`
+reading the table
+training:  50%|█████     | 5/10 [00:10<00:10,  1.0s/it]\rtraining: 100%|██████████| 10/10 [00:20<00:00]
+Traceback (most recent call last):
+  File "/tmp/executor.py", line 5, in prepare_data
+    run(config)
+softpref.errors.DataError: row 7 has no prompt; name its column in columns
+I0101 10:00:01.000000      23 launcher_v2.go:170] publish success.
+F0101 10:00:01.000000      23 main.go:53] failed to execute component: exit status 1
+time="2026-01-01T10:00:01Z" level=INFO msg="sub-process exited" argo=true error="exit status 1"
+Error: exit status 1
+"""
+
+
+@pytest.mark.parametrize("ui", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_failed_step_is_named_with_the_reason_that_its_log_gives(wait, wrapped, ui):
+    end = Workflow(wrapped=wrapped).step("plan-sweep", "Succeeded", "Succeeded")
+    end.step("prepare-data", "Failed", "Failed:Error (exit code 1)")
+    with PipelinesApi(
+        states=["RUNNING", "FAILED"], workflows=[end.manifest], logs={end.pod("prepare-data"): LOG}, ui=ui
+    ) as server:
+        status, lines, errors = wait(server)
+        (run,) = server.runs
+    assert status == 1
+    assert lines[1:] == ["Prepare preferences failed", "running", "failed"]
+    assert errors.splitlines() == [
+        "    reading the table",
+        "    Traceback (most recent call last):",
+        '      File "/tmp/executor.py", line 5, in prepare_data',
+        "        run(config)",
+        "    softpref.errors.DataError: row 7 has no prompt; name its column in columns",
+        "error: Prepare preferences failed: row 7 has no prompt; name its column in columns",
+        f"error: the run failed; all of it is shown at {server.url}/#/runs/details/{run.run_id}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("message", "log", "reason"),
+    [
+        ("Error (exit code 1)", "one\nKeyError: 'prompt'\nbye\n", "KeyError: 'prompt'"),
+        ("Error (exit code 1)", "the last word\n", "the last word"),
+        ("OOMKilled (exit code 137)", "the last word\n", "OOMKilled (exit code 137)"),
+        ("Error (exit code 1)", "", "Error (exit code 1); its log is not to be had from here"),
+    ],
+)
+def test_a_failed_step_of_the_loop_is_named_with_its_model(wait, message, log, reason):
+    path = LOOP.format(1) + "evaluate-model"
+    end = Workflow().step(path, "Failed", "Failed:pod deleted", f"Failed:{message}")
+    with PipelinesApi(
+        states=["FAILED"], workflows=[end.manifest], logs={end.pod(path, attempt=1): log}
+    ) as server:
+        status, _, errors = wait(server, "--ui-host", "https://kubeflow.example/pipeline/")
+    assert status == 1
+    assert f"error: Evaluate (dpo-beta-1) failed: {reason}\n" in errors
+    assert "shown at https://kubeflow.example/pipeline/#/runs/details/" in errors
+
+
+def test_a_failed_driver_is_named_with_its_message(wait):
+    log = (
+        "I0101 10:00:00.000000 1 main.go:9] go\nF0101 10:00:00.000000 1 main.go:79] KFP driver: no input x\n"
+    )
+    end = Workflow().driver("for-loop-1.iteration", "Failed", "Error (exit code 1)", "system-dag-driver")
+    end.driver("prepare-data", "Error", "ImagePullBackOff: Back-off pulling image driver")
+    pod = end.driver_pod("for-loop-1.iteration", "system-dag-driver")
+    with PipelinesApi(states=["FAILED"], workflows=[end.manifest], logs={pod: log}) as server:
+        status, _, errors = wait(server)
+    assert status == 1
+    assert "error: models failed before its start: KFP driver: no input x\n" in errors
+    assert "error: Prepare preferences failed before its start: ImagePullBackOff: Back-off pulling" in errors
+
+
+@pytest.mark.parametrize("end", ["CANCELED", "FAILED"])  # KFP 2.17 calls it failed in the end
+def test_a_terminated_run_is_no_failed_one(wait, end):
+    stopped = Workflow(deadline=0).step("prepare-data", "Failed", "Failed:Step exceeded its deadline")
+    with PipelinesApi(
+        states=["RUNNING", "CANCELING", end], workflows=[Workflow().manifest, stopped.manifest]
+    ) as server:
+        status, lines, errors = wait(server)
+    assert status == 130
+    assert lines == ["running", "Prepare preferences was stopped", "canceling", end.lower()]
+    assert "error: the run was terminated" in errors
+    assert "failed" not in errors
+
+
+def test_without_the_workflow_the_states_are_said(wait):
+    with PipelinesApi(states=["RUNNING", "FAILED"]) as server:
+        status, lines, errors = wait(server)
+    assert (status, lines) == (1, ["running", "failed"])
+    assert "error: the run failed: a task failed" in errors
+
+
+def test_an_api_that_is_away_for_a_while_is_mentioned_once(wait):
+    with PipelinesApi(states=["RUNNING", "SUCCEEDED"]) as server:
+        server.failures = 3
+        status, lines, errors = wait(server)
+    assert lines == [
+        "the API does not answer; the run goes on; trying again",
+        "the API answers again",
+        "running",
+        "succeeded",
+    ]
+    assert (status, errors) == (0, "")
+
+
+def test_an_api_that_stays_away_ends_the_waiting_but_not_the_run(wait, monkeypatch):
+    import waiting
+
+    monkeypatch.setattr(waiting, "_FAILED_LOOKS", 2)
+    with PipelinesApi(states=["RUNNING"]) as server:
+        server.failures = 4
+        with pytest.raises(ConfigError, match=f"answered 503 .*; the run goes on: {server.url}/#/runs/det"):
+            wait(server)
+
+
+def test_requests_that_are_tried_again_are_not_warned_of(launch, sweep, capsys, caplog):
+    with PipelinesApi() as server:
+        gone = server.url
+    with caplog.at_level(logging.WARNING):
+        assert launch.main(sweep, ["--runner", "cluster", "--endpoint", gone]) == 2
+    assert not [record for record in caplog.records if "Retrying" in record.getMessage()]
+    assert "Connection refused" in capsys.readouterr().err
+
+
+def test_interrupted_waiting_leaves_the_run(wait, monkeypatch):
+    import waiting
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(waiting.time, "sleep", interrupt)
+    with PipelinesApi(states=["RUNNING"]) as server:
+        status, lines, errors = wait(server)
+    assert (status, lines) == (130, ["running"])
+    assert f"error: waiting was interrupted; the run goes on: {server.url}/#/runs/details/" in errors
 
 
 def test_what_is_wrong_is_said_before_anything_is_uploaded(launch, sweep, capsys):

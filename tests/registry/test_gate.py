@@ -63,12 +63,35 @@ def test_champion_yields_only_to_a_strictly_better_model(mine, theirs, options, 
     assert words in verdict.reason
 
 
-def test_other_evaluations_are_not_compared():
-    champion = Champion("3", "another", {"win_rate": figure(0.1, 0.1, 0.1)})
-    verdict = challenge(scores(), "e", champion, RegistryConfig("story"))
+EVALUATED_ON = {
+    "data": "d1",
+    "judge": "expert f1",
+    "reference": "r1",
+    "settings": {"samples_per_prompt": 32, "split": "test"},
+}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "difference"),
+    [
+        ({"reference": "r2"}, "was evaluated against another reference (its weights differ); evaluate"),
+        ({"data": "d2"}, "was evaluated on other test rows; evaluate"),
+        ({"judge": "bradley-terry f2"}, "was evaluated by the bradley-terry judge (here expert); evaluate"),
+        ({"judge": "expert f2"}, "was evaluated by another expert judge (its scores differ); evaluate"),
+        (
+            {"reference": "r2", "settings": {"samples_per_prompt": 8, "split": "test"}},
+            "against another reference (its weights differ) and with samples_per_prompt = 8 (here 32); eval",
+        ),
+        (None, "was evaluated otherwise; in what, its version does not tell; evaluate"),
+    ],
+)
+def test_other_evaluations_are_not_compared_and_it_is_said_what_differs(theirs, difference):
+    known = None if theirs is None else EVALUATED_ON | theirs
+    champion = Champion("3", "another", {"win_rate": figure(0.1, 0.1, 0.1)}, known)
+    verdict = challenge(scores(), "e", champion, RegistryConfig("story"), EVALUATED_ON)
     assert not verdict.moves
-    assert "not comparable" in verdict.reason
-    assert "another" in verdict.reason
+    assert verdict.reason.startswith("not comparable: the champion, version 3, ")
+    assert difference in verdict.reason
 
 
 def test_metric_of_the_challenge_can_be_chosen():

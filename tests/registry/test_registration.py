@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from softpref.errors import ConfigError
 from softpref.registry.config import RegistryConfig
-from softpref.registry.stage import model_hash, run
+from softpref.registry.stage import decision_markdown, model_hash, run
 from softpref.tracking import Tracker
 
 
@@ -91,6 +91,40 @@ def test_champion_changes_only_for_a_better_model_on_the_same_evaluation(
     assert not decision["registered"]
     assert "win_rate is 0.5" in decision["gate_failures"][0]
     assert len(versions(client)) == 4
+
+
+def test_what_keeps_two_models_from_being_compared_is_in_their_versions(
+    tmp_path, store, client, write_model, write_evaluation
+):
+    parts = {"data": "d1", "judge": "expert f1", "reference": "r1", "settings": {"samples_per_prompt": 32}}
+    for number in (1, 2):
+        model = write_model(tmp_path / f"model-{number}", seed=number)
+        evaluated_on = parts | {"reference": f"r{number}"}
+        identity = {"evaluation_id": f"e{number}", "evaluated_on": evaluated_on}
+        evaluation = write_evaluation(tmp_path / f"evaluation-{number}", **identity)
+        decision = run(config(store), model, evaluation, tmp_path / f"registration-{number}")
+        assert json.loads(client.get_model_version("story", str(number)).tags["evaluated_on"]) == evaluated_on
+    assert "version 1, was evaluated against another reference (its weights differ)" in decision["reason"]
+    assert client.get_registered_model("story").aliases == {"challenger": 2, "champion": 1}
+
+
+def test_an_older_version_registered_again_takes_no_newer_ones_place(
+    tmp_path, store, client, write_model, write_evaluation
+):
+    models = [write_model(tmp_path / f"model-{number}", seed=number) for number in (1, 2, 3)]
+    rates = [(0.7, 0.65, 0.75), (0.6, 0.55, 0.65), (0.6, 0.55, 0.65)]
+    evaluations = [write_evaluation(tmp_path / f"e-{i}", win_rate=rate) for i, rate in enumerate(rates)]
+    for number, (model, evaluation) in enumerate(zip(models, evaluations, strict=True)):
+        run(config(store), model, evaluation, tmp_path / f"registration-{number}")
+    assert client.get_registered_model("story").aliases == {"challenger": 3, "champion": 1}
+
+    second = run(config(store), models[1], evaluations[1], tmp_path / "again")
+    assert (second["reused"], second["version"], second["aliases"]) == (True, "2", [])
+    assert "challenger stays at version 3, which is newer" in second["reason"]
+    assert "mlflow models serve -m models:/story/2 " in decision_markdown(second)
+    first = run(config(store), models[0], evaluations[0], tmp_path / "once more")
+    assert (first["reused"], first["champion"], first["aliases"]) == (True, True, ["champion"])
+    assert client.get_registered_model("story").aliases == {"challenger": 3, "champion": 1}
 
 
 def test_failed_gate_needs_no_server(tmp_path, model, write_evaluation):

@@ -201,16 +201,17 @@ def test_a_refused_login_is_said_before_anything_starts(stack, tmp_path):
     assert time.monotonic() - began < 60
 
 
-def test_an_experiment_of_another_user_is_refused_at_once(stack, login):
+def test_an_experiment_of_another_user_is_refused_at_once(stack, login, monkeypatch):
     from mlflow import MlflowClient
     from softpref.errors import ConfigError
-    from softpref.tracking import open_parent
+    from softpref.tracking import check_server
 
     login(tuple(SECRETS["mlflow-admin"].values()))
     MlflowClient(stack.uri).create_experiment("of-the-administrator")
     login(RUNS)
+    monkeypatch.setenv("SOFTPREF_RUN_ID", "0a1b")
     with pytest.raises(ConfigError, match="does not let user 'softpref' write there"):
-        open_parent("of-the-administrator", "sweep", tracking_uri=stack.uri)
+        check_server("of-the-administrator", stack.uri)
 
 
 def test_a_password_that_is_changed_while_training_is_a_warning_with_the_reason(

@@ -1,7 +1,7 @@
 """The KFP face of stage 1. Holds no logic: it builds a DataConfig and calls `softpref.data.stage.run`."""
 
 from kfp import dsl
-from kfp.dsl import HTML, Dataset, Metrics, Output
+from kfp.dsl import HTML, Dataset, Input, Metrics, Output
 
 from softpref.images import DATA_IMAGE
 
@@ -12,13 +12,18 @@ def prepare_data(
     page: Output[HTML],
     metrics: Output[Metrics],
     source: str = "story",
-    columns: str = "",
+    columns: dict = {},  # noqa: B006
     prompt_template: str = "",
     rows: int = 0,
     seed: int = 0,
     validation_fraction: float = 0.1,
     test_fraction: float = 0.1,
-    overrides: str = "",
+    overrides: dict = {},  # noqa: B006
+    experiment: str = "softpref",
+    tracking_uri: str = "",
+    source_version: str = "",
+    code_version: str = "",
+    artifact: Input[Dataset] = None,
 ):
     """Turn preferences of any source into a checked dataset with splits by prompt.
 
@@ -28,29 +33,39 @@ def prepare_data(
         metrics: Row counts.
         source: "story" for the embedded story world, a Hugging Face Hub dataset id, or the path of a JSONL,
             JSON, CSV or Parquet file, of a folder of them, or of a saved dataset.
-        columns: JSON object from role to column of the source, such as {"prompt": "question", "chosen":
-            "better", "rejected": "worse"}. Empty: columns named like the roles are used.
+        columns: From role to column of the source, such as {"prompt": "question", "chosen": "better",
+            "rejected": "worse"}. Empty: columns named like the roles are used.
         prompt_template: Builds the prompt from columns, such as "Debate: {debate}\\nArgument:". Empty: none.
         rows: Rows to draw from the story world, or to sample from another source. 0: 4000, or all.
         seed: Seed of draws, samples and splits.
         validation_fraction: Share of the distinct prompts held out for validation.
         test_fraction: Share of the distinct prompts held out for evaluation.
-        overrides: JSON object with any other parameter of DataConfig, such as {"votes": 5}.
+        overrides: Any other parameter of DataConfig, such as {"votes": 5}.
+        experiment: MLflow experiment of the pipeline's run, which a terminated step marks as killed.
+        tracking_uri: MLflow server. Empty: the environment's, or a local store.
+        source_version: The source's version: the commit to read of a dataset on the Hub; for others its mark,
+            so that a source that has changed is read anew instead of taken from the cache.
+        code_version: Version of the code, for the same purpose.
+        artifact: Dataset of another step or pipeline, in place of the source: a file or folder of
+            preferences, or a dataset folder that this stage wrote.
     """
-    from softpref.config import build_config, parse_overrides
+    from softpref.config import build_config, hub_revision, parse_overrides
     from softpref.data.config import DataConfig
     from softpref.data.stage import run
+    from softpref.tracking import watch_termination
 
+    watch_termination(experiment, tracking_uri or None)
     config = build_config(
         DataConfig,
         {
-            "source": source,
-            "columns": columns or {},
+            "source": artifact.path if artifact else source,
+            "columns": columns,
             "prompt_template": prompt_template,
             "rows": rows or None,
             "seed": seed,
             "validation_fraction": validation_fraction,
             "test_fraction": test_fraction,
+            **hub_revision(source_version),
         },
         parse_overrides(overrides),
     )

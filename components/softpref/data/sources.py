@@ -271,3 +271,13 @@ def _choose_split(present: list[str], split: str | None, where: str) -> str:
     if split not in present:
         raise ConfigError(f"{where} has no split {split!r}; it has {', '.join(present)}")
     return split
+
+
+class Pinned(NamedTuple):
+    source: str
+    revision: str = ""
+    fingerprint: str = ""
+
+
+def pin(source, revision=None, *, tracking_uri=""):
+    return Pinned(source)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from softpref.errors import ConfigError, SoftprefError
+from softpref.tracking.pipeline_run import current_pipeline_run
 
 Stage = Literal["sft", "train"]
 
@@ -61,7 +62,7 @@ def job_name(
         "values": dict(values),
         "name": where.get("name", ""),
         # one run of a pipeline, or without tracking the one place that the model goes to
-        "run": where.get("parent_run_id") or os.environ.get("MLFLOW_RUN_ID") or folders["output"],
+        "run": run.id if (run := current_pipeline_run()) else where.get("parent_run_id") or folders["output"],
         "dataset": _stamp(Path(folders["dataset"]) / "stats.json"),
         "reference": _stamp(Path(folders["reference"]) / "softpref.json") if "reference" in folders else "",
     }

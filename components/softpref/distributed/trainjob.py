@@ -25,10 +25,13 @@ from softpref.distributed.node import CHECKPOINTS, OUTPUT, PARAMETERS_FILE, RESU
 from softpref.distributed.nodes import Nodes, State
 from softpref.distributed.processes import StageFailed, cancellable
 from softpref.errors import ConfigError
+from softpref.tracking.pipeline_run import RUN_ID, RUN_NAME
 
 logger = logging.getLogger(__name__)
 
 _FORWARDED = (
+    RUN_ID,
+    RUN_NAME,
     "MLFLOW_TRACKING_URI",
     "MLFLOW_RUN_ID",
     "MLFLOW_EXPERIMENT_ID",

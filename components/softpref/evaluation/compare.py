@@ -13,6 +13,7 @@ from softpref.errors import ConfigError, DataError
 from softpref.evaluation.curves import all_exact, equal_reward, position
 from softpref.evaluation.stage import EVALUATION_FILE, REPORT_FILE, SAMPLES_FILE
 from softpref.lm.extrapolation import extrapolated_folders
+from softpref.tracking import current_pipeline_run
 
 COMPARISON_FILE, FRONTIER_FILE, CHOSEN_FOLDER = "comparison.json", "frontier.png", "chosen"
 
@@ -64,7 +65,8 @@ def run(
         evaluation_dirs: folders of stage 4, one per trained model; all evaluated alike.
         rule: the metric that ranks members, `expected_reward` or `win_rate`.
         max_kl: members whose sequence KL to the reference, in nats, exceeds this cannot be chosen.
-        parent_run_id: the sweep's MLflow run; None logs nothing.
+        parent_run_id: the sweep's MLflow run; None takes that of the pipeline run, and where there is none
+            logs nothing.
         experiment, tracking_uri: where that run is; the URI's default is `MLFLOW_TRACKING_URI` or a local
             store.
 
@@ -99,7 +101,7 @@ def run(
             shutil.copyfile(Path(folder) / EVALUATION_FILE, output / CHOSEN_FOLDER / EVALUATION_FILE)
     text = json.dumps(comparison, indent=2, ensure_ascii=False, allow_nan=False)
     (output / COMPARISON_FILE).write_text(text + "\n", encoding="utf-8")
-    if parent_run_id:
+    if parent_run_id or current_pipeline_run():
         _track(output, comparison, parent_run_id, experiment, tracking_uri)
     if choice.name is None:
         raise DataError(f"{choice.reason} The report is in {output / REPORT_FILE}.")
@@ -428,14 +430,23 @@ def _gathered_warnings(members: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _track(
-    output: Path, comparison: Mapping[str, Any], run_id: str, experiment: str, tracking_uri: str | None
+    output: Path,
+    comparison: Mapping[str, Any],
+    run_id: str | None,
+    experiment: str,
+    tracking_uri: str | None,
 ) -> None:
     """Log the comparison to the sweep's run: the chosen member's figures, the figure and the report."""
     from softpref.evaluation.stage import flat_figures
     from softpref.tracking import Tracker
 
     with Tracker(
-        output, experiment=experiment, run_name="compare", run_id=run_id, tracking_uri=tracking_uri or None
+        output,
+        experiment=experiment,
+        run_name="compare",
+        run_id=run_id,
+        root=run_id is None,
+        tracking_uri=tracking_uri or None,
     ) as tracker:
         for member in comparison["members"]:
             if member["name"] == comparison["chosen"]:

@@ -1,6 +1,6 @@
 """The KFP faces of stage 4. Hold no logic: they build a config and call the stage."""
 
-from typing import List, NamedTuple  # noqa: UP035  (KFP reads List[...] of artifacts)
+from typing import List  # noqa: UP035  (KFP reads List[...] of artifacts)
 
 from kfp import dsl
 from kfp.dsl import HTML, Artifact, Dataset, Input, Markdown, Metrics, Model, Output
@@ -24,8 +24,7 @@ def evaluate_model(
     seed: int = 0,
     experiment: str = "softpref",
     tracking_uri: str = "",
-    parent_run_id: str = "",
-    overrides: str = "",
+    overrides: dict = {},  # noqa: B006
 ):
     """Measure one policy on held-out prompts, every figure with its confidence interval.
 
@@ -46,15 +45,17 @@ def evaluate_model(
         seed: Seed of sampling, judge and intervals.
         experiment: MLflow experiment, when the policy names no run.
         tracking_uri: MLflow server. Empty: MLFLOW_TRACKING_URI, or a local store.
-        parent_run_id: Parent run, when the policy names no run.
-        overrides: JSON object with any other parameter of EvaluationConfig, such as {"confidence": 0.9}.
+        overrides: Any other parameter of EvaluationConfig, such as {"confidence": 0.9}.
     """
     import shutil
 
     from softpref.config import build_config, parse_overrides
     from softpref.evaluation.config import EvaluationConfig
     from softpref.evaluation.stage import REPORT_FILE, flat_figures, run
+    from softpref.tracking import deliver_missed, watch_termination
 
+    watch_termination(experiment, tracking_uri or None)
+    deliver_missed(reference.path, policy.path)
     config = build_config(
         EvaluationConfig,
         {
@@ -66,7 +67,6 @@ def evaluate_model(
             "seed": seed,
             "experiment": experiment,
             "tracking_uri": tracking_uri,
-            "parent_run_id": parent_run_id,
         },
         parse_overrides(overrides),
     )
@@ -93,12 +93,13 @@ def compare_models(
     chosen: Output[Artifact],
     report: Output[HTML],
     summary: Output[Markdown],
+    model: Output[Model],
     rule: str = "expected_reward",
     max_kl: float = 0.0,
     experiment: str = "softpref",
     tracking_uri: str = "",
-    parent_run_id: str = "",
-) -> NamedTuple("Outputs", [("model_uri", str), ("name", str), ("run_id", str)]):  # type: ignore[valid-type]
+    record: Input[Artifact] = None,
+):
     """Compare the members of a sweep and choose one by a stated rule.
 
     Args:
@@ -107,28 +108,27 @@ def compare_models(
         chosen: The chosen member's evaluation.json.
         report: The report as a page: table by softness, frontier, the choice and its reason.
         summary: The table and the reason in short.
+        model: The chosen model, where its training put it; nothing is copied.
         rule: Which figure ranks members, "expected_reward" or "win_rate".
         max_kl: Members farther than this from the reference, in nats per completion, cannot be chosen. 0: no
             limit.
-        experiment: MLflow experiment of the parent run.
+        experiment: MLflow experiment of the sweep's run, which receives report and figures.
         tracking_uri: MLflow server. Empty: MLFLOW_TRACKING_URI, or a local store.
-        parent_run_id: The sweep's MLflow run, which receives report and figures. Empty: nothing is logged.
-
-    Returns:
-        Address, name and MLflow run of the chosen model.
+        record: What the plan told MLflow; delivered here if MLflow was away then.
     """
     import shutil
-    from collections import namedtuple
 
     from softpref.evaluation.compare import format_table, run
     from softpref.evaluation.stage import REPORT_FILE
+    from softpref.tracking import deliver_missed, watch_termination
 
+    watch_termination(experiment, tracking_uri or None)
+    deliver_missed(*([record.path] if record else []), *(evaluation.path for evaluation in evaluations))
     result = run(
         [evaluation.path for evaluation in evaluations],
         comparison.path,
         rule,
         max_kl or None,
-        parent_run_id=parent_run_id or None,
         experiment=experiment,
         tracking_uri=tracking_uri or None,
     )
@@ -137,5 +137,5 @@ def compare_models(
         file.write(f"```\n{format_table(result['members'])}\n```\n\n{result['reason']}\n\n{result['rule']}\n")
     shutil.copytree(f"{comparison.path}/chosen", chosen.path, dirs_exist_ok=True)
     best = next(member for member in result["members"] if member["name"] == result["chosen"])
-    Outputs = namedtuple("Outputs", ["model_uri", "name", "run_id"])
-    return Outputs(best["model_uri"], best["name"], best["run_id"] or "")
+    model.uri = best["model_uri"]  # the launcher keeps a changed address, and uploads nothing
+    model.metadata["name"] = best["name"]

@@ -81,14 +81,15 @@ def run(
     dataset = _load_dataset(dataset_dir, config)
     output.mkdir(parents=True, exist_ok=True)
 
-    from softpref.tracking import Tracker
+    from softpref.tracking import Tracker, run_tracked_in
 
+    own_run = metadata.get("run_id") or run_tracked_in(policy_dir)
     with Tracker(
         output,
         experiment=config.experiment,
         run_name=f"evaluate {policy.name}",
         parent_run_id=config.parent_run_id or None,
-        run_id=metadata.get("run_id"),
+        run_id=own_run,
         tracking_uri=config.tracking_uri or None,
     ) as tracker:
         places = {
@@ -97,7 +98,7 @@ def run(
             "reference": reference_dir,
             "reference_uri": reference_uri or reference_dir,
         }
-        run_id = metadata.get("run_id") or tracker.run_id
+        run_id = own_run or tracker.run_id
         task = _prepare(config, dataset, places, metadata, timer)
         for member in members:
             folder = output / member.subfolder
@@ -160,6 +161,7 @@ class _Task(NamedTuple):
 
     Attributes:
         identity: `evaluation_id`.
+        identity_parts: `evaluated_on`, what it is made of.
         prompts, rows: held-out prompts to draw from, their preference rows to score.
         outcomes: every completion of a prompt's set, where the dataset knows them.
         judge_accuracy: on the validation split, of a trained judge.
@@ -168,6 +170,7 @@ class _Task(NamedTuple):
     """
 
     identity: str
+    identity_parts: dict[str, Any]
     prompts: list[Any]
     rows: list[dict[str, Any]]
     outcomes: dict[str, Outcomes]
@@ -223,7 +226,7 @@ def _prepare(
     check_prompts(models.reference, models, prompts)
     timer.enter("evaluation")
     return _Task(
-        _evaluation_id(config, rows, judge, places["reference"], models.max_new_tokens),
+        *_identity(config, rows, judge, places["reference"], models.max_new_tokens),
         prompts,
         kept,
         outcomes,
@@ -274,6 +277,7 @@ def _evaluate(
         "run_id": run_id,
         "dataset_hash": stats.get("dataset_hash"),
         "evaluation_id": task.identity,
+        "evaluated_on": task.identity_parts,
         "judge": {
             "name": judge.name,
             "description": judge.description,
@@ -379,25 +383,34 @@ def _warnings(
     return found
 
 
-def _evaluation_id(
+def _identity(
     config: EvaluationConfig, rows: Sequence[Mapping[str, Any]], judge: Any, reference_dir: str, max_new: int
-) -> str:
-    """Equal for two evaluations exactly when their figures can be compared.
+) -> tuple[str, dict[str, Any]]:
+    """`evaluation_id`, equal for two evaluations exactly when their figures can be compared, and its parts.
 
-    The reference belongs to it: win rate and KL are relative to it.
+    The reference belongs to it: win rate and KL are relative to it. The parts, `evaluated_on`, are what tells
+    two evaluations apart: hashes of the rows, the judge's scores and the reference's weights; the settings.
     """
-    digest = hashlib.sha256()
+    data = hashlib.sha256()
     for row in rows:
         part = {key: row[key] for key in ("prompt", "completions", "kind", "probability")}
-        digest.update(json.dumps(part, sort_keys=True).encode())
+        data.update(json.dumps(part, sort_keys=True).encode())
     settings = {key: getattr(config, key) for key in _DEFINING} | {"max_new_tokens": max_new}
-    digest.update(json.dumps([judge.name, judge.fingerprint, settings], sort_keys=True).encode())
-    weights = sorted(Path(reference_dir).glob("*.safetensors"))
-    digest.update(b"" if weights else reference_dir.encode())
-    for file in weights:
+    weights = b""
+    for file in sorted(Path(reference_dir).glob("*.safetensors")):
         with open(file, "rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()[:16]
+            weights += hashlib.file_digest(content, "sha256").digest()
+    weights = weights or reference_dir.encode()
+    whole = data.copy()
+    whole.update(json.dumps([judge.name, judge.fingerprint, settings], sort_keys=True).encode())
+    whole.update(weights)
+    parts = {
+        "data": data.hexdigest()[:16],
+        "judge": f"{judge.name} {judge.fingerprint}",
+        "reference": hashlib.sha256(weights).hexdigest()[:16],
+        "settings": settings,
+    }
+    return whole.hexdigest()[:16], parts
 
 
 def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from softpref.errors import ConfigError
 
@@ -253,3 +253,13 @@ def _load_gguf(path: Path, dtype: str) -> Any:
     model.tie_weights()
     model.generation_config = quantized.generation_config
     return model
+
+
+class Pinned(NamedTuple):
+    source: str
+    revision: str = ""
+    fingerprint: str = ""
+
+
+def pin_model(source, revision=None, *, tracking_uri=""):
+    return Pinned(source)

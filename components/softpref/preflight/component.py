@@ -1,11 +1,12 @@
-"""The KFP faces of the planning task, for a sweep and for a single run. They hold no logic.
+"""The KFP faces of a run's first task, for a sweep and for a single run, and of its last. They hold no logic.
 
-Each takes every parameter of its pipeline, because its purpose is to refuse a wrong one before anything runs.
+The first takes every parameter of its pipeline, for it is there to refuse a wrong one before anything runs.
 """
 
-from typing import List  # noqa: UP035  # kfp reads the element type from typing.List
+from typing import List, NamedTuple  # noqa: UP035  # kfp reads the element type from typing.List
 
 from kfp import dsl
+from kfp.dsl import Artifact, Output, PipelineTaskFinalStatus
 
 from softpref.images import TRAIN_IMAGE
 
@@ -16,31 +17,42 @@ def plan_sweep(
     baselines: List[str],  # noqa: UP006
     beta: float,
     source: str,
-    columns: str,
+    columns: dict,
     prompt_template: str,
     rows: int,
-    data_overrides: str,
+    data_overrides: dict,
     base_model: str,
     sft_learning_rate: float,
     sft_epochs: float,
-    sft_overrides: str,
+    sft_overrides: dict,
     learning_rate: float,
     epochs: float,
     samples_per_refresh: int,
     sampling_interval: int,
-    train_overrides: str,
+    train_overrides: dict,
     judge: str,
     samples_per_prompt: int,
-    evaluation_overrides: str,
+    evaluation_overrides: dict,
     registered_model_name: str,
     min_win_rate: float,
-    registry_overrides: str,
+    registry_overrides: dict,
     selection_rule: str,
     max_kl: float,
+    gpus: str,
     experiment: str,
     tracking_uri: str,
-    parent_run_id: str = "",
-) -> List[str]:  # noqa: UP006
+    run_name: str,
+    record: Output[Artifact],
+) -> NamedTuple(  # type: ignore[valid-type]
+    "Plan",
+    [  # "Output", for KFP's local runner loops over an output of that name alone
+        ("Output", List[str]),  # noqa: UP006
+        ("code_version", str),
+        ("source_version", str),
+        ("base_model", str),
+        ("base_model_version", str),
+    ],
+):
     """Check every parameter of a sweep within seconds and list the models to train.
 
     Args:
@@ -54,25 +66,26 @@ def plan_sweep(
         judge, samples_per_prompt, evaluation_overrides: Parameters of the evaluation stage.
         registered_model_name, min_win_rate, registry_overrides: Parameters of the registration stage.
         selection_rule, max_kl: How the comparison chooses.
+        gpus: GPUs of the training stages. Empty: none.
         experiment: MLflow experiment.
         tracking_uri: MLflow server. Empty: the environment's, or a local store.
-        parent_run_id: MLflow run of the whole pipeline. Empty: one is opened, or the inherited one is taken.
+        run_name: Name of the pipeline run, for its run in MLflow.
+        record: What the pipeline's run in MLflow is told here; a later step delivers what MLflow missed.
 
     Returns:
-        A JSON object per model: name, method, alpha, beta, options, parent_run_id.
+        Output: a JSON object per model: name, method, alpha, beta, options. And what the keys of KFP's cache
+        are made of, besides the parameters: the version of the code, that of the source, the base model with
+        a registry's alias replaced by the version behind it, and the version of the base model.
     """
     parameters = dict(locals())
 
-    import json
+    from collections import namedtuple
 
-    from softpref.preflight.stage import plan
-    from softpref.tracking import open_parent
+    from softpref.preflight.stage import begin_run
 
-    members = plan(parameters)
-    if not parent_run_id:
-        parent_run_id = open_parent(experiment, "sweep", tracking_uri=tracking_uri or None) or ""
-    plans = [json.dumps({**member._asdict(), "parent_run_id": parent_run_id}) for member in members]
-    return plans
+    begun = begin_run(parameters, record.path)
+    outputs = namedtuple("Plan", ["Output", *begun._fields[1:]])  # type: ignore[misc]
+    return outputs(*begun)  # type: ignore[call-arg]
 
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
@@ -80,29 +93,40 @@ def plan_run(
     alpha: float,
     beta: float,
     source: str,
-    columns: str,
+    columns: dict,
     prompt_template: str,
     rows: int,
-    data_overrides: str,
+    data_overrides: dict,
     base_model: str,
     sft_learning_rate: float,
     sft_epochs: float,
-    sft_overrides: str,
+    sft_overrides: dict,
     learning_rate: float,
     epochs: float,
     samples_per_refresh: int,
     sampling_interval: int,
-    train_overrides: str,
+    train_overrides: dict,
     judge: str,
     samples_per_prompt: int,
-    evaluation_overrides: str,
+    evaluation_overrides: dict,
     registered_model_name: str,
     min_win_rate: float,
-    registry_overrides: str,
+    registry_overrides: dict,
+    gpus: str,
     experiment: str,
     tracking_uri: str,
-    parent_run_id: str = "",
-) -> str:
+    run_name: str,
+    record: Output[Artifact],
+) -> NamedTuple(  # type: ignore[valid-type]
+    "Plan",
+    [
+        ("member", str),
+        ("code_version", str),
+        ("source_version", str),
+        ("base_model", str),
+        ("base_model_version", str),
+    ],
+):
     """Check every parameter of a single run within seconds.
 
     Args:
@@ -113,22 +137,41 @@ def plan_run(
         learning_rate, epochs, samples_per_refresh, sampling_interval, train_overrides: Of the training stage.
         judge, samples_per_prompt, evaluation_overrides: Parameters of the evaluation stage.
         registered_model_name, min_win_rate, registry_overrides: Parameters of the registration stage.
+        gpus: GPUs of the training stages. Empty: none.
         experiment: MLflow experiment.
         tracking_uri: MLflow server. Empty: the environment's, or a local store.
-        parent_run_id: MLflow run of the whole pipeline. Empty: one is opened, or the inherited one is taken.
+        run_name: Name of the pipeline run, for its run in MLflow.
+        record: What the pipeline's run in MLflow is told here; a later step delivers what MLflow missed.
 
     Returns:
-        A JSON object: name, method, alpha, beta, options, parent_run_id.
+        member: a JSON object: name, method, alpha, beta, options. The others: see plan_sweep.
     """
     parameters = dict(locals())
 
-    import json
+    from collections import namedtuple
 
-    from softpref.preflight.stage import plan
-    from softpref.tracking import open_parent
+    from softpref.preflight.stage import begin_run
 
-    members = plan(parameters)
-    if not parent_run_id:
-        parent_run_id = open_parent(experiment, "run", tracking_uri=tracking_uri or None) or ""
-    plans = [json.dumps({**member._asdict(), "parent_run_id": parent_run_id}) for member in members]
-    return plans[0]
+    begun = begin_run(parameters, record.path)
+    outputs = namedtuple("Plan", ["member", *begun._fields[1:]])  # type: ignore[misc]
+    return outputs(*begun.members, *begun[1:])  # type: ignore[call-arg]
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def finish_run(status: PipelineTaskFinalStatus, run_name: str, experiment: str, tracking_uri: str):
+    """End the pipeline's run in MLflow, however its steps have ended, and whatever below it they left open.
+
+    Args:
+        status: How the steps ended; KFP says it.
+        run_name: Name of the pipeline run.
+        experiment: MLflow experiment.
+        tracking_uri: MLflow server. Empty: the environment's, or a local store.
+    """
+    from softpref.tracking import finish_pipeline_run
+
+    finish_pipeline_run(
+        status.state in ("COMPLETE", "CACHED", "SUCCEEDED"),
+        name=run_name,
+        experiment=experiment,
+        tracking_uri=tracking_uri or None,
+    )

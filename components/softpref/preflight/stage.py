@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from softpref.config import build_config, closest, parse_overrides
+from softpref.config import COMMIT, build_config, closest, parse_overrides
 from softpref.errors import ConfigError
 
+_DECIDE = ("torch", "transformers", "tokenizers", "datasets")  # packages whose versions decide results, too
 DEFAULT_BASELINE_BETA = 0.1
 
 
@@ -55,7 +59,80 @@ class Member(NamedTuple):
     options: dict[str, str]
 
 
-def plan(parameters: Mapping[str, Any]) -> list[Member]:
+class Begun(NamedTuple):
+    """What the first step of a pipeline run hands to the others.
+
+    Attributes:
+        members: JSON objects, one a model.
+        code_version: see the function.
+        source_version: `commit SHA` of a dataset on the Hub, else a mark that changes when the source does;
+            empty where none can be had.
+        base_model: with a registry's alias replaced by the version behind it.
+        base_model_version: as `source_version`.
+    """
+
+    members: list[str]
+    code_version: str
+    source_version: str
+    base_model: str
+    base_model_version: str
+
+
+def begin_run(parameters: Mapping[str, Any], record_dir: str) -> Begun:
+    """Check all parameters of a pipeline, open its run in MLflow and settle the versions of what it reads.
+
+    Args:
+        parameters: of the pipeline, and `run_name`.
+        record_dir: folder for what the run in MLflow is told, so that a later step can deliver it again.
+    """
+    import os
+
+    from softpref.data.sources import pin
+    from softpref.lm.loading import pin_model
+    from softpref.tracking import RUN_NAME, Tracker, check_server, current_pipeline_run, watch_termination
+
+    values = {key: value for key, value in parameters.items() if key not in ("run_name", "record")}
+    members = plan(values)
+    where = {"experiment": values["experiment"], "tracking_uri": values["tracking_uri"] or None}
+    if parameters["run_name"]:
+        os.environ[RUN_NAME] = parameters["run_name"]
+    watch_termination(**where)
+    if check_server(**where) or current_pipeline_run():
+        with Tracker(record_dir, run_name=parameters["run_name"], root=True, **where) as tracker:
+            tracker.params(values)
+            tracker.tags({"mlflow.runName": parameters["run_name"], "models": [one.name for one in members]})
+    source = pin(values["source"], parse_overrides(values["data_overrides"]).get("revision"))
+    base = pin_model(
+        values["base_model"],
+        parse_overrides(values["sft_overrides"]).get("revision"),
+        tracking_uri=values["tracking_uri"],
+    )
+    return Begun(
+        [json.dumps(member._asdict()) for member in members],
+        code_version(),
+        f"{COMMIT}{source.revision}" if source.revision else source.fingerprint,
+        base.source,
+        f"{COMMIT}{base.revision}" if base.revision else base.fingerprint,
+    )
+
+
+def code_version() -> str:
+    """What this installation computes with: the package's version and a hash of its code and main packages.
+
+    Part of the key of KFP's cache, so that an image built anew under an old tag is not taken for the old one.
+    """
+    import softpref
+
+    digest = hashlib.sha256()
+    folder = Path(softpref.__file__).parent
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
+    for package in _DECIDE:
+        digest.update(f"{package} {importlib.metadata.version(package)}\0".encode())
+    return f"{softpref.__version__}+{digest.hexdigest()[:12]}"
+
+
+def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     """Build every stage's configuration, so that a wrong parameter fails here, and list the models to train.
 
     Args:
@@ -63,6 +140,8 @@ def plan(parameters: Mapping[str, Any]) -> list[Member]:
             `alpha`; `beta`, the KL strength of the `spo` members; and those of the stages, `data_overrides`
             and the like (JSON) among them. A baseline is `METHOD[:BETA][,OPTION=VALUE…]`, such as `dpo:0.1`
             or `sppo:1,train_on=samples,rounds=3`, options being those of `SPOConfig`, and `name`.
+
+        here: whether the stages will see the files that this process sees.
 
     Raises:
         ConfigError: the first wrong parameter, with what would be right.
@@ -74,10 +153,12 @@ def plan(parameters: Mapping[str, Any]) -> list[Member]:
     from softpref.sft.config import SFTConfig
     from softpref.spo.config import SPOConfig, member_name
 
-    for name in ("seed", "gpus"):
-        if parameters.get(name, 0) < 0:
-            raise ConfigError(f"{name} must be at least 0, got {parameters[name]}")
-    if parameters.get("gpus", 0) > 0:
+    if parameters.get("seed", 0) < 0:
+        raise ConfigError(f"seed must be at least 0, got {parameters['seed']}")
+    gpus = str(parameters.get("gpus", "")).strip()
+    if gpus and not gpus.isdecimal():
+        raise ConfigError(f"gpus must be a whole number of at least 0, got {parameters['gpus']!r}")
+    if int(gpus or 0):
         for name in ("sft_overrides", "train_overrides"):
             if str(parse_overrides(parameters.get(name, "")).get("use_cpu", "")).lower() in ("true", "1"):
                 raise ConfigError(
@@ -106,7 +187,8 @@ def plan(parameters: Mapping[str, Any]) -> list[Member]:
             stages[stage][option] = value
     data = _build(DataConfig, stages["data"])
     source = data.source
-    _check_local_source(source)
+    if here:
+        _check_local_source(source)
     _build(SFTConfig, stages["sft"])
     for member in members:
         config = build_config(SPOConfig, *training_layers(stages["train"], member))

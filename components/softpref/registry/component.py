@@ -16,8 +16,10 @@ def register_model(
     registered_model_name: str,
     comparison: Input[Artifact] = None,
     min_win_rate: float = 0.5,
+    experiment: str = "softpref",
     tracking_uri: str = "",
-    overrides: str = "",
+    overrides: dict = {},  # noqa: B006
+    record: Input[Artifact] = None,
 ):
     """Put a model that passes the gate into the MLflow registry; make it champion when it beats the champion.
 
@@ -31,17 +33,28 @@ def register_model(
         comparison: The comparison folder of a sweep, which must have chosen this model.
         min_win_rate: The low end of the win rate's interval must reach this; 0 lets every model pass.
         tracking_uri: The MLflow server. Empty: the environment's, or a local store.
-        overrides: JSON object with any other parameter of RegistryConfig, such as {"beyond_noise": true}.
+        experiment: MLflow experiment, when the model names no run.
+        overrides: Any other parameter of RegistryConfig, such as {"beyond_noise": true}.
+        record: What the plan told MLflow; delivered here if MLflow was away then.
     """
     from pathlib import Path
 
     from softpref.config import build_config, parse_overrides
     from softpref.registry.config import RegistryConfig
     from softpref.registry.stage import decision_markdown, run
+    from softpref.tracking import deliver_missed, watch_termination
 
+    watch_termination(experiment, tracking_uri or None)
+    earlier = [one.path for one in (record, evaluation, comparison) if one]
+    deliver_missed(model.path, *earlier)
     config = build_config(
         RegistryConfig,
-        {"model_name": registered_model_name, "min_win_rate": min_win_rate, "tracking_uri": tracking_uri},
+        {
+            "model_name": registered_model_name,
+            "min_win_rate": min_win_rate,
+            "experiment": experiment,
+            "tracking_uri": tracking_uri,
+        },
         parse_overrides(overrides),
     )
     outcome = run(

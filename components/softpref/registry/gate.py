@@ -13,11 +13,16 @@ Figure = Mapping[str, Any]
 
 
 class Champion(NamedTuple):
-    """The present champion as the registry knows it; what its version's tags do not say is None."""
+    """The present champion as the registry knows it; what its version's tags do not say is None.
+
+    Attributes:
+        evaluated_on: what its `evaluation_id` is made of, as in `evaluation.json`.
+    """
 
     version: str
     evaluation_id: str | None
     metrics: Mapping[str, Figure]
+    evaluated_on: Mapping[str, Any] | None = None
 
 
 class Verdict(NamedTuple):
@@ -55,18 +60,26 @@ def gate_failures(metrics: Mapping[str, Figure], config: RegistryConfig) -> list
 
 
 def challenge(
-    metrics: Mapping[str, Figure], evaluation_id: str, champion: Champion | None, config: RegistryConfig
+    metrics: Mapping[str, Figure],
+    evaluation_id: str,
+    champion: Champion | None,
+    config: RegistryConfig,
+    evaluated_on: Mapping[str, Any] | None = None,
 ) -> Verdict:
-    """Whether a model that passed the gate takes the champion's place."""
+    """Whether a model that passed the gate takes the champion's place.
+
+    Args:
+        evaluated_on: what `evaluation_id` is made of, to say what differs from the champion's.
+    """
     if champion is None:
         return Verdict(True, "there was no champion yet and the gate is passed")
     held = f"the champion, version {champion.version},"
     if champion.evaluation_id != evaluation_id:
         return Verdict(
             False,
-            f"not comparable: {held} was evaluated on {champion.evaluation_id or 'something unknown'}, this "
-            f"model on {evaluation_id}; evaluate the champion on the same test split, judge and settings, "
-            "or move the alias by hand",
+            f"not comparable: {held} was evaluated "
+            f"{_difference(champion.evaluated_on or {}, evaluated_on or {})}; "
+            "evaluate the champion as this model was, or move the alias by hand",
         )
     name = config.compare_metric
     mine, theirs = _number(metrics, name, "value"), _number(champion.metrics, name, "value")
@@ -81,6 +94,32 @@ def challenge(
         if low is None or high is None or low <= high:
             return Verdict(False, f"it beats the champion by no more than noise: {against}")
     return Verdict(True, f"it beats the champion on the same evaluation: {against}")
+
+
+_PARTS = ("data", "judge", "reference", "settings")  # of `evaluated_on`
+
+
+def _difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+    """How the champion was evaluated differently."""
+    if any(part not in parts for part in _PARTS for parts in (theirs, mine)):
+        return "otherwise; in what, its version does not tell"
+    found = []
+    if theirs["data"] != mine["data"]:
+        found.append("on other test rows")
+    if theirs["judge"] != mine["judge"]:
+        names = theirs["judge"].split()[0], mine["judge"].split()[0]
+        same = f"another {names[0]} judge (its scores differ)"
+        found.append(f"by {same if names[0] == names[1] else f'the {names[0]} judge (here {names[1]})'}")
+    if theirs["reference"] != mine["reference"]:
+        found.append("against another reference (its weights differ)")
+    changed = [
+        f"{name} = {theirs['settings'].get(name)} (here {value})"
+        for name, value in mine["settings"].items()
+        if theirs["settings"].get(name) != value
+    ]
+    if changed:
+        found.append(f"with {', '.join(changed)}")
+    return " and ".join(found) or "otherwise"
 
 
 def figure_text(figure: Figure) -> str:

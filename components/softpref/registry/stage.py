@@ -49,6 +49,7 @@ from softpref.tracking import (
 DECISION_FILE = "registration.json"
 HASH_TAG = "model_hash"
 SCORES_TAG = "scores"
+EVALUATED_ON_TAG = "evaluated_on"
 _SERVED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "README.md", "LICENSE*")
 _SERVED_BY = ("mlflow", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
 
@@ -121,11 +122,13 @@ def decision_markdown(decision: Mapping[str, Any]) -> str:
         lines += [f"- {failure}" for failure in decision["gate_failures"]]
     else:
         lines = [f"# {decision['model_name']}, version {decision['version']}", ""]
-        lines += [f"Aliases: {', '.join(decision['aliases'])}. Champion: {decision['reason']}.", ""]
-        served = "champion" if decision["champion"] else "challenger"
+        aliases = ", ".join(decision["aliases"]) or "none"
+        lines += [f"Aliases: {aliases}. Champion: {decision['reason']}.", ""]
+        # the last is the champion, where it is one; a version without an alias is served by its number
+        served = f"@{decision['aliases'][-1]}" if decision["aliases"] else f"/{decision['version']}"
         lines += ["```", f"MLFLOW_TRACKING_URI={decision['tracking_uri']} \\"]
         lines += [
-            f"mlflow models serve -m models:/{decision['model_name']}@{served} --env-manager local",
+            f"mlflow models serve -m models:/{decision['model_name']}{served} --env-manager local",
             "```",
         ]
     lines += [f"\nWarning: {warning}" for warning in decision["warnings"]]
@@ -201,20 +204,30 @@ def _register(
             number = str(version.version)
             aliases = {alias: str(at) for alias, at in client.get_registered_model(name).aliases.items()}
             champion = _champion(client, name, aliases.get("champion"), number)
-            verdict = challenge(evaluation["metrics"], evaluation["evaluation_id"], champion, config)
-            client.set_registered_model_alias(name, "challenger", number)
+            verdict = challenge(
+                evaluation["metrics"],
+                evaluation["evaluation_id"],
+                champion,
+                config,
+                evaluation.get("evaluated_on"),
+            )
+            newer = int(aliases.get("challenger", 0)) > int(number)  # an older version is registered again
+            if not newer:
+                client.set_registered_model_alias(name, "challenger", number)
             moves = verdict.moves or aliases.get("champion") == number
             if verdict.moves:
                 client.set_registered_model_alias(name, "champion", number)
         except MlflowException as error:
             raise ConfigError(f"MLflow at {uri}: {in_short(error)}; {kept}") from error
+    reason = "this version is the champion already" if aliases.get("champion") == number else verdict.reason
+    if newer:
+        reason += f"; challenger stays at version {aliases['challenger']}, which is newer"
+    held = {"challenger": not newer, "champion": moves}
     decision.update(
         registered=True,
-        reason="this version is the champion already"
-        if aliases.get("champion") == number
-        else verdict.reason,
+        reason=reason,
         version=number,
-        aliases=["challenger", "champion"] if moves else ["challenger"],
+        aliases=[alias for alias, holds in held.items() if holds],
         champion=moves,
         model_uri=f"models:/{name}/{number}",
         run_id=version.run_id or decision["run_id"],
@@ -376,6 +389,8 @@ def _version_tags(
         known["chosen_by"] = comparison.get("rule")
         known["chosen_because"] = comparison.get("reason")
     known[SCORES_TAG] = json.dumps(evaluation["metrics"])
+    if evaluation.get("evaluated_on"):
+        known[EVALUATED_ON_TAG] = json.dumps(evaluation["evaluated_on"])
     groups = {"": evaluation["metrics"], "exact.": evaluation.get("exact") or {}}
     for group, figures in groups.items():
         for name, figure in figures.items():
@@ -388,11 +403,14 @@ def _champion(client: Any, name: str, version: str | None, candidate: str) -> Ch
     if version is None or version == candidate:
         return None
     tags = client.get_model_version(name, version).tags
-    try:
-        metrics = json.loads(tags.get(SCORES_TAG, "{}"))
-    except json.JSONDecodeError:
-        metrics = {}
-    return Champion(str(version), tags.get("evaluation_id"), metrics)
+    parts = []
+    for tag in (SCORES_TAG, EVALUATED_ON_TAG):
+        try:
+            parts.append(json.loads(tags.get(tag, "{}")))
+        except json.JSONDecodeError:
+            parts.append({})
+    metrics, evaluated_on = parts
+    return Champion(str(version), tags.get("evaluation_id"), metrics, evaluated_on or None)
 
 
 def _training_run(client: Any, run_id: str | None, warnings: list[str]) -> Any:

@@ -15,12 +15,12 @@ def train_reference(
     learning_rate: float = 2e-5,
     num_train_epochs: float = 1.0,
     seed: int = 0,
-    gpus: int = 0,
+    gpus: str = "",
     experiment: str = "softpref",
-    parent_run_id: str = "",
     tracking_uri: str = "",
-    overrides: str = "",
+    overrides: dict = {},  # noqa: B006
     launcher: str = "",
+    base_model_version: str = "",
 ):
     """Train the reference model by supervised fine-tuning on demonstrations or best completions.
 
@@ -33,19 +33,23 @@ def train_reference(
         learning_rate: Peak learning rate.
         num_train_epochs: Passes over the demonstrations. 0: the base model itself is the reference.
         seed: Seed of initialisation and order.
-        gpus: GPUs to train on; fewer than that is an error. 0: none are asked for.
+        gpus: GPUs to train on; fewer than that is an error. Empty: none. A text, for KFP limits nothing by a
+            number that a form gives.
         experiment: MLflow experiment.
-        parent_run_id: MLflow run under which this stage's run is put. Empty: none.
         tracking_uri: MLflow server. Empty: the environment's, or a local store.
-        overrides: JSON object with any other parameter of SFTConfig, which has every option of
+        overrides: Any other parameter of SFTConfig, which has every option of
             transformers.TrainingArguments.
         launcher: JSON object that a cluster profile writes: where the stage's processes run. Empty: on this
             machine, one for each GPU asked for. {"processes": N}: N of them here, without GPUs.
             {"trainjob": {...}}: as a Kubeflow TrainJob of several nodes, `gpus` on each.
+        base_model_version: The base model's version: the commit to load of a model on the Hub; for others its
+            mark, so that a model that has changed is loaded anew instead of taken from the cache.
     """
-    from softpref.config import parse_overrides
+    from softpref.config import hub_revision, parse_overrides
     from softpref.distributed.launch import run_stage
+    from softpref.tracking import watch_termination
 
+    watch_termination(experiment, tracking_uri or None)
     results = run_stage(
         "sft",
         {
@@ -53,13 +57,13 @@ def train_reference(
             "learning_rate": learning_rate,
             "num_train_epochs": num_train_epochs,
             "seed": seed,
-            "gpus": gpus,
+            "gpus": gpus or 0,
+            **hub_revision(base_model_version),
         },
         parse_overrides(overrides),
         folders={"dataset": dataset.path, "output": reference.path},
         launcher=launcher,
         experiment=experiment,
-        parent_run_id=parent_run_id,
         tracking_uri=tracking_uri,
     )
     for name in ("train_loss", "eval_loss"):

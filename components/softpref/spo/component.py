@@ -18,10 +18,10 @@ def train_policy(
     samples_per_refresh: int = 64,
     sampling_interval: int = 8,
     seed: int = 0,
-    gpus: int = 0,
+    gpus: str = "",
     experiment: str = "softpref",
     tracking_uri: str = "",
-    overrides: str = "",
+    overrides: dict = {},  # noqa: B006
     launcher: str = "",
 ):
     """Align the reference to preferences: soft preference optimization, or a baseline on the same rows.
@@ -32,16 +32,17 @@ def train_policy(
         policy: The aligned model's folder: safetensors, tokenizer, generation config, model card.
         metrics: Final training and validation figures.
         member: JSON object written by the planning task: name, method, alpha, beta, options (parameters of
-            SPOConfig for this model alone) and parent_run_id.
+            SPOConfig for this model alone).
         learning_rate: Peak learning rate.
         num_train_epochs: Passes over the preferences.
         samples_per_refresh: Completions drawn from the policy at each refresh, for the KL term.
         sampling_interval: Optimizer steps between refreshes.
         seed: Seed of order and sampling.
-        gpus: GPUs to train on; fewer than that is an error. 0: none are asked for.
+        gpus: GPUs to train on; fewer than that is an error. Empty: none. A text, for KFP limits nothing by a
+            number that a form gives.
         experiment: MLflow experiment.
         tracking_uri: MLflow server. Empty: the environment's, or a local store.
-        overrides: JSON object with any other parameter of SPOConfig, which has every option of
+        overrides: Any other parameter of SPOConfig, which has every option of
             transformers.TrainingArguments.
         launcher: JSON object that a cluster profile writes: where the stage's processes run. Empty: on this
             machine, one for each GPU asked for. {"processes": N}: N of them here, without GPUs.
@@ -52,7 +53,9 @@ def train_policy(
 
     from softpref.config import parse_overrides
     from softpref.distributed.launch import run_stage
+    from softpref.tracking import watch_termination
 
+    watch_termination(experiment, tracking_uri or None)
     plan = json.loads(member)
     results = run_stage(
         "train",
@@ -62,7 +65,7 @@ def train_policy(
             "samples_per_refresh": samples_per_refresh,
             "sampling_interval": sampling_interval,
             "seed": seed,
-            "gpus": gpus,
+            "gpus": gpus or 0,
         },
         parse_overrides(overrides),
         {key: plan[key] for key in ("method", "alpha", "beta")},
@@ -71,7 +74,6 @@ def train_policy(
         launcher=launcher,
         name=plan["name"],
         experiment=experiment,
-        parent_run_id=plan["parent_run_id"],
         tracking_uri=tracking_uri,
     )
     policy.metadata["name"] = plan["name"]

@@ -22,28 +22,38 @@ from softpref.tracking.mlflow_store import (
     short_requests,
     source_tags,
 )
+from softpref.tracking.pipeline_run import KFP_UI, RUN_ID, RUN_NAME, current_pipeline_run, finish_pipeline_run
 from softpref.tracking.tracker import (
     SyncResult,
     Tracker,
-    end_run,
-    open_parent,
+    check_server,
+    deliver_missed,
     resolve_tracking_uri,
+    run_tracked_in,
     sync,
     sync_below,
+    watch_termination,
 )
 
 __all__ = [
+    "KFP_UI",
+    "RUN_ID",
+    "RUN_NAME",
     "SyncResult",
     "Tracker",
-    "end_run",
+    "check_server",
+    "current_pipeline_run",
+    "deliver_missed",
     "find_experiment",
+    "finish_pipeline_run",
     "in_short",
     "mlflow_ready",
     "open_client",
-    "open_parent",
     "resolve_tracking_uri",
+    "run_tracked_in",
     "short_requests",
     "source_tags",
     "sync",
     "sync_below",
+    "watch_termination",
 ]

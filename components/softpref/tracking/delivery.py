@@ -7,12 +7,18 @@ import threading
 from typing import Any
 
 from softpref.tracking.mirror import Mirror
-from softpref.tracking.mlflow_store import RunGone, find_experiment, in_short, open_client, source_tags
+from softpref.tracking.mlflow_store import RunGone, in_short, open_client
+from softpref.tracking.pipeline_run import (
+    KEY_TAG,
+    PARENT_TAG,
+    PipelineRun,
+    experiment_of,
+    find_or_open,
+    find_or_open_root,
+)
 
 logger = logging.getLogger(__name__)
 
-KEY_TAG = "softpref.tracking_key"
-PARENT_TAG = "mlflow.parentRunId"
 PARAM_LENGTH, TAG_LENGTH, NAME_LENGTH = 6000, 8000, 250  # MLflow's own limits
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
 
@@ -83,21 +89,21 @@ class Delivery:
         return sum(record["kind"] not in ("rewind", "run", "reopen") for record in records)
 
     def _open_run(self) -> str:
-        """Create the run, or find it when an earlier attempt created it and the answer was lost."""
+        """Open the run, or find the one that an earlier attempt opened: its answer or its pod was lost."""
         header = self._mirror.header
-        experiment_id = find_experiment(self._client, header["experiment"], self._uri)
-        found = self._client.search_runs(
-            [experiment_id], filter_string=f"tags.`{KEY_TAG}` = '{header['key']}'", max_results=1
-        )
-        if found:
-            run_id = found[0].info.run_id
+        experiment_id = experiment_of(self._client, header["experiment"], self._uri)
+        parent = header["parent_run_id"]
+        if pipeline_run := header.get("pipeline_run"):
+            parent = find_or_open_root(self._client, experiment_id, PipelineRun(**pipeline_run))
+        if header.get("root"):
+            run_id = parent
         else:
-            tags = {**source_tags(), KEY_TAG: header["key"]}
-            if header["parent_run_id"]:
-                tags[PARENT_TAG] = header["parent_run_id"]
-            run_id = self._client.create_run(
-                experiment_id, start_time=header["time"], tags=tags, run_name=header["run_name"]
-            ).info.run_id
+            tags = {PARENT_TAG: parent} if parent else {}
+            key, name = (KEY_TAG, header["key"]), header["run_name"]
+            run, found = find_or_open(self._client, experiment_id, key, name, tags, header["time"])
+            run_id = run.info.run_id
+            if found and run.info.status != "RUNNING":
+                self._client.update_run(run_id, status="RUNNING")
         with self._lock:
             self._mirror.remember_run(run_id)
         return run_id

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
+import hashlib
 import logging
 import os
+import signal
+import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref.errors import ConfigError
-from softpref.tracking.delivery import TAG_LENGTH, Delivery, cut
+from softpref.tracking.delivery import Delivery
 from softpref.tracking.mirror import Mirror, Unreadable, as_text, milliseconds, usable_name
 from softpref.tracking.mlflow_store import (
     RunGone,
-    find_experiment,
     hold_short_requests,
     in_short,
     mlflow_ready,
@@ -25,8 +29,8 @@ from softpref.tracking.mlflow_store import (
     refusal_of,
     release_short_requests,
     short_requests,
-    source_tags,
 )
+from softpref.tracking.pipeline_run import current_pipeline_run, experiment_of, find_or_open_root
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +50,11 @@ class SyncResult(NamedTuple):
 class Tracker:
     """Parameters, metrics, tags and files of one run, mirrored to disk and carried to MLflow.
 
-    The run is, in this order: the one named by the environment's `MLFLOW_RUN_ID` (the Kubeflow backend's
-    MLflow plugin sets it), the one named by `run_id`, the unfinished one that an earlier process tracked
-    from the same folder, or a new one. Only a run that the tracker itself opened gets its status set.
+    The run is, in this order: outside of a pipeline the one named by the environment's `MLFLOW_RUN_ID`, the
+    one named by `run_id`, the unfinished one that an earlier process tracked from the same folder, or a new
+    one. In a step of a pipeline a new one is put under the pipeline's run (`softpref.tracking.pipeline_run`),
+    and a step that is tried again goes on in the run of its first attempt. Only a run that the tracker itself
+    opened gets its status set.
 
     No method raises for trouble with the server or the disk: it is logged once, and training goes on.
 
@@ -56,7 +62,8 @@ class Tracker:
         output_dir: Folder of the stage's output; made when absent. Holds `tracking.jsonl`, `tracking.sent`.
         experiment: MLflow experiment; made when absent.
         run_name: Name of a run that is opened here.
-        parent_run_id: Parent of a run that is opened here, for a sweep.
+        parent_run_id: Parent of a run that is opened here; in a step of a pipeline, the pipeline's run is.
+        root: Track the pipeline's run itself; without a pipeline, a run as ever.
         run_id: An existing run to continue; it is neither opened nor ended.
         tags: Tags of the run.
         tracking_uri: MLflow store. Default: `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` in the
@@ -77,10 +84,16 @@ class Tracker:
         tags: Mapping[str, Any] | None = None,
         tracking_uri: str | None = None,
         exit_wait: float | None = None,
+        root: bool = False,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.tracking_uri = resolve_tracking_uri(tracking_uri)
-        attached = os.environ.get("MLFLOW_RUN_ID") or run_id or None
+        pipeline_run = current_pipeline_run()
+        inherited = (
+            None if pipeline_run else os.environ.get("MLFLOW_RUN_ID")
+        )  # the plugin's, of this step alone
+        attached = inherited or run_id or None
+        root = root and pipeline_run is not None
         self._exit_wait = exit_wait
         self._opened = time.monotonic()
         self._answered = False
@@ -92,12 +105,14 @@ class Tracker:
         self._mirror: Mirror | None = None
         header = {
             "kind": "run",
-            "key": uuid.uuid4().hex,
+            "key": _key(pipeline_run.id, run_name) if pipeline_run else uuid.uuid4().hex,
             "run_id": attached,
-            "owned": attached is None,
+            "owned": attached is None and not root,
             "experiment": experiment,
             "run_name": run_name,
             "parent_run_id": parent_run_id if attached is None else None,
+            "pipeline_run": pipeline_run._asdict() if pipeline_run and attached is None else None,
+            "root": root,
             "tracking_uri": self.tracking_uri,
         }
         try:
@@ -118,11 +133,17 @@ class Tracker:
         hold_short_requests()
         self._sender = threading.Thread(target=self._send, name="softpref-tracking", daemon=True)
         self._sender.start()
+        _open_trackers.add(self)
 
     @property
     def run_id(self) -> str | None:
         """The MLflow run, or None while the server has not yet answered (`flush` waits for it)."""
         return self._mirror.run_id if self._mirror is not None else None
+
+    @property
+    def owned(self) -> bool:
+        """Whether the run was opened here, so that its end is said here."""
+        return self._mirror is not None and self._mirror.owned
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Record parameters. A value over MLflow's length limit is cut and kept whole as a text artifact.
@@ -196,6 +217,7 @@ class Tracker:
         if self._closed or self._mirror is None:
             return
         self._closed = True
+        _open_trackers.discard(self)
         if self._mirror.owned:
             self._write("end", status=status)
         sender = self._sender
@@ -320,6 +342,9 @@ def sync(output_dir: str | Path, tracking_uri: str | None = None) -> SyncResult:
             raise ConfigError(f"{path} is being written by a running stage, which delivers it by itself")
         try:
             uri = resolve_tracking_uri(tracking_uri) if tracking_uri else mirror.header["tracking_uri"]
+            if not mirror.waiting():
+                run_id = mirror.run_id
+                continue
             if not mlflow_ready(uri):
                 raise ConfigError("mlflow is not installed here, so nothing can be sent")
             delivery = Delivery(mirror, uri, threading.Condition(), artifact_attempts=1)
@@ -338,6 +363,32 @@ def sync(output_dir: str | Path, tracking_uri: str | None = None) -> SyncResult:
     return SyncResult(delivered, run_id)
 
 
+def deliver_missed(*folders: str | Path) -> None:
+    """Deliver what earlier steps, whose outputs these are, could not; never fails.
+
+    A pod's records outlive it in its outputs alone, and this is the first that sees them again.
+    """
+    for folder in folders:
+        if any(Path(folder).glob("tracking*.jsonl")):
+            try:
+                sync(folder)
+            except (
+                ConfigError,
+                OSError,
+            ) as error:  # another step delivers it now, or the server is still away
+                logger.info("tracking of %s: %s", folder, error)
+
+
+def run_tracked_in(folder: str | Path) -> str | None:
+    """Id of the MLflow run that a stage's output folder was tracked in, as far as MLflow has said it."""
+    path = Path(folder) / "tracking.jsonl"
+    with suppress(OSError, Unreadable):
+        if path.is_file() and (mirror := Mirror.existing(path)):
+            mirror.close()
+            return mirror.run_id
+    return None
+
+
 def sync_below(root: str | Path, tracking_uri: str | None = None) -> int:
     """Deliver what any stage below a folder could not, as `sync` does; returns how many records that were.
 
@@ -353,57 +404,78 @@ def sync_below(root: str | Path, tracking_uri: str | None = None) -> int:
     return delivered
 
 
-def open_parent(
-    experiment: str,
-    name: str,
-    tags: Mapping[str, Any] | None = None,
-    tracking_uri: str | None = None,
-) -> str | None:
-    """Open the parent run of a sweep and return its id, or None with a warning when MLflow cannot be had.
+def check_server(experiment: str, tracking_uri: str | None = None) -> str | None:
+    """Id of the pipeline run's run in MLflow, opened when absent; None, with a warning, while MLflow is away.
 
-    Like a stage, it takes the inherited `MLFLOW_RUN_ID` when there is one.
+    For the beginning of a pipeline: what MLflow refuses is said before anything costly runs.
 
     Raises:
         ConfigError: the server is there and refuses the login or its own name. Waiting would not change that,
             and a sweep that begins here would find it out at its end, when it registers the model.
     """
-    inherited = os.environ.get("MLFLOW_RUN_ID")
-    uri = resolve_tracking_uri(tracking_uri)
+    uri, run = resolve_tracking_uri(tracking_uri), current_pipeline_run()
     try:
         if not mlflow_ready(uri):
             raise ConfigError("mlflow is not installed here")
         with short_requests():
             client = open_client(uri)
-            texts = {usable_name(key): cut(as_text(value), TAG_LENGTH) for key, value in (tags or {}).items()}
-            if inherited:
-                for key, text in texts.items():
-                    client.set_tag(inherited, key, text)
-                return inherited
-            run = client.create_run(
-                find_experiment(client, experiment, uri), run_name=name, tags={**source_tags(), **texts}
-            )
-            return run.info.run_id
+            experiment_id = experiment_of(client, experiment, uri)
+            return find_or_open_root(client, experiment_id, run) if run else None
     except Exception as error:
         refusal = refusal_of(error)
         if refusal:
             raise ConfigError(f"MLflow at {uri} {refusal}") from error
-        logger.warning("no parent run: MLflow at %s: %s", uri, in_short(error))
-        return inherited
+        logger.warning(
+            "MLflow at %s cannot be reached (%s); going on, what is tracked waits for it",
+            uri,
+            in_short(error),
+        )
+        return None
 
 
-def end_run(run_id: str | None, status: str = "FINISHED", tracking_uri: str | None = None) -> None:
-    """Set the final status of a run from `open_parent`; a warning when MLflow cannot be reached.
+def watch_termination(experiment: str, tracking_uri: str | None = None) -> None:
+    """From now on SIGTERM marks what this step of a pipeline tracks, and the pipeline's run, as KILLED.
 
-    A run that was inherited belongs to whoever opened it and is left open.
+    A pod that is deleted has seconds, which one long step of training may take up: a thread of its own does
+    it, woken by the signal itself. If the step is tried again, it opens both runs again. Does nothing outside
+    of a pipeline, or in another thread than the main one.
     """
-    if run_id is None or run_id == os.environ.get("MLFLOW_RUN_ID"):
+    run, uri = current_pipeline_run(), resolve_tracking_uri(tracking_uri)
+    if run is None or threading.current_thread() is not threading.main_thread() or not mlflow_ready(uri):
         return
-    uri = resolve_tracking_uri(tracking_uri)
-    try:
-        with short_requests():
-            open_client(uri).set_terminated(run_id, status)
-    except Exception as error:
-        logger.warning("run %s was not ended: MLflow at %s: %s", run_id, uri, in_short(error))
+    woken, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    terminated, said = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        while (number := os.read(woken, 1)) and number[0] != signal.SIGTERM:
+            pass
+        with suppress(Exception), short_requests(timeout=2):
+            client = open_client(uri)
+            for tracker in list(_open_trackers):
+                if tracker.run_id and tracker.owned:
+                    client.set_terminated(tracker.run_id, "KILLED")
+            root = find_or_open_root(client, experiment_of(client, experiment, uri), run)
+            client.set_terminated(root, "KILLED")
+        said.set()
+
+    def leave(*_: Any) -> None:
+        terminated.set()
+        sys.exit(128 + signal.SIGTERM)
+
+    atexit.register(lambda: terminated.is_set() and said.wait(10))
+    threading.Thread(target=wait, name="softpref-termination", daemon=True).start()
+    signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, leave)
+
+
+_open_trackers: weakref.WeakSet[Tracker] = weakref.WeakSet()
+
+
+def _key(*parts: str) -> str:
+    """A key that every attempt of a step finds again."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
