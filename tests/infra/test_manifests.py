@@ -401,7 +401,9 @@ def test_secrets_are_kept_random_and_unprinted(kubectl, tmp_path):
         ]
         database = cluster.objects["/api/v1/namespaces/softpref-tracking/secrets/postgres"]["data"]
         assert base64.b64decode(database["password"]).decode() == given["DATABASE_PASSWORD"]
-        assert ("kubeflow", "hub-token") not in cluster.secrets()
+        assert not {("kubeflow", "hub-token"), ("kubeflow", "data-store")} & cluster.secrets().keys()
+        run_secrets_script(cluster, script, kubectl, "kubeflow", DATA_ACCESS_KEY="a", DATA_SECRET_KEY="b")
+        assert cluster.secrets()["kubeflow", "data-store"] == {"access-key", "secret-key"}
     long = [value for value in values if len(value) > 20 or value == given["DATABASE_PASSWORD"]]
     assert len(set(long)) >= 7
     assert not any(value in printed for value in long)
