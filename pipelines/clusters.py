@@ -382,7 +382,7 @@ def build(pipeline: Any, profile: Profile, defaults: Mapping[str, Any] | None = 
 
 
 def _explained(pipeline: Any) -> str:
-    """The pipeline's description with the fields that most people fill: KFP's form shows name and type alone."""
+    """The pipeline's description with the fields that most people fill: KFP's form shows no texts."""
     lines = [pipeline.component_spec.description, "The form's fields that matter most:"]
     texts = parameter_texts(pipeline)
     lines += [f"- {name}: {texts[name]}" for name in _EXPLAINED if name in texts]

@@ -7,7 +7,9 @@ states of the run are all that is said.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import gzip
 import json
 import re
 import sys
@@ -320,8 +322,11 @@ def _workflow(client: Any, run_id: str) -> dict[str, Any]:
 
     try:
         run = json.loads(client.get_text(f"/apis/v1beta1/runs/{run_id}"))
-        return json.loads(run["pipeline_runtime"]["workflow_manifest"])
-    except (ValueError, KeyError, TypeError):
+        workflow = json.loads(run["pipeline_runtime"]["workflow_manifest"])
+        if packed := workflow["status"].get("compressedNodes"):  # of a workflow with many
+            workflow["status"]["nodes"] = json.loads(gzip.decompress(base64.b64decode(packed)))
+        return workflow
+    except (ValueError, KeyError, TypeError, OSError):
         return {}
     except kfp_server_api.ApiException as error:
         if error.status in (502, 503, 504):  # it is away, or on its way back
