@@ -18,7 +18,8 @@ class Console:
     _TROUBLE = re.compile(r"Traceback|Error\b|ERROR|WARNING|warning: ")
     _REFUSAL = re.compile(r"softpref\.errors\.\w+Error: ")
     _COLOUR = re.compile(r"\x1b\[\d+m")
-    _PROGRESS = re.compile(r"^(.*?)\s*(\d+%)\|.*?\| *(\S+/\S+) \[([^\]]*)\]")
+    # what softpref.progress writes: "spo-alpha-0.5: step 120 of 400, loss 0.41, 2 min 10 s left"
+    _PROGRESS = re.compile(r": \w+ \d+( of \d+)?, (.* )?(left|so far|took [\w ]+)$")
     _SECONDS_BETWEEN_PROGRESS = 10.0
 
     def __init__(self, screen: TextIO, log: TextIO) -> None:
@@ -44,7 +45,7 @@ class Console:
         return False
 
     def last_lines(self, count: int) -> str:
-        """What was printed last, without progress bars."""
+        """What was printed last, without progress."""
         return "\n".join([line for line in self._recent if not self._PROGRESS.search(line)][-count:])
 
     def reason(self) -> str:
@@ -55,16 +56,10 @@ class Console:
     def _show(self, line: str) -> None:
         progress, event = self._PROGRESS.search(line), self._EVENT.search(line)
         if progress:
-            title, share, count, times = progress.groups()
-            momentary = times.startswith(("00:00", "00:01"))  # bars of a second say nothing
-            if (
-                not title
-                or momentary
-                or time.monotonic() - self._last_progress < self._SECONDS_BETWEEN_PROGRESS
-            ):
+            if time.monotonic() - self._last_progress < self._SECONDS_BETWEEN_PROGRESS:
                 return
             self._last_progress = time.monotonic()
-            line = f"          {title.rstrip(':')} {share} {count} [{times}]"
+            line = f"          {line}"
         elif event:
             clock, what, name, rest = event.groups()
             if what != "Executing task" and "finished" not in rest:
