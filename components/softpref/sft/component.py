@@ -27,7 +27,7 @@ def train_reference(
     Args:
         dataset: The dataset folder of the data stage.
         reference: The model folder: safetensors, tokenizer, generation config, model card.
-        metrics: Final losses, in nats per completion token.
+        metrics: Final losses, in nats per completion token, and the perplexity that follows.
         base_model: Hub id, checkpoint folder or .gguf file. Empty: a model from nothing, by model_config in
             overrides.
         learning_rate: Peak learning rate.
@@ -43,8 +43,10 @@ def train_reference(
             machine, one for each GPU asked for. {"processes": N}: N of them here, without GPUs.
             {"trainjob": {...}}: as a Kubeflow TrainJob of several nodes, `gpus` on each.
     """
+    from softpref.artifacts import describe, model_values
     from softpref.config import parse_overrides
     from softpref.distributed.launch import run_stage
+    from softpref.sft.stage import headline
 
     results = run_stage(
         "sft",
@@ -62,6 +64,8 @@ def train_reference(
         parent_run_id=parent_run_id,
         tracking_uri=tracking_uri,
     )
-    for name in ("train_loss", "eval_loss"):
-        if name in results:
-            metrics.log_metric(name, results[name])
+    values = model_values(reference.path)
+    describe(reference, f"{values['name']}: model", **values)
+    describe(metrics, f"{values['name']}: training", model=values["name"])
+    for name, value in headline(results).items():
+        metrics.log_metric(name, value)
