@@ -5,7 +5,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from softpref.artifacts import describe, finite, model_values
+from softpref.artifacts import describe, model_values, readable
 from softpref.lm.loading import save_metadata
 
 
@@ -30,7 +30,7 @@ def test_an_artifact_gets_a_name_for_people_and_keeps_its_own(artifact):
 def test_what_kfp_cannot_store_is_left_out(artifact, value):
     describe(artifact, "model", alpha=value)
     assert "alpha" not in artifact.metadata
-    assert finite({"alpha": value, "beta": 0.1}) == {"beta": 0.1}
+    assert readable({"alpha": value, "beta": 0.1}) == {"beta": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,11 @@ def test_only_spo_has_a_softness(tmp_path, method, values):
 def test_a_model_says_what_it_began_as(tmp_path, metadata, base_model):
     (tmp_path / "softpref.json").write_text(json.dumps(metadata))
     assert model_values(tmp_path)["base_model"] == base_model
+
+
+def test_figures_are_told_to_six_digits_and_counts_as_they_are():
+    assert readable({"win_rate": 0.6857142857142857, "tiny": 1.00492705e-46, "rows": 12345678}) == {
+        "win_rate": 0.685714,
+        "tiny": 1.00493e-46,
+        "rows": 12345678,
+    }

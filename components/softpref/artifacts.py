@@ -24,10 +24,13 @@ def describe(artifact: Any, display_name: str, /, **values: Any) -> None:
     artifact.metadata.update({key: value for key, value in values.items() if _says(value)})
 
 
-def finite(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Those of the figures that are finite numbers: KFP fails a step that logs another."""
+def readable(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Those of the figures that are finite numbers, to six significant digits.
+
+    KFP fails a step that logs any other, and its UI prints every digit there is.
+    """
     return {
-        name: value
+        name: float(f"{value:.6g}") if isinstance(value, float) else value
         for name, value in figures.items()
         if isinstance(value, (int, float)) and math.isfinite(value)
     }

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from softpref import __version__
-from softpref.artifacts import finite
+from softpref.artifacts import readable
 from softpref.data import rows as row_reading
 from softpref.data.columns import check_present
 from softpref.data.config import STORY_ROWS, STORY_SFT_ROWS, DataConfig
@@ -103,7 +103,7 @@ def headline(stats: Mapping[str, Any]) -> dict[str, float]:
         stats: what `run` returned.
     """
     labels = stats["labels"]
-    return finite(
+    return readable(
         {
             **{f"{split}_rows": count for split, count in stats["rows"].items()},
             "refused_rows": sum(stats["rejected"].values()),

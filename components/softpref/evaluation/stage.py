@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from softpref.artifacts import finite, strengths
+from softpref.artifacts import readable, strengths
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.figures import (
@@ -145,7 +145,7 @@ def headline(evaluation: Mapping[str, Any]) -> dict[str, float]:
     """
     shown = (*_HEADLINE, *(_EXACT_HEADLINE if evaluation["exact"] else _SAMPLED_HEADLINE))
     figures = flat_figures(evaluation)
-    return finite({**strengths(evaluation), **{name: figures.get(name) for name in shown}})
+    return readable({**strengths(evaluation), **{name: figures.get(name) for name in shown}})
 
 
 def flat_figures(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

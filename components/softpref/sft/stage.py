@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import softpref
-from softpref.artifacts import finite
+from softpref.artifacts import readable
 from softpref.config import closest
 from softpref.errors import ConfigError, DataError
 from softpref.lm.head import completion_hidden
@@ -222,7 +222,7 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
     """
     losses = {name: metrics.get(name) for name in ("train_loss", "eval_loss")}
     perplexity = math.exp(metrics["eval_loss"]) if metrics.get("eval_loss", math.inf) < _LOSS_LIMIT else None
-    return finite({**losses, "eval_perplexity": perplexity})
+    return readable({**losses, "eval_perplexity": perplexity})
 
 
 def build_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:

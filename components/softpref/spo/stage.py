@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import softpref
-from softpref.artifacts import finite, strengths
+from softpref.artifacts import readable, strengths
 from softpref.errors import ConfigError, DataError
 from softpref.judges import as_text, check_judge, load_judge
 from softpref.lm.extrapolation import parse_weights, write_extrapolations
@@ -213,7 +213,7 @@ def headline(metadata: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[st
         metadata: the model's `method`, `alpha` and `beta`.
         metrics: what `run` returned.
     """
-    return finite({**strengths(metadata), **{name: metrics.get(name) for name in _HEADLINE}})
+    return readable({**strengths(metadata), **{name: metrics.get(name) for name in _HEADLINE}})
 
 
 def _load_preferences(dataset_dir: str) -> tuple[dict[str, Any], Any, str]:
