@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clusters import Profile, build, read_profile
+from clusters import STAGES, Profile, build, read_profile
 from local_run import run_here, task_server
 from softpref.config import closest, read_mapping
 from softpref.errors import ConfigError, SoftprefError
@@ -33,6 +33,8 @@ def main(pipeline: Any, arguments: list[str]) -> int:
     """Run the command line of one pipeline; returns the exit status."""
     options = _parse(pipeline, arguments)
     try:
+        if options.command == "components":
+            return _components(options)
         given = {name: getattr(options, name) for name in _inputs(pipeline)}
         if options.command == "compile" or options.runner == "cluster":
             return _for_cluster(pipeline, given, options)
@@ -84,6 +86,15 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
     with tempfile.TemporaryDirectory() as folder:
         package = compile_package(pipeline, Path(folder) / f"{_name(pipeline)}.yaml", profile, shown)
         return submit(pipeline.name, package, parameters, profile, options)
+
+
+def _components(options: argparse.Namespace) -> int:
+    """Write the stages' component files for a cluster."""
+    profile = read_profile(options.cluster)
+    suffix = "" if options.cluster == "default" else f"-{profile.name}"
+    for path in compile_components(Path(options.output or PACKAGES / f"components{suffix}"), profile):
+        print(path)
+    return 0
 
 
 def _planned(pipeline: Any, options: argparse.Namespace, members: Iterable[Any]) -> str:
@@ -160,6 +171,40 @@ def compile_package(
     return path
 
 
+def compile_components(folder: Path, profile: Profile) -> list[Path]:
+    """Write each stage as a component of its own, to be loaded into other people's pipelines.
+
+    Args:
+        profile: names the images; what else a stage gets of a cluster is up to the pipeline it is loaded into.
+    """
+    from kfp import compiler, dsl
+    from softpref.data.component import prepare_data
+    from softpref.evaluation.component import compare_models, evaluate_model
+    from softpref.registry.component import register_model
+    from softpref.sft.component import train_reference
+    from softpref.spo.component import train_policy
+
+    faces = {
+        "data": prepare_data,
+        "sft": train_reference,
+        "train": train_policy,
+        "evaluate": evaluate_model,
+        "compare": compare_models,
+        "register": register_model,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for stage, face in faces.items():
+        image = profile.images[STAGES[stage]]
+        component = dsl.component(face.python_func, base_image=image, install_kfp_package=False)
+        texts = _argument_texts(face.python_func)  # KFP takes those of inputs alone
+        for name, output in component.component_spec.outputs.items():
+            output.description = texts.get(name, output.description)
+        written.append(folder / f"{face.python_func.__name__}.yaml")
+        compiler.Compiler().compile(component, str(written[-1]))
+    return written
+
+
 # ---------------------------------------------------------------------- the command line
 
 
@@ -171,16 +216,18 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=("run", "compile"),
+        choices=("run", "compile", "components"),
         default="run",
-        help="run (default), or compile: write a package for the KFP UI whose form shows the parameters",
+        help="run (default), compile: write a package for the KFP UI whose form shows the parameters, or "
+        "components: write every stage as a file for kfp.components.load_component_from_file",
     )
     parser.add_argument(
         "--recipe", default="embedded", help="name in pipelines/recipes, or a YAML file (default: embedded)"
     )
     parser.add_argument(
         "--output",
-        help="new folder for the results (default: runs/RECIPE-TIME); the package to write, for compile",
+        help="new folder for the results (default: runs/RECIPE-TIME); the package to write, for compile; the "
+        "folder to write, for components",
     )
     parser.add_argument(
         "--runner",
@@ -188,7 +235,7 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
         default="local",
         help="where stages run: processes here (default), containers here, or Kubeflow Pipelines",
     )
-    cluster = parser.add_argument_group("compile, and --runner cluster")
+    cluster = parser.add_argument_group("compile, components, and --runner cluster")
     cluster.add_argument(
         "--cluster",
         default="default",
@@ -196,7 +243,7 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     )
     add_client_options(cluster)
     group = parser.add_argument_group("pipeline parameters (they win over the recipe)")
-    texts = _parameter_texts(pipeline)
+    texts = _argument_texts(pipeline.pipeline_func)
     for name, parameter in _inputs(pipeline).items():
         many = typing.get_origin(parameter.annotation) is list
         group.add_argument(
@@ -208,12 +255,16 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
             help=texts[name].replace("%", "%%"),
         )
     options = parser.parse_args(arguments)
-    to_cluster = options.command == "compile" or options.runner == "cluster"
+    to_cluster = options.command != "run" or options.runner == "cluster"
     for action in cluster._group_actions:
         if not to_cluster and getattr(options, action.dest) != action.default:
             parser.error(
                 f"{action.option_strings[0]} is for --runner cluster, and this run is {options.runner}"
             )
+    if options.command == "components":
+        for name in ("recipe", *_inputs(pipeline)):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} is for pipelines; components have all their inputs")
     if options.command == "run" and options.runner == "cluster" and options.output:
         parser.error(
             "--output is for runs on this machine; the results of a cluster's are in MLflow and in KFP"
@@ -225,11 +276,11 @@ def _inputs(pipeline: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(pipeline.pipeline_func).parameters
 
 
-def _parameter_texts(pipeline: Any) -> dict[str, str]:
-    """What the pipeline's docstring, which the KFP UI shows, says of each parameter."""
+def _argument_texts(function: Any) -> dict[str, str]:
+    """What the docstring of a pipeline or a component says of each argument."""
     import docstring_parser
 
-    parsed = docstring_parser.parse(inspect.getdoc(pipeline.pipeline_func) or "")
+    parsed = docstring_parser.parse(inspect.getdoc(function) or "")
     return {entry.arg_name: entry.description or "" for entry in parsed.params}
 
 
