@@ -175,7 +175,7 @@ def compile_components(folder: Path, profile: Profile) -> list[Path]:
     """Write each stage as a component of its own, to be loaded into other people's pipelines.
 
     Args:
-        profile: names the images; what else a stage gets of a cluster is up to the pipeline it is loaded into.
+        profile: names the images. What else a stage gets of a cluster is up to the pipeline that loads it.
     """
     from kfp import compiler, dsl
     from softpref.data.component import prepare_data
