@@ -384,17 +384,17 @@ def build(pipeline: Any, profile: Profile, defaults: Mapping[str, Any] | None = 
 def _explained(pipeline: Any) -> str:
     """The pipeline's description with the fields that most people fill: KFP's form shows no texts."""
     lines = [pipeline.component_spec.description, "The form's fields that matter most:"]
-    texts = parameter_texts(pipeline)
+    texts = argument_texts(pipeline.pipeline_func)
     lines += [f"- {name}: {texts[name]}" for name in _EXPLAINED if name in texts]
     script = pipeline.name.replace("-", "_")
     return "\n".join([*lines, f"`python pipelines/{script}.py --help` explains them all."])
 
 
-def parameter_texts(pipeline: Any) -> dict[str, str]:
-    """What the pipeline's docstring says of each parameter."""
+def argument_texts(function: Any) -> dict[str, str]:
+    """What the docstring of a pipeline or a component says of each argument."""
     import docstring_parser
 
-    parsed = docstring_parser.parse(inspect.getdoc(pipeline.pipeline_func) or "")
+    parsed = docstring_parser.parse(inspect.getdoc(function) or "")
     return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parsed.params}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -51,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     sync.add_argument("folder", help="output folder of a stage, with its tracking.jsonl")
     sync.add_argument("--tracking-uri", default="", help="MLflow server (default: the run's own)")
     options, rest = parser.parse_known_args(arguments)
+    if not _is_first_process():  # whose warnings are everybody's
+        logging.getLogger("softpref").setLevel(logging.ERROR)
     try:
         if options.command == "track-sync":
             if rest:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from softpref import __version__
+from softpref.artifacts import readable
 from softpref.data import rows as row_reading
 from softpref.data.columns import check_present
 from softpref.data.config import STORY_ROWS, STORY_SFT_ROWS, DataConfig
@@ -26,6 +27,7 @@ from softpref.data.sources import SourceRow, open_source
 from softpref.data.splits import SPLITS, assign_splits, prompt_key
 from softpref.data.story_world import StoryWorld
 from softpref.errors import ConfigError, DataError
+from softpref.progress import settle_output
 from softpref.timings import PhaseTimer
 
 _WRITTEN = {  # what a dataset folder holds; a run replaces them all
@@ -67,6 +69,7 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
         DataError: no usable row, too many refused ones, or too few prompts. Refused rows are then listed in
             `<output_dir>.rejected.jsonl`.
     """
+    settle_output()
     output = Path(os.path.abspath(output_dir))
     _refuse_foreign(output)
     _refuse_source_inside(config, output)
@@ -91,6 +94,23 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
         Path(page_path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(output / "page.html", page_path)
     return stats
+
+
+def headline(stats: Mapping[str, Any]) -> dict[str, float]:
+    """How many rows there are, and were not taken, and how many labels are soft.
+
+    Args:
+        stats: what `run` returned.
+    """
+    labels = stats["labels"]
+    return readable(
+        {
+            **{f"{split}_rows": count for split, count in stats["rows"].items()},
+            "refused_rows": sum(stats["rejected"].values()),
+            "left_out_rows": sum(stats["left_out"].values()),
+            "soft_label_share": labels["soft"] / max(1, sum(labels.values())),
+        }
+    )
 
 
 def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from softpref.artifacts import readable, strengths
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.figures import (
@@ -24,6 +25,7 @@ from softpref.evaluation.figures import (
 from softpref.judges import OUTCOMES_FILE, check_judge, load_judge, read_outcomes, text_rows
 from softpref.lm.extrapolation import extrapolated_folders
 from softpref.lm.loading import METADATA_FILE, check_model_source, load_metadata
+from softpref.progress import settle_output
 from softpref.timings import PhaseTimer
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 
 EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl", "report.html"
 _FEW_PROMPTS = 20
+_HEADLINE = ("win_rate", "expected_reward", "kl_sequence", "entropy_sequence", "preference_accuracy")
+_EXACT_HEADLINE = ("exact/kl_optimum_to_policy", "exact/mass_on_set")
+_SAMPLED_HEADLINE = ("self_bleu", "truncated_fraction")
 # what changes the meaning of a figure; batch sizes, devices and addresses do not
 _DEFINING = ("split", "max_prompts", "max_rows", "samples_per_prompt", "judge_max_rows", "seed")
 
@@ -64,6 +69,7 @@ def run(
         DataError: the split is absent or empty, or `outcomes.jsonl` is damaged.
     """
     timer = PhaseTimer("loading")
+    settle_output()
     output = Path(output_dir)
     if (output / EVALUATION_FILE).exists():
         raise ConfigError(f"{output} already holds an evaluation; give another folder, or remove it first")
@@ -130,6 +136,17 @@ def by_prompt(records: Sequence[PromptRecord]) -> dict[str, list[float]]:
         values["expected_reward"].append(float(ours.mean()))
         values["win_rate"].append(float(sigmoid(ours[:, None] - theirs).mean()))
     return values
+
+
+def headline(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """α, β and the figures that tell the models of a sweep apart, few enough for one page of the UI's table.
+
+    Where every outcome is known: how far the model is from the optimum, and what it keeps of the set; else
+    how much its samples repeat each other, and how many met the length limit.
+    """
+    shown = (*_HEADLINE, *(_EXACT_HEADLINE if evaluation["exact"] else _SAMPLED_HEADLINE))
+    figures = flat_figures(evaluation)
+    return readable({**strengths(evaluation), **{name: figures.get(name) for name in shown}})
 
 
 def flat_figures(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

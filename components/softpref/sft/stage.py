@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 import softpref
+from softpref.artifacts import readable
 from softpref.config import closest
 from softpref.errors import ConfigError, DataError
 from softpref.lm.head import completion_hidden
@@ -26,6 +28,7 @@ from softpref.lm.training import (
     require_devices,
     stage_tracker,
 )
+from softpref.progress import follow, settle_output
 from softpref.sft.config import SFTConfig
 from softpref.timings import PhaseTimer
 
@@ -49,6 +52,7 @@ _TRACKED = (
     "gradient_accumulation_steps",
     "seed",
 )
+_LOSS_LIMIT = 700.0  # whose exponential is still a number
 
 
 class SFTTrainer(GuardedTrainer):
@@ -113,6 +117,7 @@ def run(
         ConfigError, DataError: before training.
     """
     timer = PhaseTimer("loading")
+    settle_output()
     require_devices(config.gpus)
     require_new_folder(output_dir)
     checkpoints = Path(checkpoint_dir or Path(output_dir) / "checkpoints")
@@ -209,6 +214,17 @@ def run(
     return metrics
 
 
+def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Final losses in nats per completion token, and the perplexity of the validation demonstrations.
+
+    Args:
+        metrics: what `run` returned.
+    """
+    losses = {name: metrics.get(name) for name in ("train_loss", "eval_loss")}
+    perplexity = math.exp(metrics["eval_loss"]) if metrics.get("eval_loss", math.inf) < _LOSS_LIMIT else None
+    return readable({**losses, "eval_perplexity": perplexity})
+
+
 def build_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
     """Train a byte-level BPE tokenizer: every text can be written with it, and read back unchanged.
 
@@ -284,11 +300,9 @@ def _length(row: TokenizedSequence) -> int:
 
 class _Demonstrations(torch.utils.data.Dataset):
     def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, config: SFTConfig) -> None:
-        from tqdm.auto import tqdm
-
         self.rows: list[TokenizedSequence] = []
-        progress = tqdm(rows, desc="Tokenizing demonstrations", leave=False, disable=config.disable_tqdm)
-        for number, row in enumerate(progress):
+        quiet = bool(config.disable_tqdm) or config.process_index > 0
+        for number, row in enumerate(follow(rows, "tokenizing demonstrations", disable=quiet)):
             try:
                 self.rows.append(
                     tokenize_sequence(

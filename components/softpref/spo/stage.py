@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import softpref
+from softpref.artifacts import readable, strengths
 from softpref.errors import ConfigError, DataError
 from softpref.judges import as_text, check_judge, load_judge
 from softpref.lm.extrapolation import parse_weights, write_extrapolations
@@ -27,6 +29,7 @@ from softpref.lm.training import (
     require_devices,
     stage_tracker,
 )
+from softpref.progress import settle_output
 from softpref.spo.config import SPOConfig, member_name
 from softpref.spo.trainer import SPOTrainer
 from softpref.timings import PhaseTimer
@@ -80,6 +83,8 @@ _TRACKED = (
     "lora_alpha",
     "lora_target_modules",
 )
+_OF_SAMPLES = ("kl/sequence", "entropy", "completions/mean_length", "sampling/ess")
+_HEADLINE = ("train_loss", "eval_loss", "eval_rewards/accuracies", *_OF_SAMPLES)
 
 
 def run(
@@ -107,12 +112,13 @@ def run(
             was cut off continues from the newest complete one, and they are removed at the end.
 
     Returns:
-        The final metrics (see `SPOTrainer`).
+        The final metrics (see `SPOTrainer`); those of samples as they were logged last.
 
     Raises:
         ConfigError, DataError: before training.
     """
     timer = PhaseTimer("loading")
+    settle_output()
     require_devices(config.gpus)
     require_new_folder(output_dir)
     name = name or member_name(config.method, config.alpha, config.beta)
@@ -161,7 +167,11 @@ def run(
         if checkpoint:
             tracker.rewind(checkpoint_step(checkpoint))
         timer.enter("training")
-        metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        trained = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        last: dict[str, float] = {}  # logged of each, which is a mean over the steps since the log before
+        for logged in trainer.state.log_history:
+            last.update({name: logged[name] for name in _OF_SAMPLES if name in logged})
+        metrics = {**last, **trained}
         timer.enter("evaluation")
         if "validation" in preferences:
             metrics.update(trainer.evaluate())
@@ -194,6 +204,16 @@ def run(
     if trainer.is_world_process_zero():
         timer.write(output_dir)
     return metrics
+
+
+def headline(metadata: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, float]:
+    """α, β and the figures of a training that people compare, few enough for one page of the UI's table.
+
+    Args:
+        metadata: the model's `method`, `alpha` and `beta`.
+        metrics: what `run` returned.
+    """
+    return readable({**strengths(metadata), **{name: metrics.get(name) for name in _HEADLINE}})
 
 
 def _load_preferences(dataset_dir: str) -> tuple[dict[str, Any], Any, str]:
