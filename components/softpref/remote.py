@@ -279,7 +279,7 @@ def _list(url: str, what: str, seconds: float) -> _Listing:
 def _listing(url: str) -> _Listing:
     import fsspec
 
-    scheme, options = _scheme(url), {}
+    scheme, options = _scheme(url), dict[str, Any](skip_instance_cache=True)  # nor what it listed before
     for client in ("gcsfs", "azure"):  # whose pages on every attempt would hide the one sentence
         logging.getLogger(client).setLevel(logging.CRITICAL)
     if scheme in ("http", "https"):
@@ -287,9 +287,8 @@ def _listing(url: str) -> _Listing:
 
         # proxies and logins from the environment; a long download is no stalled one
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=120)
-        options = {"client_kwargs": {"trust_env": True, "timeout": timeout}}
+        options |= {"client_kwargs": {"trust_env": True, "timeout": timeout}}
     store, root = fsspec.url_to_fs(url, **options)
-    store.invalidate_cache()
     if scheme in ("http", "https"):
         if not urlsplit(url).path.endswith("/"):  # any page looks like a folder, for it has links
             return _Listing(store, root, {_last_name(url): _file(store.info(root))}, True)
@@ -402,7 +401,7 @@ def _refusal(error: BaseException, url: str, what: str) -> ConfigError:
     ):
         return NotReached(
             f"{shown} cannot be read with the credentials of this environment ({reason}); set "
-            f"{store.credentials}" + (f"; and {store.address}" if store.address else "")
+            f"{store.credentials}" + (f", and {store.address}" if store.address else "")
         )
     if _CONNECTION.search(names) or any(isinstance(one, ConnectionError) for one in chain):
         # a client that finds no credentials may look for them until its time is over

@@ -58,7 +58,8 @@ class SFTConfig(TrainingArguments):
         elif "model_type" not in self.model_config:
             raise ConfigError(
                 "SFTConfig needs base_model (a checkpoint folder, a .gguf file, a URL of one, "
-                'models:/NAME@ALIAS or a Hub id), or a model_config with at least "model_type" to train from nothing'
+                'models:/NAME@ALIAS or a Hub id), or a model_config with at least "model_type" to train from '
+                "nothing"
             )
         # 256 bytes, end and padding: with less, not every text could be written
         for name, least in (("max_prompt_length", 1), ("max_completion_length", 1), ("vocab_size", 258)):
