@@ -21,6 +21,7 @@ from typing import Any, Literal
 from softpref.config import build_config, closest, read_mapping
 from softpref.distributed.config import TrainJobConfig
 from softpref.errors import ConfigError
+from softpref.preflight.stage import ARTIFACT_SCHEME
 from softpref.tracking import KFP_UI, RUN_ID, RUN_NAME
 
 CLUSTERS = Path(__file__).resolve().parent / "clusters"
@@ -171,7 +172,6 @@ class Profile:
 
 _profile: ContextVar[Profile | None] = ContextVar("profile", default=None)
 _artifact: ContextVar[str] = ContextVar("artifact", default="")  # address of a KFP artifact to begin with
-_ARTIFACT_SCHEME = "minio://"  # by which KFP addresses what its own store holds
 _LONG = 30 * 86400  # seconds within which a step without timeout is tried again
 _BACKOFF = 30
 
@@ -373,7 +373,7 @@ def build(pipeline: Any, profile: Profile, defaults: Mapping[str, Any] | None = 
     shown = signature.replace(parameters=form)
     traced.__signature__ = shown  # type: ignore[attr-defined]
     source = str(values.get("source", ""))
-    tokens = _profile.set(profile), _artifact.set(source if source.startswith(_ARTIFACT_SCHEME) else "")
+    tokens = _profile.set(profile), _artifact.set(source if source.startswith(ARTIFACT_SCHEME) else "")
     try:
         return dsl.pipeline(traced, name=pipeline.name, description=_explained(pipeline))
     finally:

@@ -222,7 +222,7 @@ _STAGES: dict[str, tuple[str, dict[str, tuple[bool, str]], Callable[[Values, Val
         "Align the reference to preferences.",
         {
             "dataset": _DATASET,
-            "reference": (True, "model folder to start from"),
+            "reference": (True, "model to start from: a folder, a URL of one, or models:/NAME@ALIAS"),
             "output": _OUTPUT,
             **_TRAINING,
         },
@@ -232,8 +232,8 @@ _STAGES: dict[str, tuple[str, dict[str, tuple[bool, str]], Callable[[Values, Val
         "Measure a model on held-out prompts.",
         {
             "dataset": _DATASET,
-            "reference": (True, "model folder of the reference"),
-            "policy": (True, "model folder to measure"),
+            "reference": (True, "the reference: a model folder, a URL of one, or models:/NAME@ALIAS"),
+            "policy": (True, "the model to measure, likewise"),
             "output": _OUTPUT,
         },
         _evaluate,

@@ -44,7 +44,7 @@ class RejectionLog:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
         self.refused: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.extras: dict[str, Counter[str]] = {"sft": Counter(), "prompts": Counter()}

@@ -24,7 +24,7 @@ from softpref.evaluation.figures import (
 )
 from softpref.judges import OUTCOMES_FILE, check_judge, load_judge, read_outcomes, text_rows
 from softpref.lm.extrapolation import extrapolated_folders
-from softpref.lm.loading import METADATA_FILE, check_model_source, load_metadata
+from softpref.lm.loading import METADATA_FILE, check_model_source, load_metadata, local_source, source_name
 from softpref.progress import settle_output
 from softpref.timings import PhaseTimer
 
@@ -61,7 +61,8 @@ def run(
     `eval/expo-W/NAME` of the same run.
 
     Args:
-        policy_uri, reference_uri: where the models are known outside this machine; default their folders.
+        policy_dir, reference_dir: model folders, URLs of such, or models of the MLflow registry.
+        policy_uri, reference_uri: where the models are known outside this machine; default what was given.
 
     Raises:
         ConfigError: a model or the dataset is absent, the two do not fit together, no judge can be had,
@@ -73,8 +74,12 @@ def run(
     output = Path(output_dir)
     if (output / EVALUATION_FILE).exists():
         raise ConfigError(f"{output} already holds an evaluation; give another folder, or remove it first")
+    sources = {"tracking_uri": config.tracking_uri}
+    policy_uri = policy_uri or source_name(policy_dir, **sources)
+    reference_uri = reference_uri or source_name(reference_dir, **sources)
+    policy_dir, reference_dir = local_source(policy_dir, **sources), local_source(reference_dir, **sources)
     metadata = load_metadata(policy_dir)
-    policy = _Member(policy_dir, policy_uri or policy_dir, metadata)
+    policy = _Member(policy_dir, policy_uri, metadata)
     members = [*_extrapolated(policy), policy]
     for source in (*(member.folder for member in members), reference_dir):
         check_model_source(source)
@@ -102,7 +107,7 @@ def run(
             "dataset": dataset_dir,
             "policy": policy_dir,
             "reference": reference_dir,
-            "reference_uri": reference_uri or reference_dir,
+            "reference_uri": reference_uri,
         }
         run_id = own_run or tracker.run_id
         task = _prepare(config, dataset, places, metadata, timer)

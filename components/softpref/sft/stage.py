@@ -15,7 +15,14 @@ from softpref.artifacts import readable
 from softpref.config import closest
 from softpref.errors import ConfigError, DataError
 from softpref.lm.head import completion_hidden
-from softpref.lm.loading import load_model, load_tokenizer, require_new_folder, save_model_folder
+from softpref.lm.loading import (
+    load_model,
+    load_tokenizer,
+    local_source,
+    require_new_folder,
+    save_model_folder,
+    source_name,
+)
 from softpref.lm.packing import PackedBatch, pack_sequences
 from softpref.lm.scoring import check_positions
 from softpref.lm.tokenization import TokenizedSequence, tokenize_sequence
@@ -105,8 +112,8 @@ def run(
         dataset_dir: a dataset folder of stage 1.
         output_dir: the model folder to write; must not hold a finished model.
         name: name of the model and of its tracking run.
-        experiment, parent_run_id, tracking_uri: where tracking puts the run; an empty URI takes
-            `MLFLOW_TRACKING_URI`, or a local store.
+        experiment, parent_run_id, tracking_uri: where tracking puts the run, and where a registered base
+            model is; an empty URI takes `MLFLOW_TRACKING_URI`, or a local store.
         checkpoint_dir: where checkpoints are kept while training; by default inside `output_dir`. A run that
             was cut off continues from the newest complete one, and they are removed at the end.
 
@@ -129,8 +136,10 @@ def run(
             "trust_remote_code": config.trust_remote_code,
             "revision": config.revision or None,
         }
-        tokenizer = load_tokenizer(config.base_model, **options)
-        model = load_model(config.base_model, **options)
+        base = local_source(config.base_model, tracking_uri=tracking_uri)
+        config.base_model = source_name(config.base_model, tracking_uri=tracking_uri)  # as it is recorded
+        tokenizer = load_tokenizer(base, **options)
+        model = load_model(base, **options)
     else:
         tokenizer = build_tokenizer(_texts(demonstrations["train"]), vocab_size=config.vocab_size)
         model = build_model(config.model_config, tokenizer)

@@ -18,8 +18,10 @@ from softpref.lm.loading import (
     load_metadata,
     load_model,
     load_tokenizer,
+    local_source,
     require_new_folder,
     save_model_folder,
+    source_name,
 )
 from softpref.lm.training import (
     add_stage_callbacks,
@@ -103,7 +105,8 @@ def run(
 
     Args:
         dataset_dir: a dataset folder of stage 1; its `prompts/`, where there is one, feeds the KL term.
-        reference_dir: the model folder to start from, which is also the frozen reference.
+        reference_dir: the model to start from, which is also the frozen reference: a model folder, the URL of
+            one, or a model of the MLflow registry.
         output_dir: the model folder to write; must not hold a finished model.
         name: name of the model and of its tracking run; by default method and α or β.
         experiment, parent_run_id, tracking_uri: where tracking puts the run; an empty URI takes
@@ -133,10 +136,15 @@ def run(
         judge = load_judge(config.judge, dataset_dir, seed=config.seed)
         asked = [as_text(row["prompt"], roles=True) for row in training_rows]
         judge.scores(asked, [""] * len(asked))  # a prompt that it does not know is said now, not rounds later
+    reference = source_name(reference_dir, tracking_uri=tracking_uri)
+    reference_dir = local_source(reference_dir, tracking_uri=tracking_uri)
+    reference_metadata = load_metadata(reference_dir)
+    # of a folder, what it was made from; of another's model, that model
+    base_model = reference_metadata.get("base_model", reference) if reference == reference_dir else reference
     identity = {
         "dataset_hash": dataset_hash,
-        "reference": reference_dir,
-        "reference_run_id": load_metadata(reference_dir).get("run_id") or "",
+        "reference": reference,
+        "reference_run_id": reference_metadata.get("run_id") or "",
         **{key: getattr(config, key) for key in _TRACKED},
     }
     checkpoint = claim_checkpoints(checkpoints, identity)
@@ -187,7 +195,7 @@ def run(
                 "name": name,
                 **{key: getattr(config, key) for key in _DEFINING},
                 "extrapolation": 0.0,
-                "base_model": load_metadata(reference_dir).get("base_model", reference_dir),
+                "base_model": base_model,
                 "dataset_hash": dataset_hash,
                 "code_version": softpref.__version__,
                 "run_id": tracker.run_id,
