@@ -375,10 +375,35 @@ def build(pipeline: Any, profile: Profile, defaults: Mapping[str, Any] | None = 
     source = str(values.get("source", ""))
     tokens = _profile.set(profile), _artifact.set(source if source.startswith(ARTIFACT_SCHEME) else "")
     try:
+        for part in _PARTS:
+            part.trace()
         return dsl.pipeline(traced, name=pipeline.name, description=_explained(pipeline))
     finally:
         _profile.reset(tokens[0])
         _artifact.reset(tokens[1])
+
+
+class Part:
+    """A part of a pipeline as a pipeline of its own, called like a component; a decorator.
+
+    It is traced anew with each profile that a pipeline is compiled for.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self.trace()
+        _PARTS.append(self)
+
+    def trace(self) -> None:
+        from kfp import dsl
+
+        self._pipeline = dsl.pipeline(self._function, name=self._function.__name__.replace("_", "-"))
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._pipeline(**inputs)
+
+
+_PARTS: list[Part] = []
 
 
 def _explained(pipeline: Any) -> str:
@@ -526,7 +551,6 @@ def source_artifact() -> dict[str, Any]:
     from kfp import dsl
 
     dataset = dsl.importer(artifact_uri=_artifact.get(), artifact_class=dsl.Dataset)
-    dataset.set_display_name("The dataset")
     return {"artifact": dataset.output}
 
 

@@ -255,22 +255,20 @@ def test_the_choice_is_logged_to_the_parent_run(tmp_path, recorded):
         (0.0, ("s3://sharp/extrapolated-0.5", "sharp-expo-0.5")),
     ],
 )
-def test_component_puts_out_the_chosen_model_where_it_is(tmp_path, max_kl, chosen):
+def test_component_returns_the_chosen_model(tmp_path, max_kl, chosen):
     from softpref.evaluation.component import compare_models
 
     def artifact(name):
         return SimpleNamespace(path=str(tmp_path / name), uri=str(tmp_path / name), metadata={})
 
-    names = ("comparison", "chosen", "report", "summary", "model")
-    written = {name: artifact(name) for name in names}
-    compare_models.python_func(
+    written = {name: artifact(name) for name in ("comparison", "chosen", "report", "summary")}
+    outputs = compare_models.python_func(
         evaluations=[SimpleNamespace(path=folder) for folder in save_with_extrapolated(tmp_path)],
         **written,
         max_kl=max_kl,
     )
-    model = written["model"]
-    name = model.metadata["name"]
-    assert (model.uri, name) == chosen
+    name = outputs.name
+    assert (outputs.model_uri, name) == chosen
     assert json.loads((tmp_path / "chosen" / "evaluation.json").read_text())["name"] == name
     summary = (tmp_path / "summary").read_text()
     assert summary.startswith("| model | α |")

@@ -1,6 +1,6 @@
 """The KFP faces of stage 4. Hold no logic: they build a config and call the stage."""
 
-from typing import List  # noqa: UP035  (KFP reads List[...] of artifacts)
+from typing import List, NamedTuple  # noqa: UP035  (KFP reads List[...] of artifacts)
 
 from kfp import dsl
 from kfp.dsl import HTML, Artifact, Dataset, Input, Markdown, Metrics, Model, Output
@@ -105,13 +105,12 @@ def compare_models(
     chosen: Output[Artifact],
     report: Output[HTML],
     summary: Output[Markdown],
-    model: Output[Model],
     rule: str = "expected_reward",
     max_kl: float = 0.0,
     experiment: str = "softpref",
     tracking_uri: str = "",
     record: Input[Artifact] = None,
-):
+) -> NamedTuple("Outputs", [("model_uri", str), ("name", str)]):  # type: ignore[valid-type]
     """Compare the members of a sweep and choose one by a stated rule.
 
     Args:
@@ -120,17 +119,20 @@ def compare_models(
         chosen: The chosen member's evaluation.json.
         report: The report as a page: table by softness, frontier, the choice and its reason.
         summary: A table by softness, the reason of the choice and the rule.
-        model: The chosen model, where its training put it; nothing is copied.
         rule: Which figure ranks members, "expected_reward" or "win_rate".
         max_kl: Members farther than this from the reference, in nats per completion, cannot be chosen. 0: no
             limit.
         experiment: MLflow experiment of the sweep's run, which receives report and figures.
         tracking_uri: MLflow server. Empty: MLFLOW_TRACKING_URI, or a local store.
         record: What the plan told MLflow; delivered here if MLflow was away then.
+
+    Returns:
+        Address and name of the chosen model.
     """
     import shutil
+    from collections import namedtuple
 
-    from softpref.artifacts import describe, strengths
+    from softpref.artifacts import describe
     from softpref.evaluation.compare import markdown_table, run
     from softpref.evaluation.stage import REPORT_FILE
     from softpref.tracking import deliver_missed, watch_termination
@@ -152,10 +154,9 @@ def compare_models(
     shutil.copytree(f"{comparison.path}/chosen", chosen.path, dirs_exist_ok=True)
     best = next(member for member in result["members"] if member["name"] == result["chosen"])
     models = ", ".join(member["name"] for member in result["members"])
-    model.uri = best["model_uri"]  # the launcher keeps a changed address, and uploads nothing
-    values = {"name": best["name"], "method": best["method"], "mlflow_run_id": best["run_id"]}
-    describe(model, f"{best['name']}: chosen policy", **values, **strengths(best), framework="transformers")
     describe(comparison, "comparison of models", chosen=best["name"], rule=rule, models=models)
     describe(chosen, f"{best['name']}: chosen", name=best["name"], evaluation_id=best["evaluation_id"])
     describe(report, "comparison: report", title=f"Comparison of {models}")
     describe(summary, "comparison: summary", title=f"Chosen: {best['name']}")
+    Outputs = namedtuple("Outputs", ["model_uri", "name"])
+    return Outputs(best["model_uri"], best["name"])
