@@ -18,11 +18,8 @@ from typing import Any, NamedTuple
 
 from console import plain_lines, refusal
 
-SUCCEEDED, FAILED, TERMINATED = (
-    0,
-    1,
-    130,
-)  # exit statuses; a run that was terminated ends like one interrupted
+SUCCEEDED, FAILED = 0, 1  # exit statuses
+TERMINATED = 130  # as of a program that a person interrupted
 _SECONDS_BETWEEN_LOOKS = 10.0
 _FAILED_LOOKS = 60  # one after the other, until waiting is given up
 _MESSAGE_CHARACTERS = 200
@@ -282,13 +279,10 @@ def _reason(log: Sequence[str], message: str) -> str:
 
 _EXIT_STATUS = re.compile(r"^(?:main: )?Error \(exit code (\d+)\)")
 _RAISED = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b")
-_GO = re.compile(
-    r"^([IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [\w.-]+:\d+\] "
-)  # a line of KFP's launcher or driver
-_DRIVER = re.compile(r"^KFP driver: driver\.\w+\(.*\) failed: ")  # then comes what went wrong
-_EXITED = re.compile(
-    r"(Error|.*failed to execute.*): (exit status \d+|signal: [\w ]+)$"
-)  # said after the step
+# lines of KFP's launcher and driver, the driver's words before what went wrong, what follows a step's own
+_GO = re.compile(r"^([IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [\w.-]+:\d+\] ")
+_DRIVER = re.compile(r"^KFP driver: driver\.\w+\(.*\) failed: ")
+_EXITED = re.compile(r"(Error|.*failed to execute.*): (exit status \d+|signal: [\w ]+)$")
 _ARGO = re.compile(r'^(time=|\{").*\bargo"?[=:] ?true')
 
 
