@@ -262,8 +262,7 @@ def test_a_client_that_searches_for_credentials_too_long_is_not_waited_for(monke
     assert "GOOGLE_APPLICATION_CREDENTIALS" in caplog.text
 
 
-def test_several_that_ask_at_once_fetch_once(memory, cache):
-    memory.pipe("/rows.jsonl", b"x")
+def test_several_that_ask_at_once_fetch_once(cache):
     calls = []
 
     def fill(folder):
@@ -295,8 +294,12 @@ class Answer:
 
 @pytest.mark.parametrize(
     ("error", "certain"),
-    [("RepositoryNotFoundError 404", True), ("RepositoryNotFoundError 401", False)]
-    + [("RevisionNotFoundError 404", True), ("ConnectionError 0", False)],
+    [
+        ("RepositoryNotFoundError 404", True),
+        ("RepositoryNotFoundError 401", False),
+        ("RevisionNotFoundError 404", True),
+        ("ConnectionError 0", False),
+    ],
 )
 def test_only_what_the_hub_denies_for_certain_is_refused(monkeypatch, caplog, error, certain):
     import huggingface_hub
