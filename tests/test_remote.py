@@ -262,8 +262,7 @@ def test_a_client_that_searches_for_credentials_too_long_is_not_waited_for(monke
     assert "GOOGLE_APPLICATION_CREDENTIALS" in caplog.text
 
 
-def test_several_that_ask_at_once_fetch_once(memory, cache):
-    memory.pipe("/rows.jsonl", b"x")
+def test_several_that_ask_at_once_fetch_once(cache):
     calls = []
 
     def fill(folder):

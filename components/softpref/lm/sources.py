@@ -121,7 +121,7 @@ def pin_model(source: str, revision: str | None = None, *, tracking_uri: str = "
         return Pinned(source, revision, remote.fingerprint(source, "base model"))
     if is_registered(source):
         try:
-            version = _ask_version(source, tracking_uri)
+            version = _ask_version(source, tracking_uri, retries=0)
         except NotReached as error:
             logger.warning("%s. That it changes will not be noticed", error)
             return Pinned(source, revision, "")
@@ -153,7 +153,7 @@ def _parse(source: str) -> re.Match[str]:
     return match
 
 
-def _ask_version(source: str, tracking_uri: str) -> _Version:
+def _ask_version(source: str, tracking_uri: str, retries: int = 2) -> _Version:
     """The version that a registered model's source is now.
 
     Raises:
@@ -167,7 +167,7 @@ def _ask_version(source: str, tracking_uri: str) -> _Version:
     if not mlflow_ready(uri):
         raise NotReached(f"base model {source}: MLflow at {uri} cannot be asked, for mlflow is not installed")
     try:
-        with short_requests(retries=2):
+        with short_requests(retries):
             client = open_client(uri)
             if match["alias"]:
                 found = client.get_model_version_by_alias(match["name"], match["alias"])
