@@ -35,7 +35,7 @@ def register_chosen(
 ):
     """Register the model that the comparison chose.
 
-    A part of its own, for KFP's importer starts when the pipeline does that it belongs to, and knows its inputs
+    A part of its own, for KFP's importer starts with the pipeline that it belongs to, and knows its inputs
     alone. A model from the cache lies outside of the run, where no output of a task may point.
     """
     chosen = dsl.importer(
