@@ -328,7 +328,9 @@ def test_one_address_of_the_server_everywhere(overlays, profile):
             5000,
         )
     (ingress,) = of_kind(overlays["cloud"], "Ingress")
-    assert ingress["spec"]["rules"][0]["host"] in hosts
+    host = ingress["spec"]["rules"][0]["host"]
+    assert host in hosts
+    assert settings["data"]["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"] == f"https://{host}"
 
 
 def test_the_cluster_profile_names_what_the_manifests_make(overlays, made_secrets, profile):

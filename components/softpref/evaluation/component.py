@@ -34,7 +34,7 @@ def evaluate_model(
         policy: The trained model.
         evaluation: The evaluation folder: evaluation.json, samples.jsonl, report.html.
         report: The report as a page.
-        metrics: α, β and the figures that tell models apart; every other is in the evaluation folder.
+        metrics: Alpha, beta and the figures that tell models apart; every other is in the evaluation folder.
         judge: "expert" (known rewards), "bradley-terry" (trained on the training split), or "auto": the
             expert where the dataset has one.
         max_prompts: Distinct held-out prompts to measure on. 0: all.

@@ -30,7 +30,7 @@ def train_policy(
         dataset: The dataset folder of the data stage.
         reference: The model to start from, which is also the frozen reference of the KL term.
         policy: The aligned model's folder: safetensors, tokenizer, generation config, model card.
-        metrics: α, β and the final training and validation figures that people compare.
+        metrics: Alpha, beta and the final training and validation figures that people compare.
         member: JSON object written by the planning task: name, method, alpha, beta, options (parameters of
             SPOConfig for this model alone).
         learning_rate: Peak learning rate.
