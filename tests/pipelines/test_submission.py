@@ -152,9 +152,9 @@ def test_waiting_says_what_each_step_does_once(wait):
         status, lines, errors = wait(server)
     assert lines == [
         "pending",
-        "Check every parameter, plan the sweep started",
+        "Check, plan the sweep started",
         "running",
-        "Check every parameter, plan the sweep succeeded",
+        "Check, plan the sweep succeeded",
         "Prepare preferences succeeded, from the cache",
         "Align the policy (spo-alpha-0.5) waits: Unschedulable: 0/1 nodes are available: 1 Insufficient "
         "nvidia.com/gpu",
