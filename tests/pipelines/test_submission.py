@@ -9,7 +9,7 @@ from softpref.errors import ConfigError
 
 from tests.pipelines.kfp_api import PipelinesApi, Workflow
 
-LOOP = "for-loop-1.iteration-iterations({0}:{0}).iteration-item."
+LOOP = "for-loop-2.iteration-iterations({0}:{0}).iteration-item."
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +34,8 @@ def test_a_version_and_a_run_in_an_experiment(launch, sweep, capsys):
     assert run.display_name.startswith("spo-sweep-embedded-")
     assert run.service_account == "softpref-runner"
     parameters = run.runtime_config["parameters"]
-    assert (parameters["alphas"], parameters["gpus"]) == ([0.25], 2)
-    assert json.loads(parameters["train_overrides"])["sampling_batch_size"] == 256
+    assert (parameters["alphas"], parameters["gpus"]) == ([0.25], "2")
+    assert parameters["train_overrides"]["sampling_batch_size"] == 256
     assert parameters["tracking_uri"] == "http://mlflow.softpref-tracking.svc:5000"
     assert [one.display_name for one in server.experiments] == [parameters["experiment"]]
     (version,) = server.versions
@@ -236,9 +236,9 @@ def test_a_failed_step_of_the_loop_is_named_with_its_model(wait, message, log, r
 def test_a_failed_driver_is_named_with_its_message(wait):
     when = "0101 10:00:00.000000 1 main.go:9]"
     log = f"I{when} go\nF{when} KFP driver: driver.DAG(a, b) failed: no x\n"
-    end = Workflow().driver("for-loop-1.iteration", "Failed", "Error (exit code 1)", "system-dag-driver")
+    end = Workflow().driver("for-loop-2.iteration", "Failed", "Error (exit code 1)", "system-dag-driver")
     end.driver("prepare-data", "Error", "ImagePullBackOff: Back-off pulling image driver")
-    pod = end.driver_pod("for-loop-1.iteration", "system-dag-driver")
+    pod = end.driver_pod("for-loop-2.iteration", "system-dag-driver")
     with PipelinesApi(states=["FAILED"], workflows=[end.manifest], logs={pod: log}) as server:
         status, _, errors = wait(server)
     assert status == 1

@@ -174,4 +174,5 @@ def finish_run(status: PipelineTaskFinalStatus, run_name: str, experiment: str, 
         name=run_name,
         experiment=experiment,
         tracking_uri=tracking_uri or None,
+        patience=480,  # the step itself has ten minutes
     )

@@ -32,7 +32,6 @@ PARENT_TAG = "mlflow.parentRunId"
 _ID_TAG, _ADDRESS_TAG = "kfp.pipeline_run_id", "kfp.pipeline_run_url"
 _TAG_LENGTH = 8000
 _SETTLE = 1.0  # seconds after which a run that another step opened at the same moment can be seen
-_PATIENCE = 120.0  # seconds that the end of a pipeline waits for a server that is away
 
 
 class PipelineRun(NamedTuple):
@@ -116,6 +115,7 @@ def finish_pipeline_run(
     tags: Mapping[str, Any] | None = None,
     experiment: str = "softpref",
     tracking_uri: str | None = None,
+    patience: float = 30.0,
 ) -> None:
     """End the MLflow run of this pipeline run and whatever below it no step has ended. Raises nothing.
 
@@ -126,13 +126,14 @@ def finish_pipeline_run(
         succeeded: whether all steps did.
         name: of the pipeline run, as people see it.
         tags: for the run of the pipeline.
+        patience: seconds to wait for a server that is away.
     """
     from softpref.tracking.tracker import resolve_tracking_uri
 
     run, uri = current_pipeline_run(), resolve_tracking_uri(tracking_uri)
     if run is None or not mlflow_ready(uri):
         return
-    run, deadline = run._replace(name=name or run.name), time.monotonic() + _PATIENCE
+    run, deadline = run._replace(name=name or run.name), time.monotonic() + patience
     while True:
         try:
             with short_requests():
