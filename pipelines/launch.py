@@ -22,9 +22,10 @@ from typing import Any
 
 from clusters import STAGES, Profile, argument_texts, build, read_profile
 from local_run import run_here, task_server
-from softpref.config import closest, parse_overrides, read_mapping
+from softpref.config import NULL, closest, parse_overrides, read_mapping
 from softpref.errors import ConfigError, SoftprefError
-from submission import add_client_options, submit
+from softpref.preflight.stage import ARTIFACT_SCHEME
+from submission import add_client_options, submit, ui_address
 
 _HERE = Path(__file__).resolve().parent
 RECIPES, PACKAGES = _HERE / "recipes", _HERE / "packages"
@@ -58,8 +59,10 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
 
     profile = read_profile(options.cluster)
     if not profile.kfp_ui and (ui := options.ui_host or options.endpoint):
-        profile = dataclasses.replace(profile, kfp_ui=ui)
-    if profile.fixed_gpus is not None and given.pop("gpus") not in (None, str(profile.fixed_gpus)):
+        profile = dataclasses.replace(profile, kfp_ui=ui_address(ui))
+    if given.get("gpus") == "0":
+        given["gpus"] = ""  # KFP would write a limit of 0 into the pod
+    if profile.fixed_gpus is not None and given.pop("gpus") not in (None, str(profile.fixed_gpus or "")):
         raise ConfigError(f"the cluster profile {options.cluster} gives every run {profile.fixed_gpus} GPUs")
     shape = {name: parameter.annotation for name, parameter in _inputs(pipeline).items()}
     for name, value in profile.parameters.items():
@@ -86,8 +89,10 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
         print(compile_package(pipeline, path, profile, parameters))
         return 0
     print(_planned(pipeline, options, members))
-    # the form shows the recipe; what was given on top of it belongs to the run
+    # the form shows the recipe; what was given on top of it belongs to the run, but for what shapes the graph
     shown = pipeline_parameters(form, options.recipe, {})
+    if parameters["source"].startswith(ARTIFACT_SCHEME):
+        shown["source"] = parameters["source"]
     with tempfile.TemporaryDirectory() as folder:
         package = compile_package(pipeline, Path(folder) / f"{_name(pipeline)}.yaml", profile, shown)
         models = [member.name for member in members]
@@ -157,12 +162,12 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """KFP's structs on this machine bear no null; an empty text means the same to every configuration."""
+    """KFP's structs on this machine bear no null: a text stands for it, which `parse_overrides` undoes."""
     if isinstance(value, dict):
         return {key: _without_nulls(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_without_nulls(one) for one in value]
-    return "" if value is None else value
+    return NULL if value is None else value
 
 
 def compile_package(

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from console import console
 from containers import Containers
@@ -67,13 +67,14 @@ def run_here(
         root = check_server(parameters["experiment"], uri)
         print(f"output {output}, tracking {uri}")
         times = TaskTimes(_BEGAN)
-        failure: str | None = "it was interrupted"
+        status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED"
         try:
             with console(output / "pipeline.log") as screen:
                 if containers:
                     share_cores()
                     parameters["tracking_uri"] = containers.open(output, parameters)
                 failure = _execute(pipeline, parameters, containers, output / "pipeline", tasks, times)
+                status = "FAILED" if failure else "FINISHED"
         except KeyboardInterrupt:
             print("\nerror: the pipeline was interrupted", file=sys.stderr)
             return 130
@@ -81,7 +82,7 @@ def run_here(
             if not uri.startswith("sqlite:"):
                 sync_below(output / "pipeline", uri)  # what a server that was away has not heard
             finish_pipeline_run(
-                not failure,
+                status,
                 name=name,
                 tags={"softpref.recipe": options.recipe},
                 experiment=parameters["experiment"],

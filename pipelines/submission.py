@@ -22,6 +22,7 @@ from typing import Any
 
 from clusters import Profile
 from softpref.errors import ConfigError
+from softpref.remote import public_url
 from waiting import TERMINATED, display_names, wait_for
 
 
@@ -117,8 +118,12 @@ def _retries_unsaid() -> Iterator[None]:
 
 def _address(options: argparse.Namespace, run_id: str) -> str:
     """The page of a run in the UI."""
-    host = (options.ui_host or options.endpoint).rstrip("/")
-    return f"{host if '://' in host else f'http://{host}'}/#/runs/details/{run_id}"
+    return f"{ui_address(options.ui_host or options.endpoint)}/#/runs/details/{run_id}"
+
+
+def ui_address(host: str) -> str:
+    """The address of the UI as it may be shown: with its scheme, and without a password."""
+    return public_url(host if "://" in host else f"http://{host}").rstrip("/")
 
 
 def _client(options: argparse.Namespace) -> Any:

@@ -491,7 +491,7 @@ def test_steps_of_a_pipeline_put_their_runs_under_its_own(tmp_path, store, clien
     for name in ("reference", "spo-alpha-1"):
         with tracker(tmp_path / name, store, run_name=name):
             assert tree(client)["spo-sweep-x7k2p"] == (None, "RUNNING")
-    finish_pipeline_run(True, name="my sweep", experiment="stories", tracking_uri=store)
+    finish_pipeline_run("FINISHED", name="my sweep", experiment="stories", tracking_uri=store)
     assert tree(client) == {
         "my sweep": (None, "FINISHED"),
         "reference": ("my sweep", "FINISHED"),
@@ -518,7 +518,7 @@ def test_a_step_that_is_tried_again_in_another_pod_goes_on_in_its_run(tmp_path, 
 def test_what_a_failed_pipeline_left_running_is_ended(tmp_path, store, client, pipeline_run):
     left = tracker(tmp_path / "lost", store, run_name="lost")
     assert left.flush(10)
-    finish_pipeline_run(False, experiment="stories", tracking_uri=store)
+    finish_pipeline_run("FAILED", experiment="stories", tracking_uri=store)
     assert tree(client) == {
         "spo-sweep-x7k2p": (None, "FAILED"),
         "lost": ("spo-sweep-x7k2p", "FAILED"),
@@ -538,7 +538,7 @@ def test_the_tree_is_the_same_where_the_plugin_opens_runs_of_its_own(
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
     with tracker(tmp_path / "out", store, experiment="another", run_name="spo-alpha-1") as tracked:
         tracked.metrics({"loss": 1}, 0)
-    finish_pipeline_run(True, name="my sweep", experiment="another", tracking_uri=store)
+    finish_pipeline_run("FINISHED", name="my sweep", experiment="another", tracking_uri=store)
     assert tree(client) == {"my sweep": (None, "FINISHED"), "spo-alpha-1": ("my sweep", "FINISHED")}
 
 
@@ -553,6 +553,22 @@ def test_a_later_step_delivers_what_a_pod_could_not(tmp_path, store, client, dea
     run_id = run_tracked_in(tmp_path / "policy")
     assert history(client, run_id, "loss") == [(0, 1)]
     assert tree(client)["alpha-1"] == ("spo-sweep-x7k2p", "FINISHED")
+
+
+def test_records_that_come_late_open_no_ended_pipeline_run_again(
+    tmp_path, store, client, dead_uri, pipeline_run, monkeypatch
+):
+    with tracker(tmp_path / "policy", dead_uri, exit_wait=0.1) as tracked:
+        tracked.metrics({"loss": 1}, 0)
+    finish_pipeline_run("FINISHED", experiment="stories", tracking_uri=store)
+    lines = (tmp_path / "policy/tracking.jsonl").read_text().replace(dead_uri, store)
+    (tmp_path / "policy/tracking.jsonl").write_text(lines)
+    monkeypatch.setenv(RUN_ID, "another")
+    deliver_missed(tmp_path / "policy")
+    assert tree(client) == {
+        "spo-sweep-x7k2p": (None, "FINISHED"),
+        "alpha-1": ("spo-sweep-x7k2p", "FINISHED"),
+    }
 
 
 def test_steps_that_open_the_pipelines_run_at_the_same_moment_agree_on_one(store, client, pipeline_run):
@@ -592,7 +608,7 @@ def test_termination_of_a_pod_ends_its_run_and_the_pipelines_as_killed(tmp_path,
         "spo-sweep-x7k2p": (None, "KILLED"),
         "alpha-1": ("spo-sweep-x7k2p", "KILLED"),
     }
-    finish_pipeline_run(False, experiment="stories", tracking_uri=store)
+    finish_pipeline_run("FAILED", experiment="stories", tracking_uri=store)
     assert tree(client)["spo-sweep-x7k2p"] == (None, "KILLED")
 
 

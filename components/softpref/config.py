@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from softpref.errors import ConfigError
 
 Config = TypeVar("Config")
+NULL = "$null"  # stands for a null where KFP bears none
 COMMIT = "commit "  # how the version of something on the Hub begins, as the plan settles it
 
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
@@ -79,12 +80,16 @@ def _whole(value: Any) -> Any:
         return {key: _whole(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_whole(one) for one in value]
+    if value == NULL:
+        return None
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def hub_revision(version: str) -> dict[str, str]:
     """The parameter `revision` that a version settled by the plan stands for; none where it is no commit."""
-    return {"revision": version.removeprefix(COMMIT)} if version.startswith(COMMIT) else {}
+    if not version.startswith(COMMIT):
+        return {}
+    return {"revision": version.removeprefix(COMMIT).partition(";")[0]}
 
 
 def build_config(cls: type[Config], *layers: Mapping[str, Any]) -> Config:

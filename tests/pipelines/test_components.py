@@ -4,7 +4,7 @@ import pytest
 import yaml
 from softpref.images import DATA_IMAGE, EVALUATE_IMAGE, TRAIN_IMAGE
 
-MEMBER = '{"name": "mine", "method": "spo", "alpha": 0.5, "beta": 0.1, "options": {}, "parent_run_id": ""}'
+MEMBER = '{"name": "mine", "method": "spo", "alpha": 0.5, "beta": 0.1, "options": {}}'
 
 
 def test_checked_in_components_are_what_the_stages_compile_to(launch, sweep, tmp_path):

@@ -60,7 +60,11 @@ def test_what_is_given_is_laid_over_a_recipes_mapping_key_by_key(launch, sweep):
 
     recipe = overrides(None)
     given = {"votes": 1, "story_kind": "ranking", "max_characters": None}
-    assert overrides(given) == {**recipe, **given, "max_characters": ""}  # KFP's structs bear no null here
+    assert overrides(given) == {
+        **recipe,
+        **given,
+        "max_characters": "$null",
+    }  # KFP's structs bear no null here
     assert overrides({}) == {}
 
 
@@ -71,6 +75,9 @@ def test_numbers_of_a_form_are_whole_again_where_they_were_written_so():
         "save_steps": 200,
     }
     assert isinstance(parse_overrides(form)["model_config"]["hidden_size"], int)
+    assert parse_overrides({"model_config": {"pad_token_id": "$null"}}) == {
+        "model_config": {"pad_token_id": None}
+    }
 
 
 def test_a_baseline_has_options_of_its_own_that_win_over_the_shared_ones(launch, sweep):

@@ -66,9 +66,9 @@ def prepare_data(
             "seed": seed,
             "validation_fraction": validation_fraction,
             "test_fraction": test_fraction,
-            **hub_revision(source_version),
         },
         parse_overrides(overrides),
+        hub_revision(source_version),
     )
     stats = run(config, dataset.path, page.path)
     source = artifact.uri if artifact else stats["source"]  # without what a URL holds in secret

@@ -127,7 +127,9 @@ def pin_model(source: str, revision: str | None = None, *, tracking_uri: str = "
             return Pinned(source, revision, "")
         return Pinned(version.source, revision, f"{version.source} {version.created}")
     path = Path(source)
-    if not source or path.exists() or source.endswith(".gguf") or source.startswith(("/", ".", "~")):
+    if source and path.exists():
+        return Pinned(source, revision, remote.fingerprint_of_path(path))
+    if not source or source.endswith(".gguf") or source.startswith(("/", ".", "~")):
         return Pinned(source, revision, "")
     check_model_source(source)
     return remote.pin_repository("model", source, revision, "base model")

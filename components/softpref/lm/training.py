@@ -270,9 +270,13 @@ def checkpoint_step(checkpoint: str) -> int:
 
 def stage_tracker(config: TrainingArguments, output_dir: str, **options: Any) -> Any:
     """The tracker of a training stage: a real one on the main process, a silent one on the others."""
-    from softpref.tracking import Tracker
+    from softpref.tracking import Tracker, watch_termination
 
-    return Tracker(output_dir, **options) if config.process_index == 0 else _SilentTracker()
+    if config.process_index:
+        return _SilentTracker()
+    if config.world_size > 1:  # the step that a cluster ends is another process
+        watch_termination(options["experiment"], options["tracking_uri"])
+    return Tracker(output_dir, **options)
 
 
 class _SilentTracker:

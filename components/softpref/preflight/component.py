@@ -170,7 +170,7 @@ def finish_run(status: PipelineTaskFinalStatus, run_name: str, experiment: str, 
     from softpref.tracking import finish_pipeline_run
 
     finish_pipeline_run(
-        status.state in ("COMPLETE", "CACHED", "SUCCEEDED"),
+        "FINISHED" if status.state in ("COMPLETE", "CACHED", "SUCCEEDED") else "FAILED",
         name=run_name,
         experiment=experiment,
         tracking_uri=tracking_uri or None,

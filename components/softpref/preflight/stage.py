@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 from softpref.config import COMMIT, build_config, closest, parse_overrides
 from softpref.errors import ConfigError
+from softpref.remote import Pinned, public_url
 
 _DECIDE = ("torch", "transformers", "tokenizers", "datasets")  # packages whose versions decide results, too
 DEFAULT_BASELINE_BETA = 0.1
+_FURTHER_SOURCES = ("sft_source", "prompts_source")
 ARTIFACT_SCHEME = "minio://"  # by which KFP addresses what its own store holds
 
 
@@ -90,7 +92,6 @@ def begin_run(parameters: Mapping[str, Any], record_dir: str) -> Begun:
 
     from softpref.data.sources import pin
     from softpref.lm.loading import pin_model
-    from softpref.remote import Pinned
     from softpref.tracking import RUN_NAME, Tracker, check_server, current_pipeline_run, watch_termination
 
     values = {key: value for key, value in parameters.items() if key not in ("run_name", "record")}
@@ -101,7 +102,7 @@ def begin_run(parameters: Mapping[str, Any], record_dir: str) -> Begun:
     watch_termination(**where)
     if check_server(**where) or current_pipeline_run():
         with Tracker(record_dir, run_name=parameters["run_name"], root=True, **where) as tracker:
-            tracker.params(values)
+            tracker.params(_without_secrets(values))
             tracker.tags({"mlflow.runName": parameters["run_name"], "models": [one.name for one in members]})
     source = Pinned(values["source"], None, "")
     if not values["source"].startswith(ARTIFACT_SCHEME):  # KFP itself knows what has changed there
@@ -111,13 +112,23 @@ def begin_run(parameters: Mapping[str, Any], record_dir: str) -> Begun:
         parse_overrides(values["sft_overrides"]).get("revision"),
         tracking_uri=values["tracking_uri"],
     )
+    overrides = parse_overrides(values["data_overrides"])
+    further = [pin(overrides[name]).fingerprint for name in _FURTHER_SOURCES if overrides.get(name)]
+    version = f"{COMMIT}{source.revision}" if source.revision else source.fingerprint
     return Begun(
         [json.dumps(member._asdict()) for member in members],
         code_version(),
-        f"{COMMIT}{source.revision}" if source.revision else source.fingerprint,
+        "; ".join([version, *further]),
         base.source,
         f"{COMMIT}{base.revision}" if base.revision else base.fingerprint,
     )
+
+
+def _without_secrets(value: Any) -> Any:
+    """Parameters as they may be recorded: a URL can hold a password or a signature."""
+    if isinstance(value, dict):
+        return {key: _without_secrets(one) for key, one in value.items()}
+    return public_url(value) if isinstance(value, str) else value
 
 
 def code_version() -> str:
@@ -178,6 +189,8 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     names = [member.name for member in members]
     if not names:
         raise ConfigError("nothing to train: give at least one alpha or baseline")
+    if "reference" in names:
+        raise ConfigError("no model may be named reference: the reference itself is tracked under that name")
     if len(set(names)) < len(names):
         raise ConfigError(
             f"the models of a sweep need names that differ, got {', '.join(names)}; name a baseline like "
@@ -190,7 +203,7 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
         if not (value is None or empty or (name in _ZERO_IS_NONE and value == 0)):
             stages[stage][option] = value
     data = _build(DataConfig, stages["data"])
-    source = data.source
+    source, shown = data.source, public_url(data.source)
     if here:
         _check_local_source(source)
     _build(SFTConfig, stages["sft"])
@@ -198,7 +211,7 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
         config = build_config(SPOConfig, *training_layers(stages["train"], member))
         if config.uses_judge and config.judge == "expert" and source != "story":
             raise ConfigError(
-                f"{member.name}: judge expert knows the story world alone, and the source is {source}; use "
+                f"{member.name}: judge expert knows the story world alone, and the source is {shown}; use "
                 "judge bradley-terry, which learns from the training preferences, or auto"
             )
         if config.method == "sppo" and config.train_on == "preferences" and data.story_kind == "best_of_n":
@@ -208,7 +221,7 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
             )
     if _build(EvaluationConfig, stages["evaluation"]).judge == "expert" and source != "story":
         raise ConfigError(
-            f"judge expert knows the story world alone, and the source is {source}; use judge bradley-terry, "
+            f"judge expert knows the story world alone, and the source is {shown}; use judge bradley-terry, "
             "which learns from the training preferences, or auto"
         )
     check_rule(stages["comparison"].get("rule", "expected_reward"), stages["comparison"].get("max_kl"))

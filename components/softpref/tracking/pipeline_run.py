@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from softpref.tracking.mirror import as_text, usable_name
 from softpref.tracking.mlflow_store import (
@@ -93,11 +93,14 @@ def find_or_open(
 
 
 def find_or_open_root(client: Any, experiment_id: str, run: PipelineRun) -> str:
-    """Id of the MLflow run of a pipeline run; one that a step which was stopped had ended is open again."""
+    """Id of the MLflow run of a pipeline run; one that a step which was stopped had ended is open again.
+
+    Of another pipeline run than this process's own, whose records come late, it stays as it is.
+    """
     tags = {_ADDRESS_TAG: address} if (address := run_address(run)) else {}
     now = int(time.time() * 1000)
     root, was_there = find_or_open(client, experiment_id, (_ID_TAG, run.id), run.name, tags, now)
-    if was_there and root.info.status != "RUNNING":
+    if was_there and root.info.status != "RUNNING" and run.id == os.environ.get(RUN_ID):
         client.update_run(root.info.run_id, status="RUNNING")
     return root.info.run_id
 
@@ -109,7 +112,7 @@ def run_address(run: PipelineRun) -> str:
 
 
 def finish_pipeline_run(
-    succeeded: bool,
+    status: Literal["FINISHED", "FAILED", "KILLED"],
     *,
     name: str = "",
     tags: Mapping[str, Any] | None = None,
@@ -123,7 +126,7 @@ def finish_pipeline_run(
     and loop hold nothing that the stages' own do not say better; they are deleted (MLflow can restore them).
 
     Args:
-        succeeded: whether all steps did.
+        status: how its steps ended.
         name: of the pipeline run, as people see it.
         tags: for the run of the pipeline.
         patience: seconds to wait for a server that is away.
@@ -138,7 +141,7 @@ def finish_pipeline_run(
         try:
             with short_requests():
                 client = open_client(uri)
-                _finish(client, experiment_of(client, experiment, uri), run, succeeded, tags or {})
+                _finish(client, experiment_of(client, experiment, uri), run, status, tags or {})
             return
         except Exception as error:  # whatever the network, the store or its driver came up with
             if time.monotonic() > deadline or uri.startswith("sqlite:"):
@@ -149,9 +152,7 @@ def finish_pipeline_run(
             time.sleep(5)
 
 
-def _finish(
-    client: Any, experiment_id: str, run: PipelineRun, succeeded: bool, tags: Mapping[str, Any]
-) -> None:
+def _finish(client: Any, experiment_id: str, run: PipelineRun, status: str, tags: Mapping[str, Any]) -> None:
     now = int(time.time() * 1000)
     root, _ = find_or_open(client, experiment_id, (_ID_TAG, run.id), run.name, {}, now)
     own = {"mlflow.runName": run.name, **tags}
@@ -159,7 +160,8 @@ def _finish(
         own[_ADDRESS_TAG] = address
     for key, value in own.items():
         client.set_tag(root.info.run_id, usable_name(key), as_text(value)[:_TAG_LENGTH])
-    status = "FINISHED" if succeeded else "KILLED" if root.info.status == "KILLED" else "FAILED"
+    if status == "FAILED" and root.info.status == "KILLED":
+        status = "KILLED"
     parents = [root.info.run_id]
     for parent in parents:  # grows: the plugin's runs of loops have children
         for child in client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'"):

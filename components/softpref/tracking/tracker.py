@@ -448,6 +448,10 @@ def watch_termination(experiment: str, tracking_uri: str | None = None) -> None:
     terminated, said = threading.Event(), threading.Event()
 
     def wait() -> None:
+        if not uri.startswith("sqlite:"):  # of a step that is tried again the first attempt ended the run
+            with suppress(Exception), short_requests(timeout=5):
+                client = open_client(uri)
+                find_or_open_root(client, experiment_of(client, experiment, uri), run)
         while (number := os.read(woken, 1)) and number[0] != signal.SIGTERM:
             pass
         with suppress(Exception), short_requests(timeout=2):
@@ -466,8 +470,16 @@ def watch_termination(experiment: str, tracking_uri: str | None = None) -> None:
     atexit.register(lambda: terminated.is_set() and said.wait(10))
     threading.Thread(target=wait, name="softpref-termination", daemon=True).start()
     signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_watch_no_more)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, leave)
+
+
+def _watch_no_more() -> None:
+    """A worker that is forked ends as it pleases."""
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 _open_trackers: weakref.WeakSet[Tracker] = weakref.WeakSet()
