@@ -228,7 +228,7 @@ class Cluster:
     # ------------------------------------------------------------------ the end
 
     def clean_up(self) -> None:
-        """End what still runs, archive the runs, delete what MLflow has of them; versions of the sweep stay."""
+        """End what runs, archive the runs, delete what MLflow has of them; the sweep's version stays."""
         for run_id in self.runs:
             if self.client.get_run(run_id).state in ("PENDING", "RUNNING"):
                 self.client.terminate_run(run_id)
