@@ -49,9 +49,10 @@ bench: setup  ## speed and memory beside the peers, into tests/benchmarks/RESULT
 	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python tests/benchmarks/run.py
 
-packages: setup  ## compile the pipelines; a test compares the result with what is checked in
+packages: setup  ## compile the pipelines and the components; a test compares the result with what is checked in
 	$(BIN)/python pipelines/spo_pipeline.py compile
 	$(BIN)/python pipelines/spo_sweep.py compile
+	$(BIN)/python pipelines/spo_sweep.py components
 
 images:  ## build the container images with Podman or Docker; BUILD="--accelerator cuda --push" passes options
 	python3 images/build.py $(BUILD)

@@ -8,6 +8,8 @@
 #   DATABASE_USERNAME, DATABASE_PASSWORD            of a managed PostgreSQL
 #   STORE_ACCESS_KEY, STORE_SECRET_KEY              of a bucket
 #   HUB_TOKEN                                       for models and data sets that the Hub gates
+#   DATA_ACCESS_KEY, DATA_SECRET_KEY, DATA_ENDPOINT of a bucket with data or models of your own; the last is the URL
+#                                                   of a store that is not Amazon's
 set -euo pipefail
 
 runs=${1:-kubeflow}
@@ -64,4 +66,8 @@ make "$serving" mlflow-credentials "username=$(value "$tracking" mlflow-serving-
     "password=$(value "$tracking" mlflow-serving-credentials password)"
 if [ -n "${HUB_TOKEN:-}" ]; then
     make "$runs" hub-token "token=$HUB_TOKEN"
+fi
+if [ -n "${DATA_ACCESS_KEY:-}" ]; then
+    make "$runs" data-store "access-key=$DATA_ACCESS_KEY" "secret-key=$DATA_SECRET_KEY" \
+        ${DATA_ENDPOINT:+"endpoint=$DATA_ENDPOINT"}
 fi

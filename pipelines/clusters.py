@@ -21,6 +21,7 @@ from typing import Any, Literal
 from softpref.config import build_config, closest, read_mapping
 from softpref.distributed.config import TrainJobConfig
 from softpref.errors import ConfigError
+from softpref.preflight.stage import ARTIFACT_SCHEME
 from softpref.tracking import KFP_UI, RUN_ID, RUN_NAME
 
 CLUSTERS = Path(__file__).resolve().parent / "clusters"
@@ -171,7 +172,6 @@ class Profile:
 
 _profile: ContextVar[Profile | None] = ContextVar("profile", default=None)
 _artifact: ContextVar[str] = ContextVar("artifact", default="")  # address of a KFP artifact to begin with
-_ARTIFACT_SCHEME = "minio://"  # by which KFP addresses what its own store holds
 _LONG = 30 * 86400  # seconds within which a step without timeout is tried again
 _BACKOFF = 30
 
@@ -373,28 +373,53 @@ def build(pipeline: Any, profile: Profile, defaults: Mapping[str, Any] | None = 
     shown = signature.replace(parameters=form)
     traced.__signature__ = shown  # type: ignore[attr-defined]
     source = str(values.get("source", ""))
-    tokens = _profile.set(profile), _artifact.set(source if source.startswith(_ARTIFACT_SCHEME) else "")
+    tokens = _profile.set(profile), _artifact.set(source if source.startswith(ARTIFACT_SCHEME) else "")
     try:
+        for part in _PARTS:
+            part.trace()
         return dsl.pipeline(traced, name=pipeline.name, description=_explained(pipeline))
     finally:
         _profile.reset(tokens[0])
         _artifact.reset(tokens[1])
 
 
+class Part:
+    """A part of a pipeline as a pipeline of its own, called like a component; a decorator.
+
+    It is traced anew with each profile that a pipeline is compiled for.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self.trace()
+        _PARTS.append(self)
+
+    def trace(self) -> None:
+        from kfp import dsl
+
+        self._pipeline = dsl.pipeline(self._function, name=self._function.__name__.replace("_", "-"))
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._pipeline(**inputs)
+
+
+_PARTS: list[Part] = []
+
+
 def _explained(pipeline: Any) -> str:
-    """The pipeline's description with the fields that most people fill: KFP's form shows name and type alone."""
+    """The pipeline's description with the fields that most people fill: KFP's form shows no texts."""
     lines = [pipeline.component_spec.description, "The form's fields that matter most:"]
-    texts = parameter_texts(pipeline)
+    texts = argument_texts(pipeline.pipeline_func)
     lines += [f"- {name}: {texts[name]}" for name in _EXPLAINED if name in texts]
     script = pipeline.name.replace("-", "_")
     return "\n".join([*lines, f"`python pipelines/{script}.py --help` explains them all."])
 
 
-def parameter_texts(pipeline: Any) -> dict[str, str]:
-    """What the pipeline's docstring says of each parameter."""
+def argument_texts(function: Any) -> dict[str, str]:
+    """What the docstring of a pipeline or a component says of each argument."""
     import docstring_parser
 
-    parsed = docstring_parser.parse(inspect.getdoc(pipeline.pipeline_func) or "")
+    parsed = docstring_parser.parse(inspect.getdoc(function) or "")
     return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parsed.params}
 
 
@@ -526,7 +551,6 @@ def source_artifact() -> dict[str, Any]:
     from kfp import dsl
 
     dataset = dsl.importer(artifact_uri=_artifact.get(), artifact_class=dsl.Dataset)
-    dataset.set_display_name("The dataset")
     return {"artifact": dataset.output}
 
 

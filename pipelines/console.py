@@ -15,13 +15,19 @@ from typing import TextIO
 
 _REFUSAL = re.compile(r"softpref\.errors\.\w+Error: ")
 _COLOUR = re.compile(r"\x1b\[\d+m")
-_PROGRESS = re.compile(r"^(.*?)\s*(\d+%)\|.*?\| *(\S+/\S+) \[([^\]]*)\]")
+# what softpref.progress writes: "spo-alpha-0.5: step 120 of 400, loss 0.41, 2 min 10 s left"
+_PROGRESS = re.compile(r": \w+ \d+( of \d+)?, (.* )?(left|so far|took [\w ]+)$")
+_BAR = re.compile(r"\d+%\|.*?\| *\S+/\S+ \[[^\]]*\]")  # of other programs
 
 
 def plain_lines(text: str) -> list[str]:
-    """The lines of what a step printed: without colours, progress bars and empty ones."""
+    """The lines of what a step printed: without colours, progress and empty ones."""
     lines = _COLOUR.sub("", text).replace("\r", "\n").split("\n")
-    return [line.rstrip() for line in lines if line.strip() and not _PROGRESS.search(line)]
+    return [line.rstrip() for line in lines if line.strip() and not _is_progress(line)]
+
+
+def _is_progress(line: str) -> bool:
+    return bool(_PROGRESS.search(line.rstrip()) or _BAR.search(line))
 
 
 def refusal(lines: Sequence[str]) -> str:
@@ -60,7 +66,7 @@ class Console:
         return False
 
     def last_lines(self, count: int) -> str:
-        """What was printed last, without progress bars."""
+        """What was printed last, without progress."""
         return "\n".join(plain_lines("\n".join(self._recent))[-count:])
 
     def reason(self) -> str:
@@ -71,16 +77,10 @@ class Console:
     def _show(self, line: str) -> None:
         progress, event = _PROGRESS.search(line), self._EVENT.search(line)
         if progress:
-            title, share, count, times = progress.groups()
-            momentary = times.startswith(("00:00", "00:01"))  # bars of a second say nothing
-            if (
-                not title
-                or momentary
-                or time.monotonic() - self._last_progress < self._SECONDS_BETWEEN_PROGRESS
-            ):
+            if time.monotonic() - self._last_progress < self._SECONDS_BETWEEN_PROGRESS:
                 return
             self._last_progress = time.monotonic()
-            line = f"          {title.rstrip(':')} {share} {count} [{times}]"
+            line = f"          {line}"
         elif event:
             clock, what, name, rest = event.groups()
             if what != "Executing task" and "finished" not in rest:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clusters import Profile, build, parameter_texts, read_profile
+from clusters import STAGES, Profile, argument_texts, build, read_profile
 from local_run import run_here, task_server
 from softpref.config import closest, parse_overrides, read_mapping
 from softpref.errors import ConfigError, SoftprefError
@@ -36,6 +36,8 @@ def main(pipeline: Any, arguments: list[str]) -> int:
     """Run the command line of one pipeline; returns the exit status."""
     options = _parse(pipeline, arguments)
     try:
+        if options.command == "components":
+            return _components(options)
         given = {name: getattr(options, name) for name in _inputs(pipeline)}
         if options.command == "compile" or options.runner == "cluster":
             return _for_cluster(pipeline, given, options)
@@ -90,6 +92,15 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
         package = compile_package(pipeline, Path(folder) / f"{_name(pipeline)}.yaml", profile, shown)
         models = [member.name for member in members]
         return submit(pipeline.name, package, parameters, profile, options, models)
+
+
+def _components(options: argparse.Namespace) -> int:
+    """Write the stages' component files for a cluster."""
+    profile = read_profile(options.cluster)
+    suffix = "" if options.cluster == "default" else f"-{profile.name}"
+    for path in compile_components(Path(options.output or PACKAGES / f"components{suffix}"), profile):
+        print(path)
+    return 0
 
 
 def _planned(pipeline: Any, options: argparse.Namespace, members: Iterable[Any]) -> str:
@@ -180,6 +191,40 @@ def _in_order(match: re.Match[str]) -> str:
     return match[1] + json.dumps(values, sort_keys=True)
 
 
+def compile_components(folder: Path, profile: Profile) -> list[Path]:
+    """Write each stage as a component of its own, to be loaded into other people's pipelines.
+
+    Args:
+        profile: names the images. What else a stage gets of a cluster is up to the pipeline that loads it.
+    """
+    from kfp import compiler, dsl
+    from softpref.data.component import prepare_data
+    from softpref.evaluation.component import compare_models, evaluate_model
+    from softpref.registry.component import register_model
+    from softpref.sft.component import train_reference
+    from softpref.spo.component import train_policy
+
+    faces = {
+        "data": prepare_data,
+        "sft": train_reference,
+        "train": train_policy,
+        "evaluate": evaluate_model,
+        "compare": compare_models,
+        "register": register_model,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for stage, face in faces.items():
+        image = profile.images[STAGES[stage]]
+        component = dsl.component(face.python_func, base_image=image, install_kfp_package=False)
+        texts = argument_texts(face.python_func)  # KFP takes those of inputs alone
+        for name, output in component.component_spec.outputs.items():
+            output.description = texts.get(name, output.description)
+        written.append(folder / f"{face.python_func.__name__}.yaml")
+        compiler.Compiler().compile(component, str(written[-1]))
+    return written
+
+
 # ---------------------------------------------------------------------- the command line
 
 
@@ -191,16 +236,18 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=("run", "compile"),
+        choices=("run", "compile", "components"),
         default="run",
-        help="run (default), or compile: write a package for the KFP UI whose form shows the parameters",
+        help="run (default), compile: write a package for the KFP UI whose form shows the parameters, or "
+        "components: write every stage as a file for kfp.components.load_component_from_file",
     )
     parser.add_argument(
         "--recipe", default="embedded", help="name in pipelines/recipes, or a YAML file (default: embedded)"
     )
     parser.add_argument(
         "--output",
-        help="new folder for the results (default: runs/RECIPE-TIME); the package to write, for compile",
+        help="new folder for the results (default: runs/RECIPE-TIME); the package to write, for compile; the "
+        "folder to write, for components",
     )
     parser.add_argument(
         "--runner",
@@ -208,7 +255,7 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
         default="local",
         help="where stages run: processes here (default), containers here, or Kubeflow Pipelines",
     )
-    cluster = parser.add_argument_group("compile, and --runner cluster")
+    cluster = parser.add_argument_group("compile, components, and --runner cluster")
     cluster.add_argument(
         "--cluster",
         default="default",
@@ -216,7 +263,7 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     )
     add_client_options(cluster)
     group = parser.add_argument_group("pipeline parameters (they win over the recipe)")
-    texts = parameter_texts(pipeline)
+    texts = argument_texts(pipeline.pipeline_func)
     for name, parameter in _inputs(pipeline).items():
         many = typing.get_origin(parameter.annotation) is list
         group.add_argument(
@@ -228,12 +275,16 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
             help=texts[name].replace("%", "%%"),
         )
     options = parser.parse_args(arguments)
-    to_cluster = options.command == "compile" or options.runner == "cluster"
+    to_cluster = options.command != "run" or options.runner == "cluster"
     for action in cluster._group_actions:
         if not to_cluster and getattr(options, action.dest) != action.default:
             parser.error(
                 f"{action.option_strings[0]} is for --runner cluster, and this run is {options.runner}"
             )
+    if options.command == "components":
+        for name in ("recipe", *_inputs(pipeline)):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} is for pipelines; components have all their inputs")
     if options.command == "run" and options.runner == "cluster" and options.output:
         parser.error(
             "--output is for runs on this machine; the results of a cluster's are in MLflow and in KFP"

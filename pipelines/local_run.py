@@ -149,7 +149,7 @@ def _execute(
     return None
 
 
-def _summarise(output: Path, tracking_uri: str, run_id: str | None) -> None:
+def _summarise(output: Path, tracking_uri: str, run_id: str | None = None) -> None:
     """Bring the results to the top of the output folder and say what they are and where."""
     from softpref.evaluation.compare import evaluation_folders, format_table
 

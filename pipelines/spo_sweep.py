@@ -9,8 +9,9 @@ python pipelines/spo_sweep.py compile                    # writes pipelines/pack
 import sys
 from typing import List  # noqa: UP035  # kfp reads the element type from typing.List
 
-from clusters import ended, launcher, models_at_once, place, run_name, source_artifact
+from clusters import Part, ended, launcher, models_at_once, place, run_name, source_artifact
 from kfp import dsl
+from kfp.dsl import Artifact, Input
 from launch import main
 from softpref.data.component import prepare_data
 from softpref.evaluation.component import compare_models, evaluate_model
@@ -18,6 +19,41 @@ from softpref.preflight.component import plan_sweep
 from softpref.registry.component import register_model
 from softpref.sft.component import train_reference
 from softpref.spo.component import train_policy
+
+
+@Part
+def register_chosen(
+    model_uri: str,
+    evaluation: Input[Artifact],
+    comparison: Input[Artifact],
+    record: Input[Artifact],
+    registered_model_name: str,
+    min_win_rate: float,
+    registry_overrides: dict,
+    experiment: str,
+    tracking_uri: str,
+):
+    """Register the model that the comparison chose.
+
+    A part of its own, for KFP's importer starts with the pipeline that it belongs to, and knows its inputs
+    alone. A model from the cache lies outside of the run, where no output of a task may point.
+    """
+    chosen = dsl.importer(
+        artifact_uri=model_uri, artifact_class=dsl.Model
+    )  # KFP looks it up by this very name
+    registered = register_model(
+        model=chosen.output,
+        evaluation=evaluation,
+        comparison=comparison,
+        registered_model_name=registered_model_name,
+        min_win_rate=min_win_rate,
+        experiment=experiment,
+        tracking_uri=tracking_uri,
+        overrides=registry_overrides,
+        record=record,
+    )
+    registered.set_display_name("Register")
+    place(registered, "register", cache=False)  # what the registry holds decides, not the inputs
 
 
 @dsl.pipeline(
@@ -57,8 +93,8 @@ def spo_sweep(
     """Align a language model to preferences at several softness values, compare them and register one.
 
     Args:
-        source: "story" for the embedded story world, a Hub dataset id, a URL (s3://, gs://, https:// …), the
-            address of a KFP artifact (minio://) or a path (JSONL, CSV, Parquet …).
+        source: "story" for the embedded story world, a Hub dataset id, a URL (s3://, gs://, https://), the
+            address of a KFP artifact (minio://) or a path (JSONL, CSV, Parquet).
         columns: From role to column of the source; empty uses columns named like the roles.
         prompt_template: Builds the prompt from columns, such as "Debate: {debate}\\nArgument:".
         rows: Preference rows to draw or to sample; 0 takes the default or all.
@@ -203,19 +239,18 @@ def spo_sweep(
         comparison.set_display_name("Compare and choose")
         place(comparison, "compare", cache=False)  # this run's tree in MLflow gets it
 
-        registered = register_model(
-            model=comparison.outputs["model"],
+        register = register_chosen(
+            model_uri=comparison.outputs["model_uri"],
             evaluation=comparison.outputs["chosen"],
             comparison=comparison.outputs["comparison"],
+            record=plan.outputs["record"],
             registered_model_name=registered_model_name,
             min_win_rate=min_win_rate,
+            registry_overrides=registry_overrides,
             experiment=experiment,
             tracking_uri=tracking_uri,
-            overrides=registry_overrides,
-            record=plan.outputs["record"],
         )
-        registered.set_display_name("Register")
-        place(registered, "register", cache=False)  # what the registry holds decides, not the inputs
+        register.set_display_name("Register the chosen model")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ states of the run are all that is said.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import gzip
 import json
 import re
 import sys
@@ -18,11 +20,8 @@ from typing import Any, NamedTuple
 
 from console import plain_lines, refusal
 
-SUCCEEDED, FAILED, TERMINATED = (
-    0,
-    1,
-    130,
-)  # exit statuses; a run that was terminated ends like one interrupted
+SUCCEEDED, FAILED = 0, 1  # exit statuses
+TERMINATED = 130  # as of a program that a person interrupted
 _SECONDS_BETWEEN_LOOKS = 10.0
 _FAILED_LOOKS = 60  # one after the other, until waiting is given up
 _MESSAGE_CHARACTERS = 200
@@ -92,16 +91,20 @@ def wait_for(client: Any, run_id: str, address: str, names: Mapping[str, str], m
                 _say(f"{step.name} {_in_words(step, terminated)}")
         if run.state != state:
             state = run.state
-            _say((state or "unknown").lower())
+            # Kubeflow 2.17 calls a run that a person ended failed
+            _say("terminated" if terminated and state in _ENDED_BADLY else (state or "unknown").lower())
         if state in ("SUCCEEDED", "SKIPPED"):
             return SUCCEEDED
-        if state in ("FAILED", "CANCELED"):
+        if state in _ENDED_BADLY:
             if terminated:
                 print(f"error: the run was terminated; what it did is shown at {address}", file=sys.stderr)
                 return TERMINATED
             _explain(client, run, workflow, steps.values(), address)
             return FAILED
         time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+_ENDED_BADLY = ("FAILED", "CANCELED")
 
 
 def display_names(package: Path) -> dict[str, str]:
@@ -227,7 +230,7 @@ def _ended(node: Mapping[str, Any]) -> str:
 
 def _in_words(step: Step, terminated: bool) -> str:
     if step.state == "waiting":
-        return f"waits: {step.message[:_MESSAGE_CHARACTERS]}"
+        return f"waits: {step.message.partition('. ')[0][:_MESSAGE_CHARACTERS]}"
     if step.state == "running" and step.attempt > 1:
         return f"started again, attempt {step.attempt}" + (f" ({step.message})" if step.message else "")
     if step.state == "failed":
@@ -236,7 +239,7 @@ def _in_words(step: Step, terminated: bool) -> str:
 
 
 def _is_terminated(run: Any, workflow: Mapping[str, Any]) -> bool:
-    """Whether a person ended the run: Kubeflow sets the workflow's deadline to zero, and calls it failed."""
+    """Whether a person ended the run, for which Kubeflow sets the workflow's deadline to zero."""
     states = [run.state, *(status.state for status in run.state_history or ())]
     deadline = (workflow.get("spec") or {}).get("activeDeadlineSeconds")
     return deadline == 0 or any(state in ("CANCELING", "CANCELED") for state in states)
@@ -266,21 +269,22 @@ def _reason(log: Sequence[str], message: str) -> str:
     said = refusal(log)
     if said:
         return said
-    if message and not _EXIT_STATUS.match(message):  # killed for memory, no image, deleted …
+    exited = _EXIT_STATUS.match(message)
+    if message and not exited:  # killed for memory, no image …
         return message
+    if exited and exited[1] in ("137", "143"):  # of SIGKILL and SIGTERM
+        return f"its pod was ended from outside, as by a deletion or an eviction (exit code {exited[1]})"
     if not log:
         return f"{message or 'no reason is given'}; its log is not to be had from here"
     return next((line for line in reversed(log) if _RAISED.match(line)), log[-1])
 
 
-_EXIT_STATUS = re.compile(r"^(main: )?Error \(exit code \d+\)")
+_EXIT_STATUS = re.compile(r"^(?:main: )?Error \(exit code (\d+)\)")
 _RAISED = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b")
-_GO = re.compile(
-    r"^([IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [\w.-]+:\d+\] "
-)  # a line of KFP's launcher or driver
-_ENDED = re.compile(
-    r"(Error|.*failed to execute.*): (exit status \d+|signal: [\w ]+)$"
-)  # said after the step
+# lines of KFP's launcher and driver, the driver's words before what went wrong, what follows a step's own
+_GO = re.compile(r"^([IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [\w.-]+:\d+\] ")
+_DRIVER = re.compile(r"^KFP driver: driver\.\w+\(.*\) failed: ")
+_EXITED = re.compile(r"(Error|.*failed to execute.*): (exit status \d+|signal: [\w ]+)$")
 _ARGO = re.compile(r'^(time=|\{").*\bargo"?[=:] ?true')
 
 
@@ -306,12 +310,16 @@ def _log(client: Any, run_id: str, workflow: Mapping[str, Any], pod: str) -> lis
 
 
 def _own_lines(text: str) -> list[str]:
-    lines = []
+    """The lines that a step wrote itself, or that say what went wrong with it."""
+    lines, theirs = [], False
     for line in plain_lines(text):
         go = _GO.match(line)
-        if not (_ARGO.match(line) or line.startswith("[KFP Executor ") or (go and go[1] in "IW")):
-            lines.append(_GO.sub("", line))
-    return [line for line in lines if not _ENDED.match(line)]
+        if _ARGO.match(line) or line.startswith("[KFP Executor ") or (go and go[1] in "IW"):
+            theirs = True
+        elif not (theirs and line[0] in " {}"):  # else what they say goes on: JSON over many lines
+            theirs = False
+            lines.append(_DRIVER.sub("", _GO.sub("", line)))
+    return [line for line in lines if not _EXITED.match(line)]
 
 
 def _workflow(client: Any, run_id: str) -> dict[str, Any]:
@@ -320,8 +328,11 @@ def _workflow(client: Any, run_id: str) -> dict[str, Any]:
 
     try:
         run = json.loads(client.get_text(f"/apis/v1beta1/runs/{run_id}"))
-        return json.loads(run["pipeline_runtime"]["workflow_manifest"])
-    except (ValueError, KeyError, TypeError):
+        workflow = json.loads(run["pipeline_runtime"]["workflow_manifest"])
+        if packed := workflow["status"].get("compressedNodes"):  # of a workflow with many
+            workflow["status"]["nodes"] = json.loads(gzip.decompress(base64.b64decode(packed)))
+        return workflow
+    except (ValueError, KeyError, TypeError, OSError):
         return {}
     except kfp_server_api.ApiException as error:
         if error.status in (502, 503, 504):  # it is away, or on its way back

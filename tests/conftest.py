@@ -74,3 +74,65 @@ def _make_model(tokenizer, *, seed=0, width=16, layers=1, spread=0.5, **options)
         **options,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Where downloads are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "softpref"
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """An S3 store: its address and the login of a user who may do everything in it."""
+    import json
+
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    anyone = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
+    users = boto3.client("iam", endpoint_url=f"http://{host}:{port}", **anyone)
+    users.create_user(UserName="team")
+    policy = {"Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}], "Version": "2012-10-17"}
+    users.put_user_policy(UserName="team", PolicyName="all", PolicyDocument=json.dumps(policy))
+    login = users.create_access_key(UserName="team")["AccessKey"]
+    yield f"http://{host}:{port}", login["AccessKeyId"], login["SecretAccessKey"]
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch, cache):
+    """A client with the bucket `team` in the store, which the environment points to; logins are checked."""
+    import boto3
+    import moto.settings
+
+    address, key, secret = s3_server
+    monkeypatch.setattr(moto.settings, "INITIAL_NO_AUTH_ACTION_COUNT", 0)
+    for variable in ("AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    client = boto3.client("s3", region_name="us-east-1")
+    client.create_bucket(Bucket="team")
+    yield client
+    for stored in client.list_objects_v2(Bucket="team").get("Contents", []):
+        client.delete_object(Bucket="team", Key=stored["Key"])
+    client.delete_bucket(Bucket="team")
+
+
+@pytest.fixture
+def memory():
+    """The store behind `memory://`, empty before and after."""
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    store.pseudo_dirs[:] = [""]
+    yield store
+    store.store.clear()
+    store.pseudo_dirs[:] = [""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -51,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     sync.add_argument("folder", help="output folder of a stage, with its tracking.jsonl")
     sync.add_argument("--tracking-uri", default="", help="MLflow server (default: the run's own)")
     options, rest = parser.parse_known_args(arguments)
+    if not _is_first_process():  # whose warnings are everybody's
+        logging.getLogger("softpref").setLevel(logging.ERROR)
     try:
         if options.command == "track-sync":
             if rest:
@@ -219,7 +222,7 @@ _STAGES: dict[str, tuple[str, dict[str, tuple[bool, str]], Callable[[Values, Val
         "Align the reference to preferences.",
         {
             "dataset": _DATASET,
-            "reference": (True, "model folder to start from"),
+            "reference": (True, "model to start from: a folder, a URL of one, or models:/NAME@ALIAS"),
             "output": _OUTPUT,
             **_TRAINING,
         },
@@ -229,8 +232,8 @@ _STAGES: dict[str, tuple[str, dict[str, tuple[bool, str]], Callable[[Values, Val
         "Measure a model on held-out prompts.",
         {
             "dataset": _DATASET,
-            "reference": (True, "model folder of the reference"),
-            "policy": (True, "model folder to measure"),
+            "reference": (True, "the reference: a model folder, a URL of one, or models:/NAME@ALIAS"),
+            "policy": (True, "the model to measure, likewise"),
             "output": _OUTPUT,
         },
         _evaluate,

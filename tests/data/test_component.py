@@ -5,6 +5,7 @@ import pytest
 from kfp import local
 from kfp.dsl import HTML, Dataset, Metrics
 from softpref.data.component import prepare_data
+from softpref.data.stage import headline
 from softpref.errors import ConfigError
 
 
@@ -24,7 +25,17 @@ def test_the_component_fills_its_artifacts(tmp_path):
     assert all(row["probability"] is not None for row in saved["test"])
     assert "Preference dataset" in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert outputs["metrics"].metadata["train_rows"] == len(saved["train"])
-    assert len(outputs["dataset"].metadata["dataset_hash"]) == 64
+    assert outputs["metrics"].metadata["soft_label_share"] == 1.0
+    said = outputs["dataset"].metadata
+    assert [len(said[name]) for name in ("dataset_hash", "test_hash")] == [64, 64]
+    assert (said["source"], said["kinds"], said["train_rows"]) == (
+        "story",
+        "300 pairwise",
+        len(saved["train"]),
+    )
+    assert said["prompts"] == len({prompt for rows in saved.values() for prompt in rows["prompt"]})
+    assert "revision" not in said  # the story world has none
+    assert outputs["page"].metadata["title"] == "What the preferences of story hold"
 
 
 def test_the_component_maps_columns_of_a_file(tmp_path):
@@ -41,6 +52,23 @@ def test_the_component_maps_columns_of_a_file(tmp_path):
     )
     assert outputs["metrics"].metadata["test_rows"] == 6
     assert datasets.load_from_disk(outputs["dataset"].path)["test"][0]["prompt"].startswith("About topic")
+
+
+def test_the_headline_counts_rows_and_says_how_many_labels_are_soft():
+    stats = {
+        "rows": {"train": 8, "validation": 1, "test": 1},
+        "rejected": {"empty": 2, "no winner": 1},
+        "left_out": {"duplicate": 4},
+        "labels": {"hard": 7, "soft": 3},
+    }
+    assert headline(stats) == {
+        "train_rows": 8,
+        "validation_rows": 1,
+        "test_rows": 1,
+        "refused_rows": 3,
+        "left_out_rows": 4,
+        "soft_label_share": 0.3,
+    }
 
 
 @pytest.mark.parametrize(

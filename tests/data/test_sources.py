@@ -3,15 +3,17 @@
 import csv
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
-from softpref.data.sources import open_source
+from softpref.data.sources import open_source, pin
 from softpref.errors import ConfigError, DataError
 
 RECORDS = [{"prompt": f"p{i}", "chosen": f"good, {i}\n“ü”", "rejected": f"bad {i}"} for i in range(5)]
 
 
 def write(path, kind):
+    """Write RECORDS in a format; returns the path."""
     if kind == "jsonl":
         path.write_text("\n".join(json.dumps(record) for record in RECORDS))
     elif kind == "json":
@@ -131,12 +133,128 @@ def test_a_source_that_does_not_exist_is_refused_at_once(source):
         open_source(source)
 
 
-def test_a_file_of_unknown_kind_asks_for_its_format(tmp_path):
+@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("name", ["dataset", "rows.data"])
+def test_a_file_without_a_known_suffix_is_told_by_its_first_bytes(tmp_path, kind, name):
+    path = write(tmp_path / name, kind)
+    assert [row.record for row in open_source(str(path))] == RECORDS
+
+
+def test_files_without_suffix_in_a_folder_are_read_where_no_other_is(tmp_path):
+    write(tmp_path / "part-0", "jsonl")
+    write(tmp_path / "part-1", "parquet")
+    (tmp_path / "_SUCCESS").touch()
+    assert [row.place for row in open_source(str(tmp_path))][4:6] == ["part-0:5", "part-1:1"]
+    write(tmp_path / "rows.csv", "csv")
+    assert {row.place.split(":")[0] for row in open_source(str(tmp_path))} == {"rows.csv"}
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x1f\x8bbroken"])
+def test_a_file_that_neither_name_nor_content_tells_asks_for_its_format(tmp_path, content):
     path = tmp_path / "rows.data"
-    write(path, "jsonl")
+    write(path, "csv") if content is None else path.write_bytes(content)
     with pytest.raises(ConfigError, match="set format"):
         open_source(str(path))
-    assert [row.record for row in open_source(str(path), format="jsonl")] == RECORDS
+    if content is None:
+        assert [row.record for row in open_source(str(path), format="csv")] == RECORDS
+
+
+def test_a_file_called_gz_that_a_server_unpacked_is_read(tmp_path):
+    assert [row.record for row in open_source(str(write(tmp_path / "rows.jsonl.gz", "jsonl.gz")))] == RECORDS
+    write(tmp_path / "rows.jsonl", "jsonl").rename(tmp_path / "rows.jsonl.gz")
+    assert [row.record for row in open_source(str(tmp_path / "rows.jsonl.gz"))] == RECORDS
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "jsonl.gz", "parquet"])
+def test_a_file_behind_a_url_gives_the_same_records_as_one_here(tmp_path, bucket, kind):
+    body = write(tmp_path / f"rows.{kind}", kind).read_bytes()
+    bucket.put_object(Bucket="team", Key=f"deep/rows.{kind}", Body=body)
+    rows = list(open_source(f"s3://team/deep/rows.{kind}"))
+    assert [row.record for row in rows] == RECORDS
+    assert rows[1].place == f"rows.{kind}:2"
+
+
+def test_a_folder_behind_a_url_is_read_like_one_here_without_what_is_no_data(tmp_path, memory, cache):
+    for name, kind in (("b.csv", "csv"), ("deep/a.jsonl", "jsonl")):
+        memory.pipe(f"/folder/{name}", write(tmp_path / "rows", kind).read_bytes())
+    memory.pipe("/folder/video.mp4", b"large")
+    rows = list(open_source("memory://folder"))
+    assert [(row.number, row.place) for row in rows][4:6] == [(5, "b.csv:5"), (6, "deep/a.jsonl:1")]
+    assert not list(cache.rglob("*.mp4"))
+
+
+def test_a_saved_dataset_behind_a_url_is_read_by_its_split(tmp_path, memory, cache):
+    import datasets
+
+    half = datasets.Dataset.from_list(RECORDS[:2])
+    both = datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS), other=half)
+    both.save_to_disk(str(tmp_path / "both"))
+    memory.put(f"{tmp_path}/both", "/both", recursive=True)
+    assert [row.record for row in open_source("memory://both", split="other")] == RECORDS[:2]
+    with pytest.raises(ConfigError, match=r"memory://both has no split 'test'"):
+        open_source("memory://both", split="test")
+
+
+def test_an_error_in_a_file_behind_a_url_names_the_url(memory, cache):
+    memory.pipe("/rows.parquet", b"PAR1 is not all it takes")
+    with pytest.raises(DataError, match=r"^memory://rows.parquet is not a readable Parquet file"):
+        list(open_source("memory://rows.parquet"))
+    memory.pipe("/rows.data", b"a,b")
+    with pytest.raises(ConfigError, match=r"the format of memory://rows.data from its name or content"):
+        open_source("memory://rows.data")
+    with pytest.raises(ConfigError, match=r"memory://absent.jsonl does not exist"):
+        open_source("memory://absent.jsonl")
+
+
+def test_a_pin_changes_with_the_content_and_not_without(tmp_path, memory, bucket):
+    path = write(tmp_path / "rows.jsonl", "jsonl")
+    sources = [str(path), str(tmp_path / "folder"), "memory://rows.jsonl", "s3://team/folder"]
+    (tmp_path / "folder").mkdir()
+
+    def put(text):
+        path.write_text(text)
+        (tmp_path / "folder" / "a.csv").write_text(text)
+        memory.pipe("/rows.jsonl", text.encode())
+        bucket.put_object(Bucket="team", Key="folder/a.csv", Body=text.encode())
+
+    put("a")
+    before = [pin(source, "v1") for source in sources]
+    assert [(found.source, found.revision) for found in before] == [(source, "v1") for source in sources]
+    assert [pin(source, "v1") for source in sources] == before
+    put("another")
+    after = [pin(source, "v1") for source in sources]
+    fingerprints = [found.fingerprint for found in (*before, *after)]
+    assert all(fingerprints)
+    assert len(set(fingerprints)) == 8
+
+
+def test_a_pin_reads_nothing(memory, monkeypatch):
+    memory.pipe("/rows.jsonl", b"{}")
+    for way in ("open", "_open", "get_file", "cat_file"):
+        monkeypatch.setattr(type(memory), way, lambda *_, **__: pytest.fail("read"))
+    assert pin("memory://rows.jsonl").fingerprint
+
+
+def test_a_pin_of_a_hub_dataset_is_its_commit(monkeypatch):
+    import huggingface_hub
+
+    def info(self, repo_id, *, repo_type, revision, timeout):
+        assert (repo_id, repo_type, timeout) == ("owner/name", "dataset", 10)
+        return SimpleNamespace(sha=f"commit of {revision}")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", info)
+    assert pin("owner/name") == ("owner/name", "commit of None", "commit of None")
+    assert pin("owner/name", "v1").revision == "commit of v1"
+
+
+def test_what_certainly_is_no_source_is_refused_and_what_may_be_elsewhere_is_not(memory, caplog):
+    assert pin("story") == ("story", None, "")
+    assert not caplog.text
+    assert pin("/volume/of/another/pod.jsonl") == ("/volume/of/another/pod.jsonl", None, "")
+    assert "is not here" in caplog.text
+    for absent in ("memory://absent.jsonl", "a b", "s4://bucket/rows.jsonl"):
+        with pytest.raises(ConfigError):
+            pin(absent)
 
 
 def test_a_hub_dataset_streams_the_asked_split(monkeypatch):

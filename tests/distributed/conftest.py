@@ -76,7 +76,7 @@ def train(tmp_path, folders, monkeypatch):
             SimpleNamespace(path=folders.dataset),
             SimpleNamespace(path=folders.reference),
             policy,
-            SimpleNamespace(log_metric=logged.__setitem__),
+            SimpleNamespace(log_metric=logged.__setitem__, metadata={}),
             json.dumps({"name": name, "method": "spo", "alpha": 0.5, "beta": 0.3, "options": {}}),
             learning_rate=0.05,
             num_train_epochs=2,
@@ -94,7 +94,8 @@ def train(tmp_path, folders, monkeypatch):
             ),
             launcher=json.dumps(launcher) if launcher else "",
         )
-        assert policy.metadata == {"name": name}
+        said = {key: policy.metadata[key] for key in ("name", "stage", "method", "alpha", "beta")}
+        assert said == {"name": name, "stage": "train", "method": "spo", "alpha": 0.5, "beta": 0.3}
         return logged, tmp_path / name
 
     return run
@@ -120,8 +121,8 @@ def train_reference(tmp_path, folders, monkeypatch):
         }
         train_reference.python_func(
             SimpleNamespace(path=folders.dataset),
-            SimpleNamespace(path=str(tmp_path / name)),
-            SimpleNamespace(log_metric=logged.__setitem__),
+            SimpleNamespace(path=str(tmp_path / name), metadata={}),
+            SimpleNamespace(log_metric=logged.__setitem__, metadata={}),
             base_model=folders.reference,
             learning_rate=0.05,
             overrides=json.dumps(overrides),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from softpref.errors import ConfigError, DataError
-from softpref.evaluation.compare import choose, evaluation_folders, format_table, run
+from softpref.evaluation.compare import choose, evaluation_folders, format_table, markdown_table, run
 
 
 def figure(value, spread=0.1):
@@ -222,6 +222,24 @@ def test_table_orders_a_method_by_its_parameter_and_variants_behind():
     ]
 
 
+def test_markdown_table_is_six_columns_by_softness_and_marks_the_choice():
+    rows = [line.strip("| ").split(" | ") for line in markdown_table([DPO, SOFT, SHARP], "soft").splitlines()]
+    assert rows[0] == ["model", "α", "expected reward", "KL (nats)", "entropy (nats)", "win rate"]
+    assert rows[1] == [":--", *["--:"] * 5]
+    assert [row[:2] for row in rows[2:]] == [["sharp", "0.5"], ["**soft**, chosen", "2"], ["dpo", "–"]]
+    assert rows[2][2] == "1.60 [0.60,\N{NO-BREAK SPACE}2.60]"
+    assert {len(row) for row in rows} == {6}
+
+
+def test_markdown_table_says_what_stays_on_a_known_set_and_escapes_names():
+    known = SHARP | {"name": "a|b", "exact": {"mass_on_set": figure(0.987)}}
+    lines = markdown_table([known, SOFT], None).splitlines()
+    assert lines[0].endswith("| mass on set |")
+    assert lines[2].startswith("| a\\|b |")
+    assert lines[2].endswith("| 0.987 |")
+    assert lines[3].endswith("| – |")
+
+
 def test_the_choice_is_logged_to_the_parent_run(tmp_path, recorded):
     run(save(tmp_path, SHARP, EVEN), str(tmp_path / "out"), parent_run_id="parent")
     assert recorded[0][1]["run_id"] == "parent"
@@ -237,23 +255,27 @@ def test_the_choice_is_logged_to_the_parent_run(tmp_path, recorded):
         (0.0, ("s3://sharp/extrapolated-0.5", "sharp-expo-0.5")),
     ],
 )
-def test_component_puts_out_the_chosen_model_where_it_is(tmp_path, max_kl, chosen):
+def test_component_returns_the_chosen_model(tmp_path, max_kl, chosen):
     from softpref.evaluation.component import compare_models
 
     def artifact(name):
         return SimpleNamespace(path=str(tmp_path / name), uri=str(tmp_path / name), metadata={})
 
-    model = artifact("model")
-    compare_models.python_func(
+    written = {name: artifact(name) for name in ("comparison", "chosen", "report", "summary")}
+    outputs = compare_models.python_func(
         evaluations=[SimpleNamespace(path=folder) for folder in save_with_extrapolated(tmp_path)],
-        comparison=artifact("comparison"),
-        chosen=artifact("chosen"),
-        report=artifact("report.html"),
-        summary=artifact("summary.md"),
-        model=model,
+        **written,
         max_kl=max_kl,
     )
-    assert (model.uri, model.metadata["name"]) == chosen
-    assert json.loads((tmp_path / "chosen" / "evaluation.json").read_text())["name"] == chosen[1]
-    assert "sharp-expo-0.5" in (tmp_path / "summary.md").read_text()
-    assert (tmp_path / "report.html").exists()
+    name = outputs.name
+    assert (outputs.model_uri, name) == chosen
+    assert json.loads((tmp_path / "chosen" / "evaluation.json").read_text())["name"] == name
+    summary = (tmp_path / "summary").read_text()
+    assert summary.startswith("| model | α |")
+    assert f"| **{name}**, chosen |" in summary
+    assert "sharp-expo-0.5" in summary
+    assert (tmp_path / "report").exists()
+    said = written["comparison"].metadata
+    assert (said["chosen"], said["rule"]) == (name, "expected_reward")
+    assert "sharp-expo-0.5" in said["models"].split(", ")
+    assert written["summary"].metadata["title"] == f"Chosen: {name}"

@@ -12,6 +12,7 @@ import pytest
 from softpref.config import build_config
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
+from softpref.evaluation.stage import headline
 from softpref.lm.loading import load_metadata, save_metadata
 
 METRICS = {
@@ -56,6 +57,30 @@ def test_evaluation_says_what_the_comparison_of_methods_needs(evaluation):
     assert (np.diff(reward) > 0).all()
     assert (np.diff(entropy) < 0).all()
     assert evaluation["exact"]["entropy"]["value"] < np.log(9)
+
+
+def test_the_headline_tells_models_apart_on_one_page(evaluation):
+    found = headline(evaluation)
+    assert (found["alpha"], found["beta"]) == (evaluation["alpha"], evaluation["beta"])
+    mass = evaluation["exact"]["mass_on_set"]["value"]
+    assert found["exact/mass_on_set"] == pytest.approx(mass, rel=1e-5)
+    assert len(found) == 9
+
+    baseline = headline(evaluation | {"method": "dpo", "exact": None})
+    assert "alpha" not in baseline
+    assert "beta" in baseline
+    assert {"self_bleu", "truncated_fraction", "expected_reward"} <= set(baseline)
+    assert not [name for name in baseline if name.startswith("exact/")]
+
+
+def test_the_headline_holds_finite_numbers_alone(evaluation):
+    broken = {"value": float("nan"), "low": None, "high": None, "n": 1, "prompts": 1, "unit": ""}
+    absent = broken | {"value": None}
+    metrics = evaluation["metrics"] | {"kl_sequence": broken, "entropy_sequence": absent}
+    assert set(headline(evaluation)) - set(headline(evaluation | {"metrics": metrics})) == {
+        "kl_sequence",
+        "entropy_sequence",
+    }
 
 
 @pytest.mark.usefixtures("recorded")
@@ -340,7 +365,7 @@ def test_component_writes_artifacts_and_tracks_to_a_real_store(world, extrapolat
     from softpref.evaluation.component import evaluate_model
 
     logged = {}
-    metrics = SimpleNamespace(log_metric=logged.__setitem__)
+    metrics = SimpleNamespace(log_metric=logged.__setitem__, metadata={})
     evaluation, report = artifact(tmp_path / "evaluation"), artifact(tmp_path / "report.html")
     policy = copy_policy(world, tmp_path / "policy")
     shutil.copytree(extrapolated / "extrapolated-0.5", policy / "extrapolated-0.5")
@@ -359,12 +384,19 @@ def test_component_writes_artifacts_and_tracks_to_a_real_store(world, extrapolat
     written = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert written["model_uri"] == "s3://models/spo-1"
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
-    assert logged["win_rate"] == written["metrics"]["win_rate"]["value"]
+    assert logged == headline(written)
+    assert logged["win_rate"] == float(f"{written['metrics']['win_rate']['value']:.6g}")
+    assert metrics.metadata["model"] == evaluation.metadata["name"] == written["name"]
+    assert len(logged) + len({*metrics.metadata} - {"display_name"}) <= 10  # one page of the UI's table
+    assert {
+        artifact.metadata["display_name"].split(":")[0] for artifact in (metrics, evaluation, report)
+    } == {written["name"]}
+    assert (evaluation.metadata["alpha"], evaluation.metadata["judge"]) == (written["alpha"], "expert")
     assert all(np.isfinite(value) for value in logged.values())
     assert evaluation.metadata["evaluation_id"] == written["evaluation_id"]
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/own.db")
     [run] = client.search_runs([client.get_experiment_by_name("component").experiment_id])
-    assert run.data.metrics["eval/win_rate"] == pytest.approx(logged["win_rate"])
+    assert run.data.metrics["eval/win_rate"] == written["metrics"]["win_rate"]["value"]
     member = json.loads((tmp_path / "evaluation/extrapolated-0.5/evaluation.json").read_text())
     assert member["model_uri"] == "s3://models/spo-1/extrapolated-0.5"
     win_rate = run.data.metrics["eval/expo-0.5/win_rate"]

@@ -328,7 +328,9 @@ def test_one_address_of_the_server_everywhere(overlays, profile):
             5000,
         )
     (ingress,) = of_kind(overlays["cloud"], "Ingress")
-    assert ingress["spec"]["rules"][0]["host"] in hosts
+    host = ingress["spec"]["rules"][0]["host"]
+    assert host in hosts
+    assert settings["data"]["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"] == f"https://{host}"
 
 
 def test_the_cluster_profile_names_what_the_manifests_make(overlays, made_secrets, profile):
@@ -401,7 +403,9 @@ def test_secrets_are_kept_random_and_unprinted(kubectl, tmp_path):
         ]
         database = cluster.objects["/api/v1/namespaces/softpref-tracking/secrets/postgres"]["data"]
         assert base64.b64decode(database["password"]).decode() == given["DATABASE_PASSWORD"]
-        assert ("kubeflow", "hub-token") not in cluster.secrets()
+        assert not {("kubeflow", "hub-token"), ("kubeflow", "data-store")} & cluster.secrets().keys()
+        run_secrets_script(cluster, script, kubectl, "kubeflow", DATA_ACCESS_KEY="a", DATA_SECRET_KEY="b")
+        assert cluster.secrets()["kubeflow", "data-store"] == {"access-key", "secret-key"}
     long = [value for value in values if len(value) > 20 or value == given["DATABASE_PASSWORD"]]
     assert len(set(long)) >= 7
     assert not any(value in printed for value in long)

@@ -138,15 +138,30 @@ def test_what_changes_from_run_to_run_comes_from_the_pod_and_is_in_no_key_of_the
     assert not {"parent_run_id", "run_name"} & set(spec["root"]["inputDefinitions"]["parameters"])
 
 
+def test_packages_are_ascii(package):
+    """KFP's API server refuses a package whose letters its database's encoding lacks."""
+    spec, platform = package
+    assert json.dumps([spec, platform], ensure_ascii=False).isascii()
+
+
 def test_no_importer_waits_for_a_task(package, compiled):
     spec, _ = package
-    assert not [one for one in spec["deploymentSpec"]["executors"].values() if "importer" in one]
+    (chosen,) = [one["importer"] for one in spec["deploymentSpec"]["executors"].values() if "importer" in one]
+    assert chosen["artifactUri"] == {"runtimeParameter": "uri"}
+    # it starts with the part that it belongs to, whose input its address is
+    (part,) = [
+        one["dag"] for one in spec["components"].values() if "importer" in one.get("dag", {}).get("tasks", {})
+    ]
+    assert part["tasks"]["importer"]["inputs"]["parameters"] == {
+        "uri": {"componentInputParameter": "model_uri"}
+    }
+    assert part["tasks"]["importer"]["taskInfo"] == {
+        "name": "importer"
+    }  # another name, and KFP does not find it
     artifact = "minio://mlpipeline/v2/artifacts/earlier/dataset"
     spec, _ = compiled(PROFILE, {"source": artifact})
-    (importer,) = [
-        one["importer"] for one in spec["deploymentSpec"]["executors"].values() if "importer" in one
-    ]
-    assert importer["artifactUri"] == {"constant": artifact}
+    importers = [one["importer"] for one in spec["deploymentSpec"]["executors"].values() if "importer" in one]
+    assert {"constant": artifact} in [one["artifactUri"] for one in importers]
     assert "artifact" in tasks_of(spec)["prepare-data"]["inputs"]["artifacts"]
 
 

@@ -134,7 +134,7 @@ def wait(launch, capsys, monkeypatch):
 def test_waiting_says_what_each_step_does_once(wait):
     began = Workflow().step("plan-sweep", "Running", "Running")
     data = Workflow().step("plan-sweep", "Succeeded", "Succeeded").step("prepare-data", "Succeeded")
-    pending = "Pending:Unschedulable: 0/1 nodes are available: 1 Insufficient nvidia.com/gpu"
+    pending = "Pending:Unschedulable: 0/1 nodes are available: 1 Insufficient nvidia.com/gpu. preemption: 0/1"
     data.step(LOOP.format(0) + "train-policy", "Running", pending)
     data.step(LOOP.format(1) + "train-policy", "Running", "Failed:pod deleted", "Running")
     with PipelinesApi(
@@ -157,18 +157,21 @@ def test_waiting_says_what_each_step_does_once(wait):
 
 
 LOG = """\
-time="2026-01-01T10:00:00Z" level=INFO msg="capturing logs" argo=true
-I0101 10:00:00.000000      23 launcher_v2.go:126] input ComponentSpec:{
-[KFP Executor 2026-01-01 10:00:00,000 INFO]: Looking for component `prepare_data`
+I0101 10:00:00.028680      16 registry.go:68] No task-level plugins enabled, returning no-op dispatcher
+[KFP Executor 2026-01-01 10:00:00,842 INFO]: Got executor_input:
+{
+    "inputs": {}
+}
 reading the table
 training:  50%|█████     | 5/10 [00:10<00:10,  1.0s/it]\rtraining: 100%|██████████| 10/10 [00:20<00:00]
 Traceback (most recent call last):
   File "/tmp/executor.py", line 5, in prepare_data
     run(config)
 softpref.errors.DataError: row 7 has no prompt; name its column in columns
-I0101 10:00:01.000000      23 launcher_v2.go:170] publish success.
-F0101 10:00:01.000000      23 main.go:53] failed to execute component: exit status 1
-time="2026-01-01T10:00:01Z" level=INFO msg="sub-process exited" argo=true error="exit status 1"
+E0101 10:00:01.876036      16 launcher_v2.go:449] Component failed to execute successfully: exit status 1
+I0101 10:00:01.902942      16 launcher_v2.go:206] publish success.
+F0101 10:00:01.931275      16 main.go:59] failed to execute component: exit status 1
+time=2026-01-01T10:00:02.628Z level=INFO msg="sub-process exited" error="exit status 1" argo=true
 Error: exit status 1
 """
 
@@ -177,7 +180,7 @@ Error: exit status 1
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_failed_step_is_named_with_the_reason_that_its_log_gives(wait, wrapped, ui):
     end = Workflow(wrapped=wrapped).step("plan-sweep", "Succeeded", "Succeeded")
-    end.step("prepare-data", "Failed", "Failed:Error (exit code 1)")
+    end.step("prepare-data", "Failed", "Failed:main: Error (exit code 1)")
     with PipelinesApi(
         states=["RUNNING", "FAILED"], workflows=[end.manifest], logs={end.pod("prepare-data"): LOG}, ui=ui
     ) as server:
@@ -199,10 +202,15 @@ def test_a_failed_step_is_named_with_the_reason_that_its_log_gives(wait, wrapped
 @pytest.mark.parametrize(
     ("message", "log", "reason"),
     [
-        ("Error (exit code 1)", "one\nKeyError: 'prompt'\nbye\n", "KeyError: 'prompt'"),
-        ("Error (exit code 1)", "the last word\n", "the last word"),
+        ("main: Error (exit code 1)", "one\nKeyError: 'prompt'\nbye\n", "KeyError: 'prompt'"),
+        ("main: Error (exit code 1)", "the last word\n", "the last word"),
+        (
+            "main: Error (exit code 143)",
+            "bye\n",
+            "its pod was ended from outside, as by a deletion or an eviction (exit code 143)",
+        ),
         ("OOMKilled (exit code 137)", "the last word\n", "OOMKilled (exit code 137)"),
-        ("Error (exit code 1)", "", "Error (exit code 1); its log is not to be had from here"),
+        ("main: Error (exit code 1)", "", "main: Error (exit code 1); its log is not to be had from here"),
     ],
 )
 def test_a_failed_step_of_the_loop_is_named_with_its_model(wait, message, log, reason):
@@ -218,16 +226,15 @@ def test_a_failed_step_of_the_loop_is_named_with_its_model(wait, message, log, r
 
 
 def test_a_failed_driver_is_named_with_its_message(wait):
-    log = (
-        "I0101 10:00:00.000000 1 main.go:9] go\nF0101 10:00:00.000000 1 main.go:79] KFP driver: no input x\n"
-    )
+    when = "0101 10:00:00.000000 1 main.go:9]"
+    log = f"I{when} go\nF{when} KFP driver: driver.DAG(a, b) failed: no x\n"
     end = Workflow().driver("for-loop-1.iteration", "Failed", "Error (exit code 1)", "system-dag-driver")
     end.driver("prepare-data", "Error", "ImagePullBackOff: Back-off pulling image driver")
     pod = end.driver_pod("for-loop-1.iteration", "system-dag-driver")
     with PipelinesApi(states=["FAILED"], workflows=[end.manifest], logs={pod: log}) as server:
         status, _, errors = wait(server)
     assert status == 1
-    assert "error: models failed before its start: KFP driver: no input x\n" in errors
+    assert "error: models failed before its start: no x\n" in errors
     assert "error: Prepare preferences failed before its start: ImagePullBackOff: Back-off pulling" in errors
 
 
@@ -239,7 +246,7 @@ def test_a_terminated_run_is_no_failed_one(wait, end):
     ) as server:
         status, lines, errors = wait(server)
     assert status == 130
-    assert lines == ["running", "Prepare preferences was stopped", "canceling", end.lower()]
+    assert lines == ["running", "Prepare preferences was stopped", "canceling", "terminated"]
     assert "error: the run was terminated" in errors
     assert "failed" not in errors
 

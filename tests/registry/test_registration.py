@@ -273,6 +273,10 @@ def test_component_registers_and_explains(tmp_path, store, client, model, evalua
     assert client.get_registered_model("story").aliases == {"challenger": 1, "champion": 1}
     text = (tmp_path / "decision.md").read_text()
     assert "mlflow models serve -m models:/story@champion" in text
-    assert outputs["metrics"].metadata == {"registered": 1, "champion": 1, "version": 1}
-    assert outputs["registered"].metadata["model_uri"] == "models:/story/1"
+    title = {"display_name": "registration: story, version 1"}
+    assert outputs["metrics"].metadata == {"registered": 1, "champion": 1, "version": 1, **title}
+    said = outputs["registered"].metadata
+    assert (said["model_uri"], said["version"]) == ("models:/story/1", "1")
+    assert (said["model_name"], said["aliases"]) == ("story", "challenger, champion")
+    assert outputs["decision"].metadata["title"] == "story, version 1"
     assert json.loads((tmp_path / "registered" / "registration.json").read_text())["registered"]

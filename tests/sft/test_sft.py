@@ -12,7 +12,7 @@ from softpref.lm.sampling import sample_completions, sampling_noise
 from softpref.lm.scoring import score_sequences
 from softpref.lm.tokenization import decode, tokenize_prompt, tokenize_sequence
 from softpref.sft.config import SFTConfig
-from softpref.sft.stage import SFTTrainer, build_model, build_tokenizer, collate, run
+from softpref.sft.stage import SFTTrainer, build_model, build_tokenizer, collate, headline, run
 
 SMALL = {
     "model_type": "llama",
@@ -39,6 +39,15 @@ def trained(tmp_path_factory, write_dataset, rows, tracking_uri):
         config, dataset_dir=dataset, output_dir=str(folder / "reference"), tracking_uri=tracking_uri
     )
     return folder / "reference", metrics
+
+
+def test_the_headline_is_losses_and_perplexity(trained):
+    _, metrics = trained
+    found = headline(metrics)
+    assert set(found) == {"train_loss", "eval_loss", "eval_perplexity"}
+    assert math.log(found["eval_perplexity"]) == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    assert headline({"train_loss": 1.0}) == {"train_loss": 1.0}
+    assert headline({"train_loss": math.nan, "eval_loss": 1e4}) == {"eval_loss": 1e4}
 
 
 def loss_by_hand(model, tokenizer, rows):

@@ -164,18 +164,18 @@ def write_dataset():
 
 @pytest.fixture
 def command(tmp_path, reference_folder, monkeypatch):
-    """`command(name, dataset, **options)`: `softpref train` to the folder `name`; its exit status."""
+    """`command(name, dataset, *more, **options)`: `softpref train` to the folder `name`; its exit status."""
     # the mirror alone is written
     monkeypatch.setattr("softpref.tracking.tracker.mlflow_ready", lambda uri: False)
 
-    def run(name, dataset, **options):
+    def run(name, dataset, *more, **options):
         from softpref.cli import main
 
         config = tmp_path / f"{name}.json"
         defaults = {"use_cpu": True, "bf16": False, "disable_tqdm": True, "logging_steps": 1, "seed": 3}
         config.write_text(json.dumps({**defaults, **options}))
         folders = ["--dataset", dataset, "--reference", reference_folder, "--output", str(tmp_path / name)]
-        return main(["train", *folders, "--config", str(config)])
+        return main(["train", *folders, "--config", str(config), *more])
 
     return run
 

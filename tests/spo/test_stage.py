@@ -1,10 +1,13 @@
 """The training stage around the trainer: which rows and which judge it takes, what it refuses at once."""
 
 import json
+import math
+import re
 
 import pytest
 from safetensors import safe_open
 from softpref.lm.loading import load_metadata
+from softpref.spo.stage import headline
 
 PROMPTS = ["ab", "cd", "ef"]
 ANSWERS = ["a", "b", "ca", "db"]
@@ -116,3 +119,46 @@ def test_a_run_in_rounds_is_not_continued_with_other_rounds(tmp_path, write_data
     error = capsys.readouterr().err
     assert "rounds: 3 there, 2 here" in error
     assert "judge: 'expert' there, 'auto' here" in error
+
+
+@pytest.mark.parametrize("method", ["spo", "dpo"])
+def test_a_run_returns_what_people_compare_and_its_headline_fits_one_page(
+    tmp_path, write_dataset, command, method
+):
+    dataset = write_dataset(tmp_path / "data", {"train": pairs(), "validation": pairs()})
+    file = tmp_path / "result.json"
+    options = {**QUICK, "method": method, "alpha": 0.5, "beta": 0.1}
+    assert command("policy", dataset, "--result", str(file), **options) == 0
+    found = headline(load_metadata(tmp_path / "policy"), json.loads(file.read_text())["result"])
+    shared = {"beta", "train_loss", "eval_loss", "eval_rewards/accuracies"}
+    of_samples = {"kl/sequence", "entropy", "completions/mean_length", "sampling/ess"}
+    assert set(found) == shared | (of_samples | {"alpha"} if method == "spo" else set())
+    logged = [values for values in metrics(tmp_path / "policy") if "kl/sequence" in values]
+    for name in of_samples & set(found):
+        assert found[name] == pytest.approx(logged[-1][name], rel=1e-5)
+
+
+def test_the_headline_holds_finite_numbers_alone():
+    spo = {"method": "spo", "alpha": 0.5, "beta": 0.1}
+    assert headline(spo, {"eval_loss": math.nan, "train_loss": 1.0, "train_runtime": 3.0}) == {
+        "alpha": 0.5,
+        "beta": 0.1,
+        "train_loss": 1.0,
+    }
+
+
+def test_a_log_gets_lines_of_progress_with_the_models_name(
+    tmp_path, write_dataset, command, capsys, monkeypatch
+):
+    monkeypatch.setattr("softpref.progress._SECONDS", 0.0)
+    dataset = write_dataset(tmp_path / "data", {"train": pairs(), "validation": pairs()})
+    options = {**QUICK, "per_device_train_batch_size": 1, "disable_tqdm": False}
+    assert command("policy", dataset, "--name", "mine", **options) == 0
+    lines = capsys.readouterr().err.splitlines()
+    steps = [line for line in lines if line.startswith("mine: step ")]
+    assert len(steps) == 6
+    assert re.fullmatch(r"mine: step 2 of 6, loss [\d.]+, \d+ s left", steps[1])
+    assert re.fullmatch(r"mine: step 6 of 6, loss [\d.]+, took \d+ s", steps[-1])
+    assert "tokenizing preferences: row 1 of 6, 0 s left" in lines
+    assert any(line.startswith("mine, evaluation: batch 1 of ") for line in lines)
+    assert not any("%|" in line or "grad_norm" in line for line in lines)

@@ -30,7 +30,7 @@ def prepare_data(
     Args:
         dataset: The dataset folder: train, validation and test splits, statistics, refused rows.
         page: What the dataset holds: lengths, label confidence, splits, refused rows, examples.
-        metrics: Row counts.
+        metrics: Rows by split, refused and left out, and the share of soft labels.
         source: "story" for the embedded story world, a Hugging Face Hub dataset id, or the path of a JSONL,
             JSON, CSV or Parquet file, of a folder of them, or of a saved dataset.
         columns: From role to column of the source, such as {"prompt": "question", "chosen": "better",
@@ -49,9 +49,10 @@ def prepare_data(
         artifact: Dataset of another step or pipeline, in place of the source: a file or folder of
             preferences, or a dataset folder that this stage wrote.
     """
+    from softpref.artifacts import describe
     from softpref.config import build_config, hub_revision, parse_overrides
     from softpref.data.config import DataConfig
-    from softpref.data.stage import run
+    from softpref.data.stage import headline, run
     from softpref.tracking import watch_termination
 
     watch_termination(experiment, tracking_uri or None)
@@ -70,11 +71,18 @@ def prepare_data(
         parse_overrides(overrides),
     )
     stats = run(config, dataset.path, page.path)
-    for split, count in stats["rows"].items():
-        dataset.metadata[f"{split}_rows"] = count
-        metrics.log_metric(f"{split}_rows", count)
-    dataset.metadata["dataset_hash"] = stats["dataset_hash"]
-    dataset.metadata["test_hash"] = stats["test_hash"]
-    metrics.log_metric("refused_rows", sum(stats["rejected"].values()))
-    metrics.log_metric("left_out_rows", sum(stats["left_out"].values()))
-    metrics.log_metric("soft_labels", stats["labels"]["soft"])
+    describe(
+        dataset,
+        f"preferences of {source}",
+        source=source,
+        revision=stats["config"]["revision"],
+        **{f"{split}_rows": count for split, count in stats["rows"].items()},
+        prompts=sum(stats["prompts"].values()),
+        kinds=", ".join(f"{count} {kind}" for kind, count in stats["kinds"].items()),
+        dataset_hash=stats["dataset_hash"],
+        test_hash=stats["test_hash"],
+    )
+    describe(page, f"page of {source}", title=f"What the preferences of {source} hold")
+    describe(metrics, f"rows of {source}")
+    for name, value in headline(stats).items():
+        metrics.log_metric(name, value)

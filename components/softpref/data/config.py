@@ -20,13 +20,17 @@ class DataConfig:
 
     Args:
         source (`str`, defaults to `"story"`): `"story"` (the embedded story world), a local file, a folder
-            of files, a saved `datasets` folder, or a Hugging Face Hub dataset id such as `"owner/name"`.
+            of files, a saved `datasets` folder, the URL of one of them (`s3://`, `gs://`, `abfs://`,
+            `https://`, `hf://`, any that fsspec knows; credentials from the environment), or a Hugging Face
+            Hub dataset id such as `"owner/name"`. The splits of a dataset folder of this stage are taken over
+            as they are, unless `split` asks for one of them.
         subset (`str`, *optional*): configuration name of a Hub dataset.
         split (`str`, *optional*): which split of a Hub dataset or saved `DatasetDict` to read; `"train"` or
             the only one when not given.
         revision (`str`, *optional*): branch, tag or commit of a Hub dataset.
         format (`str`, defaults to `"auto"`): `"jsonl"`, `"json"` (one array), `"csv"`, `"tsv"` or
-            `"parquet"`; `"auto"` goes by the file's suffix (also under `.gz`).
+            `"parquet"`; `"auto"` goes by the file's suffix (also under `.gz`), or where it tells nothing by
+            the first bytes (not CSV).
         columns (`dict`, defaults to `{}`): our role to the source's column, for example `{"chosen":
             "better"}`. Roles: `prompt`; `chosen`, `rejected`; `completion_a`, `completion_b` with `votes_a`,
             `votes_b` and perhaps `votes_equal`, or `votes` (a list of columns, one vote each), or
@@ -121,7 +125,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise ConfigError('source is empty; give "story", a file, a folder or a Hub dataset id')
+            raise ConfigError('source is empty; give "story", a file, a folder, a URL or a Hub dataset id')
         for name, least in (
             ("group_size", 2),
             ("min_votes", 1),

@@ -21,6 +21,7 @@ from softpref.data.rows import read_preference as read_row
 from softpref.data.sources import SourceRow
 from softpref.data.splits import prompt_key
 from softpref.errors import DataError
+from softpref.progress import follow
 
 _PEEK = 100  # rows that tell which columns a source has
 
@@ -43,7 +44,7 @@ class RejectionLog:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
         self.refused: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.extras: dict[str, Counter[str]] = {"sft": Counter(), "prompts": Counter()}
@@ -127,7 +128,7 @@ class Intake:
             if self.layout.form == "single":
                 self._take_candidates(rows, spool, source)
                 return
-            for source_row in _progress(rows, source):
+            for source_row in follow(rows, f"reading {source}"):
                 self.rows_read += 1
                 try:
                     row = read_row(_record(source_row), self.layout, config)
@@ -177,7 +178,7 @@ class Intake:
         seen: dict[bytes, int] = {}
         waiting_path = self._spool.with_suffix(".candidates")
         with waiting_path.open("w+b") as waiting:
-            for source_row in _progress(rows, source):
+            for source_row in follow(rows, f"reading {source}"):
                 self.rows_read += 1
                 try:
                     candidate = read_candidate(_record(source_row), self.layout, self._config)
@@ -268,9 +269,3 @@ def _record(source_row: SourceRow) -> dict[str, Any]:
 def _digest(value: Any) -> bytes:
     text = json.dumps(value, sort_keys=True, default=bytes.hex)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def _progress(rows: Iterable[SourceRow], source: str) -> Iterable[SourceRow]:
-    from tqdm.auto import tqdm
-
-    return tqdm(rows, desc=f"reading {source}", unit=" rows", delay=1, mininterval=1)

@@ -78,7 +78,7 @@ def render_page(stats: Mapping[str, Any], examples: Sequence[Mapping[str, Any]])
 <title>Preference dataset: {_escape(_name(stats))}</title><style>{_STYLE}</style></head><body><main>
 <h1>Preference dataset</h1>
 <p class="note">from <code>{_escape(_name(stats))}</code> · {stats["rows_read"]:,} rows read · kept as {kinds}
-{" · conversational" if stats["conversational"] else ""}</p>
+{" · conversational" if stats["conversational"] else ""}{_taken_over(stats)}</p>
 <div class="tiles">{"".join(_tile(*tile) for tile in tiles)}</div>
 <h2>Splits</h2>{_splits(stats)}
 <h2>Lengths and labels</h2><div class="figures">{"".join(figures)}</div>
@@ -88,6 +88,12 @@ def render_page(stats: Mapping[str, Any], examples: Sequence[Mapping[str, Any]])
 <h2>Origin</h2>{_origin(stats)}
 </main></body></html>
 """
+
+
+def _taken_over(stats: Mapping[str, Any]) -> str:
+    if "taken_over" not in stats:
+        return ""
+    return f" · taken over, finished, from <code>{_escape(str(stats['taken_over']))}</code>"
 
 
 def _name(stats: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Files, folders, saved datasets and the Hub as one stream of numbered records. Judges no content."""
+"""Files, folders, saved datasets, URLs and the Hub as one stream of numbered records. Judges no content."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ import csv
 import gzip
 import io
 import json
+import logging
 import re
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from softpref import remote
 from softpref.errors import ConfigError, DataError
+from softpref.remote import Pinned, is_url, public_url
+
+logger = logging.getLogger(__name__)
 
 _FORMATS = {
     ".jsonl": "jsonl",
@@ -24,6 +31,10 @@ _FORMATS = {
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _CHUNK = 1 << 20
+_NOWHERE = (
+    'source {!r} does not exist; give "story", a file, a folder, a URL like s3://BUCKET/FILE, or a Hub '
+    "dataset id like owner/name"
+)
 
 
 class SourceRow(NamedTuple):
@@ -47,36 +58,107 @@ def open_source(
     subset: str | None = None,
     split: str | None = None,
     revision: str | None = None,
+    fetched: Path | None = None,
 ) -> Iterator[SourceRow]:
     """Stream a source's records without holding them.
+
+    Args:
+        source: a file, a folder of files, a saved dataset, the URL of one of them, or a Hub dataset id.
+        format: of files; `auto` goes by their names, or by the first bytes where no name tells it.
+        fetched: where `fetch` put what the URL names; by default it is fetched.
 
     Raises:
         ConfigError: at once, when the source does not exist, cannot be reached or has no known format.
         DataError: while reading, when a file is broken beyond single rows.
     """
+    if is_url(source):
+        path = fetched or fetch(source, format)
+        with _speaking_of(source, path):
+            rows = open_source(str(path), format=format, split=split)
+        return _of_url(source, path, rows)
     path = Path(source)
     if path.is_file():
         return _number([(path.name, _read_file(path, format))])
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _number([(path.name, _read_saved(path, split))])
-        files = [
-            file
-            for file in sorted(path.rglob("*"))
-            if file.is_file() and not file.name.startswith(".") and (format != "auto" or _format_of(file))
+        present = [
+            file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")
         ]
+        files = [file for file in present if format != "auto" or _format_of(file.name)]
+        files = files or [file for file in present if not file.suffix and _format_inside(file)]
         if not files:
             raise ConfigError(
                 f"source folder {source} holds no data file ({', '.join(_FORMATS)}, also with .gz) and is no "
                 "saved dataset"
             )
         return _number((str(file.relative_to(path)), _read_file(file, format)) for file in files)
-    if _format_of(path) or source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source):
-        raise ConfigError(
-            f'source {source!r} does not exist; give "story", a file, a folder, or a Hub dataset id like '
-            "owner/name"
-        )
+    if _names_a_path(source) or not _HUB_ID.fullmatch(source):
+        raise ConfigError(_NOWHERE.format(source))
     return _number([(source, _read_hub(source, subset, split, revision))])
+
+
+def fetch(source: str, format: str = "auto") -> Path:
+    """Download what a URL names, as far as it is data, unless that was done before; returns its path here.
+
+    Raises:
+        ConfigError: it does not exist, holds no data, or cannot be read.
+    """
+
+    def data_files(names: Iterable[str]) -> list[str]:
+        names = list(names)
+        if format != "auto" or {"dataset_dict.json", "state.json"} & {*names}:
+            return names
+        return [name for name in names if _format_of(name)] or [
+            name for name in names if not Path(name).suffix
+        ]
+
+    return remote.fetch(source, choose=data_files)
+
+
+def pin(source: str, revision: str | None = None) -> Pinned:
+    """What a source is now, without reading it: a Hub dataset's commit, else a fingerprint of its content.
+
+    Where that cannot be told from here (no network, no permission, a path of another machine) the fingerprint
+    is empty, and a warning says so.
+
+    Args:
+        source: as in `open_source`, or "story".
+        revision: branch, tag or commit of a Hub dataset.
+
+    Raises:
+        ConfigError: the source certainly does not exist.
+    """
+    if source == "story":
+        return Pinned(source, revision, "")
+    if is_url(source):
+        return Pinned(source, revision, remote.fingerprint(source))
+    if Path(source).exists():
+        return Pinned(source, revision, remote.fingerprint_of_path(Path(source)))
+    if _names_a_path(source):
+        logger.warning("source %s is not here. That it changes will not be noticed", source)
+        return Pinned(source, revision, "")
+    if not _HUB_ID.fullmatch(source):
+        raise ConfigError(_NOWHERE.format(source))
+    return remote.pin_repository("dataset", source, revision, "source")
+
+
+def _names_a_path(source: str) -> bool:
+    return bool(_format_of(source)) or source.startswith((".", "/", "~"))
+
+
+def _of_url(source: str, path: Path, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
+    with _speaking_of(source, path):
+        yield from rows
+
+
+@contextmanager
+def _speaking_of(source: str, path: Path) -> Iterator[None]:
+    """Within it errors name the URL, not the place of what was downloaded."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise type(error)(str(error).replace(str(path), public_url(source))) from error
 
 
 def _number(files: Iterable[tuple[str, Iterable[tuple[int, Any, str]]]]) -> Iterator[SourceRow]:
@@ -92,35 +174,45 @@ def _number(files: Iterable[tuple[str, Iterable[tuple[int, Any, str]]]]) -> Iter
         before += last
 
 
-def _format_of(path: Path) -> str | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
+def _format_of(name: str) -> str | None:
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
     return _FORMATS.get(suffixes[-1]) if suffixes else None
 
 
+def _format_inside(path: Path) -> str | None:
+    """The format that a file's first bytes tell; CSV has none."""
+    try:
+        with _open_bytes(path) as file:
+            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except (OSError, EOFError, zlib.error):  # compressed, and broken
+        return None
+    if start.startswith(b"PAR1"):
+        return "parquet"
+    return {b"[": "json", b"{": "jsonl"}.get(start[:1])
+
+
 def _read_file(path: Path, format: str) -> Iterator[tuple[int, Any, str]]:
-    kind = _format_of(path) if format == "auto" else format
+    kind = format if format != "auto" else _format_of(path.name) or _format_inside(path)
     if kind is None:
         raise ConfigError(
-            f"cannot tell the format of {path} from its name; set format to jsonl, json, csv, tsv or parquet"
+            f"cannot tell the format of {path} from its name or content; set format to jsonl, json, csv, tsv "
+            "or parquet"
         )
     if kind == "parquet":
         return _read_parquet(path)
     if kind in ("csv", "tsv"):
         return _read_table(path, "\t" if kind == "tsv" else ",")
-    if kind == "json" and _starts_with_bracket(path):
+    if kind == "json" and _format_inside(path) == "json":
         return _read_array(path)
     return _read_lines(path)  # files named .json often hold JSON Lines
 
 
 def _open_bytes(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def _starts_with_bracket(path: Path) -> bool:
-    with _open_bytes(path) as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+    with path.open("rb") as file:  # servers unpack some files on the way, and artifacts have no suffix
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else path.open("rb")  # type: ignore[return-value]
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, Any, str]]:
@@ -271,13 +363,3 @@ def _choose_split(present: list[str], split: str | None, where: str) -> str:
     if split not in present:
         raise ConfigError(f"{where} has no split {split!r}; it has {', '.join(present)}")
     return split
-
-
-class Pinned(NamedTuple):
-    source: str
-    revision: str = ""
-    fingerprint: str = ""
-
-
-def pin(source, revision=None, *, tracking_uri=""):
-    return Pinned(source)

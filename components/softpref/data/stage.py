@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from array import array
 from collections import Counter
@@ -17,15 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from softpref import __version__
+from softpref.artifacts import readable
 from softpref.data import rows as row_reading
 from softpref.data.columns import check_present
 from softpref.data.config import STORY_ROWS, STORY_SFT_ROWS, DataConfig
+from softpref.data.finished import dataset_hash, is_finished, row_bytes, take_over
 from softpref.data.intake import Accepted, Intake, RejectionLog, check_rejections, peek_columns
 from softpref.data.page import render_page
-from softpref.data.sources import SourceRow, open_source
+from softpref.data.sources import SourceRow, fetch, open_source
 from softpref.data.splits import SPLITS, assign_splits, prompt_key
 from softpref.data.story_world import StoryWorld
 from softpref.errors import ConfigError, DataError
+from softpref.progress import settle_output
+from softpref.remote import is_url, public_url
 from softpref.timings import PhaseTimer
 
 _WRITTEN = {  # what a dataset folder holds; a run replaces them all
@@ -39,6 +44,7 @@ _WRITTEN = {  # what a dataset folder holds; a run replaces them all
     "outcomes.jsonl",
     "timings.json",
 }
+_SOURCES = ("source", "sft_source", "prompts_source")
 _EXAMPLES = 6  # rows shown on the page
 _ROWS_PER_SHARD = 100_000
 _LENGTH_BINS = 30
@@ -53,6 +59,7 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
     `rejected.jsonl`, `page.html`; `sft/` (a `DatasetDict` of `prompt` and `completion`) and `prompts/` (a
     `Dataset` of `prompt`) where the configuration gives them a source; for the story world `outcomes.jsonl`.
     It appears under its name only when complete. The same configuration and source give the same rows.
+    Where the source is such a folder itself, its splits and what lies beside them are taken over as they are.
 
     Args:
         config: what to read and how.
@@ -67,6 +74,7 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
         DataError: no usable row, too many refused ones, or too few prompts. Refused rows are then listed in
             `<output_dir>.rejected.jsonl`.
     """
+    settle_output()
     output = Path(os.path.abspath(output_dir))
     _refuse_foreign(output)
     _refuse_source_inside(config, output)
@@ -93,27 +101,84 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
     return stats
 
 
+def headline(stats: Mapping[str, Any]) -> dict[str, float]:
+    """How many rows there are, and were not taken, and how many labels are soft.
+
+    Args:
+        stats: what `run` returned.
+    """
+    labels = stats["labels"]
+    return readable(
+        {
+            **{f"{split}_rows": count for split, count in stats["rows"].items()},
+            "refused_rows": sum(stats["rejected"].values()),
+            "left_out_rows": sum(stats["left_out"].values()),
+            "soft_label_share": labels["soft"] / max(1, sum(labels.values())),
+        }
+    )
+
+
 def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
     work = folder / "work"
     work.mkdir()
+    # opened, and thereby known to be there, before anything is read
+    fetched = fetch(config.source, config.format) if is_url(config.source) else None
+    place = fetched or Path(config.source)
+    finished = config.source != "story" and config.split is None and is_finished(place)
+    preferences = iter(()) if finished else _preference_rows(config, fetched)
+    streams = {
+        name: open_source(source)
+        for name, source in (("sft", config.sft_source), ("prompts", config.prompts_source))
+        if source
+    }
+    config = _without_secrets(config)
+    if finished:
+        taken = take_over(place, config, folder)
+        stats = {**taken.stats, "taken_over": config.source}
+        split_of, examples = taken.split_of, _examples_of(taken.dataset["train"], config.seed)
     rejections = RejectionLog(folder / "rejected.jsonl")
     try:
-        intake = Intake(config, work / "rows.jsonl", rejections)
-        intake.take(_preference_rows(config), config.source)
-        check_rejections(intake, rejections, config, listing)
-        kept = _choose_rows(intake, config)
-        keys = intake.prompt_keys
-        split_of = assign_splits(
-            {keys[intake.prompt_ids[index]] for index in kept},
-            validation_fraction=config.validation_fraction,
-            test_fraction=config.test_fraction,
-            seed=config.seed,
+        if not finished:
+            stats, split_of, examples = _divide(config, preferences, folder, rejections, listing)
+        stats |= _write_extras(
+            config, stats["conversational"], split_of, streams, folder, rejections, listing
         )
-        splits = {id: split_of[key] for id, key in enumerate(keys) if key in split_of}
-        summary, examples = _write_preferences(intake, config, kept, splits, folder, rejections)
-        extras = _write_extras(config, intake, split_of, folder, rejections, listing)
     finally:
         rejections.close()
+    (folder / "stats.json").write_text(json.dumps(stats, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / "page.html").write_text(render_page(stats, examples), encoding="utf-8")
+    shutil.rmtree(work)
+    return stats
+
+
+def _without_secrets(config: DataConfig) -> DataConfig:
+    """The configuration as it may be recorded and told: URLs can hold a password or a signature."""
+    given = {name: getattr(config, name) for name in _SOURCES}
+    shown: dict[str, Any] = {name: public_url(source) for name, source in given.items() if source}
+    return dataclasses.replace(config, **shown)
+
+
+def _divide(
+    config: DataConfig,
+    preferences: Iterator[SourceRow],
+    folder: Path,
+    rejections: RejectionLog,
+    listing: Path,
+) -> tuple[dict[str, Any], dict[bytes, str], list[dict[str, Any]]]:
+    """Read the preferences and write their splits; returns statistics, each prompt's split, and examples."""
+    intake = Intake(config, folder / "work" / "rows.jsonl", rejections)
+    intake.take(preferences, config.source)
+    check_rejections(intake, rejections, config, listing)
+    kept = _choose_rows(intake, config)
+    keys = intake.prompt_keys
+    split_of = assign_splits(
+        {keys[intake.prompt_ids[index]] for index in kept},
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        seed=config.seed,
+    )
+    splits = {id: split_of[key] for id, key in enumerate(keys) if key in split_of}
+    summary, examples = _write_preferences(intake, config, kept, splits, folder, rejections)
     stats = {
         "stage": "data",
         "code_version": __version__,
@@ -135,15 +200,15 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
         "rejected": dict(rejections.refused.most_common()),
         "left_out": dict(rejections.left_out.most_common()),
         **summary,
-        **extras,
     }
-    (folder / "stats.json").write_text(json.dumps(stats, indent=2, ensure_ascii=False), encoding="utf-8")
-    (folder / "page.html").write_text(render_page(stats, examples), encoding="utf-8")
-    shutil.rmtree(work)
-    return stats
+    return stats, split_of, examples
 
 
-def _preference_rows(config: DataConfig) -> Iterator[SourceRow]:
+def _examples_of(rows: Any, seed: int) -> list[dict[str, Any]]:
+    return [rows[index] for index in sorted(_hash_order(range(len(rows)), seed)[:_EXAMPLES])]
+
+
+def _preference_rows(config: DataConfig, fetched: Path | None) -> Iterator[SourceRow]:
     if config.source == "story":
         world, rows = StoryWorld(), config.rows or STORY_ROWS
         if config.story_kind == "pairwise":
@@ -158,6 +223,7 @@ def _preference_rows(config: DataConfig) -> Iterator[SourceRow]:
         subset=config.subset,
         split=config.split,
         revision=config.revision,
+        fetched=fetched,
     )
 
 
@@ -212,7 +278,7 @@ def _write_preferences(
             continue
         split = splits[intake.prompt_ids[index]]
         writer.write(split, {**row._asdict(), "source_row": accepted.source_row})
-        hashes[split].update(json.dumps(row, sort_keys=True).encode() + b"\n")
+        hashes[split].update(row_bytes(row))
         kinds[row.kind] += 1
         sizes[len(row.completions)] += 1
         prompt_lengths.append(row_reading.characters(row.prompt))
@@ -222,7 +288,6 @@ def _write_preferences(
         if index in shown:
             examples.append(_example(accepted))
     writer.save(folder)
-    whole = hashlib.sha256("".join(hashes[split].hexdigest() for split in SPLITS).encode())
     return {
         "not_sampled": len(intake.set_ids) - len(kept) - rejections.left_out["contradiction"],
         "rows": dict(writer.counts),
@@ -232,29 +297,34 @@ def _write_preferences(
         "labels": {"hard": len(kept) - len(confidences), "soft": len(confidences)},
         "confidence": _histogram(confidences, bins=10, limits=(0.5, 1.0)),
         "characters": {"prompt": _lengths(prompt_lengths), "completion": _lengths(completion_lengths)},
-        "dataset_hash": whole.hexdigest(),
+        "dataset_hash": dataset_hash([hashes[split].hexdigest() for split in SPLITS]),
         "test_hash": hashes["test"].hexdigest(),
     }, examples
 
 
 def _write_extras(
     config: DataConfig,
-    intake: Intake,
+    conversational: bool,
     split_of: Mapping[bytes, str],
+    streams: Mapping[str, Iterator[SourceRow]],
     folder: Path,
     rejections: RejectionLog,
     listing: Path,
 ) -> dict[str, Any]:
-    """`sft/`, `prompts/` and `outcomes.jsonl`, where the configuration gives them a source."""
-    conversational = bool(intake.conversational)
+    """`sft/`, `prompts/` and `outcomes.jsonl`, where the configuration gives them a source.
+
+    Args:
+        streams: the rows of the further sources `sft` and `prompts`.
+    """
     extras: dict[str, Any] = {}
-    if config.source == "story" or config.sft_source:
+    if config.source == "story" or "sft" in streams:
+        demonstrations = streams.get("sft") or _story_demonstrations(config)
         columns = {"prompt": "prompt", "completion": "completion", **config.sft_columns}
         splits = ("train", "validation")
         writer = _SplitWriter(folder / "work", splits, _demonstration_features(conversational), "sft-")
         held_out = 0
         for record in _extra_rows(
-            _demonstration_rows(config), columns, config, "sft", conversational, rejections, listing
+            demonstrations, columns, config, "sft", conversational, rejections, listing
         ):
             split = split_of.get(prompt_key(record["prompt"]), "train")
             if split == "test":  # the reference model must not have seen what it is judged on
@@ -270,14 +340,15 @@ def _write_extras(
         writer.save(folder / "sft", skip_empty=True)
         rejected = dict(rejections.extras["sft"])
         extras["sft"] = {**writer.counts, "held_out": held_out, "rejected": rejected}
-    if config.prompts_source:
+    if "prompts" in streams:
         columns = {"prompt": "prompt", **config.prompts_columns}
         features = {"prompt": _demonstration_features(conversational)["prompt"]}
         writer = _SplitWriter(folder / "work", ("train",), features, "prompts-")
         seen: set[bytes] = set()
         held_out = 0
-        stream = open_source(config.prompts_source)
-        for record in _extra_rows(stream, columns, config, "prompts", conversational, rejections, listing):
+        for record in _extra_rows(
+            streams["prompts"], columns, config, "prompts", conversational, rejections, listing
+        ):
             key = prompt_key(record["prompt"])
             if split_of.get(key, "train") != "train":
                 held_out += 1
@@ -304,9 +375,7 @@ def _write_extras(
     return extras
 
 
-def _demonstration_rows(config: DataConfig) -> Iterator[SourceRow]:
-    if config.sft_source:
-        return open_source(config.sft_source)
+def _story_demonstrations(config: DataConfig) -> Iterator[SourceRow]:
     # Another seed than the preferences', so that the two draws do not repeat each other's stories.
     draws = StoryWorld().demonstrations(config.sft_rows or STORY_SFT_ROWS, config.seed + 1)
     return (SourceRow(number, f"draw {number}", record) for number, record in enumerate(draws, start=1))
@@ -461,9 +530,10 @@ def _refuse_foreign(output: Path) -> None:
 
 def _refuse_source_inside(config: DataConfig, output: Path) -> None:
     """Refuse to read from the folder that will be replaced."""
-    for name in ("source", "sft_source", "prompts_source"):
+    for name in _SOURCES:
         given = getattr(config, name)
-        path = Path(os.path.realpath(given)) if given and given != "story" else None
+        local = re.sub("^(file|local)://", "", given or "")
+        path = Path(os.path.realpath(local)) if local and local != "story" else None
         if path and path.exists() and Path(os.path.realpath(output)) in (path, *path.parents):
             raise ConfigError(f"{name} {given} lies in the output {output}, which is replaced; give another")
 

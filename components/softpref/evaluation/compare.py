@@ -264,6 +264,36 @@ def format_table(members: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([rendered[0], "─" * max(map(len, rendered)), *rendered[1:]])
 
 
+def markdown_table(members: Sequence[Mapping[str, Any]], chosen: str | None) -> str:
+    """The table by α in Markdown, six columns wide, for UIs that cut off more; the chosen model is bold.
+
+    The last column is the mass on the set of all outcomes where that is known, else the win rate.
+
+    Args:
+        members: summaries, or whole evaluations.
+        chosen: name of a member, or None.
+    """
+    columns = [
+        ("expected reward", "metrics", "expected_reward"),
+        ("KL (nats)", "metrics", "kl_sequence"),
+        ("entropy (nats)", "metrics", "entropy_sequence"),
+        ("mass on set", "exact", "mass_on_set")
+        if any(member["exact"] for member in members)
+        else ("win rate", "metrics", "win_rate"),
+    ]
+    lines = [["model", "α", *(title for title, _, _ in columns)], [":--", *["--:"] * (1 + len(columns))]]
+    for member in sorted(members, key=position):
+        name = member["name"].replace("|", "\\|")
+        alpha = member["alpha"] if member["method"] == "spo" else None
+        cells = [f"**{name}**, chosen" if member["name"] == chosen else name]
+        cells.append("–" if alpha is None else f"{alpha:g}")
+        for _, group, metric in columns:
+            cell = _cell((member[group] or {}).get(metric), interval=group == "metrics")
+            cells.append(cell.replace(", ", ",\N{NO-BREAK SPACE}"))  # an interval stays on one line
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def _cell(figure: Mapping[str, Any] | None, *, interval: bool) -> str:
     if figure is None or figure["value"] is None:
         return "–"

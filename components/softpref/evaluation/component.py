@@ -1,6 +1,6 @@
 """The KFP faces of stage 4. Hold no logic: they build a config and call the stage."""
 
-from typing import List  # noqa: UP035  (KFP reads List[...] of artifacts)
+from typing import List, NamedTuple  # noqa: UP035  (KFP reads List[...] of artifacts)
 
 from kfp import dsl
 from kfp.dsl import HTML, Artifact, Dataset, Input, Markdown, Metrics, Model, Output
@@ -34,7 +34,7 @@ def evaluate_model(
         policy: The trained model.
         evaluation: The evaluation folder: evaluation.json, samples.jsonl, report.html.
         report: The report as a page.
-        metrics: Every figure that has a value.
+        metrics: Alpha, beta and the figures that tell models apart; every other is in the evaluation folder.
         judge: "expert" (known rewards), "bradley-terry" (trained on the training split), or "auto": the
             expert where the dataset has one.
         max_prompts: Distinct held-out prompts to measure on. 0: all.
@@ -49,9 +49,10 @@ def evaluate_model(
     """
     import shutil
 
+    from softpref.artifacts import describe, strengths
     from softpref.config import build_config, parse_overrides
     from softpref.evaluation.config import EvaluationConfig
-    from softpref.evaluation.stage import REPORT_FILE, flat_figures, run
+    from softpref.evaluation.stage import REPORT_FILE, headline, run
     from softpref.tracking import deliver_missed, watch_termination
 
     watch_termination(experiment, tracking_uri or None)
@@ -80,10 +81,21 @@ def evaluate_model(
         reference_uri=reference.uri,
     )
     shutil.copyfile(f"{evaluation.path}/{REPORT_FILE}", report.path)
-    for name, value in flat_figures(result).items():
+    model = result["name"]
+    describe(
+        evaluation,
+        f"{model}: evaluation",
+        name=model,
+        evaluation_id=result["evaluation_id"],
+        method=result["method"],
+        **strengths(result),
+        judge=result["judge"]["name"],
+        model_uri=result["model_uri"],
+    )
+    describe(report, f"{model}: report", title=f"Evaluation of {model}")
+    describe(metrics, f"{model}: evaluation", model=model)
+    for name, value in headline(result).items():
         metrics.log_metric(name, value)
-    evaluation.metadata["name"] = result["name"]
-    evaluation.metadata["evaluation_id"] = result["evaluation_id"]
 
 
 @dsl.component(base_image=EVALUATE_IMAGE, install_kfp_package=False)
@@ -93,13 +105,12 @@ def compare_models(
     chosen: Output[Artifact],
     report: Output[HTML],
     summary: Output[Markdown],
-    model: Output[Model],
     rule: str = "expected_reward",
     max_kl: float = 0.0,
     experiment: str = "softpref",
     tracking_uri: str = "",
     record: Input[Artifact] = None,
-):
+) -> NamedTuple("Outputs", [("model_uri", str), ("name", str)]):  # type: ignore[valid-type]
     """Compare the members of a sweep and choose one by a stated rule.
 
     Args:
@@ -107,18 +118,22 @@ def compare_models(
         comparison: comparison.json, report.html, frontier.png.
         chosen: The chosen member's evaluation.json.
         report: The report as a page: table by softness, frontier, the choice and its reason.
-        summary: The table and the reason in short.
-        model: The chosen model, where its training put it; nothing is copied.
+        summary: A table by softness, the reason of the choice and the rule.
         rule: Which figure ranks members, "expected_reward" or "win_rate".
         max_kl: Members farther than this from the reference, in nats per completion, cannot be chosen. 0: no
             limit.
         experiment: MLflow experiment of the sweep's run, which receives report and figures.
         tracking_uri: MLflow server. Empty: MLFLOW_TRACKING_URI, or a local store.
         record: What the plan told MLflow; delivered here if MLflow was away then.
+
+    Returns:
+        Address and name of the chosen model.
     """
     import shutil
+    from collections import namedtuple
 
-    from softpref.evaluation.compare import format_table, run
+    from softpref.artifacts import describe
+    from softpref.evaluation.compare import markdown_table, run
     from softpref.evaluation.stage import REPORT_FILE
     from softpref.tracking import deliver_missed, watch_termination
 
@@ -134,8 +149,14 @@ def compare_models(
     )
     shutil.copyfile(f"{comparison.path}/{REPORT_FILE}", report.path)
     with open(summary.path, "w", encoding="utf-8") as file:
-        file.write(f"```\n{format_table(result['members'])}\n```\n\n{result['reason']}\n\n{result['rule']}\n")
+        table = markdown_table(result["members"], result["chosen"])
+        file.write(f"{table}\n\n{result['reason']}\n\n{result['rule']}\n")
     shutil.copytree(f"{comparison.path}/chosen", chosen.path, dirs_exist_ok=True)
     best = next(member for member in result["members"] if member["name"] == result["chosen"])
-    model.uri = best["model_uri"]  # the launcher keeps a changed address, and uploads nothing
-    model.metadata["name"] = best["name"]
+    models = ", ".join(member["name"] for member in result["members"])
+    describe(comparison, "comparison of models", chosen=best["name"], rule=rule, models=models)
+    describe(chosen, f"{best['name']}: chosen", name=best["name"], evaluation_id=best["evaluation_id"])
+    describe(report, "comparison: report", title=f"Comparison of {models}")
+    describe(summary, "comparison: summary", title=f"Chosen: {best['name']}")
+    Outputs = namedtuple("Outputs", ["model_uri", "name"])
+    return Outputs(best["model_uri"], best["name"])

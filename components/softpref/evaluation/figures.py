@@ -5,9 +5,7 @@ Loads the models and runs them; knows no folder of results, and judges no compar
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from softpref.errors import DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.judges import as_text
+from softpref.progress import progress
 
 if TYPE_CHECKING:
     from softpref.evaluation.exact import ExactPrompt
@@ -101,13 +100,13 @@ def held_out(
     if not used:
         raise DataError("no held-out row can be tokenized with the policy's tokenizer")
     sequences = [sequence for group in tokens for sequence in group]
-    with _progress(len(sequences), "held-out preferences", "sequence") as progress:
+    with progress("held-out preferences", total=len(sequences), unit="sequence") as loop:
         flat = iter(
             score_sequences(
                 models.policy,
                 [(sequence.prompt, sequence.completion) for sequence in sequences],
                 **models.scoring,
-                progress=progress,
+                progress=loop.update,
             ).tolist()
         )
     logps = [[next(flat) for _ in group] for group in tokens]
@@ -155,7 +154,7 @@ def draw_samples(
     ]
     count = config.samples_per_prompt
     model = getattr(models, side)
-    with _progress(len(ids) * count, f"{side} samples", "sample") as progress:
+    with progress(f"{side} samples", total=len(ids) * count, unit="sample") as loop:
         drawn = measure.draw(
             model,
             ids,
@@ -165,7 +164,7 @@ def draw_samples(
             seed=2 * config.seed + (side == "reference"),  # independent streams of one seed
             pad_id=models.tokenizer.pad_token_id,
             batch_size=config.batch_size,
-            progress=progress,
+            progress=loop.update,
         )
     shown = []
     for prompt, group in zip(prompts, drawn, strict=True):
@@ -198,13 +197,13 @@ def sampled(
 
     count = config.samples_per_prompt
     drawn, shown = draw_samples(models, "policy", prompts, judge, config)
-    with _progress(len(drawn) * count, "KL and entropy", "sample") as progress:
+    with progress("KL and entropy", total=len(drawn) * count, unit="sample") as loop:
         divergences = measure.divergences(
             models.policy,
             models.reference,
             [sample for group in drawn for sample in group],
             **models.scoring,
-            progress=progress,
+            progress=loop.update,
         )
     kl, entropy = (values.reshape(-1, count).tolist() for values in divergences)
     for lines, values in zip(shown, kl, strict=True):
@@ -255,7 +254,7 @@ def enumerated(
         warnings.append(f"The exact optimum is not known: {reason}.")
     found = []
     total = 2 * sum(len(outcomes[prompt].completions) for prompt in known)
-    with _progress(total, "every outcome", "sequence") as progress:
+    with progress("every outcome", total=total, unit="sequence") as loop:
         for prompt in known:
             entry = outcomes[prompt]
             tokenized = tokenize_row(
@@ -266,18 +265,8 @@ def enumerated(
             scores = []
             for model in (models.policy, models.reference):
                 check_positions(model, len(sequences[0][0]), longest, "set exact_prompts to 0")
-                found_scores = score_sequences(model, sequences, **models.scoring, progress=progress)
+                found_scores = score_sequences(model, sequences, **models.scoring, progress=loop.update)
                 scores.append(found_scores.double().numpy())
             policy, reference = scores
             found.append(exact_prompt(entry, policy, reference, objective, seed=config.seed))
     return found
-
-
-@contextmanager
-def _progress(total: int, title: str, unit: str) -> Iterator[Any]:
-    """A progress bar whose updater is handed out; in a log file it speaks every ten seconds."""
-    from tqdm import tqdm
-
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(total=total, desc=title, unit=unit, mininterval=interval) as bar:
-        yield bar.update

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from softpref.artifacts import readable, strengths
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.figures import (
@@ -23,7 +24,8 @@ from softpref.evaluation.figures import (
 )
 from softpref.judges import OUTCOMES_FILE, check_judge, load_judge, read_outcomes, text_rows
 from softpref.lm.extrapolation import extrapolated_folders
-from softpref.lm.loading import METADATA_FILE, check_model_source, load_metadata
+from softpref.lm.loading import METADATA_FILE, check_model_source, load_metadata, local_source, source_name
+from softpref.progress import settle_output
 from softpref.timings import PhaseTimer
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 
 EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl", "report.html"
 _FEW_PROMPTS = 20
+_HEADLINE = ("win_rate", "expected_reward", "kl_sequence", "entropy_sequence", "preference_accuracy")
+_EXACT_HEADLINE = ("exact/kl_optimum_to_policy", "exact/mass_on_set")
+_SAMPLED_HEADLINE = ("self_bleu", "truncated_fraction")
 # what changes the meaning of a figure; batch sizes, devices and addresses do not
 _DEFINING = ("split", "max_prompts", "max_rows", "samples_per_prompt", "judge_max_rows", "seed")
 
@@ -56,7 +61,8 @@ def run(
     `eval/expo-W/NAME` of the same run.
 
     Args:
-        policy_uri, reference_uri: where the models are known outside this machine; default their folders.
+        policy_dir, reference_dir: model folders, URLs of such, or models of the MLflow registry.
+        policy_uri, reference_uri: where the models are known outside this machine; default what was given.
 
     Raises:
         ConfigError: a model or the dataset is absent, the two do not fit together, no judge can be had,
@@ -64,11 +70,16 @@ def run(
         DataError: the split is absent or empty, or `outcomes.jsonl` is damaged.
     """
     timer = PhaseTimer("loading")
+    settle_output()
     output = Path(output_dir)
     if (output / EVALUATION_FILE).exists():
         raise ConfigError(f"{output} already holds an evaluation; give another folder, or remove it first")
+    sources = {"tracking_uri": config.tracking_uri}
+    policy_uri = policy_uri or source_name(policy_dir, **sources)
+    reference_uri = reference_uri or source_name(reference_dir, **sources)
+    policy_dir, reference_dir = local_source(policy_dir, **sources), local_source(reference_dir, **sources)
     metadata = load_metadata(policy_dir)
-    policy = _Member(policy_dir, policy_uri or policy_dir, metadata)
+    policy = _Member(policy_dir, policy_uri, metadata)
     members = [*_extrapolated(policy), policy]
     for source in (*(member.folder for member in members), reference_dir):
         check_model_source(source)
@@ -96,7 +107,7 @@ def run(
             "dataset": dataset_dir,
             "policy": policy_dir,
             "reference": reference_dir,
-            "reference_uri": reference_uri or reference_dir,
+            "reference_uri": reference_uri,
         }
         run_id = own_run or tracker.run_id
         task = _prepare(config, dataset, places, metadata, timer)
@@ -130,6 +141,17 @@ def by_prompt(records: Sequence[PromptRecord]) -> dict[str, list[float]]:
         values["expected_reward"].append(float(ours.mean()))
         values["win_rate"].append(float(sigmoid(ours[:, None] - theirs).mean()))
     return values
+
+
+def headline(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """α, β and the figures that tell the models of a sweep apart, few enough for one page of the UI's table.
+
+    Where every outcome is known: how far the model is from the optimum, and what it keeps of the set; else
+    how much its samples repeat each other, and how many met the length limit.
+    """
+    shown = (*_HEADLINE, *(_EXACT_HEADLINE if evaluation["exact"] else _SAMPLED_HEADLINE))
+    figures = flat_figures(evaluation)
+    return readable({**strengths(evaluation), **{name: figures.get(name) for name in shown}})
 
 
 def flat_figures(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Loads and saves models and tokenizers: Hub id, local folder or GGUF file. Trains nothing.
+"""Loads and saves models and tokenizers, of any source that `softpref.lm.sources` knows. Trains nothing.
 
 Weights are read from safetensors (or GGUF) only, and code from a checkpoint is run only where asked.
 """
@@ -7,49 +7,31 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from softpref.errors import ConfigError
+from softpref.lm.sources import check_model_source, local_source, pin_model, source_name
+
+__all__ = [
+    "METADATA_FILE",
+    "check_model_source",
+    "load_metadata",
+    "load_model",
+    "load_tokenizer",
+    "local_source",
+    "pin_model",
+    "require_new_folder",
+    "sampling_generation_config",
+    "save_metadata",
+    "save_model_folder",
+    "source_name",
+]
 
 METADATA_FILE = "softpref.json"
 _IN_PROGRESS = (
     "checkpoints",
     "tracking",
 )  # beginnings of what an unfinished stage leaves in its output folder
-
-
-def check_model_source(source: str) -> None:
-    """Refuse a model path that cannot be loaded, in milliseconds and before anything costly runs.
-
-    A name that is neither a path nor a Hub id (`name` or `owner/name`) is refused; whether a Hub id
-    exists is known only when it is asked for.
-
-    Raises:
-        ConfigError: says what is missing and what would be right.
-    """
-    path = Path(source)
-    if source.endswith(".gguf"):
-        if not path.is_file():
-            raise ConfigError(f"base model {source}: there is no such GGUF file")
-        return
-    if path.is_dir():
-        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise ConfigError(
-                f"base model {source}: the folder holds no config.json and no adapter_config.json; "
-                "is it a checkpoint?"
-            )
-        weights = list(path.glob("*.safetensors"))
-        if not weights:
-            raise ConfigError(
-                f"base model {source}: the folder holds no *.safetensors; "
-                "convert other weights first, they are not loaded because unpickling can run code"
-            )
-        return
-    if path.is_absolute() or source.startswith(("./", "../", "~")) or source.count("/") > 1 or not source:
-        raise ConfigError(
-            f"base model {source!r} does not exist; give a checkpoint folder, a .gguf file or a Hub id like "
-            "owner/name"
-        )
 
 
 def load_model(
@@ -60,9 +42,10 @@ def load_model(
     device: str | None = None,
     revision: str | None = None,
 ) -> Any:
-    """Load a causal language model from a Hub id, a checkpoint folder (an adapter is merged) or a GGUF file.
+    """Load a causal language model from a checkpoint folder (an adapter is merged) or a GGUF file.
 
     Args:
+        source: such a folder or file, the URL of one, a model of the MLflow registry, or a Hub id.
         dtype: `float32`, `bfloat16`, or `auto` for the checkpoint's own.
         device: moved there when given.
 
@@ -72,6 +55,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     check_model_source(source)
+    source = local_source(source)
     path = Path(source)
     if not path.exists():
         _check_hub_model(source, revision)
@@ -100,12 +84,16 @@ def load_model(
 def load_tokenizer(source: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """Load the tokenizer of a model, with a padding token (the end token serves where none is named).
 
+    Args:
+        source: as in `load_model`.
+
     Raises:
         ConfigError: it is absent, cannot be read, or has no end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
     check_model_source(source)
+    source = local_source(source)
     path = Path(source)
     if not path.exists():
         _check_hub_model(source, revision)
@@ -253,13 +241,3 @@ def _load_gguf(path: Path, dtype: str) -> Any:
     model.tie_weights()
     model.generation_config = quantized.generation_config
     return model
-
-
-class Pinned(NamedTuple):
-    source: str
-    revision: str = ""
-    fingerprint: str = ""
-
-
-def pin_model(source, revision=None, *, tracking_uri=""):
-    return Pinned(source)

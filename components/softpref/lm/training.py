@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import has_length
 
 from softpref.errors import ConfigError, SoftprefError
 from softpref.lm.head import try_out
 from softpref.lm.sharding import shards, whole_copy, whole_head
+from softpref.progress import Lines, on_terminal
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +149,7 @@ class TrackingCallback(TrainerCallback):
 
 
 class NamedProgress(ProgressCallback):
-    """The trainer's progress bar with the model's name, for several train side by side in a sweep."""
+    """The trainer's progress bar with the model's name, on a terminal."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -159,12 +161,49 @@ class NamedProgress(ProgressCallback):
             self.training_bar.set_description(self.name)
 
 
+class PlainProgress(TrainerCallback):
+    """The trainer's progress as lines with the model's name, for several train side by side in a sweep."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._training: Lines | None = None
+        self._evaluation: Lines | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._training = Lines(self.name, state.max_steps, "step", done=state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._training:
+            self._training.update(state.global_step - self._training.count)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._training and logs and "loss" in logs:
+            self._training.note = f"loss {logs['loss']:.4g}"
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._training:
+            self._training.close()
+            self._training = None
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if state.is_world_process_zero and has_length(eval_dataloader):
+            title = f"{self.name}, evaluation"
+            self._evaluation = self._evaluation or Lines(title, len(eval_dataloader), "batch")
+            self._evaluation.update()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self._evaluation:
+            self._evaluation.close()
+            self._evaluation = None
+
+
 def add_stage_callbacks(trainer: Trainer, name: str, tracker: Any) -> None:
-    """Track what `trainer` logs and put `name` on its progress bar."""
+    """Track what `trainer` logs, and show its progress under `name`."""
     trainer.add_callback(TrackingCallback(tracker))
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(NamedProgress(name))
+        trainer.add_callback(NamedProgress(name) if on_terminal() else PlainProgress(name))
 
 
 def claim_checkpoints(folder: str | Path, identity: Mapping[str, Any]) -> str | None:

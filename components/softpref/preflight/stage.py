@@ -14,6 +14,7 @@ from softpref.errors import ConfigError
 
 _DECIDE = ("torch", "transformers", "tokenizers", "datasets")  # packages whose versions decide results, too
 DEFAULT_BASELINE_BETA = 0.1
+ARTIFACT_SCHEME = "minio://"  # by which KFP addresses what its own store holds
 
 
 # Which configuration a pipeline's parameter belongs to, and its name there.
@@ -89,6 +90,7 @@ def begin_run(parameters: Mapping[str, Any], record_dir: str) -> Begun:
 
     from softpref.data.sources import pin
     from softpref.lm.loading import pin_model
+    from softpref.remote import Pinned
     from softpref.tracking import RUN_NAME, Tracker, check_server, current_pipeline_run, watch_termination
 
     values = {key: value for key, value in parameters.items() if key not in ("run_name", "record")}
@@ -101,7 +103,9 @@ def begin_run(parameters: Mapping[str, Any], record_dir: str) -> Begun:
         with Tracker(record_dir, run_name=parameters["run_name"], root=True, **where) as tracker:
             tracker.params(values)
             tracker.tags({"mlflow.runName": parameters["run_name"], "models": [one.name for one in members]})
-    source = pin(values["source"], parse_overrides(values["data_overrides"]).get("revision"))
+    source = Pinned(values["source"], None, "")
+    if not values["source"].startswith(ARTIFACT_SCHEME):  # KFP itself knows what has changed there
+        source = pin(values["source"], parse_overrides(values["data_overrides"]).get("revision"))
     base = pin_model(
         values["base_model"],
         parse_overrides(values["sft_overrides"]).get("revision"),
@@ -268,14 +272,9 @@ def _build(cls: type, values: Mapping[str, Any]) -> Any:
 
 def _check_local_source(source: str) -> None:
     """A source that can only be a path must exist; whether a Hub id does is known when it is read."""
-    looks_local = source.startswith(("/", "./", "../", "~")) or Path(source).suffix.lower() in (
-        ".jsonl",
-        ".ndjson",
-        ".json",
-        ".csv",
-        ".tsv",
-        ".parquet",
-        ".gz",
+    suffixes = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
+    looks_local = "://" not in source and (
+        source.startswith(("/", "./", "../", "~")) or Path(source).suffix.lower() in suffixes
     )
     if looks_local and not Path(source).expanduser().exists():
         raise ConfigError(

@@ -39,6 +39,7 @@ def register_model(
     """
     from pathlib import Path
 
+    from softpref.artifacts import describe
     from softpref.config import build_config, parse_overrides
     from softpref.registry.config import RegistryConfig
     from softpref.registry.stage import decision_markdown, run
@@ -66,4 +67,17 @@ def register_model(
     metrics.log_metric("champion", int(outcome["champion"]))
     if outcome["version"]:
         metrics.log_metric("version", int(outcome["version"]))
-        registered.metadata["model_uri"] = outcome["model_uri"]
+    title = f"{registered_model_name}, " + (
+        f"version {outcome['version']}" if outcome["registered"] else "not registered"
+    )
+    describe(
+        registered,
+        f"registration: {title}",
+        model_uri=outcome["model_uri"],
+        model_name=registered_model_name,
+        version=outcome["version"],
+        aliases=", ".join(outcome["aliases"]),
+        mlflow_run_id=outcome["run_id"],
+    )
+    describe(decision, f"decision: {title}", title=title)
+    describe(metrics, f"registration: {title}")

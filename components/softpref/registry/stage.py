@@ -34,6 +34,7 @@ from typing import Any
 
 from softpref.errors import ConfigError
 from softpref.lm.loading import check_model_source, load_metadata, load_tokenizer
+from softpref.progress import settle_output
 from softpref.registry.config import RegistryConfig
 from softpref.registry.gate import Champion, challenge, figure_text, gate_failures
 from softpref.tracking import (
@@ -79,6 +80,7 @@ def run(
         ConfigError: a folder lacks its files, the folders are of different models, or the server does not
             answer. The model folder is never changed.
     """
+    settle_output()
     model_dir, output_dir = Path(model_dir), Path(output_dir)
     evaluation = _read_json(Path(evaluation_dir) / "evaluation.json", "an evaluation folder")
     metadata = load_metadata(model_dir)

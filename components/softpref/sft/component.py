@@ -27,7 +27,7 @@ def train_reference(
     Args:
         dataset: The dataset folder of the data stage.
         reference: The model folder: safetensors, tokenizer, generation config, model card.
-        metrics: Final losses, in nats per completion token.
+        metrics: Final losses, in nats per completion token, and the perplexity that follows.
         base_model: Hub id, checkpoint folder or .gguf file. Empty: a model from nothing, by model_config in
             overrides.
         learning_rate: Peak learning rate.
@@ -45,8 +45,10 @@ def train_reference(
         base_model_version: The base model's version: the commit to load of a model on the Hub; for others its
             mark, so that a model that has changed is loaded anew instead of taken from the cache.
     """
+    from softpref.artifacts import describe, model_values
     from softpref.config import hub_revision, parse_overrides
     from softpref.distributed.launch import run_stage
+    from softpref.sft.stage import headline
     from softpref.tracking import watch_termination
 
     watch_termination(experiment, tracking_uri or None)
@@ -66,6 +68,8 @@ def train_reference(
         experiment=experiment,
         tracking_uri=tracking_uri,
     )
-    for name in ("train_loss", "eval_loss"):
-        if name in results:
-            metrics.log_metric(name, results[name])
+    values = model_values(reference.path)
+    describe(reference, f"{values['name']}: model", **values)
+    describe(metrics, f"{values['name']}: training", model=values["name"])
+    for name, value in headline(results).items():
+        metrics.log_metric(name, value)

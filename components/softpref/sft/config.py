@@ -16,7 +16,9 @@ class SFTConfig(TrainingArguments):
     """Arguments of the SFT stage.
 
     Args:
-        base_model: Hub id, checkpoint folder or `.gguf` file; empty trains a model from nothing.
+        base_model: checkpoint folder or `.gguf` file, the URL of one (`s3://`, `gs://`, `abfs://`, `https://`,
+            `hf://`), `models:/NAME/VERSION` or `models:/NAME@ALIAS` of the MLflow registry, or a Hub id;
+            empty trains a model from nothing.
         revision: branch, tag or commit of a Hub model.
         model_config: of a model from nothing: `model_type` and its options, as in a checkpoint's
             `config.json`. Vocabulary size and special tokens come from the tokenizer.
@@ -55,8 +57,9 @@ class SFTConfig(TrainingArguments):
             check_model_source(self.base_model)
         elif "model_type" not in self.model_config:
             raise ConfigError(
-                "SFTConfig needs base_model (a Hub id, a checkpoint folder or a .gguf file), or a "
-                'model_config with at least "model_type" to train from nothing'
+                "SFTConfig needs base_model (a checkpoint folder, a .gguf file, a URL of one, "
+                'models:/NAME@ALIAS or a Hub id), or a model_config with at least "model_type" to train from '
+                "nothing"
             )
         # 256 bytes, end and padding: with less, not every text could be written
         for name, least in (("max_prompt_length", 1), ("max_completion_length", 1), ("vocab_size", 258)):

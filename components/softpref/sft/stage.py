@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,18 @@ from typing import Any
 import torch
 
 import softpref
+from softpref.artifacts import readable
 from softpref.config import closest
 from softpref.errors import ConfigError, DataError
 from softpref.lm.head import completion_hidden
-from softpref.lm.loading import load_model, load_tokenizer, require_new_folder, save_model_folder
+from softpref.lm.loading import (
+    load_model,
+    load_tokenizer,
+    local_source,
+    require_new_folder,
+    save_model_folder,
+    source_name,
+)
 from softpref.lm.packing import PackedBatch, pack_sequences
 from softpref.lm.scoring import check_positions
 from softpref.lm.tokenization import TokenizedSequence, tokenize_sequence
@@ -26,6 +35,7 @@ from softpref.lm.training import (
     require_devices,
     stage_tracker,
 )
+from softpref.progress import follow, settle_output
 from softpref.sft.config import SFTConfig
 from softpref.timings import PhaseTimer
 
@@ -49,6 +59,7 @@ _TRACKED = (
     "gradient_accumulation_steps",
     "seed",
 )
+_LOSS_LIMIT = 700.0  # whose exponential is still a number
 
 
 class SFTTrainer(GuardedTrainer):
@@ -101,8 +112,8 @@ def run(
         dataset_dir: a dataset folder of stage 1.
         output_dir: the model folder to write; must not hold a finished model.
         name: name of the model and of its tracking run.
-        experiment, parent_run_id, tracking_uri: where tracking puts the run; an empty URI takes
-            `MLFLOW_TRACKING_URI`, or a local store.
+        experiment, parent_run_id, tracking_uri: where tracking puts the run, and where a registered base
+            model is; an empty URI takes `MLFLOW_TRACKING_URI`, or a local store.
         checkpoint_dir: where checkpoints are kept while training; by default inside `output_dir`. A run that
             was cut off continues from the newest complete one, and they are removed at the end.
 
@@ -113,6 +124,7 @@ def run(
         ConfigError, DataError: before training.
     """
     timer = PhaseTimer("loading")
+    settle_output()
     require_devices(config.gpus)
     require_new_folder(output_dir)
     checkpoints = Path(checkpoint_dir or Path(output_dir) / "checkpoints")
@@ -124,8 +136,10 @@ def run(
             "trust_remote_code": config.trust_remote_code,
             "revision": config.revision or None,
         }
-        tokenizer = load_tokenizer(config.base_model, **options)
-        model = load_model(config.base_model, **options)
+        base = local_source(config.base_model, tracking_uri=tracking_uri)
+        config.base_model = source_name(config.base_model, tracking_uri=tracking_uri)  # as it is recorded
+        tokenizer = load_tokenizer(base, **options)
+        model = load_model(base, **options)
     else:
         tokenizer = build_tokenizer(_texts(demonstrations["train"]), vocab_size=config.vocab_size)
         model = build_model(config.model_config, tokenizer)
@@ -209,6 +223,17 @@ def run(
     return metrics
 
 
+def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Final losses in nats per completion token, and the perplexity of the validation demonstrations.
+
+    Args:
+        metrics: what `run` returned.
+    """
+    losses = {name: metrics.get(name) for name in ("train_loss", "eval_loss")}
+    perplexity = math.exp(metrics["eval_loss"]) if metrics.get("eval_loss", math.inf) < _LOSS_LIMIT else None
+    return readable({**losses, "eval_perplexity": perplexity})
+
+
 def build_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
     """Train a byte-level BPE tokenizer: every text can be written with it, and read back unchanged.
 
@@ -284,11 +309,9 @@ def _length(row: TokenizedSequence) -> int:
 
 class _Demonstrations(torch.utils.data.Dataset):
     def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, config: SFTConfig) -> None:
-        from tqdm.auto import tqdm
-
         self.rows: list[TokenizedSequence] = []
-        progress = tqdm(rows, desc="Tokenizing demonstrations", leave=False, disable=config.disable_tqdm)
-        for number, row in enumerate(progress):
+        quiet = bool(config.disable_tqdm) or config.process_index > 0
+        for number, row in enumerate(follow(rows, "tokenizing demonstrations", disable=quiet)):
             try:
                 self.rows.append(
                     tokenize_sequence(

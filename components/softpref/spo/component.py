@@ -30,7 +30,7 @@ def train_policy(
         dataset: The dataset folder of the data stage.
         reference: The model to start from, which is also the frozen reference of the KL term.
         policy: The aligned model's folder: safetensors, tokenizer, generation config, model card.
-        metrics: Final training and validation figures.
+        metrics: Alpha, beta and the final training and validation figures that people compare.
         member: JSON object written by the planning task: name, method, alpha, beta, options (parameters of
             SPOConfig for this model alone).
         learning_rate: Peak learning rate.
@@ -49,10 +49,11 @@ def train_policy(
             {"trainjob": {...}}: as a Kubeflow TrainJob of several nodes, `gpus` on each.
     """
     import json
-    import math
 
+    from softpref.artifacts import describe, model_values
     from softpref.config import parse_overrides
     from softpref.distributed.launch import run_stage
+    from softpref.spo.stage import headline
     from softpref.tracking import watch_termination
 
     watch_termination(experiment, tracking_uri or None)
@@ -76,7 +77,8 @@ def train_policy(
         experiment=experiment,
         tracking_uri=tracking_uri,
     )
-    policy.metadata["name"] = plan["name"]
-    for name, value in results.items():
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            metrics.log_metric(name, value)
+    values = model_values(policy.path)
+    describe(policy, f"{plan['name']}: policy", **values)
+    describe(metrics, f"{plan['name']}: training", model=plan["name"])
+    for name, value in headline(values, results).items():
+        metrics.log_metric(name, value)

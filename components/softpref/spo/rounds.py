@@ -6,7 +6,6 @@ Knows no trainer: drawing, scoring and what other processes did are the caller's
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 from softpref.errors import ConfigError
 from softpref.lm.sampling import Sample, sampling_noise
 from softpref.lm.tokenization import decode
+from softpref.progress import progress
 from softpref.spo.config import SPOConfig
 from softpref.spo.reference import set_reference_logps
 
@@ -118,22 +118,19 @@ class RoundRows(Dataset):
         self.rows = [{**given, **row} for given, row in zip(self._given, state["rows"], strict=True)]
 
     def _drawn(self, number: int) -> list[dict[str, Any]]:
-        from tqdm.auto import tqdm
-
         count = 1 if self._judge is None else self._args.completions_per_prompt
         at_once = max(1, _DRAWN_AT_ONCE // count)
         rows: list[dict[str, Any]] = []
-        with tqdm(
+        with progress(
+            f"round {number + 1}, drawing completions",
             total=-(-len(self) * count // self._world_size),
-            desc=f"Round {number + 1}: drawing completions",
-            leave=False,
-            mininterval=0.2 if sys.stderr.isatty() else 10.0,  # a log file is spared most of it
-            disable=self._args.disable_tqdm or self._rank > 0,
-        ) as bar:
+            unit="completion",
+            disable=bool(self._args.disable_tqdm) or self._rank > 0,
+        ) as loop:
             for start in range(0, len(self), at_once):
                 here = range(start, min(start + at_once, len(self)))
                 # the 1 keeps the seed apart from those of `SampleBuffer`: zeros at a seed's end do not count
-                rows += self._chunk(here, count, (self._args.seed, number, start, 1), bar.update)
+                rows += self._chunk(here, count, (self._args.seed, number, start, 1), loop.update)
         return rows
 
     def _chunk(

@@ -18,6 +18,7 @@ from softpref.lm.packing import pack_sequences
 from softpref.lm.scoring import check_positions
 from softpref.lm.tokenization import tokenize_prompt, tokenize_row, tokenize_sequence
 from softpref.objectives.preference import PreferenceKind
+from softpref.progress import follow
 from softpref.spo.config import SPOConfig
 
 logger = logging.getLogger(__name__)
@@ -31,12 +32,9 @@ class PreferenceRows(Dataset):
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConfig) -> None:
-        from tqdm.auto import tqdm
-
         self.rows: list[dict[str, Any]] = []
         self.truncated = 0
-        progress = tqdm(rows, desc="Tokenizing preferences", leave=False, disable=args.disable_tqdm)
-        for number, row in enumerate(progress):
+        for number, row in enumerate(follow(rows, "tokenizing preferences", disable=_quiet(args))):
             try:
                 prompt, completions = _columns(row)
                 tokenized = tokenize_row(
@@ -103,15 +101,12 @@ def answer_rows(rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConf
     Raises:
         DataError: names the row and what is wrong with it.
     """
-    from tqdm.auto import tqdm
-
     limits = {
         "max_prompt_length": args.max_prompt_length,
         "max_completion_length": args.max_completion_length,
     }
     answered = []
-    progress = tqdm(rows, desc="Tokenizing prompts", leave=False, disable=args.disable_tqdm)
-    for number, row in enumerate(progress):
+    for number, row in enumerate(follow(rows, "tokenizing prompts", disable=_quiet(args))):
         try:
             if "prompt" not in row:
                 raise DataError(f"needs prompt; has {', '.join(sorted(row))}")
@@ -127,6 +122,11 @@ def answer_rows(rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConf
     if not answered:
         raise DataError("the training data hold no row")
     return answered
+
+
+def _quiet(args: SPOConfig) -> bool:
+    """Whether nothing is said of progress: as asked, or because another process says it."""
+    return bool(args.disable_tqdm) or args.process_index > 0
 
 
 def _columns(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:

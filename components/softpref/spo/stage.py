@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import softpref
+from softpref.artifacts import readable, strengths
 from softpref.errors import ConfigError, DataError
 from softpref.judges import as_text, check_judge, load_judge
 from softpref.lm.extrapolation import parse_weights, write_extrapolations
@@ -16,8 +18,10 @@ from softpref.lm.loading import (
     load_metadata,
     load_model,
     load_tokenizer,
+    local_source,
     require_new_folder,
     save_model_folder,
+    source_name,
 )
 from softpref.lm.training import (
     add_stage_callbacks,
@@ -27,6 +31,7 @@ from softpref.lm.training import (
     require_devices,
     stage_tracker,
 )
+from softpref.progress import settle_output
 from softpref.spo.config import SPOConfig, member_name
 from softpref.spo.trainer import SPOTrainer
 from softpref.timings import PhaseTimer
@@ -80,6 +85,8 @@ _TRACKED = (
     "lora_alpha",
     "lora_target_modules",
 )
+_OF_SAMPLES = ("kl/sequence", "entropy", "completions/mean_length", "sampling/ess")
+_HEADLINE = ("train_loss", "eval_loss", "eval_rewards/accuracies", *_OF_SAMPLES)
 
 
 def run(
@@ -98,7 +105,8 @@ def run(
 
     Args:
         dataset_dir: a dataset folder of stage 1; its `prompts/`, where there is one, feeds the KL term.
-        reference_dir: the model folder to start from, which is also the frozen reference.
+        reference_dir: the model to start from, which is also the frozen reference: a model folder, the URL of
+            one, or a model of the MLflow registry.
         output_dir: the model folder to write; must not hold a finished model.
         name: name of the model and of its tracking run; by default method and α or β.
         experiment, parent_run_id, tracking_uri: where tracking puts the run; an empty URI takes
@@ -107,12 +115,13 @@ def run(
             was cut off continues from the newest complete one, and they are removed at the end.
 
     Returns:
-        The final metrics (see `SPOTrainer`).
+        The final metrics (see `SPOTrainer`); those of samples as they were logged last.
 
     Raises:
         ConfigError, DataError: before training.
     """
     timer = PhaseTimer("loading")
+    settle_output()
     require_devices(config.gpus)
     require_new_folder(output_dir)
     name = name or member_name(config.method, config.alpha, config.beta)
@@ -127,10 +136,15 @@ def run(
         judge = load_judge(config.judge, dataset_dir, seed=config.seed)
         asked = [as_text(row["prompt"], roles=True) for row in training_rows]
         judge.scores(asked, [""] * len(asked))  # a prompt that it does not know is said now, not rounds later
+    reference = source_name(reference_dir, tracking_uri=tracking_uri)
+    reference_dir = local_source(reference_dir, tracking_uri=tracking_uri)
+    reference_metadata = load_metadata(reference_dir)
+    # of a folder, what it was made from; of another's model, that model
+    base_model = reference_metadata.get("base_model", reference) if reference == reference_dir else reference
     identity = {
         "dataset_hash": dataset_hash,
-        "reference": reference_dir,
-        "reference_run_id": load_metadata(reference_dir).get("run_id") or "",
+        "reference": reference,
+        "reference_run_id": reference_metadata.get("run_id") or "",
         **{key: getattr(config, key) for key in _TRACKED},
     }
     checkpoint = claim_checkpoints(checkpoints, identity)
@@ -161,7 +175,11 @@ def run(
         if checkpoint:
             tracker.rewind(checkpoint_step(checkpoint))
         timer.enter("training")
-        metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        trained = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        last: dict[str, float] = {}  # logged of each, which is a mean over the steps since the log before
+        for logged in trainer.state.log_history:
+            last.update({name: logged[name] for name in _OF_SAMPLES if name in logged})
+        metrics = {**last, **trained}
         timer.enter("evaluation")
         if "validation" in preferences:
             metrics.update(trainer.evaluate())
@@ -177,7 +195,7 @@ def run(
                 "name": name,
                 **{key: getattr(config, key) for key in _DEFINING},
                 "extrapolation": 0.0,
-                "base_model": load_metadata(reference_dir).get("base_model", reference_dir),
+                "base_model": base_model,
                 "dataset_hash": dataset_hash,
                 "code_version": softpref.__version__,
                 "run_id": tracker.run_id,
@@ -194,6 +212,16 @@ def run(
     if trainer.is_world_process_zero():
         timer.write(output_dir)
     return metrics
+
+
+def headline(metadata: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, float]:
+    """α, β and the figures of a training that people compare, few enough for one page of the UI's table.
+
+    Args:
+        metadata: the model's `method`, `alpha` and `beta`.
+        metrics: what `run` returned.
+    """
+    return readable({**strengths(metadata), **{name: metrics.get(name) for name in _HEADLINE}})
 
 
 def _load_preferences(dataset_dir: str) -> tuple[dict[str, Any], Any, str]:

@@ -1,0 +1,58 @@
+"""What artifacts say of themselves in Kubeflow's UI: a name, and values beside it. Computes no figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from softpref.lm.loading import load_metadata
+
+
+def describe(artifact: Any, display_name: str, /, **values: Any) -> None:
+    """Give a KFP artifact the name and the values that its page in the UI shows.
+
+    None, numbers that are not finite and empty texts are left out: KFP fails a step over the first two.
+
+    Args:
+        artifact: keeps the name that KFP gave it, for caches and later steps go by that.
+        display_name: for people, such as "spo-alpha-0.5: policy".
+        values: numbers and texts.
+    """
+    artifact.metadata["display_name"] = display_name
+    artifact.metadata.update({key: value for key, value in values.items() if _says(value)})
+
+
+def readable(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Those of the figures that are finite numbers, to six significant digits.
+
+    KFP fails a step that logs any other, and its UI prints every digit there is.
+    """
+    return {
+        name: float(f"{value:.6g}") if isinstance(value, float) else value
+        for name, value in figures.items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
+def model_values(folder: str | Path) -> dict[str, Any]:
+    """What a model folder's `softpref.json` says of the model, under the names that artifacts carry."""
+    metadata = load_metadata(folder)
+    base_model = metadata.get("base_model")
+    return {
+        **{key: metadata.get(key) for key in ("name", "stage", "method", "dataset_hash", "code_version")},
+        **strengths(metadata),
+        "base_model": "from nothing" if base_model == "" else base_model,
+        "mlflow_run_id": metadata.get("run_id"),
+        "framework": "transformers",
+    }
+
+
+def strengths(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Softness α, which methods other than spo do not have, and β of a model or its evaluation."""
+    return {"alpha": model.get("alpha") if model.get("method") == "spo" else None, "beta": model.get("beta")}
+
+
+def _says(value: Any) -> bool:
+    return value not in (None, "") and not (isinstance(value, float) and not math.isfinite(value))

@@ -1,0 +1,129 @@
+"""A dataset folder of this stage as the source of another: its splits are taken over. Splits nothing anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from softpref.data.config import DataConfig
+from softpref.data.rows import Preference
+from softpref.data.splits import SPLITS, prompt_key
+from softpref.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = {*Preference._fields, "source_row"}
+_TAKEN = (*SPLITS, "dataset_dict.json", "sft", "prompts", "outcomes.jsonl")
+# the parameters that choose or change preferences while they are read
+_OF_READING = (
+    *("columns", "preference_values", "implicit_prompt_end", "list_kind", "group_size", "labels", "ties"),
+    *("min_votes", "duplicates", "contradictions", "max_characters", "max_source_rows"),
+)
+_OF_ALL_READING = ("prompt_template", "as_messages", "system_prompt")  # also of further sources
+
+
+class Finished(NamedTuple):
+    """A dataset that was taken over.
+
+    Attributes:
+        stats: what its `stats.json` says.
+        split_of: by prompt key.
+        dataset: the saved `DatasetDict` in its new place.
+    """
+
+    stats: dict[str, Any]
+    split_of: dict[bytes, str]
+    dataset: Any
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder is a dataset that this stage wrote."""
+    try:
+        stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return stats["stage"] == "data" and sorted(splits) == sorted(SPLITS)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
+    """Copy the splits of a finished dataset, and what lies beside them, into `folder`.
+
+    Demonstrations and prompts of its own are left behind where the configuration gives others.
+
+    Raises:
+        ConfigError: the configuration asks for other rows than it has.
+        DataError: its rows are not those that its `stats.json` is about.
+    """
+    import datasets
+
+    stats = json.loads((source / "stats.json").read_text(encoding="utf-8"))
+    _check_unchanged_reading(config, sum(stats["rows"].values()))
+    replaced = {
+        name for name, given in (("sft", config.sft_source), ("prompts", config.prompts_source)) if given
+    }
+    for name in _TAKEN:
+        if (source / name).is_dir() and name not in replaced:
+            shutil.copytree(source / name, folder / name)
+        elif (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if (source / "rejected.jsonl").is_file():
+        lines = (source / "rejected.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["source"] not in replaced]
+        (folder / "rejected.jsonl").write_text("".join(kept), encoding="utf-8")
+    dataset = datasets.load_from_disk(str(folder))
+    split_of: dict[bytes, str] = {}
+    hashes = []
+    for split in SPLITS:
+        if set(dataset[split].column_names) != _COLUMNS:
+            raise DataError(
+                f"{config.source} has a stats.json of this stage, but its split {split} has the columns "
+                f"{', '.join(dataset[split].column_names)}; give split to read one as any other source"
+            )
+        digest = hashlib.sha256()
+        for record in dataset[split]:
+            row = Preference(*(record[field] for field in Preference._fields))
+            digest.update(row_bytes(row))
+            split_of[prompt_key(row.prompt)] = split
+        hashes.append(digest.hexdigest())
+    if dataset_hash(hashes) != stats["dataset_hash"]:
+        raise DataError(
+            f"the rows of {config.source} were changed after it was made: they have not the hash that its "
+            "stats.json says; make it anew, or give split to read one of its splits as any other source"
+        )
+    logger.warning(
+        "%s is a finished dataset: its %d rows and their splits are taken over as they are; "
+        "validation_fraction, test_fraction and seed have no effect",
+        config.source,
+        len(dataset["train"]) + len(dataset["validation"]) + len(dataset["test"]),
+    )
+    return Finished(stats, split_of, dataset)
+
+
+def row_bytes(row: Preference) -> bytes:
+    """A row as the hash of its split takes it in."""
+    return json.dumps(row, sort_keys=True).encode() + b"\n"
+
+
+def dataset_hash(hashes: list[str]) -> str:
+    """The hash of a dataset from those of its splits, in the order of `SPLITS`."""
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _check_unchanged_reading(config: DataConfig, rows: int) -> None:
+    further = config.sft_source or config.prompts_source
+    names = _OF_READING if further else (*_OF_READING, *_OF_ALL_READING)
+    defaults = DataConfig()
+    given = [name for name in names if getattr(config, name) != getattr(defaults, name)]
+    if config.rows is not None and config.rows < rows:
+        given.append("rows")
+    if given:
+        raise ConfigError(
+            f"source {config.source} is a finished dataset, whose rows are taken over as they are, and "
+            f"{', '.join(given)} would change them; leave that out, or give split to read one of its splits "
+            "as any other source"
+        )

@@ -1,0 +1,228 @@
+"""Where a model comes from: a folder or file here, a URL, MLflow's registry or the Hub. Loads no weights."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from softpref import remote
+from softpref.errors import ConfigError
+from softpref.remote import NotReached, Pinned, is_url, public_url
+
+logger = logging.getLogger(__name__)
+
+_REGISTERED = re.compile(r"models:/(?P<name>[^/:@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/:@]+))")
+# of a checkpoint folder: weights that are never loaded (unpickling can run code), and what lies deeper
+_LEFT = re.compile(r"\.(bin|pt|pth|pkl|ckpt|h5|msgpack|onnx|npz|tflite|gguf)$|/", re.IGNORECASE)
+
+
+class _Version(NamedTuple):
+    """A version in the MLflow registry of `uri`."""
+
+    uri: str
+    name: str
+    number: str
+    created: int
+
+    @property
+    def source(self) -> str:
+        return f"models:/{self.name}/{self.number}"
+
+
+def is_registered(source: str) -> bool:
+    """Whether a source names a model of the MLflow registry."""
+    return source.startswith("models:")
+
+
+def check_model_source(source: str) -> None:
+    """Refuse a model source that cannot be loaded, in milliseconds and before anything costly runs.
+
+    What is neither a path here, nor a URL, nor a registered model, nor a Hub id (`name` or `owner/name`) is
+    refused; whether these exist elsewhere is known only when they are asked for.
+
+    Raises:
+        ConfigError: says what is missing and what would be right.
+    """
+    if is_url(source):
+        remote.check_url(source, "base model")
+        return
+    if is_registered(source):
+        _parse(source)
+        return
+    path = Path(source)
+    if source.endswith(".gguf"):
+        if not path.is_file():
+            raise ConfigError(f"base model {source}: there is no such GGUF file")
+        return
+    if path.is_dir():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise ConfigError(
+                f"base model {source}: the folder holds no config.json and no adapter_config.json; "
+                "is it a checkpoint?"
+            )
+        weights = list(path.glob("*.safetensors"))
+        if not weights:
+            raise ConfigError(
+                f"base model {source}: the folder holds no *.safetensors; "
+                "convert other weights first, they are not loaded because unpickling can run code"
+            )
+        return
+    if path.is_file():
+        raise ConfigError(f"base model {source} is a file; give a checkpoint folder, or a .gguf file")
+    if path.is_absolute() or source.startswith(("./", "../", "~")) or source.count("/") > 1 or not source:
+        raise ConfigError(
+            f"base model {source!r} does not exist; give a checkpoint folder, a .gguf file, a URL of one, "
+            "models:/NAME@ALIAS of the MLflow registry, or a Hub id like owner/name"
+        )
+
+
+def local_source(source: str, *, tracking_uri: str = "") -> str:
+    """What to load a model from on this machine: a URL or a registered model is downloaded, once.
+
+    Folders, files and Hub ids come back as they are.
+
+    Args:
+        tracking_uri: MLflow server of a registered model; empty takes `MLFLOW_TRACKING_URI`, or the local
+            store.
+
+    Raises:
+        ConfigError: it does not exist, cannot be had, or is no model that can be loaded.
+    """
+    if is_url(source):
+        return _fetched(source)
+    if is_registered(source):
+        return _downloaded(_version(source, tracking_uri))
+    return source
+
+
+def source_name(source: str, *, tracking_uri: str = "") -> str:
+    """What to record of a model's source: a registered model's version, a URL without secrets."""
+    return _version(source, tracking_uri).source if is_registered(source) else public_url(source)
+
+
+def pin_model(source: str, revision: str | None = None, *, tracking_uri: str = "") -> Pinned:
+    """What a model's source is now, without loading it: see `softpref.data.sources.pin`.
+
+    An alias of the MLflow registry becomes the version that it stands for.
+
+    Args:
+        source: as in `local_source`; empty stays empty.
+        revision: branch, tag or commit of a Hub model.
+
+    Raises:
+        ConfigError: the source certainly does not exist.
+    """
+    if is_url(source):
+        return Pinned(source, revision, remote.fingerprint(source, "base model"))
+    if is_registered(source):
+        try:
+            version = _ask_version(source, tracking_uri, retries=0)
+        except NotReached as error:
+            logger.warning("%s. That it changes will not be noticed", error)
+            return Pinned(source, revision, "")
+        return Pinned(version.source, revision, f"{version.source} {version.created}")
+    path = Path(source)
+    if not source or path.exists() or source.endswith(".gguf") or source.startswith(("/", ".", "~")):
+        return Pinned(source, revision, "")
+    check_model_source(source)
+    return remote.pin_repository("model", source, revision, "base model")
+
+
+@functools.cache
+def _fetched(url: str) -> str:
+    def of_a_checkpoint(names: Iterable[str]) -> list[str]:
+        return [name for name in names if not _LEFT.search(name)]
+
+    path = remote.fetch(url, "base model", choose=of_a_checkpoint)
+    _check_copy(path, public_url(url))
+    return str(path)
+
+
+def _parse(source: str) -> re.Match[str]:
+    match = _REGISTERED.fullmatch(source)
+    if match is None:
+        raise ConfigError(
+            f"base model {source!r} names no model of the MLflow registry; write models:/NAME/VERSION or "
+            "models:/NAME@ALIAS"
+        )
+    return match
+
+
+def _ask_version(source: str, tracking_uri: str, retries: int = 2) -> _Version:
+    """The version that a registered model's source is now.
+
+    Raises:
+        ConfigError: there is no such model, version or alias.
+        NotReached: that cannot be told.
+    """
+    from softpref.tracking import in_short, mlflow_ready, open_client, resolve_tracking_uri, short_requests
+
+    match = _parse(source)
+    uri = resolve_tracking_uri(tracking_uri or None)
+    if not mlflow_ready(uri):
+        raise NotReached(f"base model {source}: MLflow at {uri} cannot be asked, for mlflow is not installed")
+    try:
+        with short_requests(retries):
+            client = open_client(uri)
+            if match["alias"]:
+                found = client.get_model_version_by_alias(match["name"], match["alias"])
+            else:
+                found = client.get_model_version(match["name"], match["version"])
+    except Exception as error:  # also those of sqlalchemy and requests
+        why = f"base model {source}: MLflow at {uri}: {in_short(error)}"
+        if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise ConfigError(why) from error
+        raise NotReached(f"{why}; MLFLOW_TRACKING_URI says where the registry is") from error
+    return _Version(uri, found.name, str(found.version), found.creation_timestamp)
+
+
+_version = functools.cache(_ask_version)  # a stage must not load one version and record another
+
+
+@functools.cache
+def _downloaded(version: _Version) -> str:
+    """The folder of a registered model's checkpoint and tokenizer, which MLflow may keep apart."""
+    import mlflow.artifacts
+
+    from softpref.tracking import in_short, open_client
+
+    def download(partial: Path) -> None:
+        try:
+            root = open_client(version.uri).get_model_version_download_uri(version.name, version.number)
+            logged = Path(
+                mlflow.artifacts.download_artifacts(
+                    artifact_uri=root, dst_path=str(partial / "logged"), tracking_uri=version.uri
+                )
+            )
+        except Exception as error:  # also ImportError, where the server gives no files itself
+            raise NotReached(
+                f"base model {version.source}: its files cannot be had from MLflow at {version.uri} "
+                f"({in_short(error)})"
+            ) from error
+        checkpoint = logged / "model"
+        if not checkpoint.is_dir():
+            raise ConfigError(
+                f"base model {version.source} holds no checkpoint in model/; only models that "
+                "mlflow.transformers logged with their weights can be loaded"
+            )
+        for part in (logged / "components").glob("tokenizer/*"):
+            if not (checkpoint / part.name).exists():
+                part.replace(checkpoint / part.name)
+        checkpoint.replace(partial / "model")
+        shutil.rmtree(partial / "logged")
+
+    folder = remote.kept(["registered model", *version], download) / "model"
+    _check_copy(folder, version.source)
+    return str(folder)
+
+
+def _check_copy(path: Path, source: str) -> None:
+    try:
+        check_model_source(str(path))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(str(path), source)) from error

@@ -1,0 +1,461 @@
+"""What lies behind a URL of any store that fsspec knows, or on the Hub: seen, and fetched. Reads nothing.
+
+Credentials come from the environment, as each store's own client takes them. What a URL itself holds of them
+(user and password, a signature in its query) is used, and appears in no message and no record.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from softpref.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class _Store(NamedTuple):
+    """A kind of store: what reading from it needs, and what a person sets for it."""
+
+    package: str
+    extra: str
+    credentials: str
+    address: str = ""
+
+
+_S3 = _Store(
+    "s3fs",
+    "s3",
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for a public bucket FSSPEC_S3_ANON=true)",
+    "AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, for a store that is not Amazon's",
+)
+_GCS = _Store(
+    "gcsfs",
+    "gcs",
+    "GOOGLE_APPLICATION_CREDENTIALS, the path of a service account's key file",
+)
+_AZURE = _Store(
+    "adlfs",
+    "azure",
+    "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_CONNECTION_STRING",
+)
+_HTTP = _Store("aiohttp", "remote", "NETRC, the path of a .netrc file with the host's login")
+_HUB = _Store("huggingface_hub", "remote", "HF_TOKEN")
+_OTHER = _Store("", "", "what its fsspec package reads from the environment")
+_STORES = {
+    **dict.fromkeys(("s3", "s3a"), _S3),
+    **dict.fromkeys(("gs", "gcs"), _GCS),
+    **dict.fromkeys(("abfs", "abfss", "az", "adl"), _AZURE),
+    **dict.fromkeys(("http", "https"), _HTTP),
+    "hf": _HUB,
+}
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# what a store says of a file's content, the best first; a time where it says nothing better
+_MARKS = (
+    *("ETag", "etag", "e_tag", "md5Hash", "Content-MD5", "Digest", "xet_hash", "blob_id"),
+    *("LastModified", "last_modified", "Last-Modified", "mtime", "updated", "created"),
+)
+_CREDENTIALS = re.compile(r"credential|authenticat|authoriz|account_name", re.IGNORECASE)
+_CONNECTION = re.compile(r"Connect|Timeout|Transport|ServiceRequest|DNS|gaierror|Offline")
+_MB = 1 << 20
+_LOOK, _LIST = 20.0, 300.0  # seconds that a store may take to say what it has, for a pin and for a download
+
+
+class NotReached(ConfigError):
+    """Whether a source exists cannot be told from here: no network, no permission, no package."""
+
+
+class Pinned(NamedTuple):
+    """A source as it was when it was looked at.
+
+    Attributes:
+        source: what to read from then on; the alias of a registered model has become its version.
+        revision: of a Hub repository, the commit.
+        fingerprint: another text when the content has changed; empty where that cannot be told.
+    """
+
+    source: str
+    revision: str | None
+    fingerprint: str
+
+
+class _File(NamedTuple):
+    path: str  # as its store names it
+    size: int | None
+    mark: str
+
+
+class _Listing(NamedTuple):
+    store: Any  # an fsspec file system
+    root: str
+    files: dict[str, _File]  # by name below the root; a single file by its own name
+    single: bool
+
+
+def is_url(source: str) -> bool:
+    return bool(_URL.match(source))
+
+
+def public_url(source: str) -> str:
+    """A URL without what may be secret in it, its user and its query; anything else as it is."""
+    if not is_url(source):
+        return source
+    parts = urlsplit(source)
+    user, at, host = parts.netloc.rpartition("@")
+    # abfs://CONTAINER@ACCOUNT and hf://MODEL@REVISION name places
+    secret = at and (":" in user or parts.scheme.lower() not in ("abfs", "abfss", "hf"))
+    return urlunsplit((parts.scheme, host if secret else parts.netloc, parts.path, "", ""))
+
+
+def check_url(url: str, what: str) -> None:
+    """Refuse a URL of a kind that nothing here can read; asks no network.
+
+    Args:
+        what: how to call the URL in messages, such as "source".
+    """
+    from fsspec import available_protocols
+
+    scheme = _scheme(url)
+    if scheme not in available_protocols():
+        raise ConfigError(
+            f"{what} {public_url(url)}: {scheme}:// is no kind of URL that can be read; give s3://, gs://, "
+            "abfs://, https:// or hf://, or another that fsspec knows"
+        )
+    if not url[len(scheme) + 3 :].strip("/"):
+        raise ConfigError(f"{what} {public_url(url)} names no file or folder; give {scheme}://PLACE/PATH")
+
+
+def fetch(
+    url: str, what: str = "source", choose: Callable[[Iterable[str]], Iterable[str]] | None = None
+) -> Path:
+    """Bring the file or folder that a URL names onto this machine; returns its path here.
+
+    It is kept in `$XDG_CACHE_HOME/softpref` under what the store says of its content, and so is fetched again
+    only when that changes. A `file://` URL is read where it is.
+
+    Args:
+        url: of a file, or of a folder (a prefix).
+        what: how to call the URL in messages.
+        choose: which of a folder's files to fetch, by their names below it; default all.
+
+    Raises:
+        ConfigError: it does not exist, is empty, or cannot be read; the message says what to set.
+    """
+    import fsspec.implementations.local
+
+    found = _list(url, what, _LIST)
+    if isinstance(found.store, fsspec.implementations.local.LocalFileSystem):
+        return Path(found.root)
+    names = set(found.files if choose is None or found.single else choose(found.files))
+    files = {name: file for name, file in sorted(found.files.items()) if name in names}
+    if not files or all(file.size == 0 for file in files.values()):
+        raise ConfigError(
+            f"{what} {public_url(url)} is empty"
+            if found.single or not found.files
+            else f"{what} {public_url(url)} holds nothing of use, only {_few(found.files)}"
+        )
+    name = _last_name(url)
+    key = [public_url(url), name, _digest(files) or uuid.uuid4().hex]
+    folder = kept(key, lambda partial: _download(found, files, url, what, partial, name))
+    return folder / name
+
+
+def fingerprint(url: str, what: str = "source") -> str:
+    """Another text when the content behind a URL has changed, as the store tells; empty where it does not.
+
+    Reads no content; takes seconds.
+
+    Raises:
+        ConfigError: there is certainly nothing.
+    """
+    try:
+        found = _digest(_list(url, what, _LOOK).files)
+    except NotReached as error:
+        logger.warning("%s. That it changes will not be noticed", error)
+        return ""
+    if not found:
+        logger.warning("%s %s: its store does not say when it changes", what, public_url(url))
+    return found
+
+
+def pin_repository(kind: str, name: str, revision: str | None, what: str) -> Pinned:
+    """A Hub repository at the commit that `revision` (default the main branch) is now.
+
+    Args:
+        kind: `dataset` or `model`.
+
+    Raises:
+        ConfigError: the Hub certainly has no such repository, or it has no such revision.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        commit = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10).sha
+    except Exception as error:  # a dozen unrelated types
+        if isinstance(error, RevisionNotFoundError):
+            raise ConfigError(f"{what} {name} has no revision {revision!r} on the Hub") from error
+        if isinstance(error, RepositoryNotFoundError) and _status(error) == 404:
+            raise ConfigError(f"{what} {name}: the Hub has no such {kind}; check its id") from error
+        logger.warning(
+            "%s %s: the Hub does not say its commit (%s). That it changes will not be noticed",
+            *(what, name, _reason(error)),
+        )
+        return Pinned(name, revision, "")
+    return Pinned(name, commit, commit or "")
+
+
+def fingerprint_of_path(path: Path) -> str:
+    """Another text when sizes or times of the files at a local path have changed."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    states = [(str(file.relative_to(path)), file.stat()) for file in files]
+    return _digest({name: _File("", state.st_size, str(state.st_mtime_ns)) for name, state in states})
+
+
+def kept(key: Any, fill: Callable[[Path], None]) -> Path:
+    """The folder of the cache that `fill` fills, once: whoever asks meanwhile waits for it.
+
+    Args:
+        key: what the content is; JSON.
+    """
+    from filelock import FileLock
+
+    folder = _cache() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                partial.mkdir()
+                fill(partial)
+                partial.replace(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _cache() -> Path:
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softpref"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # a container's user may have no home
+        pass
+    return Path(tempfile.mkdtemp(prefix="softpref-"))
+
+
+# ---------------------------------------------------------------------- the store
+
+
+def _list(url: str, what: str, seconds: float) -> _Listing:
+    """What a URL names.
+
+    Raises:
+        ConfigError: nothing, certainly.
+        NotReached: that cannot be told.
+    """
+    check_url(url, what)
+    try:
+        return _within(seconds, lambda: _listing(url))
+    except Exception as error:  # every store has errors of its own
+        raise _refusal(error, url, what) from None  # its text may hold the URL with its secrets
+
+
+def _listing(url: str) -> _Listing:
+    import fsspec
+
+    scheme, options = _scheme(url), dict[str, Any](skip_instance_cache=True)  # nor what it listed before
+    for client in ("gcsfs", "azure"):  # whose pages on every attempt would hide the one sentence
+        logging.getLogger(client).setLevel(logging.CRITICAL)
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        # proxies and logins from the environment; a long download is no stalled one
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=120)
+        options |= {"client_kwargs": {"trust_env": True, "timeout": timeout}}
+    store, root = fsspec.url_to_fs(url, **options)
+    if scheme in ("http", "https"):
+        if not urlsplit(url).path.endswith("/"):  # any page looks like a folder, for it has links
+            return _Listing(store, root, {_last_name(url): _file(store.info(root))}, True)
+        infos = {path: store.info(path) for path in store.find(root, maxdepth=1)}
+    else:
+        info = store.info(root)
+        if info["type"] != "directory":
+            return _Listing(store, root, {_last_name(url): _file(info)}, True)
+        infos = store.find(root, detail=True)
+    files = {_below(root, path): _file(info) for path, info in infos.items() if not path.endswith("/")}
+    if not files and scheme in ("http", "https"):
+        raise FileNotFoundError("the page has no links to files below it")
+    return _Listing(store, root, files, False)
+
+
+def _file(info: dict[str, Any]) -> _File:
+    mark = next((str(info[key]) for key in _MARKS if info.get(key)), "")
+    return _File(info["name"], info.get("size"), mark)
+
+
+def _below(root: str, path: str) -> str:
+    """A file's name below the root; stores let keys be any text, also one that would leave the folder."""
+    name = path.removeprefix(root).lstrip("/")
+    if is_url(root):
+        name = unquote(name.partition("?")[0])
+    if not name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise OSError(f"the name {path!r} cannot be a file's")
+    return name
+
+
+def _digest(files: dict[str, _File]) -> str:
+    if not all(file.mark for file in files.values()):
+        return ""
+    listed = sorted((name, file.size, file.mark) for name, file in files.items())
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:32]
+
+
+def _download(
+    found: _Listing, files: dict[str, _File], url: str, what: str, partial: Path, name: str
+) -> None:
+    from fsspec.callbacks import Callback
+    from tqdm.auto import tqdm
+
+    total = sum(file.size or 0 for file in files.values())
+
+    class Progress(Callback):
+        done = 0
+
+        def relative_update(self, inc: int = 1) -> None:
+            self.done += inc
+            bar.update(min(self.done, total) // _MB - bar.n)
+
+    with tqdm(total=total // _MB, desc=f"fetching {public_url(url)}", unit=" MB", delay=2) as bar:
+        progress = Progress()
+        for below, file in files.items():
+            target = partial / name if found.single else partial / name / below
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                found.store.get_file(file.path, str(target), callback=progress)
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise _refusal(error, url, what) from None
+            size = target.stat().st_size
+            if file.size is not None and size != file.size:
+                raise NotReached(
+                    f"{what} {public_url(url)}: {below} broke off after {size:,} of {file.size:,} bytes, or "
+                    "was replaced meanwhile; try again"
+                )
+
+
+def _within(seconds: float, look: Callable[[], Result]) -> Result:
+    """Stop waiting after `seconds`: some clients that find no credentials try others for minutes."""
+    answers: list[tuple[Result | None, BaseException | None]] = []
+
+    def ask() -> None:
+        try:
+            answers.append((look(), None))
+        except BaseException as error:
+            answers.append((None, error))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answers:
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    result, error = answers[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------------- errors
+
+
+def _refusal(error: BaseException, url: str, what: str) -> ConfigError:
+    """What an error of any store means, and what to set."""
+    scheme, shown = _scheme(url), f"{what} {public_url(url)}"
+    store, reason = _STORES.get(scheme, _OTHER), _reason(error)
+    if isinstance(error, ImportError):
+        how = f"pip install 'softpref[{store.extra}]'" if store.extra else reason
+        return NotReached(f"{shown}: {scheme}:// needs {store.package or 'a package'}: {how}")
+    chain = list(_chain(error))
+    names = " ".join(type(one).__name__ for one in chain)
+    statuses = {_status(one) for one in chain}
+    if (
+        statuses & {401, 403}
+        or any(isinstance(one, PermissionError) for one in chain)
+        or _CREDENTIALS.search(f"{names} {reason}")
+    ):
+        return NotReached(
+            f"{shown} cannot be read with the credentials of this environment ({reason}); set "
+            f"{store.credentials}" + (f", and {store.address}" if store.address else "")
+        )
+    if _CONNECTION.search(names) or any(isinstance(one, ConnectionError) for one in chain):
+        # a client that finds no credentials may look for them until its time is over
+        settings = [store.address, store.credentials if isinstance(error, TimeoutError) else ""]
+        check = "; ".join(["check the network", *(f"set {setting}" for setting in settings if setting)])
+        return NotReached(f"{shown} cannot be reached ({reason}); {check}")
+    if isinstance(error, FileNotFoundError) and (statuses <= {None, 404, 410}):
+        why = "" if reason in url or reason == "FileNotFoundError" else f" ({reason})"
+        return ConfigError(f"{shown} does not exist{why}; check its name, and what holds it")
+    return NotReached(f"{shown} cannot be read ({type(error).__name__}: {reason})")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error stands for, wherever its library keeps it."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    for holder in (error, response):
+        for name in ("status", "status_code", "code"):
+            if isinstance(value := getattr(holder, name, None), int):
+                return value
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """One line of an error and what caused it, without the secrets of URLs in it."""
+    cause = error.__cause__ or error.__context__
+    text = str(error)
+    if cause is not None and (not text or is_url(text)):  # fsspec's own errors are often the URL alone
+        text = str(cause)
+    text = re.sub(r"(://)[^/\s'\"]*@", r"\1", text)
+    text = re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)
+    line = next(iter(text.strip().splitlines()), "") or type(error).__name__
+    return line if len(line) <= 200 else f"{line[:200]} …"
+
+
+def _scheme(url: str) -> str:
+    match = _URL.match(url)
+    assert match is not None, url
+    return match[1].lower()
+
+
+def _last_name(url: str) -> str:
+    parts = urlsplit(url)
+    names = [part for part in PurePosixPath(unquote(parts.path)).parts if part not in ("/", "..")]
+    return names[-1] if names else parts.netloc.rpartition("@")[2] or "data"
+
+
+def _few(names: Iterable[str]) -> str:
+    some = sorted(names)
+    return ", ".join(some[:3]) + (" …" if some[3:] else "")
