@@ -178,10 +178,10 @@ class Cluster:
 
     def inputs(self, run_id: str, task: str) -> list[dict[str, dict[str, Any]]]:
         """The artifacts that each pod of a task was given, by name, as Kubeflow's metadata store had them."""
-        answer = json.loads(self.client.get_text(f"/apis/v1beta1/runs/{run_id}"))
-        workflow = json.loads(answer["pipeline_runtime"]["workflow_manifest"])
+        from waiting import _workflow
+
         found = []
-        for node in workflow["status"]["nodes"].values():
+        for node in _workflow(self.client, run_id)["status"]["nodes"].values():
             if node["type"] == "Pod" and f".{task}(" in node["name"] and ".executor" in node["name"]:
                 parameters = {one["name"]: one["value"] for one in node["inputs"]["parameters"]}
                 launcher = json.loads(parameters["pod-spec-patch"])["containers"][0]["command"]
