@@ -330,24 +330,27 @@ def _download(
     found: _Listing, files: dict[str, _File], url: str, what: str, partial: Path, name: str
 ) -> None:
     from fsspec.callbacks import Callback
-    from tqdm.auto import tqdm
+
+    from softpref.progress import progress
 
     total = sum(file.size or 0 for file in files.values())
 
-    class Progress(Callback):
-        done = 0
+    class Fetched(Callback):
+        bytes = shown = 0
 
         def relative_update(self, inc: int = 1) -> None:
-            self.done += inc
-            bar.update(min(self.done, total) // _MB - bar.n)
+            self.bytes += inc
+            whole = min(self.bytes, total) // _MB
+            loop.update(whole - self.shown)
+            self.shown = whole
 
-    with tqdm(total=total // _MB, desc=f"fetching {public_url(url)}", unit=" MB", delay=2) as bar:
-        progress = Progress()
+    with progress(f"fetching {public_url(url)}", total=total // _MB, unit="MB") as loop:
+        fetched = Fetched()
         for below, file in files.items():
             target = partial / name if found.single else partial / name / below
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                found.store.get_file(file.path, str(target), callback=progress)
+                found.store.get_file(file.path, str(target), callback=fetched)
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise

@@ -71,6 +71,7 @@ def prepare_data(
         parse_overrides(overrides),
     )
     stats = run(config, dataset.path, page.path)
+    source = artifact.uri if artifact else stats["source"]  # without what a URL holds in secret
     describe(
         dataset,
         f"preferences of {source}",
