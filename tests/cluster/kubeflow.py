@@ -135,7 +135,8 @@ class Cluster:
         try:
             subprocess.run([*command, "get", "pods"], check=True, capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.SubprocessError) as error:
-            self.lacks["kubectl"] = f"kubectl: {(getattr(error, 'stderr', '') or str(error)).strip()}"
+            said = (getattr(error, "stderr", "") or str(error)).strip()
+            self.lacks["kubectl"] = f"kubectl: {said.splitlines()[-1]}"
             return None
         return command
 
