@@ -160,7 +160,7 @@ def spo_sweep(
             tracking_uri=tracking_uri,
             run_name=run_name(),
         )
-        plan.set_display_name("Check every parameter, plan the sweep")
+        plan.set_display_name("Check, plan the sweep")
         place(plan, "plan", cache=False)  # it opens the run's own in MLflow
 
         data = prepare_data(
@@ -250,7 +250,7 @@ def spo_sweep(
             experiment=experiment,
             tracking_uri=tracking_uri,
         )
-        register.set_display_name("Register the chosen model")
+        register.set_display_name("Register chosen")
 
 
 if __name__ == "__main__":

@@ -191,11 +191,12 @@ def _version(
     digest = hashlib.sha256(package.read_bytes()).hexdigest()[:12]
     version_name = f"{Path(options.recipe).stem}-{digest}"
     # kfp's own get_pipeline_id names no namespace, and so finds no team's pipeline
+    text = _description(package)
     named = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
     found = client.list_pipelines(filter=json.dumps({"predicates": [named]}), namespace=namespace).pipelines
     pipeline_id = found[0].pipeline_id if found else None
     if pipeline_id is None:  # kfp's upload_pipeline would make a version of the pipeline's name besides
-        made = kfp_server_api.V2beta1Pipeline(display_name=name, namespace=namespace)
+        made = kfp_server_api.V2beta1Pipeline(display_name=name, description=text, namespace=namespace)
         pipeline_id = client.pipelines.pipeline_service_create_pipeline(made).pipeline_id
     token = ""
     while True:
@@ -206,8 +207,18 @@ def _version(
         token = page.next_page_token
         if not token:
             break
-    version = client.upload_pipeline_version(str(package), version_name, pipeline_id=pipeline_id)
+    version = client.upload_pipeline_version(
+        str(package), version_name, pipeline_id=pipeline_id, description=text
+    )
     return pipeline_id, version.pipeline_version_id
+
+
+def _description(package: Path) -> str:
+    """What the package says of its pipeline: KFP's UI shows the text of an upload, never the package's."""
+    import yaml
+
+    spec = next(yaml.safe_load_all(package.read_text(encoding="utf-8")))
+    return spec["pipelineInfo"].get("description", "")
 
 
 _REQUEST_SECONDS = 60

@@ -5,7 +5,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from softpref.artifacts import describe, model_values, readable
+from softpref.artifacts import describe, model_values, plain, readable
 from softpref.lm.loading import save_metadata
 
 
@@ -58,3 +58,10 @@ def test_figures_are_told_to_six_digits_and_counts_as_they_are():
         "tiny": 1.00493e-46,
         "rows": 12345678,
     }
+
+
+def test_plain_text_keeps_its_signs_in_markdown():
+    assert plain("win_rate [0.4, 0.5] is under min_win_rate") == (
+        r"win\_rate [0.4, 0.5] is under min\_win\_rate"
+    )
+    assert plain("a*b|c`d<e") == r"a\*b\|c\`d\<e"

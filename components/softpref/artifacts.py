@@ -1,8 +1,9 @@
-"""What artifacts say of themselves in Kubeflow's UI: a name, and values beside it. Computes no figure."""
+"""What artifacts say of themselves in Kubeflow's UI: a name, values, Markdown. Computes no figure."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ def readable(figures: Mapping[str, Any]) -> dict[str, float]:
         for name, value in figures.items()
         if isinstance(value, (int, float)) and math.isfinite(value)
     }
+
+
+def plain(text: str) -> str:
+    """Text that Markdown shows as it stands: KFP's UI sets in italics what is between two underscores."""
+    return re.sub(r"([\\`*_|<])", r"\\\1", text)
 
 
 def model_values(folder: str | Path) -> dict[str, Any]:

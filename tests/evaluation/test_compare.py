@@ -223,7 +223,9 @@ def test_table_orders_a_method_by_its_parameter_and_variants_behind():
 
 
 def test_markdown_table_is_six_columns_by_softness_and_marks_the_choice():
-    rows = [line.strip("| ").split(" | ") for line in markdown_table([DPO, SOFT, SHARP], "soft").splitlines()]
+    table = markdown_table([DPO, SOFT, SHARP], "soft")
+    assert all(cell.startswith("&nbsp;&nbsp;") for cell in table.splitlines()[2].strip("| ").split(" | ")[1:])
+    rows = [line.strip("| ").split(" | ") for line in table.replace("&nbsp;", "").splitlines()]
     assert rows[0] == ["model", "α", "expected reward", "KL (nats)", "entropy (nats)", "win rate"]
     assert rows[1] == [":--", *["--:"] * 5]
     assert [row[:2] for row in rows[2:]] == [["sharp", "0.5"], ["**soft**, chosen", "2"], ["dpo", "–"]]
@@ -232,12 +234,12 @@ def test_markdown_table_is_six_columns_by_softness_and_marks_the_choice():
 
 
 def test_markdown_table_says_what_stays_on_a_known_set_and_escapes_names():
-    known = SHARP | {"name": "a|b", "exact": {"mass_on_set": figure(0.987)}}
+    known = SHARP | {"name": "a|b_c", "exact": {"mass_on_set": figure(0.987)}}
     lines = markdown_table([known, SOFT], None).splitlines()
-    assert lines[0].endswith("| mass on set |")
-    assert lines[2].startswith("| a\\|b |")
-    assert lines[2].endswith("| 0.987 |")
-    assert lines[3].endswith("| – |")
+    assert lines[0].endswith("mass on set |")
+    assert lines[2].startswith("| a\\|b\\_c |")
+    assert lines[2].endswith(";0.987 |")
+    assert lines[3].endswith(";– |")
 
 
 def test_the_choice_is_logged_to_the_parent_run(tmp_path, recorded):
@@ -271,7 +273,9 @@ def test_component_returns_the_chosen_model(tmp_path, max_kl, chosen):
     assert (outputs.model_uri, name) == chosen
     assert json.loads((tmp_path / "chosen" / "evaluation.json").read_text())["name"] == name
     summary = (tmp_path / "summary").read_text()
-    assert summary.startswith("| model | α |")
+    assert summary.startswith("| model | &nbsp;&nbsp;α |")
+    assert "\n\n**Chosen:** " in summary
+    assert "\n\n**Rule:** " in summary
     assert f"| **{name}**, chosen |" in summary
     assert "sharp-expo-0.5" in summary
     assert (tmp_path / "report").exists()

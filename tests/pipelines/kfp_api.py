@@ -124,7 +124,7 @@ class PipelinesApi:
     def upload_version(self, query, package):
         if query["pipelineid"] not in [one.pipeline_id for one in self.pipelines]:
             raise Refusal(404, "no such pipeline")
-        return self._add_version(query["pipelineid"], query["name"], package)
+        return self._add_version(query["pipelineid"], query["name"], package, query.get("description"))
 
     def list_versions(self, query, pipeline_id):
         found = [one for one in self.versions if one.pipeline_id == pipeline_id]
@@ -194,10 +194,14 @@ class PipelinesApi:
 
     # ------------------------------------------------------------------ what they share
 
-    def _add_version(self, pipeline_id, name, package):
+    def _add_version(self, pipeline_id, name, package, description):
         spec = next(yaml.safe_load_all(package))
         version = api.V2beta1PipelineVersion(
-            pipeline_id=pipeline_id, pipeline_version_id=_id(), display_name=name, pipeline_spec=spec
+            pipeline_id=pipeline_id,
+            pipeline_version_id=_id(),
+            display_name=name,
+            description=description,
+            pipeline_spec=spec,
         )
         self.versions.append(version)
         return version

@@ -84,7 +84,11 @@ def test_only_images_of_the_profile_are_named(package):
 
 def test_training_stages_ask_for_the_gpus_of_the_form(package):
     spec, platform = package
-    assert spec["root"]["inputDefinitions"]["parameters"]["gpus"]["defaultValue"] == "2"
+    field = spec["root"]["inputDefinitions"]["parameters"]["gpus"]
+    assert (field["parameterType"], field["defaultValue"]) == (
+        "STRING",
+        "2",
+    )  # KFP limits nothing by a number
     for name in ("exec-train-reference", "exec-train-policy"):
         accelerator = containers(spec)[name]["resources"]["accelerator"]
         assert accelerator["resourceType"] == "vendor.example/gpu"

@@ -45,6 +45,14 @@ def test_a_version_and_a_run_in_an_experiment(launch, sweep, capsys):
     assert form["alphas"]["defaultValue"] == [0.5, 1, 2]  # the recipe's: the form is for every run
 
 
+def test_the_ui_gets_the_description_with_the_pipeline_and_its_version(launch, sweep):
+    with PipelinesApi() as server:
+        assert submit(launch, sweep, server) == 0
+    for shown in (*server.pipelines, *server.versions):
+        assert shown.description.startswith("Align a language model")
+        assert "- alphas: Softness values" in shown.description
+
+
 def test_the_same_pipeline_is_not_uploaded_twice_and_a_changed_one_is_a_new_version(
     launch, sweep, capsys, tmp_path
 ):
@@ -144,9 +152,9 @@ def test_waiting_says_what_each_step_does_once(wait):
         status, lines, errors = wait(server)
     assert lines == [
         "pending",
-        "Check every parameter, plan the sweep started",
+        "Check, plan the sweep started",
         "running",
-        "Check every parameter, plan the sweep succeeded",
+        "Check, plan the sweep succeeded",
         "Prepare preferences succeeded, from the cache",
         "Align the policy (spo-alpha-0.5) waits: Unschedulable: 0/1 nodes are available: 1 Insufficient "
         "nvidia.com/gpu",

@@ -132,6 +132,7 @@ def test_failed_gate_needs_no_server(tmp_path, model, write_evaluation):
     decision = run(config("http://127.0.0.1:1"), model, evaluation, tmp_path / "out")
     assert not decision["registered"]
     assert "min_win_rate" in decision["reason"]
+    assert r"under min\_win\_rate" in decision_markdown(decision)  # no part of it in italics
 
 
 @pytest.mark.parametrize("crash", ["register_model", "set_registered_model_alias"])

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from softpref.artifacts import plain
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.curves import all_exact, equal_reward, position
 from softpref.evaluation.stage import EVALUATION_FILE, REPORT_FILE, SAMPLES_FILE
@@ -36,6 +37,7 @@ _SUMMARY = (
 )
 _NAMES = {"expected_reward": "expected reward", "win_rate": "win rate"}
 _SHOWN_PROMPTS = 3
+_GAP = "&nbsp;&nbsp;"
 
 
 class Choice(NamedTuple):
@@ -267,6 +269,8 @@ def format_table(members: Sequence[Mapping[str, Any]]) -> str:
 def markdown_table(members: Sequence[Mapping[str, Any]], chosen: str | None) -> str:
     """The table by α in Markdown, six columns wide, for UIs that cut off more; the chosen model is bold.
 
+    Cells begin with spaces that stay, for KFP's UI puts nothing between columns.
+
     The last column is the mass on the set of all outcomes where that is known, else the win rate.
 
     Args:
@@ -281,15 +285,18 @@ def markdown_table(members: Sequence[Mapping[str, Any]], chosen: str | None) -> 
         if any(member["exact"] for member in members)
         else ("win rate", "metrics", "win_rate"),
     ]
-    lines = [["model", "α", *(title for title, _, _ in columns)], [":--", *["--:"] * (1 + len(columns))]]
+    lines = [
+        ["model", *(f"{_GAP}{title}" for title in ("α", *(title for title, _, _ in columns)))],
+        [":--", *["--:"] * (1 + len(columns))],
+    ]
     for member in sorted(members, key=position):
-        name = member["name"].replace("|", "\\|")
+        name = plain(member["name"])
         alpha = member["alpha"] if member["method"] == "spo" else None
         cells = [f"**{name}**, chosen" if member["name"] == chosen else name]
-        cells.append("–" if alpha is None else f"{alpha:g}")
+        cells.append(_GAP + ("–" if alpha is None else f"{alpha:g}"))
         for _, group, metric in columns:
             cell = _cell((member[group] or {}).get(metric), interval=group == "metrics")
-            cells.append(cell.replace(", ", ",\N{NO-BREAK SPACE}"))  # an interval stays on one line
+            cells.append(_GAP + cell.replace(", ", ",\N{NO-BREAK SPACE}"))  # an interval stays on one line
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

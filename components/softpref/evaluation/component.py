@@ -132,7 +132,7 @@ def compare_models(
     import shutil
     from collections import namedtuple
 
-    from softpref.artifacts import describe
+    from softpref.artifacts import describe, plain
     from softpref.evaluation.compare import markdown_table, run
     from softpref.evaluation.stage import REPORT_FILE
     from softpref.tracking import deliver_missed, watch_termination
@@ -150,7 +150,7 @@ def compare_models(
     shutil.copyfile(f"{comparison.path}/{REPORT_FILE}", report.path)
     with open(summary.path, "w", encoding="utf-8") as file:
         table = markdown_table(result["members"], result["chosen"])
-        file.write(f"{table}\n\n{result['reason']}\n\n{result['rule']}\n")
+        file.write(f"{table}\n\n**Chosen:** {plain(result['reason'])}\n\n**Rule:** {result['rule']}\n")
     shutil.copytree(f"{comparison.path}/chosen", chosen.path, dirs_exist_ok=True)
     best = next(member for member in result["members"] if member["name"] == result["chosen"])
     models = ", ".join(member["name"] for member in result["members"])

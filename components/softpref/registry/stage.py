@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from softpref.artifacts import plain
 from softpref.errors import ConfigError
 from softpref.lm.loading import check_model_source, load_metadata, load_tokenizer
 from softpref.progress import settle_output
@@ -120,12 +121,12 @@ def run(
 def decision_markdown(decision: Mapping[str, Any]) -> str:
     """The decision for people to read."""
     if not decision["registered"]:
-        lines = [f"# {decision['model_name']}: not registered", ""]
-        lines += [f"- {failure}" for failure in decision["gate_failures"]]
+        lines = [f"# {plain(decision['model_name'])}: not registered", ""]
+        lines += [f"- {plain(failure)}" for failure in decision["gate_failures"]]
     else:
-        lines = [f"# {decision['model_name']}, version {decision['version']}", ""]
+        lines = [f"# {plain(decision['model_name'])}, version {decision['version']}", ""]
         aliases = ", ".join(decision["aliases"]) or "none"
-        lines += [f"Aliases: {aliases}. Champion: {decision['reason']}.", ""]
+        lines += [f"Aliases: {aliases}. Champion: {plain(decision['reason'])}.", ""]
         # the last is the champion, where it is one; a version without an alias is served by its number
         served = f"@{decision['aliases'][-1]}" if decision["aliases"] else f"/{decision['version']}"
         lines += ["```", f"MLFLOW_TRACKING_URI={decision['tracking_uri']} \\"]
@@ -133,7 +134,7 @@ def decision_markdown(decision: Mapping[str, Any]) -> str:
             f"mlflow models serve -m models:/{decision['model_name']}{served} --env-manager local",
             "```",
         ]
-    lines += [f"\nWarning: {warning}" for warning in decision["warnings"]]
+    lines += [f"\nWarning: {plain(warning)}" for warning in decision["warnings"]]
     return "\n".join(lines) + "\n"
 
 
