@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # the environment must be on PATH: `mlflow models serve` calls uvicorn by name
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup sweep test test-vllm lint bench packages check-infra test-tracking images test-containers
+.PHONY: setup sweep test test-vllm lint bench packages check-infra test-tracking images test-containers test-cluster
 
 setup: $(VENV)/.ready
 
@@ -24,7 +24,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint check-infra  ## two workers, one thread each; the longest files first
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_story_world.py tests/distributed tests/tracking_stack tests --ignore tests/infra
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_story_world.py tests/distributed tests/tracking_stack tests --ignore tests/infra --ignore tests/cluster
 
 check-infra: setup  ## manifests, YAML and Dockerfiles; offline, in seconds
 	$(BIN)/yamllint --strict .
@@ -61,3 +61,12 @@ test-containers: setup  ## the images and --runner docker, with Podman; builds w
 	images/stand-in-base.sh
 	$(BIN)/python images/build.py --engine podman $(BUILD)
 	OMP_NUM_THREADS=1 SOFTPREF_CONTAINERS=1 $(BIN)/python -m pytest -q tests/containers tests/distributed/test_containers.py
+
+# CLUSTER is a profile; OPTIONS are further ones of --runner cluster. MLFLOW_TRACKING_URI (and MLFLOW_TRACKING_USERNAME,
+# …_PASSWORD) as this machine reaches the server, and kubectl with KUBECONFIG, let it look there too. ARGS="-k sweep"
+# chooses parts; KEEP=1 leaves runs and models to be looked at.
+test-cluster: setup  ## the pipelines on any Kubeflow Pipelines: make test-cluster ENDPOINT=URL NAMESPACE=…; half an hour on two cores
+	@test -n "$(ENDPOINT)" || { echo "make test-cluster needs ENDPOINT=URL of the Kubeflow Pipelines API"; exit 2; }
+	SOFTPREF_CLUSTER_ENDPOINT="$(ENDPOINT)" SOFTPREF_CLUSTER_NAMESPACE="$(or $(NAMESPACE),kubeflow)" \
+		SOFTPREF_CLUSTER_PROFILE="$(or $(CLUSTER),default)" SOFTPREF_CLUSTER_OPTIONS="$(OPTIONS)" \
+		SOFTPREF_CLUSTER_KEEP="$(KEEP)" $(BIN)/python -m pytest -s -v tests/cluster $(ARGS)
