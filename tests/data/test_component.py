@@ -19,7 +19,7 @@ def artifacts(folder):
 
 def test_the_component_fills_its_artifacts(tmp_path):
     outputs = artifacts(tmp_path)
-    prepare_data.python_func(**outputs, rows=300, overrides='{"votes": 0, "sft_rows": 50}')
+    prepare_data.python_func(**outputs, rows=300, overrides={"votes": 0, "sft_rows": 50})
     saved = datasets.load_from_disk(outputs["dataset"].path)
     assert sum(map(len, saved.values())) == 300
     assert all(row["probability"] is not None for row in saved["test"])
@@ -88,6 +88,6 @@ def test_the_component_refuses_wrong_parameters(tmp_path, parameters, message):
 
 def test_the_component_runs_under_the_local_runner(tmp_path):
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path), raise_on_error=True)
-    task = prepare_data(rows=200, overrides='{"sft_rows": 50}')
+    task = prepare_data(rows=200, overrides={"sft_rows": 50})
     saved = datasets.load_from_disk(task.outputs["dataset"].path)
     assert sum(map(len, saved.values())) == 200

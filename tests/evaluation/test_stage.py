@@ -379,7 +379,7 @@ def test_component_writes_artifacts_and_tracks_to_a_real_store(world, extrapolat
         samples_per_prompt=4,
         experiment="component",
         tracking_uri=f"sqlite:///{tmp_path}/own.db",
-        overrides='{"bootstrap_samples": 100}',
+        overrides={"bootstrap_samples": 100},
     )
     written = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert written["model_uri"] == "s3://models/spo-1"

@@ -268,7 +268,7 @@ def test_component_registers_and_explains(tmp_path, store, client, model, evalua
         evaluation=artifact(dsl.Artifact, "evaluation", evaluation),
         registered_model_name="story",
         tracking_uri=store,
-        overrides='{"beyond_noise": true}',
+        overrides={"beyond_noise": True},
         **outputs,
     )
     assert client.get_registered_model("story").aliases == {"challenger": 1, "champion": 1}
