@@ -124,6 +124,21 @@ def begin_run(parameters: Mapping[str, Any], record_dir: str) -> Begun:
     )
 
 
+def was_terminated(api: str = "http://ml-pipeline.kubeflow:8888") -> bool:
+    """Whether a person ended this run of a pipeline; False where KFP's API does not tell it to the step."""
+    import urllib.request
+
+    from softpref.tracking import current_pipeline_run
+
+    run = current_pipeline_run()
+    try:
+        with urllib.request.urlopen(f"{api}/apis/v2beta1/runs/{run.id if run else ''}", timeout=10) as answer:
+            history = json.load(answer).get("state_history") or []
+    except (OSError, ValueError):  # it is elsewhere, or asks for a token
+        return False
+    return any(one.get("state") in ("CANCELING", "CANCELED") for one in history)
+
+
 def _without_secrets(value: Any) -> Any:
     """Parameters as they may be recorded: a URL can hold a password or a signature."""
     if isinstance(value, dict):

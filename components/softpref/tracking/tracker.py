@@ -448,19 +448,28 @@ def watch_termination(experiment: str, tracking_uri: str | None = None) -> None:
     terminated, said = threading.Event(), threading.Event()
 
     def wait() -> None:
-        if not uri.startswith("sqlite:"):  # of a step that is tried again the first attempt ended the run
+        known: list[
+            Any
+        ] = []  # client and root, looked up now: a container that is ended has less than a second
+
+        def look_up() -> None:
             with suppress(Exception), short_requests(timeout=5):
                 client = open_client(uri)
-                find_or_open_root(client, experiment_of(client, experiment, uri), run)
+                # of a step that is tried again the first attempt had ended the run
+                known[:] = [client, find_or_open_root(client, experiment_of(client, experiment, uri), run)]
+
+        if not uri.startswith("sqlite:"):
+            look_up()
         while (number := os.read(woken, 1)) and number[0] != signal.SIGTERM:
             pass
-        with suppress(Exception), short_requests(timeout=2):
-            client = open_client(uri)
-            for tracker in list(_open_trackers):
-                if tracker.run_id and tracker.owned:
-                    client.set_terminated(tracker.run_id, "KILLED")
-            root = find_or_open_root(client, experiment_of(client, experiment, uri), run)
-            client.set_terminated(root, "KILLED")
+        if not known:
+            look_up()
+        if known:
+            client, root = known
+            own = [tracker.run_id for tracker in list(_open_trackers) if tracker.run_id and tracker.owned]
+            with suppress(Exception), short_requests(timeout=2):
+                for run_id in (root, *own):
+                    client.set_terminated(run_id, "KILLED")
         said.set()
 
     def leave(*_: Any) -> None:
