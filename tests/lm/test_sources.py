@@ -99,7 +99,7 @@ def test_a_source_is_recorded_without_the_secrets_of_its_url():
     assert source_name("owner/name") == local_source("owner/name") == "owner/name"
 
 
-def test_the_pin_of_a_hub_model_is_its_commit_and_what_is_here_needs_none(monkeypatch, tmp_path):
+def test_the_pin_of_a_hub_model_is_its_commit_and_of_a_folder_its_content(monkeypatch, tmp_path):
     import huggingface_hub
 
     def info(self, repo_id, *, repo_type, revision, timeout):
@@ -108,7 +108,12 @@ def test_the_pin_of_a_hub_model_is_its_commit_and_what_is_here_needs_none(monkey
 
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", info)
     assert pin_model("owner/name", "v1") == ("owner/name", "commit of v1", "commit of v1")
-    for source in ("", str(tmp_path), "/volume/of/another/pod", "toy.gguf"):
+    for source in ("", "/volume/of/another/pod", "toy.gguf"):
         assert pin_model(source) == (source, None, "")
+    (tmp_path / "config.json").write_text("{}")
+    first = pin_model(str(tmp_path))
+    assert first[:2] == (str(tmp_path), None) and pin_model(str(tmp_path)) == first
+    (tmp_path / "config.json").write_text('{"vocab_size": 8}')
+    assert pin_model(str(tmp_path)).fingerprint not in ("", first.fingerprint)
     with pytest.raises(ConfigError, match="does not exist"):
         pin_model("some/deep/path")
