@@ -248,6 +248,8 @@ def test_the_choice_is_logged_to_the_parent_run(tmp_path, recorded):
     logged = next(call[1] for call in recorded if call[0] == "metrics")
     assert logged["chosen/entropy_sequence"] == 5.0
     assert ("artifact", "frontier.png") in recorded
+    (tags,) = [call[1] for call in recorded if call[0] == "tags"]
+    assert "| even |" in tags["mlflow.note.content"]
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,8 @@ def test_the_pin_of_a_hub_model_is_its_commit_and_of_a_folder_its_content(monkey
         assert pin_model(source) == (source, None, "")
     (tmp_path / "config.json").write_text("{}")
     first = pin_model(str(tmp_path))
-    assert first[:2] == (str(tmp_path), None) and pin_model(str(tmp_path)) == first
+    assert first[:2] == (str(tmp_path), None)
+    assert pin_model(str(tmp_path)) == first
     (tmp_path / "config.json").write_text('{"vocab_size": 8}')
     assert pin_model(str(tmp_path)).fingerprint not in ("", first.fingerprint)
     with pytest.raises(ConfigError, match="does not exist"):

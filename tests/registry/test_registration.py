@@ -61,6 +61,8 @@ def test_registered_version_says_where_it_comes_from_and_how_good_it_is(
     assert version.tags["win_rate"] == "0.7 [0.65, 0.75], n=400"
     assert version.tags["exact.entropy"] == "4.2 [4.1, 4.3], n=400"
     assert version.tags["chosen_by"] == "best win rate"
+    assert "spo, alpha 0.5" in version.description
+    assert "| win_rate (share) | 0.7 [0.65, 0.75], n=400 |" in version.description
     logged = client.get_logged_model(version.source.removeprefix("models:/"))
     assert logged.source_run_id == tracker.run_id
     assert logged.experiment_id == client.get_experiment_by_name("sweep").experiment_id

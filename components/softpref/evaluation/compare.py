@@ -466,6 +466,13 @@ def _gathered_warnings(members: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def _note(comparison: Mapping[str, Any]) -> str:
+    """The description of the sweep's run: which runs trained its models, for one from a cache is no child."""
+    lines = [comparison["reason"], "", "| model | its MLflow run |", "| :-- | :-- |"]
+    lines += [f"| {member['name']} | {member['run_id'] or 'none'} |" for member in comparison["members"]]
+    return "\n".join(lines)
+
+
 def _track(
     output: Path,
     comparison: Mapping[str, Any],
@@ -488,6 +495,12 @@ def _track(
         for member in comparison["members"]:
             if member["name"] == comparison["chosen"]:
                 tracker.metrics(flat_figures(member, prefix="chosen/"), step=0)
-        tracker.tags({"chosen": str(comparison["chosen"]), "reason": comparison["reason"]})
+        tracker.tags(
+            {
+                "chosen": str(comparison["chosen"]),
+                "reason": comparison["reason"],
+                "mlflow.note.content": _note(comparison),
+            }
+        )
         for file in (COMPARISON_FILE, REPORT_FILE, FRONTIER_FILE):
             tracker.artifact(output / file, folder="comparison")

@@ -53,6 +53,7 @@ HASH_TAG = "model_hash"
 SCORES_TAG = "scores"
 EVALUATED_ON_TAG = "evaluated_on"
 _SERVED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "README.md", "LICENSE*")
+_DESCRIBED = ("win_rate", "expected_reward", "kl_sequence", "entropy_sequence", "preference_accuracy")
 _SERVED_BY = ("mlflow", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
 
 
@@ -205,6 +206,7 @@ def _register(
                         logged, name, await_registration_for=config.await_seconds, tags=tags
                     )
             number = str(version.version)
+            client.update_model_version(name, number, version_description(metadata, evaluation, comparison))
             aliases = {alias: str(at) for alias, at in client.get_registered_model(name).aliases.items()}
             champion = _champion(client, name, aliases.get("champion"), number)
             verdict = challenge(
@@ -400,6 +402,27 @@ def _version_tags(
             if figure and figure.get("value") is not None:
                 known[group + name] = figure_text(figure)
     return {key: str(value) for key, value in known.items() if value is not None and value != ""}
+
+
+def version_description(
+    metadata: Mapping[str, Any], evaluation: Mapping[str, Any], comparison: Mapping[str, Any] | None
+) -> str:
+    """What a version is, for its page in the registry: method, softness, why it was chosen, its figures."""
+    known = {key: metadata.get(key, evaluation.get(key)) for key in ("alpha", "beta", "base_model")}
+    told = [
+        f"{key.replace('_', ' ')} {plain(str(value))}"
+        for key, value in known.items()
+        if value not in (None, "")
+    ]
+    method = plain(metadata.get("method") or evaluation.get("method") or "")
+    lines = [f"**{plain(evaluation.get('name') or '')}**: {', '.join(filter(None, [method, *told]))}", ""]
+    if comparison is not None and comparison.get("reason"):
+        lines += [plain(comparison["reason"]), ""]
+    metrics = evaluation["metrics"]
+    shown = [name for name in _DESCRIBED if (metrics.get(name) or {}).get("value") is not None]
+    lines += ["| figure | value [95% interval] |", "| :-- | :-- |"]
+    lines += [f"| {name} ({metrics[name].get('unit')}) | {figure_text(metrics[name])} |" for name in shown]
+    return "\n".join(lines) + "\n"
 
 
 def _champion(client: Any, name: str, version: str | None, candidate: str) -> Champion | None:
