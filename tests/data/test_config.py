@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from softpref.config import build_config
-from softpref.data.columns import check_present, check_roles, guess_roles
+from softpref.data.columns import check_present, check_roles, paths_of, settle_layout, value_at
 from softpref.data.config import DataConfig
 from softpref.errors import ConfigError
 
@@ -35,7 +35,6 @@ CANDIDATES = {"completion_a": "x", "completion_b": "y"}
         ({"source": "x.csv", "columns": CANDIDATES}, "exactly one of: votes_a and votes_b, or votes"),
         ({"source": "x.csv", "columns": {**CANDIDATES, "votes_a": "v"}}, "exactly one of"),
         ({"source": "x.csv", "columns": {**CANDIDATES, "votes": "v", "preference": "p"}}, "exactly one of"),
-        ({"source": "x.csv", "columns": {"completion": "a", "score": "s"}}, "name a prompt column"),
         ({"source": "x.csv", "preference_values": {"left": "first"}}, "must be 'a', 'b' or 'tie'"),
         ({"source": "x.csv", "sft_columns": {"answer": "a"}}, "role 'answer'"),
         ({"prompt_template": "{prompt}"}, 'does not go with source "story"'),
@@ -54,14 +53,99 @@ def test_a_template_and_a_prompt_column_exclude_each_other():
 
 def test_columns_named_like_roles_are_found():
     known = ["id", "prompt", "chosen", "rejected", "extra"]
-    assert guess_roles(known, has_template=False).columns == {r: r for r in ("chosen", "rejected", "prompt")}
+    assert settle_layout({}, known).columns == {r: r for r in ("chosen", "rejected", "prompt")}
     votes = ["completion_a", "completion_b", "votes_a", "votes_b", "votes_equal", "probability"]
-    layout = guess_roles(votes, has_template=False)
+    layout = settle_layout({}, votes)
     assert layout.label == ("votes_a", "votes_b")
     assert "votes_equal" in layout.columns
     assert layout.guessed
     with pytest.raises(ConfigError, match="the source has 'question', 'answer'"):
-        guess_roles(["question", "answer"], has_template=False)
+        settle_layout({}, ["question", "answer"])
+
+
+def test_a_prompt_column_is_taken_where_columns_does_not_name_it():
+    mapping = {"completion_a": "a", "completion_b": "b", "preference": "label"}
+    known = ["prompt", "a", "b", "label", "id"]
+    layout = settle_layout(mapping, known)
+    assert layout.columns == {"prompt": "prompt", **mapping}
+    assert layout.unused == ("id",)
+    assert "prompt" not in settle_layout({**mapping, "prompt": None}, known).columns
+    assert "prompt" not in settle_layout(mapping, known, template=["prompt"]).columns
+    with pytest.raises(ConfigError, match="grouped by prompt: name a prompt column"):
+        settle_layout({"completion": "a", "score": "b"}, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("known", "columns"),
+    [
+        (["prompt", "response_a", "response_b", "winner"], "prompt response_a response_b winner"),
+        (
+            ["prompt", "response_1", "response_2", "preference_strength"],
+            "prompt response_1 response_2 preference_strength",
+        ),
+        (
+            ["prompt", "answers", "answers[].answer", "answers[].rank"],
+            "prompt answers[].answer answers[].rank",
+        ),
+        (
+            ["instruction", "completions", "completions[].response", "completions[].overall_score"],
+            "instruction completions[].response completions[].overall_score",
+        ),
+        (["instruction", "input", "chosen", "rejected"], "instruction chosen rejected input"),
+    ],
+)
+def test_well_known_names_are_found_and_said(known, columns):
+    layout = settle_layout({}, known)
+    assert list(layout.columns.values()) == columns.split()
+    assert layout.unused == ()
+    assert layout.notes[0].startswith("recognised by the columns' names: ")
+
+
+@pytest.mark.parametrize(
+    ("known", "ways"),
+    [
+        (["prompt", "responses", "ranking"], ['"order": "ranking"', '"ranks": "ranking"']),
+        (
+            ["question", "instruction", "chosen", "rejected"],
+            ['"prompt": "question"', '"prompt": "instruction"'],
+        ),
+        (["question", "output_1", "output_2", "output_3"], ["nothing says which is better", "ranks"]),
+    ],
+)
+def test_a_name_with_two_meanings_is_refused_with_both_ways_to_say_it(known, ways):
+    with pytest.raises(ConfigError) as caught:
+        settle_layout({}, known)
+    assert all(way in str(caught.value) for way in ways)
+
+
+def test_scores_beside_chosen_and_rejected_are_unused_until_asked_for():
+    known = ["prompt", "chosen", "rejected", "score_chosen", "score_rejected"]
+    assert settle_layout({}, known).unused == ("score_chosen", "score_rejected")
+    asked = settle_layout({}, known, scaled=True)
+    assert (asked.label, asked.unused) == (("score_chosen", "score_rejected"), ())
+
+
+def test_a_prompt_is_cut_from_shared_words_only_of_chosen_and_rejected_alone_or_when_asked():
+    assert settle_layout({}, ["chosen", "rejected"]).implicit
+    assert settle_layout({}, ["chosen", "rejected", "margin"]).implicit
+    assert not settle_layout({}, ["chosen", "rejected", "frage"]).implicit
+    assert settle_layout({}, ["chosen", "rejected", "frage"], implicit=True).implicit
+    assert not settle_layout({}, ["completion_a", "completion_b", "preference"]).implicit
+
+
+def test_paths_reach_into_nested_columns():
+    record = {"a.b": 1, "m": {"x": 2}, "l": [{"t": "u"}, {"t": "v", "n": {"k": 3}}], "j": '[{"t": "w"}]'}
+    assert [*paths_of(record)] == ["a.b", "m", "m.x", "l", "l[].t", "j"]
+    assert [*paths_of({"chosen": [{"role": "user", "content": "hi"}]})] == ["chosen"]
+    assert value_at(record, "a.b") == 1
+    assert value_at(record, "m.x") == 2
+    assert value_at(record, "l[].t") == ["u", "v"]
+    assert value_at(record, "l[].n.k") == [None, 3]
+    assert value_at(record, "j[].t") == ["w"]
+    assert value_at({"l": {"t": ["u", "v"]}}, "l[].t") == ["u", "v"]  # as older `datasets` keep lists
+    assert value_at(record, "m.x.y") is None
+    with pytest.raises(ConfigError, match=r"no column 'l\[\].s'; did you mean 'l\[\].t'"):
+        check_present([("columns['completions']", "l[].s")], paths_of(record), "rows.jsonl")
 
 
 def test_an_absent_column_is_refused_with_the_closest_and_all_present():

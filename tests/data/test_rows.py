@@ -1,9 +1,10 @@
 """What one record of a source becomes, and why another is refused."""
 
+import json
 import math
 
 import pytest
-from softpref.data.columns import check_roles
+from softpref.data.columns import settle_layout
 from softpref.data.config import DataConfig
 from softpref.data.rows import (
     Candidate,
@@ -13,6 +14,7 @@ from softpref.data.rows import (
     rank_candidates,
     read_preference,
 )
+from softpref.errors import ConfigError
 
 PAIR = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 IMPLICIT = {"chosen": "chosen", "rejected": "rejected"}
@@ -24,7 +26,9 @@ LIST = {"prompt": "prompt", "completions": "completions"}
 def read(record, columns, **config):
     """Read `record` with a configuration of a source that is never opened."""
     config = DataConfig(source="rows.jsonl", columns=columns, **config)
-    return read_preference(record, check_roles(columns, bool(config.prompt_template)), config)
+    known = [name for names in columns.values() for name in (names if isinstance(names, list) else [names])]
+    layout = settle_layout(columns, known, config.template_fields)
+    return read_preference(record, layout, config)
 
 
 def voted(a, b, equal=None):
@@ -85,7 +89,7 @@ def test_annotator_columns_are_votes():
     row = read({"q": "q", "x": "X", "y": "Y", "n1": 2, "n2": 2, "n3": 0}, columns)
     assert row.completions == ["Y", "X"]
     assert row.probability == pytest.approx(2.5 / 3)
-    with pytest.raises(Refused, match="value: 3, known: 1, 2, 0"):
+    with pytest.raises(Refused, match=r"unknown votes value \(known: 1, 2, 0\): 3"):
         read({"q": "q", "x": "X", "y": "Y", "n1": 3, "n2": 2, "n3": 0}, columns)
 
 
@@ -220,7 +224,7 @@ def test_plain_rows_become_messages_when_asked():
         ([*said("hi"), {"role": "assistant", "content": True}], "is not text"),
         ([*said("hi"), {"role": "assistant", "content": " "}], "completion is empty"),
         ([*said("hi"), {"role": "assistant", "content": "x", "tool_calls": [1]}], "tool calls"),
-        ([{"from": "human", "value": "hi"}], "no role and content"),
+        ([{"from": "human", "text": "hi"}], "no role and content"),
         (["hi", "x"], "no role and content"),
         ([], "completion is empty"),
         ("plain", "mix plain text and messages"),
@@ -232,7 +236,133 @@ def test_defective_conversations_are_refused_with_their_reason(chosen, reason):
         read({"chosen": chosen, "rejected": said("hi", "no")}, IMPLICIT)
 
 
+HUMAN = "\n\nHuman: hi\n\nAssistant: yes\n\nHuman: why\n\nAssistant:"
+
+
+def test_transcripts_become_messages_and_are_cut_at_their_roles():
+    record = {"chosen": f"{HUMAN} I think so.", "rejected": f"{HUMAN} I do not."}
+    row = read(record, IMPLICIT)
+    assert row.prompt == said("hi", "yes", "why")
+    assert row.completions == [said("I think so.", first="a"), said("I do not.", first="a")]
+    text = read(record, IMPLICIT, transcripts="text")
+    assert text == (HUMAN, [" I think so.", " I do not."], "pairwise", None)
+    explicit = read(
+        {"prompt": HUMAN, "chosen": said("so", first="a"), "rejected": said("no", first="a")}, PAIR
+    )
+    assert explicit.prompt == said("hi", "yes", "why")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ([{"from": "human", "value": "hi"}], lambda text: [{"from": "gpt", "value": text}]),
+        ([{"from": "human", "value": "hi"}], lambda text: {"from": "gpt", "value": text}),
+        (said("hi"), lambda text: {"role": "assistant", "content": text}),
+        (json.dumps(said("hi")), lambda text: json.dumps(said(text, first="a"))),
+    ],
+    ids=["ShareGPT", "ShareGPT, single", "single", "JSON text"],
+)
+def test_messages_are_read_in_the_forms_of_public_data(prompt, answer):
+    row = read({"prompt": prompt, "chosen": answer("yes"), "rejected": answer("no")}, PAIR)
+    assert row == (said("hi"), [said("yes", first="a"), said("no", first="a")], "pairwise", None)
+
+
+def test_text_that_merely_looks_like_json_stays_text():
+    row = read({"prompt": "q", "chosen": '[{"a": 1}]', "rejected": "{no"}, PAIR)
+    assert row.completions == ['[{"a": 1}]', "{no"]
+
+
+def test_a_prompt_is_not_guessed_where_other_columns_may_hold_it():
+    columns = {"completion_a": "a", "completion_b": "b", "preference": "label"}
+    record = {"a": "The sum is 0.", "b": "The sum is 1.", "label": "1"}
+    with pytest.raises(Refused, match=r"no prompt column .* implicit_prompt=true"):
+        read(record, columns)
+
+
+def test_an_input_follows_the_instruction_where_there_is_one():
+    columns = {**PAIR, "prompt": "instruction", "input": "input"}
+    record = {"instruction": "Sum up.", "input": "Text", "chosen": "x", "rejected": "y"}
+    assert read(record, columns).prompt == "Sum up.\nText"
+    assert read({**record, "input": ""}, columns).prompt == "Sum up."
+    del record["input"]
+    assert read(record, columns).prompt == "Sum up."
+
+
+def test_several_rejected_completions_are_a_best_of_n_row():
+    record = {"prompt": "q", "chosen": "x", "rejected": ["y", "z"]}
+    assert read(record, PAIR) == ("q", ["x", "y", "z"], "best_of_n", None)
+    assert read({**record, "rejected": ["y"]}, PAIR) == ("q", ["x", "y"], "pairwise", None)
+    with pytest.raises(Refused, match="fewer than two"):
+        read({**record, "rejected": []}, PAIR)
+    with pytest.raises(Refused, match="one label for several"):
+        read({**record, "margin": 1}, {**PAIR, "margin": "margin"})
+
+
+# Scores, margins, strengths, winners: 1 / (1 + e^-x) is 0.731 at 1, 0.881 at 2, 0.953 at 3
+
+
+@pytest.mark.parametrize(
+    ("strength", "better", "probability"),
+    [
+        (-3, "A", 0.9526),
+        (-2, "A", 0.8808),
+        (-1, "A", 0.7311),
+        (0, "A", 0.5),
+        (1, "B", 0.7311),
+        (3, "B", 0.9526),
+    ],
+)
+def test_a_strength_becomes_a_probability(strength, better, probability):
+    columns = {"prompt": "q", "completion_a": "a", "completion_b": "b", "strength": "s"}
+    record = {"q": "q", "a": "A", "b": "B", "s": strength}
+    row = read(record, columns)
+    assert (row.completions[0], row.probability) == (better, pytest.approx(probability, abs=1e-4))
+    if strength:
+        assert read(record, columns, labels="hard").probability is None
+    with pytest.raises(Refused, match="outside -3 to 3"):
+        read({**record, "s": -100}, columns)
+
+
+def test_scores_and_margins_become_probabilities_by_the_scale():
+    columns = {**PAIR, "score_chosen": "c", "score_rejected": "r"}
+    record = {"prompt": "q", "chosen": "x", "rejected": "y", "c": 8, "r": 6, "m": 1e9}
+    assert read(record, columns).probability == pytest.approx(0.8808, abs=1e-4)
+    assert read(record, columns, score_scale=0.5).probability == pytest.approx(0.7311, abs=1e-4)
+    turned = read({**record, "c": 5}, columns)
+    assert (turned.completions, turned.probability) == (["y", "x"], pytest.approx(0.7311, abs=1e-4))
+    assert read(record, {**PAIR, "margin": "m"}).probability == 1.0
+
+
+def test_winners_are_understood_and_zero_is_not():
+    columns = {"prompt": "q", "completion_a": "a", "completion_b": "b", "preference": "w"}
+    record = {"q": "q", "a": "A", "b": "B"}
+    for label in ("model_b", "2", 2, "B"):
+        assert read({**record, "w": label}, columns).completions == ["B", "A"]
+    for label in ("tie", "tie (bothbad)"):
+        assert read({**record, "w": label}, columns).probability == 0.5
+    with pytest.raises(Refused) as caught:
+        read({**record, "w": "left"}, columns)
+    assert "known: a, b, tie, 1, 2, model_a" in caught.value.rule
+    with pytest.raises(ConfigError, match=r'"0": "tie".* or .*"0": "a", "1": "b"'):
+        read({**record, "w": 0}, columns)
+
+
 # Lists
+
+
+def test_an_order_names_the_places_best_first():
+    record = {"prompt": "q", "completions": ["x", "y", "z"], "o": [2, 0, 1]}
+    assert read(record, {**LIST, "order": "o"}) == ("q", ["z", "x", "y"], "ranking", None)
+    assert read(record, {**LIST, "ranks": "o"}).completions == ["y", "z", "x"]
+    for order in ([1, 2, 3], [0, 0, 1], [0, 1]):
+        with pytest.raises(Refused, match="each completion once"):
+            read({**record, "o": order}, {**LIST, "order": "o"})
+
+
+def test_lists_of_objects_are_reached_by_paths():
+    record = {"prompt": "q", "answers": [{"t": "b", "rank": 2}, {"t": "a", "rank": 1}, {"t": "c", "rank": 3}]}
+    columns = {"prompt": "prompt", "completions": "answers[].t", "ranks": "answers[].rank"}
+    assert read(record, columns) == ("q", ["a", "b", "c"], "ranking", None)
 
 
 def test_lists_are_ordered_by_score_or_rank_best_first():

@@ -47,6 +47,19 @@ def story(tmp_path_factory):
     return folder, stats
 
 
+def test_what_is_recognised_assumed_and_unused_is_said(tmp_path, caplog):
+    rows = [{"prompt": f"Q{i}?", "responses": [f"a {i}", f"b {i}", f"c {i}"], "id": i} for i in range(20)]
+    stats = run(DataConfig(source=write(tmp_path / "rows.jsonl", rows)), str(tmp_path / "data"))
+    assert stats["mapping"]["unused"] == ["id"]
+    page = (tmp_path / "data" / "page.html").read_text(encoding="utf-8")
+    for said in ("completions ← responses", "assumed to stand best first"):
+        assert said in "".join(stats["mapping"]["notes"])
+        assert said in page
+        assert said in caplog.text
+    assert "columns without use: id" in caplog.text
+    assert "columns without use</td><td><code>id<" in page
+
+
 # The story world
 
 

@@ -1,41 +1,147 @@
-"""Which column of a source plays which role in a preference row. Looks at names, never at rows."""
+"""Which column of a source plays which role in a preference row, and paths into nested ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from softpref.config import closest
 from softpref.errors import ConfigError
 
 Form = Literal["pair", "candidates", "list", "single"]
+Names = tuple[str, ...]
 
 # What a row of each form must have, and the ways to say which completion is better.
-_NEEDED: dict[Form, tuple[str, ...]] = {
+_NEEDED: dict[Form, Names] = {
     "pair": ("chosen", "rejected"),
     "candidates": ("completion_a", "completion_b"),
     "list": ("completions",),
     "single": ("completion",),
 }
-_LABELS: dict[Form, tuple[tuple[str, ...], ...]] = {
-    "pair": (("probability",), ()),
-    "candidates": (("votes_a", "votes_b"), ("votes",), ("probability",), ("preference",)),
-    "list": (("scores",), ("ranks",), ("best",), ()),
+_LABELS: dict[Form, tuple[Names, ...]] = {
+    "pair": (("probability",), ("score_chosen", "score_rejected"), ("margin",), ()),
+    "candidates": (
+        *(("votes_a", "votes_b"), ("votes",), ("probability",), ("preference",)),
+        *(("strength",), ("score_a", "score_b"), ("margin",)),
+    ),
+    "list": (("scores",), ("ranks",), ("order",), ("best",), ()),
     "single": (("score",), ("rank",)),
 }
+_CONTEXT = ("prompt", "input")  # go with every form
 _SEVERAL_COLUMNS = {"votes", "completions", "scores", "ranks"}
-ROLES = {"prompt", "votes_equal"} | {
+_SCALED = (("score_chosen", "score_rejected"), ("margin",))  # of a pair, taken only where asked for
+ROLES = {*_CONTEXT, "votes_equal"} | {
     role for form in _NEEDED for roles in (_NEEDED[form], *_LABELS[form]) for role in roles
+}
+
+# What public data call the columns of these roles, apart from the roles' own names.
+_KNOWN_AS: dict[Names, tuple[Names, ...]] = {
+    ("prompt",): (
+        *(("instruction",), ("question",), ("query",)),
+        *(("messages",), ("conversations",), ("conversation",)),
+    ),
+    ("completion_a", "completion_b"): (
+        *(("response_a", "response_b"), ("response_1", "response_2"), ("answer_a", "answer_b")),
+        *(("output_1", "output_2"), ("conversation_a", "conversation_b")),
+    ),
+    ("completions",): (("responses",), ("completions[].response",), ("answers[].answer",)),
+    ("preference",): (("winner",),),
+    ("strength",): (("preference_strength",),),
+    ("votes_a", "votes_b"): (("winner_model_a", "winner_model_b"),),
+    ("votes_equal",): (("winner_tie",),),
+    ("scores",): (("completions[].overall_score",),),
+    ("ranks",): (("answers[].rank",),),
+}
+_NUMBERED = re.compile(r"(completion|response|answer|output|prediction)[ _]?\d+")
+# Names that are used for two things: the role and meaning of either.
+_AMBIGUOUS = {
+    "ranking": (
+        ("order", "holds the places of the completions in the list, from 0, the best one's first"),
+        ("ranks", "holds a rank for each completion, lower is better"),
+    ),
 }
 
 
 class Layout(NamedTuple):
-    """The roles of a source's columns: `columns` maps role to column (or columns)."""
+    """The roles of a source's columns.
+
+    Attributes:
+        columns: role to column (or columns).
+        guessed: whether the columns were found by their names.
+        implicit: whether a prompt may be cut from words that the completions share.
+        unused: columns of the source that have no role.
+        notes: what was recognised or assumed, a sentence each.
+    """
 
     form: Form
-    label: tuple[str, ...]
+    label: Names
     columns: dict[str, Any]
-    guessed: bool
+    guessed: bool = False
+    implicit: bool = False
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def settle_layout(
+    columns: Mapping[str, Any],
+    known: Sequence[str],
+    template: Sequence[str] = (),
+    *,
+    scaled: bool = False,
+    implicit: bool = False,
+) -> Layout:
+    """Settle which column plays which role.
+
+    Args:
+        columns: role to column as configured; empty to go by the columns' names. A prompt column is found by
+            its name in either case, unless `prompt` is null.
+        known: columns of the source and paths into them, see `paths_of`.
+        template: columns that the prompt is built from.
+        scaled: whether scores and margins beside chosen and rejected are taken.
+        implicit: whether a prompt may be cut from what texts share, whatever columns there are.
+
+    Raises:
+        ConfigError: roles that do not go together, absent columns, or names that can mean two things.
+    """
+    given = dict(columns) or _guess(known, bool(template), scaled)
+    taken = {root(column) for column in _flat(given.values())}
+    if "prompt" not in given and not template:
+        free = [name for name in known if root(name) not in taken]
+        if found := _find(("prompt",), free):
+            given = {"prompt": found[0], **given}
+    layout = check_roles(given, bool(template), guessed=not columns)
+    used = {root(column) for column in (*_flat(layout.columns.values()), *template)}
+    unused = tuple(name for name in known if root(name) == name and name not in used)
+    if layout.form == "single" and not template and "prompt" not in layout.columns:
+        raise ConfigError("rows with one completion each are grouped by prompt: name a prompt column")
+    named = {name for option in _KNOWN_AS.values() for names in option for name in names} | ROLES
+    alone = layout.form == "pair" and not set(unused) - named
+    return layout._replace(
+        implicit=implicit or alone, unused=unused, notes=_notes(layout, columns, bool(template))
+    )
+
+
+def _notes(layout: Layout, asked: Mapping[str, Any], has_template: bool) -> tuple[str, ...]:
+    notes = []
+    recognised = {
+        role: column
+        for role, column in layout.columns.items()
+        if role not in asked and (column != role or asked or role in _CONTEXT[1:])
+    }
+    if recognised:
+        told = ", ".join(f"{role} ← {column}" for role, column in recognised.items())
+        notes.append(f"recognised by the columns' names: {told}")
+    if layout.form == "list" and not layout.label:
+        notes.append(
+            "nothing says which completion of a list is better: each list is assumed to stand best first"
+        )
+    if "input" in layout.columns:
+        notes.append("where there is an input, the prompt is the instruction, a line break and the input")
+    if layout.label == ("strength",):
+        notes.append("a strength of -3 is read as the first being much better, 3 as the second being so")
+    return tuple(notes)
 
 
 def check_roles(columns: Mapping[str, Any], has_template: bool, guessed: bool = False) -> Layout:
@@ -44,6 +150,7 @@ def check_roles(columns: Mapping[str, Any], has_template: bool, guessed: bool = 
     Raises:
         ConfigError: an unknown role (the closest is named), roles that do not go together, or missing ones.
     """
+    columns = {role: column for role, column in columns.items() if (role, column) != ("prompt", None)}
     for role, column in columns.items():
         if role not in ROLES:
             raise ConfigError(f"columns has no role {role!r}{closest(role, ROLES)}")
@@ -54,6 +161,8 @@ def check_roles(columns: Mapping[str, Any], has_template: bool, guessed: bool = 
     given = set(columns)
     if has_template and "prompt" in given:
         raise ConfigError("give either a prompt column or prompt_template, not both")
+    if has_template and "input" in given:
+        raise ConfigError("give either an input column or prompt_template, which may name it, not both")
     forms: list[Form] = [form for form, needed in _NEEDED.items() if given & set(needed)]
     if len(forms) != 1:
         found = " and ".join("/".join(_NEEDED[form]) for form in forms) or "none of them"
@@ -65,14 +174,12 @@ def check_roles(columns: Mapping[str, Any], has_template: bool, guessed: bool = 
     for role in _NEEDED[form]:
         if role not in given:
             raise ConfigError(f"columns names {sorted(given)}, but {role!r} is missing")
-    rest = given - set(_NEEDED[form]) - {"prompt"}
+    rest = given - set(_NEEDED[form]) - set(_CONTEXT)
     if {"votes_a", "votes_b"} <= rest:
         rest -= {"votes_equal"}
     for label in _LABELS[form]:
         if rest == set(label):
-            if form == "single" and not has_template and "prompt" not in given:
-                raise ConfigError("rows with one completion each are grouped by prompt: name a prompt column")
-            return Layout(form, label, dict(columns), guessed)
+            return Layout(form, label, columns, guessed)
     choices = ", or ".join(" and ".join(label) if label else "nothing" for label in _LABELS[form])
     raise ConfigError(
         f"{'/'.join(_NEEDED[form])} go with exactly one of: {choices}; "
@@ -80,30 +187,143 @@ def check_roles(columns: Mapping[str, Any], has_template: bool, guessed: bool = 
     )
 
 
-def guess_roles(known: Iterable[str], has_template: bool) -> Layout:
-    """Take columns that bear a role's own name (TRL's names among them).
-
-    Raises:
-        ConfigError: no complete set of roles is among the `known` columns, which the message lists.
-    """
-    known = list(known)
-    names = set(known)
+def _guess(known: Sequence[str], has_template: bool, scaled: bool) -> dict[str, Any]:
+    """Roles of columns that bear a role's own name (TRL's names among them) or one that is well known."""
     for form, needed in _NEEDED.items():
-        if not set(needed) <= names:
+        completions: Sequence[Any] | None = _find(needed, known)
+        if form == "list" and completions is None and (numbered := _numbered(known)):
+            completions = [numbered]
+        if completions is None:
             continue
+        roles: dict[str, Any] = dict(zip(needed, completions, strict=True))
         for label in _LABELS[form]:
-            if not set(label) <= names:
+            if form == "pair" and label in _SCALED and not scaled:
                 continue
-            roles = [*needed, *label]
-            if "prompt" in names and not has_template:
-                roles.insert(0, "prompt")
-            if "votes_a" in label and "votes_equal" in names:
-                roles.append("votes_equal")
-            return check_roles({role: role for role in roles}, has_template, guessed=True)
+            if not label and form == "list":
+                _refuse_ambiguous(known, roles)
+            if (found := _find(label, known)) is not None:
+                roles |= dict(zip(label, found, strict=True))
+                break
+        else:
+            continue
+        if "votes_a" in roles and (equal := _find(("votes_equal",), known)):
+            roles["votes_equal"] = equal[0]
+        if not has_template and (prompt := _find(("prompt",), known)):
+            roles = {"prompt": prompt[0], **roles}
+            if prompt[0] == "instruction" and "input" in known:
+                roles["input"] = "input"
+        return roles
     raise ConfigError(
         'cannot tell which columns hold the preferences; give columns, for example {"prompt": "question", '
         f'"chosen": "better", "rejected": "worse"}}; the source has {", ".join(map(repr, known))}'
     )
+
+
+def _find(roles: Names, known: Sequence[str]) -> Names | None:
+    """The columns of these roles: their own names before others; None where there are none.
+
+    Raises:
+        ConfigError: several sets of columns have names of these roles.
+    """
+    nested = {root(name) for name in known if "[]" in name}
+    options = [
+        option
+        for option in (roles, *_KNOWN_AS.get(roles, ()))
+        if all(name in known and name not in nested for name in option)
+    ]
+    if len(options) > 1 and options[0] != roles:
+        ways = " or ".join(json.dumps(dict(zip(roles, option, strict=True))) for option in options)
+        raise ConfigError(f"several columns may be the {' and '.join(roles)}; say which in columns: {ways}")
+    return options[0] if options else None
+
+
+def _numbered(known: Sequence[str]) -> list[str]:
+    """Three or more columns that differ in a number at their end, such as `response_1` to `response_4`."""
+    names = [name for name in known if _NUMBERED.fullmatch(name)]
+    stems = {re.sub(r"\d+$", "", name) for name in names}
+    if len(names) < 3 or len(stems) > 1:
+        return []
+    return sorted(names, key=lambda name: int(re.sub(r"\D", "", name)))
+
+
+def _refuse_ambiguous(known: Sequence[str], roles: Mapping[str, Any]) -> None:
+    """Refuse a list with a column whose name has two meanings, and numbered columns that nothing orders."""
+    for name, meanings in _AMBIGUOUS.items():
+        if name in known:
+            ways = "; or ".join(
+                f"{json.dumps({**roles, role: name})} if it {meaning}" for role, meaning in meanings
+            )
+            raise ConfigError(f"column {name!r} can mean two things, say which in columns: {ways}")
+    if isinstance(roles["completions"], list):
+        raise ConfigError(
+            f"the columns {', '.join(map(repr, roles['completions']))} look like completions, and nothing "
+            "says which is better: give columns with completions, and scores, ranks, order or best"
+        )
+
+
+# Paths into nested columns
+
+
+def paths_of(record: Mapping[str, Any]) -> Iterator[str]:
+    """A record's columns, and the paths to what lies in them: `meta.score`, and `answers[].text` of a list.
+
+    Messages are values, not nests.
+    """
+    for name, value in record.items():
+        yield name
+        inner, mark = (value[0], "[]") if isinstance(value, list) and value else (value, "")
+        if isinstance(inner, Mapping) and not is_message(inner):
+            for path in paths_of(inner):
+                yield f"{name}{mark}.{path}"
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value is a message of a conversation, as `role` and `content` or as `from` and `value`."""
+    return isinstance(value, Mapping) and (
+        {"role", "content"} <= set(value) or {"from", "value"} <= set(value)
+    )
+
+
+def root(path: str) -> str:
+    """The column that a path begins with. A column whose own name has a dot is taken by that name first."""
+    return re.split(r"\.|\[\]", path, maxsplit=1)[0]
+
+
+def value_at(record: Mapping[str, Any], path: str) -> Any:
+    """What lies at a path: of `answers[].text` the list of texts; None where something on the way is missing.
+
+    Text on the way that holds JSON is decoded.
+    """
+    if path in record:
+        return record[path]
+    value: Any = record
+    steps = path.split(".")
+    for place, step in enumerate(steps):
+        name = step.removesuffix("[]")
+        value = _decoded(value)
+        value = value.get(name) if isinstance(value, Mapping) else None
+        if name != step and isinstance(value := _decoded(value), list):
+            rest = ".".join(steps[place + 1 :])
+            return (
+                [value_at(item, rest) if isinstance(item, Mapping) else None for item in value]
+                if rest
+                else value
+            )
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _flat(columns: Iterable[Any]) -> list[str]:
+    lists = [column if isinstance(column, list) else [column] for column in columns]
+    return [name for names in lists for name in names if isinstance(name, str)]
 
 
 def check_present(wanted: Iterable[tuple[str, Any]], known: Iterable[str], source: str) -> None:
@@ -111,18 +331,23 @@ def check_present(wanted: Iterable[tuple[str, Any]], known: Iterable[str], sourc
 
     Args:
         wanted: what asks for the column, and its name (or a list of names).
-        known: the columns of the source, as far as its first rows show.
+        known: the columns of the source and paths into them, as far as its first rows show.
         source: how to call the source in the message.
 
     Raises:
         ConfigError: names the absent column, the closest present one, and all present ones.
     """
     known = list(known)
+    opened = {root(name) for name in known if root(name) != name}
     for asker, columns in wanted:
         for column in columns if isinstance(columns, list) else [columns]:
-            if column not in known:
-                hint = closest(column, known)
-                hint = hint if "did you mean" in hint else ""
-                raise ConfigError(
-                    f"{asker}: {source} has no column {column!r}{hint}; it has {', '.join(map(repr, known))}"
-                )
+            # what lies in a cell's JSON text, or in a legacy struct of lists, shows only when rows are read
+            if column in known or (root(column) in known and root(column) not in opened):
+                continue
+            if column.replace("[]", "") in known:
+                continue
+            hint = closest(column, known)
+            hint = hint if "did you mean" in hint else ""
+            raise ConfigError(
+                f"{asker}: {source} has no column {column!r}{hint}; it has {', '.join(map(repr, known))}"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import string
 from typing import Any, Literal
 
@@ -32,20 +33,38 @@ class DataConfig:
             `"parquet"`; `"auto"` goes by the file's suffix (also under `.gz`), or where it tells nothing by
             the first bytes (not CSV).
         columns (`dict`, defaults to `{}`): our role to the source's column, for example `{"chosen":
-            "better"}`. Roles: `prompt`; `chosen`, `rejected`; `completion_a`, `completion_b` with `votes_a`,
-            `votes_b` and perhaps `votes_equal`, or `votes` (a list of columns, one vote each), or
-            `probability` (that A beats B), or `preference` (a label); `completions` with `scores` (higher is
-            better), `ranks` (lower is better) or `best` (index of the best, from 0), or with none when
-            already best first; `completion` with `score` or `rank`, one candidate per row, grouped by
-            prompt. `completions`, `scores`, `ranks` and `votes` take one list column or a list of columns.
-            Empty: columns that bear a role's name are used, and `stats.json` says which.
-        preference_values (`dict`, defaults to `{}`): what the labels of `preference` or `votes` mean: value
-            to `"a"`, `"b"` or `"tie"`. Empty: `a`, `b`, `tie` for `preference`; 1, 2, 0 for `votes`.
+            "better"}`. Roles: `prompt`; `chosen`, `rejected` (one, or a list of which none is the best),
+            alone or with `probability` (that chosen beats rejected), `score_chosen` and `score_rejected`, or
+            `margin` (how much better); `completion_a`, `completion_b` with `votes_a`, `votes_b` and perhaps
+            `votes_equal`, or `votes` (a list of columns, one vote each), or `probability` (that A beats B),
+            or `preference` (a label), or `strength` (-3 where A is much better, to 3 where B is), or
+            `score_a` and `score_b`, or `margin` (of A over B); `completions` with `scores` (higher is
+            better), `ranks` (lower is better), `order` (indices from 0, the best one's first), `best` (index
+            of the best, from 0), or with none when already best first; `completion` with `score` or `rank`,
+            one candidate per row, grouped by prompt. With each `input` (put behind the prompt, on a line of
+            its own, where there is one). `completions`, `scores`, `ranks` and `votes`
+            take one list column or a list of columns. A path such as `answers[].text` or `meta.score`
+            reaches into nested columns. Empty: columns that bear a role's name or a well-known one are used,
+            and log, page and `stats.json` say which. A prompt column is found by its name in either case;
+            `{"prompt": null}` forbids it.
+        preference_values (`dict`, defaults to `{}`): what the labels of `preference` or `votes`
+            mean: value to `"a"`, `"b"` or `"tie"`. Empty: `a`, `b`, `tie`, also 1, 2 and `model_a`,
+            `model_b`; and for `votes` 0 is a tie.
+        score_scale (`float`, *optional*): makes probabilities of scores of both sides, margins and strengths:
+            P(first beats second) = σ(score_scale · difference); 1 when not given, so that a strength of 1,
+            2, 3 is a probability of 0.73, 0.88, 0.95. Scores and margins that the source has beside `chosen`
+            and `rejected` are used when this is given or `columns` names them.
         prompt_template (`str`, defaults to `""`): builds the prompt from `{column}` fields instead of a
             prompt column.
-        implicit_prompt_end (`str`, defaults to `""`): for plain texts without a prompt column, the prompt
-            ends behind the last common occurrence of this text (for example `"\\n\\nAssistant:"`); empty
-            cuts at the last word boundary that all completions share.
+        implicit_prompt (`bool`, defaults to `False`): for plain texts without a prompt column, take the
+            words that all completions of a row begin with as the prompt. Without it that is done only where a
+            source has `chosen` and `rejected` alone, TRL's implicit format, and other rows are refused.
+        implicit_prompt_end (`str`, defaults to `""`): with plain texts without a prompt column, the prompt
+            ends behind the last common occurrence of this text (for example `"\\n\\nAnswer:"`); empty cuts at
+            the last word boundary that all completions share.
+        transcripts (`str`, defaults to `"messages"`): texts that begin with `Human:` and have turns
+            `\\n\\nHuman:` and `\\n\\nAssistant:` become messages; `"text"` keeps them as text, whose prompt
+            ends behind the last `\\n\\nAssistant:` that they share.
         as_messages (`bool`, defaults to `False`): turn plain prompts and completions into user and assistant
             messages, for models with a chat template.
         system_prompt (`str`, defaults to `""`): put in front of conversational prompts that have none.
@@ -97,8 +116,11 @@ class DataConfig:
     format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet"] = "auto"
     columns: dict[str, Any] = dataclasses.field(default_factory=dict)
     preference_values: dict[str, str] = dataclasses.field(default_factory=dict)
+    score_scale: float | None = None
     prompt_template: str = ""
+    implicit_prompt: bool = False
     implicit_prompt_end: str = ""
+    transcripts: Literal["messages", "text"] = "messages"
     as_messages: bool = False
     system_prompt: str = ""
     list_kind: Literal["ranking", "best_of_n"] = "ranking"
@@ -148,6 +170,8 @@ class DataConfig:
                 f"validation_fraction {self.validation_fraction} and test_fraction {self.test_fraction} "
                 "leave nothing to train on; their sum must stay below 1"
             )
+        if self.score_scale is not None and not 0 < self.score_scale < math.inf:
+            raise ConfigError(f"score_scale must be a number above 0, got {self.score_scale}")
         for value, meaning in self.preference_values.items():
             if meaning not in ("a", "b", "tie"):
                 raise ConfigError(

@@ -20,8 +20,9 @@ _COLUMNS = {*Preference._fields, "source_row"}
 _TAKEN = (*SPLITS, "dataset_dict.json", "sft", "prompts", "outcomes.jsonl")
 # the parameters that choose or change preferences while they are read
 _OF_READING = (
-    *("columns", "preference_values", "implicit_prompt_end", "list_kind", "group_size", "labels", "ties"),
-    *("min_votes", "duplicates", "contradictions", "max_characters", "max_source_rows"),
+    *("columns", "preference_values", "score_scale", "implicit_prompt", "implicit_prompt_end"),
+    *("transcripts", "list_kind", "group_size", "labels", "ties", "min_votes", "duplicates"),
+    *("contradictions", "max_characters", "max_source_rows"),
 )
 _OF_ALL_READING = ("prompt_template", "as_messages", "system_prompt")  # also of further sources
 

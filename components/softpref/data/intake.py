@@ -8,20 +8,31 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from softpref.data.columns import Layout, check_present, check_roles, guess_roles
+from softpref.data.columns import Layout, check_present, paths_of, settle_layout
 from softpref.data.config import DataConfig
-from softpref.data.rows import Candidate, LeftOut, Preference, Refused, rank_candidates, read_candidate
+from softpref.data.rows import (
+    Candidate,
+    LeftOut,
+    Preference,
+    Refused,
+    rank_candidates,
+    read_candidate,
+    value_forms,
+)
 from softpref.data.rows import read_preference as read_row
 from softpref.data.sources import SourceRow
 from softpref.data.splits import prompt_key
 from softpref.errors import DataError
 from softpref.progress import follow
+
+logger = logging.getLogger(__name__)
 
 _PEEK = 100  # rows that tell which columns a source has
 
@@ -118,12 +129,27 @@ class Intake:
         config = self._config
         rows, known = peek_columns(itertools.islice(rows, config.max_source_rows), source)
         template = config.template_fields
-        if config.columns:
-            self.layout = check_roles(config.columns, bool(template))
-        else:
-            self.layout = guess_roles(known, bool(template))
-        wanted = [(f"columns[{role!r}]", column) for role, column in self.layout.columns.items()]
+        wanted = [(f"columns[{role!r}]", column) for role, column in config.columns.items() if column]
         check_present([*wanted, *(("prompt_template", field) for field in template)], known, source)
+        self.layout = settle_layout(
+            config.columns,
+            known,
+            template,
+            scaled=config.score_scale is not None,
+            implicit=config.implicit_prompt or bool(config.implicit_prompt_end),
+        )
+        first = list(itertools.islice(rows, _PEEK))
+        rows = itertools.chain(first, rows)
+        forms = value_forms([row.record for row in first if row.record], self.layout, config)
+        self.layout = self.layout._replace(
+            notes=(*self.layout.notes, *(f"recognised as messages: {form}" for form in forms))
+        )
+        if config.source == "story":  # whose columns are its own
+            self.layout = self.layout._replace(unused=(), notes=())
+        for note in self.layout.notes:
+            logger.warning("%s: %s", source, note)
+        if self.layout.unused:
+            logger.warning("%s: columns without use: %s", source, ", ".join(self.layout.unused))
         with self._spool.open("w", encoding="utf-8") as spool:
             if self.layout.form == "single":
                 self._take_candidates(rows, spool, source)
@@ -228,7 +254,7 @@ def peek_columns(rows: Iterator[SourceRow], source: str) -> tuple[Iterator[Sourc
     first = list(itertools.islice(rows, _PEEK))
     known: dict[str, None] = {}
     for row in first:
-        known.update(dict.fromkeys(row.record or ()))
+        known.update(dict.fromkeys(paths_of(row.record or {})))
     if not first:
         raise DataError(f"{source} holds no rows")
     if not known:

@@ -230,6 +230,8 @@ def _origin(stats: Mapping[str, Any]) -> str:
     columns = ", ".join(f"{role} ← {column}" for role, column in mapping["columns"].items())
     lines = [
         ("columns", columns + (" (guessed from their names)" if mapping["guessed"] else "")),
+        ("read as", "; ".join(mapping.get("notes", [])) or "–"),
+        ("columns without use", ", ".join(mapping.get("unused", [])) or "–"),
         ("prompt template", mapping["prompt_template"] or "–"),
         ("seed", stats["config"]["seed"]),
         ("dataset hash", stats["dataset_hash"]),

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from softpref.data.columns import Layout
+from softpref.data.columns import Layout, is_message, value_at
 from softpref.data.config import DataConfig
+from softpref.errors import ConfigError
 
 Message = dict[str, str]
 Text = str | list[Message]  # plain text, or a conversation
 
 _MEANINGS = {
-    "preference": {"a": "a", "b": "b", "tie": "tie"},
+    "preference": {
+        **{"a": "a", "b": "b", "tie": "tie", "1": "a", "2": "b"},
+        **{"model_a": "a", "model_b": "b", "tie (bothbad)": "tie"},
+    },
     "votes": {"1": "a", "2": "b", "0": "tie"},
 }
 _ROLES = ("system", "user", "assistant")
+_ROLES_AS = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+_NO_PROMPT = (
+    "no prompt column (name it in columns; implicit_prompt=true takes the words that the completions share)"
+)
 
 
 class Refused(ValueError):
@@ -76,11 +86,22 @@ def read_preference(record: Mapping[str, Any], layout: Layout, config: DataConfi
         roles = ("chosen", "rejected") if layout.form == "pair" else ("completion_a", "completion_b")
         raw = [_field(record, columns[role]) for role in roles]
         names = [f"{role} ({columns[role]!r})" for role in roles]
-    completions = [_text(value, "completion", name) for value, name in zip(raw, names, strict=True)]
-    prompt, completions = _split_prompt(_prompt(record, columns, config), completions, config)
+        if layout.form == "pair" and _is_list_of_texts(raw[1]):
+            names = [names[0], *(f"{names[1]} {place}" for place in range(1, len(raw[1]) + 1))]
+            raw = [raw[0], *raw[1]]
+            if len(raw) < 2:
+                raise Refused("fewer than two completions", f"{columns['rejected']!r} is an empty list")
+    completions = [_text(value, "completion", name, config) for value, name in zip(raw, names, strict=True)]
+    prompt, completions = _split_prompt(
+        _prompt(record, columns, config), completions, config, layout.implicit
+    )
     _refuse_identical(completions, names)
 
-    if layout.form == "list":
+    if layout.form == "pair" and len(completions) > 2:
+        if layout.label:
+            raise Refused("one label for several rejected completions", f"{' and '.join(layout.label)}")
+        row = Preference(prompt, completions, "best_of_n", None)
+    elif layout.form == "list":
         scores = _scores(record, layout, len(completions))
         only_best = config.list_kind == "best_of_n" or layout.label == ("best",)
         row = _ranked(prompt, completions, scores, only_best, config.ties, config.labels)
@@ -100,8 +121,10 @@ def read_candidate(record: Mapping[str, Any], layout: Layout, config: DataConfig
         Refused: the row is unusable, for the reason given.
     """
     column = layout.columns["completion"]
-    completion = _text(_field(record, column), "completion", repr(column))
-    prompt, completions = _split_prompt(_prompt(record, layout.columns, config), [completion], config)
+    completion = _text(_field(record, column), "completion", repr(column), config)
+    prompt, completions = _split_prompt(
+        _prompt(record, layout.columns, config), [completion], config, layout.implicit
+    )
     role = layout.label[0]
     score = _number(_field(record, layout.columns[role]), role)
     _limit_length(prompt, completions, config)
@@ -131,8 +154,9 @@ def read_demonstration(
     Raises:
         Refused: the row is unusable, for the reason given.
     """
-    completion = _text(_field(record, columns["completion"]), "completion", repr(columns["completion"]))
-    prompt, completions = _split_prompt(_prompt(record, columns, config), [completion], config)
+    column = columns["completion"]
+    completion = _text(_field(record, column), "completion", repr(column), config)
+    prompt, completions = _split_prompt(_prompt(record, columns, config), [completion], config, False)
     _limit_length(prompt, completions, config)
     return Demonstration(prompt, completions[0])
 
@@ -153,7 +177,7 @@ def read_prompt(record: Mapping[str, Any], columns: Mapping[str, str], config: D
 
 
 def _field(record: Mapping[str, Any], column: str) -> Any:
-    value = record.get(column)
+    value = value_at(record, column)
     if value is None:
         raise Refused("field is missing", repr(column))
     return value
@@ -173,13 +197,80 @@ def _several(record: Mapping[str, Any], role: str, columns: str | list[str]) -> 
     return value
 
 
-def _text(value: Any, noun: str, where: str) -> Text:
+def _text(value: Any, noun: str, where: str, config: DataConfig) -> Text:
     """`value` when it is text or messages. Other types are refused, because `str(True)` is no answer."""
+    value, _ = _normalised(value, _reads_transcripts(config))
     if isinstance(value, list):
         return _messages(value, noun, where)
     if not isinstance(value, str):
         raise Refused(f"{noun} is not text", f"{where} is {_describe(value)}")
     return _sound(value, noun, where)
+
+
+def _reads_transcripts(config: DataConfig) -> bool:
+    return config.transcripts == "messages" and not config.implicit_prompt_end
+
+
+def _normalised(value: Any, transcripts: bool) -> tuple[Any, str]:
+    """A value in one of the forms of public data as text or `role` and `content`; and the form, or ''."""
+    form = ""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            decoded = json.loads(value)
+        except (ValueError, RecursionError):
+            decoded = None
+        several = isinstance(decoded, list) and decoded and all(map(is_message, decoded))
+        if several or is_message(decoded):
+            value, form = decoded, "JSON text in a cell"
+    if is_message(value):
+        value, form = [value], form or "a single message"
+    if isinstance(value, list) and value and all(is_message(item) and "from" in item for item in value):
+        form = "from and value (ShareGPT)"
+        value = [{"role": item["from"], "content": item["value"]} for item in value]
+    if isinstance(value, list):
+        known = [*_ROLES, *_ROLES_AS]
+        value = [
+            {**item, "role": _ROLES_AS.get(item["role"], item["role"])}
+            if isinstance(item, Mapping) and item.get("role") in known
+            else item
+            for item in value
+        ]
+    if transcripts and isinstance(value, str) and _is_transcript(value):
+        _, *parts = _TURN.split(value.lstrip("\n "))
+        turns = [
+            (_ROLE_OF_TURN[name], text.strip()) for name, text in zip(parts[::2], parts[1::2], strict=True)
+        ]
+        if turns[-1] == ("assistant", ""):  # a prompt that ends where the answer begins
+            turns.pop()
+        form = "transcripts (Human:, Assistant:)"
+        value = [{"role": role, "content": text} for role, text in turns]
+    return value, form
+
+
+_ROLE_OF_TURN = {"Human": "user", "Assistant": "assistant"}
+
+
+def _is_transcript(text: str) -> bool:
+    return text.lstrip("\n ").startswith("Human:") and "\n\nAssistant:" in text
+
+
+def value_forms(records: Iterable[Mapping[str, Any]], layout: Layout, config: DataConfig) -> list[str]:
+    """The forms other than text and `role`/`content` messages that some records have their texts in."""
+    roles = ("prompt", "chosen", "rejected", "completion_a", "completion_b", "completions", "completion")
+    found = set()
+    for record in records:
+        for role in roles:
+            column = layout.columns.get(role, [])
+            for name in column if isinstance(column, list) else [column]:
+                value = value_at(record, name)
+                values = value if role == "completions" and isinstance(value, list) else [value]
+                found |= {_normalised(each, _reads_transcripts(config))[1] for each in values}
+    return sorted(found - {""})
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    """Whether a value is several completions, not the messages of one."""
+    return isinstance(value, list) and not any(isinstance(item, Mapping) for item in value)
 
 
 def _sound(value: str, noun: str, where: str) -> str:
@@ -246,7 +337,13 @@ def _short(value: Any) -> str:
 
 def _prompt(record: Mapping[str, Any], columns: Mapping[str, Any], config: DataConfig) -> Text | None:
     if "prompt" in columns:
-        return _text(_field(record, columns["prompt"]), "prompt", repr(columns["prompt"]))
+        prompt = _text(_field(record, columns["prompt"]), "prompt", repr(columns["prompt"]), config)
+        more = value_at(record, columns["input"]) if "input" in columns else None
+        if more is None or more == "":
+            return prompt
+        if not isinstance(prompt, str) or not isinstance(more, str):
+            raise Refused("input is not text", f"{columns['input']!r} is {_describe(more)}")
+        return f"{prompt}\n{_sound(more, 'input', repr(columns['input']))}"
     if config.prompt_template:
         parts = []
         for literal, field, _, _ in string.Formatter().parse(config.prompt_template):
@@ -261,7 +358,7 @@ def _prompt(record: Mapping[str, Any], columns: Mapping[str, Any], config: DataC
 
 
 def _split_prompt(
-    prompt: Text | None, completions: list[Text], config: DataConfig
+    prompt: Text | None, completions: list[Text], config: DataConfig, implicit: bool
 ) -> tuple[Text, list[Text]]:
     """Settle what is prompt and what is completion, and make both conversational or both plain."""
     conversations = [completion for completion in completions if isinstance(completion, list)]
@@ -270,7 +367,12 @@ def _split_prompt(
     if not conversations:
         plain = [completion for completion in completions if isinstance(completion, str)]
         if prompt is None:
-            prompt, plain = cut_common_prefix(plain, config.implicit_prompt_end)
+            end = config.implicit_prompt_end
+            if not end and all(map(_is_transcript, plain)):
+                end = "\n\nAssistant:"
+            elif not implicit:
+                raise Refused(_NO_PROMPT)
+            prompt, plain = cut_common_prefix(plain, end)
         if isinstance(prompt, str) and not config.as_messages:
             return prompt, list(plain)
         conversations = [[{"role": "assistant", "content": text}] for text in plain]
@@ -366,6 +468,16 @@ def _probability(record: Mapping[str, Any], layout: Layout, config: DataConfig) 
         if not 0 <= probability <= 1:
             raise Refused("probability is outside 0 to 1", str(probability))
         return probability, False
+    if (len(label) == 2 and label[0].startswith("score_")) or label[0] in ("margin", "strength"):
+        numbers = [_number(_field(record, columns[role]), role) for role in label]
+        difference = numbers[0] - numbers[1] if len(numbers) == 2 else numbers[0]
+        if label == ("strength",):
+            if abs(difference) > 3:
+                raise Refused("strength is outside -3 to 3", f"{difference:g}")
+            difference = -difference  # negative where the first is better
+        if not math.isfinite(difference):
+            raise Refused("difference is not finite", str(numbers))
+        return _sigmoid((config.score_scale or 1.0) * difference), False
     if label == ("votes_a", "votes_b"):
         roles = ["votes_a", "votes_b", *(["votes_equal"] if "votes_equal" in columns else [])]
         counts = [_number(_field(record, columns[role]), role) for role in roles]
@@ -394,13 +506,23 @@ def _probability(record: Mapping[str, Any], layout: Layout, config: DataConfig) 
     return (first + equal / 2) / total, total == 1 and equal == 0
 
 
+def _sigmoid(value: float) -> float:
+    tail = math.exp(-abs(value))  # does not overflow
+    return 1 / (1 + tail) if value >= 0 else tail / (1 + tail)
+
+
 def _meaning(value: Any, role: str, meanings: Mapping[str, str]) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     key = value if isinstance(value, str) else json.dumps(value)
     folded = {known.casefold(): meaning for known, meaning in meanings.items()}
     if key.strip().casefold() not in folded:
-        raise Refused(f"unknown {role} value", f"{_short(value)}, known: {', '.join(meanings)}")
+        if key.strip() == "0" and meanings is _MEANINGS["preference"]:
+            raise ConfigError(
+                'a label 0 can mean two things; say which in preference_values: {"1": "a", "2": "b", "0": '
+                '"tie"} or {"0": "a", "1": "b"}'
+            )
+        raise Refused(f"unknown {role} value (known: {', '.join(meanings)})", _short(value))
     return folded[key.strip().casefold()]
 
 
@@ -418,6 +540,11 @@ def _scores(record: Mapping[str, Any], layout: Layout, count: int) -> list[float
     if not layout.label:
         return [float(-place) for place in range(count)]
     role = layout.label[0]
+    if role == "order":
+        order = [_number(value, role) for value in _several(record, role, layout.columns[role])]
+        if sorted(order) != list(range(count)):
+            raise Refused("order does not name each completion once", f"{order}, expected 0 to {count - 1}")
+        return [float(-order.index(place)) for place in range(count)]
     if role == "best":
         best = _number(_field(record, layout.columns["best"]), "best")
         if not best.is_integer() or not 0 <= best < count:

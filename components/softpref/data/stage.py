@@ -188,6 +188,8 @@ def _divide(
             "form": intake.layout.form,
             "columns": intake.layout.columns,
             "guessed": intake.layout.guessed,
+            "unused": list(intake.layout.unused),
+            "notes": list(intake.layout.notes),
             "prompt_template": config.prompt_template or None,
         },
         "conversational": bool(intake.conversational),
