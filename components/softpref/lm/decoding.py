@@ -2,7 +2,8 @@
 
 transformers joins the keys of every earlier token with the new one at each step, in each layer, and, where a
 group of heads shares its keys, copies these for each head besides. For SmolLM2-135M on a CPU, 32 rows of some
-150 tokens, that was a third of the time: here a cache is written in place, and grouped attention copies nothing.
+150 tokens, that was a third of the time: here a cache is written in place, and grouped attention copies
+nothing.
 """
 
 from __future__ import annotations
@@ -127,10 +128,10 @@ class WholeRows:
 def decodes(model: Any) -> bool:
     """Whether drawing with a cache gives a model's tokens the scores that one forward pass gives them.
 
-    Known only by trying: some models keep their past elsewhere than in the cache that they are given, and some
-    read padding as text. Once per model a few rows of several lengths are grown token by token, one leaves on
-    the way, and all scores must be those of each sequence alone. A model that fails is read from the beginning
-    for each token (`WholeRows`), and a line in the log says why.
+    Known only by trying: some models keep their past elsewhere than in the cache that they are given, and
+    some read padding as text. Once per model a few rows of several lengths are grown token by token, one
+    leaves on the way, and all scores must be those of each sequence alone. A model that fails is read from
+    the beginning for each token (`WholeRows`), and a line in the log says why.
     """
     inner = _inner(model)
     key = model if inner is None else inner
@@ -142,7 +143,8 @@ def decodes(model: Any) -> bool:
                 _verdicts[key] = f"{type(error).__name__}: {error}"
         if _verdicts[key]:
             logger.warning(
-                "samples of %s are drawn without a cache, by a whole forward pass for each token, which is slow: %s",
+                "samples of %s are drawn without a cache, by a whole forward pass for each token, which is "
+                "slow: %s",
                 type(key).__name__,
                 _verdicts[key],
             )

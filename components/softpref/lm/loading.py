@@ -231,8 +231,8 @@ def _check_weights(source: str, found: Mapping[str, Any]) -> None:
     if faults:
         faults += [f"it holds {some(unexpected)}, which the model does not have"] if unexpected else []
         raise ConfigError(
-            f"base model {source}: its weights are not those of its config.json: {'; '.join(faults)}; what is "
-            "missing would be random numbers: correct config.json, or complete the weights"
+            f"base model {source}: its weights are not those of its config.json: {'; '.join(faults)}; what "
+            "is missing would be random numbers: correct config.json, or complete the weights"
         )
     if unexpected:
         logger.warning("base model %s holds weights that are not used: %s", source, some(unexpected))
@@ -254,7 +254,7 @@ def _settle_generation_config(model: Any) -> None:
         kept = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**kept)
         logger.warning(
-            "the model's generation config cannot be saved (%s); its token ids are kept, the rest is left out",
+            "the model's generation config cannot be saved (%s); its token ids are kept, the rest is not",
             " ".join(str(error).split())[:300],
         )
 
