@@ -124,6 +124,8 @@ def test_samples_are_those_of_transformers_own_cache_and_attention(attention, mo
 
 
 def test_no_keys_are_copied_for_each_head_while_tokens_are_drawn(monkeypatch):
+    model = grouped_model(heads=4, groups=2)
+    assert decoding.decodes(model)  # found out beforehand
     widths = []
     plain = torch.nn.functional.scaled_dot_product_attention
 
@@ -132,9 +134,7 @@ def test_no_keys_are_copied_for_each_head_while_tokens_are_drawn(monkeypatch):
         return plain(query, key, *rest, **options)
 
     monkeypatch.setattr(decoding.functional, "scaled_dot_product_attention", watched)
-    sample_completions(
-        grouped_model(heads=4, groups=2), [[5, 6], [7]], noise=sampling_noise(2, 6, 0), stop_ids=(), pad_id=0
-    )
+    sample_completions(model, [[5, 6], [7]], noise=sampling_noise(2, 6, 0), stop_ids=(), pad_id=0)
     assert widths[:2] == [(2, 4)] * 2  # the prompts, once in each layer
     assert widths[2:] == [(2, 2)] * 10
 

@@ -189,3 +189,33 @@ def test_a_gguf_file_is_loaded_as_an_ordinary_model_that_can_be_saved(make_token
     save_model_folder(loaded, tokenizer, tmp_path / "saved", {})
     again = load_model(str(tmp_path / "saved"))
     torch.testing.assert_close(score_sequences(again, SEQUENCES), expected)
+
+
+def test_weights_that_are_missing_or_of_another_shape_are_named(saved):
+    from safetensors.torch import load_file, save_file
+
+    file, folder = saved[2] / "model.safetensors", str(saved[2])
+    weights = load_file(file)
+    layer = "model.layers.0.mlp.up_proj.weight"
+    save_file({name: one for name, one in weights.items() if name != layer}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks model\.layers\.0\.mlp\.up_proj\.weight"):
+        load_model(folder)
+    save_file({**weights, layer: weights[layer][:-1].contiguous()}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"shapes differ: model\.layers\.0\.mlp\.up_proj\.weight"):
+        load_model(folder)
+
+
+def test_a_config_of_more_layers_than_there_are_weights_is_refused(saved):
+    config = json.loads((saved[2] / "config.json").read_text())
+    config["num_hidden_layers"] += 1
+    (saved[2] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"lacks model\.layers\.1"):
+        load_model(str(saved[2]))
+
+
+def test_a_generation_config_that_cannot_be_saved_is_settled_when_the_model_is_loaded(saved, tmp_path):
+    file = saved[2] / "generation_config.json"
+    file.write_text(json.dumps({"do_sample": False, "temperature": 0.6, "eos_token_id": 3}))
+    model = load_model(str(saved[2]))
+    assert model.generation_config.eos_token_id == 3
+    model.save_pretrained(tmp_path / "again")

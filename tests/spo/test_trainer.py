@@ -48,7 +48,7 @@ def test_the_metrics_are_the_documented_ones(make_trainer, make_rows):
     trainer.train()
     first, second = logs_of(trainer)[:2]
     assert first.keys() - {"loss", "grad_norm", "learning_rate", "epoch", "step"} == (
-        SPO_METRICS | KL_METRICS | {"sampling/tokens_per_second"}
+        SPO_METRICS | KL_METRICS | {"sampling/tokens_per_second", "sampling/logps_difference"}
     )
     assert second.keys() == first.keys() - {"sampling/tokens_per_second"}  # nothing was sampled then
     documented = type(trainer).__doc__

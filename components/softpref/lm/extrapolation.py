@@ -105,6 +105,8 @@ def write_extrapolations(
     output_dir: str | Path,
     metadata: Mapping[str, Any],
     weights: Iterable[float],
+    *,
+    trust_remote_code: bool = False,
 ) -> list[Path]:
     """Write a model folder `output_dir/extrapolated-W` for each weight W; return the folders.
 
@@ -119,6 +121,7 @@ def write_extrapolations(
         metadata: `softpref.json` of the aligned model; an extrapolated one's differs in `name`
             (`NAME-expo-W`) and `extrapolation` (W).
         weights: each > −1 and not 0.
+        trust_remote_code: run model code that comes with the reference.
 
     Raises:
         ConfigError: the policy is an adapter, or `extrapolate` refuses.
@@ -133,7 +136,7 @@ def write_extrapolations(
             "(merge_adapter), or leave extrapolation empty"
         )
     if isinstance(reference, (str, Path)):
-        reference = load_model(str(reference))
+        reference = load_model(str(reference), trust_remote_code=trust_remote_code)
     folders = []
     for weight in weights:
         folder = Path(output_dir) / folder_name(weight)

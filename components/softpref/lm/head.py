@@ -58,6 +58,16 @@ class CompletionHidden(NamedTuple):
     head: Head
     autocast: torch.dtype | None = None
 
+    def logits(self) -> Tensor:
+        """The scores from which each completion token was chosen: `[T, V]` fp32. For few tokens at a time."""
+        if self.head.weight is None:
+            return self.hidden
+        with self._autocast():
+            scores = nn.functional.linear(self.hidden, self.head.weight, self.head.bias).float()
+        scores = scores * self.head.scale
+        cap = self.head.softcap
+        return scores if cap is None else cap * (scores / cap).tanh()
+
     def logps(self) -> Tensor:
         """Log-probability of each completion token, `[T]` fp32, nats, with gradient."""
         with self._autocast():

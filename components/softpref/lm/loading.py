@@ -6,11 +6,15 @@ Weights are read from safetensors (or GGUF) only, and code from a checkpoint is 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from softpref.errors import ConfigError
 from softpref.lm.sources import check_model_source, local_source, pin_model, source_name
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "METADATA_FILE",
@@ -69,15 +73,19 @@ def load_model(
             adapted = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype)
             model = adapted.merge_and_unload().requires_grad_(True)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 revision=revision or "main",
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
             )
+            _check_weights(source, found)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"base model {source} cannot be loaded: {error}") from error
+    _settle_generation_config(model)
     return model.to(device) if device else model
 
 
@@ -203,6 +211,54 @@ def sampling_generation_config(model: Any, tokenizer: Any) -> Any:
     )
 
 
+def _check_weights(source: str, found: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose weights are not all of the model: transformers draws the others at random.
+
+    Args:
+        found: the loading info of transformers; tied weights that are saved once are not missing there.
+    """
+
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+
+    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    other_shapes = sorted(
+        f"{name} ({list(saved)} in the file, {list(wanted)} in the model)"
+        for name, saved, wanted in found["mismatched_keys"]
+    )
+    faults = [f"it lacks {some(missing)}"] if missing else []
+    faults += [f"shapes differ: {some(other_shapes)}"] if other_shapes else []
+    if faults:
+        faults += [f"it holds {some(unexpected)}, which the model does not have"] if unexpected else []
+        raise ConfigError(
+            f"base model {source}: its weights are not those of its config.json: {'; '.join(faults)}; what "
+            "is missing would be random numbers: correct config.json, or complete the weights"
+        )
+    if unexpected:
+        logger.warning("base model %s holds weights that are not used: %s", source, some(unexpected))
+
+
+def _settle_generation_config(model: Any) -> None:
+    """Replace a generation config that cannot be saved, which would end a training at its first checkpoint.
+
+    Only what ends and pads a text is kept of it: nothing else of it is used here.
+    """
+    from transformers import GenerationConfig
+
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        kept = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**kept)
+        logger.warning(
+            "the model's generation config cannot be saved (%s); its token ids are kept, the rest is not",
+            " ".join(str(error).split())[:300],
+        )
+
+
 def _check_hub_model(source: str, revision: str | None) -> None:
     """Refuse within seconds a Hub model that is neither kept here nor answered for by the Hub.
 
@@ -232,7 +288,10 @@ def _load_gguf(path: Path, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     target = torch.float32 if dtype in ("auto", "float32") else getattr(torch, dtype)
-    quantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    quantized, found = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+    )
+    _check_weights(str(path), found)
     config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -332,7 +332,7 @@ def _found_by_trying(inner: Any) -> str:
         apart.append(inner(input_ids=ids, use_cache=False).logits[0].float()[len(prompt) - 1 : -1])
     expected = torch.cat(apart)
     size, rounding = float(expected.abs().max()), torch.finfo(weight.dtype).eps
-    if float((found - expected).abs().max()) > max(1e-4, 16 * rounding) * size:
+    if not float((found - expected).abs().max()) <= rounding_limit(weight.dtype) * size:
         return "packed and apart it gives different numbers"
     for start, end, mine in ((4, 6, slice(3, 8)), (7, 11, slice(0, 5))):  # a completion, the second block
         others = batch.input_ids.clone()
@@ -340,6 +340,11 @@ def _found_by_trying(inner: Any) -> str:
         if float((packed(others)[mine] - found[mine]).abs().max()) > 4 * rounding * size:
             return "tokens of one sequence reach another"
     return ""
+
+
+def rounding_limit(dtype: torch.dtype) -> float:
+    """By how much two ways to the same scores may differ, relative to the largest score."""
+    return max(1e-4, 16 * torch.finfo(dtype).eps)
 
 
 def _compiled(model: Any) -> bool:

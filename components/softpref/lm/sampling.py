@@ -10,7 +10,7 @@ processes share the work, nor on what a run had drawn before it was interrupted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +57,8 @@ def sample_completions(
     """Sample one completion for each prompt at temperature 1 over the whole vocabulary, in eval mode.
 
     Prompts are served in order of length so that batches hold little padding; the result is in the order
-    given. Rows that have ended leave the batch once half of it has.
+    given. Rows that have ended leave the batch once half of it has. Where a cache would not give the scores of
+    one forward pass (`softpref.lm.decoding.decodes`), each token is drawn from a whole pass, which is slow.
 
     Args:
         prompts: prompt ids, each with at least one token.
@@ -66,20 +67,21 @@ def sample_completions(
         stop_ids: tokens that end a completion; they belong to it.
         progress: called with the number of completions that a batch has added.
     """
-    from softpref.lm.decoding import decoding_attention
+    from softpref.lm.decoding import decodes, decoding_attention
 
     device = next(model.parameters()).device
     if len(noise) != len(prompts):
         raise ValueError(f"noise needs one row per prompt: {len(prompts)} prompts, {len(noise)} rows")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     samples: list[Sample | None] = [None] * len(prompts)
-    with evaluation_mode(model), decoding_attention(model):
+    cached = decodes(model)
+    with evaluation_mode(model), decoding_attention(model) if cached else nullcontext():
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = [list(prompts[i]) for i in rows]
             for i, sample in zip(
                 rows,
-                _sample_batch(model, batch, noise[rows].to(device), stop_ids, pad_id),
+                _sample_batch(model, batch, noise[rows].to(device), stop_ids, pad_id, cached),
                 strict=True,
             ):
                 samples[i] = sample
@@ -105,35 +107,20 @@ def _sample_batch(
     noise: torch.Tensor,
     stop_ids: Sequence[int],
     pad_id: int,
+    cached: bool,
 ) -> list[Sample]:
-    from softpref.lm.decoding import decoding_cache
+    from softpref.lm.decoding import CachedRows, GrowingRows, WholeRows
 
     device, max_new_tokens = noise.device, noise.shape[1]
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(prompts), width), dtype=torch.long)
-    for row, prompt in enumerate(prompts):  # padded on the left: all rows speak at the same place
-        ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    growing: GrowingRows = (CachedRows if cached else WholeRows)(model, prompts, pad_id)
     stops = torch.tensor(sorted(set(stop_ids)), device=device)
     alive = torch.arange(len(prompts), device=device)  # original row of each batch row
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     drawn = torch.zeros((len(prompts), max_new_tokens), dtype=torch.long, device=device)
     lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
     logps = torch.zeros((len(prompts), max_new_tokens), dtype=torch.float32, device=device)
-    cache = decoding_cache(model.config)
     for step in range(max_new_tokens):
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        scores = output.logits[:, -1].float().log_softmax(-1)
+        scores = growing.logits().log_softmax(-1)
         cumulative = scores.exp().cumsum(-1, dtype=torch.float64)
         # the first token whose cumulative probability exceeds the noise: one of probability 0 never is
         threshold = noise[alive, step, None] * cumulative[:, -1:]
@@ -148,12 +135,11 @@ def _sample_batch(
         left = int((~ended).sum())
         if left == 0:
             break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
-        if left <= len(alive) // 2:
+        growing.append(tokens)
+        if left <= len(alive) // 2 or not cached:
             keep = (~ended[alive]).nonzero().squeeze(-1)
-            alive, ids, mask, positions = alive[keep], ids[keep], mask[keep], positions[keep]
-            cache.batch_select_indices(keep)
+            alive = alive[keep]
+            growing.keep(keep)
     return [
         Sample(prompt, completion[:length], token_logps[:length], not has_ended)
         for prompt, completion, length, token_logps, has_ended in zip(

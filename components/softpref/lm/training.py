@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
@@ -52,6 +53,14 @@ class GuardedTrainer(Trainer):
             raise ConfigError(
                 f"{type(config).__name__}.fsdp divides weights among processes, and this is the only one; "
                 "leave it out, or set gpus"
+            )
+        settle_router(options["model"])
+        rows = options.get("train_dataset")
+        at_once = config.per_device_train_batch_size * config.world_size
+        if config.dataloader_drop_last and rows is not None and len(rows) < at_once:
+            raise ConfigError(
+                f"{type(config).__name__}.dataloader_drop_last leaves nothing of {len(rows)} rows, for a batch "
+                f"takes {at_once}; lower per_device_train_batch_size, or leave dataloader_drop_last out"
             )
         super().__init__(*args, **options)
         self._suspect: dict[str, Any] | None = None  # the first micro-batch of a step that was not finite
@@ -131,6 +140,21 @@ class GuardedTrainer(Trainer):
             f"{what} became {float(value)} at optimizer step {step + 1}; {kept}, the batch in {batch_file}. "
             f"{_REMEDIES}"
         )
+
+
+def settle_router(model: Any) -> None:
+    """Switch off a mixture's own load-balancing loss, which no objective here contains.
+
+    It is computed beside the logits where the configuration asks for `output_router_logits`, read by nobody,
+    and its computation bears neither a cache nor packed batches.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        logger.warning(
+            "output_router_logits asks for a load-balancing loss, which is no part of what is trained here; "
+            "it is switched off in the model's configuration"
+        )
+        config.output_router_logits = False  # type: ignore[union-attr]
 
 
 _REMEDIES = "A lower learning_rate, a longer warm-up or fp32 in place of bf16 are the usual remedies."
@@ -302,22 +326,84 @@ def check_training_arguments(args: TrainingArguments) -> None:
     Raises:
         ConfigError: names the parameter and what would be right.
     """
-    for name, least in (
-        ("learning_rate", 0),
-        ("num_train_epochs", 0),
-        ("per_device_train_batch_size", 1),
-        ("per_device_eval_batch_size", 1),
-        ("gradient_accumulation_steps", 1),
-    ):
-        value = getattr(args, name)
-        if not (value >= least and math.isfinite(value)):
-            raise ConfigError(f"{type(args).__name__}.{name} must be at least {least}, got {value!r}")
+    for name, (least, most, open_end) in _RANGES.items():
+        value = getattr(args, name, None)
+        if value is None:
+            continue
+        if not (isinstance(value, (int, float)) and least <= value <= most) or (open_end and value == most):
+            span = f"at least {least}" if math.isinf(most) else f"from {least} to {most}"
+            below = f", below {most}" if open_end and not math.isinf(most) else ""
+            raise ConfigError(f"{type(args).__name__}.{name} must be {span}{below}, got {value!r}")
+    _check_packages(args)
     if str(args.fsdp).lower() in ("true", "1", "yes"):  # as the console has it
         args.fsdp = True  # type: ignore[assignment]
     elif str(args.fsdp).lower() in ("false", "0", "no"):
         args.fsdp = None
     if not args.use_cpu:  # before transformers takes the device of this process, which may not be there
         require_devices(0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+# of options of transformers: least and most, and whether the most itself is excluded
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    **dict.fromkeys(("learning_rate", "num_train_epochs", "weight_decay"), (0, math.inf, True)),
+    **dict.fromkeys(("max_grad_norm", "warmup_steps", "warmup_ratio"), (0, math.inf, True)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1, True)),
+    "adam_epsilon": (0, math.inf, True),
+    "max_steps": (-1, 2**63 - 1, False),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1, False)),  # numpy takes no more
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        (1, 2**31 - 1, False),
+    ),
+    **dict.fromkeys(("dataloader_num_workers", "eval_delay"), (0, 2**31 - 1, False)),
+    "save_total_limit": (1, 2**31 - 1, False),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (0, math.inf, True)),
+}
+_OPTIMIZER_PACKAGES = {
+    "bnb": "bitsandbytes",
+    "8bit": "bitsandbytes",
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "lomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree",
+    "apex": "apex",
+    "4bit": "torchao",
+    "torchao": "torchao",
+    "anyprecision": "torchdistx",
+    "stable_adamw": "torch_optimi",
+}
+
+
+def _check_packages(args: TrainingArguments) -> None:
+    """Refuse an optimizer, or a place to report to, whose package is not installed."""
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    for part, package in _OPTIMIZER_PACKAGES.items():
+        if part in optimizer:
+            module = {"torch_optimi": "optimi"}.get(package, package)
+            if importlib.util.find_spec(module) is None:
+                raise ConfigError(
+                    f"{type(args).__name__}.optim {optimizer} needs the package {package.replace('_', '-')}, "
+                    "which is not installed; install it, or take adamw_torch"
+                )
+            break
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    places = args.report_to if isinstance(args.report_to, (list, tuple)) else [args.report_to]
+    for place in places:
+        if place in (None, "none", "all"):
+            continue
+        if place not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(
+                f"{type(args).__name__}.report_to must be none, all or of "
+                f"{', '.join(sorted(INTEGRATION_TO_CALLBACK))}, got {place!r}"
+            )
+        if place not in get_available_reporting_integrations():
+            raise ConfigError(
+                f"{type(args).__name__}.report_to {place} needs its package, which is not installed; install "
+                "it, or leave report_to none (softpref tracks by itself)"
+            )
 
 
 def check_sharding(args: TrainingArguments) -> None:

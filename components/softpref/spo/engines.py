@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import importlib.util
 import json
+import logging
 import os
 import time
 import urllib.error
@@ -23,9 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from softpref.errors import ConfigError, SoftprefError
+from softpref.lm.head import completion_hidden
 from softpref.lm.sampling import Sample, evaluation_mode, sample_completions
+from softpref.lm.scoring import scoring_batches
 from softpref.spo.config import SPOConfig
 from softpref.spo.vllm_core import Drawn, EngineSpec, shared_core
+
+logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "SOFTPREF_VLLM_TOKEN"
 """Environment variable with the secret that trainer and server share."""
@@ -35,6 +40,7 @@ _FIRST_PAUSE = 1.0  # seconds, doubled after each attempt: about half a minute i
 _PATIENCE = 3600.0  # seconds that a server may take to answer, for it builds an engine or samples meanwhile
 _PART_BYTES = 1 << 30
 _TOLERANCE = {"float32": 0.01, "float16": 0.03, "bfloat16": 0.1}
+_NOTICED = 1e-3  # nats per token in float32
 
 
 class Engine(Protocol):
@@ -261,7 +267,7 @@ class Agreement(NamedTuple):
 
 @torch.no_grad()
 def check_agreement(
-    model: Any, samples: Sequence[Sample], *, precision: str, sequences: int = 8
+    model: Any, samples: Sequence[Sample], *, precision: str, sequences: int = 8, plain: bool = False
 ) -> Agreement:
     """Compare the log-probabilities that came with samples with those that the trainer's model gives them.
 
@@ -272,21 +278,22 @@ def check_agreement(
     1e-6, TF32 1e-3), 0.03 in float16 and 0.1 in bfloat16 (0.01 to 0.05, the sharper the model the more).
 
     Args:
-        samples: of which the first `sequences` are compared, by one forward pass each; call it in the
+        samples: of which the first `sequences` are compared, scored as the trainer scores; call it in the
             context that the trainer computes in.
+        plain: as in `softpref.lm.head.completion_hidden`.
         precision: `float32`, `bfloat16` or `float16`, the coarser of trainer and engine.
 
     Raises:
         SoftprefError: the mean difference is above the limit.
     """
-    device = next(model.parameters()).device
+    chosen = samples[:sequences]
     differences = []
     with evaluation_mode(model):
-        for sample in samples[:sequences]:
-            ids = torch.tensor([[*sample.prompt, *sample.completion]], device=device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(sample.prompt) - 1 : -1].float()
-            logps = logits.log_softmax(-1).gather(-1, ids[0, len(sample.prompt) :, None]).squeeze(-1)
-            differences.append((logps.cpu() - torch.tensor(sample.token_logps)).abs())
+        pairs = [(sample.prompt, sample.completion) for sample in chosen]
+        for places, batch in scoring_batches(model, pairs, batch_size=sequences, plain=plain):
+            logps = completion_hidden(model, batch, plain=plain).logps().cpu()
+            for place, right in zip(places, logps.split(batch.lengths.tolist()), strict=True):
+                differences.append((right - torch.tensor(chosen[place].token_logps)).abs())
     if not differences:
         return Agreement(0.0, 0.0)
     every = torch.cat(differences)
@@ -297,7 +304,14 @@ def check_agreement(
             f"the sampling engine's log-probabilities differ from the trainer's by {found.mean:.3g} nats per "
             f"token on average (at most {found.largest:.3g}) over {len(every)} tokens, more than the "
             f"{limit:g} that {precision} explains: it has other weights or computes the model differently, "
-            "and the KL term would be wrong; take sampling_engine=transformers for this model"
+            "and the KL term would be wrong; take sampling_engine=transformers for this model, or beta 0, "
+            "which needs no samples"
+        )
+    if precision == "float32" and found.mean > _NOTICED:
+        logger.warning(
+            "the sampling engine's log-probabilities differ from the trainer's by %.2g nats per token on "
+            "average (at most %.2g), more than rounding in float32 explains",
+            *found,
         )
     return found
 

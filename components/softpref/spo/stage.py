@@ -204,7 +204,15 @@ def run(
                 "adapter": config.use_peft and not merged,
             }
             if weights := parse_weights(config.extrapolation):
-                write_extrapolations(whole, reference_dir, tokenizer, output_dir, metadata, weights)
+                write_extrapolations(
+                    whole,
+                    reference_dir,
+                    tokenizer,
+                    output_dir,
+                    metadata,
+                    weights,
+                    trust_remote_code=config.trust_remote_code,
+                )
             save_model_folder(whole, tokenizer, output_dir, metadata)
             remove_checkpoints(checkpoints)
             timer.enter("tracking")

@@ -22,9 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from softpref.errors import ConfigError
 from softpref.judges import as_text
+from softpref.lm.decoding import decodes
 from softpref.lm.head import CompletionHidden, completion_hidden, output_head, try_out
 from softpref.lm.packing import PackedBatch, pack_sequences
-from softpref.lm.sampling import Sample, evaluation_mode
+from softpref.lm.sampling import Sample, evaluation_mode, sample_completions
 from softpref.lm.scoring import score_sequences, scoring_batches, sequence_logps, sum_by_sequence
 from softpref.lm.sharding import whole_weights
 from softpref.lm.tokenization import stop_token_ids
@@ -76,8 +77,8 @@ class SPOTrainer(GuardedTrainer):
     method's own implicit reward: α·logp for `spo`, β·(logp − logp_ref) for the others; rejected is the last
     of a row, or the mean of a best-of-n row's others), `kl/sequence` and `kl/token` (nats), `entropy` (nats
     per token), `completions/mean_length`, `completions/truncated_fraction`, `sampling/age` (steps since the
-    samples were drawn), `sampling/logps_difference` (of another engine's log-probabilities to the
-    trainer's own, nats per token), `sampling/ess` (effective sample size, a fraction),
+    samples were drawn), `sampling/logps_difference` (of the engine's log-probabilities to the
+    trainer's own when samples are drawn, nats per token), `sampling/ess` (effective sample size, a fraction),
     `sampling/tokens_per_second`, `sampling/time_fraction`, and with rounds `round`, counted from 1.
 
     Raises:
@@ -193,6 +194,8 @@ class SPOTrainer(GuardedTrainer):
             ref_model.to(self.args.device).eval()
             if not args.plain_forward:
                 try_out(ref_model)
+        if self._engine is sample_completions:
+            decodes(self.model)  # whether with a cache is found out, and said, before training
         self._pad_id = pad_id
         self._stop_ids = stop_token_ids(processing_class, model)
         self._means: dict[str, Means] = {"train": Means(), "eval": Means()}
@@ -430,9 +433,13 @@ class SPOTrainer(GuardedTrainer):
                 progress=progress,
             )
             self._clock.add(time.perf_counter() - started, sum(len(sample.completion) for sample in samples))
-            if self.args.sampling_engine != "transformers":
-                found = check_agreement(policy, samples, precision=computing_precision(self.args, policy))
-                self._means["train"].add("sampling/logps_difference", torch.tensor([found.mean]))
+            found = check_agreement(
+                policy,
+                samples,
+                precision=computing_precision(self.args, policy),
+                plain=self.args.plain_forward,
+            )
+            self._means["train"].add("sampling/logps_difference", torch.tensor([found.mean]))
         return samples
 
     def _expire_samples(self) -> None:
