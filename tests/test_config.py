@@ -79,3 +79,31 @@ def test_files_are_refused_by_name(tmp_path):
     broken.write_text("- 1", encoding="utf-8")
     with pytest.raises(ConfigError, match="holds a list"):
         read_mapping(broken)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"# caf\xe9\ndegrees: 1",
+        b"degrees: " + b"9" * 5000,
+        b'{"a":' * 20000,
+        b"a: &a [*a]",
+        b'{"note": "\\ud800"}',
+        b'{"note": "a\\u0000b"}',
+    ],
+)
+def test_a_file_that_cannot_be_understood_is_refused_with_a_sentence(tmp_path, content):
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"configuration file .*c\.yaml"):
+        read_mapping(tmp_path / "c.yaml")
+
+
+def test_keys_are_text_as_written_and_other_encodings_are_read(tmp_path):
+    (tmp_path / "c.yaml").write_bytes("labels: {yes: a, 0: b}".encode("utf-16"))
+    assert read_mapping(tmp_path / "c.yaml") == {"labels": {"yes": "a", "0": "b"}}
+
+
+@pytest.mark.parametrize("values", [{"degrees": 10**400}, {"degrees": 1, "minutes": "9" * 5000}])
+def test_numbers_beyond_bounds_are_refused(values):
+    with pytest.raises(ConfigError, match="must be"):
+        build_config(Oven, values)

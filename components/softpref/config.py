@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -22,27 +23,46 @@ NULL = "$null"  # stands for a null where KFP bears none
 COMMIT = "commit "  # how the version of something on the Hub begins, as the plan settles it
 
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+_MOST_VALUES = 100_000  # in one configuration, aliases of YAML expanded
+_BROKEN_JSON = (ValueError, RecursionError)  # also numbers of thousands of digits, and deep nesting
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxstring, _repr.maxother = 2, 200, 200
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """Read a YAML or JSON file that holds one mapping.
+    """Read a YAML or JSON file that holds one mapping, in UTF-8, or UTF-16 with its mark.
+
+    Keys are text as they are written: `yes`, `no` and `0` of YAML too.
 
     Raises:
         ConfigError: the file is absent, is not YAML, or holds something else than a mapping.
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            self.flatten_mapping(node)
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    key.tag = self.DEFAULT_SCALAR_TAG
+            return super().construct_mapping(node, deep)
+
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"configuration file {path} does not exist")
+    content = path.read_bytes()
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"configuration file {path} is not valid YAML or JSON: {error}") from error
+        try:
+            values = json.loads(content)  # whose pairs of \\u escapes YAML does not know
+        except _BROKEN_JSON:
+            values = yaml.load(content, Loader)
+    except Exception as error:  # the parser's own, and what its values' types raise
+        raise ConfigError(f"configuration file {path} is not valid YAML or JSON: {_of(error)}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"configuration file {path} holds a {type(values).__name__}, expected a mapping")
+    _check_values(values, f"configuration file {path}")
     return values
 
 
@@ -65,13 +85,42 @@ def parse_overrides(
         return {key: _whole(value) for key, value in overrides.items()}
     try:
         values = json.loads(overrides)
-    except json.JSONDecodeError as error:
+    except _BROKEN_JSON as error:
         raise ConfigError(
-            f"{name} is not JSON ({error}); write it like {example}, got {overrides!r}"
+            f"{name} is not JSON ({_of(error)}); write it like {example}, got {shown(overrides)}"
         ) from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{name} must be a JSON object, got {overrides!r}")
+        raise ConfigError(f"{name} must be a JSON object, got {shown(overrides)}")
     return values
+
+
+def shown(value: Any) -> str:
+    """A value for a message: `repr`, cut short."""
+    try:
+        return _repr.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+
+
+def _of(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _check_values(values: Any, where: str) -> None:
+    """Refuse text that no file could hold, and values without end (YAML's aliases can multiply them)."""
+    waiting = [values]
+    for _ in range(_MOST_VALUES):
+        if not waiting:
+            return
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
+        elif isinstance(value, str):
+            if "\0" in value or (not value.isprintable() and value.encode(errors="ignore").decode() != value):
+                raise ConfigError(f"{where}: {shown(value)} holds a NUL or is not UTF-8; write it without")
+    raise ConfigError(f"{where} holds more than {_MOST_VALUES:,} values")
 
 
 def _whole(value: Any) -> Any:
@@ -106,6 +155,8 @@ def build_config(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
     values: dict[str, Any] = {}
     for layer in layers:
         values.update(layer)
+    for key, value in values.items():
+        _check_values(value, f"{cls.__name__}.{shown(key)}")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -158,19 +209,17 @@ def _convert(cls: type, key: str, value: Any, hint: Any) -> Any:
             if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
                 return value.lower() in _TRUE
         elif option is int:
-            if isinstance(value, int) and not isinstance(value, bool):
+            if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
                 return value
-            if isinstance(value, float) and value.is_integer():
+            if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
                 return int(value)
-            if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+", value):
+            if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value):
                 return int(value)
         elif option is float:
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                return float(value)
-            if isinstance(value, str):
+            if isinstance(value, (int, float, str)) and not isinstance(value, bool):
                 try:
                     return float(value)
-                except ValueError:
+                except (ValueError, OverflowError):
                     pass
         elif option is str:
             if isinstance(value, str):
@@ -182,8 +231,9 @@ def _convert(cls: type, key: str, value: Any, hint: Any) -> Any:
             if isinstance(value, str):
                 try:
                     value = json.loads(value)
-                except json.JSONDecodeError:
+                except _BROKEN_JSON:
                     continue
+                _check_values(value, f"{cls.__name__}.{key}")
             if isinstance(value, container) or (container is tuple and isinstance(value, list)):
                 return container(value)
         elif isinstance(option, type) and isinstance(value, option):
@@ -197,7 +247,7 @@ def _convert(cls: type, key: str, value: Any, hint: Any) -> Any:
         for option in options
         if option is not type(None)
     )
-    raise ConfigError(f"{cls.__name__}.{key} must be {allowed}, got {value!r}")
+    raise ConfigError(f"{cls.__name__}.{key} must be {allowed}, got {shown(value)}")
 
 
 def _flatten(hint: Any) -> list[Any]:

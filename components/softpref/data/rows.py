@@ -190,7 +190,7 @@ def _several(record: Mapping[str, Any], role: str, columns: str | list[str]) -> 
     if isinstance(value, str):  # a list inside a CSV cell
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise Refused(f"{role} is not a list", f"{columns!r} is the text {_short(value)}") from None
     if not isinstance(value, list):
         raise Refused(f"{role} is not a list", f"{columns!r} is {_describe(value)}")
@@ -514,7 +514,7 @@ def _sigmoid(value: float) -> float:
 def _meaning(value: Any, role: str, meanings: Mapping[str, str]) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    key = value if isinstance(value, str) else json.dumps(value)
+    key = value if isinstance(value, str) else json.dumps(value, default=str)
     folded = {known.casefold(): meaning for known, meaning in meanings.items()}
     if key.strip().casefold() not in folded:
         if key.strip() == "0" and meanings is _MEANINGS["preference"]:

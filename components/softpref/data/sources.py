@@ -226,7 +226,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, Any, str]]:
                 yield number, json.loads(line), ""
             except UnicodeDecodeError:
                 yield number, None, "not valid UTF-8"
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # also integers of thousands of digits
                 yield number, None, f"not valid JSON: {error}"
 
 
