@@ -92,7 +92,7 @@ def byte_level(*, template: str | None = None, bos: bool = False) -> Any:
 
 
 def _pieces(special: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a BPE over `▁` words with bytes to fall back on, as SentencePiece makes them."""
+    """Vocabulary and merges of a BPE over `▁` words with bytes to fall back on, as SentencePiece has."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     text = Tokenizer(models.BPE())
@@ -465,7 +465,7 @@ def training_difference(model: Any, tokenizer: Any) -> float:
 
 
 def sampling_agreement(model: Any, tokenizer: Any, count: int = 48, length: int = 16) -> tuple[float, float]:
-    """(b) Effective sample size of fresh samples, and the largest difference of a sample's log-probability."""
+    """(b) Effective sample size of fresh samples, and a sample's largest difference, nats."""
     from softpref.lm.sampling import sample_completions, sampling_noise
 
     prompts = [tokenizer(PROMPTS[i % len(PROMPTS)])["input_ids"] for i in range(count)]
@@ -484,7 +484,7 @@ def sampling_agreement(model: Any, tokenizer: Any, count: int = 48, length: int 
 
 
 def token_differences(tokenizer: Any, model: Any) -> list[str]:
-    """(c) Rows whose ids are not those of joint tokenization, or of the chat template up to the turn's end."""
+    """(c) Rows whose ids are not those of joint tokenization, or of the chat template to the turn's end."""
     import inspect
 
     from softpref.lm.tokenization import stop_token_ids, tokenize_row
@@ -610,16 +610,18 @@ def table(results: Sequence[Result]) -> str:
         f"on {datetime.date.today().isoformat()} with Python {platform.python_version()}, torch "
         f"{torch.__version__.partition('+')[0]}, transformers {transformers.__version__}, on a CPU in fp32.",
         "",
-        "- *training*: sequence log-probabilities as the trainer computes them (packed or padded, in training and "
-        "in scoring, fast and plain) against one forward pass of transformers for each sequence alone; the "
+        "- *training*: sequence log-probabilities as the trainer computes them (packed or padded, in training "
+        "and in scoring, fast and plain) against one forward pass of transformers for each sequence alone; the "
         f"largest difference in nats, at most {LOGPS_LIMIT:g}.",
-        "- *sampling*: log-probabilities that come with samples against such a pass: effective sample size (at "
-        f"least {ESS_LIMIT:g}) and largest difference of a sample, nats; *log*: `sampling/ess` of the first step.",
+        "- *sampling*: log-probabilities that come with samples against such a pass: effective sample size "
+        f"(at least {ESS_LIMIT:g}) and largest difference of a sample, nats; *log*: `sampling/ess` of "
+        "the first step.",
         "- *tokens*: rows whose ids are those of transformers' joint tokenization, or of its chat template.",
         "- *loaded*: after two steps of training, what transformers loads from the model folder and from the "
         "checkpoint against the model in memory, nats.",
         "- *packed*: prompts are shared and nothing is padded; *cache*: samples are drawn with a cache. What "
-        "cannot is found out by trying, and computed the slow way: padded, or a whole forward pass for each token.",
+        "cannot is found out by trying, and computed the slow way: padded, or a whole forward pass for "
+        "each token.",
         "",
         "| architecture | type | training | sampling, ESS | nats | log | tokens | loaded | packed | cache |",
         "| :-- | :-- | --: | --: | --: | --: | --: | --: | :-: | :-: |",

@@ -95,9 +95,10 @@ class CachedRows:
 
     def keep(self, rows: Tensor) -> None:
         self._ids, self._mask, self._positions = self._ids[rows], self._mask[rows], self._positions[rows]
-        for layer in self._cache.layers:
+        layers: Any = self._cache.layers
+        for layer in layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):
-                layer.reorder_cache(rows)
+                layer.reorder_cache(rows)  # type: ignore[arg-type]
             else:
                 layer.batch_select_indices(rows)
 

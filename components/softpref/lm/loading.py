@@ -58,6 +58,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    model: Any
     check_model_source(source)
     source = local_source(source)
     path = Path(source)
@@ -73,7 +74,7 @@ def load_model(
             adapted = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype)
             model = adapted.merge_and_unload().requires_grad_(True)
         else:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 source,
                 dtype=dtype,
                 use_safetensors=True,
@@ -288,7 +289,8 @@ def _load_gguf(path: Path, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     target = torch.float32 if dtype in ("auto", "float32") else getattr(torch, dtype)
-    quantized, found = AutoModelForCausalLM.from_pretrained(
+    quantized: Any
+    quantized, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
         path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
     )
     _check_weights(str(path), found)

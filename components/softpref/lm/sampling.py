@@ -57,8 +57,8 @@ def sample_completions(
     """Sample one completion for each prompt at temperature 1 over the whole vocabulary, in eval mode.
 
     Prompts are served in order of length so that batches hold little padding; the result is in the order
-    given. Rows that have ended leave the batch once half of it has. Where a cache would not give the scores of
-    one forward pass (`softpref.lm.decoding.decodes`), each token is drawn from a whole pass, which is slow.
+    given. Rows that have ended leave the batch once half of it has. Where a cache would not give the scores
+    of one forward pass (`softpref.lm.decoding.decodes`), each token is drawn from a whole pass, which is slow.
 
     Args:
         prompts: prompt ids, each with at least one token.

@@ -59,8 +59,8 @@ class GuardedTrainer(Trainer):
         at_once = config.per_device_train_batch_size * config.world_size
         if config.dataloader_drop_last and rows is not None and len(rows) < at_once:
             raise ConfigError(
-                f"{type(config).__name__}.dataloader_drop_last leaves nothing of {len(rows)} rows, for a batch "
-                f"takes {at_once}; lower per_device_train_batch_size, or leave dataloader_drop_last out"
+                f"{type(config).__name__}.dataloader_drop_last leaves nothing of {len(rows)} rows, for a "
+                f"batch takes {at_once}; lower per_device_train_batch_size, or leave dataloader_drop_last out"
             )
         super().__init__(*args, **options)
         self._suspect: dict[str, Any] | None = None  # the first micro-batch of a step that was not finite
