@@ -156,12 +156,13 @@ def _finish(client: Any, experiment_id: str, run: PipelineRun, status: str, tags
     now = int(time.time() * 1000)
     root, _ = find_or_open(client, experiment_id, (_ID_TAG, run.id), run.name, {}, now)
     own = {"mlflow.runName": run.name, **tags}
+    if status == "FAILED" and root.info.status == "KILLED":
+        status = "KILLED"
+    own["softpref.ended"] = status  # KFP's plugin, which ends the run after all steps, calls KILLED failed
     if address := run_address(run):
         own[_ADDRESS_TAG] = address
     for key, value in own.items():
         client.set_tag(root.info.run_id, usable_name(key), as_text(value)[:_TAG_LENGTH])
-    if status == "FAILED" and root.info.status == "KILLED":
-        status = "KILLED"
     parents = [root.info.run_id]
     for parent in parents:  # grows: the plugin's runs of loops have children
         for child in client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'"):
