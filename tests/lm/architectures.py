@@ -1,10 +1,11 @@
-"""Small models of many architectures, with random weights and a tokenizer of their kind; and what each must show.
+"""Small models of many architectures, random weights and a tokenizer of their kind; what each must show.
 
     PYTHONPATH=components python tests/lm/architectures.py [NAME …]
 
-measures all of them (some minutes on one core), or those named, and writes `ARCHITECTURES.md` beside this file.
-The right values come from transformers: one forward pass for each sequence alone, without padding or cache, and
-a log-softmax in float64; its own joint tokenization and chat templates; its own loading of a saved folder.
+measures all of them (some minutes on one core), or those named, and writes
+`ARCHITECTURES.md` beside this file.
+The right values come from transformers: one forward pass for each sequence alone, without padding or cache,
+and a log-softmax in float64; its own joint tokenization and chat templates; its own loading of a saved folder.
 """
 
 from __future__ import annotations
