@@ -1,10 +1,11 @@
-"""Small models of many architectures, with random weights and a tokenizer of their kind; and what each must show.
+"""Small models of many architectures, random weights and a tokenizer of their kind; what each must show.
 
     PYTHONPATH=components python tests/lm/architectures.py [NAME …]
 
-measures all of them (some minutes on one core), or those named, and writes `ARCHITECTURES.md` beside this file.
-The right values come from transformers: one forward pass for each sequence alone, without padding or cache, and
-a log-softmax in float64; its own joint tokenization and chat templates; its own loading of a saved folder.
+measures all of them (some minutes on one core), or those named, and writes
+`ARCHITECTURES.md` beside this file.
+The right values come from transformers: one forward pass for each sequence alone, without padding or cache,
+and a log-softmax in float64; its own joint tokenization and chat templates, and its loading.
 """
 
 from __future__ import annotations
@@ -610,8 +611,8 @@ def table(results: Sequence[Result]) -> str:
         f"on {datetime.date.today().isoformat()} with Python {platform.python_version()}, torch "
         f"{torch.__version__.partition('+')[0]}, transformers {transformers.__version__}, on a CPU in fp32.",
         "",
-        "- *training*: sequence log-probabilities as the trainer computes them (packed or padded, in training "
-        "and in scoring, fast and plain) against one forward pass of transformers for each sequence alone; the "
+        "- *training*: sequence log-probabilities as the trainer computes them (packed, padded, in training "
+        "and in scoring, fast and plain) against one forward pass of transformers for each sequence; the "
         f"largest difference in nats, at most {LOGPS_LIMIT:g}.",
         "- *sampling*: log-probabilities that come with samples against such a pass: effective sample size "
         f"(at least {ESS_LIMIT:g}) and largest difference of a sample, nats; *log*: `sampling/ess` of "

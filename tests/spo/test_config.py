@@ -134,3 +134,21 @@ def test_a_trainer_without_tokenizer_or_with_the_policy_as_its_own_reference_is_
         SPOTrainer(model, config, train_dataset=rows)
     with pytest.raises(ConfigError, match="would move with it"):
         SPOTrainer(model, config, train_dataset=rows, processing_class=tokenizer, ref_model=model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 2**32}, "seed must be from 0 to 4294967295"),
+        ({"adam_beta1": 2}, "adam_beta1 must be from 0 to 1, below 1"),
+        ({"adam_epsilon": float("inf")}, "adam_epsilon must be at least 0"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm must be at least 0"),
+        ({"max_grad_norm": -1}, "max_grad_norm must be at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"optim": "lomo"}, "needs the package lomo-optim"),
+        ({"report_to": "nonsense"}, "report_to must be none"),
+    ],
+)
+def test_what_transformers_takes_and_training_does_not_bear_is_refused_at_once(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        SPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)

@@ -59,6 +59,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     model: Any
+    found: Any
     check_model_source(source)
     source = local_source(source)
     path = Path(source)
@@ -290,6 +291,7 @@ def _load_gguf(path: Path, dtype: str) -> Any:
 
     target = torch.float32 if dtype in ("auto", "float32") else getattr(torch, dtype)
     quantized: Any
+    found: Any
     quantized, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
         path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
     )

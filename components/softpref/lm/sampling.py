@@ -58,7 +58,7 @@ def sample_completions(
 
     Prompts are served in order of length so that batches hold little padding; the result is in the order
     given. Rows that have ended leave the batch once half of it has. Where a cache would not give the scores
-    of one forward pass (`softpref.lm.decoding.decodes`), each token is drawn from a whole pass, which is slow.
+    of one forward pass (`softpref.lm.decoding.decodes`), each token is drawn from a whole pass: slow.
 
     Args:
         prompts: prompt ids, each with at least one token.

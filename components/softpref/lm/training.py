@@ -349,14 +349,14 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("max_grad_norm", "warmup_steps", "warmup_ratio"), (0, math.inf, True)),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1, True)),
     "adam_epsilon": (0, math.inf, True),
-    "max_steps": (-1, 2**63 - 1, False),
+    "max_steps": (-1, math.inf, True),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1, False)),  # numpy takes no more
     **dict.fromkeys(
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-        (1, 2**31 - 1, False),
+        (1, math.inf, True),
     ),
-    **dict.fromkeys(("dataloader_num_workers", "eval_delay"), (0, 2**31 - 1, False)),
-    "save_total_limit": (1, 2**31 - 1, False),
+    **dict.fromkeys(("dataloader_num_workers", "eval_delay"), (0, math.inf, True)),
+    "save_total_limit": (1, math.inf, True),
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (0, math.inf, True)),
 }
 _OPTIMIZER_PACKAGES = {
