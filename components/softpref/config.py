@@ -117,9 +117,8 @@ def _check_values(values: Any, where: str) -> None:
             waiting += [*value, *value.values()]
         elif isinstance(value, (list, tuple, set)):
             waiting += value
-        elif isinstance(value, str):
-            if "\0" in value or (not value.isprintable() and value.encode(errors="ignore").decode() != value):
-                raise ConfigError(f"{where}: {shown(value)} holds a NUL or is not UTF-8; write it without")
+        elif isinstance(value, str) and ("\0" in value or value.encode(errors="ignore").decode() != value):
+            raise ConfigError(f"{where}: {shown(value)} holds a NUL or is not UTF-8; write it without")
     raise ConfigError(f"{where} holds more than {_MOST_VALUES:,} values")
 
 

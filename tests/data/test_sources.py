@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -88,7 +89,7 @@ def test_a_table_row_with_other_cells_than_the_header_costs_only_its_row(tmp_pat
     path.write_text("a,b\n1,2\n1\n1,2,3\n3,4\n")
     rows = list(open_source(str(path)))
     assert [row.record for row in rows] == [{"a": "1", "b": "2"}, None, None, {"a": "3", "b": "4"}]
-    assert rows[1].fault == "1 cells, the header has 2"
+    assert rows[1].fault == "line 3: 1 cells, the header has 2"
 
 
 @pytest.mark.parametrize(
@@ -289,3 +290,78 @@ def test_an_unreachable_hub_is_an_error_that_says_what_was_tried(monkeypatch):
         ConfigError, match=r"'owner/name' .*split 'train'.* ConnectionError: no route to host"
     ):
         open_source("owner/name", split="train")
+
+
+def _records(path):
+    return [(row.record, row.fault) for row in open_source(str(path))]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_open_quote_costs_its_own_row_alone(tmp_path, place):
+    cells = [[f"a{number}", f"b{number}"] for number in range(5)]
+    cells[2][place] = f'"{cells[2][place]}'
+    (tmp_path / "x.csv").write_text("\n".join(["left,right", *(",".join(row) for row in cells)]))
+    rows = _records(tmp_path / "x.csv")
+    assert [record["left"] for record, _ in rows if record] == ["a0", "a1", "a3", "a4"]
+    (fault,) = [fault for record, fault in rows if record is None]
+    assert fault.startswith("line 4: ")
+
+
+def test_a_quote_that_a_later_row_closes_swallows_no_row(tmp_path):
+    (tmp_path / "x.csv").write_text('left,right\na0,"b0\na1,"b1"\na2,b2\n')
+    rows = _records(tmp_path / "x.csv")
+    assert [record for record, _ in rows if record] == [
+        {"left": "a1", "right": "b1"},
+        {"left": "a2", "right": "b2"},
+    ]
+
+
+def test_line_breaks_inside_of_quotes_belong_to_the_cell(tmp_path):
+    text = "\n".join(f"line {number}, with quotes" for number in range(300))
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["left", "right"], ["a", text], ["b", "c"]])
+    assert [record["right"] for record, _ in _records(tmp_path / "x.csv")] == [text, "c"]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.csv.gz"])
+def test_rows_before_the_damage_of_a_packed_file_are_read(tmp_path, name):
+    lines = [json.dumps({"left": hashlib.sha256(bytes([n])).hexdigest()}) for n in range(200)]
+    if "csv" in name:
+        lines = ["left", *(json.loads(line)["left"] for line in lines)]
+    packed = gzip.compress("\n".join(lines).encode())
+    (tmp_path / name).write_bytes(packed[: len(packed) // 2])
+    *rows, (record, fault) = _records(tmp_path / name)
+    assert len(rows) > 10
+    assert all(row for row, _ in rows)
+    assert record is None
+    assert "damaged from here on" in fault
+
+
+@pytest.mark.parametrize("form", ["{}\n{}\n{}", "[{},{},{}]"])
+def test_an_integer_of_thousands_of_digits_costs_no_row(tmp_path, form):
+    huge = '{"left": "b", "id": ' + "7" * 5000 + "}"
+    (tmp_path / "x.json").write_text(form.replace("{}", "%s") % ('{"left": "a"}', huge, '{"left": "c"}'))
+    assert [record["left"] for record, _ in _records(tmp_path / "x.json")] == ["a", "b", "c"]
+
+
+def test_an_array_nested_too_deeply_is_refused_with_its_element(tmp_path):
+    (tmp_path / "x.json").write_text('[{"a": 1}, ' + "[" * 100_000)
+    with pytest.raises(DataError, match="element 2 is nested too deeply"):
+        _records(tmp_path / "x.json")
+
+
+def test_parquet_values_that_python_does_not_have_are_missing_and_cost_no_row(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table(
+        {
+            "left": ["a", "b"],
+            "time": pyarrow.array([1, 2**60], pyarrow.int64()).cast(pyarrow.timestamp("us")),
+            "text": pyarrow.array([b"x", b"\xff"]).view(pyarrow.string()),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    (first, _), (second, _) = _records(tmp_path / "x.parquet")
+    assert (first["left"], first["text"]) == ("a", "x")
+    assert second == {"left": "b"}

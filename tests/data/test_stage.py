@@ -440,3 +440,19 @@ def _binomial(n, p):
     import math
 
     return [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+
+
+def test_one_odd_row_does_not_decide_for_the_others(tmp_path):
+    rows = [{"prompt": f"p{number}", "chosen": "good", "rejected": "bad"} for number in range(20)]
+    rows[0] = {
+        "prompt": [{"role": "user", "content": "p"}],
+        "chosen": [{"role": "assistant", "content": "good"}],
+        "rejected": [{"role": "assistant", "content": "bad"}],
+    }
+    rows[1]["probability"] = 0.9
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    stats = run(DataConfig(source=str(path)), tmp_path / "out")
+    assert not stats["conversational"]
+    (line,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["source_row"] == 1

@@ -5,6 +5,7 @@ Accepted rows go to a spool file; in memory stay a few digests per row, so a sou
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -127,19 +128,20 @@ class Intake:
             DataError: the source holds no record that can be read.
         """
         config = self._config
-        rows, known = peek_columns(itertools.islice(rows, config.max_source_rows), source)
+        rows, known, common = peek_columns(itertools.islice(rows, config.max_source_rows), source)
         template = config.template_fields
         wanted = [(f"columns[{role!r}]", column) for role, column in config.columns.items() if column]
         check_present([*wanted, *(("prompt_template", field) for field in template)], known, source)
         self.layout = settle_layout(
             config.columns,
-            known,
+            common,
             template,
             scaled=config.score_scale is not None,
             implicit=config.implicit_prompt or bool(config.implicit_prompt_end),
         )
         first = list(itertools.islice(rows, _PEEK))
         rows = itertools.chain(first, rows)
+        self.conversational = self._prevailing(first)
         forms = value_forms([row.record for row in first if row.record], self.layout, config)
         self.layout = self.layout._replace(
             notes=(*self.layout.notes, *(f"recognised as messages: {form}" for form in forms))
@@ -162,6 +164,16 @@ class Intake:
                 except Refused as reason:
                     self._rejections.add(source_row.number, source_row.place, reason)
 
+    def _prevailing(self, rows: Iterable[SourceRow]) -> bool | None:
+        """Whether most of the rows are conversations: not the first alone decides for all others."""
+        kinds: Counter[bool] = Counter()
+        if self.layout.form != "single":
+            for row in rows:
+                with contextlib.suppress(Refused):
+                    preference = read_row(_record(row), self.layout, self._config)
+                    kinds[isinstance(preference.prompt, list)] += 1
+        return kinds.most_common(1)[0][0] if kinds else None
+
     def accepted(self) -> Iterator[Accepted]:
         """The accepted rows again, in order of the source."""
         with self._spool.open(encoding="utf-8") as spool:
@@ -177,7 +189,7 @@ class Intake:
             kinds = ("plain text", "conversations")
             raise Refused(
                 "plain text and conversations are mixed",
-                f"this row holds {kinds[conversational]}, the rows before {kinds[not conversational]}",
+                f"this row holds {kinds[conversational]}, the others {kinds[not conversational]}",
             )
         key = prompt_key(row.prompt)
         parts = [_digest(completion) for completion in row.completions]
@@ -245,23 +257,27 @@ class Intake:
             yield sorted(order[index::count])
 
 
-def peek_columns(rows: Iterator[SourceRow], source: str) -> tuple[Iterator[SourceRow], list[str]]:
-    """The stream unharmed, and the columns that its first hundred rows have.
+def peek_columns(rows: Iterator[SourceRow], source: str) -> tuple[Iterator[SourceRow], list[str], list[str]]:
+    """The stream unharmed, the columns that its first hundred rows have, and those that half of them have.
+
+    A column of a few odd rows must not decide how the others are read.
 
     Raises:
         DataError: there is no row, or none of the first can be read.
     """
     first = list(itertools.islice(rows, _PEEK))
-    known: dict[str, None] = {}
+    known: Counter[str] = Counter()
     for row in first:
-        known.update(dict.fromkeys(paths_of(row.record or {})))
+        known.update(dict.fromkeys(paths_of(row.record or {}), 1))
     if not first:
         raise DataError(f"{source} holds no rows")
     if not known:
         raise DataError(
             f"none of the first {len(first)} rows of {source} can be read; the first: {first[0].fault}"
         )
-    return itertools.chain(first, rows), list(known)
+    readable = sum(row.record is not None for row in first)
+    common = [column for column, count in known.items() if 2 * count >= readable]
+    return itertools.chain(first, rows), list(known), common
 
 
 def check_rejections(intake: Intake, rejections: RejectionLog, config: DataConfig, listing: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,10 @@ _FORMATS = {
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _CHUNK = 1 << 20
+_DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
+_MOST_DIGITS = 4300  # of an integer: Python's own limit
+_MOST_LINES = 1000  # of a CSV row: a quote that stays open for longer is taken for one that nobody closed
+_UNREADABLE = object()
 _NOWHERE = (
     'source {!r} does not exist; give "story", a file, a folder, a URL like s3://BUCKET/FILE, or a Hub '
     "dataset id like owner/name"
@@ -203,10 +208,29 @@ def _read_file(path: Path, format: str) -> Iterator[tuple[int, Any, str]]:
     if kind == "parquet":
         return _read_parquet(path)
     if kind in ("csv", "tsv"):
-        return _read_table(path, "\t" if kind == "tsv" else ",")
-    if kind == "json" and _format_inside(path) == "json":
-        return _read_array(path)
-    return _read_lines(path)  # files named .json often hold JSON Lines
+        return _until_damage(_read_table(path, "\t" if kind == "tsv" else ","))
+    try:
+        array = kind == "json" and _format_inside(path) == "json"
+    except _DAMAGED:
+        array = False
+    # files named .json often hold JSON Lines
+    return _until_damage(_read_array(path) if array else _read_lines(path))
+
+
+def _until_damage(rows: Iterator[tuple[int, Any, str]]) -> Iterator[tuple[int, Any, str]]:
+    """The rows before the place where a packed file is damaged, and one fault for all behind it."""
+    number = 0
+    try:
+        for row in rows:
+            number = row[0]
+            yield row
+    except _DAMAGED as error:
+        yield number + 1, None, f"the packed file is damaged from here on, nothing behind is read: {error}"
+
+
+def _integer(digits: str) -> int | float:
+    """A JSON integer; of thousands of digits, which Python refuses to convert, an infinite float."""
+    return int(digits) if len(digits) < _MOST_DIGITS else float(digits)
 
 
 def _open_bytes(path: Path) -> IO[bytes]:
@@ -223,16 +247,16 @@ def _read_lines(path: Path) -> Iterator[tuple[int, Any, str]]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line), ""
+                yield number, json.loads(line, parse_int=_integer), ""
             except UnicodeDecodeError:
                 yield number, None, "not valid UTF-8"
-            except (ValueError, RecursionError) as error:  # also integers of thousands of digits
+            except (ValueError, RecursionError) as error:
                 yield number, None, f"not valid JSON: {error}"
 
 
 def _read_array(path: Path) -> Iterator[tuple[int, Any, str]]:
     """Decode a JSON array element by element, holding one piece of the file at a time."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(parse_int=_integer)
     with _open_bytes(path) as raw:
         file = codecs.getreader("utf-8-sig")(raw)
         text, place, number, more, wanted = "", 0, 0, True, _CHUNK
@@ -254,7 +278,9 @@ def _read_array(path: Path) -> Iterator[tuple[int, Any, str]]:
                         return
                     try:
                         value, end = decoder.raw_decode(text, place)
-                    except json.JSONDecodeError as error:
+                    except RecursionError:
+                        raise DataError(f"{path}: element {number + 1} is nested too deeply") from None
+                    except ValueError as error:
                         if not more:
                             raise DataError(
                                 f"{path}: element {number + 1} is not valid JSON: {error}"
@@ -281,24 +307,67 @@ def _read_table(path: Path, delimiter: str) -> Iterator[tuple[int, Any, str]]:
         _open_bytes(path) as raw,
         io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
     ):
-        reader = csv.reader(file, delimiter=delimiter)
-        try:
-            header = next(reader, None)
-            if header is None:
+        lines = _Lines(file)
+        header: list[str] | None = None
+        number = 0
+        while True:
+            fault = ""
+            first = lines.begin()
+            try:
+                cells = next(csv.reader(lines, delimiter=delimiter, strict=True), None)
+            except csv.Error as error:
+                cells, fault = [], f"line {first}: {error}; is a quote open, or not doubled inside of a cell?"
+            if cells is None:
                 return
-            if len(set(header)) < len(header):
-                raise DataError(f"{path}: the header names a column twice: {', '.join(header)}")
-            number = 0
-            for cells in reader:
-                if not cells:
-                    continue
-                number += 1
-                if len(cells) != len(header):
-                    yield number, None, f"{len(cells)} cells, the header has {len(header)}"
-                else:
-                    yield number, dict(zip(header, cells, strict=True)), ""
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+            if header is None:
+                if fault:
+                    raise DataError(f"{path}: the header cannot be read: {fault}")
+                if len(set(cells)) < len(cells):
+                    raise DataError(f"{path}: the header names a column twice: {', '.join(cells)}")
+                header = cells
+                continue
+            if not fault and not cells:
+                continue
+            number += 1
+            if not fault and len(cells) != len(header):
+                fault = f"line {first}: {len(cells)} cells, the header has {len(header)}"
+            if fault:
+                lines.back_to_second()
+                yield number, None, fault
+            else:
+                yield number, dict(zip(header, cells, strict=True)), ""
+
+
+class _Lines:
+    """The lines of a CSV file, a row's at a time. Those behind the first of a bad row are read again.
+
+    So a quote that nothing closes costs the row that opened it, and not all that follow.
+    """
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+        self._waiting: deque[str] = deque()
+        self._row: list[str] = []
+        self._line = 1
+
+    def begin(self) -> int:
+        """Begin a row; returns the number of its first line."""
+        self._line += len(self._row)
+        self._row.clear()
+        return self._line
+
+    def back_to_second(self) -> None:
+        self._waiting.extendleft(reversed(self._row[1:]))
+        del self._row[1:]
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        if len(self._row) >= _MOST_LINES:
+            raise csv.Error(f"a row of more than {_MOST_LINES} lines")
+        self._row.append(self._waiting.popleft() if self._waiting else next(self._file))
+        return self._row[-1]
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any, str]]:
@@ -309,11 +378,27 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any, str]]:
         number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=512):
-                for record in batch.to_pylist():
+                columns = [_values(column) for column in batch.columns]
+                for values in zip(*columns, strict=True):
                     number += 1
-                    yield number, record, ""
+                    cells = zip(batch.schema.names, values, strict=True)
+                    yield number, {name: value for name, value in cells if value is not _UNREADABLE}, ""
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from error
+
+
+def _values(column: Any) -> list[Any]:
+    """A column's values; one that Python has no value for is `_UNREADABLE`, and concerns who uses it."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):
+        values = []
+        for value in column:
+            try:
+                values.append(value.as_py())
+            except (ValueError, OverflowError):
+                values.append(_UNREADABLE)
+        return values
 
 
 def _read_saved(path: Path, split: str | None) -> Iterator[tuple[int, Any, str]]:

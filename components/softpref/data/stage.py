@@ -394,7 +394,7 @@ def _extra_rows(
 ) -> Iterator[dict[str, Any]]:
     """Demonstrations or prompts as records; what cannot be used goes to the rejection log under `name`."""
     source = (config.sft_source if name == "sft" else config.prompts_source) or config.source
-    stream, known = peek_columns(stream, source)
+    stream, known, _ = peek_columns(stream, source)
     fields = config.template_fields
     if fields and "prompt" not in (config.sft_columns if name == "sft" else config.prompts_columns):
         columns = {role: column for role, column in columns.items() if role != "prompt"}
