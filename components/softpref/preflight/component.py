@@ -167,12 +167,11 @@ def finish_run(status: PipelineTaskFinalStatus, run_name: str, experiment: str, 
         experiment: MLflow experiment.
         tracking_uri: MLflow server. Empty: the environment's, or a local store.
     """
-    from softpref.preflight.stage import was_terminated
+    from softpref.preflight.stage import outcome
     from softpref.tracking import finish_pipeline_run
 
-    ended_well = status.state in ("COMPLETE", "CACHED", "SUCCEEDED")
     finish_pipeline_run(
-        "FINISHED" if ended_well else "KILLED" if was_terminated() else "FAILED",
+        outcome(status.state, status.pipeline_task_name),
         name=run_name,
         experiment=experiment,
         tracking_uri=tracking_uri or None,

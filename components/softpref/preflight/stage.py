@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from softpref.config import COMMIT, build_config, closest, parse_overrides
 from softpref.errors import ConfigError
@@ -15,6 +15,7 @@ from softpref.remote import Pinned, public_url
 
 _DECIDE = ("torch", "transformers", "tokenizers", "datasets")  # packages whose versions decide results, too
 DEFAULT_BASELINE_BETA = 0.1
+_ENDED_WELL = {"COMPLETE", "CACHED", "SUCCEEDED"}  # states of KFP's metadata and of its API
 _FURTHER_SOURCES = ("sft_source", "prompts_source")
 ARTIFACT_SCHEME = "minio://"  # by which KFP addresses what its own store holds
 
@@ -124,19 +125,37 @@ def begin_run(parameters: Mapping[str, Any], record_dir: str) -> Begun:
     )
 
 
-def was_terminated(api: str = "http://ml-pipeline.kubeflow:8888") -> bool:
-    """Whether a person ended this run of a pipeline; False where KFP's API does not tell it to the step."""
+def outcome(
+    state: str, task: str, api: str = "http://ml-pipeline.kubeflow:8888"
+) -> Literal["FINISHED", "FAILED", "KILLED"]:
+    """How the steps of this run of a pipeline have ended.
+
+    What KFP 2.17 tells the last step is not enough: a terminated run is "RUNNING" or "FAILED", and one whose
+    loop ends with a step from the cache "RUNNING" too. Its API knows better; where that cannot be asked (it
+    is elsewhere, or wants a token), whatever did not surely succeed is called failed.
+
+    Args:
+        state: as `PipelineTaskFinalStatus` says it.
+        task: name of the task that holds all others.
+        api: address of KFP's API inside of the cluster.
+    """
     import urllib.request
 
     from softpref.tracking import current_pipeline_run
 
+    if state in _ENDED_WELL:
+        return "FINISHED"
     run = current_pipeline_run()
     try:
         with urllib.request.urlopen(f"{api}/apis/v2beta1/runs/{run.id if run else ''}", timeout=10) as answer:
-            history = json.load(answer).get("state_history") or []
-    except (OSError, ValueError):  # it is elsewhere, or asks for a token
-        return False
-    return any(one.get("state") in ("CANCELING", "CANCELED") for one in history)
+            known = json.load(answer)
+    except (OSError, ValueError):
+        return "FAILED"
+    if any(one.get("state") in ("CANCELING", "CANCELED") for one in known.get("state_history") or []):
+        return "KILLED"
+    tasks = (known.get("run_details") or {}).get("task_details") or []
+    states = {one.get("state") for one in tasks if one.get("display_name") == task}
+    return "FINISHED" if states and states <= _ENDED_WELL else "FAILED"
 
 
 def _without_secrets(value: Any) -> Any:
