@@ -7,7 +7,6 @@ import errno
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +15,6 @@ from typing import Any
 from softpref.errors import ConfigError, SoftprefError
 
 Values = dict[str, Any]
-
-_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}  # in texts that a shell hands over as they are written
 
 _OF_THE_DISK = {
     errno.EACCES,
@@ -130,8 +127,6 @@ def _data(folders: Values, values: Values, given: Values) -> Any:
     from softpref.data.config import DataConfig
     from softpref.data.stage import run
 
-    for key in {"prompt_template", "implicit_prompt_end"} & {*given}:
-        given[key] = re.sub(r"\\([nt\\])", lambda escape: _ESCAPES[escape[1]], given[key])
     stats = run(build_config(DataConfig, values, given), folders["output"])
     return {
         key: stats[key]

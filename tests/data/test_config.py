@@ -159,3 +159,13 @@ def test_the_configuration_loads_without_heavy_libraries():
     code = f"import sys, softpref.data.config, softpref.data.stage; print({heavy} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "set()"
+
+
+def test_templates_take_escapes_for_what_a_shell_and_a_form_do_not():
+    typed = DataConfig(source="x.csv", prompt_template=r"Debate: {debate}\nArgument:\t\\n")
+    assert typed.prompt_template == "Debate: {debate}\nArgument:\t\\n"
+    assert DataConfig(source="x.csv", implicit_prompt_end=r"\n\nAssistant:").implicit_prompt_end == (
+        "\n\nAssistant:"
+    )
+    written = DataConfig(source="x.csv", prompt_template="{debate}\nArgument:")
+    assert written.prompt_template == "{debate}\nArgument:"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import string
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from softpref.errors import ConfigError
 
 STORY_ROWS = 4000
 STORY_SFT_ROWS = 4000
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
 @dataclasses.dataclass
@@ -55,7 +57,8 @@ class DataConfig:
             2, 3 is a probability of 0.73, 0.88, 0.95. Scores and margins that the source has beside `chosen`
             and `rejected` are used when this is given or `columns` names them.
         prompt_template (`str`, defaults to `""`): builds the prompt from `{column}` fields instead of a
-            prompt column.
+            prompt column. In it and in `implicit_prompt_end`, `\\n`, `\\t` and `\\\\` stand for a line break,
+            a tab and a backslash, for neither a shell nor a form takes the first two.
         implicit_prompt (`bool`, defaults to `False`): for plain texts without a prompt column, take the
             words that all completions of a row begin with as the prompt. Without it that is done only where a
             source has `chosen` and `rejected` alone, TRL's implicit format, and other rows are refused.
@@ -146,6 +149,9 @@ class DataConfig:
     prompts_columns: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("prompt_template", "implicit_prompt_end"):
+            text = re.sub(r"\\([nt\\])", lambda escape: _ESCAPES[escape[1]], getattr(self, name))
+            setattr(self, name, text)
         if not self.source:
             raise ConfigError('source is empty; give "story", a file, a folder, a URL or a Hub dataset id')
         for name, least in (
