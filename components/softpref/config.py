@@ -57,7 +57,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         except _BROKEN_JSON:
             values = yaml.load(content, Loader)
     except Exception as error:  # the parser's own, and what its values' types raise
-        raise ConfigError(f"configuration file {path} is not valid YAML or JSON: {_of(error)}") from error
+        raise ConfigError(
+            f"configuration file {path} is not valid YAML or JSON: {_in_words(error)}"
+        ) from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -87,7 +89,7 @@ def parse_overrides(
         values = json.loads(overrides)
     except _BROKEN_JSON as error:
         raise ConfigError(
-            f"{name} is not JSON ({_of(error)}); write it like {example}, got {shown(overrides)}"
+            f"{name} is not JSON ({_in_words(error)}); write it like {example}, got {shown(overrides)}"
         ) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{name} must be a JSON object, got {shown(overrides)}")
@@ -102,7 +104,7 @@ def shown(value: Any) -> str:
         return "a number of thousands of digits"
 
 
-def _of(error: Exception) -> str:
+def _in_words(error: Exception) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 

@@ -324,7 +324,9 @@ def test_line_breaks_inside_of_quotes_belong_to_the_cell(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.csv.gz"])
-def test_rows_before_the_damage_of_a_packed_file_are_read(tmp_path, name):
+def test_rows_before_the_damage_of_a_packed_file_are_read_and_the_log_says_where_it_is(
+    tmp_path, name, caplog
+):
     lines = [json.dumps({"left": hashlib.sha256(bytes([n])).hexdigest()}) for n in range(200)]
     if "csv" in name:
         lines = ["left", *(json.loads(line)["left"] for line in lines)]
@@ -335,6 +337,7 @@ def test_rows_before_the_damage_of_a_packed_file_are_read(tmp_path, name):
     assert all(row for row, _ in rows)
     assert record is None
     assert "damaged from here on" in fault
+    assert f"{name}, row {len(rows) + 1}: the packed file is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["{}\n{}\n{}", "[{},{},{}]"])

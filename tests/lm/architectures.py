@@ -486,17 +486,13 @@ def sampling_agreement(model: Any, tokenizer: Any, count: int = 48, length: int 
 
 def token_differences(tokenizer: Any, model: Any) -> list[str]:
     """(c) Rows whose ids are not those of joint tokenization, or of the chat template to the turn's end."""
-    import inspect
-
     from softpref.lm.tokenization import stop_token_ids, tokenize_row
 
     stops = stop_token_ids(tokenizer, model)
-    known = inspect.signature(tokenize_row).parameters
-    options = {"stop_ids": stops} if "stop_ids" in known else {}
     wrong = []
     for prompt in PROMPTS:
         for answer in ANSWERS:
-            [found] = tokenize_row(tokenizer, prompt, [answer], **options)
+            [found] = tokenize_row(tokenizer, prompt, [answer])
             expected = [*tokenizer(prompt + answer)["input_ids"], tokenizer.eos_token_id]
             if [*found.prompt, *found.completion] != expected:
                 wrong.append(f"{prompt!r} + {answer!r}")
@@ -504,7 +500,7 @@ def token_differences(tokenizer: Any, model: Any) -> list[str]:
                 continue
             asked = [{"role": "user", "content": prompt}]
             said = [{"role": "assistant", "content": answer}]
-            [found] = tokenize_row(tokenizer, asked, [said], **options)
+            [found] = tokenize_row(tokenizer, asked, [said])
             whole = tokenizer.apply_chat_template([*asked, *said], tokenize=True, return_dict=False)
             while whole[-1] not in stops:  # what a template writes after the turn's end
                 whole.pop()

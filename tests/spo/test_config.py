@@ -152,3 +152,20 @@ def test_a_trainer_without_tokenizer_or_with_the_policy_as_its_own_reference_is_
 def test_what_transformers_takes_and_training_does_not_bear_is_refused_at_once(options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         SPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "package"),
+    [
+        ("adamw_torch_8bit", "torchao"),
+        ("galore_adamw_8bit", "galore-torch"),
+        ("paged_lion_32bit", "bitsandbytes"),
+        ("stable_adamw", "torch-optimi"),
+    ],
+)
+def test_an_optimizer_whose_package_is_absent_is_refused_with_the_packages_name(
+    layers, monkeypatch, optimizer, package
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"{optimizer} needs the package {package}, which"):
+        SPOConfig(**layers, optim=optimizer)

@@ -208,16 +208,16 @@ def _read_file(path: Path, format: str) -> Iterator[tuple[int, Any, str]]:
     if kind == "parquet":
         return _read_parquet(path)
     if kind in ("csv", "tsv"):
-        return _until_damage(_read_table(path, "\t" if kind == "tsv" else ","))
+        return _until_damage(path, _read_table(path, "\t" if kind == "tsv" else ","))
     try:
         array = kind == "json" and _format_inside(path) == "json"
     except _DAMAGED:
         array = False
     # files named .json often hold JSON Lines
-    return _until_damage(_read_array(path) if array else _read_lines(path))
+    return _until_damage(path, _read_array(path) if array else _read_lines(path))
 
 
-def _until_damage(rows: Iterator[tuple[int, Any, str]]) -> Iterator[tuple[int, Any, str]]:
+def _until_damage(path: Path, rows: Iterator[tuple[int, Any, str]]) -> Iterator[tuple[int, Any, str]]:
     """The rows before the place where a packed file is damaged, and one fault for all behind it."""
     number = 0
     try:
@@ -225,7 +225,9 @@ def _until_damage(rows: Iterator[tuple[int, Any, str]]) -> Iterator[tuple[int, A
             number = row[0]
             yield row
     except _DAMAGED as error:
-        yield number + 1, None, f"the packed file is damaged from here on, nothing behind is read: {error}"
+        fault = f"the packed file is damaged from here on, nothing behind is read: {error}"
+        logger.warning("%s, row %d: %s", path, number + 1, fault)
+        yield number + 1, None, fault
 
 
 def _integer(digits: str) -> int | float:

@@ -468,8 +468,10 @@ def _gathered_warnings(members: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _note(comparison: Mapping[str, Any]) -> str:
     """The description of the sweep's run: which runs trained its models, for one from a cache is no child."""
-    lines = [comparison["reason"], "", "| model | its MLflow run |", "| :-- | :-- |"]
-    lines += [f"| {member['name']} | {member['run_id'] or 'none'} |" for member in comparison["members"]]
+    lines = [plain(comparison["reason"]), "", "| model | its MLflow run |", "| :-- | :-- |"]
+    lines += [
+        f"| {plain(member['name'])} | {member['run_id'] or 'none'} |" for member in comparison["members"]
+    ]
     return "\n".join(lines)
 
 

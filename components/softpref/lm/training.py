@@ -359,34 +359,32 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "save_total_limit": (1, math.inf, True),
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (0, math.inf, True)),
 }
-_OPTIMIZER_PACKAGES = {
-    "bnb": "bitsandbytes",
-    "8bit": "bitsandbytes",
+# what a name of an optimizer holds, and the module that it needs; the first of a kind decides
+_OPTIMIZER_MODULES = {
+    "torch_4bit": "torchao",
+    "torch_8bit": "torchao",
     "galore": "galore_torch",
     "apollo": "apollo_torch",
     "lomo": "lomo_optim",
     "grokadamw": "grokadamw",
     "schedule_free": "schedulefree",
-    "apex": "apex",
-    "4bit": "torchao",
-    "torchao": "torchao",
     "anyprecision": "torchdistx",
-    "stable_adamw": "torch_optimi",
+    "stable_adamw": "optimi",
+    **dict.fromkeys(("bnb", "8bit", "paged", "ademamix", "lion"), "bitsandbytes"),
 }
+_DISTRIBUTED_AS = {"optimi": "torch-optimi"}  # where the package has another name than its module
 
 
 def _check_packages(args: TrainingArguments) -> None:
     """Refuse an optimizer, or a place to report to, whose package is not installed."""
     optimizer = str(getattr(args.optim, "value", args.optim))
-    for part, package in _OPTIMIZER_PACKAGES.items():
-        if part in optimizer:
-            module = {"torch_optimi": "optimi"}.get(package, package)
-            if importlib.util.find_spec(module) is None:
-                raise ConfigError(
-                    f"{type(args).__name__}.optim {optimizer} needs the package {package.replace('_', '-')}, "
-                    "which is not installed; install it, or take adamw_torch"
-                )
-            break
+    module = next((module for part, module in _OPTIMIZER_MODULES.items() if part in optimizer), None)
+    if module and importlib.util.find_spec(module) is None:
+        package = _DISTRIBUTED_AS.get(module, module.replace("_", "-"))
+        raise ConfigError(
+            f"{type(args).__name__}.optim {optimizer} needs the package {package}, which is not installed; "
+            "install it, or take adamw_torch"
+        )
     from transformers.integrations import get_available_reporting_integrations
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
