@@ -8,12 +8,10 @@ from softpref.data.columns import settle_layout
 from softpref.data.config import DataConfig
 from softpref.data.rows import (
     Candidate,
-    LeftOut,
-    Refused,
-    cut_common_prefix,
     rank_candidates,
     read_preference,
 )
+from softpref.data.texts import LeftOut, Refused, cut_common_prefix
 from softpref.errors import ConfigError
 
 PAIR = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}

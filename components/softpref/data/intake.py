@@ -20,9 +20,7 @@ from softpref.data.columns import Layout, check_present, paths_of, settle_layout
 from softpref.data.config import DataConfig
 from softpref.data.rows import (
     Candidate,
-    LeftOut,
     Preference,
-    Refused,
     rank_candidates,
     read_candidate,
     value_forms,
@@ -30,6 +28,7 @@ from softpref.data.rows import (
 from softpref.data.rows import read_preference as read_row
 from softpref.data.sources import SourceRow
 from softpref.data.splits import prompt_key
+from softpref.data.texts import LeftOut, Refused
 from softpref.errors import DataError
 from softpref.progress import follow
 

@@ -1,20 +1,35 @@
-"""One source record to one preference row, or a reason why not. Pure functions; no files, no counting."""
+"""One source record to one preference row, or a reason why not. What a field holds is for `texts` to say."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from softpref.data.columns import Layout, is_message, value_at
+from softpref.data.columns import Layout, value_at
 from softpref.data.config import DataConfig
+from softpref.data.texts import (
+    LeftOut,
+    Refused,
+    Text,
+    characters,
+    check_text,
+    cut_common_messages,
+    cut_common_prefix,
+    describe,
+    is_list_of_texts,
+    is_transcript,
+    normalised,
+    read_field,
+    read_list,
+    read_number,
+    read_text,
+    reads_transcripts,
+    short,
+)
 from softpref.errors import ConfigError
-
-Message = dict[str, str]
-Text = str | list[Message]  # plain text, or a conversation
 
 _MEANINGS = {
     "preference": {
@@ -23,24 +38,9 @@ _MEANINGS = {
     },
     "votes": {"1": "a", "2": "b", "0": "tie"},
 }
-_ROLES = ("system", "user", "assistant")
-_ROLES_AS = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
-_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 _NO_PROMPT = (
     "no prompt column (name it in columns; implicit_prompt=true takes the words that the completions share)"
 )
-
-
-class Refused(ValueError):
-    """A row that cannot be used: `rule` is what it broke (counted), `detail` where and how."""
-
-    def __init__(self, rule: str, detail: str = "") -> None:
-        super().__init__(f"{rule}: {detail}" if detail else rule)
-        self.rule = rule
-
-
-class LeftOut(Refused):
-    """A sound row that the configuration asked to leave out."""
 
 
 class Preference(NamedTuple):
@@ -78,20 +78,22 @@ def read_preference(record: Mapping[str, Any], layout: Layout, config: DataConfi
     """
     columns = layout.columns
     if layout.form == "list":
-        raw = _several(record, "completions", columns["completions"])
+        raw = read_list(record, "completions", columns["completions"])
         if len(raw) < 2:
             raise Refused("fewer than two completions", f"{len(raw)} in {columns['completions']!r}")
         names = [f"completion {index + 1}" for index in range(len(raw))]
     else:
         roles = ("chosen", "rejected") if layout.form == "pair" else ("completion_a", "completion_b")
-        raw = [_field(record, columns[role]) for role in roles]
+        raw = [read_field(record, columns[role]) for role in roles]
         names = [f"{role} ({columns[role]!r})" for role in roles]
-        if layout.form == "pair" and _is_list_of_texts(raw[1]):
+        if layout.form == "pair" and is_list_of_texts(raw[1]):
             names = [names[0], *(f"{names[1]} {place}" for place in range(1, len(raw[1]) + 1))]
             raw = [raw[0], *raw[1]]
             if len(raw) < 2:
                 raise Refused("fewer than two completions", f"{columns['rejected']!r} is an empty list")
-    completions = [_text(value, "completion", name, config) for value, name in zip(raw, names, strict=True)]
+    completions = [
+        read_text(value, "completion", name, config) for value, name in zip(raw, names, strict=True)
+    ]
     prompt, completions = _split_prompt(
         _prompt(record, columns, config), completions, config, layout.implicit
     )
@@ -121,12 +123,12 @@ def read_candidate(record: Mapping[str, Any], layout: Layout, config: DataConfig
         Refused: the row is unusable, for the reason given.
     """
     column = layout.columns["completion"]
-    completion = _text(_field(record, column), "completion", repr(column), config)
+    completion = read_text(read_field(record, column), "completion", repr(column), config)
     prompt, completions = _split_prompt(
         _prompt(record, layout.columns, config), [completion], config, layout.implicit
     )
     role = layout.label[0]
-    score = _number(_field(record, layout.columns[role]), role)
+    score = read_number(read_field(record, layout.columns[role]), role)
     _limit_length(prompt, completions, config)
     return Candidate(prompt, completions[0], -score if role == "rank" else score)
 
@@ -155,7 +157,7 @@ def read_demonstration(
         Refused: the row is unusable, for the reason given.
     """
     column = columns["completion"]
-    completion = _text(_field(record, column), "completion", repr(column), config)
+    completion = read_text(read_field(record, column), "completion", repr(column), config)
     prompt, completions = _split_prompt(_prompt(record, columns, config), [completion], config, False)
     _limit_length(prompt, completions, config)
     return Demonstration(prompt, completions[0])
@@ -173,87 +175,6 @@ def read_prompt(record: Mapping[str, Any], columns: Mapping[str, str], config: D
     return _conversation_start(prompt, config)
 
 
-# Fields and their types
-
-
-def _field(record: Mapping[str, Any], column: str) -> Any:
-    value = value_at(record, column)
-    if value is None:
-        raise Refused("field is missing", repr(column))
-    return value
-
-
-def _several(record: Mapping[str, Any], role: str, columns: str | list[str]) -> list[Any]:
-    if isinstance(columns, list):
-        return [_field(record, column) for column in columns]
-    value = _field(record, columns)
-    if isinstance(value, str):  # a list inside a CSV cell
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise Refused(f"{role} is not a list", f"{columns!r} is the text {_short(value)}") from None
-    if not isinstance(value, list):
-        raise Refused(f"{role} is not a list", f"{columns!r} is {_describe(value)}")
-    return value
-
-
-def _text(value: Any, noun: str, where: str, config: DataConfig) -> Text:
-    """`value` when it is text or messages. Other types are refused, because `str(True)` is no answer."""
-    value, _ = _normalised(value, _reads_transcripts(config))
-    if isinstance(value, list):
-        return _messages(value, noun, where)
-    if not isinstance(value, str):
-        raise Refused(f"{noun} is not text", f"{where} is {_describe(value)}")
-    return _sound(value, noun, where)
-
-
-def _reads_transcripts(config: DataConfig) -> bool:
-    return config.transcripts == "messages" and not config.implicit_prompt_end
-
-
-def _normalised(value: Any, transcripts: bool) -> tuple[Any, str]:
-    """A value in one of the forms of public data as text or `role` and `content`; and the form, or ''."""
-    form = ""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            decoded = json.loads(value)
-        except (ValueError, RecursionError):
-            decoded = None
-        several = isinstance(decoded, list) and decoded and all(map(is_message, decoded))
-        if several or is_message(decoded):
-            value, form = decoded, "JSON text in a cell"
-    if is_message(value):
-        value, form = [value], form or "a single message"
-    if isinstance(value, list) and value and all(is_message(item) and "from" in item for item in value):
-        form = "from and value (ShareGPT)"
-        value = [{"role": item["from"], "content": item["value"]} for item in value]
-    if isinstance(value, list):
-        known = [*_ROLES, *_ROLES_AS]
-        value = [
-            {**item, "role": _ROLES_AS.get(item["role"], item["role"])}
-            if isinstance(item, Mapping) and item.get("role") in known
-            else item
-            for item in value
-        ]
-    if transcripts and isinstance(value, str) and _is_transcript(value):
-        _, *parts = _TURN.split(value.lstrip("\n "))
-        turns = [
-            (_ROLE_OF_TURN[name], text.strip()) for name, text in zip(parts[::2], parts[1::2], strict=True)
-        ]
-        if turns[-1] == ("assistant", ""):  # a prompt that ends where the answer begins
-            turns.pop()
-        form = "transcripts (Human:, Assistant:)"
-        value = [{"role": role, "content": text} for role, text in turns]
-    return value, form
-
-
-_ROLE_OF_TURN = {"Human": "user", "Assistant": "assistant"}
-
-
-def _is_transcript(text: str) -> bool:
-    return text.lstrip("\n ").startswith("Human:") and "\n\nAssistant:" in text
-
-
 def value_forms(records: Iterable[Mapping[str, Any]], layout: Layout, config: DataConfig) -> list[str]:
     """The forms other than text and `role`/`content` messages that some records have their texts in."""
     roles = ("prompt", "chosen", "rejected", "completion_a", "completion_b", "completions", "completion")
@@ -264,72 +185,8 @@ def value_forms(records: Iterable[Mapping[str, Any]], layout: Layout, config: Da
             for name in column if isinstance(column, list) else [column]:
                 value = value_at(record, name)
                 values = value if role == "completions" and isinstance(value, list) else [value]
-                found |= {_normalised(each, _reads_transcripts(config))[1] for each in values}
+                found |= {normalised(each, reads_transcripts(config))[1] for each in values}
     return sorted(found - {""})
-
-
-def _is_list_of_texts(value: Any) -> bool:
-    """Whether a value is several completions, not the messages of one."""
-    return isinstance(value, list) and not any(isinstance(item, Mapping) for item in value)
-
-
-def _sound(value: str, noun: str, where: str) -> str:
-    if not value.strip():
-        raise Refused(f"{noun} is empty", where)
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Refused("text is not valid UTF-8", where) from None
-    return value
-
-
-def _messages(value: list[Any], noun: str, where: str) -> list[Message]:
-    if not value:
-        raise Refused(f"{noun} is empty", f"{where} has no messages")
-    messages: list[Message] = []
-    for index, message in enumerate(value):
-        place = f"message {index + 1} of {where}"
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise Refused(f"{noun} is not text or messages", f"{place} has no role and content")
-        role, content = message["role"], message["content"]
-        if role not in _ROLES:
-            raise Refused("unknown role", f"{place} has the role {_short(role)}, known: {', '.join(_ROLES)}")
-        if any(message.get(name) for name in ("tool_calls", "function_call")):
-            raise Refused("tool calls are not supported", place)
-        if not isinstance(content, str):
-            raise Refused(f"{noun} is not text", f"the content of {place} is {_describe(content)}")
-        if role == "system" and index > 0:
-            raise Refused("wrong order of roles", f"{place} is a system message, which may only come first")
-        if messages and messages[-1]["role"] == role:
-            raise Refused("wrong order of roles", f"{place} and the one before are both from {role}")
-        messages.append({"role": role, "content": _sound(content, noun, place)})
-    return messages
-
-
-def _number(value: Any, role: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise Refused(f"{role} is not a number", _describe(value))
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        raise Refused(f"{role} is not a number", _describe(value)) from None
-    if not math.isfinite(number):
-        raise Refused(f"{role} is not finite", str(number))
-    return number
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, str):
-        return f"the text {_short(value)}"
-    kind = "boolean" if isinstance(value, bool) else "number" if isinstance(value, (int, float)) else None
-    if kind:
-        return f"the {kind} {json.dumps(value)}"
-    return "missing" if value is None else f"a {type(value).__name__}"
-
-
-def _short(value: Any) -> str:
-    text = ascii(value) if not isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # Prompts
@@ -337,23 +194,23 @@ def _short(value: Any) -> str:
 
 def _prompt(record: Mapping[str, Any], columns: Mapping[str, Any], config: DataConfig) -> Text | None:
     if "prompt" in columns:
-        prompt = _text(_field(record, columns["prompt"]), "prompt", repr(columns["prompt"]), config)
+        prompt = read_text(read_field(record, columns["prompt"]), "prompt", repr(columns["prompt"]), config)
         more = value_at(record, columns["input"]) if "input" in columns else None
         if more is None or more == "":
             return prompt
         if not isinstance(prompt, str) or not isinstance(more, str):
-            raise Refused("input is not text", f"{columns['input']!r} is {_describe(more)}")
-        return f"{prompt}\n{_sound(more, 'input', repr(columns['input']))}"
+            raise Refused("input is not text", f"{columns['input']!r} is {describe(more)}")
+        return f"{prompt}\n{check_text(more, 'input', repr(columns['input']))}"
     if config.prompt_template:
         parts = []
         for literal, field, _, _ in string.Formatter().parse(config.prompt_template):
             parts.append(literal)
             if field is not None:
-                value = _field(record, field)
+                value = read_field(record, field)
                 if not isinstance(value, str):
-                    raise Refused("prompt is not text", f"{field!r} is {_describe(value)}")
+                    raise Refused("prompt is not text", f"{field!r} is {describe(value)}")
                 parts.append(value)
-        return _sound("".join(parts), "prompt", "prompt_template")
+        return check_text("".join(parts), "prompt", "prompt_template")
     return None
 
 
@@ -368,7 +225,7 @@ def _split_prompt(
         plain = [completion for completion in completions if isinstance(completion, str)]
         if prompt is None:
             end = config.implicit_prompt_end
-            if not end and all(map(_is_transcript, plain)):
+            if not end and all(map(is_transcript, plain)):
                 end = "\n\nAssistant:"
             elif not implicit:
                 raise Refused(_NO_PROMPT)
@@ -406,55 +263,6 @@ def _conversation_start(prompt: Text, config: DataConfig) -> Text:
     return prompt
 
 
-def cut_common_prefix(texts: Sequence[str], end: str = "") -> tuple[str, list[str]]:
-    """Split texts that share their beginning into that prompt and what differs.
-
-    The cut falls where a word ends in every text, so the completions keep their leading white space and
-    `prompt + completion` is the text again; or behind the last common `end` when it is given.
-
-    Raises:
-        Refused: no such place leaves a prompt and every completion.
-    """
-    shared = texts[0][: _shared_length(texts)]
-    if end:
-        places = [shared.rfind(end) + len(end)] if end in shared else []
-    else:
-        places = [
-            place
-            for place in range(len(shared), 0, -1)
-            if all(place < len(text) and text[place].isspace() for text in texts)
-            and not shared[place - 1].isspace()
-        ]
-    for place in places:
-        if all(text[place:].strip() for text in texts):
-            return shared[:place], [text[place:] for text in texts]
-    sought = f"the text {end!r}" if end else "a whole first word and something behind it"
-    raise Refused("no prompt found", f"there is no prompt column, and the texts do not share {sought}")
-
-
-def cut_common_messages(conversations: Sequence[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
-    """Split conversations that share their beginning into that prompt and the answers.
-
-    Raises:
-        Refused: they share no beginning that ends with a user message.
-    """
-    shared = _shared_length(conversations)
-    for place in range(min(shared, min(map(len, conversations)) - 1), 0, -1):
-        if conversations[0][place - 1]["role"] == "user":
-            return conversations[0][:place], [messages[place:] for messages in conversations]
-    raise Refused("no prompt found", "the conversations share no beginning that ends with a user message")
-
-
-def _shared_length(sequences: Sequence[Sequence[Any]]) -> int:
-    """How many leading items all sequences have in common."""
-    length = 0
-    for items in zip(*sequences, strict=False):
-        if any(item != items[0] for item in items):
-            break
-        length += 1
-    return length
-
-
 # Which is better
 
 
@@ -464,12 +272,12 @@ def _probability(record: Mapping[str, Any], layout: Layout, config: DataConfig) 
     if not label:
         return 1.0, True
     if label == ("probability",):
-        probability = _number(_field(record, columns["probability"]), "probability")
+        probability = read_number(read_field(record, columns["probability"]), "probability")
         if not 0 <= probability <= 1:
             raise Refused("probability is outside 0 to 1", str(probability))
         return probability, False
     if (len(label) == 2 and label[0].startswith("score_")) or label[0] in ("margin", "strength"):
-        numbers = [_number(_field(record, columns[role]), role) for role in label]
+        numbers = [read_number(read_field(record, columns[role]), role) for role in label]
         difference = numbers[0] - numbers[1] if len(numbers) == 2 else numbers[0]
         if label == ("strength",):
             if abs(difference) > 3:
@@ -480,16 +288,16 @@ def _probability(record: Mapping[str, Any], layout: Layout, config: DataConfig) 
         return _sigmoid((config.score_scale or 1.0) * difference), False
     if label == ("votes_a", "votes_b"):
         roles = ["votes_a", "votes_b", *(["votes_equal"] if "votes_equal" in columns else [])]
-        counts = [_number(_field(record, columns[role]), role) for role in roles]
+        counts = [read_number(read_field(record, columns[role]), role) for role in roles]
         if min(counts) < 0:
             raise Refused("negative votes", str(counts))
         first, second, equal = counts if len(counts) == 3 else (*counts, 0.0)
     else:
         role = label[0]
         values = (
-            _several(record, "votes", columns["votes"])
+            read_list(record, "votes", columns["votes"])
             if role == "votes"
-            else [_field(record, columns["preference"])]
+            else [read_field(record, columns["preference"])]
         )
         meanings = config.preference_values or _MEANINGS[role]
         votes = [_meaning(value, role, meanings) for value in values]
@@ -522,7 +330,7 @@ def _meaning(value: Any, role: str, meanings: Mapping[str, str]) -> str:
                 'a label 0 can mean two things; say which in preference_values: {"1": "a", "2": "b", "0": '
                 '"tie"} or {"0": "a", "1": "b"}'
             )
-        raise Refused(f"unknown {role} value (known: {', '.join(meanings)})", _short(value))
+        raise Refused(f"unknown {role} value (known: {', '.join(meanings)})", short(value))
     return folded[key.strip().casefold()]
 
 
@@ -541,16 +349,16 @@ def _scores(record: Mapping[str, Any], layout: Layout, count: int) -> list[float
         return [float(-place) for place in range(count)]
     role = layout.label[0]
     if role == "order":
-        order = [_number(value, role) for value in _several(record, role, layout.columns[role])]
+        order = [read_number(value, role) for value in read_list(record, role, layout.columns[role])]
         if sorted(order) != list(range(count)):
             raise Refused("order does not name each completion once", f"{order}, expected 0 to {count - 1}")
         return [float(-order.index(place)) for place in range(count)]
     if role == "best":
-        best = _number(_field(record, layout.columns["best"]), "best")
+        best = read_number(read_field(record, layout.columns["best"]), "best")
         if not best.is_integer() or not 0 <= best < count:
             raise Refused("best is out of range", f"{best:g}, expected 0 to {count - 1}")
         return [float(place == best) for place in range(count)]
-    scores = [_number(value, role) for value in _several(record, role, layout.columns[role])]
+    scores = [read_number(value, role) for value in read_list(record, role, layout.columns[role])]
     if len(scores) != count:
         raise Refused(f"{role} and completions differ in number", f"{len(scores)} and {count}")
     return [-score for score in scores] if role == "ranks" else scores
@@ -597,8 +405,3 @@ def _limit_length(prompt: Text, completions: Sequence[Text], config: DataConfig)
         length = characters(prompt) + max(map(characters, completions))
         if length > config.max_characters:
             raise LeftOut("longer than max_characters", f"{length} of {config.max_characters}")
-
-
-def characters(text: Text) -> int:
-    """Length in characters; of a conversation, that of its contents."""
-    return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)

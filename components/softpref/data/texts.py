@@ -1,0 +1,232 @@
+"""What the fields of a record hold: text or messages, lists, numbers; and what texts have in common.
+
+The forms in which public data write a conversation become `role` and `content` here. Pure functions, which
+know no role of a column and no judgement.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from softpref.data.columns import is_message, value_at
+from softpref.data.config import DataConfig
+
+Message = dict[str, str]
+Text = str | list[Message]  # plain text, or a conversation
+
+_ROLES = ("system", "user", "assistant")
+_ROLES_AS = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+_ROLE_OF_TURN = {"Human": "user", "Assistant": "assistant"}
+
+
+class Refused(ValueError):
+    """A row that cannot be used: `rule` is what it broke (counted), `detail` where and how."""
+
+    def __init__(self, rule: str, detail: str = "") -> None:
+        super().__init__(f"{rule}: {detail}" if detail else rule)
+        self.rule = rule
+
+
+class LeftOut(Refused):
+    """A sound row that the configuration asked to leave out."""
+
+
+def read_field(record: Mapping[str, Any], column: str) -> Any:
+    value = value_at(record, column)
+    if value is None:
+        raise Refused("field is missing", repr(column))
+    return value
+
+
+def read_list(record: Mapping[str, Any], role: str, columns: str | list[str]) -> list[Any]:
+    if isinstance(columns, list):
+        return [read_field(record, column) for column in columns]
+    value = read_field(record, columns)
+    if isinstance(value, str):  # a list inside a CSV cell
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise Refused(f"{role} is not a list", f"{columns!r} is the text {short(value)}") from None
+    if not isinstance(value, list):
+        raise Refused(f"{role} is not a list", f"{columns!r} is {describe(value)}")
+    return value
+
+
+def read_text(value: Any, noun: str, where: str, config: DataConfig) -> Text:
+    """`value` when it is text or messages. Other types are refused, because `str(True)` is no answer."""
+    value, _ = normalised(value, reads_transcripts(config))
+    if isinstance(value, list):
+        return _messages(value, noun, where)
+    if not isinstance(value, str):
+        raise Refused(f"{noun} is not text", f"{where} is {describe(value)}")
+    return check_text(value, noun, where)
+
+
+def reads_transcripts(config: DataConfig) -> bool:
+    return config.transcripts == "messages" and not config.implicit_prompt_end
+
+
+def normalised(value: Any, transcripts: bool) -> tuple[Any, str]:
+    """A value in one of the forms of public data as text or `role` and `content`; and the form, or ''."""
+    form = ""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            decoded = json.loads(value)
+        except (ValueError, RecursionError):
+            decoded = None
+        several = isinstance(decoded, list) and decoded and all(map(is_message, decoded))
+        if several or is_message(decoded):
+            value, form = decoded, "JSON text in a cell"
+    if is_message(value):
+        value, form = [value], form or "a single message"
+    if isinstance(value, list) and value and all(is_message(item) and "from" in item for item in value):
+        form = "from and value (ShareGPT)"
+        value = [{"role": item["from"], "content": item["value"]} for item in value]
+    if isinstance(value, list):
+        known = [*_ROLES, *_ROLES_AS]
+        value = [
+            {**item, "role": _ROLES_AS.get(item["role"], item["role"])}
+            if isinstance(item, Mapping) and item.get("role") in known
+            else item
+            for item in value
+        ]
+    if transcripts and isinstance(value, str) and is_transcript(value):
+        _, *parts = _TURN.split(value.lstrip("\n "))
+        turns = [
+            (_ROLE_OF_TURN[name], text.strip()) for name, text in zip(parts[::2], parts[1::2], strict=True)
+        ]
+        if turns[-1] == ("assistant", ""):  # a prompt that ends where the answer begins
+            turns.pop()
+        form = "transcripts (Human:, Assistant:)"
+        value = [{"role": role, "content": text} for role, text in turns]
+    return value, form
+
+
+def is_transcript(text: str) -> bool:
+    return text.lstrip("\n ").startswith("Human:") and "\n\nAssistant:" in text
+
+
+def is_list_of_texts(value: Any) -> bool:
+    """Whether a value is several completions, not the messages of one."""
+    return isinstance(value, list) and not any(isinstance(item, Mapping) for item in value)
+
+
+def check_text(value: str, noun: str, where: str) -> str:
+    if not value.strip():
+        raise Refused(f"{noun} is empty", where)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Refused("text is not valid UTF-8", where) from None
+    return value
+
+
+def _messages(value: list[Any], noun: str, where: str) -> list[Message]:
+    if not value:
+        raise Refused(f"{noun} is empty", f"{where} has no messages")
+    messages: list[Message] = []
+    for index, message in enumerate(value):
+        place = f"message {index + 1} of {where}"
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise Refused(f"{noun} is not text or messages", f"{place} has no role and content")
+        role, content = message["role"], message["content"]
+        if role not in _ROLES:
+            raise Refused("unknown role", f"{place} has the role {short(role)}, known: {', '.join(_ROLES)}")
+        if any(message.get(name) for name in ("tool_calls", "function_call")):
+            raise Refused("tool calls are not supported", place)
+        if not isinstance(content, str):
+            raise Refused(f"{noun} is not text", f"the content of {place} is {describe(content)}")
+        if role == "system" and index > 0:
+            raise Refused("wrong order of roles", f"{place} is a system message, which may only come first")
+        if messages and messages[-1]["role"] == role:
+            raise Refused("wrong order of roles", f"{place} and the one before are both from {role}")
+        messages.append({"role": role, "content": check_text(content, noun, place)})
+    return messages
+
+
+def read_number(value: Any, role: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise Refused(f"{role} is not a number", describe(value))
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise Refused(f"{role} is not a number", describe(value)) from None
+    if not math.isfinite(number):
+        raise Refused(f"{role} is not finite", str(number))
+    return number
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, str):
+        return f"the text {short(value)}"
+    kind = "boolean" if isinstance(value, bool) else "number" if isinstance(value, (int, float)) else None
+    if kind:
+        return f"the {kind} {json.dumps(value)}"
+    return "missing" if value is None else f"a {type(value).__name__}"
+
+
+def short(value: Any) -> str:
+    text = ascii(value) if not isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# What texts share
+
+
+def cut_common_prefix(texts: Sequence[str], end: str = "") -> tuple[str, list[str]]:
+    """Split texts that share their beginning into that prompt and what differs.
+
+    The cut falls where a word ends in every text, so the completions keep their leading white space and
+    `prompt + completion` is the text again; or behind the last common `end` when it is given.
+
+    Raises:
+        Refused: no such place leaves a prompt and every completion.
+    """
+    shared = texts[0][: _shared_length(texts)]
+    if end:
+        places = [shared.rfind(end) + len(end)] if end in shared else []
+    else:
+        places = [
+            place
+            for place in range(len(shared), 0, -1)
+            if all(place < len(text) and text[place].isspace() for text in texts)
+            and not shared[place - 1].isspace()
+        ]
+    for place in places:
+        if all(text[place:].strip() for text in texts):
+            return shared[:place], [text[place:] for text in texts]
+    sought = f"the text {end!r}" if end else "a whole first word and something behind it"
+    raise Refused("no prompt found", f"there is no prompt column, and the texts do not share {sought}")
+
+
+def cut_common_messages(conversations: Sequence[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
+    """Split conversations that share their beginning into that prompt and the answers.
+
+    Raises:
+        Refused: they share no beginning that ends with a user message.
+    """
+    shared = _shared_length(conversations)
+    for place in range(min(shared, min(map(len, conversations)) - 1), 0, -1):
+        if conversations[0][place - 1]["role"] == "user":
+            return conversations[0][:place], [messages[place:] for messages in conversations]
+    raise Refused("no prompt found", "the conversations share no beginning that ends with a user message")
+
+
+def _shared_length(sequences: Sequence[Sequence[Any]]) -> int:
+    """How many leading items all sequences have in common."""
+    length = 0
+    for items in zip(*sequences, strict=False):
+        if any(item != items[0] for item in items):
+            break
+        length += 1
+    return length
+
+
+def characters(text: Text) -> int:
+    """Length in characters; of a conversation, that of its contents."""
+    return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
