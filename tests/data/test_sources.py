@@ -368,3 +368,13 @@ def test_parquet_values_that_python_does_not_have_are_missing_and_cost_no_row(tm
     (first, _), (second, _) = _records(tmp_path / "x.parquet")
     assert (first["left"], first["text"]) == ("a", "x")
     assert second == {"left": "b"}
+
+
+def test_stray_quotes_that_pair_cost_no_row_in_silence(tmp_path):
+    lines = [f"p{number},good {number},bad {number}" for number in range(8)]
+    lines[1], lines[5] = 'p1,"good 1,bad 1', 'p5,good 5",bad 5'
+    (tmp_path / "x.csv").write_text("\n".join(["prompt,chosen,rejected", *lines]))
+    rows = _records(tmp_path / "x.csv")
+    assert [record["prompt"] for record, _ in rows if record] == ["p0", "p6", "p7"]
+    (fault,) = [fault for record, fault in rows if record is None]
+    assert fault.startswith("lines 3 to 7: ")

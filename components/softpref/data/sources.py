@@ -336,6 +336,13 @@ def _read_table(path: Path, delimiter: str) -> Iterator[tuple[int, Any, str]]:
             if fault:
                 lines.back_to_second()
                 yield number, None, fault
+            elif len(header) > 2 and lines.further_are_rows(len(header), delimiter):
+                last = first + lines.length - 1
+                yield (
+                    number,
+                    None,
+                    f"lines {first} to {last}: one cell would hold whole rows; is a quote open?",
+                )
             else:
                 yield number, dict(zip(header, cells, strict=True)), ""
 
@@ -361,6 +368,21 @@ class _Lines:
     def back_to_second(self) -> None:
         self._waiting.extendleft(reversed(self._row[1:]))
         del self._row[1:]
+
+    @property
+    def length(self) -> int:
+        """Lines of the row."""
+        return len(self._row)
+
+    def further_are_rows(self, cells: int, delimiter: str) -> bool:
+        """Whether each line behind the first, of three at least, has as many cells as a row.
+
+        Then two stray quotes paired, and made one row of many; text of that shape is rare.
+        """
+        further = self._row[1:]
+        return len(further) >= 3 and all(
+            len(next(csv.reader([line], delimiter=delimiter), [])) == cells for line in further
+        )
 
     def __iter__(self) -> _Lines:
         return self
