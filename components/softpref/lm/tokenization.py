@@ -1,18 +1,33 @@
 """From a prompt and a completion, text or messages, to token ids, and back. Holds no model and no padding.
 
-The split between prompt and completion is made in token space, so that what is scored is exactly what the
-policy would have generated: prompt tokens first, then completion tokens, then one end-of-sequence token.
+Both are tokenized as one text, as the model met such texts, and parted in token space: prompt tokens first, then
+completion tokens, then the one token at which the model's own generation stops. What is scored is exactly
+what the policy could have generated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from softpref.errors import ConfigError, DataError
 
+logger = logging.getLogger(__name__)
+
 Text = str | Sequence[dict[str, str]]
 """A prompt or completion: plain text, or messages such as `[{"role": "user", "content": "…"}]`."""
+
+_MEANING = {
+    "cut_prompt": "a prompt longer than max_prompt_length, which lost its beginning",
+    "cut_completion": "a completion longer than max_completion_length",
+    "identical": "completions that are identical as tokens",
+    "moved_border": "a token across the border of prompt and completion; the prompt ends before it",
+}
+"""What is counted of rows, by the names that `row_findings` gives."""
 
 
 class TokenizedSequence(NamedTuple):
@@ -20,38 +35,58 @@ class TokenizedSequence(NamedTuple):
 
     Attributes:
         prompt: ids before the completion, beginning-of-sequence token included where the tokenizer has one.
-        completion: ids after it; ends with the end-of-sequence token unless `truncated`.
+        completion: ids after it; ends with a token that stops generation unless `truncated`.
         truncated: the completion was cut at the length limit and therefore carries no end token.
+        prompt_truncated: the prompt lost its beginning.
+        border_moved: a token stood across the border, so the prompt ends before the prompt's text does.
     """
 
     prompt: list[int]
     completion: list[int]
     truncated: bool
+    prompt_truncated: bool = False
+    border_moved: bool = False
 
 
-def tokenize_prompt(tokenizer: Any, prompt: Text, *, max_length: int | None = None) -> list[int]:
+class TokenizedPrompt(NamedTuple):
+    """Ids of a prompt, and whether it lost its beginning."""
+
+    ids: list[int]
+    truncated: bool
+
+
+def tokenize_prompt(
+    tokenizer: Any, prompt: Text, completions: Sequence[Text] = (), *, max_length: int | None = None
+) -> TokenizedPrompt:
     """Ids of a prompt, ready for generation: a chat gets its generation prompt, plain text its start token.
 
+    With completions it ends where `tokenize_row` parts it from them. Alone it keeps all its tokens but white
+    space at its end that the first letter of an answer would become one token with (`"Answer: "` where
+    `" yes"` is a token): models have never met that space apart, and write it themselves. More is not taken
+    away, for a model that lacks part of a word cannot know it.
+
     Args:
-        max_length: keep at most this many ids; the *end* of the prompt is kept, since it stands next to the
-            completion.
+        completions: what is known to follow it.
+        max_length: keep at most this many ids: of a chat the system message and its last turns, of plain text
+            the start token and the end, which stands next to the completion.
 
     Raises:
         ConfigError: a chat prompt for a tokenizer without a chat template.
-        DataError: the prompt has no token, or is neither text nor messages.
+        DataError: the prompt has no token, is neither text nor messages, or the template refuses it.
     """
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt, add_special_tokens=True)["input_ids"]
-        eos = tokenizer.eos_token_id
-        if ids and ids[-1] == eos and (len(ids) > 1 or eos != tokenizer.bos_token_id):
-            ids = ids[:-1]  # some tokenizers close every text; a prompt is not closed
-    elif _is_messages(prompt):
-        ids = _chat_ids(tokenizer, prompt, add_generation_prompt=True)
-    else:
-        raise DataError(f"a prompt must be text or a list of messages, got {prompt!r}")
-    if not ids:
-        raise DataError(f"the prompt {prompt!r} has no token; a prompt needs at least one")
-    return ids if max_length is None else ids[-max_length:]
+    ids: list[int] = []
+    longer = False
+    for kept in _shortened(prompt) if max_length is not None else [prompt]:
+        try:
+            ids = _prompt_ids(tokenizer, kept, completions)
+        except DataError:
+            if not longer:
+                raise
+            break  # the template does not take the conversation without its first turns
+        if max_length is None or len(ids) <= max_length:
+            break
+        longer = True
+    return TokenizedPrompt(_last(tokenizer, ids, max_length), longer)
 
 
 def tokenize_row(
@@ -59,84 +94,82 @@ def tokenize_row(
     prompt: Text,
     completions: Sequence[Text],
     *,
+    stop_ids: Sequence[int] | None = None,
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
 ) -> list[TokenizedSequence]:
-    """Tokenize completions of a prompt; exactly one end token closes each unless it is cut.
+    """Tokenize completions of a prompt; exactly one token that stops generation closes each unless it is cut.
+
+    All of them share one prompt: it ends before the first token that any of them does not share with the
+    prompt's own text, and what it loses so is the beginning of every completion.
 
     Args:
-        max_prompt_length: prompts longer than this lose their beginning.
+        stop_ids: see `stop_token_ids`, which is asked by default.
+        max_prompt_length: longer prompts lose their beginning, see `tokenize_prompt`.
         max_completion_length: completions longer than this (end token included) lose their end, and with it
             the end token: a cut text did not end there.
 
     Raises:
-        DataError: a completion has no token, or the chat template does not keep the prompt's tokens as the
-            beginning of the whole conversation's.
+        DataError: a completion has no token or goes on after an end token, a message holds a control token,
+            the chat template refuses the conversation or rewrites the prompt once it is answered.
         ConfigError: the tokenizer has no end-of-sequence token or lacks a chat template.
     """
-    eos = tokenizer.eos_token_id
-    if eos is None:
+    if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no eos_token; set one, for a completion must be able to end")
-    prompt_ids = tokenize_prompt(tokenizer, prompt)
-    texts = isinstance(prompt, str) and all(isinstance(completion, str) for completion in completions)
-    given: Any = [None] * len(completions)
-    if texts and completions:  # one call costs little more than a text does
-        given = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
-    sequences = []
-    for completion, ids in zip(completions, given, strict=True):
-        completion_ids = _completion_ids(tokenizer, prompt, prompt_ids, completion, ids)
-        truncated = max_completion_length is not None and len(completion_ids) > max_completion_length
-        kept = prompt_ids if max_prompt_length is None else prompt_ids[-max_prompt_length:]
-        sequences.append(TokenizedSequence(kept, completion_ids[:max_completion_length], truncated))
-    return sequences
+    stops = stop_token_ids(tokenizer) if stop_ids is None else stop_ids
+    for message in (m for text in (prompt, *completions) if _is_messages(text) for m in text):
+        _check_content(tokenizer, message, stops)
+    longer = False
+    split: _Split | None = None
+    for kept in _shortened(prompt) if max_prompt_length is not None else [prompt]:
+        try:
+            split = _split(tokenizer, kept, completions, stops)
+        except DataError:
+            if not longer:
+                raise
+            break
+        if max_prompt_length is None or len(split.prompt) <= max_prompt_length:
+            break
+        longer = True
+    assert split is not None
+    prompt_ids = _last(tokenizer, split.prompt, max_prompt_length)
+    return [
+        TokenizedSequence(
+            prompt_ids,
+            ids[:max_completion_length],
+            max_completion_length is not None and len(ids) > max_completion_length,
+            longer,
+            split.moved,
+        )
+        for ids in split.completions
+    ]
 
 
 def tokenize_sequence(
-    tokenizer: Any,
-    prompt: Text,
-    completion: Text,
-    *,
-    max_prompt_length: int | None = None,
-    max_completion_length: int | None = None,
+    tokenizer: Any, prompt: Text, completion: Text, **options: Any
 ) -> TokenizedSequence:
-    """Tokenize one completion of a prompt, as `tokenize_row` does."""
-    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
-    return tokenize_row(tokenizer, prompt, [completion], **limits)[0]
+    """Tokenize one completion of a prompt, as `tokenize_row` does, with its options."""
+    return tokenize_row(tokenizer, prompt, [completion], **options)[0]
 
 
-def _completion_ids(
-    tokenizer: Any, prompt: Text, prompt_ids: list[int], completion: Text, ids: list[int] | None
-) -> list[int]:
-    """The ids after the prompt's, closed by one end token; `ids` are the text's, where it is text."""
-    eos = tokenizer.eos_token_id
-    if isinstance(prompt, str) and isinstance(completion, str):
-        completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"] if ids is None else ids
-        while completion_ids and completion_ids[-1] == eos:
-            completion_ids = completion_ids[:-1]
-        if not completion_ids:
-            raise DataError(f"the completion {completion!r} has no token")
-        if eos in completion_ids:
-            raise DataError(
-                f"the completion {completion!r} has the end token {tokenizer.eos_token!r} before its end; "
-                "a completion ends there, nothing can follow"
-            )
-        return [*completion_ids, eos]
-    if _is_messages(prompt) and _is_messages(completion):
-        whole = _chat_ids(tokenizer, [*prompt, *completion], add_generation_prompt=False)
-        if whole[: len(prompt_ids)] != prompt_ids:
-            raise DataError(
-                "the chat template does not keep the prompt's tokens as the beginning of the conversation's; "
-                f"prompt ends with {tokenizer.decode(prompt_ids[-8:])!r}, conversation has "
-                f"{tokenizer.decode(whole[max(0, len(prompt_ids) - 8) : len(prompt_ids)])!r} there"
-            )
-        completion_ids = _close(whole[len(prompt_ids) :], eos)
-        if completion_ids == [eos]:
-            raise DataError(f"the completion {completion!r} has no token")
-        return completion_ids
-    raise DataError(
-        "prompt and completion must both be text or both be messages, got "
-        f"{type(prompt).__name__} and {completion!r}"
-    )
+def row_findings(sequences: Sequence[TokenizedSequence]) -> list[str]:
+    """What is counted of a row: names of `cut_prompt`, `cut_completion`, `identical` and `moved_border`."""
+    different = {tuple(sequence.completion) for sequence in sequences}
+    found = {
+        "cut_prompt": any(sequence.prompt_truncated for sequence in sequences),
+        "cut_completion": any(sequence.truncated for sequence in sequences),
+        "identical": len(different) < len(sequences),
+        "moved_border": any(sequence.border_moved for sequence in sequences),
+    }
+    return [name for name, holds in found.items() if holds]
+
+
+def log_findings(counts: Counter[str], total: int, rows: str, left_out: Iterable[str] = ()) -> None:
+    """Say in the log how many of `total` rows have what, and whether they are left out."""
+    for name, meaning in _MEANING.items():
+        if counts[name]:
+            fate = ": left out" if name in left_out else ""
+            logger.warning("%d of %d %s have %s%s", counts[name], total, rows, meaning, fate)
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -144,14 +177,175 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def stop_token_ids(tokenizer: Any, model: Any) -> list[int]:
-    """Ids that end a completion: the tokenizer's end token and those of the model's generation config.
+def decode_completion(tokenizer: Any, prompt: Text, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+    """What stands behind a prompt's text, for ids that stand behind its ids.
 
-    Chat models often name several (`<|im_end|>` beside `<|endoftext|>`).
+    For plain text that is not the ids' own text where a tokenizer takes a space off a text's beginning, or
+    where the prompt's ids end before its text does.
+    """
+    text = decode(tokenizer, ids)
+    if not isinstance(prompt, str):
+        return text
+    before, whole = (decode(tokenizer, list(part)) for part in (prompt_ids, [*prompt_ids, *ids]))
+    if not whole.startswith(before):
+        return text
+    rest = ""
+    for length in range(min(len(prompt), len(before)), -1, -1):  # what of the prompt its ids do not hold
+        if before.endswith(prompt[:length]) or prompt[:length].endswith(before):
+            rest = prompt[length:]
+            break
+    return whole[len(before) :].removeprefix(rest)
+
+
+def stop_token_ids(tokenizer: Any, model: Any = None) -> list[int]:
+    """Ids that end a completion, where it is drawn as where it is scored.
+
+    They are the tokenizer's end token, those of the model's generation config (chat models often name
+    several, `<|im_end|>` beside `<|endoftext|>`), and the token that the chat template writes right after an
+    assistant's words, which some models are served with and neither of the two names (Gemma's
+    `<end_of_turn>`).
     """
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [named] if isinstance(named, int) else list(named or [])
-    return sorted({*ids, tokenizer.eos_token_id} - {None})
+    return sorted({*ids, tokenizer.eos_token_id, _end_of_turn(tokenizer)} - {None})
+
+
+class _Split(NamedTuple):
+    """A row in tokens, before any length limit."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    moved: bool
+
+
+def _split(tokenizer: Any, prompt: Text, completions: Sequence[Text], stops: Sequence[int]) -> _Split:
+    texts, special = _joined(tokenizer, prompt, completions)
+    prompt_ids, *wholes = _ids(tokenizer, texts, special=special)
+    if not prompt_ids:
+        raise DataError(f"the prompt {prompt!r} has no token; a prompt needs at least one")
+    borders = [_common(prompt_ids, whole) for whole in wholes]
+    border = min([len(prompt_ids), *borders])
+    if border == 0:
+        raise DataError(
+            f"no token of the prompt {prompt!r} stays as it is once a completion follows; end it with a "
+            "space, a line break or a mark"
+        )
+    closed = [
+        _closed(tokenizer, completion, whole, own, border, stops)
+        for completion, whole, own in zip(completions, wholes, borders, strict=True)
+    ]
+    return _Split(prompt_ids[:border], closed, border < len(prompt_ids))
+
+
+def _closed(
+    tokenizer: Any, completion: Text, whole: list[int], own: int, border: int, stops: Sequence[int]
+) -> list[int]:
+    """The ids behind the border up to the first that stops generation, which is added where there is none.
+
+    Args:
+        own: where this completion parts from the prompt.
+    """
+    end = next((place for place in range(own, len(whole)) if whole[place] in stops), len(whole))
+    if end == own:
+        raise DataError(f"the completion {completion!r} has no token")
+    rest = [token for token in whole[end:] if token not in stops]
+    if rest and (isinstance(completion, str) or decode(tokenizer, rest).strip()):
+        raise DataError(
+            f"the completion {completion!r} has the end token {tokenizer.convert_ids_to_tokens(whole[end])!r} "
+            "before its end; a completion ends there, nothing can follow"
+        )
+    return [*whole[border:end], whole[end] if end < len(whole) else tokenizer.eos_token_id]
+
+
+def _prompt_ids(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> list[int]:
+    if completions:
+        return _split(tokenizer, prompt, completions, stop_token_ids(tokenizer)).prompt
+    if _is_messages(prompt):
+        for message in prompt:
+            _check_content(tokenizer, message, stop_token_ids(tokenizer))
+    [text], special = _joined(tokenizer, prompt, ())
+    probed = [text] if _is_messages(prompt) and not text else [text, text + "a"]
+    ids, *answered = _ids(tokenizer, probed, special=special)
+    if not ids:
+        raise DataError(f"the prompt {prompt!r} has no token; a prompt needs at least one")
+    border = _common(ids, answered[0]) if answered else len(ids)
+    dropped = decode(tokenizer, ids[border:])
+    return ids if dropped.strip() or border == 0 else ids[:border]
+
+
+def _joined(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> tuple[list[str], bool]:
+    """The prompt's text and those with each completion, and whether the tokenizer's own tokens belong to them.
+
+    A chat template writes all of a conversation's tokens itself.
+    """
+    if isinstance(prompt, str):
+        if not all(isinstance(completion, str) for completion in completions):
+            raise _mixed(prompt, completions)
+        return [prompt, *(prompt + completion for completion in completions)], True
+    if not _is_messages(prompt):
+        raise DataError(f"a prompt must be text or a list of messages, got {prompt!r}")
+    if not all(_is_messages(completion) for completion in completions):
+        raise _mixed(prompt, completions)
+    text = _rendered(tokenizer, prompt, add_generation_prompt=True)
+    wholes = [_rendered(tokenizer, [*prompt, *completion]) for completion in completions]
+    for whole in wholes:
+        if not whole.startswith(text):
+            there = len(_common_text(text, whole))
+            raise DataError(
+                "the chat template does not keep the prompt's text as the beginning of the conversation's; "
+                f"the prompt goes on with {text[there : there + 40]!r}, the conversation with "
+                f"{whole[there : there + 40]!r}; take a template that writes the same before an answer in both"
+            )
+    return [text, *wholes], False
+
+
+def _ids(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+    """Ids of texts in one call: begun once, and not closed by tokenizers that close every text."""
+    probe, *found = tokenizer(["a", *texts], add_special_tokens=special, verbose=False)["input_ids"]
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if special and len(probe) > 1 and probe[-1] == eos:
+        found = [ids[:-1] if ids[-1:] == [eos] else ids for ids in found]
+    # a text that begins with the start token gets no second one
+    return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in found]
+
+
+def _last(tokenizer: Any, ids: list[int], length: int | None) -> list[int]:
+    """At most `length` ids: the end, behind the start token where there is one."""
+    if length is None or len(ids) <= length:
+        return ids
+    if length > 1 and ids[0] == tokenizer.bos_token_id:
+        return [ids[0], *ids[-(length - 1) :]]
+    return ids[-length:]
+
+
+def _shortened(prompt: Text) -> Iterator[Text]:
+    """The prompt, then a chat without its first turn, without its first two …; its system messages stay."""
+    yield prompt
+    if isinstance(prompt, str) or not _is_messages(prompt):
+        return
+    roles = [message.get("role") for message in prompt]
+    head = next((place for place, role in enumerate(roles) if role not in ("system", "developer")), 0)
+    turns = [place for place in range(head, len(roles)) if roles[place] == "user"]
+    for place in turns[1:]:
+        yield [*prompt[:head], *prompt[place:]]
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    both = min(len(first), len(second))
+    return next((place for place in range(both) if first[place] != second[place]), both)
+
+
+def _common_text(first: str, second: str) -> str:
+    both = min(len(first), len(second))
+    return first[: next((place for place in range(both) if first[place] != second[place]), both)]
+
+
+def _mixed(prompt: Text, completions: Sequence[Any]) -> DataError:
+    other = next(c for c in completions if not (isinstance(c, str) if isinstance(prompt, str) else _is_messages(c)))
+    return DataError(
+        f"prompt and completion must both be text or both be messages, got {type(prompt).__name__} and {other!r}"
+    )
 
 
 def _is_messages(value: Any) -> bool:
@@ -162,21 +356,70 @@ def _is_messages(value: Any) -> bool:
     )
 
 
-def _chat_ids(
-    tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool
-) -> list[int]:
+def _rendered(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+) -> str:
+    from jinja2 import TemplateError
+
     if not tokenizer.chat_template:
         raise ConfigError(
             "the data are messages but the tokenizer has no chat template; "
             "use a chat model's tokenizer or turn the data into plain text"
         )
-    return tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise DataError(
+            f"the chat template refuses messages of the roles {roles}: {error}; give what it takes (a system "
+            "message can begin the first user message, neighbours of one role can be joined), or a tokenizer "
+            "with another chat template"
+        ) from error
 
 
-def _close(ids: list[int], eos: int) -> list[int]:
-    """End with exactly one end token: drop what a template writes after it, such as a line break."""
-    if eos in ids:
-        return ids[: len(ids) - ids[::-1].index(eos)]
-    return [*ids, eos]
+def _check_content(tokenizer: Any, message: Mapping[str, str], stops: Sequence[int]) -> None:
+    """Refuse a control token that a message's own words hold: it would end the turn, or begin another."""
+    controls, pattern = _controls(tokenizer, tuple(stops), len(tokenizer))
+    content = message["content"]
+    if pattern is None or not pattern.search(content):
+        return
+    for token in tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]:
+        if token in controls:
+            raise DataError(
+                f"a message of the role {message.get('role')} holds the control token "
+                f"{tokenizer.convert_ids_to_tokens(token)!r} in its content {content[:80]!r}; take it out, or "
+                "write it in another way: templates write such tokens themselves"
+            )
+
+
+@lru_cache(maxsize=4)
+def _controls(
+    tokenizer: Any, stops: tuple[int, ...], size: int
+) -> tuple[frozenset[int], re.Pattern[str] | None]:
+    """Ids of control tokens, and what finds their texts. `size` is the tokenizer's, which may grow."""
+    added = tokenizer.added_tokens_decoder
+    ids = {*tokenizer.all_special_ids, *stops, *(i for i, token in added.items() if token.special)}
+    ids.discard(tokenizer.unk_token_id)  # what words without a token of their own become
+    texts = [str(text) for text in tokenizer.convert_ids_to_tokens(sorted(ids)) if text]
+    return frozenset(ids), re.compile("|".join(map(re.escape, texts))) if texts else None
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The added token that the chat template writes right behind an assistant's words, if it does."""
+    if not tokenizer.chat_template:
+        return None
+    words = "softpref"
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}]
+    try:
+        text = _rendered(tokenizer, turn)
+    except DataError:
+        return None
+    before, found, behind = text.rpartition(words)
+    added = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
+    place = next((place for place, token in enumerate(ids) if token in added), None)
+    if place is None or decode(tokenizer, ids[:place]).strip():
+        return None
+    return ids[place]
