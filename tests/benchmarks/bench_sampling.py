@@ -73,7 +73,6 @@ class Task:
             self.prompts,
             noise=noise,
             stop_ids=self.stops,
-            pad_id=PAD,
             batch_size=len(self.prompts),
         )
         return sum(len(sample.completion) for sample in samples)
@@ -144,7 +143,7 @@ class Task:
 
         def run(seed: int) -> int:
             noise = sampling_noise(len(self.prompts), self.limit, seed=seed)
-            samples = engine(self.model, self.prompts, noise=noise, stop_ids=self.stops, pad_id=PAD)
+            samples = engine(self.model, self.prompts, noise=noise, stop_ids=self.stops)
             return sum(len(sample.completion) for sample in samples)
 
         return run

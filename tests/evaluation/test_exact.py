@@ -71,7 +71,7 @@ def test_kl_and_entropy_estimates_have_the_true_values_as_their_expectation():
 
 def test_samples_follow_the_models_own_distribution_and_the_seed():
     model = llama(0)
-    options = {"max_new_tokens": 1, "stop_ids": [1], "pad_id": PAD, "batch_size": 500}
+    options = {"max_new_tokens": 1, "stop_ids": [1], "batch_size": 500}
     groups = draw(model, [PROMPT, [2]], 2000, seed=7, **options)
     assert [len(group) for group in groups] == [2000, 2000]
     counts = np.bincount([sample.completion[0] for sample in groups[1]], minlength=5) / 2000

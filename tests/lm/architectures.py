@@ -112,7 +112,7 @@ def sentencepiece(*, legacy: bool, template: str | None = INST) -> Any:
     from transformers import LlamaTokenizer
 
     vocabulary, merges = _pieces(["<unk>", "<s>", "</s>"])
-    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=legacy)
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=legacy, add_bos_token=True)
     tokenizer.pad_token = "<unk>"
     tokenizer.chat_template = template
     return tokenizer
@@ -124,7 +124,7 @@ def gemma_pieces() -> Any:
 
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"]
     vocabulary, merges = _pieces(special)
-    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges)
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
     tokenizer.chat_template = TURNS
     return tokenizer
@@ -475,7 +475,6 @@ def sampling_agreement(model: Any, tokenizer: Any, count: int = 48, length: int 
         prompts,
         noise=sampling_noise(count, length, seed=3),
         stop_ids=[tokenizer.eos_token_id],
-        pad_id=tokenizer.pad_token_id,
         batch_size=20,
     )
     own = torch.tensor([sample.logp for sample in samples], dtype=torch.float64)

@@ -110,7 +110,7 @@ def test_samples_are_those_of_transformers_own_cache_and_attention(attention, mo
     noise = sampling_noise(len(prompts), 90, 0)
 
     def draw():
-        return sample_completions(model, prompts, noise=noise, stop_ids=(3,), pad_id=0)
+        return sample_completions(model, prompts, noise=noise, stop_ids=(3,))
 
     ours = draw()
     assert model.config._attn_implementation == attention
@@ -134,7 +134,7 @@ def test_no_keys_are_copied_for_each_head_while_tokens_are_drawn(monkeypatch):
         return plain(query, key, *rest, **options)
 
     monkeypatch.setattr(decoding.functional, "scaled_dot_product_attention", watched)
-    sample_completions(model, [[5, 6], [7]], noise=sampling_noise(2, 6, 0), stop_ids=(), pad_id=0)
+    sample_completions(model, [[5, 6], [7]], noise=sampling_noise(2, 6, 0), stop_ids=())
     assert widths[:2] == [(2, 4)] * 2  # the prompts, once in each layer
     assert widths[2:] == [(2, 2)] * 10
 

@@ -321,7 +321,7 @@ def test_a_model_that_was_packed_samples_scores_and_saves_as_before(tmp_path):
     model, other = make(), make()
     agree(model, SEQUENCES)
     assert is_packed(model)
-    options = {"noise": sampling_noise(8, 12, seed=1), "stop_ids": (2,), "pad_id": 0}
+    options = {"noise": sampling_noise(8, 12, seed=1), "stop_ids": (2,)}
     prompts = [prompt for prompt, _ in SEQUENCES]
     assert sample_completions(model, prompts, **options) == sample_completions(other, prompts, **options)
     ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])

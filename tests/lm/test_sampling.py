@@ -24,7 +24,7 @@ def model(make_model, tokenizer):
 
 def sample(model, prompts, *, seed=0, length=6, stop_ids=(STOP,), **options):
     noise = sampling_noise(len(prompts), length, seed)
-    return sample_completions(model, prompts, noise=noise, stop_ids=stop_ids, pad_id=0, **options)
+    return sample_completions(model, prompts, noise=noise, stop_ids=stop_ids, **options)
 
 
 def outcome_probabilities(model, prompt, length):
@@ -63,7 +63,7 @@ def test_the_samples_distribution_is_the_models_whatever_its_generation_config_s
 def test_a_sample_does_not_depend_on_batch_size_or_on_the_prompts_beside_it(model):
     prompts = PROMPTS * 8
     noise = sampling_noise(len(prompts), 12, seed=1)
-    options = {"stop_ids": (STOP,), "pad_id": 0}
+    options = {"stop_ids": (STOP,)}
     whole = sample_completions(model, prompts, noise=noise, batch_size=64, **options)
     assert len({len(s.completion) for s in whole}) > 3
     for batch_size in (1, 7):
@@ -125,4 +125,4 @@ def test_sampling_runs_without_dropout_and_restores_the_mode(make_model, tokeniz
 
 def test_noise_without_a_row_for_each_prompt_is_refused(model):
     with pytest.raises(ValueError, match="one row per prompt"):
-        sample_completions(model, PROMPTS, noise=sampling_noise(3, 4, 0), stop_ids=(STOP,), pad_id=0)
+        sample_completions(model, PROMPTS, noise=sampling_noise(3, 4, 0), stop_ids=(STOP,))

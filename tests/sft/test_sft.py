@@ -107,13 +107,12 @@ def test_a_step_weighs_all_its_tokens_alike_however_it_is_cut(
 def test_a_reference_from_nothing_learns_the_completions_and_to_end_them(trained, rows):
     folder, metrics = trained
     tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder))
-    prompts = [tokenize_prompt(tokenizer, row["prompt"]) for row in rows]
+    prompts = [tokenize_prompt(tokenizer, row["prompt"]).ids for row in rows]
     samples = sample_completions(
         model,
         prompts,
         noise=sampling_noise(len(prompts), 24, 0),
         stop_ids=[tokenizer.eos_token_id],
-        pad_id=tokenizer.pad_token_id,
     )
     assert sum(not sample.truncated for sample in samples) >= 0.9 * len(samples)
     known = {row["completion"] for row in rows}

@@ -124,7 +124,6 @@ def test_samples_are_those_of_the_cpu_and_scored_alike(make_model, tokenizer, na
     options = {
         "noise": sampling_noise(len(PROMPTS), 24, seed=1),
         "stop_ids": [3],
-        "pad_id": 0,
         "batch_size": 16,
     }
     model = make_model(tokenizer, layers=2, width=32, **MODELS[name])

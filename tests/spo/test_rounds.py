@@ -110,7 +110,7 @@ def test_rounds_from_beginning_to_end(
         options["round_reference"] = "previous"
     trainer, watched = rounds(method=method, train_on=train_on, **options)
     given = make_rows(ROWS, soft=True)
-    prompts = [tokenize_prompt(tokenizer, row["prompt"]) for row in given]
+    prompts = [tokenize_prompt(tokenizer, row["prompt"]).ids for row in given]
     answers = [tokenize_sequence(tokenizer, row["prompt"], row["completions"][0])[1] for row in given]
 
     # as many steps as rounds, passes and batches make, one schedule over all of them, the round in the log

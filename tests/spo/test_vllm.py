@@ -103,7 +103,7 @@ def engine(request, build, monkeypatch):
 
 def draw(engine, model, prompts, *, seed=0, length=6, stop_ids=(STOP,), **options):
     noise = sampling_noise(len(prompts), length, seed)
-    return engine(model, prompts, noise=noise, stop_ids=stop_ids, pad_id=0, **options)
+    return engine(model, prompts, noise=noise, stop_ids=stop_ids, **options)
 
 
 @torch.no_grad()
@@ -240,7 +240,7 @@ def test_a_sample_depends_on_its_row_alone(engine, build):
     model = build()
     prompts = PROMPTS * 8
     noise = sampling_noise(len(prompts), 12, seed=1)
-    options = {"stop_ids": (STOP,), "pad_id": 0}
+    options = {"stop_ids": (STOP,)}
     whole = engine(model, prompts, noise=noise, **options)
     assert len({len(sample.completion) for sample in whole}) > 3
     assert engine(model, prompts, noise=noise, **options) == whole
@@ -449,7 +449,7 @@ engine = VLLMServerEngine(EngineSpec(*spec), url) if url else VLLMEngine(EngineS
 noise = sampling_noise(len(prompts), 12, 0)
 for round_ in range(2):
     mine = list(range(rank, len(prompts), processes))
-    samples = engine(model, [prompts[i] for i in mine], noise=noise[mine], stop_ids=[3], pad_id=0)
+    samples = engine(model, [prompts[i] for i in mine], noise=noise[mine], stop_ids=[3])
     assert [sample.prompt for sample in samples] == [prompts[i] for i in mine]
     check_agreement(model, samples, precision="float32", sequences=99)
     found = [None] * processes
@@ -479,7 +479,7 @@ def test_two_processes_draw_what_one_does(place, request, in_process, build, tmp
     assert result.returncode == 0, result.stderr[-3000:]
     drawn = [eval(line.removeprefix("drawn ")) for line in result.stdout.splitlines() if "drawn" in line]
     for completions in drawn:
-        alone = in_process(model, prompts, noise=sampling_noise(15, 12, 0), stop_ids=[STOP], pad_id=0)
+        alone = in_process(model, prompts, noise=sampling_noise(15, 12, 0), stop_ids=[STOP])
         assert completions == [sample.completion for sample in alone]
         with torch.no_grad():
             model.lm_head.weight.mul_(1.5)

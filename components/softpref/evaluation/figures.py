@@ -5,6 +5,7 @@ Loads the models and runs them; knows no folder of results, and judges no compar
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from softpref.evaluation.measure import PromptRecord
     from softpref.judges import Judge
     from softpref.lm.sampling import Sample
+    from softpref.lm.tokenization import TokenizedPrompt
 
 
 class Models(NamedTuple):
@@ -67,15 +69,39 @@ def load_policy(config: EvaluationConfig, models: Models, folder: str) -> Models
     return models._replace(policy=policy)
 
 
-def check_prompts(model: Any, models: Models, prompts: Sequence[Any]) -> None:
-    """Refuse prompts after which the longest completion would outgrow the model, before anything is drawn."""
-    from softpref.lm.scoring import check_positions
+def tokenize_prompts(
+    models: Models, prompts: Sequence[Any], rows: Sequence[Mapping[str, Any]]
+) -> list[TokenizedPrompt]:
+    """Ids of each prompt, ending where training parted it from the completions of its rows.
+
+    Raises:
+        DataError: names the prompt that the tokenizer or its chat template refuses.
+    """
+    from softpref.evaluation.metrics import prompt_key
     from softpref.lm.tokenization import tokenize_prompt
 
+    completions: dict[str, list[Any]] = defaultdict(list)
+    for row in rows:
+        completions[prompt_key(row["prompt"])] += row["completions"]
     limit = models.max_prompt_length
-    longest = max(len(tokenize_prompt(models.tokenizer, prompt, max_length=limit)) for prompt in prompts)
+    found = []
+    for prompt in prompts:
+        try:
+            found.append(
+                tokenize_prompt(models.tokenizer, prompt, completions[prompt_key(prompt)], max_length=limit)
+            )
+        except DataError as error:
+            raise DataError(f"held-out prompt {as_text(prompt, roles=True)[:80]!r}: {error}") from error
+    return found
+
+
+def check_prompts(model: Any, models: Models, prompts: Sequence[TokenizedPrompt]) -> None:
+    """Refuse prompts after which the longest completion would outgrow the model, before anything is drawn."""
+    from softpref.lm.scoring import check_ids, check_positions
+
     remedy = "lower max_new_tokens, or train with a lower max_prompt_length"
-    check_positions(model, longest, models.max_new_tokens, remedy)
+    check_positions(model, max(len(prompt.ids) for prompt in prompts), models.max_new_tokens, remedy)
+    check_ids(model, (prompt.ids for prompt in prompts))
 
 
 def held_out(
@@ -84,16 +110,17 @@ def held_out(
     """Score the held-out preferences under the policy: its figures, and warnings about rows."""
     from softpref.evaluation.metrics import PerplexityMetric, PreferenceMetric, prompt_key
     from softpref.lm.scoring import score_sequences
-    from softpref.lm.tokenization import tokenize_row
+    from softpref.lm.tokenization import findings_text, row_findings, stop_token_ids, tokenize_row
 
-    limits = {
+    options: dict[str, Any] = {
+        "stop_ids": stop_token_ids(models.tokenizer, models.policy),
         "max_prompt_length": models.max_prompt_length,
         "max_completion_length": models.max_new_tokens,
     }
     used, tokens = [], []
     for row in rows:
         try:
-            tokens.append(tokenize_row(models.tokenizer, row["prompt"], row["completions"], **limits))
+            tokens.append(tokenize_row(models.tokenizer, row["prompt"], row["completions"], **options))
         except DataError:  # a text that this tokenizer cannot express; counted below
             continue
         used.append(row)
@@ -128,30 +155,25 @@ def held_out(
         warnings.append(
             f"{len(rows) - len(used)} of {len(rows)} held-out rows cannot be tokenized and were left out."
         )
-    cut = sum(sequence.truncated for sequence in sequences)
-    if cut:
-        warnings.append(
-            f"{cut} of {len(sequences)} held-out completions exceed {models.max_new_tokens} tokens and "
-            f"were cut "
-            "for scoring."
-        )
-    return figures, warnings
+    counts = Counter({"rows": len(tokens)}) + Counter(
+        name for group in tokens for name in row_findings(group)
+    )
+    return figures, warnings + findings_text(counts, "held-out rows")
 
 
 def draw_samples(
     models: Models,
     side: Literal["policy", "reference"],
     prompts: Sequence[Any],
+    tokenized: Sequence[TokenizedPrompt],
     judge: Judge,
     config: EvaluationConfig,
 ) -> tuple[list[list[Sample]], list[list[dict[str, Any]]]]:
     """Draw from one model for each prompt, let the judge score: what was drawn, and its texts and scores."""
     from softpref.evaluation import measure
-    from softpref.lm.tokenization import decode, stop_token_ids, tokenize_prompt
+    from softpref.lm.tokenization import decode_completion, stop_token_ids
 
-    ids = [
-        tokenize_prompt(models.tokenizer, prompt, max_length=models.max_prompt_length) for prompt in prompts
-    ]
+    ids = [prompt.ids for prompt in tokenized]
     count = config.samples_per_prompt
     model = getattr(models, side)
     with progress(f"{side} samples", total=len(ids) * count, unit="sample") as loop:
@@ -162,13 +184,12 @@ def draw_samples(
             max_new_tokens=models.max_new_tokens,
             stop_ids=stop_token_ids(models.tokenizer, model),
             seed=2 * config.seed + (side == "reference"),  # independent streams of one seed
-            pad_id=models.tokenizer.pad_token_id,
             batch_size=config.batch_size,
             progress=loop.update,
         )
     shown = []
-    for prompt, group in zip(prompts, drawn, strict=True):
-        completions = [decode(models.tokenizer, drawing.completion) for drawing in group]
+    for prompt, own, group in zip(prompts, ids, drawn, strict=True):
+        completions = [decode_completion(models.tokenizer, prompt, own, each.completion) for each in group]
         scores = judge.scores([as_text(prompt, roles=True)] * count, completions).tolist()
         shown.append(
             [
@@ -182,6 +203,7 @@ def draw_samples(
 def sampled(
     models: Models,
     prompts: Sequence[Any],
+    tokenized: Sequence[TokenizedPrompt],
     reference: Sequence[list[dict[str, Any]]],
     judge: Judge,
     config: EvaluationConfig,
@@ -196,7 +218,7 @@ def sampled(
     from softpref.evaluation.metrics import DiversityMetric, SampleMetric, WinRateMetric
 
     count = config.samples_per_prompt
-    drawn, shown = draw_samples(models, "policy", prompts, judge, config)
+    drawn, shown = draw_samples(models, "policy", prompts, tokenized, judge, config)
     with progress("KL and entropy", total=len(drawn) * count, unit="sample") as loop:
         divergences = measure.divergences(
             models.policy,
@@ -243,7 +265,7 @@ def enumerated(
     """Score every outcome of the first `exact_prompts` prompts whose outcomes are known."""
     from softpref.evaluation.exact import exact_prompt, trained_objective, why_unknown
     from softpref.lm.scoring import check_positions, score_sequences
-    from softpref.lm.tokenization import tokenize_row
+    from softpref.lm.tokenization import stop_token_ids, tokenize_row
 
     known = [prompt for prompt in prompts if isinstance(prompt, str) and prompt in outcomes]
     known = known[: config.exact_prompts]
@@ -258,7 +280,11 @@ def enumerated(
         for prompt in known:
             entry = outcomes[prompt]
             tokenized = tokenize_row(
-                models.tokenizer, prompt, entry.completions, max_prompt_length=models.max_prompt_length
+                models.tokenizer,
+                prompt,
+                entry.completions,
+                stop_ids=stop_token_ids(models.tokenizer, models.policy),
+                max_prompt_length=models.max_prompt_length,
             )
             sequences = [(each.prompt, each.completion) for each in tokenized]
             longest = max(len(completion) for _, completion in sequences)

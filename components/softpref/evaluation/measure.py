@@ -64,7 +64,6 @@ def draw(
     *,
     max_new_tokens: int,
     stop_ids: Sequence[int],
-    pad_id: int,
     seed: int,
     batch_size: int,
     progress: Progress | None = None,
@@ -76,7 +75,6 @@ def draw(
         [prompt for prompt in prompts for _ in range(samples_per_prompt)],
         noise=noise,
         stop_ids=stop_ids,
-        pad_id=pad_id,
         batch_size=batch_size,
         progress=progress,
     )

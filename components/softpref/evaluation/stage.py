@@ -21,6 +21,7 @@ from softpref.evaluation.figures import (
     load_policy,
     load_reference,
     sampled,
+    tokenize_prompts,
 )
 from softpref.judges import OUTCOMES_FILE, check_judge, load_judge, read_outcomes, text_rows
 from softpref.lm.extrapolation import extrapolated_folders
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from softpref.evaluation.intervals import Bootstrap, Figure
     from softpref.evaluation.measure import PromptRecord
     from softpref.judges import Judge, Outcomes
+    from softpref.lm.tokenization import TokenizedPrompt
 
 EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl", "report.html"
 _FEW_PROMPTS = 20
@@ -184,7 +186,7 @@ class _Task(NamedTuple):
     Attributes:
         identity: `evaluation_id`.
         identity_parts: `evaluated_on`, what it is made of.
-        prompts, rows: held-out prompts to draw from, their preference rows to score.
+        prompts, tokenized, rows: held-out prompts to draw from, their ids, their preference rows to score.
         outcomes: every completion of a prompt's set, where the dataset knows them.
         judge_accuracy: on the validation split, of a trained judge.
         models: the reference alone.
@@ -194,6 +196,7 @@ class _Task(NamedTuple):
     identity: str
     identity_parts: dict[str, Any]
     prompts: list[Any]
+    tokenized: list[TokenizedPrompt]
     rows: list[dict[str, Any]]
     outcomes: dict[str, Outcomes]
     judge: Judge
@@ -245,18 +248,20 @@ def _prepare(
     outcomes = read_outcomes(outcomes_path) if outcomes_path.is_file() else {}
     judge, judge_accuracy = _judge(config, dataset, outcomes, bootstrap)
     models = load_reference(config, places, metadata)
-    check_prompts(models.reference, models, prompts)
+    tokenized = tokenize_prompts(models, prompts, rows)
+    check_prompts(models.reference, models, tokenized)
     timer.enter("evaluation")
     return _Task(
         *_identity(config, rows, judge, places["reference"], models.max_new_tokens),
         prompts,
+        tokenized,
         kept,
         outcomes,
         judge,
         judge_accuracy,
         bootstrap,
         models,
-        draw_samples(models, "reference", prompts, judge, config)[1],
+        draw_samples(models, "reference", prompts, tokenized, judge, config)[1],
     )
 
 
@@ -276,11 +281,11 @@ def _evaluate(
     metadata, prompts, judge, bootstrap = member.metadata, task.prompts, task.judge, task.bootstrap
     timer.enter("loading")
     models = load_policy(config, task.models, member.folder)
-    check_prompts(models.policy, models, prompts)
+    check_prompts(models.policy, models, task.tokenized)
     timer.enter("evaluation")
 
     figures, warnings = held_out(models, task.rows, bootstrap)
-    of_samples, records = sampled(models, prompts, task.reference, judge, config, bootstrap)
+    of_samples, records = sampled(models, prompts, task.tokenized, task.reference, judge, config, bootstrap)
     figures |= of_samples
     stats = _stats(places["dataset"])
     exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings)
@@ -377,6 +382,8 @@ def _warnings(
     prompts: int,
 ) -> list[str]:
     """What a reader should know before trusting the figures."""
+    from softpref.lm.tokenization import findings_text
+
     found = []
     if prompts < 2:
         found.append("Only one held-out prompt: there are no intervals, and nothing generalises from it.")
@@ -389,6 +396,9 @@ def _warnings(
             f"and KL "
             "and entropy count up to the cut."
         )
+    counts = (metadata.get("row_counts") or {}).get("train", {})
+    left_out = ["identical", *(["cut_completion"] if metadata.get("cut_rows") == "leave_out" else [])]
+    found += findings_text(counts, "training rows", left_out)
     if config.samples_per_prompt < 2:
         found.append("One sample per prompt: self-BLEU needs two.")
     if judge_accuracy is not None and judge_accuracy.low is not None and judge_accuracy.low <= 0.5:

@@ -58,9 +58,9 @@ class CachedRows:
     Right only for models that `decodes` agrees to.
     """
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
         width = max(len(prompt) for prompt in prompts)
-        ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+        ids = torch.zeros((len(prompts), width), dtype=torch.long)  # masked where it pads
         mask = torch.zeros((len(prompts), width), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
@@ -106,7 +106,7 @@ class CachedRows:
 class WholeRows:
     """Rows that are read from their beginning for each token, as the trainer scores them: slow, and right."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
         self._model, self._rows = model, [list(prompt) for prompt in prompts]
 
     def logits(self) -> Tensor:
@@ -165,7 +165,7 @@ def _reason_against(model: Any) -> str:
     for prompt, tokens in zip(prompts, following, strict=True):
         ids = torch.tensor([[*prompt, *tokens]], device=weight.device)
         expected.append(model(input_ids=ids, use_cache=False).logits[0].float()[len(prompt) - 1 :])
-    rows, here = CachedRows(model, prompts, 0), list(range(len(prompts)))
+    rows, here = CachedRows(model, prompts), list(range(len(prompts)))
     for step in range(max(map(len, following))):
         found = rows.logits()
         right = torch.stack([expected[row][step] for row in here])

@@ -50,7 +50,6 @@ def sample_completions(
     *,
     noise: torch.Tensor,
     stop_ids: Sequence[int],
-    pad_id: int,
     batch_size: int = 64,
     progress: Callable[[int], Any] | None = None,
 ) -> list[Sample]:
@@ -81,7 +80,7 @@ def sample_completions(
             batch = [list(prompts[i]) for i in rows]
             for i, sample in zip(
                 rows,
-                _sample_batch(model, batch, noise[rows].to(device), stop_ids, pad_id, cached),
+                _sample_batch(model, batch, noise[rows].to(device), stop_ids, cached),
                 strict=True,
             ):
                 samples[i] = sample
@@ -106,13 +105,12 @@ def _sample_batch(
     prompts: list[list[int]],
     noise: torch.Tensor,
     stop_ids: Sequence[int],
-    pad_id: int,
     cached: bool,
 ) -> list[Sample]:
     from softpref.lm.decoding import CachedRows, GrowingRows, WholeRows
 
     device, max_new_tokens = noise.device, noise.shape[1]
-    growing: GrowingRows = (CachedRows if cached else WholeRows)(model, prompts, pad_id)
+    growing: GrowingRows = (CachedRows if cached else WholeRows)(model, prompts)
     stops = torch.tensor(sorted(set(stop_ids)), device=device)
     alive = torch.arange(len(prompts), device=device)  # original row of each batch row
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)

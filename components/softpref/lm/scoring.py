@@ -6,7 +6,7 @@ gives tensors over T = Σ l_i tokens in order, so that no statistic can average 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,21 @@ def check_positions(model: Any, prompt: int, completion: int, remedy: str) -> No
         raise ConfigError(
             f"prompts of up to {prompt} tokens with completions of up to {completion} do not fit the model's "
             f"{positions} positions; {remedy}"
+        )
+
+
+def check_ids(model: Any, sequences: Iterable[Ids]) -> None:
+    """Refuse ids that the model has no embedding for, before looking one up fails.
+
+    Raises:
+        ConfigError: names the highest id. Tokens that no sequence holds, a pad token say, may lie outside.
+    """
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    highest = max((max(ids) for ids in sequences if len(ids)), default=-1)
+    if size is not None and highest >= size:
+        raise ConfigError(
+            f"the tokenizer gives id {highest}, but the model's embedding has {size} rows; take the "
+            "tokenizer that belongs to the model, or resize the embedding to it"
         )
 
 

@@ -1,8 +1,8 @@
-"""From a prompt and a completion, text or messages, to token ids, and back. Holds no model and no padding.
+"""From prompt and completion, text or messages, to token ids, and back. Holds no model and no padding.
 
-Both are tokenized as one text, as the model met such texts, and parted in token space: prompt tokens first, then
-completion tokens, then the one token at which the model's own generation stops. What is scored is exactly
-what the policy could have generated.
+Both are tokenized as one text, as the model met such texts, and parted in token space: prompt tokens first,
+then completion tokens, then the one token at which the model's own generation stops. What is scored is
+exactly what the policy could have generated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -74,19 +74,12 @@ def tokenize_prompt(
         ConfigError: a chat prompt for a tokenizer without a chat template.
         DataError: the prompt has no token, is neither text nor messages, or the template refuses it.
     """
-    ids: list[int] = []
-    longer = False
-    for kept in _shortened(prompt) if max_length is not None else [prompt]:
-        try:
-            ids = _prompt_ids(tokenizer, kept, completions)
-        except DataError:
-            if not longer:
-                raise
-            break  # the template does not take the conversation without its first turns
-        if max_length is None or len(ids) <= max_length:
-            break
-        longer = True
-    return TokenizedPrompt(_last(tokenizer, ids, max_length), longer)
+
+    def alone(kept: Text) -> tuple[list[int], None]:
+        return _prompt_ids(tokenizer, kept, completions), None
+
+    ids, _, shortened = _fitting(alone, prompt, max_length)
+    return TokenizedPrompt(_last(tokenizer, ids, max_length), shortened)
 
 
 def tokenize_row(
@@ -117,37 +110,27 @@ def tokenize_row(
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no eos_token; set one, for a completion must be able to end")
     stops = stop_token_ids(tokenizer) if stop_ids is None else stop_ids
-    for message in (m for text in (prompt, *completions) if _is_messages(text) for m in text):
-        _check_content(tokenizer, message, stops)
-    longer = False
-    split: _Split | None = None
-    for kept in _shortened(prompt) if max_prompt_length is not None else [prompt]:
-        try:
-            split = _split(tokenizer, kept, completions, stops)
-        except DataError:
-            if not longer:
-                raise
-            break
-        if max_prompt_length is None or len(split.prompt) <= max_prompt_length:
-            break
-        longer = True
-    assert split is not None
-    prompt_ids = _last(tokenizer, split.prompt, max_prompt_length)
-    return [
-        TokenizedSequence(
-            prompt_ids,
-            ids[:max_completion_length],
-            max_completion_length is not None and len(ids) > max_completion_length,
-            longer,
-            split.moved,
+    for text in (prompt, *completions):
+        _check_contents(tokenizer, text, stops)
+
+    def parted(kept: Text) -> tuple[list[int], _Parted]:
+        found = _parted(tokenizer, kept, completions)
+        return found.prompt[: found.border], found
+
+    prompt_ids, found, shortened = _fitting(parted, prompt, max_prompt_length)
+    prompt_ids = _last(tokenizer, prompt_ids, max_prompt_length)
+    sequences = []
+    for completion, whole, own in zip(completions, found.wholes, found.borders, strict=True):
+        ids = _closed(tokenizer, completion, whole, own, found.border, stops)
+        truncated = max_completion_length is not None and len(ids) > max_completion_length
+        moved = found.border < len(found.prompt)
+        sequences.append(
+            TokenizedSequence(prompt_ids, ids[:max_completion_length], truncated, shortened, moved)
         )
-        for ids in split.completions
-    ]
+    return sequences
 
 
-def tokenize_sequence(
-    tokenizer: Any, prompt: Text, completion: Text, **options: Any
-) -> TokenizedSequence:
+def tokenize_sequence(tokenizer: Any, prompt: Text, completion: Text, **options: Any) -> TokenizedSequence:
     """Tokenize one completion of a prompt, as `tokenize_row` does, with its options."""
     return tokenize_row(tokenizer, prompt, [completion], **options)[0]
 
@@ -164,12 +147,20 @@ def row_findings(sequences: Sequence[TokenizedSequence]) -> list[str]:
     return [name for name, holds in found.items() if holds]
 
 
-def log_findings(counts: Counter[str], total: int, rows: str, left_out: Iterable[str] = ()) -> None:
-    """Say in the log how many of `total` rows have what, and whether they are left out."""
-    for name, meaning in _MEANING.items():
-        if counts[name]:
-            fate = ": left out" if name in left_out else ""
-            logger.warning("%d of %d %s have %s%s", counts[name], total, rows, meaning, fate)
+def log_findings(counts: Counter[str], rows: str, left_out: Iterable[str] = ()) -> None:
+    """Say in the log how many of `counts["rows"]` have what, and which of them are left out."""
+    for text in findings_text(counts, rows, left_out):
+        logger.warning("%s", text)
+
+
+def findings_text(counts: Mapping[str, int], rows: str, left_out: Iterable[str] = ()) -> list[str]:
+    """A sentence for each thing that was counted of rows."""
+    return [
+        f"{counts[name]} of {counts['rows']} {rows} have {meaning}"
+        f"{', and were left out' if name in left_out else ''}."
+        for name, meaning in _MEANING.items()
+        if counts.get(name)
+    ]
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -207,34 +198,40 @@ def stop_token_ids(tokenizer: Any, model: Any = None) -> list[int]:
     """
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [named] if isinstance(named, int) else list(named or [])
-    return sorted({*ids, tokenizer.eos_token_id, _end_of_turn(tokenizer)} - {None})
+    turn = _end_of_turn(tokenizer, tokenizer.chat_template)
+    return sorted({*ids, tokenizer.eos_token_id, turn} - {None})
 
 
-class _Split(NamedTuple):
-    """A row in tokens, before any length limit."""
+class _Parted(NamedTuple):
+    """A row in tokens, before any length limit.
+
+    Attributes:
+        prompt: its own ids, of which the first `border` stand before every completion too.
+        wholes: ids of the prompt with each completion.
+        borders: where each of them parts from the prompt's.
+    """
 
     prompt: list[int]
-    completions: list[list[int]]
-    moved: bool
+    wholes: list[list[int]]
+    borders: list[int]
+
+    @property
+    def border(self) -> int:
+        return min([len(self.prompt), *self.borders])
 
 
-def _split(tokenizer: Any, prompt: Text, completions: Sequence[Text], stops: Sequence[int]) -> _Split:
+def _parted(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> _Parted:
     texts, special = _joined(tokenizer, prompt, completions)
-    prompt_ids, *wholes = _ids(tokenizer, texts, special=special)
-    if not prompt_ids:
+    ids, *wholes = _ids(tokenizer, texts, special=special)
+    if not ids:
         raise DataError(f"the prompt {prompt!r} has no token; a prompt needs at least one")
-    borders = [_common(prompt_ids, whole) for whole in wholes]
-    border = min([len(prompt_ids), *borders])
-    if border == 0:
+    parted = _Parted(ids, wholes, [_common(ids, whole) for whole in wholes])
+    if parted.border == 0:
         raise DataError(
             f"no token of the prompt {prompt!r} stays as it is once a completion follows; end it with a "
             "space, a line break or a mark"
         )
-    closed = [
-        _closed(tokenizer, completion, whole, own, border, stops)
-        for completion, whole, own in zip(completions, wholes, borders, strict=True)
-    ]
-    return _Split(prompt_ids[:border], closed, border < len(prompt_ids))
+    return parted
 
 
 def _closed(
@@ -250,38 +247,54 @@ def _closed(
         raise DataError(f"the completion {completion!r} has no token")
     rest = [token for token in whole[end:] if token not in stops]
     if rest and (isinstance(completion, str) or decode(tokenizer, rest).strip()):
+        token = tokenizer.convert_ids_to_tokens(whole[end])
         raise DataError(
-            f"the completion {completion!r} has the end token {tokenizer.convert_ids_to_tokens(whole[end])!r} "
-            "before its end; a completion ends there, nothing can follow"
+            f"the completion {completion!r} has the end token {token!r} before its end; a completion "
+            "ends there, nothing can follow"
         )
     return [*whole[border:end], whole[end] if end < len(whole) else tokenizer.eos_token_id]
 
 
 def _prompt_ids(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> list[int]:
+    _check_contents(tokenizer, prompt, stop_token_ids(tokenizer))
     if completions:
-        return _split(tokenizer, prompt, completions, stop_token_ids(tokenizer)).prompt
-    if _is_messages(prompt):
-        for message in prompt:
-            _check_content(tokenizer, message, stop_token_ids(tokenizer))
+        parted = _parted(tokenizer, prompt, completions)
+        return parted.prompt[: parted.border]
     [text], special = _joined(tokenizer, prompt, ())
-    probed = [text] if _is_messages(prompt) and not text else [text, text + "a"]
-    ids, *answered = _ids(tokenizer, probed, special=special)
+    ids, answered = _ids(tokenizer, [text, text + "a"], special=special)
     if not ids:
         raise DataError(f"the prompt {prompt!r} has no token; a prompt needs at least one")
-    border = _common(ids, answered[0]) if answered else len(ids)
+    border = _common(ids, answered)
     dropped = decode(tokenizer, ids[border:])
     return ids if dropped.strip() or border == 0 else ids[:border]
 
 
+def _fitting(
+    ids_of: Callable[[Text], tuple[list[int], Any]], prompt: Text, limit: int | None
+) -> tuple[list[int], Any, bool]:
+    """What `ids_of` finds of a prompt, or of as many of a chat's last turns as fit; whether it is longer."""
+    found = ids_of(prompt)
+    if limit is None or len(found[0]) <= limit:
+        return *found, False
+    for kept in _shortened(prompt):
+        try:
+            found = ids_of(kept)
+        except DataError:  # the template does not take the conversation without its first turns
+            break
+        if len(found[0]) <= limit:
+            break
+    return *found, True
+
+
 def _joined(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> tuple[list[str], bool]:
-    """The prompt's text and those with each completion, and whether the tokenizer's own tokens belong to them.
+    """The prompt's text, those with each completion, and whether the tokenizer adds tokens of its own.
 
     A chat template writes all of a conversation's tokens itself.
     """
     if isinstance(prompt, str):
         if not all(isinstance(completion, str) for completion in completions):
             raise _mixed(prompt, completions)
-        return [prompt, *(prompt + completion for completion in completions)], True
+        return [prompt, *(f"{prompt}{completion}" for completion in completions)], True
     if not _is_messages(prompt):
         raise DataError(f"a prompt must be text or a list of messages, got {prompt!r}")
     if not all(_is_messages(completion) for completion in completions):
@@ -292,9 +305,9 @@ def _joined(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> tuple[
         if not whole.startswith(text):
             there = len(_common_text(text, whole))
             raise DataError(
-                "the chat template does not keep the prompt's text as the beginning of the conversation's; "
+                "the chat template does not keep the prompt's text as the beginning of the conversation's: "
                 f"the prompt goes on with {text[there : there + 40]!r}, the conversation with "
-                f"{whole[there : there + 40]!r}; take a template that writes the same before an answer in both"
+                f"{whole[there : there + 40]!r}; take a template that writes the same in both"
             )
     return [text, *wholes], False
 
@@ -319,8 +332,7 @@ def _last(tokenizer: Any, ids: list[int], length: int | None) -> list[int]:
 
 
 def _shortened(prompt: Text) -> Iterator[Text]:
-    """The prompt, then a chat without its first turn, without its first two …; its system messages stay."""
-    yield prompt
+    """A chat without its first turn, without its first two …; its system messages stay."""
     if isinstance(prompt, str) or not _is_messages(prompt):
         return
     roles = [message.get("role") for message in prompt]
@@ -342,9 +354,12 @@ def _common_text(first: str, second: str) -> str:
 
 
 def _mixed(prompt: Text, completions: Sequence[Any]) -> DataError:
-    other = next(c for c in completions if not (isinstance(c, str) if isinstance(prompt, str) else _is_messages(c)))
+    other = next(
+        c for c in completions if not (isinstance(c, str) if isinstance(prompt, str) else _is_messages(c))
+    )
     return DataError(
-        f"prompt and completion must both be text or both be messages, got {type(prompt).__name__} and {other!r}"
+        "prompt and completion must both be text or both be messages, got "
+        f"{type(prompt).__name__} and {other!r}"
     )
 
 
@@ -379,19 +394,20 @@ def _rendered(
         ) from error
 
 
-def _check_content(tokenizer: Any, message: Mapping[str, str], stops: Sequence[int]) -> None:
+def _check_contents(tokenizer: Any, text: Any, stops: Sequence[int]) -> None:
     """Refuse a control token that a message's own words hold: it would end the turn, or begin another."""
     controls, pattern = _controls(tokenizer, tuple(stops), len(tokenizer))
-    content = message["content"]
-    if pattern is None or not pattern.search(content):
-        return
-    for token in tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]:
-        if token in controls:
-            raise DataError(
-                f"a message of the role {message.get('role')} holds the control token "
-                f"{tokenizer.convert_ids_to_tokens(token)!r} in its content {content[:80]!r}; take it out, or "
-                "write it in another way: templates write such tokens themselves"
-            )
+    for message in text if _is_messages(text) else ():
+        content = message["content"]
+        if pattern is None or not pattern.search(content):
+            continue
+        for token in tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]:
+            if token in controls:
+                raise DataError(
+                    f"a message of the role {message.get('role')} holds the control token "
+                    f"{tokenizer.convert_ids_to_tokens(token)!r} in its content {content[:80]!r}; take it "
+                    "out, or write it in another way: templates write such tokens themselves"
+                )
 
 
 @lru_cache(maxsize=4)
@@ -406,9 +422,10 @@ def _controls(
     return frozenset(ids), re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
-def _end_of_turn(tokenizer: Any) -> int | None:
+@lru_cache(maxsize=4)
+def _end_of_turn(tokenizer: Any, template: str | None) -> int | None:
     """The added token that the chat template writes right behind an assistant's words, if it does."""
-    if not tokenizer.chat_template:
+    if not template:
         return None
     words = "softpref"
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}]
@@ -416,7 +433,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
         text = _rendered(tokenizer, turn)
     except DataError:
         return None
-    before, found, behind = text.rpartition(words)
+    _, found, behind = text.rpartition(words)
     added = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
     place = next((place for place, token in enumerate(ids) if token in added), None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,14 @@ from softpref.lm.loading import (
     source_name,
 )
 from softpref.lm.packing import PackedBatch, pack_sequences
-from softpref.lm.scoring import check_positions
-from softpref.lm.tokenization import TokenizedSequence, tokenize_sequence
+from softpref.lm.scoring import check_ids, check_positions
+from softpref.lm.tokenization import (
+    TokenizedSequence,
+    log_findings,
+    row_findings,
+    stop_token_ids,
+    tokenize_sequence,
+)
 from softpref.lm.training import (
     GuardedTrainer,
     add_stage_callbacks,
@@ -118,7 +125,8 @@ def run(
             was cut off continues from the newest complete one, and they are removed at the end.
 
     Returns:
-        The final metrics, `train_loss` and `eval_loss` among them (nats per completion token).
+        The final metrics, `train_loss` and `eval_loss` among them (nats per completion token), and
+        `rows/NAME`, what was counted of the training demonstrations.
 
     Raises:
         ConfigError, DataError: before training.
@@ -144,10 +152,16 @@ def run(
         tokenizer = build_tokenizer(_texts(demonstrations["train"]), vocab_size=config.vocab_size)
         model = build_model(config.model_config, tokenizer)
     timer.enter("tokenizing")
-    splits = {split: _Demonstrations(rows, tokenizer, config) for split, rows in demonstrations.items()}
-    longest = max((row for split in splits.values() for row in split.rows), key=_length)
+    stop_ids = stop_token_ids(tokenizer, model)
+    splits = {
+        split: _Demonstrations(rows, tokenizer, config, stop_ids, f"{split} demonstration")
+        for split, rows in demonstrations.items()
+    }
+    sequences = [row for split in splits.values() for row in split.rows]
+    longest = max(sequences, key=_length)
     remedy = "lower max_prompt_length or max_completion_length"
     check_positions(model, len(longest.prompt), len(longest.completion), remedy)
+    check_ids(model, (ids for row in sequences for ids in (row.prompt, row.completion)))
     stats = json.loads((Path(dataset_dir) / "stats.json").read_text(encoding="utf-8"))
     identity = {
         "dataset_hash": stats.get("dataset_hash", ""),
@@ -191,6 +205,7 @@ def run(
                 tracker.rewind(checkpoint_step(checkpoint))
             timer.enter("training")
             metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        metrics.update({f"rows/{name}": float(n) for name, n in splits["train"].counts.items()})
         timer.enter("evaluation")
         if "validation" in splits:
             metrics.update(trainer.evaluate())
@@ -212,6 +227,7 @@ def run(
                     "run_id": tracker.run_id,
                     "max_prompt_length": config.max_prompt_length,
                     "max_completion_length": config.max_completion_length,
+                    "row_counts": {split: dict(rows.counts) for split, rows in splits.items()},
                     "adapter": False,
                 },
             )
@@ -308,22 +324,33 @@ def _length(row: TokenizedSequence) -> int:
 
 
 class _Demonstrations(torch.utils.data.Dataset):
-    def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, config: SFTConfig) -> None:
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        tokenizer: Any,
+        config: SFTConfig,
+        stop_ids: Sequence[int],
+        name: str,
+    ) -> None:
         self.rows: list[TokenizedSequence] = []
+        self.counts: Counter[str] = Counter()
         quiet = bool(config.disable_tqdm) or config.process_index > 0
-        for number, row in enumerate(follow(rows, "tokenizing demonstrations", disable=quiet)):
+        for number, row in enumerate(follow(rows, f"tokenizing {name}s", disable=quiet)):
             try:
-                self.rows.append(
-                    tokenize_sequence(
-                        tokenizer,
-                        row["prompt"],
-                        row["completion"],
-                        max_prompt_length=config.max_prompt_length,
-                        max_completion_length=config.max_completion_length,
-                    )
+                sequence = tokenize_sequence(
+                    tokenizer,
+                    row["prompt"],
+                    row["completion"],
+                    stop_ids=stop_ids,
+                    max_prompt_length=config.max_prompt_length,
+                    max_completion_length=config.max_completion_length,
                 )
             except DataError as error:
-                raise DataError(f"demonstration {number}: {error}") from error
+                raise DataError(f"{name} {number}: {error}") from error
+            self.rows.append(sequence)
+            self.counts.update(["rows", *row_findings([sequence])])
+        if config.process_index == 0:
+            log_findings(self.counts, f"{name}s")
 
     def __len__(self) -> int:
         return len(self.rows)

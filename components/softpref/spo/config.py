@@ -89,8 +89,12 @@ class SPOConfig(TrainingArguments):
         sampling_batch_size: completions sampled at once on a device.
         temperature, top_p, top_k, repetition_penalty: fixed. Samples of the KL term must come from the
             distribution that is scored; these exist to refuse other values with a reason.
-        max_prompt_length: tokens kept of a prompt, from its end.
-        max_completion_length: tokens kept of a completion, and the limit of sampled ones.
+        max_prompt_length: tokens kept of a prompt: of a chat the system message and its last turns, of plain
+            text its end.
+        max_completion_length: tokens kept of a completion, its end token among them, and the limit of sampled
+            ones.
+        cut_rows: rows of which a completion is longer than that, drawn ones too: `leave_out` of the
+            preference loss, for what is cut has no end and teaches the policy not to stop; or `keep`.
         use_peft: train a LoRA adapter; the reference is then the model with the adapter off.
         lora_r, lora_alpha, lora_target_modules: the adapter's rank, scale, and layers (comma-separated, or
             `all-linear`).
@@ -130,6 +134,7 @@ class SPOConfig(TrainingArguments):
     repetition_penalty: float = 1.0
     max_prompt_length: int = 512
     max_completion_length: int = 512
+    cut_rows: Literal["leave_out", "keep"] = "leave_out"
     rounds: int = 1
     train_on: Literal["preferences", "samples", "self_play"] = "preferences"
     completions_per_prompt: int = 2

@@ -53,7 +53,6 @@ class Engine(Protocol):
         *,
         noise: Tensor,
         stop_ids: Sequence[int],
-        pad_id: int,
         batch_size: int = 64,
         progress: Callable[[int], Any] | None = None,
     ) -> list[Sample]: ...
@@ -115,7 +114,6 @@ class VLLMEngine:
         *,
         noise: Tensor,
         stop_ids: Sequence[int],
-        pad_id: int,
         batch_size: int = 64,
         progress: Callable[[int], Any] | None = None,
     ) -> list[Sample]:
@@ -155,7 +153,6 @@ class VLLMServerEngine:
         *,
         noise: Tensor,
         stop_ids: Sequence[int],
-        pad_id: int,
         batch_size: int = 64,
         progress: Callable[[int], Any] | None = None,
     ) -> list[Sample]:

@@ -33,7 +33,9 @@ class Means:
         means = {}
         for name in sorted(self._values):  # one order on every process
             total, number = self._values[name]
-            means[name] = sum_over_processes(float(total)) / sum_over_processes(number)
+            total, number = sum_over_processes(float(total)), sum_over_processes(number)
+            if number:  # none where no row of the steps took part
+                means[name] = total / number
         self._values.clear()
         return means
 

@@ -6,6 +6,7 @@ Knows no trainer: drawing, scoring and what other processes did are the caller's
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,17 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from softpref.errors import ConfigError
+from softpref.judges import as_text
 from softpref.lm.sampling import Sample, sampling_noise
-from softpref.lm.tokenization import decode
+from softpref.lm.tokenization import decode_completion
 from softpref.progress import progress
 from softpref.spo.config import SPOConfig
 from softpref.spo.reference import set_reference_logps
 
 if TYPE_CHECKING:
     from softpref.judges import Judge
+
+logger = logging.getLogger(__name__)
 
 _FILE = "round_rows.json"
 _DRAWN_AT_ONCE = 4096
@@ -33,9 +37,10 @@ class RoundRows(Dataset):
     Args:
         rows: one for each row of a round: `prompt` (ids) and `completions`, where the first round trains on
             given rows or the first completion is the answer of self-play.
-        prompts: the same prompts as the judge reads them.
+        prompts: the same prompts, text or messages.
         args: see `SPOConfig`: `rounds`, `train_on`, `completions_per_prompt`, `method`.
         tokenizer: makes texts of what was drawn.
+        stop_ids: ids that end a completion; one that ends with no other was cut.
         judge: see `softpref.judges`; None in self-play.
         draw: `(prompts, noise [n, max_completion_length], progress) -> samples` of the present policy.
         score: sequence log-probabilities under the present policy of `(prompt, completion)` ids.
@@ -46,10 +51,11 @@ class RoundRows(Dataset):
     def __init__(
         self,
         rows: Sequence[dict[str, Any]],
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         args: SPOConfig,
         *,
         tokenizer: Any,
+        stop_ids: Sequence[int],
         judge: Judge | None,
         draw: Callable[[list[list[int]], Any, Callable[[int], Any]], list[Sample]],
         score: Callable[[list[tuple[list[int], list[int]]]], list[float]],
@@ -58,7 +64,7 @@ class RoundRows(Dataset):
         world_size: int = 1,
     ) -> None:
         self._given, self._prompts, self._args = rows, prompts, args
-        self._tokenizer, self._judge = tokenizer, judge
+        self._tokenizer, self._stop_ids, self._judge = tokenizer, frozenset(stop_ids), judge
         self._draw, self._score, self._shares = draw, score, shares
         self._rank, self._world_size = rank, world_size
         self.rows: list[dict[str, Any]] = []
@@ -131,7 +137,36 @@ class RoundRows(Dataset):
                 here = range(start, min(start + at_once, len(self)))
                 # the 1 keeps the seed apart from those of `SampleBuffer`: zeros at a seed's end do not count
                 rows += self._chunk(here, count, (self._args.seed, number, start, 1), loop.update)
+        if self._args.cut_rows == "leave_out":
+            self._leave_cut_rows_out(rows, number)
         return rows
+
+    def _leave_cut_rows_out(self, rows: list[dict[str, Any]], number: int) -> None:
+        """Give weight 0 to rows with a completion that was cut, and theirs to the others."""
+        whole = [all(map(self._ended, row["completions"])) for row in rows]
+        if not any(whole):
+            raise ConfigError(
+                f"round {number + 1}: in every row a completion reached "
+                f"max_completion_length={self._args.max_completion_length}, so none takes part; raise it, or "
+                "set cut_rows to keep"
+            )
+        if all(whole) and not any("weight" in row for row in rows):
+            return
+        if self._rank == 0 and not all(whole):
+            logger.warning(
+                "round %d: %d of %d rows have a completion that reached max_completion_length=%d: left out",
+                number + 1,
+                whole.count(False),
+                len(rows),
+                self._args.max_completion_length,
+            )
+        weights = [row.get("weight", 1.0) * kept for row, kept in zip(rows, whole, strict=True)]
+        scale = len(rows) / (sum(weights) or 1)  # all that is left may have weight 0 in the data
+        for row, weight in zip(rows, weights, strict=True):
+            row["weight"] = weight * scale
+
+    def _ended(self, completion: list[int]) -> bool:
+        return completion[-1] in self._stop_ids
 
     def _chunk(
         self, here: range, count: int, seed: tuple[int, ...], progress: Callable[[int], Any]
@@ -151,27 +186,37 @@ class RoundRows(Dataset):
         if self._judge is None:
             rows = [self._against_answer(here[i], groups[i][0]) for i in own]
         else:
-            prompts = [self._prompts[here[i]] for i in own]
-            texts = [[decode(self._tokenizer, one) for one in groups[i]] for i in own]
+            prompts = [as_text(self._prompts[here[i]], roles=True) for i in own]
+            texts = [[self._text(here[i], one) for one in groups[i]] for i in own]
             tables = win_tables(self._judge, prompts, texts)
             rows = [self._judged(here[i], groups[i], table) for i, table in zip(own, tables, strict=True)]
         return self._shares(rows, len(here))
 
+    def _text(self, index: int, completion: list[int]) -> str:
+        ids = self._given[index]["prompt"]
+        return decode_completion(self._tokenizer, self._prompts[index], ids, completion)
+
     def _against_answer(self, index: int, completion: list[int]) -> dict[str, Any]:
         given = self._given[index]
-        row = {"prompt": given["prompt"], "completions": [given["completions"][0], completion]}
+        row = {**_kept(given), "completions": [given["completions"][0], completion]}
         wins = {"win_probabilities": [1.0, 0.0]} if self._args.method == "sppo" else {}
         return {**row, "probability": 1.0, "kind": "pairwise", **wins}
 
     def _judged(self, index: int, completions: list[list[int]], table: np.ndarray) -> dict[str, Any]:
-        """A row of all that was drawn, or of the two that the judge thinks farthest apart."""
+        """A row of all that was drawn, or of the two that the judge thinks farthest apart.
+
+        Where two at least have ended and cut ones are to be left out, of those.
+        """
+        ended = [place for place, one in enumerate(completions) if self._ended(one)]
+        if self._args.cut_rows == "leave_out" and len(ended) > 1:
+            completions, table = [completions[place] for place in ended], table[np.ix_(ended, ended)]
         wins = table.sum(1) / (len(completions) - 1)
         order = np.argsort(-wins, kind="stable").tolist()
         if self._args.method != "sppo":
             order = [order[0], order[-1]]
         pair = len(order) == 2
         row = {
-            "prompt": self._given[index]["prompt"],
+            **_kept(self._given[index]),
             "completions": [completions[place] for place in order],
             "probability": float(table[order[0], order[1]]) if pair else 1.0,
             "kind": "pairwise" if pair else "ranking",
@@ -179,6 +224,11 @@ class RoundRows(Dataset):
         if self._args.method == "sppo":
             row["win_probabilities"] = [float(wins[place]) for place in order]
         return row
+
+
+def _kept(given: dict[str, Any]) -> dict[str, Any]:
+    """What a drawn row takes over from the row that it was drawn for."""
+    return {name: given[name] for name in ("prompt", "weight") if name in given}
 
 
 def win_tables(judge: Judge, prompts: Sequence[str], groups: Sequence[Sequence[str]]) -> list[np.ndarray]:

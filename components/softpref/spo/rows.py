@@ -6,7 +6,8 @@ Rows are `prompt` and `completions` (best first), as the data stage writes them,
 
 from __future__ import annotations
 
-import logging
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -15,62 +16,88 @@ from torch.utils.data import Dataset
 
 from softpref.errors import ConfigError, DataError
 from softpref.lm.packing import pack_sequences
-from softpref.lm.scoring import check_positions
-from softpref.lm.tokenization import tokenize_prompt, tokenize_row, tokenize_sequence
+from softpref.lm.scoring import check_ids, check_positions
+from softpref.lm.tokenization import (
+    TokenizedSequence,
+    log_findings,
+    row_findings,
+    tokenize_prompt,
+    tokenize_row,
+    tokenize_sequence,
+)
 from softpref.objectives.preference import PreferenceKind
 from softpref.progress import follow
 from softpref.spo.config import SPOConfig
 
-logger = logging.getLogger(__name__)
 
+class TrainingRows(Dataset):
+    """Tokenized rows that take part; what cannot be trained on is refused here, before training.
 
-class PreferenceRows(Dataset):
-    """Tokenized preference rows; everything that cannot be trained on is refused here, before training.
+    Left out and counted are rows whose completions are identical as tokens, which teach nothing, and unless
+    `cut_rows` is `keep` those with a completion cut at the length limit: without an end token they teach the
+    policy not to stop.
+
+    Args:
+        given: rows as `SPOTrainer` takes them.
+        tokenizer: the model's.
+        args: see `SPOConfig`.
+        stop_ids: see `softpref.lm.tokenization.stop_token_ids`.
+        name: what messages call the rows.
+
+    Attributes:
+        rows: those that take part.
+        numbers: where they stand in what was given.
+        prompts: ids of every prompt that was given.
+        counts: of `rows` that were given, of those `left_out`, and of what `row_findings` names.
 
     Raises:
-        DataError: names the row and what is wrong with it.
+        DataError: names the row and what is wrong with it, or says why none takes part.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConfig) -> None:
+    def __init__(
+        self,
+        given: Iterable[Mapping[str, Any]],
+        tokenizer: Any,
+        args: SPOConfig,
+        *,
+        stop_ids: Sequence[int] | None = None,
+        name: str = "preference row",
+    ) -> None:
+        self._tokenizer, self._args = tokenizer, args
+        self._options: dict[str, Any] = {
+            "stop_ids": stop_ids,
+            "max_prompt_length": args.max_prompt_length,
+            "max_completion_length": args.max_completion_length,
+        }
         self.rows: list[dict[str, Any]] = []
-        self.truncated = 0
-        for number, row in enumerate(follow(rows, "tokenizing preferences", disable=_quiet(args))):
+        self.numbers: list[int] = []
+        self.prompts: list[list[int]] = []
+        self.counts: Counter[str] = Counter()
+        unusable = {"identical", *(["cut_completion"] if args.cut_rows == "leave_out" else [])}
+        for number, row in enumerate(follow(given, f"tokenizing {name}s", disable=_quiet(args))):
             try:
-                prompt, completions = _columns(row)
-                tokenized = tokenize_row(
-                    tokenizer,
-                    prompt,
-                    completions,
-                    max_prompt_length=args.max_prompt_length,
-                    max_completion_length=args.max_completion_length,
-                )
-                probability = _probability(row, len(completions))
-                kind = _kind(row, len(completions), args)
-                wins = (
-                    _win_probabilities(kind, len(completions), probability) if args.method == "sppo" else []
-                )
+                made, sequences = self._tokenized(row)
             except DataError as error:
-                raise DataError(f"preference row {number}: {error}") from error
-            self.truncated += any(sequence.truncated for sequence in tokenized)
-            self.rows.append(
-                {
-                    "prompt": tokenized[0].prompt,
-                    "completions": [sequence.completion for sequence in tokenized],
-                    "probability": probability,
-                    "kind": kind,
-                    **({"win_probabilities": wins} if wins else {}),
-                }
-            )
+                raise DataError(f"{name} {number}: {error}") from error
+            found = row_findings(sequences)
+            left_out = not unusable.isdisjoint(found)
+            self.counts.update(["rows", *found, *(["left_out"] if left_out else [])])
+            self.prompts.append(made["prompt"])
+            if not left_out:
+                self.rows.append(made)
+                self.numbers.append(number)
+        if args.process_index == 0:
+            log_findings(self.counts, f"{name}s", left_out=unusable)
+        if not self.prompts:
+            raise DataError(f"there is no {name}")
         if not self.rows:
-            raise DataError("the preference data hold no row")
-        if self.truncated:
-            logger.warning(
-                "%d of %d preference rows have a completion of more than max_completion_length=%d tokens; "
-                "it was cut and carries no end token",
-                self.truncated,
-                len(self.rows),
-                args.max_completion_length,
+            raise DataError(
+                f"none of the {len(self.prompts)} {name}s can take part: {self.counts['identical']} have "
+                f"completions that are identical as tokens, {self.counts['cut_completion']} one of more than "
+                f"max_completion_length={args.max_completion_length} tokens; raise that, or set cut_rows to "
+                "keep"
             )
+        _settle_weights(self.rows, name)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,9 +105,50 @@ class PreferenceRows(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.rows[index]
 
+    def _tokenized(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[TokenizedSequence]]:
+        """A row as training needs it, and its sequences."""
+        raise NotImplementedError
+
+
+class PreferenceRows(TrainingRows):
+    """Rows of completions, best first, with what their order means."""
+
+    def _tokenized(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[TokenizedSequence]]:
+        prompt, completions = _columns(row)
+        sequences = tokenize_row(self._tokenizer, prompt, completions, **self._options)
+        probability = _probability(row, len(completions))
+        kind = _kind(row, len(completions), self._args)
+        made = {
+            "prompt": sequences[0].prompt,
+            "completions": [sequence.completion for sequence in sequences],
+            "probability": probability,
+            "kind": kind,
+            "weight": _weight(row),
+        }
+        if self._args.method == "sppo":
+            made["win_probabilities"] = _win_probabilities(kind, len(completions), probability)
+        return made, sequences
+
+
+class AnswerRows(TrainingRows):
+    """What rounds that draw their rows need: prompts, and for self-play the best completion of each."""
+
+    def _tokenized(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[TokenizedSequence]]:
+        if "prompt" not in row:
+            raise DataError(f"needs prompt; has {', '.join(sorted(row))}")
+        if self._args.train_on == "self_play":
+            answer = row["completion"] if row.get("completion") is not None else _columns(row)[1][0]
+            sequence = tokenize_sequence(self._tokenizer, row["prompt"], answer, **self._options)
+        else:
+            limit = self._args.max_prompt_length
+            ids, truncated = tokenize_prompt(self._tokenizer, row["prompt"], max_length=limit)
+            sequence = TokenizedSequence(ids, [], False, truncated)
+        made = {"prompt": sequence.prompt, "completions": [sequence.completion], "weight": _weight(row)}
+        return made, [sequence]
+
 
 def check_lengths(model: Any, rows: Sequence[Mapping[str, Any]], args: SPOConfig, sampled: bool) -> None:
-    """Refuse rows that the model has no positions for, before a batch in the middle of a run fails.
+    """Refuse rows that the model has no positions or no embedding for, before a batch in a run fails.
 
     Args:
         rows: tokenized, with `prompt` and `completions`.
@@ -90,38 +158,7 @@ def check_lengths(model: Any, rows: Sequence[Mapping[str, Any]], args: SPOConfig
     if sampled:
         lengths.append((max(prompt for prompt, _ in lengths), args.max_completion_length))
     check_positions(model, *max(lengths, key=sum), "lower max_prompt_length or max_completion_length")
-
-
-def answer_rows(rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConfig) -> list[dict[str, Any]]:
-    """What rounds that draw their rows need of each row: `prompt` and, for self-play, the best completion.
-
-    Returns:
-        Rows with `prompt` (ids) and `completions`: the answer alone, or none where samples answer.
-
-    Raises:
-        DataError: names the row and what is wrong with it.
-    """
-    limits = {
-        "max_prompt_length": args.max_prompt_length,
-        "max_completion_length": args.max_completion_length,
-    }
-    answered = []
-    for number, row in enumerate(follow(rows, "tokenizing prompts", disable=_quiet(args))):
-        try:
-            if "prompt" not in row:
-                raise DataError(f"needs prompt; has {', '.join(sorted(row))}")
-            if args.train_on == "self_play":
-                answer = row["completion"] if row.get("completion") is not None else _columns(row)[1][0]
-                sequence = tokenize_sequence(tokenizer, row["prompt"], answer, **limits)
-                answered.append({"prompt": sequence.prompt, "completions": [sequence.completion]})
-            else:
-                prompt = tokenize_prompt(tokenizer, row["prompt"], max_length=args.max_prompt_length)
-                answered.append({"prompt": prompt, "completions": [[]]})
-        except DataError as error:
-            raise DataError(f"training row {number}: {error}") from error
-    if not answered:
-        raise DataError("the training data hold no row")
-    return answered
+    check_ids(model, (ids for row in rows for ids in (row["prompt"], *row["completions"])))
 
 
 def _quiet(args: SPOConfig) -> bool:
@@ -162,6 +199,31 @@ def _probability(row: Mapping[str, Any], count: int) -> float:
     return float(probability)
 
 
+def _weight(row: Mapping[str, Any]) -> float:
+    """How much a row counts beside the others; 1 where nothing is said."""
+    weight = row.get("weight")
+    if weight is None:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise DataError(f"weight must be a number of at least 0, or null, got {weight!r}")
+    return float(weight)
+
+
+def _settle_weights(rows: list[dict[str, Any]], name: str) -> None:
+    """Scale weights to a mean of 1, so that they shift no balance with the KL term; equal ones are left out.
+
+    Raises:
+        DataError: all are 0.
+    """
+    weights = [row.pop("weight") for row in rows]
+    mean = sum(weights) / len(weights)
+    if mean == 0:
+        raise DataError(f"every {name} has weight 0; one at least must count")
+    if any(weight != weights[0] for weight in weights):
+        for row, weight in zip(rows, weights, strict=True):
+            row["weight"] = weight / mean
+
+
 def _kind(row: Mapping[str, Any], count: int, args: SPOConfig) -> PreferenceKind:
     """What the order of a row's completions means; a pair is a pair whatever it is called."""
     kind: Any = row.get("kind") or "ranking"
@@ -190,37 +252,47 @@ def _win_probabilities(kind: PreferenceKind, count: int, probability: float) -> 
     return [1 - place / (count - 1) for place in range(count)]
 
 
-def tokenize_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int) -> list[list[int]]:
-    prompts = []
+def tokenize_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConfig) -> list[list[int]]:
+    prompts: list[list[int]] = []
+    counts: Counter[str] = Counter()
     for number, row in enumerate(rows):
         if "prompt" not in row:
             raise DataError(f"prompt row {number}: needs prompt; has {', '.join(sorted(row))}")
         try:
-            prompts.append(tokenize_prompt(tokenizer, row["prompt"], max_length=max_length))
+            found = tokenize_prompt(tokenizer, row["prompt"], max_length=args.max_prompt_length)
         except DataError as error:
             raise DataError(f"prompt row {number}: {error}") from error
+        prompts.append(found.ids)
+        counts.update(["rows", *(["cut_prompt"] if found.truncated else [])])
     if not prompts:
         raise DataError("prompt_dataset holds no prompt; the KL term needs some to sample from")
+    if args.process_index == 0:
+        log_findings(counts, "prompt rows")
     return prompts
 
 
 def kl_prompts(
     args: SPOConfig,
-    rows: Sequence[Mapping[str, Any]],
+    given: Sequence[list[int]],
     prompt_dataset: Iterable[Mapping[str, Any]] | None,
     tokenizer: Any,
 ) -> list[list[int]]:
-    """Prompts that the KL term's samples answer, as `SPOConfig.kl_prompts` says."""
+    """Ids of the prompts that the KL term's samples answer, as `SPOConfig.kl_prompts` says.
+
+    Args:
+        given: those of all training rows.
+        prompt_dataset: the separate ones.
+    """
     if prompt_dataset is None and args.kl_prompts in ("separate", "both"):
         raise ConfigError(
             f"kl_prompts is {args.kl_prompts}, but there is no separate prompt set: give SPOTrainer a "
             "prompt_dataset, or the data stage a prompts_source"
         )
-    prompts = []
+    prompts: list[list[int]] = []
     if prompt_dataset is None or args.kl_prompts in ("preferences", "both"):
-        prompts += [row["prompt"] for row in rows]
+        prompts += given
     if prompt_dataset is not None and args.kl_prompts != "preferences":
-        prompts += tokenize_prompts(prompt_dataset, tokenizer, args.max_prompt_length)
+        prompts += tokenize_prompts(prompt_dataset, tokenizer, args)
     return prompts
 
 
@@ -234,6 +306,8 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
             [(row["prompt"], completion) for row in rows for completion in row["completions"]]
         )._asdict(),
     }
+    if all("weight" in row for row in rows):
+        inputs["row_weights"] = torch.tensor([row["weight"] for row in rows])
     for name in ("ref_logps", "win_probabilities"):  # one for each completion, where rows have them
         if all(name in row for row in rows):
             inputs[name] = torch.tensor([value for row in rows for value in row[name]])

@@ -64,6 +64,7 @@ _TRACKED = (
     "round_reference",
     "max_prompt_length",
     "max_completion_length",
+    "cut_rows",
     "learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
@@ -115,7 +116,8 @@ def run(
             was cut off continues from the newest complete one, and they are removed at the end.
 
     Returns:
-        The final metrics (see `SPOTrainer`); those of samples as they were logged last.
+        The final metrics (see `SPOTrainer`); those of samples as they were logged last; and `rows/NAME`, what
+        was counted of the training rows (`SPOTrainer.row_counts`).
 
     Raises:
         ConfigError, DataError: before training.
@@ -179,7 +181,8 @@ def run(
         last: dict[str, float] = {}  # logged of each, which is a mean over the steps since the log before
         for logged in trainer.state.log_history:
             last.update({name: logged[name] for name in _OF_SAMPLES if name in logged})
-        metrics = {**last, **trained}
+        counts = trainer.row_counts["train"]
+        metrics = {**last, **trained, **{f"rows/{name}": float(count) for name, count in counts.items()}}
         timer.enter("evaluation")
         if "validation" in preferences:
             metrics.update(trainer.evaluate())
@@ -201,6 +204,8 @@ def run(
                 "run_id": tracker.run_id,
                 "max_prompt_length": config.max_prompt_length,
                 "max_completion_length": config.max_completion_length,
+                "cut_rows": config.cut_rows,
+                "row_counts": trainer.row_counts,
                 "adapter": config.use_peft and not merged,
             }
             if weights := parse_weights(config.extrapolation):

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from softpref.errors import ConfigError
-from softpref.judges import as_text
 from softpref.lm.decoding import decodes
 from softpref.lm.head import CompletionHidden, completion_hidden, output_head, try_out
 from softpref.lm.packing import PackedBatch, pack_sequences
@@ -43,7 +42,7 @@ from softpref.spo.reference import (
     set_reference_logps,
 )
 from softpref.spo.rounds import RoundRows
-from softpref.spo.rows import PreferenceRows, answer_rows, check_lengths, collate, kl_prompts
+from softpref.spo.rows import AnswerRows, PreferenceRows, TrainingRows, check_lengths, collate, kl_prompts
 
 if TYPE_CHECKING:
     from softpref.judges import Judge
@@ -59,9 +58,10 @@ class SPOTrainer(GuardedTrainer):
             copied from it.
         args: see `SPOConfig`; `args.method` picks the objective.
         train_dataset: rows with `prompt`, `completions` (best first) and optionally `probability`
-            (P(first beats second), None for a hard label) and `kind`; also rows with `prompt`, `chosen` and
-            `rejected`. Text or messages. Any sequence of mappings, such as a `datasets.Dataset`. With
-            `train_on=samples` only `prompt` is read; with `self_play`, `prompt` and `completion` will do.
+            (P(first beats second), None for a hard label), `kind` and `weight` (≥ 0, how much a row counts
+            beside the others); also rows with `prompt`, `chosen` and `rejected`. Text or messages. Any
+            sequence of mappings, such as a `datasets.Dataset`. With `train_on=samples` only `prompt` is read;
+            with `self_play`, `prompt` and `completion` will do.
         eval_dataset: rows alike.
         processing_class: the tokenizer.
         ref_model: the frozen reference; by default the model as handed in (with an adapter: the adapter off).
@@ -102,9 +102,6 @@ class SPOTrainer(GuardedTrainer):
     ) -> None:
         if processing_class is None:
             raise ConfigError("SPOTrainer needs processing_class, the tokenizer of the model")
-        pad_id = processing_class.pad_token_id
-        if pad_id is None:
-            pad_id = processing_class.eos_token_id
         if ref_model is not None and ref_model is model:
             raise ConfigError(
                 "ref_model is the model to train itself, and would move with it; leave ref_model out, then a "
@@ -150,27 +147,32 @@ class SPOTrainer(GuardedTrainer):
                 f"rounds={args.rounds}, train_on={args.train_on} draw completions that somebody must judge: "
                 "give SPOTrainer a judge (see softpref.judges)"
             )
-        given = train_dataset is not None and args.train_on == "preferences"
-        train_rows: PreferenceRows | RoundRows | None = None
-        rows: Sequence[dict[str, Any]] = []
+        self._stop_ids = stop_token_ids(processing_class, model)
+        options: dict[str, Any] = {"tokenizer": processing_class, "args": args, "stop_ids": self._stop_ids}
+        train_rows: TrainingRows | RoundRows | None = None
+        given: TrainingRows | None = None
         if train_dataset is not None:
-            if given:
-                train_rows = PreferenceRows(train_dataset, processing_class, args)
-                rows = train_rows.rows
-            else:
-                rows = answer_rows(train_dataset, processing_class, args)
-            check_lengths(model, rows, args, sampled=args.samples_policy or args.draws_rows)
-        eval_rows = None if eval_dataset is None else PreferenceRows(eval_dataset, processing_class, args)
-        if eval_rows is not None:
+            kind = PreferenceRows if args.train_on == "preferences" else AnswerRows
+            train_rows = given = kind(train_dataset, name="training row", **options)
+            check_lengths(model, given.rows, args, sampled=args.samples_policy or args.draws_rows)
+        eval_rows: PreferenceRows | None = None
+        if eval_dataset is not None:
+            eval_rows = PreferenceRows(eval_dataset, name="validation row", **options)
             check_lengths(model, eval_rows.rows, args, sampled=False)
+        self.row_counts = {
+            split: dict(rows.counts)
+            for split, rows in (("train", given), ("validation", eval_rows))
+            if rows is not None
+        }
+        """Of each split: `rows`, of those `left_out`, and how many were cut or identical (`row_findings`)."""
         self.rounds: RoundRows | None = None
-        if args.draws_rows and train_dataset is not None:
-            texts = [] if judge is None else [as_text(row["prompt"], roles=True) for row in train_dataset]
+        if args.draws_rows and train_dataset is not None and given is not None:
             train_rows = self.rounds = RoundRows(
-                rows,
-                texts,
+                given.rows,
+                [train_dataset[number]["prompt"] for number in given.numbers],
                 args,
                 tokenizer=processing_class,
+                stop_ids=self._stop_ids,
                 judge=judge if args.uses_judge else None,
                 draw=self._draw,
                 score=self._score,
@@ -196,8 +198,6 @@ class SPOTrainer(GuardedTrainer):
                 try_out(ref_model)
         if self._engine is sample_completions:
             decodes(self.model)  # whether with a cache is found out, and said, before training
-        self._pad_id = pad_id
-        self._stop_ids = stop_token_ids(processing_class, model)
         self._means: dict[str, Means] = {"train": Means(), "eval": Means()}
         self._clock = SamplingClock()
         self._step_weights, self._log_weights = (WeightSums(self.args.device) for _ in range(2))
@@ -206,8 +206,8 @@ class SPOTrainer(GuardedTrainer):
         if keeps_logps:
             self._keep_reference_logps(train_rows, eval_rows, fingerprint)
         self.buffer: SampleBuffer | None = None
-        if args.samples_policy and train_rows is not None:
-            prompts = kl_prompts(args, rows, prompt_dataset, processing_class)
+        if args.samples_policy and given is not None:
+            prompts = kl_prompts(args, given.prompts, prompt_dataset, processing_class)
             asked = [{"prompt": prompt, "completions": [[]]} for prompt in prompts]
             check_lengths(model, asked, args, sampled=True)
             self.buffer = SampleBuffer(
@@ -329,8 +329,13 @@ class SPOTrainer(GuardedTrainer):
             weight_scores=self._weight_scores(logps, batch),
             weighted=model.training,  # weights have mean 1 over a step; an evaluation has none
         )
+        figures = preference_metrics(args, logps, inputs, ref_logps)
+        if "row_weights" in inputs:
+            weights = inputs["row_weights"]
+            losses = losses * weights
+            figures = {name: values[weights > 0] for name, values in figures.items()}
         means.add("loss/preference", losses)
-        for name, values in preference_metrics(args, logps, inputs, ref_logps).items():
+        for name, values in figures.items():
             means.add(name, values)
         return losses
 
@@ -428,7 +433,6 @@ class SPOTrainer(GuardedTrainer):
                 prompts,
                 noise=noise,
                 stop_ids=self._stop_ids,
-                pad_id=self._pad_id,
                 batch_size=self.args.sampling_batch_size,
                 progress=progress,
             )
@@ -481,7 +485,7 @@ class SPOTrainer(GuardedTrainer):
         self.rounds.begin(min(step // self._steps_per_round, self.args.rounds - 1))
 
     def _keep_reference_logps(
-        self, train_rows: PreferenceRows | RoundRows | None, eval_rows: PreferenceRows | None, model_hash: str
+        self, train_rows: TrainingRows | RoundRows | None, eval_rows: PreferenceRows | None, model_hash: str
     ) -> None:
         """Give rows the reference's log-probabilities once, so that no reference is needed in training."""
         model = self.model if self.ref_model is None else self.ref_model
