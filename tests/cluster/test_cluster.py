@@ -144,7 +144,8 @@ def deleted(cluster, sweep, hashes, kubernetes):
     run.says(r"Align the policy \(.*\) started")
     (pod,) = cluster.pods(run.run_id, "train-policy")
     until(lambda: max(cluster.losses(run.run_id, MODEL), default=0) >= last / 2, "half of the training", 1200)
-    kubernetes("delete", "pod", pod["metadata"]["name"], "--wait=false")
+    # at once, as when a node is lost; else Argo may see the pod fail before it sees it gone, and try no more
+    kubernetes("delete", "pod", pod["metadata"]["name"], "--wait=false", "--force", "--grace-period=0")
     assert run.status == 0, run.text
     return run, before
 

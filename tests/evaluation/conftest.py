@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WORDS = ["<s>", "</s>", "<unk>", "tell", "me", "of", "fox", "owl", "cat", "hen", "runs", "sleeps", "eats"]
 WORDS += ["home", "away", "<b>", "."]
-PROMPTS = [f"tell me of {hero}" for hero in ("fox", "owl", "cat", "hen", "<b>")]
+PROMPTS = [f"tell me of {hero} " for hero in ("fox", "owl", "cat", "hen", "<b>")]
 ANSWERS = [" ".join(pair) for pair in itertools.product(("runs", "sleeps", "eats"), ("home", "away", "."))]
 REWARDS = np.linspace(-1.0, 1.5, len(ANSWERS))
 

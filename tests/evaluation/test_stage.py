@@ -107,7 +107,7 @@ def test_the_optimum_follows_the_kind_of_rows_and_the_settings_of_training(world
 
 def test_figures_agree_with_the_samples_written(evaluation, evaluated):
     lines = [json.loads(line) for line in (evaluated / "samples.jsonl").read_text().splitlines()]
-    assert [line["prompt"] for line in lines] == ["tell me of cat", "tell me of hen", "tell me of <b>"]
+    assert [line["prompt"] for line in lines] == ["tell me of cat ", "tell me of hen ", "tell me of <b> "]
     scores = [[sample["score"] for sample in line["policy"]] for line in lines]
     theirs = [[sample["score"] for sample in line["reference"]] for line in lines]
     metrics, by_prompt = evaluation["metrics"], evaluation["by_prompt"]
@@ -205,7 +205,7 @@ def test_messages_are_evaluated_through_the_chat_template(world, evaluating, tmp
     evaluation = evaluating(world, tmp_path / "out", dataset=tmp_path / "chat", policy=policy)
     assert evaluation["metrics"]["preference_accuracy"]["n"] == 60
     first = json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[0])
-    assert first["prompt"] == "user: tell me of cat"
+    assert first["prompt"] == "user: tell me of cat "
 
 
 def test_figures_go_to_the_run_of_the_policy(world, evaluating, recorded, tmp_path):

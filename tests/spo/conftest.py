@@ -63,8 +63,7 @@ def make_trainer(tmp_path, make_model, tokenizer):
             make_model(tokenizer, layers=2) if model is None else model,
             SPOConfig(**{**defaults, **options}),
             train_dataset=rows,
-            processing_class=tokenizer,
-            **(trainer_options or {}),
+            **{"processing_class": tokenizer, **(trainer_options or {})},
         )
 
     return make

@@ -64,6 +64,10 @@ def rows_of(kinds, seed=0):
     def text():
         return "".join(rng.choices("abcdefgh", k=rng.choice((1, 2, 5, 30))))
 
+    def texts(count):
+        found = [text() for _ in range(count)]
+        return found if len({*found}) == count else texts(count)  # rows with equal ones are left out
+
     rows = []
     for number in range(ROWS):
         kind = kinds[number % len(kinds)]
@@ -71,7 +75,7 @@ def rows_of(kinds, seed=0):
         rows.append(
             {
                 "prompt": text(),
-                "completions": [text() for _ in range(size)],
+                "completions": texts(size),
                 "kind": kind,
                 "probability": round(rng.uniform(0.05, 0.95), 3) if size == 2 else None,
             }

@@ -14,6 +14,7 @@ ANSWERS = ["a", "b", "ca", "db"]
 QUICK = {
     "max_prompt_length": 16,
     "max_completion_length": 6,
+    "cut_rows": "keep",
     "samples_per_refresh": 8,
     "sampling_interval": 2,
     "per_device_train_batch_size": 6,
@@ -159,6 +160,6 @@ def test_a_log_gets_lines_of_progress_with_the_models_name(
     assert len(steps) == 6
     assert re.fullmatch(r"mine: step 2 of 6, loss [\d.]+, \d+ s left", steps[1])
     assert re.fullmatch(r"mine: step 6 of 6, loss [\d.]+, took \d+ s", steps[-1])
-    assert "tokenizing preferences: row 1 of 6, 0 s left" in lines
+    assert "tokenizing training rows: row 1 of 6, 0 s left" in lines
     assert any(line.startswith("mine, evaluation: batch 1 of ") for line in lines)
     assert not any("%|" in line or "grad_norm" in line for line in lines)

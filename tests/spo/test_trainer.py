@@ -370,18 +370,18 @@ PAIR = {"prompt": "ab", "completions": ["c", "d"]}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "ab"}, "preference row 1: needs completions"),
-        ({"completions": ["c", "d"]}, "preference row 1: needs prompt"),
-        ({**PAIR, "completions": ["c"]}, "preference row 1: needs at least two"),
-        ({**PAIR, "completions": "cd"}, "preference row 1: completions must be a list"),
-        ({**PAIR, "completions": ["c", ""]}, "preference row 1: .* no token"),
-        ({**PAIR, "completions": ["c", True]}, "preference row 1: .* got str and True"),
-        ({**PAIR, "completions": ["c", None]}, "preference row 1: .* got str and None"),
-        ({**PAIR, "probability": 1.2}, r"preference row 1: probability must be .* got 1\.2"),
-        ({**PAIR, "probability": float("nan")}, "preference row 1: probability must be"),
-        ({**PAIR, "probability": "0.7"}, "preference row 1: probability must be a number"),
-        ({**PAIR, "completions": ["c", "d", "e"], "probability": 0.7}, "preference row 1: .* pair"),
-        ({**PAIR, "completions": ["c", "d", "e"], "kind": "best"}, "preference row 1: kind must be"),
+        ({"prompt": "ab"}, "training row 1: needs completions"),
+        ({"completions": ["c", "d"]}, "training row 1: needs prompt"),
+        ({**PAIR, "completions": ["c"]}, "training row 1: needs at least two"),
+        ({**PAIR, "completions": "cd"}, "training row 1: completions must be a list"),
+        ({**PAIR, "completions": ["c", ""]}, "training row 1: .* no token"),
+        ({**PAIR, "completions": ["c", True]}, "training row 1: .* got str and True"),
+        ({**PAIR, "completions": ["c", None]}, "training row 1: .* got str and None"),
+        ({**PAIR, "probability": 1.2}, r"training row 1: probability must be .* got 1\.2"),
+        ({**PAIR, "probability": float("nan")}, "training row 1: probability must be"),
+        ({**PAIR, "probability": "0.7"}, "training row 1: probability must be a number"),
+        ({**PAIR, "completions": ["c", "d", "e"], "probability": 0.7}, "training row 1: .* pair"),
+        ({**PAIR, "completions": ["c", "d", "e"], "kind": "best"}, "training row 1: kind must be"),
     ],
 )
 def test_a_row_that_cannot_be_trained_on_is_named(make_trainer, row, message):
@@ -392,12 +392,12 @@ def test_a_row_that_cannot_be_trained_on_is_named(make_trainer, row, message):
 @pytest.mark.parametrize(
     ("rows", "options", "error", "message"),
     [
-        ([], {}, DataError, "no row"),
+        ([], {}, DataError, "there is no training row"),
         (
             [PAIR, {**PAIR, "completions": ["c", "d", "e"], "kind": "best_of_n"}],
             {"method": "sppo"},
             DataError,
-            "preference row 1: method sppo needs to know how often each completion wins",
+            "training row 1: method sppo needs to know how often each completion wins",
         ),
         (
             [{**PAIR, "completions": ["c", "d", "e"]}],
@@ -421,13 +421,3 @@ def test_a_checkpoint_of_a_run_without_samples_is_refused_with_a_reason(make_tra
     make_trainer(rows, beta=0.0, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ConfigError, match="holds no samples for process 0 of 1"):
         make_trainer(rows, num_train_epochs=2).train(resume_from_checkpoint=last_checkpoint(tmp_path / "run"))
-
-
-def test_completions_that_are_cut_are_counted_aloud(make_trainer, caplog):
-    rows = [
-        {"prompt": "ab", "completions": ["abcdefgh", "ab"]},
-        {"prompt": "ab", "completions": ["ab", "ba"]},
-    ]
-    make_trainer(rows, samples_per_refresh=3, max_completion_length=8)
-    assert "1 of 2 preference rows" in caplog.text
-    assert "max_completion_length=8" in caplog.text

@@ -70,6 +70,8 @@ class RoundRows(Dataset):
         self.rows: list[dict[str, Any]] = []
         self.number: int | None = None
         """The present round, from 0; None before the first."""
+        self.left_out = 0.0
+        """Share of the rows drawn last that take no part, see `SPOConfig.cut_rows`."""
 
     def __len__(self) -> int:
         return len(self._given)
@@ -142,28 +144,33 @@ class RoundRows(Dataset):
         return rows
 
     def _leave_cut_rows_out(self, rows: list[dict[str, Any]], number: int) -> None:
-        """Give weight 0 to rows with a completion that was cut, and theirs to the others."""
+        """Give weight 0 to rows with a completion that was cut, and theirs to the others.
+
+        Raises:
+            ConfigError: in the first round none is left.
+        """
         whole = [all(map(self._ended, row["completions"])) for row in rows]
-        if not any(whole):
+        cut = whole.count(False)
+        self.left_out = cut / len(rows)
+        limit = f"max_completion_length={self._args.max_completion_length}"
+        if cut == len(rows) and number == 0:
             raise ConfigError(
-                f"round {number + 1}: in every row a completion reached "
-                f"max_completion_length={self._args.max_completion_length}, so none takes part; raise it, or "
-                "set cut_rows to keep"
+                f"in every row drawn for the first round a completion reached {limit}, so that none takes "
+                "part; raise it, or set cut_rows to keep"
             )
-        if all(whole) and not any("weight" in row for row in rows):
-            return
-        if self._rank == 0 and not all(whole):
+        if cut and self._rank == 0:
             logger.warning(
-                "round %d: %d of %d rows have a completion that reached max_completion_length=%d: left out",
+                "round %d: %d of %d rows have a completion that reached %s, and are left out",
                 number + 1,
-                whole.count(False),
+                cut,
                 len(rows),
-                self._args.max_completion_length,
+                limit,
             )
-        weights = [row.get("weight", 1.0) * kept for row, kept in zip(rows, whole, strict=True)]
-        scale = len(rows) / (sum(weights) or 1)  # all that is left may have weight 0 in the data
-        for row, weight in zip(rows, weights, strict=True):
-            row["weight"] = weight * scale
+        if cut or any("weight" in row for row in rows):
+            weights = [row.get("weight", 1.0) * kept for row, kept in zip(rows, whole, strict=True)]
+            scale = len(rows) / (sum(weights) or 1)  # what is left may have no weight at all
+            for row, weight in zip(rows, weights, strict=True):
+                row["weight"] = weight * scale
 
     def _ended(self, completion: list[int]) -> bool:
         return completion[-1] in self._stop_ids

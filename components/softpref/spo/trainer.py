@@ -79,7 +79,8 @@ class SPOTrainer(GuardedTrainer):
     per token), `completions/mean_length`, `completions/truncated_fraction`, `sampling/age` (steps since the
     samples were drawn), `sampling/logps_difference` (of the engine's log-probabilities to the
     trainer's own when samples are drawn, nats per token), `sampling/ess` (effective sample size, a fraction),
-    `sampling/tokens_per_second`, `sampling/time_fraction`, and with rounds `round`, counted from 1.
+    `sampling/tokens_per_second`, `sampling/time_fraction`, and with rounds `round`, counted from 1, and
+    `rows/left_out_fraction` of the rows drawn last (see `SPOConfig.cut_rows`).
 
     Raises:
         ConfigError, DataError: before training, for anything that cannot be trained on.
@@ -578,6 +579,7 @@ class SPOTrainer(GuardedTrainer):
                 means.update(self._clock.take())
             if self.rounds is not None and self.rounds.number is not None:
                 means["round"] = float(self.rounds.number + 1)
+                means["rows/left_out_fraction"] = self.rounds.left_out
             logs = {**logs, **means}
         super().log(logs, start_time)
 
