@@ -283,7 +283,7 @@ def test_a_chat_is_cut_where_its_template_takes_no_shorter_one(make_tokenizer):
 
 
 def test_findings_are_said_with_numbers():
-    counts = Counter({"rows": 5, "cut_completion": 2, "identical": 1})
+    counts = Counter({"given": 5, "cut_completion": 2, "identical": 1})
     assert findings_text(counts, "rows", left_out=["identical"]) == [
         "2 of 5 rows have a completion longer than max_completion_length.",
         "1 of 5 rows have completions that are identical as tokens, and were left out.",

@@ -40,7 +40,7 @@ def one_step(make_trainer, watch):
 
 def test_rows_that_are_cut_or_identical_take_no_part_and_are_counted(one_step, caplog):
     trainer, gradient = one_step([SHORT, CUT, OTHER, EQUAL])
-    assert trainer.row_counts["train"] == {"rows": 4, "left_out": 2, "cut_completion": 1, "identical": 1}
+    assert trainer.row_counts["train"] == {"given": 4, "left_out": 2, "cut_completion": 1, "identical": 1}
     assert "1 of 4 training rows have a completion longer than max_completion_length" in caplog.text
     assert "1 of 4 training rows have completions that are identical as tokens, and were left" in caplog.text
     torch.testing.assert_close(gradient, one_step([SHORT, OTHER])[1])
@@ -48,7 +48,7 @@ def test_rows_that_are_cut_or_identical_take_no_part_and_are_counted(one_step, c
 
 def test_cut_rows_are_kept_where_asked(one_step, tokenizer, caplog):
     trainer, gradient = one_step([SHORT, CUT], cut_rows="keep")
-    assert trainer.row_counts["train"] == {"rows": 2, "cut_completion": 1}
+    assert trainer.row_counts["train"] == {"given": 2, "cut_completion": 1}
     assert trainer.train_dataset[1]["completions"][0] == tokenizer.convert_tokens_to_ids(list("abcdefgh"))
     assert "and were left out" not in caplog.text
     assert not torch.allclose(gradient, one_step([SHORT])[1])
@@ -76,8 +76,8 @@ def test_prompts_that_lose_their_beginning_are_counted(make_trainer, caplog):
         [SHORT, long], trainer_options={"eval_dataset": [long], "prompt_dataset": [{"prompt": "h" * 20}]}
     )
     assert trainer.row_counts == {
-        "train": {"rows": 2, "cut_prompt": 1},
-        "validation": {"rows": 1, "cut_prompt": 1},
+        "train": {"given": 2, "cut_prompt": 1},
+        "validation": {"given": 1, "cut_prompt": 1},
     }
     for rows in ("1 of 2 training rows", "1 of 1 validation rows", "1 of 1 prompt rows"):
         assert f"{rows} have a prompt longer than max_prompt_length" in caplog.text
@@ -195,5 +195,5 @@ def test_self_play_leaves_out_answers_that_are_cut(make_trainer, caplog):
     caplog.set_level(logging.WARNING)
     rows = [{"prompt": "abc", "completion": "ab"}, {"prompt": "bad", "completion": "abcdefgh"}]
     trainer = make_trainer(rows, train_on="self_play", beta=0.0)
-    assert trainer.row_counts["train"] == {"rows": 2, "left_out": 1, "cut_completion": 1}
+    assert trainer.row_counts["train"] == {"given": 2, "left_out": 1, "cut_completion": 1}
     assert len(trainer.rounds) == 1

@@ -155,7 +155,7 @@ def held_out(
         warnings.append(
             f"{len(rows) - len(used)} of {len(rows)} held-out rows cannot be tokenized and were left out."
         )
-    counts = Counter({"rows": len(tokens)}) + Counter(
+    counts = Counter({"given": len(tokens)}) + Counter(
         name for group in tokens for name in row_findings(group)
     )
     return figures, warnings + findings_text(counts, "held-out rows")

@@ -148,7 +148,7 @@ def row_findings(sequences: Sequence[TokenizedSequence]) -> list[str]:
 
 
 def log_findings(counts: Counter[str], rows: str, left_out: Iterable[str] = ()) -> None:
-    """Say in the log how many of `counts["rows"]` have what, and which of them are left out."""
+    """Say in the log how many of `counts["given"]` have what, and which of them are left out."""
     for text in findings_text(counts, rows, left_out):
         logger.warning("%s", text)
 
@@ -156,7 +156,7 @@ def log_findings(counts: Counter[str], rows: str, left_out: Iterable[str] = ()) 
 def findings_text(counts: Mapping[str, int], rows: str, left_out: Iterable[str] = ()) -> list[str]:
     """A sentence for each thing that was counted of rows."""
     return [
-        f"{counts[name]} of {counts['rows']} {rows} have {meaning}"
+        f"{counts[name]} of {counts['given']} {rows} have {meaning}"
         f"{', and were left out' if name in left_out else ''}."
         for name, meaning in _MEANING.items()
         if counts.get(name)

@@ -348,7 +348,7 @@ class _Demonstrations(torch.utils.data.Dataset):
             except DataError as error:
                 raise DataError(f"{name} {number}: {error}") from error
             self.rows.append(sequence)
-            self.counts.update(["rows", *row_findings([sequence])])
+            self.counts.update(["given", *row_findings([sequence])])
         if config.process_index == 0:
             log_findings(self.counts, f"{name}s")
 

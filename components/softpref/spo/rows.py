@@ -48,7 +48,7 @@ class TrainingRows(Dataset):
         rows: those that take part.
         numbers: where they stand in what was given.
         prompts: ids of every prompt that was given.
-        counts: of `rows` that were given, of those `left_out`, and of what `row_findings` names.
+        counts: of rows `given`, of those `left_out`, and of what `row_findings` names.
 
     Raises:
         DataError: names the row and what is wrong with it, or says why none takes part.
@@ -81,7 +81,7 @@ class TrainingRows(Dataset):
                 raise DataError(f"{name} {number}: {error}") from error
             found = row_findings(sequences)
             left_out = not unusable.isdisjoint(found)
-            self.counts.update(["rows", *found, *(["left_out"] if left_out else [])])
+            self.counts.update(["given", *found, *(["left_out"] if left_out else [])])
             self.prompts.append(made["prompt"])
             if not left_out:
                 self.rows.append(made)
@@ -263,7 +263,7 @@ def tokenize_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SP
         except DataError as error:
             raise DataError(f"prompt row {number}: {error}") from error
         prompts.append(found.ids)
-        counts.update(["rows", *(["cut_prompt"] if found.truncated else [])])
+        counts.update(["given", *(["cut_prompt"] if found.truncated else [])])
     if not prompts:
         raise DataError("prompt_dataset holds no prompt; the KL term needs some to sample from")
     if args.process_index == 0:
