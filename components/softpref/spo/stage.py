@@ -15,6 +15,7 @@ from softpref.errors import ConfigError, DataError
 from softpref.judges import as_text, check_judge, load_judge
 from softpref.lm.extrapolation import parse_weights, write_extrapolations
 from softpref.lm.loading import (
+    check_remote_code,
     load_metadata,
     load_model,
     load_tokenizer,
@@ -124,6 +125,7 @@ def run(
     settle_output()
     require_devices(config.gpus)
     require_new_folder(output_dir)
+    check_remote_code(reference_dir, config.trust_remote_code)
     name = name or member_name(config.method, config.alpha, config.beta)
     checkpoints = Path(checkpoint_dir or Path(output_dir) / "checkpoints")
     config.output_dir = str(checkpoints)
