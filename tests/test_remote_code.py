@@ -1,4 +1,4 @@
-"""A model whose code comes with its folder goes through every stage where that is trusted, and else nowhere."""
+"""A model whose code comes with its folder goes through every stage where it is trusted, and else nowhere."""
 
 import json
 import sys
@@ -69,7 +69,7 @@ def own_modules(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, make_model, make_tokenizer):
-    """A Llama whose logits its own code doubles: whoever loads it as a plain Llama computes something else."""
+    """A Llama whose logits its own code doubles: loaded as a plain Llama it computes something else."""
     tokenizer = make_tokenizer(chat_template=None)
     path = tmp_path / "own-code"
     save_model_folder(make_model(tokenizer), tokenizer, path, {"name": "own"})
@@ -118,14 +118,14 @@ def test_code_goes_with_what_is_saved_merged_and_extrapolated(folder, tmp_path):
         merged, str(folder), tokenizer, tmp_path / "out", {"name": "x"}, [0.5], trust_remote_code=True
     )
     for saved in (tmp_path / "merged", further):
-        assert CODE <= {path.name for path in saved.iterdir()}
+        assert {path.name for path in saved.iterdir()} >= CODE
         torch.testing.assert_close(logits(saved), expected)
 
 
 def test_what_is_not_trusted_is_refused_by_name_before_it_is_loaded(folder, tmp_path):
     for load in (load_model, load_tokenizer):
         with pytest.raises(
-            ConfigError, match="'doubled-llama'.*configuration_doubled.py, modeling_doubled.py"
+            ConfigError, match=r"'doubled-llama'.*configuration_doubled\.py, modeling_doubled\.py"
         ):
             load(str(folder))
     adapter = tmp_path / "adapter"
@@ -174,7 +174,7 @@ def test_a_model_with_code_is_trained_measured_registered_and_served(folder, tmp
         assert not (tmp_path / output).exists()
         assert main([*command, "--output", output, *TRUSTED]) == 0
     for saved in ("reference", "policy", "policy/extrapolated-0.5"):
-        assert CODE <= {path.name for path in (tmp_path / saved).iterdir()}
+        assert {path.name for path in (tmp_path / saved).iterdir()} >= CODE
 
     served = mlflow.pyfunc.load_model("models:/own@champion")
     (answer,) = served.predict({"prompt": "a fox went", "max_tokens": 4})

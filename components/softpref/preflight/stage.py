@@ -240,8 +240,8 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     for stage in _LOADS_A_MODEL:
         if "trust_remote_code" in parse_overrides(stages[stage].get("overrides", "")):
             raise ConfigError(
-                f"{stage}_overrides must not hold trust_remote_code; the parameter of that name reaches every "
-                "stage"
+                f"{stage}_overrides must not hold trust_remote_code; the pipeline's parameter of that name "
+                "reaches every stage"
             )
         stages[stage]["trust_remote_code"] = parameters.get("trust_remote_code", False)
     data = _build(DataConfig, stages["data"])
