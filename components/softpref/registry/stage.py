@@ -559,14 +559,14 @@ def _tokenizers_trusted(trust_remote_code: bool) -> Iterator[None]:
     """`log_model` loads the tokenizer without saying whether code may run, which is asked at the terminal."""
     from transformers import AutoTokenizer
 
-    original = AutoTokenizer.__dict__["from_pretrained"]
+    auto: Any = AutoTokenizer
+    original = auto.__dict__["from_pretrained"]
     if trust_remote_code:
-        trusting = functools.partial(AutoTokenizer.from_pretrained, trust_remote_code=True)
-        AutoTokenizer.from_pretrained = trusting  # type: ignore[method-assign,assignment]
+        auto.from_pretrained = functools.partial(auto.from_pretrained, trust_remote_code=True)
     try:
         yield
     finally:
-        AutoTokenizer.from_pretrained = original
+        auto.from_pretrained = original
 
 
 @contextmanager
