@@ -145,7 +145,9 @@ def test_code_beside_a_known_architecture_is_left_alone_unless_trusted(tmp_path,
     assert load_model(str(tmp_path / "known")).__class__.__module__.startswith("transformers.models.llama")
 
 
-def test_a_model_with_code_is_trained_measured_registered_and_served(folder, tmp_path, monkeypatch, capsys):
+def test_a_model_with_code_is_trained_measured_registered_and_served(
+    folder, tmp_path, cache, monkeypatch, capsys
+):
     import mlflow
 
     monkeypatch.setattr("builtins.input", lambda question: pytest.fail(f"asked: {question}"))
@@ -182,6 +184,13 @@ def test_a_model_with_code_is_trained_measured_registered_and_served(folder, tmp
     pipeline = served.get_raw_model()
     assert type(pipeline.tokenizer).__name__ == "OwnTokenizerFast"
     torch.testing.assert_close(pipeline.model(torch.tensor([[1, 7, 8]])).logits, logits(tmp_path / "policy"))
+
+    with pytest.raises(ConfigError, match="set trust_remote_code to true"):
+        load_model("models:/own@champion")
+    again = load_model("models:/own@champion", trust_remote_code=True)
+    torch.testing.assert_close(again(torch.tensor([[1, 7, 8]])).logits, logits(tmp_path / "policy"))
+    tokenizer = load_tokenizer("models:/own@champion", trust_remote_code=True)
+    assert type(tokenizer).__name__ == "OwnTokenizerFast"
 
 
 def test_a_class_named_like_one_of_transformers_is_not_served_in_its_place(folder, tmp_path):
