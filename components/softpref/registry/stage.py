@@ -16,6 +16,8 @@ How a registered model answers (`mlflow models serve`, measured with MLflow 3.17
   would add the start token a second time.
 - `stop`, `n` and `stream` are refused with an error: MLflow looks for the stop words' tokenizer in the folder
   the model was logged from, and transformers' pipeline knows neither of the others.
+- A model that comes with code of its own (registered with `trust_remote_code` alone) runs it where it is
+  served: MLflow asks nobody again.
 - White space before the answer is stripped. Where the tokenizer has a start token, the completions form
   counts it in `completion_tokens` and therefore calls a cut answer finished (`stop`).
 """
