@@ -151,6 +151,8 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
             return [_typed(name, element, kind) for element in value]
         if kind is dict and isinstance(value, dict):
             return _without_nulls(value)
+        if kind is bool and isinstance(value, bool):
+            return value
         if kind is str and isinstance(value, (str, int)):
             return str(value)
         if not many and kind in (int, float) and kind(value) == float(value):
@@ -299,6 +301,8 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
 
 def _argument_type(name: str, annotation: Any) -> Any:
     """What argparse makes of a parameter's text."""
+    if annotation is bool:
+        return _truth
     if annotation is not dict:
         return typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else annotation
 
@@ -309,6 +313,12 @@ def _argument_type(name: str, annotation: Any) -> Any:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return mapping
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text.lower() == "true"
 
 
 def _inputs(pipeline: Any) -> Mapping[str, inspect.Parameter]:

@@ -43,6 +43,7 @@ def spo_pipeline(
     min_win_rate: float = 0.5,
     registry_overrides: dict = {},  # noqa: B006
     gpus: str = "",
+    trust_remote_code: bool = False,
     seed: int = 0,
     experiment: str = "softpref",
     tracking_uri: str = "",
@@ -75,6 +76,8 @@ def spo_pipeline(
         min_win_rate: Gate: the low end of the win rate's interval must reach this.
         registry_overrides: Any other parameter of the registration stage.
         gpus: GPUs of the training stages; empty trains on the CPU.
+        trust_remote_code: Run model code that comes with the base model, in every stage, and wherever the
+            registered model is served.
         seed: Seed of data, training and sampling.
         experiment: MLflow experiment.
         tracking_uri: MLflow server; empty takes the environment's.
@@ -104,6 +107,7 @@ def spo_pipeline(
             min_win_rate=min_win_rate,
             registry_overrides=registry_overrides,
             gpus=gpus,
+            trust_remote_code=trust_remote_code,
             experiment=experiment,
             tracking_uri=tracking_uri,
             run_name=run_name(),
@@ -134,6 +138,7 @@ def spo_pipeline(
             num_train_epochs=sft_epochs,
             seed=seed,
             gpus=gpus,
+            trust_remote_code=trust_remote_code,
             experiment=experiment,
             tracking_uri=tracking_uri,
             overrides=sft_overrides,
@@ -153,6 +158,7 @@ def spo_pipeline(
             sampling_interval=sampling_interval,
             seed=seed,
             gpus=gpus,
+            trust_remote_code=trust_remote_code,
             experiment=experiment,
             tracking_uri=tracking_uri,
             overrides=train_overrides,
@@ -168,6 +174,7 @@ def spo_pipeline(
             judge=judge,
             samples_per_prompt=samples_per_prompt,
             seed=seed,
+            trust_remote_code=trust_remote_code,
             experiment=experiment,
             tracking_uri=tracking_uri,
             overrides=evaluation_overrides,
@@ -180,6 +187,7 @@ def spo_pipeline(
             evaluation=evaluation.outputs["evaluation"],
             registered_model_name=registered_model_name,
             min_win_rate=min_win_rate,
+            trust_remote_code=trust_remote_code,
             experiment=experiment,
             tracking_uri=tracking_uri,
             overrides=registry_overrides,

@@ -29,6 +29,7 @@ def register_chosen(
     record: Input[Artifact],
     registered_model_name: str,
     min_win_rate: float,
+    trust_remote_code: bool,
     registry_overrides: dict,
     experiment: str,
     tracking_uri: str,
@@ -47,6 +48,7 @@ def register_chosen(
         comparison=comparison,
         registered_model_name=registered_model_name,
         min_win_rate=min_win_rate,
+        trust_remote_code=trust_remote_code,
         experiment=experiment,
         tracking_uri=tracking_uri,
         overrides=registry_overrides,
@@ -86,6 +88,7 @@ def spo_sweep(
     min_win_rate: float = 0.5,
     registry_overrides: dict = {},  # noqa: B006
     gpus: str = "",
+    trust_remote_code: bool = False,
     seed: int = 0,
     experiment: str = "softpref",
     tracking_uri: str = "",
@@ -124,6 +127,8 @@ def spo_sweep(
         min_win_rate: Gate: the low end of the win rate's interval must reach this.
         registry_overrides: Any other parameter of the registration stage.
         gpus: GPUs of the training stages; empty trains on the CPU.
+        trust_remote_code: Run model code that comes with the base model, in every stage, and wherever the
+            registered model is served.
         seed: Seed of data, training and sampling.
         experiment: MLflow experiment.
         tracking_uri: MLflow server; empty takes the environment's.
@@ -156,6 +161,7 @@ def spo_sweep(
             min_win_rate=min_win_rate,
             registry_overrides=registry_overrides,
             gpus=gpus,
+            trust_remote_code=trust_remote_code,
             experiment=experiment,
             tracking_uri=tracking_uri,
             run_name=run_name(),
@@ -186,6 +192,7 @@ def spo_sweep(
             num_train_epochs=sft_epochs,
             seed=seed,
             gpus=gpus,
+            trust_remote_code=trust_remote_code,
             experiment=experiment,
             tracking_uri=tracking_uri,
             overrides=sft_overrides,
@@ -206,6 +213,7 @@ def spo_sweep(
                 sampling_interval=sampling_interval,
                 seed=seed,
                 gpus=gpus,
+                trust_remote_code=trust_remote_code,
                 experiment=experiment,
                 tracking_uri=tracking_uri,
                 overrides=train_overrides,
@@ -221,6 +229,7 @@ def spo_sweep(
                 judge=judge,
                 samples_per_prompt=samples_per_prompt,
                 seed=seed,
+                trust_remote_code=trust_remote_code,
                 experiment=experiment,
                 tracking_uri=tracking_uri,
                 overrides=evaluation_overrides,
@@ -246,6 +255,7 @@ def spo_sweep(
             record=plan.outputs["record"],
             registered_model_name=registered_model_name,
             min_win_rate=min_win_rate,
+            trust_remote_code=trust_remote_code,
             registry_overrides=registry_overrides,
             experiment=experiment,
             tracking_uri=tracking_uri,

@@ -4,6 +4,10 @@
 class SoftprefError(ValueError):
     """Base of the errors that a person can mend; the console prints their message without a traceback."""
 
+    def __init__(self, message: str = "") -> None:
+        # a file's name need not be UTF-8, and no log or result could hold it as it is
+        super().__init__(message.encode(errors="backslashreplace").decode())
+
 
 class ConfigError(SoftprefError):
     """A parameter, a configuration file or a model path is wrong: what, where, and what would be right."""

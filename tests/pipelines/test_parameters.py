@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+import yaml
 from softpref.config import build_config, parse_overrides
 from softpref.errors import ConfigError
 from softpref.preflight.stage import plan, training_layers
@@ -193,3 +194,23 @@ def test_checked_in_packages_are_what_the_pipelines_compile_to(launch, sweep, si
         assert launch.main(pipeline, ["compile", "--output", str(tmp_path / f"{name}.yaml")]) == 0
         fresh, kept = tmp_path / f"{name}.yaml", launch.PACKAGES / f"{name}.yaml"
         assert fresh.read_text() == kept.read_text(), f"{kept.name} is out of date: run make packages"
+
+
+@pytest.mark.parametrize("name", ["spo_sweep", "spo_pipeline"])
+def test_every_task_that_loads_a_model_takes_the_parameter(name):
+    package = REPOSITORY / "pipelines" / "packages" / f"{name}.yaml"
+    spec = next(yaml.safe_load_all(package.read_text(encoding="utf-8")))
+    graphs = [spec["root"], *spec["components"].values()]
+    tasks = [task for graph in graphs for task in graph.get("dag", {}).get("tasks", {}).items()]
+    given = {task: values["inputs"]["parameters"].get("trust_remote_code") for task, values in tasks}
+    for task in ("train-reference", "train-policy", "evaluate-model", "register-model"):
+        assert given[task]["componentInputParameter"].endswith("trust_remote_code")
+    assert any(task.startswith("plan-") and value for task, value in given.items())
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False)])
+def test_the_command_line_takes_true_and_false(launch, text, value):
+    from spo_pipeline import spo_pipeline
+
+    given = {"trust_remote_code": launch._argument_type("trust_remote_code", bool)(text)}
+    assert launch.pipeline_parameters(spo_pipeline, "embedded", given)["trust_remote_code"] is value

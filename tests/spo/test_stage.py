@@ -163,3 +163,35 @@ def test_a_log_gets_lines_of_progress_with_the_models_name(
     assert "tokenizing training rows: row 1 of 6, 0 s left" in lines
     assert any(line.startswith("mine, evaluation: batch 1 of ") for line in lines)
     assert not any("%|" in line or "grad_norm" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        ("q_proj,nonsense", r"names nonsense, which the model does not have; it has: .*k_proj, .*v_proj"),
+        ("q_proj, v_prj ,", r"names v_prj, .*; nearest: .*v_proj"),
+        ("roj", r"names roj, which the model does not have"),
+    ],
+)
+def test_a_lora_target_that_the_model_does_not_have_is_named_before_training(
+    tmp_path, write_dataset, command, capsys, targets, says
+):
+    dataset = write_dataset(tmp_path / "data", {"train": pairs()})
+    lora = {"use_peft": True, "lora_r": 2, "lora_target_modules": targets}
+    assert command("policy", dataset, **QUICK, **lora) == 2
+    assert re.search(says, capsys.readouterr().err)
+    assert not (tmp_path / "policy" / "tracking.jsonl").exists()
+
+
+def test_lora_targets_are_modules_by_their_last_names(tmp_path, write_dataset, command):
+    dataset = write_dataset(tmp_path / "data", {"train": pairs()})
+    lora = {
+        "use_peft": True,
+        "lora_r": 2,
+        "lora_target_modules": "q_proj, mlp.up_proj",
+        "merge_adapter": False,
+    }
+    assert command("policy", dataset, **QUICK, **lora) == 0
+    with safe_open(tmp_path / "policy" / "adapter_model.safetensors", "pt") as file:
+        adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in file.keys()}  # noqa: SIM118
+    assert adapted == {"q_proj", "up_proj"}

@@ -27,9 +27,11 @@ class DataConfig:
             `https://`, `hf://`, any that fsspec knows; credentials from the environment), or a Hugging Face
             Hub dataset id such as `"owner/name"`. The splits of a dataset folder of this stage are taken over
             as they are, unless `split` asks for one of them.
-        subset (`str`, *optional*): configuration name of a Hub dataset.
-        split (`str`, *optional*): which split of a Hub dataset or saved `DatasetDict` to read; `"train"` or
-            the only one when not given.
+        subset (`str`, *optional*): configuration name of a Hub dataset, or of a folder whose dataset card
+            (`README.md`) names several.
+        split (`str`, *optional*): which split to read of a Hub dataset, a saved `DatasetDict`, or a folder
+            that its dataset card or its files' names divide as one of the Hub (`train-….parquet`,
+            `test/….jsonl`); `"train"` or the only one when not given.
         revision (`str`, *optional*): branch, tag or commit of a Hub dataset.
         format (`str`, defaults to `"auto"`): `"jsonl"`, `"json"` (one array), `"csv"`, `"tsv"` or
             `"parquet"`; `"auto"` goes by the file's suffix (also under `.gz`), or where it tells nothing by

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import codecs
 import csv
+import glob
 import gzip
 import io
 import json
 import logging
+import os
 import re
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -30,6 +32,7 @@ _FORMATS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
+_CARD = "README.md"  # of a folder that comes from the Hub: it can say what subsets and splits there are
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _CHUNK = 1 << 20
 _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
@@ -69,6 +72,10 @@ def open_source(
 
     Args:
         source: a file, a folder of files, a saved dataset, the URL of one of them, or a Hub dataset id.
+        subset: of a Hub dataset, or of a folder whose dataset card names several.
+        split: of a Hub dataset, a saved one, or a folder that is divided as one of the Hub; by default train,
+            or the only one.
+        revision: branch, tag or commit of a Hub dataset.
         format: of files; `auto` goes by their names, or by the first bytes where no name tells it.
         fetched: where `fetch` put what the URL names; by default it is fetched.
 
@@ -79,25 +86,21 @@ def open_source(
     if is_url(source):
         path = fetched or fetch(source, format)
         with _speaking_of(source, path):
-            rows = open_source(str(path), format=format, split=split)
+            rows = open_source(str(path), format=format, subset=subset, split=split)
         return _of_url(source, path, rows)
     path = Path(source)
     if path.is_file():
+        if subset is not None or split not in (None, "train"):
+            raise ConfigError(
+                f"{source} is one file, without splits and subsets; leave out split={split!r}, "
+                f"subset={subset!r}"
+            )
         return _number([(path.name, _read_file(path, format))])
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _number([(path.name, _read_saved(path, split))])
-        present = [
-            file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")
-        ]
-        files = [file for file in present if format != "auto" or _format_of(file.name)]
-        files = files or [file for file in present if not file.suffix and _format_inside(file)]
-        if not files:
-            raise ConfigError(
-                f"source folder {source} holds no data file ({', '.join(_FORMATS)}, also with .gz) and is no "
-                "saved dataset"
-            )
-        return _number((str(file.relative_to(path)), _read_file(file, format)) for file in files)
+        files = _files_in(path, format, subset, split)
+        return _number((_shown(os.path.relpath(file, path)), _read_file(file, format)) for file in files)
     if _names_a_path(source) or not _HUB_ID.fullmatch(source):
         raise ConfigError(_NOWHERE.format(source))
     return _number([(source, _read_hub(source, subset, split, revision))])
@@ -114,9 +117,10 @@ def fetch(source: str, format: str = "auto") -> Path:
         names = list(names)
         if format != "auto" or {"dataset_dict.json", "state.json"} & {*names}:
             return names
-        return [name for name in names if _format_of(name)] or [
+        data = [name for name in names if _format_of(name)] or [
             name for name in names if not Path(name).suffix
         ]
+        return [*data, *(name for name in names if name == _CARD)]
 
     return remote.fetch(source, choose=data_files)
 
@@ -150,6 +154,117 @@ def pin(source: str, revision: str | None = None) -> Pinned:
 
 def _names_a_path(source: str) -> bool:
     return bool(_format_of(source)) or source.startswith((".", "/", "~"))
+
+
+def _files_in(folder: Path, format: str, subset: str | None, split: str | None) -> list[Path]:
+    """The data files of a folder's split, sorted; all of them where it is not divided.
+
+    Raises:
+        ConfigError: there is no such subset or split, or no data file.
+    """
+    from datasets.data_files import FILES_TO_IGNORE
+
+    present = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and file.name not in FILES_TO_IGNORE
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    files = [file for file in present if format != "auto" or _format_of(file.name)]
+    files = files or [file for file in present if not file.suffix and _format_inside(file)]
+    divided = _divided(folder, subset)
+    if divided is None:
+        if split not in (None, "train"):
+            raise ConfigError(
+                f"source folder {folder} has no split {split!r}: neither a dataset card nor the names of its "
+                "files divide it; leave split out"
+            )
+        chosen, where = files, f"source folder {folder}"
+    else:
+        asked, split = split, _choose_split(list(divided), split, f"source folder {folder}")
+        where = f"split {split} of source folder {folder}"
+        wanted, known = set(divided[split]), {file for one in divided.values() for file in one}
+        chosen = [file for file in files if os.path.abspath(file) in wanted]
+        left = [_shown(file.relative_to(folder)) for file in files if os.path.abspath(file) not in known]
+        if asked is None and len(divided) > 1:
+            logger.warning("%s is read, of %s; split chooses another", where, ", ".join(divided))
+        if left and subset is None:
+            some = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if left[3:] else "")
+            logger.warning("source folder %s: %s belong to no split, and are not read", folder, some)
+    if not chosen:
+        raise ConfigError(
+            f"{where} holds no data file ({', '.join(_FORMATS)}, also with .gz) and is no saved dataset"
+        )
+    return chosen
+
+
+def _divided(folder: Path, subset: str | None) -> dict[str, list[str]] | None:
+    """The files of each split, as `datasets` divides a folder: by its dataset card, or by names.
+
+    `datasets` itself would leave out files of another format than the most frequent one, and stop at the
+    first bad row. None where nothing divides the folder.
+    """
+    from datasets import data_files
+
+    card = folder / _CARD
+    subsets, default = _subsets(card)
+    chosen = subset or default
+    if chosen not in (subsets or ["default"]):
+        raise ConfigError(
+            f"source folder {folder} has {f'no subset {subset!r}' if subset else 'several subsets'}; "
+            + (f"set subset to one of {', '.join(subsets)}" if subsets else "its dataset card names none")
+        )
+    options = subsets.get(chosen or "", {})
+    base = glob.escape(os.path.abspath(folder / str(options.get("data_dir", ""))))
+    divided: dict[str, list[str]] = {}
+    try:
+        patterns = data_files.sanitize_patterns(
+            options.get("data_files") or data_files.get_data_patterns(base)
+        )
+        if patterns == data_files.DEFAULT_PATTERNS_ALL and not options:
+            return None
+        for split, places in patterns.items():
+            divided[str(split)] = []
+            for place in places:
+                if "://" in place:
+                    raise ValueError(f"{place} lies elsewhere, download it")
+                with suppress(FileNotFoundError):  # said where the split is asked for: others may be here
+                    divided[str(split)] += data_files.resolve_pattern(place, base)
+    except FileNotFoundError:  # no data
+        return {"train": []} if options else None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the dataset card {card} cannot be followed: {error}") from error
+    return divided
+
+
+def _subsets(card: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """What a dataset card says of each subset, and which is the default; empty and "default" without one.
+
+    Raises:
+        ConfigError: the card cannot be read.
+    """
+    import yaml
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
+    try:
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        if not text.lstrip().startswith("---"):
+            return {}, "default"
+        subsets = MetadataConfigs.from_dataset_card_data(DatasetCard(text).data)
+        default = subsets.get_default_config_name() if subsets else "default"
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"the dataset card {card}, which says what splits there are, cannot be read: {error}; correct or "
+            "remove it"
+        ) from error
+    return {str(name): options for name, options in subsets.items()}, default and str(default)
+
+
+def _shown(name: str | Path) -> str:
+    """A file's name as text: what in it is no UTF-8 is replaced."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def _of_url(source: str, path: Path, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
@@ -226,7 +341,7 @@ def _until_damage(path: Path, rows: Iterator[tuple[int, Any, str]]) -> Iterator[
             yield row
     except _DAMAGED as error:
         fault = f"the packed file is damaged from here on, nothing behind is read: {error}"
-        logger.warning("%s, row %d: %s", path, number + 1, fault)
+        logger.warning("%s, row %d: %s", _shown(path), number + 1, fault)
         yield number + 1, None, fault
 
 
@@ -400,7 +515,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any, str]]:
 
     try:
         number = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # opened here, for pyarrow takes no name that is not UTF-8
+        with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
             for batch in file.iter_batches(batch_size=512):
                 columns = [_values(column) for column in batch.columns]
                 for values in zip(*columns, strict=True):
@@ -467,8 +583,7 @@ def _read_hub(
 
 
 def _choose_split(present: list[str], split: str | None, where: str) -> str:
-    if split is None:
-        split = present[0] if len(present) == 1 else "train"
-    if split not in present:
-        raise ConfigError(f"{where} has no split {split!r}; it has {', '.join(present)}")
-    return split
+    wanted = split or (present[0] if len(present) == 1 else "train")
+    if wanted not in present:
+        raise ConfigError(f"{where} has no split {wanted!r}; it has {', '.join(present)}: set split")
+    return wanted

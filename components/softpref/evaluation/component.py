@@ -22,6 +22,7 @@ def evaluate_model(
     max_new_tokens: int = 0,
     exact_prompts: int = 8,
     seed: int = 0,
+    trust_remote_code: bool = False,
     experiment: str = "softpref",
     tracking_uri: str = "",
     overrides: dict = {},  # noqa: B006
@@ -43,6 +44,7 @@ def evaluate_model(
         exact_prompts: Prompts whose every outcome is compared with the exact optimum, where the dataset
             enumerates them.
         seed: Seed of sampling, judge and intervals.
+        trust_remote_code: Run model code that comes with the models.
         experiment: MLflow experiment, when the policy names no run.
         tracking_uri: MLflow server. Empty: MLFLOW_TRACKING_URI, or a local store.
         overrides: Any other parameter of EvaluationConfig, such as {"confidence": 0.9}.
@@ -66,6 +68,7 @@ def evaluate_model(
             "max_new_tokens": max_new_tokens,
             "exact_prompts": exact_prompts,
             "seed": seed,
+            "trust_remote_code": trust_remote_code,
             "experiment": experiment,
             "tracking_uri": tracking_uri,
         },

@@ -41,6 +41,7 @@ class EvaluationConfig:
             bootstrap.
         dtype (`str`, defaults to `"float32"`): weights of both models; figures are always computed in
             float32.
+        trust_remote_code (`bool`, defaults to False): run model code that comes with the models.
         device (`str`, defaults to `""`): where the models run; empty takes a GPU when there is one.
         experiment (`str`, defaults to `"softpref"`): MLflow experiment, when no run exists to attach to.
         tracking_uri (`str`, defaults to `""`): MLflow server; empty takes `MLFLOW_TRACKING_URI` or a local
@@ -62,6 +63,7 @@ class EvaluationConfig:
     confidence: float = 0.95
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    trust_remote_code: bool = False
     device: str = ""
     experiment: str = "softpref"
     tracking_uri: str = ""

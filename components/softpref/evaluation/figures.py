@@ -46,13 +46,17 @@ def load_reference(
     from softpref.lm.loading import load_model, load_tokenizer
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    reference = load_model(places["reference"], dtype=config.dtype, device=device).eval()
+    trusted = config.trust_remote_code
+    reference = load_model(
+        places["reference"], dtype=config.dtype, device=device, trust_remote_code=trusted
+    ).eval()
     if (Path(places["policy"]) / "config.json").is_file():  # said before anything is drawn
-        check_same_vocabulary(SimpleNamespace(config=AutoConfig.from_pretrained(places["policy"])), reference)
+        of_the_policy = AutoConfig.from_pretrained(places["policy"], trust_remote_code=trusted)
+        check_same_vocabulary(SimpleNamespace(config=of_the_policy), reference)
     return Models(
         None,
         reference,
-        load_tokenizer(places["policy"]),
+        load_tokenizer(places["policy"], trust_remote_code=trusted),
         metadata.get("max_prompt_length"),
         config.max_new_tokens or metadata["max_completion_length"],
         {"batch_size": config.batch_size, "plain": config.plain_forward},
@@ -64,7 +68,9 @@ def load_policy(config: EvaluationConfig, models: Models, folder: str) -> Models
     from softpref.lm.loading import load_model
 
     device = next(models.reference.parameters()).device
-    policy = load_model(folder, dtype=config.dtype, device=str(device)).eval()
+    policy = load_model(
+        folder, dtype=config.dtype, device=str(device), trust_remote_code=config.trust_remote_code
+    ).eval()
     check_same_vocabulary(policy, models.reference)
     return models._replace(policy=policy)
 

@@ -25,7 +25,14 @@ from softpref.evaluation.figures import (
 )
 from softpref.judges import OUTCOMES_FILE, check_judge, load_judge, read_outcomes, text_rows
 from softpref.lm.extrapolation import extrapolated_folders
-from softpref.lm.loading import METADATA_FILE, check_model_source, load_metadata, local_source, source_name
+from softpref.lm.loading import (
+    METADATA_FILE,
+    check_model_source,
+    check_remote_code,
+    load_metadata,
+    local_source,
+    source_name,
+)
 from softpref.progress import settle_output
 from softpref.timings import PhaseTimer
 
@@ -85,6 +92,7 @@ def run(
     members = [*_extrapolated(policy), policy]
     for source in (*(member.folder for member in members), reference_dir):
         check_model_source(source)
+        check_remote_code(source, config.trust_remote_code)
     if not config.max_new_tokens and not metadata.get("max_completion_length"):
         if not Path(policy_dir).exists():
             raise ConfigError(f"policy {policy_dir}: no such folder is here; for a Hub id set max_new_tokens")

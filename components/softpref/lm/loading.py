@@ -12,13 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from softpref.errors import ConfigError
-from softpref.lm.sources import check_model_source, local_source, pin_model, source_name
+from softpref.lm.sources import (
+    check_model_source,
+    check_remote_code,
+    local_source,
+    pin_model,
+    source_name,
+)
 
 logger = logging.getLogger(__name__)
 
 __all__ = [
     "METADATA_FILE",
     "check_model_source",
+    "check_remote_code",
     "load_metadata",
     "load_model",
     "load_tokenizer",
@@ -51,6 +58,7 @@ def load_model(
     Args:
         source: such a folder or file, the URL of one, a model of the MLflow registry, or a Hub id.
         dtype: `float32`, `bfloat16`, or `auto` for the checkpoint's own.
+        trust_remote_code: run model code that comes with it.
         device: moved there when given.
 
     Raises:
@@ -62,6 +70,7 @@ def load_model(
     found: Any
     check_model_source(source)
     source = local_source(source)
+    check_remote_code(source, trust_remote_code)
     path = Path(source)
     if not path.exists():
         _check_hub_model(source, revision)
@@ -72,7 +81,9 @@ def load_model(
             from peft import AutoPeftModelForCausalLM
 
             # merged, for with its adapter apart it would train nothing, and be its own base as a reference
-            adapted = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype)
+            adapted = AutoPeftModelForCausalLM.from_pretrained(
+                source, dtype=dtype, trust_remote_code=trust_remote_code
+            )
             model = adapted.merge_and_unload().requires_grad_(True)
         else:
             model, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
@@ -95,7 +106,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, revision: st
     """Load the tokenizer of a model, with a padding token (the end token serves where none is named).
 
     Args:
-        source: as in `load_model`.
+        source, trust_remote_code: as in `load_model`.
 
     Raises:
         ConfigError: it is absent, cannot be read, or has no end-of-sequence token.
@@ -104,6 +115,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, revision: st
 
     check_model_source(source)
     source = local_source(source)
+    check_remote_code(source, trust_remote_code)
     path = Path(source)
     if not path.exists():
         _check_hub_model(source, revision)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from softpref import remote
 from softpref.errors import ConfigError
@@ -81,6 +82,41 @@ def check_model_source(source: str) -> None:
         )
 
 
+def check_remote_code(source: str, trusted: bool) -> None:
+    """Refuse a model folder that needs code of its own where nobody allowed that it is run.
+
+    Of an adapter, its base model counts. What is elsewhere is refused when it is loaded.
+
+    Args:
+        trusted: `trust_remote_code`, as the user gave it.
+
+    Raises:
+        ConfigError: names the folder and the files.
+    """
+    path = Path(source)
+    if trusted or not path.is_dir():
+        return
+    base = _json(path / "adapter_config.json").get("base_model_name_or_path")
+    if isinstance(base, str) and base != source:
+        check_remote_code(base, trusted)
+    config = _json(path / "config.json")
+    brought = config.get("auto_map")
+    if not brought:
+        return
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if config.get("model_type") in CONFIG_MAPPING:  # its own classes serve as well
+        return
+    files = sorted(
+        {f"{str(name).rpartition('--')[2].partition('.')[0]}.py" for name in dict(brought).values()}
+    )
+    raise ConfigError(
+        f"base model {source} is of the type {config.get('model_type')!r}, which transformers does not have, "
+        f"and brings code of its own ({', '.join(files)}); read that code, and if you trust it set "
+        "trust_remote_code to true"
+    )
+
+
 def local_source(source: str, *, tracking_uri: str = "") -> str:
     """What to load a model from on this machine: a URL or a registered model is downloaded, once.
 
@@ -143,6 +179,15 @@ def _fetched(url: str) -> str:
     path = remote.fetch(url, "base model", choose=of_a_checkpoint)
     _check_copy(path, public_url(url))
     return str(path)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object's values; none where there is no such file, or another content, which loading refuses."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _parse(source: str) -> re.Match[str]:

@@ -39,6 +39,7 @@ def plan_sweep(
     selection_rule: str,
     max_kl: float,
     gpus: str,
+    trust_remote_code: bool,
     experiment: str,
     tracking_uri: str,
     run_name: str,
@@ -67,6 +68,7 @@ def plan_sweep(
         registered_model_name, min_win_rate, registry_overrides: Parameters of the registration stage.
         selection_rule, max_kl: How the comparison chooses.
         gpus: GPUs of the training stages. Empty: none.
+        trust_remote_code: Run model code that comes with the base model, in every stage.
         experiment: MLflow experiment.
         tracking_uri: MLflow server. Empty: the environment's, or a local store.
         run_name: Name of the pipeline run, for its run in MLflow.
@@ -113,6 +115,7 @@ def plan_run(
     min_win_rate: float,
     registry_overrides: dict,
     gpus: str,
+    trust_remote_code: bool,
     experiment: str,
     tracking_uri: str,
     run_name: str,
@@ -138,6 +141,7 @@ def plan_run(
         judge, samples_per_prompt, evaluation_overrides: Parameters of the evaluation stage.
         registered_model_name, min_win_rate, registry_overrides: Parameters of the registration stage.
         gpus: GPUs of the training stages. Empty: none.
+        trust_remote_code: Run model code that comes with the base model, in every stage.
         experiment: MLflow experiment.
         tracking_uri: MLflow server. Empty: the environment's, or a local store.
         run_name: Name of the pipeline run, for its run in MLflow.

@@ -45,6 +45,7 @@ _BELONGS_TO = {
     "min_win_rate": ("registry", "min_win_rate"),
     "registry_overrides": ("registry", "overrides"),
 }
+_LOADS_A_MODEL = ("sft", "train", "evaluation", "registry")  # stages that `trust_remote_code` reaches
 _ZERO_IS_NONE = {"rows", "max_kl"}  # a KFP form has no empty number
 _MAY_BE_EMPTY = {"columns", "prompt_template", "base_model"}  # and the overrides
 
@@ -236,6 +237,13 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
         empty = value == "" and (name in _MAY_BE_EMPTY or option == "overrides")
         if not (value is None or empty or (name in _ZERO_IS_NONE and value == 0)):
             stages[stage][option] = value
+    for stage in _LOADS_A_MODEL:
+        if "trust_remote_code" in parse_overrides(stages[stage].get("overrides", "")):
+            raise ConfigError(
+                f"{stage}_overrides must not hold trust_remote_code; the pipeline's parameter of that name "
+                "reaches every stage"
+            )
+        stages[stage]["trust_remote_code"] = parameters.get("trust_remote_code", False)
     data = _build(DataConfig, stages["data"])
     source, shown = data.source, public_url(data.source)
     if here:
@@ -308,6 +316,10 @@ def _baseline(text: str) -> Member:
     for key in ("method", "beta"):
         if key in options:
             raise ConfigError(f"baseline {text!r}: {key} stands in front, as in {method}:0.1")
+    if "trust_remote_code" in options:
+        raise ConfigError(
+            f"baseline {text!r}: trust_remote_code is a parameter of the pipeline, for all stages"
+        )
     return Member(name, method, alpha, beta, options)
 
 

@@ -16,6 +16,7 @@ def register_model(
     registered_model_name: str,
     comparison: Input[Artifact] = None,
     min_win_rate: float = 0.5,
+    trust_remote_code: bool = False,
     experiment: str = "softpref",
     tracking_uri: str = "",
     overrides: dict = {},  # noqa: B006
@@ -32,6 +33,7 @@ def register_model(
         registered_model_name: Name in the MLflow model registry, without "/" and ":".
         comparison: The comparison folder of a sweep, which must have chosen this model.
         min_win_rate: The low end of the win rate's interval must reach this; 0 lets every model pass.
+        trust_remote_code: Register a model that comes with code of its own, which runs where it is served.
         tracking_uri: The MLflow server. Empty: the environment's, or a local store.
         experiment: MLflow experiment, when the model names no run.
         overrides: Any other parameter of RegistryConfig, such as {"beyond_noise": true}.
@@ -53,6 +55,7 @@ def register_model(
         {
             "model_name": registered_model_name,
             "min_win_rate": min_win_rate,
+            "trust_remote_code": trust_remote_code,
             "experiment": experiment,
             "tracking_uri": tracking_uri,
         },

@@ -27,6 +27,8 @@ class RegistryConfig:
             its interval above the high end of the champion's.
         task (`str`, defaults to `"auto"`): how the model is served: `completions`, `chat`, or `auto`: chat
             when the tokenizer has a chat template.
+        trust_remote_code (`bool`, defaults to `False`): register a model that comes with code of its own,
+            which MLflow then runs wherever the version is served.
         experiment (`str`, defaults to `"softpref"`): MLflow experiment, when the model names no run.
         tracking_uri (`str`, defaults to `""`): MLflow server; empty takes `MLFLOW_TRACKING_URI` or a local
             store.
@@ -39,6 +41,7 @@ class RegistryConfig:
     compare_metric: CompareMetric = "win_rate"
     beyond_noise: bool = False
     task: Literal["auto", "completions", "chat"] = "auto"
+    trust_remote_code: bool = False
     experiment: str = "softpref"
     tracking_uri: str = ""
     await_seconds: int = 300

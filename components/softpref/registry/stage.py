@@ -16,12 +16,15 @@ How a registered model answers (`mlflow models serve`, measured with MLflow 3.17
   would add the start token a second time.
 - `stop`, `n` and `stream` are refused with an error: MLflow looks for the stop words' tokenizer in the folder
   the model was logged from, and transformers' pipeline knows neither of the others.
+- A model that comes with code of its own (registered with `trust_remote_code` alone) runs it where it is
+  served: MLflow asks nobody again.
 - White space before the answer is stripped. Where the tokenizer has a start token, the completions form
   counts it in `completion_tokens` and therefore calls a cut answer finished (`stop`).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -34,7 +37,7 @@ from typing import Any
 
 from softpref.artifacts import plain
 from softpref.errors import ConfigError
-from softpref.lm.loading import check_model_source, load_metadata, load_tokenizer
+from softpref.lm.loading import check_model_source, check_remote_code, load_metadata, load_tokenizer
 from softpref.progress import settle_output
 from softpref.registry.config import RegistryConfig
 from softpref.registry.gate import Champion, challenge, figure_text, gate_failures
@@ -111,7 +114,10 @@ def run(
     if decision["gate_failures"]:
         decision["reason"] = "not registered: " + "; ".join(decision["gate_failures"])
     else:
-        with _whole_checkpoint(model_dir) as checkpoint:
+        check_remote_code(str(model_dir), config.trust_remote_code)
+        with _whole_checkpoint(model_dir, config.trust_remote_code) as checkpoint:
+            if config.trust_remote_code:
+                decision["warnings"] += _passed_over(checkpoint)
             _register(config, checkpoint, model_dir, metadata, evaluation, comparison, decision)
     output_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(decision, indent=2, ensure_ascii=False)
@@ -139,9 +145,11 @@ def decision_markdown(decision: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def served_model_config(model_dir: Path, metadata: Mapping[str, Any], task: str) -> dict[str, Any]:
+def served_model_config(
+    model_dir: Path, metadata: Mapping[str, Any], task: str, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Generation settings of the served model: the distribution that was trained, not a sharper one."""
-    tokenizer = load_tokenizer(str(model_dir))
+    tokenizer = load_tokenizer(str(model_dir), trust_remote_code=trust_remote_code)
     generation = _generation_config(model_dir)
     ends = generation.get("eos_token_id")
     ends = {ends} if isinstance(ends, int) else set(ends or [])
@@ -259,7 +267,7 @@ def _log_model(
             decision["run_id"] = earlier.source_run_id
             return f"models:/{earlier.model_id}"
     task = _task(config, checkpoint)
-    settings = served_model_config(checkpoint, metadata, task)
+    settings = served_model_config(checkpoint, metadata, task, trust_remote_code=config.trust_remote_code)
     decision["warnings"] += _generation_warnings(checkpoint)
     title = evaluation.get("name") or config.model_name
     own = run is None
@@ -274,7 +282,7 @@ def _log_model(
             tags={HASH_TAG: digest},
             params={key: str(value) for key, value in metadata.items() if value is not None},
         )
-        with _global_tracking_uri(uri):
+        with _global_tracking_uri(uri), _tokenizers_trusted(config.trust_remote_code):
             info = mlflow.transformers.log_model(
                 transformers_model=str(checkpoint),
                 name="model",
@@ -306,7 +314,7 @@ def model_hash(model_dir: Path) -> str:
 
 
 @contextmanager
-def _whole_checkpoint(model_dir: Path) -> Iterator[Path]:
+def _whole_checkpoint(model_dir: Path, trust_remote_code: bool) -> Iterator[Path]:
     """A folder that holds what serving needs and no more: training leftovers out, adapters merged."""
     adapter = (model_dir / "adapter_config.json").is_file()
     if not adapter:
@@ -315,7 +323,7 @@ def _whole_checkpoint(model_dir: Path) -> Iterator[Path]:
         checkpoint = Path(temporary) / "model"
         checkpoint.mkdir()
         if adapter:
-            _merge_adapter(model_dir, checkpoint)
+            _merge_adapter(model_dir, checkpoint, trust_remote_code)
         for path in sorted(model_dir.iterdir()):
             merged = adapter and (path.name == "config.json" or path.suffix == ".safetensors")
             if _is_served(path) and not merged and path.name != "adapter_config.json":
@@ -331,12 +339,14 @@ def _is_served(path: Path) -> bool:
     return path.is_file() and not training and any(path.match(pattern) for pattern in _SERVED_FILES)
 
 
-def _merge_adapter(model_dir: Path, checkpoint: Path) -> None:
+def _merge_adapter(model_dir: Path, checkpoint: Path, trust_remote_code: bool) -> None:
     """Write the base model with the adapter merged in, so that serving needs neither peft nor the base."""
     try:
         from peft import AutoPeftModelForCausalLM
 
-        model = AutoPeftModelForCausalLM.from_pretrained(str(model_dir), dtype="auto")
+        model = AutoPeftModelForCausalLM.from_pretrained(
+            str(model_dir), dtype="auto", trust_remote_code=trust_remote_code
+        )
     except (ImportError, OSError, ValueError) as error:
         raise ConfigError(
             f"{model_dir} holds an adapter whose base model cannot be loaded ({in_short(error)}); make the "
@@ -344,6 +354,31 @@ def _merge_adapter(model_dir: Path, checkpoint: Path) -> None:
         ) from error
     merged = model.merge_and_unload()
     merged.save_pretrained(checkpoint)
+
+
+def _passed_over(checkpoint: Path) -> list[str]:
+    """A warning where MLflow passes over the model's own code: it takes transformers' class of the same name.
+
+    Else it runs the code that lies in the checkpoint by itself.
+
+    Raises:
+        ConfigError: transformers' class is of another architecture.
+    """
+    import transformers
+
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    (name, *_) = config.get("architectures") or [""]
+    own = (config.get("auto_map") or {}).get("AutoModelForCausalLM", "")
+    if not own.endswith(f".{name}") or not hasattr(transformers, name):
+        return []
+    if config.get("model_type") in transformers.CONFIG_MAPPING:
+        return [
+            f"MLflow serves transformers' own {name}, and not the code that the checkpoint brings ({own})"
+        ]
+    raise ConfigError(
+        f"the model's own class {own} bears the name of one of transformers, which MLflow would serve in its "
+        "place; rename it in the model's code and in config.json (architectures, auto_map)"
+    )
 
 
 def _check_same_model(
@@ -460,7 +495,8 @@ def _training_run(client: Any, run_id: str | None, warnings: list[str]) -> Any:
 
 
 def _task(config: RegistryConfig, checkpoint: Path) -> str:
-    has_template = bool(load_tokenizer(str(checkpoint)).chat_template)
+    tokenizer = load_tokenizer(str(checkpoint), trust_remote_code=config.trust_remote_code)
+    has_template = bool(tokenizer.chat_template)
     if config.task == "chat" and not has_template:
         raise ConfigError("RegistryConfig.task is chat, but the model's tokenizer has no chat template")
     chat = has_template if config.task == "auto" else config.task == "chat"
@@ -518,6 +554,21 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
 
 def _quoted(name: str) -> str:
     return name.replace("'", "''")
+
+
+@contextmanager
+def _tokenizers_trusted(trust_remote_code: bool) -> Iterator[None]:
+    """`log_model` loads the tokenizer without saying whether code may run, which is asked at the terminal."""
+    from transformers import AutoTokenizer
+
+    auto: Any = AutoTokenizer
+    original = auto.__dict__["from_pretrained"]
+    if trust_remote_code:
+        auto.from_pretrained = functools.partial(auto.from_pretrained, trust_remote_code=True)
+    try:
+        yield
+    finally:
+        auto.from_pretrained = original
 
 
 @contextmanager

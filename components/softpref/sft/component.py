@@ -16,6 +16,7 @@ def train_reference(
     num_train_epochs: float = 1.0,
     seed: int = 0,
     gpus: str = "",
+    trust_remote_code: bool = False,
     experiment: str = "softpref",
     tracking_uri: str = "",
     overrides: dict = {},  # noqa: B006
@@ -35,6 +36,7 @@ def train_reference(
         seed: Seed of initialisation and order.
         gpus: GPUs to train on; fewer than that is an error. Empty: none. A text, for KFP limits nothing by a
             number that a form gives.
+        trust_remote_code: Run model code that comes with the base model.
         experiment: MLflow experiment.
         tracking_uri: MLflow server. Empty: the environment's, or a local store.
         overrides: Any other parameter of SFTConfig, which has every option of
@@ -60,6 +62,7 @@ def train_reference(
             "num_train_epochs": num_train_epochs,
             "seed": seed,
             "gpus": gpus or 0,
+            "trust_remote_code": trust_remote_code,
         },
         parse_overrides(overrides),
         hub_revision(base_model_version),

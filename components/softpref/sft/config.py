@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from softpref.errors import ConfigError
-from softpref.lm.loading import check_model_source
+from softpref.lm.loading import check_model_source, check_remote_code
 from softpref.lm.training import check_sharding, check_training_arguments, device_has_bf16
 
 
@@ -55,6 +55,7 @@ class SFTConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.base_model:
             check_model_source(self.base_model)
+            check_remote_code(self.base_model, self.trust_remote_code)
         elif "model_type" not in self.model_config:
             raise ConfigError(
                 "SFTConfig needs base_model (a checkpoint folder, a .gguf file, a URL of one, "

@@ -19,6 +19,7 @@ def train_policy(
     sampling_interval: int = 8,
     seed: int = 0,
     gpus: str = "",
+    trust_remote_code: bool = False,
     experiment: str = "softpref",
     tracking_uri: str = "",
     overrides: dict = {},  # noqa: B006
@@ -40,6 +41,7 @@ def train_policy(
         seed: Seed of order and sampling.
         gpus: GPUs to train on; fewer than that is an error. Empty: none. A text, for KFP limits nothing by a
             number that a form gives.
+        trust_remote_code: Run model code that comes with the reference.
         experiment: MLflow experiment.
         tracking_uri: MLflow server. Empty: the environment's, or a local store.
         overrides: Any other parameter of SPOConfig, which has every option of
@@ -67,6 +69,7 @@ def train_policy(
             "sampling_interval": sampling_interval,
             "seed": seed,
             "gpus": gpus or 0,
+            "trust_remote_code": trust_remote_code,
         },
         parse_overrides(overrides),
         {key: plan[key] for key in ("method", "alpha", "beta")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from softpref.errors import ConfigError, DataError
 from softpref.judges import as_text, check_judge, load_judge
 from softpref.lm.extrapolation import parse_weights, write_extrapolations
 from softpref.lm.loading import (
+    check_remote_code,
     load_metadata,
     load_model,
     load_tokenizer,
@@ -126,6 +128,7 @@ def run(
     settle_output()
     require_devices(config.gpus)
     require_new_folder(output_dir)
+    check_remote_code(reference_dir, config.trust_remote_code)
     name = name or member_name(config.method, config.alpha, config.beta)
     checkpoints = Path(checkpoint_dir or Path(output_dir) / "checkpoints")
     config.output_dir = str(checkpoints)
@@ -160,7 +163,7 @@ def run(
         eval_dataset=preferences.get("validation"),
         processing_class=tokenizer,
         prompt_dataset=prompts,
-        peft_config=_lora(config) if config.use_peft else None,
+        peft_config=_lora(config, model) if config.use_peft else None,
         judge=judge,
     )
     timer.enter("tracking")
@@ -266,15 +269,29 @@ def _training_rows(config: SPOConfig, dataset_dir: str, preferences: dict[str, A
     return demonstrations
 
 
-def _lora(config: SPOConfig) -> Any:
+def _lora(config: SPOConfig, model: Any) -> Any:
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise ConfigError("use_peft needs the package peft: pip install 'softpref[peft]'") from error
-    targets = config.lora_target_modules
+    targets: Any = config.lora_target_modules
+    if targets != "all-linear":
+        targets = [name.strip() for name in targets.split(",") if name.strip()]
+        _check_targets(targets, model)
     return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-        task_type="CAUSAL_LM",
+        r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
     )
+
+
+def _check_targets(targets: list[str], model: Any) -> None:
+    """Refuse a list of LoRA targets of which one is no module: peft passes it over where another one is."""
+    modules = [f".{name}" for name, _ in model.named_modules() if name]
+    unknown = [target for target in targets if not any(name.endswith(f".{target}") for name in modules)]
+    if unknown:
+        known = {name.rpartition(".")[2] for name in modules}
+        known = {name for name in known if not name.isdecimal()}
+        near = {close for target in unknown for close in difflib.get_close_matches(target, known)}
+        raise ConfigError(
+            f"lora_target_modules names {', '.join(unknown)}, which the model does not have; "
+            f"{'nearest' if near else 'it has'}: {', '.join(sorted(near or known))}"
+        )
