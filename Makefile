@@ -46,7 +46,6 @@ test-vllm: .venv-vllm/.ready  ## the tests of sampling with vLLM, on the CPU
 	@touch $@
 
 bench: setup  ## speed and memory beside the peers, into tests/benchmarks/RESULTS.md; nothing else should run
-	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python tests/benchmarks/run.py
 
 packages: setup  ## compile the pipelines and the components; a test compares the result with what is checked in
