@@ -613,8 +613,7 @@ def table(results: Sequence[Result]) -> str:
         f"(at least {ESS_LIMIT:g}) and largest difference of a sample, nats; *log*: `sampling/ess` of "
         "the first step.",
         "- *tokens*: rows whose ids are those of transformers' joint tokenization, or of its chat template "
-        "up to the end of the turn. Prompt and completion are tokenized apart so far: where a tokenizer "
-        "puts a space before each text, or a token would stand across the border, the ids differ.",
+        "up to the end of the turn.",
         "- *loaded*: after two steps of training, what transformers loads from the model folder and from the "
         "checkpoint against the model in memory, nats.",
         "- *packed*: prompts are shared and nothing is padded; *cache*: samples are drawn with a cache. What "

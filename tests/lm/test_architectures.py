@@ -17,6 +17,7 @@ def test_training_samples_and_checkpoints_are_those_of_one_forward_pass(name):
     assert result.training <= architectures.LOGPS_LIMIT
     assert result.ess >= architectures.ESS_LIMIT
     assert result.sampling <= 1e-3
+    assert not result.tokens
     assert result.fresh_ess >= architectures.ESS_LIMIT
     assert result.loaded <= architectures.LOGPS_LIMIT
 

@@ -63,11 +63,13 @@ def test_prompts_of_rows_left_out_still_serve_the_kl_term(make_trainer, tokenize
 @pytest.mark.parametrize("split", ["training", "validation"])
 @pytest.mark.parametrize(("row", "reason"), [(CUT, "1 one of more than"), (EQUAL, "1 have completions that")])
 def test_data_of_which_nothing_is_left_are_refused(make_trainer, split, row, reason):
+    data = (
+        {"rows": [row]}
+        if split == "training"
+        else {"rows": [SHORT], "trainer_options": {"eval_dataset": [row]}}
+    )
     with pytest.raises(DataError, match=f"none of the 1 {split} rows can take part.*{reason}"):
-        if split == "training":
-            make_trainer([row])
-        else:
-            make_trainer([SHORT], trainer_options={"eval_dataset": [row]})
+        make_trainer(**data)
 
 
 def test_prompts_that_lose_their_beginning_are_counted(make_trainer, caplog):

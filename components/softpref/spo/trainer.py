@@ -165,7 +165,7 @@ class SPOTrainer(GuardedTrainer):
             for split, rows in (("train", given), ("validation", eval_rows))
             if rows is not None
         }
-        """Of each split: rows `given`, of those `left_out`, and how many were cut or identical (`row_findings`)."""
+        """Of each split: rows `given`, of those `left_out`, and what was found of them (`row_findings`)."""
         self.rounds: RoundRows | None = None
         if args.draws_rows and train_dataset is not None and given is not None:
             train_rows = self.rounds = RoundRows(
