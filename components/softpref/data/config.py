@@ -50,9 +50,9 @@ class DataConfig:
             conversation; before a plain prompt, with an empty line between), and with all but `completion`
             `weight` (at least 0, kept as a column of the dataset). `completions`, `scores`, `ranks`,
             `verdicts` and `votes` take one list column or a list of columns. A path such as `answers[].text`
-            or `meta.score` reaches into nested columns. Empty: columns that bear a role's name or a well-known one are used,
-            and log, page and `stats.json` say which. Prompt, system and weight columns are found by their
-            names in either case; `{"prompt": null}` forbids it.
+            or `meta.score` reaches into nested columns. Empty: columns that bear a role's name or a
+            well-known one are used, and log, page and `stats.json` say which. Prompt, system and weight
+            columns are found by their names in either case; `{"prompt": null}` forbids it.
         preference_values (`dict`, defaults to `{}`): what the labels of `preference`, `votes` or
             a list of `verdicts` mean: value to `"a"`, `"b"` or `"tie"`. Empty: `a`, `b`, `tie`, also 1, 2 and
             `model_a`, `model_b`; and for `votes` 0 is a tie.

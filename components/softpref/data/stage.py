@@ -57,9 +57,10 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
     The folder is a saved `datasets.DatasetDict` with the splits train, validation and test (columns `prompt`,
     `completions` best first, `kind`, `probability`, `weight` where the source has weights, `source_row`), and
     beside it `stats.json`, `rejected.jsonl`, `page.html`; `sft/` (a `DatasetDict` of `prompt` and
-    `completion`) and `prompts/` (a `Dataset` of `prompt`) where the configuration gives them a source; for the story world `outcomes.jsonl`.
-    It appears under its name only when complete. The same configuration and source give the same rows.
-    Where the source is such a folder itself, its splits and what lies beside them are taken over as they are.
+    `completion`) and `prompts/` (a `Dataset` of `prompt`) where the configuration gives them a source; for
+    the story world `outcomes.jsonl`. It appears under its name only when complete. The same configuration and
+    source give the same rows. Where the source is such a folder itself, its splits and what lies beside them
+    are taken over as they are.
 
     Args:
         config: what to read and how.
