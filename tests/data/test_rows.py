@@ -8,8 +8,11 @@ from softpref.data.columns import settle_layout
 from softpref.data.config import DataConfig
 from softpref.data.rows import (
     Candidate,
+    pair_thumbs,
     rank_candidates,
+    read_candidate,
     read_preference,
+    read_verdicts,
 )
 from softpref.data.texts import LeftOut, Refused, cut_common_prefix
 from softpref.errors import ConfigError
@@ -439,3 +442,68 @@ def test_long_rows_are_left_out_when_asked():
     assert read(record, PAIR, max_characters=9).completions == ["12345", "1"]
     with pytest.raises(LeftOut, match="9 of 8"):
         read(record, PAIR, max_characters=8)
+
+
+# System texts, weights, verdicts and thumbs
+
+
+def test_a_system_text_is_a_message_of_a_conversation_and_a_paragraph_before_plain_text():
+    row = {"system": "Be kind.", "prompt": "q", "chosen": "good", "rejected": "bad"}
+    columns = {**PAIR, "system": "system"}
+    assert read(row, columns).prompt == "Be kind.\n\nq"
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "q"}]
+    assert read(row, columns, as_messages=True).prompt == chat
+    assert read(row, columns, as_messages=True, system_prompt="Be brief.").prompt == chat
+    assert read({**row, "system": ""}, columns).prompt == "q"
+    with pytest.raises(Refused, match="system contradicts"):
+        read({**row, "system": "Be brief.", "prompt": chat}, columns)
+    assert settle_layout({}, list(row)).columns["system"] == "system"
+    assert "system" not in settle_layout({**PAIR, "system": None}, list(row)).columns
+
+
+def verdicts(values, completions=("A", "B", "C"), **config):
+    config = DataConfig(source="rows.jsonl", **config)
+    record = {"prompt": "q", "completions": list(completions), "verdicts": values}
+    return read_verdicts(record, settle_layout({}, list(record)), config)
+
+
+def test_each_judged_pair_of_a_matrix_is_a_row_with_its_share_of_wins():
+    assert verdicts([[0, 3, 1], [1, 0, None], [1, 0, 0]]) == [
+        ("q", ["A", "B"], "pairwise", 0.75),
+        ("q", ["A", "C"], "pairwise", 0.5),
+    ]
+    assert verdicts([[0, 0.2, 0], [0.8, 0, 0], [0, 1, 0]]) == [
+        ("q", ["B", "A"], "pairwise", 0.8),
+        ("q", ["C", "B"], "pairwise", None),  # a single vote is a hard label
+    ]
+
+
+def test_a_list_of_verdicts_is_about_the_pairs_in_order():
+    meanings = {"1": "a", "0": "b", "-": "tie"}
+    assert verdicts([1, 0, "-"], preference_values=meanings) == [
+        ("q", ["A", "B"], "pairwise", None),
+        ("q", ["C", "A"], "pairwise", None),
+        ("q", ["B", "C"], "pairwise", 0.5),
+    ]
+    with pytest.raises(ConfigError, match="a label 0 can mean two things"):
+        verdicts([1, 0, 1])
+    with pytest.raises(Refused, match="3 rows of 3, or 3 labels"):
+        verdicts([1, 2])
+    with pytest.raises(Refused, match="no votes"):
+        verdicts([[0, 0, 0]] * 3)
+
+
+def test_thumbs_up_are_paired_with_thumbs_down_of_the_same_prompt():
+    config = DataConfig(source="rows.jsonl")
+    layout = settle_layout({}, ["prompt", "completion", "label"])
+    labels = {"a": True, "b": "false", "c": 0, "d": False}
+    read_ones = [
+        read_candidate({"prompt": "q", "completion": text, "label": label}, layout, config)
+        for text, label in labels.items()
+    ]
+    pairs = pair_thumbs(read_ones, config)
+    assert [row.completions for row in pairs] == [["a", "b"], ["a", "c"], ["a", "d"]]
+    with pytest.raises(LeftOut, match="one label only: 0 true and 3 false"):
+        pair_thumbs(read_ones[1:], config)
+    with pytest.raises(Refused, match="neither true nor false"):
+        read_candidate({"prompt": "q", "completion": "a", "label": "good"}, layout, config)

@@ -456,3 +456,25 @@ def test_one_odd_row_does_not_decide_for_the_others(tmp_path):
     assert not stats["conversational"]
     (line,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["source_row"] == 1
+
+
+@pytest.mark.parametrize("odd", [-1, "70 kg", 2.5])
+def test_weights_are_a_column_of_the_dataset_and_a_bad_one_costs_its_row(tmp_path, odd):
+    rows = [{**row, "weight": index % 3} for index, row in enumerate(pairs(20, 1))]
+    rows[4]["weight"] = odd
+    stats = run(DataConfig(source=write(tmp_path / "rows.jsonl", rows)), str(tmp_path / "data"))
+    written = {row["source_row"]: row["weight"] for row in everything(tmp_path / "data")}
+    good = odd == 2.5
+    expected = {index + 1: row["weight"] for index, row in enumerate(rows) if index != 4 or good}
+    assert written == expected
+    assert sum(stats["rejected"].values()) == (not good)
+    again = run(DataConfig(source=str(tmp_path / "data")), str(tmp_path / "again"))
+    assert again["dataset_hash"] == stats["dataset_hash"]
+
+
+def test_a_column_weight_that_holds_no_numbers_has_no_use(tmp_path):
+    rows = [{**row, "weight": "70 kg"} for row in pairs(20, 1)]
+    stats = run(DataConfig(source=write(tmp_path / "rows.jsonl", rows)), str(tmp_path / "data"))
+    assert "weight" in stats["mapping"]["unused"]
+    assert "weight" not in everything(tmp_path / "data")[0]
+    assert sum(stats["rows"].values()) == 20

@@ -26,13 +26,14 @@ _LABELS: dict[Form, tuple[Names, ...]] = {
         *(("votes_a", "votes_b"), ("votes",), ("probability",), ("preference",)),
         *(("strength",), ("score_a", "score_b"), ("margin",)),
     ),
-    "list": (("scores",), ("ranks",), ("order",), ("best",), ()),
-    "single": (("score",), ("rank",)),
+    "list": (("scores",), ("ranks",), ("order",), ("best",), ("verdicts",), ()),
+    "single": (("score",), ("rank",), ("label",)),
 }
-_CONTEXT = ("prompt", "input")  # go with every form
-_SEVERAL_COLUMNS = {"votes", "completions", "scores", "ranks"}
+_CONTEXT = ("prompt", "input", "system")  # go with every form
+_FOUND = ("prompt", "system", "weight")  # taken by their names also beside configured columns
+_SEVERAL_COLUMNS = {"votes", "completions", "scores", "ranks", "verdicts"}
 _SCALED = (("score_chosen", "score_rejected"), ("margin",))  # of a pair, taken only where asked for
-ROLES = {*_CONTEXT, "votes_equal"} | {
+ROLES = {*_CONTEXT, "weight", "votes_equal"} | {
     role for form in _NEEDED for roles in (_NEEDED[form], *_LABELS[form]) for role in roles
 }
 
@@ -47,6 +48,7 @@ _KNOWN_AS: dict[Names, tuple[Names, ...]] = {
         *(("output_1", "output_2"), ("conversation_a", "conversation_b")),
     ),
     ("completions",): (("responses",), ("completions[].response",), ("answers[].answer",)),
+    ("system",): (("system_prompt",),),
     ("preference",): (("winner",),),
     ("strength",): (("preference_strength",),),
     ("votes_a", "votes_b"): (("winner_model_a", "winner_model_b"),),
@@ -95,8 +97,8 @@ def settle_layout(
     """Settle which column plays which role.
 
     Args:
-        columns: role to column as configured; empty to go by the columns' names. A prompt column is found by
-            its name in either case, unless `prompt` is null.
+        columns: role to column as configured; empty to go by the columns' names. A prompt, a system message
+            and a weight are found by their names in either case, unless their role is null.
         known: columns of the source and paths into them, see `paths_of`.
         template: columns that the prompt is built from.
         scaled: whether scores and margins beside chosen and rejected are taken.
@@ -107,10 +109,12 @@ def settle_layout(
     """
     given = dict(columns) or _guess(known, bool(template), scaled)
     taken = {root(column) for column in _flat(given.values())}
-    if "prompt" not in given and not template:
-        free = [name for name in known if root(name) not in taken]
-        if found := _find(("prompt",), free):
-            given = {"prompt": found[0], **given}
+    free = [name for name in known if root(name) not in {*taken, *template}]
+    for role in _FOUND:
+        if role in given or (role == "prompt" and template) or (role == "weight" and "completion" in given):
+            continue
+        if found := _find((role,), free):
+            given = {role: found[0], **given}
     layout = check_roles(given, bool(template), guessed=not columns)
     used = {root(column) for column in (*_flat(layout.columns.values()), *template)}
     unused = tuple(name for name in known if root(name) == name and name not in used)
@@ -128,7 +132,7 @@ def _notes(layout: Layout, asked: Mapping[str, Any], has_template: bool) -> tupl
     recognised = {
         role: column
         for role, column in layout.columns.items()
-        if role not in asked and (column != role or asked or role in _CONTEXT[1:])
+        if role not in asked and (column != role or asked or role in ("input", "system", "weight"))
     }
     if recognised:
         told = ", ".join(f"{role} ← {column}" for role, column in recognised.items())
@@ -137,6 +141,17 @@ def _notes(layout: Layout, asked: Mapping[str, Any], has_template: bool) -> tupl
         notes.append(
             "nothing says which completion of a list is better: each list is assumed to stand best first"
         )
+    if layout.form == "list" and layout.label == ("verdicts",):
+        notes.append("each judged pair of completions is a row of its own, its probability the share of wins")
+    if layout.label == ("label",):
+        notes.append("completions with label true are paired with those of the same prompt with label false")
+    if "system" in layout.columns:
+        notes.append(
+            "a system text is the system message of a conversation, and stands before a plain prompt with an "
+            "empty line between"
+        )
+    if "weight" in layout.columns:
+        notes.append("weights are kept as the dataset's column weight")
     if "input" in layout.columns:
         notes.append("where there is an input, the prompt is the instruction, a line break and the input")
     if layout.label == ("strength",):
@@ -150,7 +165,7 @@ def check_roles(columns: Mapping[str, Any], has_template: bool, guessed: bool = 
     Raises:
         ConfigError: an unknown role (the closest is named), roles that do not go together, or missing ones.
     """
-    columns = {role: column for role, column in columns.items() if (role, column) != ("prompt", None)}
+    columns = {role: column for role, column in columns.items() if column is not None or role not in _FOUND}
     for role, column in columns.items():
         if role not in ROLES:
             raise ConfigError(f"columns has no role {role!r}{closest(role, ROLES)}")
@@ -175,6 +190,8 @@ def check_roles(columns: Mapping[str, Any], has_template: bool, guessed: bool = 
         if role not in given:
             raise ConfigError(f"columns names {sorted(given)}, but {role!r} is missing")
     rest = given - set(_NEEDED[form]) - set(_CONTEXT)
+    if form != "single":
+        rest -= {"weight"}
     if {"votes_a", "votes_b"} <= rest:
         rest -= {"votes_equal"}
     for label in _LABELS[form]:
@@ -257,7 +274,7 @@ def _refuse_ambiguous(known: Sequence[str], roles: Mapping[str, Any]) -> None:
     if isinstance(roles["completions"], list):
         raise ConfigError(
             f"the columns {', '.join(map(repr, roles['completions']))} look like completions, and nothing "
-            "says which is better: give columns with completions, and scores, ranks, order or best"
+            "says which is better: give columns with completions, and scores, ranks, order, best or verdicts"
         )
 
 

@@ -44,16 +44,20 @@ class DataConfig:
             or `preference` (a label), or `strength` (-3 where A is much better, to 3 where B is), or
             `score_a` and `score_b`, or `margin` (of A over B); `completions` with `scores` (higher is
             better), `ranks` (lower is better), `order` (indices from 0, the best one's first), `best` (index
-            of the best, from 0), or with none when already best first; `completion` with `score` or `rank`,
-            one candidate per row, grouped by prompt. With each `input` (put behind the prompt, on a line of
-            its own, where there is one). `completions`, `scores`, `ranks` and `votes`
-            take one list column or a list of columns. A path such as `answers[].text` or `meta.score`
-            reaches into nested columns. Empty: columns that bear a role's name or a well-known one are used,
-            and log, page and `stats.json` say which. A prompt column is found by its name in either case;
-            `{"prompt": null}` forbids it.
-        preference_values (`dict`, defaults to `{}`): what the labels of `preference` or `votes`
-            mean: value to `"a"`, `"b"` or `"tie"`. Empty: `a`, `b`, `tie`, also 1, 2 and `model_a`,
-            `model_b`; and for `votes` 0 is a tie.
+            of the best, from 0), `verdicts` (a matrix of how often i won over j, or labels for the pairs (1,
+            2), (1, 3), … (2, 3), …; each judged pair becomes a row), or with none when already best first;
+            `completion` with `score` or `rank`, or with `label` (true or false; a prompt's true ones are
+            paired with its false ones), one candidate per row, grouped by prompt. With each `input` (put
+            behind the prompt, on a line of its own, where there is one) and `system` (the system message of a
+            conversation; before a plain prompt, with an empty line between), and with all but `completion`
+            `weight` (at least 0, kept as a column of the dataset). `completions`, `scores`, `ranks`,
+            `verdicts` and `votes` take one list column or a list of columns. A path such as `answers[].text`
+            or `meta.score` reaches into nested columns. Empty: columns that bear a role's name or a
+            well-known one are used, and log, page and `stats.json` say which. Prompt, system and weight
+            columns are found by their names in either case; `{"prompt": null}` forbids it.
+        preference_values (`dict`, defaults to `{}`): what the labels of `preference`, `votes` or
+            a list of `verdicts` mean: value to `"a"`, `"b"` or `"tie"`. Empty: `a`, `b`, `tie`, also 1, 2 and
+            `model_a`, `model_b`; and for `votes` 0 is a tie.
         score_scale (`float`, *optional*): makes probabilities of scores of both sides, margins and strengths:
             P(first beats second) = σ(score_scale · difference); 1 when not given, so that a strength of 1,
             2, 3 is a probability of 0.73, 0.88, 0.95. Scores and margins that the source has beside `chosen`

@@ -80,7 +80,7 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
     split_of: dict[bytes, str] = {}
     hashes = []
     for split in SPLITS:
-        if set(dataset[split].column_names) != _COLUMNS:
+        if {*dataset[split].column_names} - {"weight"} != _COLUMNS:
             raise DataError(
                 f"{config.source} has a stats.json of this stage, but its split {split} has the columns "
                 f"{', '.join(dataset[split].column_names)}; give split to read one as any other source"
@@ -88,7 +88,7 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
         digest = hashlib.sha256()
         for record in dataset[split]:
             row = Preference(*(record[field] for field in Preference._fields))
-            digest.update(row_bytes(row))
+            digest.update(row_bytes(row, record.get("weight")))
             split_of[prompt_key(row.prompt)] = split
         hashes.append(digest.hexdigest())
     if dataset_hash(hashes) != stats["dataset_hash"]:
@@ -105,9 +105,9 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
     return Finished(stats, split_of, dataset)
 
 
-def row_bytes(row: Preference) -> bytes:
+def row_bytes(row: Preference, weight: float | None = None) -> bytes:
     """A row as the hash of its split takes it in."""
-    return json.dumps(row, sort_keys=True).encode() + b"\n"
+    return json.dumps(row if weight is None else [*row, weight], sort_keys=True).encode() + b"\n"
 
 
 def dataset_hash(hashes: list[str]) -> str:

@@ -12,7 +12,7 @@ import json
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,11 @@ from softpref.data.config import DataConfig
 from softpref.data.rows import (
     Candidate,
     Preference,
+    pair_thumbs,
     rank_candidates,
     read_candidate,
+    read_verdicts,
+    read_weight,
     value_forms,
 )
 from softpref.data.rows import read_preference as read_row
@@ -43,6 +46,7 @@ class Accepted(NamedTuple):
     row: Preference
     source_row: int
     place: str
+    weight: float | None = None
 
 
 class RejectionLog:
@@ -140,6 +144,8 @@ class Intake:
         )
         first = list(itertools.islice(rows, _PEEK))
         rows = itertools.chain(first, rows)
+        if "weight" in self.layout.columns and "weight" not in config.columns:
+            self._settle_weight(first)
         self.conversational = self._prevailing(first)
         forms = value_forms([row.record for row in first if row.record], self.layout, config)
         self.layout = self.layout._replace(
@@ -158,10 +164,36 @@ class Intake:
             for source_row in follow(rows, f"reading {source}"):
                 self.rows_read += 1
                 try:
-                    row = read_row(_record(source_row), self.layout, config)
-                    self._accept(row, source_row.number, source_row.place, spool)
+                    record = _record(source_row)
+                    weight = read_weight(record, self.layout)
+                    for row in self._read(record):
+                        try:
+                            if isinstance(row, LeftOut):
+                                raise row
+                            self._accept(row, source_row.number, source_row.place, spool, weight)
+                        except Refused as reason:
+                            self._rejections.add(source_row.number, source_row.place, reason)
                 except Refused as reason:
                     self._rejections.add(source_row.number, source_row.place, reason)
+
+    def _read(self, record: dict[str, Any]) -> Sequence[Preference | LeftOut]:
+        if self.layout.label == ("verdicts",):
+            return read_verdicts(record, self.layout, self._config)
+        return [read_row(record, self.layout, self._config)]
+
+    def _settle_weight(self, rows: Sequence[SourceRow]) -> None:
+        """Leave a column `weight` alone, as one without use, where most rows have no weight in it."""
+        weights = 0
+        for row in rows:
+            with contextlib.suppress(Refused):
+                weights += read_weight(_record(row), self.layout) is not None
+        if 2 * weights < sum(row.record is not None for row in rows):
+            columns = dict(self.layout.columns)
+            self.layout = self.layout._replace(
+                unused=(*self.layout.unused, columns.pop("weight")),
+                notes=tuple(note for note in self.layout.notes if "weight" not in note),
+                columns=columns,
+            )
 
     def _prevailing(self, rows: Iterable[SourceRow]) -> bool | None:
         """Whether most of the rows are conversations: not the first alone decides for all others."""
@@ -169,18 +201,21 @@ class Intake:
         if self.layout.form != "single":
             for row in rows:
                 with contextlib.suppress(Refused):
-                    preference = read_row(_record(row), self.layout, self._config)
-                    kinds[isinstance(preference.prompt, list)] += 1
+                    for preference in self._read(_record(row)):
+                        if isinstance(preference, Preference):
+                            kinds[isinstance(preference.prompt, list)] += 1
         return kinds.most_common(1)[0][0] if kinds else None
 
     def accepted(self) -> Iterator[Accepted]:
         """The accepted rows again, in order of the source."""
         with self._spool.open(encoding="utf-8") as spool:
             for line in spool:
-                *row, number, place = json.loads(line)
-                yield Accepted(Preference(*row), number, place)
+                *row, number, place, weight = json.loads(line)
+                yield Accepted(Preference(*row), number, place, weight)
 
-    def _accept(self, row: Preference, number: int, place: str, spool: Any) -> None:
+    def _accept(
+        self, row: Preference, number: int, place: str, spool: Any, weight: float | None = None
+    ) -> None:
         conversational = isinstance(row.prompt, list)
         if self.conversational is None:
             self.conversational = conversational
@@ -207,7 +242,7 @@ class Intake:
             self._winners[set_id] = parts[0]
         self.prompt_ids.append(self._prompts.setdefault(key, len(self._prompts)))
         self.set_ids.append(set_id)
-        spool.write(json.dumps([*row, number, place], ensure_ascii=False) + "\n")
+        spool.write(json.dumps([*row, number, place, weight], ensure_ascii=False) + "\n")
 
     def _take_candidates(self, rows: Iterable[SourceRow], spool: Any, source: str) -> None:
         """Group one-candidate rows by prompt. The texts wait on disk; in memory is where each one lies."""
@@ -238,8 +273,12 @@ class Intake:
                         candidates.append(Candidate(*candidate_fields))
                         places.append((number, place))
                     try:
-                        row = rank_candidates(candidates, self._config)
-                        self._accept(row, *min(places), spool)
+                        if self.layout.label == ("label",):
+                            made = pair_thumbs(candidates, self._config)
+                        else:
+                            made = [rank_candidates(candidates, self._config)]
+                        for row in made:
+                            self._accept(row, *min(places), spool)
                     except Refused as reason:
                         for number, place in places:
                             self._rejections.add(number, place, reason)
@@ -248,6 +287,9 @@ class Intake:
     def _chunks(self, key: bytes, offsets: list[int]) -> Iterator[list[int]]:
         """Deal a prompt's candidates into groups of nearly equal size, by the order of a seeded hash."""
         salt = str(self._config.seed).encode()
+        if self.layout.label == ("label",):
+            yield offsets
+            return
         order = sorted(
             offsets, key=lambda offset: hashlib.blake2b(key + str(offset).encode(), key=salt).digest()
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import string
@@ -97,6 +98,7 @@ def read_preference(record: Mapping[str, Any], layout: Layout, config: DataConfi
     prompt, completions = _split_prompt(
         _prompt(record, columns, config), completions, config, layout.implicit
     )
+    prompt = _with_system(prompt, record, columns, config)
     _refuse_identical(completions, names)
 
     if layout.form == "pair" and len(completions) > 2:
@@ -108,12 +110,81 @@ def read_preference(record: Mapping[str, Any], layout: Layout, config: DataConfi
         only_best = config.list_kind == "best_of_n" or layout.label == ("best",)
         row = _ranked(prompt, completions, scores, only_best, config.ties, config.labels)
     else:
-        probability, hard = _probability(record, layout, config)
-        if probability < 0.5:
-            completions, probability = completions[::-1], 1 - probability
-        row = _pair(prompt, completions, probability, hard, config.ties, config.labels)
+        row = _oriented(prompt, completions, *_probability(record, layout, config), config)
     _limit_length(row.prompt, row.completions, config)
     return row
+
+
+def read_verdicts(
+    record: Mapping[str, Any], layout: Layout, config: DataConfig
+) -> list[Preference | LeftOut]:
+    """Read a row of several completions with verdicts on their pairs: a pair for each verdict.
+
+    Verdicts are a matrix, in whose row i and column j is how often i won over j (a number or a share; nothing
+    in both places of a pair means that nobody judged it), or a list of labels like those of `preference`, for
+    the pairs (1, 2), (1, 3), … (2, 3), … in this order.
+
+    Raises:
+        Refused: the row is unusable, for the reason given.
+    """
+    raw = read_list(record, "completions", layout.columns["completions"])
+    names = [f"completion {index + 1}" for index in range(len(raw))]
+    texts = [read_text(value, "completion", name, config) for value, name in zip(raw, names, strict=True)]
+    if len(texts) < 2:
+        raise Refused("fewer than two completions", f"{len(raw)} in {layout.columns['completions']!r}")
+    prompt, completions = _split_prompt(
+        _prompt(record, layout.columns, config), texts, config, layout.implicit
+    )
+    prompt = _with_system(prompt, record, layout.columns, config)
+    _refuse_identical(completions, names)
+    count = len(completions)
+    pairs = list(itertools.combinations(range(count), 2))
+    values = read_list(record, "verdicts", layout.columns["verdicts"])
+    if len(values) == count and all(isinstance(value, list) and len(value) == count for value in values):
+        wins = [
+            [read_number(int(cell) if isinstance(cell, bool) else cell or 0, "verdict") for cell in row]
+            for row in values
+        ]
+        if min(map(min, wins)) < 0:
+            raise Refused("negative verdicts", short(wins))
+        votes = [(wins[first][second], wins[second][first], 0.0) for first, second in pairs]
+    elif len(values) == len(pairs) and not any(isinstance(value, list) for value in values):
+        meanings = config.preference_values or _MEANINGS["preference"]
+        votes = []
+        for value in values:
+            meaning = None if value is None else _meaning(value, "preference", meanings)
+            votes.append((float(meaning == "a"), float(meaning == "b"), float(meaning == "tie")))
+    else:
+        expected = f"{count} rows of {count}, or {len(pairs)} labels, for {count} completions"
+        raise Refused("verdicts fit neither a matrix nor a list of all pairs", f"expected {expected}")
+    read: list[Preference | LeftOut] = []
+    for (first, second), judged in zip(pairs, votes, strict=True):
+        if not any(judged):
+            continue
+        pair = [completions[first], completions[second]]
+        try:
+            row = _oriented(prompt, pair, *_share(*judged, config, config.min_votes > 1), config)
+            _limit_length(row.prompt, row.completions, config)
+            read.append(row)
+        except LeftOut as reason:
+            read.append(reason)
+    if not read:
+        raise Refused("no votes")
+    return read
+
+
+def read_weight(record: Mapping[str, Any], layout: Layout) -> float | None:
+    """The row's weight, at least 0; None where the source has none.
+
+    Raises:
+        Refused: it is missing, no number, or negative.
+    """
+    if "weight" not in layout.columns:
+        return None
+    weight = read_number(read_field(record, layout.columns["weight"]), "weight")
+    if weight < 0:
+        raise Refused("negative weight", f"{weight:g}")
+    return weight
 
 
 def read_candidate(record: Mapping[str, Any], layout: Layout, config: DataConfig) -> Candidate:
@@ -127,10 +198,29 @@ def read_candidate(record: Mapping[str, Any], layout: Layout, config: DataConfig
     prompt, completions = _split_prompt(
         _prompt(record, layout.columns, config), [completion], config, layout.implicit
     )
+    prompt = _with_system(prompt, record, layout.columns, config)
     role = layout.label[0]
-    score = read_number(read_field(record, layout.columns[role]), role)
+    value = read_field(record, layout.columns[role])
+    score = _thumb(value) if role == "label" else read_number(value, role)
     _limit_length(prompt, completions, config)
     return Candidate(prompt, completions[0], -score if role == "rank" else score)
+
+
+def pair_thumbs(candidates: Sequence[Candidate], config: DataConfig) -> list[Preference]:
+    """Pairs of a prompt's candidates with label true and false, in which each of them is, as few as do it.
+
+    Raises:
+        LeftOut: the prompt has completions with one of both labels only.
+    """
+    good = [candidate.completion for candidate in candidates if candidate.score == 1]
+    bad = [candidate.completion for candidate in candidates if candidate.score == 0]
+    if not good or not bad:
+        raise LeftOut("prompt with one label only", f"{len(good)} true and {len(bad)} false")
+    _refuse_identical([*good, *bad], [f"completion {index + 1}" for index in range(len(candidates))])
+    return [
+        Preference(candidates[0].prompt, [good[i % len(good)], bad[i % len(bad)]], "pairwise", None)
+        for i in range(max(len(good), len(bad)))
+    ]
 
 
 def rank_candidates(candidates: Sequence[Candidate], config: DataConfig) -> Preference:
@@ -246,6 +336,24 @@ def _split_prompt(
     return _conversation_start(prompt, config), list(conversations)
 
 
+def _with_system(
+    prompt: Text, record: Mapping[str, Any], columns: Mapping[str, Any], config: DataConfig
+) -> Text:
+    """The prompt with the row's system text: a message of a conversation, a paragraph before plain text."""
+    system = value_at(record, columns["system"]) if "system" in columns else None
+    if system is None or system == "":
+        return prompt
+    if not isinstance(system, str):
+        raise Refused("system is not text", f"{columns['system']!r} is {describe(system)}")
+    check_text(system, "system", repr(columns["system"]))
+    if isinstance(prompt, str):
+        return f"{system}\n\n{prompt}"
+    own = prompt[0]["content"] if prompt[0]["role"] == "system" else None
+    if own not in (None, system, config.system_prompt):  # the row's own wins over the one for all
+        raise Refused("system contradicts the messages", "the conversation has another system message")
+    return [{"role": "system", "content": system}, *prompt[own is not None :]]
+
+
 def _conversation_start(prompt: Text, config: DataConfig) -> Text:
     if isinstance(prompt, str):
         if not config.as_messages:
@@ -302,6 +410,13 @@ def _probability(record: Mapping[str, Any], layout: Layout, config: DataConfig) 
         meanings = config.preference_values or _MEANINGS[role]
         votes = [_meaning(value, role, meanings) for value in values]
         first, second, equal = (float(votes.count(meaning)) for meaning in ("a", "b", "tie"))
+    return _share(first, second, equal, config, counted=label != ("preference",))
+
+
+def _share(
+    first: float, second: float, equal: float, config: DataConfig, counted: bool
+) -> tuple[float, bool]:
+    """The share of votes for the first, and whether it is a single vote."""
     if config.ties == "drop":
         equal = 0.0
     total = first + second + equal
@@ -309,9 +424,16 @@ def _probability(record: Mapping[str, Any], layout: Layout, config: DataConfig) 
         if config.ties == "drop":
             raise LeftOut("tie")
         raise Refused("no votes")
-    if label != ("preference",) and total < config.min_votes:
+    if counted and total < config.min_votes:
         raise LeftOut("fewer votes than min_votes", f"{total:g} of {config.min_votes}")
-    return (first + equal / 2) / total, total == 1 and equal == 0
+    return (first + equal / 2) / total, total == 1 and {first, second} == {0, 1}
+
+
+def _thumb(value: Any) -> float:
+    text = str(value).strip().casefold()
+    if text not in ("true", "false", "1", "0", "1.0", "0.0"):
+        raise Refused("label is neither true nor false", describe(value))
+    return float(text in ("true", "1", "1.0"))
 
 
 def _sigmoid(value: float) -> float:
@@ -332,6 +454,14 @@ def _meaning(value: Any, role: str, meanings: Mapping[str, str]) -> str:
             )
         raise Refused(f"unknown {role} value (known: {', '.join(meanings)})", short(value))
     return folded[key.strip().casefold()]
+
+
+def _oriented(
+    prompt: Text, pair: list[Text], probability: float, hard: bool, config: DataConfig
+) -> Preference:
+    if probability < 0.5:
+        pair, probability = pair[::-1], 1 - probability
+    return _pair(prompt, pair, probability, hard, config.ties, config.labels)
 
 
 def _pair(

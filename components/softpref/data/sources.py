@@ -523,7 +523,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any, str]]:
                     number += 1
                     cells = zip(batch.schema.names, values, strict=True)
                     yield number, {name: value for name, value in cells if value is not _UNREADABLE}, ""
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from error
 
 

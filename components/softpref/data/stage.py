@@ -55,11 +55,12 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
     """Make the dataset folder `output_dir`.
 
     The folder is a saved `datasets.DatasetDict` with the splits train, validation and test (columns `prompt`,
-    `completions` best first, `kind`, `probability`, `source_row`), and beside it `stats.json`,
-    `rejected.jsonl`, `page.html`; `sft/` (a `DatasetDict` of `prompt` and `completion`) and `prompts/` (a
-    `Dataset` of `prompt`) where the configuration gives them a source; for the story world `outcomes.jsonl`.
-    It appears under its name only when complete. The same configuration and source give the same rows.
-    Where the source is such a folder itself, its splits and what lies beside them are taken over as they are.
+    `completions` best first, `kind`, `probability`, `weight` where the source has weights, `source_row`), and
+    beside it `stats.json`, `rejected.jsonl`, `page.html`; `sft/` (a `DatasetDict` of `prompt` and
+    `completion`) and `prompts/` (a `Dataset` of `prompt`) where the configuration gives them a source; for
+    the story world `outcomes.jsonl`. It appears under its name only when complete. The same configuration and
+    source give the same rows. Where the source is such a folder itself, its splits and what lies beside them
+    are taken over as they are.
 
     Args:
         config: what to read and how.
@@ -256,7 +257,7 @@ def _write_preferences(
     rejections: RejectionLog,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The second pass: kept rows to their splits. Returns what `stats.json` says of them, and examples."""
-    features = _features(bool(intake.conversational))
+    features = _features(bool(intake.conversational), "weight" in intake.layout.columns)
     writer = _SplitWriter(folder / "work", SPLITS, features)
     shown = set(
         _hash_order([i for i in kept if splits[intake.prompt_ids[i]] == "train"], config.seed)[:_EXAMPLES]
@@ -279,8 +280,9 @@ def _write_preferences(
                 rejections.add(accepted.source_row, accepted.place, reason)
             continue
         split = splits[intake.prompt_ids[index]]
-        writer.write(split, {**row._asdict(), "source_row": accepted.source_row})
-        hashes[split].update(row_bytes(row))
+        record = {**row._asdict(), "weight": accepted.weight, "source_row": accepted.source_row}
+        writer.write(split, {name: record[name] for name in features})
+        hashes[split].update(row_bytes(row, accepted.weight))
         kinds[row.kind] += 1
         sizes[len(row.completions)] += 1
         prompt_lengths.append(row_reading.characters(row.prompt))
@@ -471,7 +473,7 @@ def _demonstration_features(conversational: bool) -> dict[str, Any]:
     return {"prompt": messages, "completion": messages}
 
 
-def _features(conversational: bool) -> dict[str, Any]:
+def _features(conversational: bool, weighted: bool) -> dict[str, Any]:
     import datasets
 
     text = _demonstration_features(conversational)["prompt"]
@@ -480,6 +482,7 @@ def _features(conversational: bool) -> dict[str, Any]:
         "completions": datasets.List(text),
         "kind": datasets.Value("string"),
         "probability": datasets.Value("float64"),
+        **({"weight": datasets.Value("float64")} if weighted else {}),
         "source_row": datasets.Value("int64"),
     }
 
