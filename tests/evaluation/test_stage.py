@@ -310,6 +310,24 @@ def test_a_policy_of_other_data_is_warned_of(world, evaluating, tmp_path):
     assert evaluation["exact"] is None
 
 
+@pytest.mark.usefixtures("recorded")
+def test_what_training_left_out_or_cut_is_said_in_the_report(world, evaluating, tmp_path):
+    counts = {"given": 9, "left_out": 2, "cut_completion": 2, "cut_prompt": 3}
+    policy = copy_policy(
+        world, tmp_path / "policy", row_counts={"train": counts}, cut_rows="leave_out", max_prompt_length=2
+    )
+    evaluation = evaluating(world, tmp_path / "out", policy=policy, exact_prompts=0)
+    said = [
+        "2 of 9 training rows have a completion longer than max_completion_length, and were left out.",
+        "3 of 9 training rows have a prompt longer than max_prompt_length, which lost its beginning.",
+        "60 of 60 held-out rows have a prompt longer than max_prompt_length, which lost its beginning.",
+    ]
+    page = (tmp_path / "out" / "report.html").read_text()
+    for text in said:
+        assert text in evaluation["warnings"]
+        assert text in page
+
+
 def test_what_is_wrong_is_refused_before_a_model_is_loaded(
     world, evaluating, evaluated, tmp_path, monkeypatch
 ):

@@ -293,3 +293,25 @@ def test_a_wrong_parameter_is_refused_and_the_message_says_what_is_right(setting
 def test_an_option_that_the_model_type_does_not_have_is_refused(make_tokenizer, options, message):
     with pytest.raises(ConfigError, match=message):
         build_model(options, make_tokenizer())
+
+
+def test_demonstrations_that_are_cut_are_counted(trained, tmp_path, write_dataset, settings, tracking_uri):
+    rows = [
+        {"prompt": "fox and bell:", "completion": " the moon!"},
+        {"prompt": "fox and bell:", "completion": " the moon!" * 9},
+    ]
+    dataset = write_dataset(tmp_path / "data", rows)
+    config = SFTConfig(
+        **settings,
+        base_model=str(trained[0]),
+        num_train_epochs=0,
+        max_completion_length=16,
+        max_prompt_length=2,
+    )
+    metrics = run(config, dataset_dir=dataset, output_dir=str(tmp_path / "out"), tracking_uri=tracking_uri)
+    assert {name: value for name, value in metrics.items() if name.startswith("rows/")} == {
+        "rows/given": 2,
+        "rows/cut_prompt": 2,
+        "rows/cut_completion": 1,
+    }
+    assert load_metadata(tmp_path / "out")["row_counts"]["train"]["cut_completion"] == 1

@@ -195,3 +195,17 @@ def test_lora_targets_are_modules_by_their_last_names(tmp_path, write_dataset, c
     with safe_open(tmp_path / "policy" / "adapter_model.safetensors", "pt") as file:
         adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in file.keys()}  # noqa: SIM118
     assert adapted == {"q_proj", "up_proj"}
+
+
+def test_rows_that_take_no_part_are_in_the_result_and_in_the_models_description(
+    tmp_path, write_dataset, command, capsys
+):
+    long = {"prompt": "gh", "completions": ["abcdef", "a"], "kind": "pairwise", "probability": None}
+    dataset = write_dataset(tmp_path / "data", {"train": [*pairs(), long]})
+    assert command("policy", dataset, **{**QUICK, "cut_rows": "leave_out"}) == 0
+    counts = {"given": 7, "left_out": 1, "cut_completion": 1}
+    said = load_metadata(tmp_path / "policy")
+    assert (said["row_counts"], said["cut_rows"]) == ({"train": counts}, "leave_out")
+    printed = capsys.readouterr().out
+    for name, count in counts.items():
+        assert f'"rows/{name}": {count}.0' in printed
