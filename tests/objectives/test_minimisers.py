@@ -46,11 +46,13 @@ class Question:
         self.chances = frequencies.repeat_interleave(len(orders[0])) * labels
         self.chances /= self.chances.sum()
 
-    def loss(self, logits, *, alpha, per_token=False, **options):
+    def loss(self, logits, *, alpha, per_token=False, base=None, **options):
         flat = self.orders.flatten()
         logps = logits.log_softmax(0)[flat]
         if per_token:
             options["weight_scores"] = logps / LENGTHS[flat]
+        if base is not None:
+            options["base_logps"] = base[flat]
         sizes = torch.full((len(self.orders),), self.orders.shape[1])
         losses = preference_loss(logps, sizes, alpha=alpha, kind=self.kind, **options)
         return (self.chances * losses).sum()
@@ -100,6 +102,24 @@ def test_minimiser_is_softmax_of_reward_over_alpha(alpha, kind, skew, weights):
     start = torch.zeros_like(REWARDS)
     assert float(gradient_at(loss, start).norm()) > 0.01
     assert divergence(target, follow(loss, start).log_softmax(0)) <= 1e-4
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("anchor", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("weight_exponent", [0.0, 0.5])
+def test_with_a_base_measure_the_minimiser_is_its_tilt(alpha, kind, anchor, weight_exponent):
+    """The base is the reference to the power of the anchor; some of its outputs are tens of nats rarer."""
+    question = Question(kind, skew=-3.0)
+    base = anchor * torch.tensor([-30.0, -2.0, -11.0, -5.5, -1.0, -18.0], dtype=torch.float64)
+    target = (base + REWARDS / alpha).log_softmax(0)
+
+    def loss(logits):
+        return question.loss(logits, alpha=alpha, base=base, weight_exponent=weight_exponent)
+
+    assert float(gradient_at(loss, target).abs().max()) < 1e-13
+    if not weight_exponent:  # weights by probability all but vanish where it does
+        assert divergence(target, follow(loss, base.clone()).log_softmax(0)) <= 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,6 +12,9 @@ COUNT = 12
 GENERATOR = torch.Generator().manual_seed(7)
 REWARDS = torch.randn(COUNT, generator=GENERATOR, dtype=torch.float64) * 1.5
 REFERENCE = torch.randn(COUNT, generator=GENERATOR, dtype=torch.float64).log_softmax(0)
+SMALL = REWARDS[:6]
+SMALL_REFERENCE = REFERENCE[:6].log_softmax(0)
+TRIPLES = torch.tensor(list(itertools.combinations(range(6), 3)))
 PAIRS = torch.rand(COUNT, COUNT, generator=GENERATOR, dtype=torch.float64)
 
 
@@ -62,6 +65,27 @@ def solve_with_scipy(rewards, ref_logps, **options):
 def test_without_regulariser_it_is_softmax_of_reward_over_alpha(alpha):
     optimum = exact_optimum(REWARDS, REFERENCE, alpha=alpha, pair_probabilities=PAIRS)
     torch.testing.assert_close(optimum, (REWARDS / alpha).log_softmax(0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("asked", ["pairs", "best_of_n", "ranking"])
+def test_with_a_base_measure_it_minimises_the_loss_of_scores_above_it(alpha, beta, asked):
+    base = torch.tensor([-9.0, 0.5, -2.0, -4.0, 1.0, -0.3], dtype=torch.float64)
+    groups = {} if asked == "pairs" else {"groups": TRIPLES, "kind": asked}
+    options = {"alpha": alpha, "beta": beta, **groups}
+    optimum = exact_optimum(SMALL, SMALL_REFERENCE, base_logps=base, **options)
+    if beta == 0:
+        torch.testing.assert_close(optimum, (base + SMALL / alpha).log_softmax(0), rtol=1e-12, atol=1e-12)
+        return
+    loss = objective if asked == "pairs" else group_objective
+
+    def above(logits):  # the same objective, of logits less the base, whose KL is that of the logits
+        logps = logits.log_softmax(0)
+        divergence = (logps.exp() * (logps - SMALL_REFERENCE)).sum()
+        return loss(logits - base, SMALL, SMALL_REFERENCE, **{**options, "beta": 0.0}) + beta * divergence
+
+    torch.testing.assert_close(optimum, minimise(above, 6), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0, 2.0, 50.0])
@@ -146,9 +170,6 @@ def test_a_thousand_outcomes_are_solved_to_the_same_accuracy():
     assert 0.9 * 0.05 < -float(solution[0]) <= 0.05
 
 
-SMALL = REWARDS[:6]
-SMALL_REFERENCE = REFERENCE[:6].log_softmax(0)
-TRIPLES = torch.tensor(list(itertools.combinations(range(6), 3)))
 FOURS = torch.tensor([[0, 1, 2, 3], [2, 3, 4, 5], [5, 1, 0, 4], [5, 1, 0, 4], [3, 0, 2, 5]])
 
 

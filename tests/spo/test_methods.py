@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-BETA, ALPHA, SMOOTHING, TDPO_ALPHA = 0.7, 0.6, 0.2, 0.3
-METHODS = ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo", "sppo")
+BETA, ALPHA, ANCHOR, SMOOTHING, TDPO_ALPHA = 0.7, 0.6, 0.8, 0.2, 0.3
+METHODS = ("spo", "anchored", "dpo", "rdpo", "ipo", "slic", "tdpo", "sppo")
 
 
 @pytest.fixture
@@ -91,8 +91,9 @@ def spo_loss(scores, kind, p, soft_labels):
 
 def row_loss(method, row, logps, ref_logps, divergences, soft_labels):
     p, size = row["probability"], len(logps)
-    if method == "spo":
-        return spo_loss(logps, row["kind"], p, soft_labels)
+    if method in ("spo", "anchored"):
+        base = ANCHOR * ref_logps.detach() if method == "anchored" else 0
+        return spo_loss(logps - base, row["kind"], p, soft_labels)
     ratios = logps - ref_logps.detach()
     if method == "sppo":
         wins = [p, 1 - p] if size == 2 else [(size - 1 - place) / (size - 1) for place in range(size)]
@@ -139,12 +140,14 @@ def test_loss_and_gradient_are_the_formulas(one_step, make_rows, direct, watch, 
     options = {"soft_labels": soft_labels} if method != "sppo" else {}
     if method in ("dpo", "rdpo"):
         options["label_smoothing"] = SMOOTHING
+    if method == "anchored":
+        options["anchor"] = ANCHOR
     trainer, model, off = one_step(
         rows_for(make_rows, method, data),
         lora,
-        method=method,
+        method="spo" if method == "anchored" else method,
         alpha=ALPHA,
-        beta=0.0 if method == "spo" else BETA,
+        beta=0.0 if method in ("spo", "anchored") else BETA,
         tdpo_alpha=TDPO_ALPHA,
         **options,
     )
@@ -162,7 +165,8 @@ def test_loss_and_gradient_are_the_formulas(one_step, make_rows, direct, watch, 
 
     chosen, rejected = [], []  # a best-of-n row tells its others not apart: their mean is what it rejects
     for row, (logps, ref_logps, _) in zip(rows, values, strict=True):
-        rewards = ALPHA * logps if method == "spo" else BETA * (logps - ref_logps)
+        anchor = {"spo": 0, "anchored": ANCHOR}.get(method, 1)
+        rewards = (ALPHA if method in ("spo", "anchored") else BETA) * (logps - anchor * ref_logps)
         chosen.append(rewards[0])
         rejected.append(rewards[1:] if row["kind"] == "best_of_n" else rewards[-1:])
     margins = [best - others.mean() for best, others in zip(chosen, rejected, strict=True)]
@@ -172,6 +176,9 @@ def test_loss_and_gradient_are_the_formulas(one_step, make_rows, direct, watch, 
         "rejected": [others.mean() for others in rejected],
         "margins": margins,
         "accuracies": wins,
+        "saturated": [
+            ((best - others).abs() > 5).double().mean() for best, others in zip(chosen, rejected, strict=True)
+        ],
     }.items():
         mean = torch.stack(expected).mean().item()
         assert log[f"rewards/{name}"] == pytest.approx(mean, rel=1e-3, abs=1e-4), name
@@ -220,3 +227,69 @@ def test_weights_are_symmetric_constant_and_of_mean_one(
     loss = sum(weight / mean * one for weight, one in zip(weights, losses, strict=True)) / len(losses)
     assert max(weights) > 1.5 * min(weights)
     direct.agree(watch.gradients[0], direct.gradient(watch.models[0], loss))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_anchor_one_without_a_kl_term_is_dpo(one_step, make_rows, watch, logs_of, soft):
+    """With β = α: in value up to 1/α, and in gradient."""
+    rows = make_rows(6, soft=soft)
+    dpo, _, _ = one_step(rows, method="dpo", beta=ALPHA)
+    spo, _, _ = one_step(rows, alpha=ALPHA, anchor=1.0, beta=0.0)
+    ours, theirs = logs_of(spo)[0], logs_of(dpo)[0]
+    assert ALPHA * ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    torch.testing.assert_close(ALPHA * watch.gradients[1], watch.gradients[0], rtol=1e-4, atol=1e-6)
+    for name in ("margins", "accuracies", "saturated"):
+        assert ours[f"rewards/{name}"] == pytest.approx(theirs[f"rewards/{name}"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dpo", "rdpo", "ipo", "slic", "tdpo", "sppo"])
+def test_the_kl_term_beside_a_baseline_is_that_of_spo(one_step, make_rows, watch, logs_of, method):
+    rows = make_rows(6)
+    one_step(rows, method=method, beta=BETA)
+    both, _, _ = one_step(rows, method=method, beta=BETA, kl_beta=0.4)
+    one_step(rows, beta=0.0)
+    spo, _, _ = one_step(rows, beta=0.4)
+    alone, added, bare, regularised = watch.gradients
+    assert float((regularised - bare).norm()) > 1e-2
+    torch.testing.assert_close(added - alone, regularised - bare, rtol=1e-3, atol=1e-4)
+    assert logs_of(both)[0]["kl/sequence"] == pytest.approx(logs_of(spo)[0]["kl/sequence"], rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"rounds": 2, "round_reference": "previous"}, {"rounds": 2}])
+def test_an_anchor_takes_its_base_from_where_baselines_have_their_reference(
+    make_trainer, make_rows, make_model, tokenizer, logs_of, tmp_path, options
+):
+    """SPO with anchor 1 and DPO with β = α take the same steps: from a cache too, and in rounds."""
+    if not options:
+        options = {"reference_cache": str(tmp_path / "cache")}
+    judged = {"judge": _Alphabet()} if "rounds" in options else {}
+    losses = []
+    for own in ({"method": "dpo", "beta": ALPHA}, {"alpha": ALPHA, "anchor": 1.0, "beta": 0.0}):
+        trainer = make_trainer(
+            make_rows(6),
+            model=make_model(tokenizer, layers=2, spread=0.1),
+            optim="sgd",
+            max_grad_norm=0.0,
+            learning_rate=0.01 if "method" in own else 0.01 * ALPHA,
+            per_device_train_batch_size=6,
+            num_train_epochs=2,
+            cut_rows="keep",
+            output=f"run-{own.get('method', 'spo')}",
+            trainer_options=judged,
+            **own,
+            **options,
+        )
+        trainer.train()
+        scale = 1 if "method" in own else ALPHA
+        losses.append([scale * log["loss"] for log in logs_of(trainer)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len({round(loss, 4) for loss in losses[0]}) == len(losses[0])
+
+
+class _Alphabet:
+    """Likes what comes late in the alphabet."""
+
+    name = description = fingerprint = "alphabet"
+
+    def probabilities(self, prompts, first, second):
+        return [0.9 if a > b else 0.1 if a < b else 0.5 for a, b in zip(first, second, strict=True)]

@@ -12,10 +12,13 @@ from softpref.objectives import preference_loss
 
 SPO_METRICS = {
     "loss/preference",
+    "logps/accuracies",
     "logps/chosen",
+    "logps/end",
     "logps/rejected",
     "rewards/chosen",
     "rewards/rejected",
+    "rewards/saturated",
     "rewards/margins",
     "rewards/accuracies",
 }

@@ -40,7 +40,7 @@ class Objective(NamedTuple):
 
     Attributes:
         method, alpha, beta, soft_labels, weight_exponent, label_smoothing, rounds, train_on, judge,
-            extrapolation: as the training stage names them.
+            extrapolation, anchor, kl_beta: as the training stage names them.
         kind, group_size: what the rows are, and how many completions each holds; `"mixed"` and 0 where they
             differ.
         altered: why labels or rows do not follow the experts' Bradley-Terry or Plackett-Luce model; empty
@@ -57,6 +57,8 @@ class Objective(NamedTuple):
     train_on: str = "preferences"
     judge: str = "auto"
     extrapolation: float = 0.0
+    anchor: float = 0.0
+    kl_beta: float = 0.0
     kind: str = "pairwise"
     group_size: int = 2
     altered: str = ""
@@ -115,14 +117,16 @@ def why_unknown(objective: Objective) -> str:
     if method == "spo":
         if objective.alpha <= 0:
             return "softness 0 has no optimum but the experts' favourite"
-        if beta == 0:
-            return ""  # whatever is asked, in whatever rounds and weights: softmax(reward / α)
+        if beta == 0 and (objective.on_data or not objective.anchor):
+            return ""  # whatever is asked, in whatever rounds and weights: π_ref^anchor · exp(reward / α)
         if objective.weight_exponent:
             return "row weights that follow the policy move the optimum"
         if objective.kind == "ranking" and objective.group_size > _LONGEST_RANKING:
             return f"rankings of more than {_LONGEST_RANKING} have too many orders to go through"
     elif beta <= 0:
         return f"{method} has an optimum for β > 0 alone"
+    elif objective.kl_beta and method == "ipo":
+        return "a KL term beside ipo's loss moves the optimum"
     elif objective.label_smoothing and method != "ipo":
         return "label smoothing moves the optimum"
     elif objective.kind == "best_of_n":
@@ -144,11 +148,12 @@ def exact_prompt(
 ) -> ExactPrompt:
     """Set one prompt's policy beside the optimum of the objective it was trained on.
 
-    For `spo` that is the minimiser of L_pref^α + β·KL under the rows of the data: sets of distinct outcomes,
-    drawn one after another by weight. The distribution of pairs is known; of larger sets some thousands are
-    drawn. For `dpo`, and `rdpo` without smoothing, it is softmax(log π_ref + r/β), which holds under
-    Bradley-Terry, and so for all pairs of a ranking; for `ipo` a least-squares fit over the pairs. Where the
-    optimum is not known (`why_unknown`) it is NaN, and figures of it become None.
+    For `spo` that is the minimiser of L_pref^α + β·KL, of the base measure π_ref^anchor, under the rows of
+    the data: sets of distinct outcomes, drawn one after another by weight. The distribution of pairs is
+    known; of larger sets some thousands are drawn. For `dpo`, and `rdpo` without smoothing, it is
+    softmax(log π_ref + r/β), which holds under Bradley-Terry, and so for all pairs of a ranking; with a KL
+    term beside it, that of `spo` with anchor 1 over these pairs. For `ipo` it is a least-squares fit over
+    them. Where the optimum is not known (`why_unknown`) it is NaN, and figures of it become None.
 
     Args:
         policy_logps, reference_logps: `[N]`, log-probabilities of the whole completions, end token included.
@@ -160,7 +165,10 @@ def exact_prompt(
 
     rewards = np.asarray(outcomes.rewards, dtype=np.float64)
     tensors = torch.as_tensor(rewards), torch.as_tensor(reference_logps, dtype=torch.float64)
-    alpha, beta, kind = objective.alpha, objective.beta, objective.kind
+    reference, kind = tensors[1], objective.kind
+    alpha, anchor, beta = objective.alpha, objective.anchor, objective.beta
+    if objective.method in ("dpo", "rdpo") and beta > 0:  # β times the loss of anchor 1 and α = β
+        alpha, anchor, beta = beta, 1.0, objective.kl_beta / beta
     groups = None
     if objective.group_size > 2 and beta > 0 and not why_unknown(objective):
         cost = 2**objective.group_size if kind == "ranking" else objective.group_size
@@ -168,19 +176,18 @@ def exact_prompt(
         groups = draw_groups(outcomes.weights, count, objective.group_size, np.random.default_rng(seed))
     if why_unknown(objective):
         optimum = np.full_like(rewards, np.nan)
-    elif objective.method in ("dpo", "rdpo"):
-        optimum = _normalised(reference_logps + rewards / beta)
-    elif beta == 0:
-        optimum = exact_optimum(*tensors, alpha=alpha).numpy()
-    elif objective.method == "spo" and groups is not None:
-        asked: dict[str, Any] = {"groups": torch.as_tensor(groups), "kind": kind}
-        optimum = exact_optimum(*tensors, alpha=alpha, beta=beta, **asked).numpy()
-    else:
+    elif objective.method == "ipo":
         pairs = torch.as_tensor(pair_probabilities(outcomes.weights, groups))
-        if objective.method == "ipo":
-            optimum = ipo_optimum(*tensors, beta=beta, pair_probabilities=pairs).numpy()
-        else:
-            optimum = exact_optimum(*tensors, alpha=alpha, beta=beta, pair_probabilities=pairs).numpy()
+        optimum = ipo_optimum(*tensors, beta=beta, pair_probabilities=pairs).numpy()
+    else:
+        asked: dict[str, Any] = {}
+        if groups is not None and objective.method == "spo":
+            asked = {"groups": torch.as_tensor(groups), "kind": kind}
+        elif beta > 0:
+            pairs = torch.as_tensor(pair_probabilities(outcomes.weights, groups))
+            asked = {"pair_probabilities": pairs}
+        base = anchor * reference
+        optimum = exact_optimum(*tensors, alpha=alpha, beta=beta, base_logps=base, **asked).numpy()
     mass = float(np.exp(_logsumexp(policy_logps)))
     return ExactPrompt(rewards, _normalised(policy_logps), _normalised(reference_logps), optimum, mass)
 

@@ -303,6 +303,7 @@ def _evaluate(
         "name": member.name,
         "method": metadata.get("method"),
         "alpha": metadata.get("alpha"),
+        "anchor": metadata.get("anchor") or 0.0,
         "beta": metadata.get("beta"),
         "rounds": metadata.get("rounds") or 1,
         "train_on": metadata.get("train_on") or "preferences",
@@ -391,6 +392,7 @@ def _warnings(
 ) -> list[str]:
     """What a reader should know before trusting the figures."""
     from softpref.lm.tokenization import findings_text
+    from softpref.spo.losses import saturation_warning
 
     found = []
     if prompts < 2:
@@ -407,6 +409,9 @@ def _warnings(
     counts = (metadata.get("row_counts") or {}).get("train", {})
     left_out = ["identical", *(["cut_completion"] if metadata.get("cut_rows") == "leave_out" else [])]
     found += findings_text(counts, "training rows", left_out)
+    if metadata.get("method") == "spo" and (metadata.get("saturated") or 0) > 0.5:
+        remedy = "lower α" if metadata.get("anchor") else "train with anchor 1"
+        found.append(f"At the end of training {saturation_warning(metadata['saturated'])}; {remedy}.")
     if config.samples_per_prompt < 2:
         found.append("One sample per prompt: self-BLEU needs two.")
     if judge_accuracy is not None and judge_accuracy.low is not None and judge_accuracy.low <= 0.5:

@@ -19,11 +19,12 @@ def exact_optimum(
     pair_probabilities: Tensor | None = None,
     groups: Tensor | None = None,
     kind: PreferenceKind = "pairwise",
+    base_logps: Tensor | None = None,
 ) -> Tensor:
     """Minimise `L_pref^α(π) + β KL(π ‖ π_ref)` over all distributions, under Bradley-Terry preferences.
 
-    Without regulariser the answer is `softmax(rewards / alpha)`, whatever is asked. With it there is no
-    closed form, but it is a smooth problem in N logits, solved here by L-BFGS in float64, with labels in
+    Without regulariser the answer is `ν · exp(rewards / alpha)`, scaled, whatever is asked. With it there is
+    no closed form, but it is a smooth problem in N logits, solved here by L-BFGS in float64, with labels in
     expectation (Plackett-Luce for more than two). Where the reference leaves mass outside the set, that rest
     counts as one more outcome, which no group mentions.
 
@@ -37,6 +38,7 @@ def exact_optimum(
         groups: `[M, n]`, places of the outputs that are asked together, each group equally often, in place of
             `pair_probabilities`; a sample of a distribution over groups too large to list.
         kind: what is learned of each group: its `best_of_n`, or its whole `ranking`; the same for n = 2.
+        base_logps: `[N]`, log ν of the base measure, up to a constant; None: the counting measure.
 
     Returns:
         `[N]` float64, log-probabilities of the optimum given the set (they sum to 1).
@@ -45,9 +47,11 @@ def exact_optimum(
         ValueError: α ≤ 0, β < 0, shapes that do not fit, or groups of another size than the kind allows.
     """
     rewards, ref_logps = rewards.double(), ref_logps.double()
-    if alpha <= 0 or beta < 0 or rewards.shape != ref_logps.shape or rewards.dim() != 1:
+    base_logps = torch.zeros_like(rewards) if base_logps is None else base_logps.double()
+    shapes = {rewards.shape, ref_logps.shape, base_logps.shape}
+    if alpha <= 0 or beta < 0 or len(shapes) > 1 or rewards.dim() != 1:
         raise ValueError(
-            "exact_optimum needs alpha > 0, beta >= 0 and rewards and ref_logps of one shape [N]; "
+            "exact_optimum needs alpha > 0, beta >= 0 and rewards, ref_logps, base_logps of one shape [N]; "
             f"got alpha={alpha}, beta={beta}, {tuple(rewards.shape)}, {tuple(ref_logps.shape)}"
         )
     if groups is None and kind != "pairwise":
@@ -61,7 +65,7 @@ def exact_optimum(
     pairs = _pairs(pair_probabilities, len(rewards))
     count = len(rewards)
     if beta == 0 or count == 1:
-        return (rewards / alpha).log_softmax(-1)
+        return (base_logps + rewards / alpha).log_softmax(-1)
     preference = (
         _pair_preference(rewards, pairs, alpha)
         if groups is None
@@ -70,7 +74,7 @@ def exact_optimum(
     rest = -torch.expm1(ref_logps.logsumexp(0))
     if rest > 1e-12:
         ref_logps = torch.cat([ref_logps, rest.log()[None]])
-    start = torch.cat([rewards / alpha, rewards.new_zeros(len(ref_logps) - count)])
+    start = torch.cat([base_logps + rewards / alpha, rewards.new_zeros(len(ref_logps) - count)])
     start[count:] = ref_logps[count:] - ref_logps[:count].logsumexp(0) + start[:count].logsumexp(0)
     logits = start.clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS(
@@ -85,7 +89,7 @@ def exact_optimum(
     def objective() -> Tensor:
         # gradients by hand: autograd would keep several tables of pairs or groups
         with torch.no_grad():
-            value, inner = preference(logits[:count])
+            value, inner = preference(logits[:count] - base_logps)
             logps = logits.log_softmax(0)
             ratio = logps - ref_logps
             divergence = (logps.exp() * ratio).sum()

@@ -36,8 +36,13 @@ def preference_loss(
     weight_exponent: float = 0.0,
     weight_scores: Tensor | None = None,
     log_mean_weight: Tensor | None = None,
+    base_logps: Tensor | None = None,
 ) -> Tensor:
-    """Soft preference optimization's loss of each group; its minimiser is `softmax(reward / alpha)`.
+    """Soft preference optimization's loss of each group; its minimiser is `ν · exp(reward / alpha)`, scaled.
+
+    The base measure ν is the counting measure as published; with `base_logps` it is another, and every
+    `logp` of the loss is `logp − log ν`. Of the reference's probabilities as base, the pairwise loss is DPO's
+    with β = α, over α.
 
     With Δ_j = logp_j − logp_best, best-of-n is `(1/α) log Σ_j exp(α Δ_j)`; pairwise is its case n = 2,
     `−(1/α) log σ(α (logp_w − logp_l))`; a ranking is the sum of best-of-n over each suffix (Plackett-Luce).
@@ -58,6 +63,7 @@ def preference_loss(
         weight_exponent: γ of the symmetric weight μ, `log μ = γ logsumexp_j score_j`, scaled to mean 1 over
             the global batch. It is constant: no gradient flows through it. 0 gives every group weight 1.
         weight_scores: `[sequences]`, scores of the weight; the log-probabilities by default.
+        base_logps: `[sequences]`, log ν of each completion, nats, constant; None: 0.
         log_mean_weight: scalar, log of the mean of `exp(log_group_weights(…))` over the global batch, where
             the groups given are only a part of it; by default the groups given are all.
 
@@ -70,7 +76,7 @@ def preference_loss(
     """
     if alpha < 0:
         raise ValueError(f"softness alpha must be at least 0, got {alpha}")
-    groups = _as_rows(logps, group_sizes)
+    groups = _as_rows(logps if base_logps is None else logps - base_logps, group_sizes)
     pairs = groups.present.sum(-1) == 2
     losses = _suffix_losses(groups, alpha, _places(kind, groups))
     if probabilities is not None:

@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 METHODS = ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo", "sppo")
 # Options that only some methods know: option, the value that does nothing, the methods.
 _ONLY_FOR = (
+    ("anchor", 0.0, ("spo",)),
     ("weight_exponent", 0.0, ("spo",)),
     ("tdpo_alpha", 0.5, ("tdpo",)),
     ("label_smoothing", 0.0, ("dpo", "rdpo")),
     ("soft_labels", "linear", ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo")),
-    ("reference_cache", "", ("dpo", "rdpo", "ipo", "slic", "sppo")),
 )
 
 
@@ -36,9 +36,14 @@ class SPOConfig(TrainingArguments):
             `slic`, `tdpo` (token-level DPO), `sppo` (self-play preference optimization). Where rows hold
             more than two completions, methods of pairs take every pair that the order decides.
         alpha: softness α ≥ 0. The preference loss is minimal at softmax(reward / α): 1 gives the experts'
-            own distribution, towards 0 their favourite, large values spread out.
+            own distribution, towards 0 their favourite, large values spread out. With an `anchor` it is
+            softness relative to the reference.
+        anchor: a ≥ 0 of `spo`'s base measure π_ref^a; the preference loss is then minimal at
+            π_ref^a · exp(reward / α). 0 is the method as published. 1 is what natural text needs, where
+            log-probabilities of two answers differ by tens of nats, so that without it α has no effect.
         beta: for `spo` the strength of the KL regulariser over the policy's whole output distribution
             (0 switches it and all sampling off); for a baseline its own β, see `softpref.objectives`.
+        kl_beta: strength of the same regulariser beside a baseline's loss, which as published has none.
         preference_kind: what the order of a row's completions means. `auto` follows the data's `kind` column.
         soft_labels: how a label probability enters the loss: `linear` keeps SPO's optimum, `geometric`
             gives uncertain pairs less weight.
@@ -72,7 +77,7 @@ class SPOConfig(TrainingArguments):
             completion (or demonstration) against one of the policy's own.
         completions_per_prompt: completions drawn and judged for each row. `sppo` learns from all of them,
             the others from the pair that the judge thinks farthest apart.
-        round_reference: the baselines' reference in each round: the `initial` model, or the policy as it was
+        round_reference: the reference of the loss (a baseline's, an anchor's) in each round: the `initial` model, or the policy as it was
             at the round's beginning (`previous`). `auto` is what the method's authors do: previous for
             `sppo`, initial otherwise.
         judge: who judges drawn completions, in the training stage: `expert` (the data's known reward),
@@ -110,7 +115,9 @@ class SPOConfig(TrainingArguments):
     output_dir: str | None = None
     method: Literal["spo", "dpo", "rdpo", "ipo", "slic", "tdpo", "sppo"] = "spo"
     alpha: float = 1.0
+    anchor: float = 0.0
     beta: float = 0.05
+    kl_beta: float = 0.0
     preference_kind: Literal["auto", "pairwise", "best_of_n", "ranking"] = "auto"
     soft_labels: Literal["linear", "geometric"] = "linear"
     weight_exponent: float = 0.0
@@ -170,7 +177,17 @@ class SPOConfig(TrainingArguments):
     @property
     def samples_policy(self) -> bool:
         """Whether the objective needs samples of the policy: it does where a KL term does."""
-        return self.method == "spo" and self.beta > 0
+        return self.kl_strength > 0
+
+    @property
+    def kl_strength(self) -> float:
+        """What the KL regulariser over whole output distributions is multiplied by."""
+        return self.beta if self.method == "spo" else self.kl_beta
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether the preference loss needs the reference's log-probabilities of the rows."""
+        return self.method != "spo" or self.anchor > 0
 
     @property
     def draws_rows(self) -> bool:
@@ -204,7 +221,7 @@ class SPOConfig(TrainingArguments):
             refuse("beta", "at least 0 for spo, above 0 for every other method")
         if not 0 <= self.label_smoothing < 0.5:
             refuse("label_smoothing", "in [0, 0.5)")
-        for name in ("weight_exponent", "tdpo_alpha"):
+        for name in ("anchor", "kl_beta", "weight_exponent", "tdpo_alpha"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 refuse(name, "at least 0")
         for name in (
@@ -265,8 +282,18 @@ class SPOConfig(TrainingArguments):
             for option, neutral, methods in _ONLY_FOR
             if self.method not in methods
         ]
+        if self.method == "tdpo" or not self.scores_reference:
+            idle.append(
+                (
+                    "reference_cache",
+                    "",
+                    "the loss takes no log-probabilities of the reference that could be kept",
+                )
+            )
+        if self.method == "spo":
+            idle.append(("kl_beta", 0.0, "the KL term of spo has the strength beta"))
         if not self.samples_policy:
-            kl_term = "only method spo with a beta above 0 has a KL term"
+            kl_term = "there is no KL term without a beta above 0 (of baselines, a kl_beta)"
             idle += [
                 ("kl_gradient", "token", kl_term),
                 ("kl_prompts", "auto", kl_term),
@@ -294,12 +321,13 @@ class SPOConfig(TrainingArguments):
             return
         if self.rounds > 1 and self.num_train_epochs != int(self.num_train_epochs):
             refuse("num_train_epochs", "a whole number where there are rounds: passes over each round's rows")
-        if self.reference_cache and self.method != "spo":
+        if self.reference_cache and self.scores_reference:
             refuse("reference_cache", "empty where rows are drawn from the policy: no run meets them again")
-        if self.round_reference == "previous" and self.method in ("spo", "tdpo"):
+        if self.round_reference == "previous" and (self.method == "tdpo" or not self.scores_reference):
             refuse(
                 "round_reference",
-                f"initial for {self.method}, which needs the whole distribution of the reference",
+                f"initial for {self.method}: previous is for losses that take a reference's log-probabilities "
+                "(of spo, with an anchor)",
             )
         if self.dataloader_persistent_workers:
             refuse("dataloader_persistent_workers", "off with rounds: workers would keep the old rows")

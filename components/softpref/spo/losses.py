@@ -20,6 +20,9 @@ from softpref.objectives import (
 )
 from softpref.spo.config import SPOConfig
 
+SATURATED = 5.0  # a margin in nats beyond which a logistic loss is straight, to one per cent of its slope
+END_FALLEN = 0.5  # nats that the end token may lose in training
+
 
 def method_losses(
     args: SPOConfig,
@@ -38,7 +41,7 @@ def method_losses(
         rows: the batch's `group_sizes` and `probabilities` `[groups]`, `kinds` (one for each group), and
             `win_probabilities` `[sequences]` for `sppo`; `log_mean_weight` where the batch is a part of an
             optimizer step with weights.
-        ref_logps: `[sequences]`, under the reference; every method but `spo` needs them.
+        ref_logps: `[sequences]`, under the reference; every method but `spo` without an anchor needs them.
         divergences: `[sequences]`, Σ_t KL(π_ref ‖ π) along each completion, for `tdpo`.
         weight_scores: `[sequences]`, scores of `spo`'s weight, where they are not the log-probabilities.
         weighted: whether rows have their weight; without, the loss of a row is its own alone.
@@ -58,6 +61,7 @@ def method_losses(
             weight_exponent=args.weight_exponent if weighted else 0.0,
             weight_scores=weight_scores,
             log_mean_weight=rows.get("log_mean_weight"),
+            base_logps=None if ref_logps is None else args.anchor * ref_logps,
         )
     assert ref_logps is not None
     if args.method == "sppo":
@@ -89,30 +93,43 @@ def preference_metrics(
 ) -> dict[str, Tensor]:
     """`logps/*` and `rewards/*` of each row of a batch, `[groups]` each.
 
-    A reward is what the policy implies, up to a constant of the prompt: α·logp, or β·(logp − logp_ref).
-    Rejected is the last of a row, or in a best-of-n row, which tells the others not apart, all of them: the
-    metrics are then means over these.
+    A reward is what the policy implies, up to a constant of the prompt: α·(logp − anchor·logp_ref), or
+    β·(logp − logp_ref). `rewards/saturated` is the share of margins beyond 5, where the loss has no curvature
+    left: softness has no effect there. `logps/accuracies` compares bare log-probabilities. Rejected is
+    the last of a row, or in a best-of-n row, which tells the others not apart, all of them: the metrics are
+    then means over these.
 
     Args:
-        logps, rows, ref_logps: as in `method_losses`; without `ref_logps` the method is `spo`.
+        logps, rows, ref_logps: as in `method_losses`.
     """
     sizes, kinds = rows["group_sizes"], rows["kinds"]
-    rewards = args.alpha * logps if ref_logps is None else args.beta * (logps - ref_logps)
+    scale, anchor = (args.alpha, args.anchor) if args.method == "spo" else (args.beta, 1.0)
+    base = torch.zeros_like(logps) if ref_logps is None else anchor * ref_logps
+    rewards = scale * (logps - base)
     chosen, rejected, groups = _chosen_and_rejected(sizes, kinds)
     margins = rewards[chosen] - rewards[rejected]
     # where policy and reference are one model, a margin is what rounding left of the log-probabilities: a tie
-    rounding = 0.0 if ref_logps is None else 1e-6 * args.beta * (logps.abs() + ref_logps.abs())
-    rounding = rounding[chosen] + rounding[rejected] if isinstance(rounding, Tensor) else rounding
-    ties = margins.abs() <= rounding
+    rounding = 0 * logps if ref_logps is None else 1e-6 * scale * (logps.abs() + base.abs())
+    ties = margins.abs() <= rounding[chosen] + rounding[rejected]
     each = {
         "logps/chosen": logps[chosen],
         "logps/rejected": logps[rejected],
+        "logps/accuracies": (logps[chosen] > logps[rejected]).float(),
         "rewards/chosen": rewards[chosen],
         "rewards/rejected": rewards[rejected],
         "rewards/margins": margins,
         "rewards/accuracies": torch.where(ties, 0.5, (margins > 0).float()),
+        "rewards/saturated": (margins.abs() > SATURATED).float(),
     }
     return {name: _group_means(values, groups, len(sizes)) for name, values in each.items()}
+
+
+def saturation_warning(share: float) -> str:
+    """A sentence on the share of margins that are saturated."""
+    return (
+        f"{share:.0%} of the pairs have a margin beyond {SATURATED:g} nats, where the loss is straight: "
+        "softness has no effect on them"
+    )
 
 
 def _chosen_and_rejected(sizes: Tensor, kinds: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,7 +42,9 @@ from softpref.timings import PhaseTimer
 _DEFINING = (
     "method",
     "alpha",
+    "anchor",
     "beta",
+    "kl_beta",
     "preference_kind",
     "soft_labels",
     "weight_exponent",
@@ -89,7 +91,7 @@ _TRACKED = (
     "lora_target_modules",
 )
 _OF_SAMPLES = ("kl/sequence", "entropy", "completions/mean_length", "sampling/ess")
-_HEADLINE = ("train_loss", "eval_loss", "eval_rewards/accuracies", *_OF_SAMPLES)
+_HEADLINE = ("train_loss", "eval_loss", "eval_rewards/accuracies", "rewards/saturated", *_OF_SAMPLES)
 
 
 def run(
@@ -183,7 +185,9 @@ def run(
         trained = trainer.train(resume_from_checkpoint=checkpoint).metrics
         last: dict[str, float] = {}  # logged of each, which is a mean over the steps since the log before
         for logged in trainer.state.log_history:
-            last.update({name: logged[name] for name in _OF_SAMPLES if name in logged})
+            last.update(
+                {name: logged[name] for name in ("rewards/saturated", *_OF_SAMPLES) if name in logged}
+            )
         counts = trainer.row_counts["train"]
         metrics = {**last, **trained, **{f"rows/{name}": float(count) for name, count in counts.items()}}
         timer.enter("evaluation")
@@ -209,6 +213,7 @@ def run(
                 "max_completion_length": config.max_completion_length,
                 "cut_rows": config.cut_rows,
                 "row_counts": trainer.row_counts,
+                "saturated": metrics.get("rewards/saturated"),
                 "adapter": config.use_peft and not merged,
             }
             if weights := parse_weights(config.extrapolation):

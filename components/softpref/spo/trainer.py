@@ -34,7 +34,7 @@ from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
 from softpref.spo.engines import check_agreement, computing_precision, sampling_engine
 from softpref.spo.gauges import Means, SamplingClock, WeightSums
-from softpref.spo.losses import method_losses, preference_metrics
+from softpref.spo.losses import END_FALLEN, method_losses, preference_metrics, saturation_warning
 from softpref.spo.reference import (
     adapter_off,
     add_reference_logps,
@@ -72,14 +72,16 @@ class SPOTrainer(GuardedTrainer):
         judge: who judges completions drawn in rounds: anything with
             `probabilities(prompts, first, second) -> P(first beats second)` of texts, see `softpref.judges`.
 
-    Metrics, averaged over all rows or samples since the last log: `loss/preference`, `logps/chosen`,
-    `logps/rejected`, `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (the
-    method's own implicit reward: α·logp for `spo`, β·(logp − logp_ref) for the others; rejected is the last
-    of a row, or the mean of a best-of-n row's others), `kl/sequence` and `kl/token` (nats), `entropy` (nats
+    Metrics, averaged over all rows or samples since the last log: `loss/preference`; `logps/chosen`,
+    `logps/rejected`, `logps/accuracies` (chosen likelier than rejected) and `logps/end` (of the end token
+    behind the chosen); `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (the
+    method's own implicit reward: α·(logp − anchor·logp_ref) for `spo`, β·(logp − logp_ref) for the others;
+    rejected is the last of a row, or the mean of a best-of-n row's others) and `rewards/saturated` (share of
+    margins beyond 5 nats, where softness has no effect); `kl/sequence` and `kl/token` (nats), `entropy` (nats
     per token), `completions/mean_length`, `completions/truncated_fraction`, `sampling/age` (steps since the
-    samples were drawn), `sampling/logps_difference` (of the engine's log-probabilities to the
-    trainer's own when samples are drawn, nats per token), `sampling/ess` (effective sample size, a fraction),
-    `sampling/tokens_per_second`, `sampling/time_fraction`, and with rounds `round`, counted from 1, and
+    samples were drawn), `sampling/logps_difference` (of the engine's log-probabilities to the trainer's own
+    when samples are drawn, nats per token), `sampling/ess` (effective sample size, a fraction),
+    `sampling/tokens_per_second`, `sampling/time_fraction`; and with rounds `round`, counted from 1, and
     `rows/left_out_fraction` of the rows drawn last (see `SPOConfig.cut_rows`).
 
     Raises:
@@ -132,10 +134,12 @@ class SPOTrainer(GuardedTrainer):
         _switch_dropout_off(model)
         # before anything costly: an engine may not be installed, or its server be away
         self._engine = sampling_engine(args, model) if args.samples_policy or args.draws_rows else None
-        keeps_logps = args.method not in ("spo", "tdpo") and bool(
-            args.reference_cache or args.refers_to_previous
+        keeps_logps = (
+            args.scores_reference
+            and args.method != "tdpo"
+            and bool(args.reference_cache or args.refers_to_previous)
         )
-        needs_model = args.samples_policy or (args.method != "spo" and not keeps_logps)
+        needs_model = args.samples_policy or (args.scores_reference and not keeps_logps)
         fingerprint = ""
         if keeps_logps and args.reference_cache:
             weights = model_fingerprint(model if ref_model is None else ref_model)
@@ -200,6 +204,8 @@ class SPOTrainer(GuardedTrainer):
         if self._engine is sample_completions:
             decodes(self.model)  # whether with a cache is found out, and said, before training
         self._means: dict[str, Means] = {"train": Means(), "eval": Means()}
+        self._first_means: dict[str, float] = {}
+        self._last_end = 0.0  # log P of the end token as it was logged last
         self._clock = SamplingClock()
         self._step_weights, self._log_weights = (WeightSums(self.args.device) for _ in range(2))
         self._steps_per_round = 1
@@ -303,7 +309,7 @@ class SPOTrainer(GuardedTrainer):
         loss = losses.sum() / num_items_in_batch
         if "sample_lengths" in inputs:
             kl = self._kl_losses(model, inputs, self._means[mode])
-            loss = loss + self.args.beta * kl.sum() / inputs["samples_in_step"]
+            loss = loss + self.args.kl_strength * kl.sum() / inputs["samples_in_step"]
         return loss * self.current_gradient_accumulation_steps * self.args.world_size
 
     def _preference_losses(self, model, inputs, means: Means) -> Tensor:
@@ -313,14 +319,16 @@ class SPOTrainer(GuardedTrainer):
         ref_logps, divergences = inputs.get("ref_logps"), None
         if args.method == "tdpo":
             found = states.kl(self._reference_hidden(model, batch), reverse=True)
-            logps, ref_logps, divergences = (
-                sum_by_sequence(each, batch.lengths) for each in (found.logps, found.ref_logps, found.kl)
+            token_logps = found.logps
+            ref_logps, divergences = (
+                sum_by_sequence(each, batch.lengths) for each in (found.ref_logps, found.kl)
             )
         else:
-            logps = sum_by_sequence(states.logps(), batch.lengths)
-            if args.method != "spo" and ref_logps is None:
+            token_logps = states.logps()
+            if args.scores_reference and ref_logps is None:
                 theirs = self._reference_hidden(model, batch)
                 ref_logps = sum_by_sequence(theirs.logps(), batch.lengths)
+        logps = sum_by_sequence(token_logps, batch.lengths)
         losses = method_losses(
             args,
             logps,
@@ -331,6 +339,9 @@ class SPOTrainer(GuardedTrainer):
             weighted=model.training,  # weights have mean 1 over a step; an evaluation has none
         )
         figures = preference_metrics(args, logps, inputs, ref_logps)
+        sizes = inputs["group_sizes"]
+        ends = batch.lengths.cumsum(0) - 1  # the last token of each completion
+        figures["logps/end"] = token_logps.detach()[ends[sizes.cumsum(0) - sizes]]
         if "row_weights" in inputs:
             weights = inputs["row_weights"]
             losses = losses * weights
@@ -577,11 +588,32 @@ class SPOTrainer(GuardedTrainer):
                 means.update({} if size is None else {"sampling/ess": size})
             if self.buffer is not None or self.rounds is not None:
                 means.update(self._clock.take())
+            self._warn_of_health(means, ended="train_loss" in logs)
             if self.rounds is not None and self.rounds.number is not None:
                 means["round"] = float(self.rounds.number + 1)
                 means["rows/left_out_fraction"] = self.rounds.left_out
             logs = {**logs, **means}
         super().log(logs, start_time)
+
+    def _warn_of_health(self, means: Mapping[str, float], *, ended: bool) -> None:
+        """Say what makes a run worthless while it can still be stopped; of the whole, once it has ended."""
+        first = not self._first_means
+        self._first_means = self._first_means or dict(means)
+        if not self.is_world_process_zero():
+            return
+        args, saturated = self.args, means.get("rewards/saturated", 0.0)
+        if first and saturated > 0.5 and args.method == "spo":
+            remedy = "lower alpha" if args.anchor else "set anchor to 1 (softness relative to the reference)"
+            logger.warning("%s; %s", saturation_warning(saturated), remedy)
+        self._last_end = means.get("logps/end", self._last_end)
+        fallen = self._first_means.get("logps/end", 0.0) - self._last_end
+        if ended and fallen > END_FALLEN:
+            logger.warning(
+                "log P of the end token behind chosen completions has fallen by %.1f nats: the policy "
+                "forgets to stop; lower learning_rate, or raise %s",
+                fallen,
+                "beta" if args.method == "spo" else "kl_beta",
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
