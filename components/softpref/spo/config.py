@@ -77,8 +77,8 @@ class SPOConfig(TrainingArguments):
             completion (or demonstration) against one of the policy's own.
         completions_per_prompt: completions drawn and judged for each row. `sppo` learns from all of them,
             the others from the pair that the judge thinks farthest apart.
-        round_reference: the reference of the loss (a baseline's, an anchor's) in each round: the `initial` model, or the policy as it was
-            at the round's beginning (`previous`). `auto` is what the method's authors do: previous for
+        round_reference: the reference of the loss (a baseline's, an anchor's) in each round: the `initial`
+            model, or the policy as it was at the round's beginning (`previous`). `auto` is what the method's authors do: previous for
             `sppo`, initial otherwise.
         judge: who judges drawn completions, in the training stage: `expert` (the data's known reward),
             `bradley-terry` (learned from the training preferences), or `auto`, the expert where there is one.
@@ -326,8 +326,8 @@ class SPOConfig(TrainingArguments):
         if self.round_reference == "previous" and (self.method == "tdpo" or not self.scores_reference):
             refuse(
                 "round_reference",
-                f"initial for {self.method}: previous is for losses that take a reference's log-probabilities "
-                "(of spo, with an anchor)",
+                f"initial for {self.method}: previous is for losses that take a reference's "
+                "log-probabilities (of spo, with an anchor)",
             )
         if self.dataloader_persistent_workers:
             refuse("dataloader_persistent_workers", "off with rounds: workers would keep the old rows")
