@@ -37,7 +37,18 @@ STAGES = {  # of a pipeline, with the image that each runs in
 }
 _TRAINING = ("sft", "train")
 _EXPLAINED = (
-    *("source", "columns", "base_model", "alphas", "alpha", "baselines", "beta", "learning_rate", "epochs"),
+    *(
+        "source",
+        "columns",
+        "base_model",
+        "alphas",
+        "alpha",
+        "anchor",
+        "baselines",
+        "beta",
+        "learning_rate",
+        "epochs",
+    ),
     *("gpus", "registered_model_name"),
 )
 _OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")

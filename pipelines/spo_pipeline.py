@@ -30,6 +30,7 @@ def spo_pipeline(
     sft_epochs: float = 1.0,
     sft_overrides: dict = {},  # noqa: B006
     alpha: float = 1.0,
+    anchor: float = 0.0,
     beta: float = 0.05,
     learning_rate: float = 1e-6,
     epochs: float = 1.0,
@@ -63,6 +64,8 @@ def spo_pipeline(
         sft_epochs: Passes over the demonstrations; 0 takes the base model as the reference.
         sft_overrides: Any other parameter of the SFT stage.
         alpha: Softness. 1 is the experts' own distribution, towards 0 their favourite.
+        anchor: What softness is relative to: 0, nothing, as published; 1, the reference, which natural text
+            needs. The optimum is reference^anchor · exp(reward / alpha).
         beta: Strength of the KL regulariser over the whole output distribution.
         learning_rate: Peak learning rate of SPO training.
         epochs: Passes over the preferences.
@@ -85,6 +88,7 @@ def spo_pipeline(
     with ended(experiment=experiment, tracking_uri=tracking_uri):
         check = plan_run(
             alpha=alpha,
+            anchor=anchor,
             beta=beta,
             source=source,
             columns=columns,

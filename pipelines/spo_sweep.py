@@ -73,6 +73,7 @@ def spo_sweep(
     sft_overrides: dict = {},  # noqa: B006
     alphas: List[float] = [0.5, 1.0, 2.0],  # noqa: B006, UP006
     baselines: List[str] = ["dpo:0.1"],  # noqa: B006, UP006
+    anchor: float = 0.0,
     beta: float = 0.05,
     learning_rate: float = 1e-6,
     epochs: float = 1.0,
@@ -108,6 +109,8 @@ def spo_sweep(
         sft_epochs: Passes over the demonstrations; 0 takes the base model as the reference.
         sft_overrides: Any other parameter of the SFT stage.
         alphas: Softness values, one model each. 1: the experts' own distribution, towards 0: their favourite.
+        anchor: What softness is relative to: 0, nothing, as published; 1, the reference, which natural text
+            needs. The optimum is reference^anchor · exp(reward / alpha).
         baselines: Further models on the same rows, METHOD[:BETA][,OPTION=VALUE...]: dpo, rdpo, ipo, slic,
             tdpo, sppo (or spo), with options of the training stage for this model alone and perhaps its
             name, such as "sppo:1,train_on=samples,rounds=3".
@@ -137,6 +140,7 @@ def spo_sweep(
         plan = plan_sweep(
             alphas=alphas,
             baselines=baselines,
+            anchor=anchor,
             beta=beta,
             source=source,
             columns=columns,

@@ -56,8 +56,13 @@ def model_values(folder: str | Path) -> dict[str, Any]:
 
 
 def strengths(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Softness α, which methods other than spo do not have, and β of a model or its evaluation."""
-    return {"alpha": model.get("alpha") if model.get("method") == "spo" else None, "beta": model.get("beta")}
+    """Softness α and its anchor, which only spo has, and β, of a model or its evaluation."""
+    soft = model.get("method") == "spo"
+    return {
+        "alpha": model.get("alpha") if soft else None,
+        "anchor": model.get("anchor") or None if soft else None,  # 0 is the method as published
+        "beta": model.get("beta"),
+    }
 
 
 def _says(value: Any) -> bool:

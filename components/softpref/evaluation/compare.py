@@ -22,6 +22,7 @@ _SUMMARY = (
     "name",
     "method",
     "alpha",
+    "anchor",
     "beta",
     "rounds",
     "train_on",

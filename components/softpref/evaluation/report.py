@@ -156,6 +156,14 @@ def page(title: str, body: Iterable[str], *, wide: bool = False) -> str:
 def softness_sentence(evaluation: Mapping[str, Any]) -> str:
     """What this model's softness means, in one sentence."""
     alpha, method = evaluation["alpha"], evaluation["method"]
+    anchor = evaluation.get("anchor")
+    if method == "spo" and alpha is not None and anchor:
+        power = "" if anchor == 1 else f" to the power of {anchor:g}"
+        return (
+            f"Softness α = {alpha:g}, relative to the reference: the optimum is the reference{power} · "
+            "exp(reward / α). α = 1 tilts it by the experts' own odds, α → 0 towards their favourite; the "
+            "larger α, the closer the model stays to it."
+        )
     if method == "spo" and alpha is not None:
         if alpha == 1:
             meaning = "the model should answer as diversely as the experts themselves would choose"
@@ -173,11 +181,13 @@ def softness_sentence(evaluation: Mapping[str, Any]) -> str:
 
 
 def chips(evaluation: Mapping[str, Any]) -> str:
-    """Method, α, β, extrapolation and judge as small labels."""
+    """Method, α, anchor, β, extrapolation and judge as small labels."""
     parts = [
         f"{label} {evaluation[key]:g}" if isinstance(evaluation[key], float | int) else str(evaluation[key])
-        for key, label in (("method", ""), ("alpha", "α"), ("beta", "β"))
-        if evaluation[key] is not None and not (key == "alpha" and evaluation["method"] != "spo")
+        for key, label in (("method", ""), ("alpha", "α"), ("anchor", "anchor"), ("beta", "β"))
+        if evaluation.get(key) is not None
+        and not (key == "alpha" and evaluation["method"] != "spo")
+        and not (key == "anchor" and not evaluation[key])
     ]
     if evaluation.get("extrapolation"):
         parts.append(f"extrapolated by {evaluation['extrapolation']:g}")

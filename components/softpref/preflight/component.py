@@ -15,6 +15,7 @@ from softpref.images import TRAIN_IMAGE
 def plan_sweep(
     alphas: List[float],  # noqa: UP006
     baselines: List[str],  # noqa: UP006
+    anchor: float,
     beta: float,
     source: str,
     columns: dict,
@@ -60,6 +61,7 @@ def plan_sweep(
         alphas: Softness values, one model each.
         baselines: Further models on the same rows, METHOD[:BETA][,OPTION=VALUE...], such as dpo:0.1 or
             sppo:1,train_on=samples,rounds=3.
+        anchor: What softness is relative to: 0, nothing, as published; 1, the reference.
         beta: Strength of the KL regulariser of the spo members.
         source, columns, prompt_template, rows, data_overrides: Parameters of the data stage.
         base_model, sft_learning_rate, sft_epochs, sft_overrides: Parameters of the SFT stage.
@@ -93,6 +95,7 @@ def plan_sweep(
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
 def plan_run(
     alpha: float,
+    anchor: float,
     beta: float,
     source: str,
     columns: dict,
@@ -134,6 +137,7 @@ def plan_run(
 
     Args:
         alpha: Softness of the model.
+        anchor: What softness is relative to: 0, nothing, as published; 1, the reference.
         beta: Strength of the KL regulariser of the spo members.
         source, columns, prompt_template, rows, data_overrides: Parameters of the data stage.
         base_model, sft_learning_rate, sft_epochs, sft_overrides: Parameters of the SFT stage.

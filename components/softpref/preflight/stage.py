@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 from softpref.config import COMMIT, build_config, closest, parse_overrides
 from softpref.errors import ConfigError
 from softpref.remote import Pinned, public_url
+
+logger = logging.getLogger(__name__)
 
 _DECIDE = ("torch", "transformers", "tokenizers", "datasets")  # packages whose versions decide results, too
 DEFAULT_BASELINE_BETA = 0.1
@@ -187,7 +190,7 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
 
     Args:
         parameters: a pipeline's parameters by name. `alphas` (softness values) and `baselines`, or a single
-            `alpha`; `beta`, the KL strength of the `spo` members; and those of the stages, `data_overrides`
+            `alpha`; `anchor` and `beta` of the `spo` members; and those of the stages, `data_overrides`
             and the like (JSON) among them. A baseline is `METHOD[:BETA][,OPTION=VALUE…]`, such as `dpo:0.1`
             or `sppo:1,train_on=samples,rounds=3`, options being those of `SPOConfig`, and `name`.
 
@@ -216,9 +219,11 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
                     "being used; set use_cpu to false, or gpus to 0"
                 )
     alphas = parameters["alphas"] if "alphas" in parameters else [parameters["alpha"]]
-    beta = parameters["beta"]
+    beta, anchor = parameters["beta"], parameters.get("anchor", 0.0)
+    anchored = {"anchor": f"{anchor:g}"} if anchor else {}
     members = [
-        Member(member_name("spo", alpha, beta), "spo", float(alpha), float(beta), {}) for alpha in alphas
+        Member(member_name("spo", alpha, beta), "spo", float(alpha), float(beta), anchored)
+        for alpha in alphas
     ]
     members += [_baseline(text) for text in parameters.get("baselines", [])]
     names = [member.name for member in members]
@@ -248,6 +253,11 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     source, shown = data.source, public_url(data.source)
     if here:
         _check_local_source(source)
+    if source != "story" and not anchor and any(member.method == "spo" for member in members):
+        logger.warning(
+            "anchor is 0, the method as published: on natural text, whose log-probabilities differ by tens "
+            "of nats, softness has no effect then; set anchor to 1"
+        )
     _build(SFTConfig, stages["sft"])
     for member in members:
         config = build_config(SPOConfig, *training_layers(stages["train"], member))
@@ -282,7 +292,8 @@ def training_layers(shared: Mapping[str, Any], member: Member) -> list[Mapping[s
     """
     values = dict(shared)
     overrides = parse_overrides(values.pop("overrides", ""))
-    for name, instead in (("method", "baselines"), ("alpha", "alpha or alphas"), ("beta", "beta")):
+    own_parameters = {"method": "baselines", "alpha": "alpha or alphas", "beta": "beta", "anchor": "anchor"}
+    for name, instead in own_parameters.items():
         if name in overrides:
             raise ConfigError(f"train_overrides must not hold {name}; use the parameter {instead}")
     own = {"method": member.method, "alpha": member.alpha, "beta": member.beta}

@@ -420,7 +420,7 @@ def _version_tags(
 ) -> dict[str, str]:
     """What a version says of itself: origin, hyperparameters, and every figure with its interval."""
     known: dict[str, Any] = {HASH_TAG: digest, "evaluation_id": evaluation["evaluation_id"]}
-    for key in ("name", "method", "alpha", "beta", "extrapolation", "dataset_hash"):
+    for key in ("name", "method", "alpha", "anchor", "beta", "extrapolation", "dataset_hash"):
         known[key] = metadata.get(key) if metadata.get(key) is not None else evaluation.get(key)
     for key in ("base_model", "code_version"):
         known[key] = metadata.get(key)
@@ -443,7 +443,7 @@ def version_description(
     metadata: Mapping[str, Any], evaluation: Mapping[str, Any], comparison: Mapping[str, Any] | None
 ) -> str:
     """What a version is, for its page in the registry: method, softness, why it was chosen, its figures."""
-    known = {key: metadata.get(key, evaluation.get(key)) for key in ("alpha", "beta", "base_model")}
+    known = {key: metadata.get(key, evaluation.get(key)) for key in ("alpha", "anchor", "beta", "base_model")}
     told = [
         f"{key.replace('_', ' ')} {plain(str(value))}"
         for key, value in known.items()

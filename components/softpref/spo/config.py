@@ -78,8 +78,8 @@ class SPOConfig(TrainingArguments):
         completions_per_prompt: completions drawn and judged for each row. `sppo` learns from all of them,
             the others from the pair that the judge thinks farthest apart.
         round_reference: the reference of the loss (a baseline's, an anchor's) in each round: the `initial`
-            model, or the policy as it was at the round's beginning (`previous`). `auto` is what the method's authors do: previous for
-            `sppo`, initial otherwise.
+            model, or the policy as it was at the round's beginning (`previous`). `auto` is what the method's
+            authors do: previous for `sppo`, initial otherwise.
         judge: who judges drawn completions, in the training stage: `expert` (the data's known reward),
             `bradley-terry` (learned from the training preferences), or `auto`, the expert where there is one.
             As a library, hand `SPOTrainer` a judge.
