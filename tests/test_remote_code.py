@@ -1,6 +1,7 @@
 """A model whose code comes with its folder goes through every stage where it is trusted, and else nowhere."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -178,6 +179,7 @@ def test_a_model_with_code_is_trained_measured_registered_and_served(
     for saved in ("reference", "policy", "policy/extrapolated-0.5"):
         assert {path.name for path in (tmp_path / saved).iterdir()} >= CODE
 
+    mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])  # another test may have named its own
     served = mlflow.pyfunc.load_model("models:/own@champion")
     (answer,) = served.predict({"prompt": "a fox went", "max_tokens": 4})
     assert isinstance(answer["choices"][0]["text"], str)

@@ -478,3 +478,27 @@ def test_a_column_weight_that_holds_no_numbers_has_no_use(tmp_path):
     assert "weight" in stats["mapping"]["unused"]
     assert "weight" not in everything(tmp_path / "data")[0]
     assert sum(stats["rows"].values()) == 20
+
+
+def test_thumbs_and_verdicts_become_pairs_and_what_has_no_partner_is_listed(tmp_path):
+    thumbs = [
+        {"prompt": f"Q{p}?", "completion": f"answer {p} {i}", "label": i == 0}
+        for p in range(20)
+        for i in range(3 if p else 1)
+    ]
+    stats = run(DataConfig(source=write(tmp_path / "rows.jsonl", thumbs)), str(tmp_path / "data"))
+    assert sorted(tuple(row["completions"]) for row in everything(tmp_path / "data")) == sorted(
+        (f"answer {p} 0", f"answer {p} {i}") for p in range(1, 20) for i in (1, 2)
+    )
+    assert stats["left_out"] == {"prompt with one label only": 1}
+    wins = [[0, 3, 0], [1, 0, 2], [0, 2, 0]]
+    lists = [
+        {"prompt": f"Q{p}?", "completions": [f"{x} {p}" for x in "ABC"], "verdicts": wins} for p in range(20)
+    ]
+    source = write(tmp_path / "lists.jsonl", lists)
+    stats = run(DataConfig(source=source, ties="drop"), str(tmp_path / "lists"))
+    rows = {
+        (row["source_row"], *row["completions"], row["probability"]) for row in everything(tmp_path / "lists")
+    }
+    assert rows == {(p + 1, f"A {p}", f"B {p}", 0.75) for p in range(20)}
+    assert stats["left_out"] == {"tie": 20}
