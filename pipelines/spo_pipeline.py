@@ -65,7 +65,7 @@ def spo_pipeline(
         sft_overrides: Any other parameter of the SFT stage.
         alpha: Softness. 1 is the experts' own distribution, towards 0 their favourite.
         anchor: What softness is relative to: 0, nothing, as published; 1, the reference, which natural text
-            needs. The optimum is reference^anchor · exp(reward / alpha).
+            needs. The optimum is reference^anchor * exp(reward / alpha).
         beta: Strength of the KL regulariser over the whole output distribution.
         learning_rate: Peak learning rate of SPO training.
         epochs: Passes over the preferences.

@@ -110,7 +110,7 @@ def spo_sweep(
         sft_overrides: Any other parameter of the SFT stage.
         alphas: Softness values, one model each. 1: the experts' own distribution, towards 0: their favourite.
         anchor: What softness is relative to: 0, nothing, as published; 1, the reference, which natural text
-            needs. The optimum is reference^anchor · exp(reward / alpha).
+            needs. The optimum is reference^anchor * exp(reward / alpha).
         baselines: Further models on the same rows, METHOD[:BETA][,OPTION=VALUE...]: dpo, rdpo, ipo, slic,
             tdpo, sppo (or spo), with options of the training stage for this model alone and perhaps its
             name, such as "sppo:1,train_on=samples,rounds=3".

@@ -27,6 +27,7 @@ def member(name, alpha, rewards, kl, entropy, method="spo"):
         "name": name,
         "method": method,
         "alpha": alpha,
+        "anchor": 0.0,
         "beta": 0.1,
         "rounds": 1,
         "train_on": "preferences",

@@ -115,6 +115,23 @@ def test_the_optimum_of_dpo_is_the_tilted_reference():
     assert exact_figures([found])["kl_optimum_to_policy"].value == pytest.approx(divergence)
 
 
+@pytest.mark.parametrize("anchor", [0.5, 1.0])
+def test_the_optimum_of_an_anchored_spo_is_the_tilted_base(anchor):
+    found = exact_prompt(OUTCOMES, REFERENCE, REFERENCE, Objective("spo", 0.5, 0.0, anchor=anchor))
+    np.testing.assert_allclose(np.exp(found.optimum), softmax(anchor * REFERENCE + REWARDS / 0.5))
+    tied = exact_prompt(OUTCOMES, REFERENCE, REFERENCE, Objective("spo", 0.5, 10.0, anchor=anchor))
+    assert np.exp(tied.optimum) @ (tied.optimum - tied.reference) < 0.01
+
+
+def test_dpo_with_a_kl_term_has_the_optimum_of_spo_with_anchor_one():
+    """Of α = β, whose loss is DPO's over β: the KL term then weighs β times as much beside it."""
+    dpo = exact_prompt(OUTCOMES, REFERENCE, REFERENCE, Objective("dpo", beta=0.5, kl_beta=0.2))
+    spo = exact_prompt(OUTCOMES, REFERENCE, REFERENCE, Objective("spo", 0.5, 0.4, anchor=1.0))
+    np.testing.assert_allclose(dpo.optimum, spo.optimum, atol=1e-9)
+    alone = exact_prompt(OUTCOMES, REFERENCE, REFERENCE, Objective("dpo", beta=0.5))
+    assert np.abs(dpo.optimum - alone.optimum).max() > 0.05
+
+
 def test_regularisation_pulls_the_optimum_of_spo_towards_the_reference():
     free, tied, bound = (
         exact_prompt(OUTCOMES, REFERENCE, REFERENCE, Objective("spo", 1.0, beta)) for beta in (0.0, 0.1, 10.0)

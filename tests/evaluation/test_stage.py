@@ -311,6 +311,19 @@ def test_a_policy_of_other_data_is_warned_of(world, evaluating, tmp_path):
 
 
 @pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize(("anchor", "remedy"), [(0.0, "train with anchor 1"), (1.0, "lower α")])
+def test_saturation_at_the_end_of_training_is_said_in_the_report(world, evaluating, tmp_path, anchor, remedy):
+    policy = copy_policy(world, tmp_path / "policy", saturated=0.93, anchor=anchor)
+    evaluation = evaluating(world, tmp_path / "out", policy=policy, exact_prompts=0)
+    [said] = [text for text in evaluation["warnings"] if "softness has no effect" in text]
+    assert said.startswith("At the end of training 93% of the pairs have a margin beyond 5 nats")
+    assert said.endswith(f"{remedy}.")
+    assert evaluation["anchor"] == anchor
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert ("relative to the reference" in page) is bool(anchor)
+
+
+@pytest.mark.usefixtures("recorded")
 def test_what_training_left_out_or_cut_is_said_in_the_report(world, evaluating, tmp_path):
     counts = {"given": 9, "left_out": 2, "cut_completion": 2, "cut_prompt": 3}
     policy = copy_policy(

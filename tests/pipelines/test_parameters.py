@@ -100,9 +100,32 @@ def test_a_baseline_has_options_of_its_own_that_win_over_the_shared_ones(launch,
     assert {config.seed for config in configs} == {5}
 
 
+def test_the_anchor_is_of_the_softness_values_alone(launch, sweep, caplog):
+    changes = {"anchor": 0.5, "baselines": ["dpo:0.1", "spo:0.1,name=published"]}
+    members = plan(launch.pipeline_parameters(sweep, "embedded", changes))
+    assert [member.options for member in members] == [{"anchor": "0.5"}] * 3 + [{}, {}]
+    configs = [build_config(SPOConfig, *training_layers({}, member)) for member in members]
+    assert [config.anchor for config in configs] == [0.5, 0.5, 0.5, 0.0, 0.0]
+    assert "no effect" not in caplog.text
+
+
+def test_recipes_for_natural_text_are_anchored_and_others_are_warned(launch, sweep, caplog):
+    known = {
+        name: launch.pipeline_parameters(sweep, name, {})["anchor"] for name in ("own", "convarg", "smollm2")
+    }
+    assert set(known.values()) == {1.0}
+    assert launch.pipeline_parameters(sweep, "embedded", {})["anchor"] == 0
+    plan(launch.pipeline_parameters(sweep, "embedded", {}))
+    assert "anchor" not in caplog.text
+    plan(launch.pipeline_parameters(sweep, "embedded", {"source": "owner/name", "judge": "bradley-terry"}))
+    assert "softness has no effect then; set anchor to 1" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"anchor": -1.0}, "anchor must be at least 0"),
+        ({"train_overrides": {"anchor": 1}}, "use the parameter anchor"),
         ({"alphas": [1.0, -1.0]}, "alpha must be at least 0"),
         ({"alphas": [1.0, 1.0]}, "names that differ"),
         ({"alphas": [], "baselines": []}, "nothing to train"),

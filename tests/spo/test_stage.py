@@ -131,7 +131,7 @@ def test_a_run_returns_what_people_compare_and_its_headline_fits_one_page(
     options = {**QUICK, "method": method, "alpha": 0.5, "beta": 0.1}
     assert command("policy", dataset, "--result", str(file), **options) == 0
     found = headline(load_metadata(tmp_path / "policy"), json.loads(file.read_text())["result"])
-    shared = {"beta", "train_loss", "eval_loss", "eval_rewards/accuracies"}
+    shared = {"beta", "train_loss", "eval_loss", "eval_rewards/accuracies", "rewards/saturated"}
     of_samples = {"kl/sequence", "entropy", "completions/mean_length", "sampling/ess"}
     assert set(found) == shared | (of_samples | {"alpha"} if method == "spo" else set())
     logged = [values for values in metrics(tmp_path / "policy") if "kl/sequence" in values]

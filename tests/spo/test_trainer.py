@@ -424,3 +424,35 @@ def test_a_checkpoint_of_a_run_without_samples_is_refused_with_a_reason(make_tra
     make_trainer(rows, beta=0.0, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ConfigError, match="holds no samples for process 0 of 1"):
         make_trainer(rows, num_train_epochs=2).train(resume_from_checkpoint=last_checkpoint(tmp_path / "run"))
+
+
+def test_saturated_margins_are_said_aloud_with_the_remedy(make_trainer, make_rows, caplog):
+    rows = [
+        {"prompt": "ab", "completions": ["abcdefg", "a"]},
+        {"prompt": "ba", "completions": ["gfedcba", "b"]},
+    ]
+    make_trainer(rows, alpha=2.0, beta=0.0).train()
+    assert "100% of the pairs have a margin beyond 5 nats" in caplog.text
+    assert "set anchor to 1" in caplog.text
+    caplog.clear()
+    trainer = make_trainer(rows, alpha=2.0, beta=0.0, anchor=1.0)
+    trainer.train()
+    assert "beyond 5 nats" not in caplog.text  # margins begin at 0
+
+
+def test_the_end_token_is_watched(make_trainer, tokenizer, logs_of, direct, model, caplog):
+    """`logps/end` is of the end token behind the chosen; where it has lost half a nat, the log says so."""
+    rows = [{"prompt": "ab", "completions": ["ab", "ba"]}, {"prompt": "cd", "completions": ["abcde", "e"]}]
+    trainer = make_trainer(rows, beta=0.0, max_steps=1)
+    trainer.train()
+    expected = [
+        direct.token_logps(model.double(), row["prompt"], row["completions"][0])[-1].item()
+        for row in trainer.train_dataset.rows
+    ]
+    assert logs_of(trainer)[0]["logps/end"] == pytest.approx(sum(expected) / 2, rel=1e-4)
+    assert "forgets to stop" not in caplog.text
+    # rows whose first completion always loses: what it ends with becomes less likely
+    losing = [{"prompt": prompt, "completions": ["aba", "h"], "probability": 0.0} for prompt in ("ab", "cd")]
+    make_trainer(losing, beta=0.0, num_train_epochs=12).train()
+    assert "log P of the end token behind chosen completions has fallen by" in caplog.text
+    assert "lower learning_rate, or raise beta" in caplog.text
