@@ -73,6 +73,7 @@ class TrainingRows(Dataset):
         self.numbers: list[int] = []
         self.prompts: list[list[int]] = []
         self.counts: Counter[str] = Counter()
+        share: dict[int, int] = {}
         unusable = {"identical", *(["cut_completion"] if args.cut_rows == "leave_out" else [])}
         for number, row in enumerate(follow(given, f"tokenizing {name}s", disable=_quiet(args))):
             try:
@@ -81,6 +82,8 @@ class TrainingRows(Dataset):
                 raise DataError(f"{name} {number}: {error}") from error
             found = row_findings(sequences)
             left_out = not unusable.isdisjoint(found)
+            for ids in (made["prompt"], *made["completions"]):  # one object for each id, not for each token
+                ids[:] = [share.setdefault(token, token) for token in ids]
             self.counts.update(["given", *found, *(["left_out"] if left_out else [])])
             self.prompts.append(made["prompt"])
             if not left_out:
