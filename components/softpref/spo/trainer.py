@@ -340,12 +340,14 @@ class SPOTrainer(GuardedTrainer):
         )
         figures = preference_metrics(args, logps, inputs, ref_logps)
         sizes = inputs["group_sizes"]
-        ends = batch.lengths.cumsum(0) - 1  # the last token of each completion
-        figures["logps/end"] = token_logps.detach()[ends[sizes.cumsum(0) - sizes]]
+        last = (batch.lengths.cumsum(0) - 1)[sizes.cumsum(0) - sizes]  # token of each row's chosen completion
+        ended = torch.isin(batch.targets[last], torch.tensor(self._stop_ids, device=last.device))
         if "row_weights" in inputs:
             weights = inputs["row_weights"]
             losses = losses * weights
             figures = {name: values[weights > 0] for name, values in figures.items()}
+            ended &= weights > 0
+        figures["logps/end"] = token_logps[last[ended]]
         means.add("loss/preference", losses)
         for name, values in figures.items():
             means.add(name, values)
