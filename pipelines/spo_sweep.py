@@ -123,8 +123,8 @@ def spo_sweep(
         judge: "auto", "expert" (known reward) or "bradley-terry" (learned from the training preferences).
         samples_per_prompt: Completions drawn per held-out prompt, from policy and reference.
         evaluation_overrides: Any other parameter of the evaluation stage.
-        selection_rule: "expected_reward" or "win_rate": what ranks the models. Of those that cannot be told
-            from the best, the softest is chosen.
+        selection_rule: "expected_reward" or "win_rate": what ranks the models. Of those that keep nine tenths
+            of what the best gains over the reference, the softest is chosen; a broken one never is.
         max_kl: Models further than this from the reference (nats per completion) are not chosen; 0: no limit.
         registered_model_name: Name in the MLflow model registry.
         min_win_rate: Gate: the low end of the win rate's interval must reach this.

@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from softpref.artifacts import plain
 from softpref.errors import ConfigError, DataError
+from softpref.evaluation.choice import check_rule, choose, rule_in_words
 from softpref.evaluation.curves import all_exact, equal_reward, position
 from softpref.evaluation.stage import EVALUATION_FILE, REPORT_FILE, SAMPLES_FILE
 from softpref.lm.extrapolation import extrapolated_folders
@@ -30,22 +31,15 @@ _SUMMARY = (
     "model_uri",
     "run_id",
     "evaluation_id",
+    "judge",
     "metrics",
     "exact",
     "softmax_frontier",
     "by_prompt",
     "warnings",
 )
-_NAMES = {"expected_reward": "expected reward", "win_rate": "win rate"}
 _SHOWN_PROMPTS = 3
 _GAP = "&nbsp;&nbsp;"
-
-
-class Choice(NamedTuple):
-    """The member chosen (None when none may be) and why, in a sentence or two."""
-
-    name: str | None
-    reason: str
 
 
 def run(
@@ -115,95 +109,6 @@ def evaluation_folders(folders: Iterable[str | Path]) -> list[Path]:
     """These evaluation folders, each followed by those of the models extrapolated from its policy."""
     found = ((Path(folder), *extrapolated_folders(folder)) for folder in folders)
     return list(dict.fromkeys(folder for group in found for folder in group))
-
-
-def check_rule(rule: str, max_kl: float | None) -> None:
-    """Refuse a rule that is none.
-
-    Raises:
-        ConfigError: says which rules there are.
-    """
-    if rule not in _NAMES:
-        raise ConfigError(f"the rule of choice must be one of {', '.join(_NAMES)}, got {rule!r}")
-    if max_kl is not None and not max_kl > 0:
-        raise ConfigError(f"max_kl must be a positive number of nats or left out, got {max_kl}")
-
-
-def choose(members: Sequence[Mapping[str, Any]], rule: str, max_kl: float | None = None) -> Choice:
-    """Choose by the rule: the best within `max_kl`, or a softer one that cannot be told from it.
-
-    Args:
-        members: summaries with `name` and `metrics`.
-        rule: the metric that ranks.
-        max_kl: nats; None sets no limit.
-    """
-
-    def value(member: Mapping[str, Any], metric: str) -> float | None:
-        return member["metrics"][metric]["value"]
-
-    label = _NAMES[rule]
-    allowed = [m for m in members if value(m, rule) is not None]
-    if not allowed:
-        return Choice(None, f"No member has a value of {label}.")
-    if max_kl is not None:
-        near = [m for m in allowed if (value(m, "kl_sequence") or 0.0) <= max_kl]
-        if not near:
-            least = min(value(m, "kl_sequence") or 0.0 for m in allowed)
-            return Choice(
-                None,
-                f"Every member exceeds the limit of {max_kl:g} nats of KL; the nearest has {least:.2f}. "
-                f"Raise "
-                "max_kl, or train with a larger beta.",
-            )
-        allowed = near
-    best = max(allowed, key=lambda member: member["metrics"][rule]["value"])
-    alike = [member for member in allowed if member is best or not _told_apart(best, member, rule)]
-    softest = max(alike, key=lambda member: (value(member, "entropy_sequence") or 0.0, member is best))
-    within = f" among the members within {max_kl:g} nats of KL" if max_kl is not None else ""
-    stated = f"{value(best, rule):.3f}"
-    if len(allowed) == 1:
-        return Choice(best["name"], f"{best['name']} is the only one to choose{within} ({label} {stated}).")
-    if softest is best:
-        others = (
-            "it also has the highest entropy of those that cannot be told from it"
-            if len(alike) > 1
-            else "every other falls short of it by more than chance"
-        )
-        return Choice(best["name"], f"{best['name']} has the best {label}{within} ({stated}), and {others}.")
-    return Choice(
-        softest["name"],
-        f"{best['name']} has the best {label}{within} ({stated}); {softest['name']} with "
-        f"{softest['metrics'][rule]['value']:.3f} cannot be told from it and keeps the highest entropy "
-        f"({softest['metrics']['entropy_sequence']['value']:.2f} nats against "
-        f"{best['metrics']['entropy_sequence']['value']:.2f}).",
-    )
-
-
-def _told_apart(best: Mapping[str, Any], member: Mapping[str, Any], rule: str) -> bool:
-    """Whether `best` beats `member` beyond chance, prompt by prompt; no with a single prompt to go by.
-
-    All members answer the same prompts, and prompts differ more than members do: only paired differences
-    tell.
-    """
-    from softpref.evaluation.intervals import interval
-
-    pairs = zip(best["by_prompt"][rule], member["by_prompt"][rule], strict=True)
-    differences = [ours - theirs for ours, theirs in pairs]
-    low = interval(differences, range(len(differences))).low
-    return low is not None and low > 0
-
-
-def rule_in_words(rule: str, max_kl: float | None) -> str:
-    """The rule as people read it on the report."""
-    limit = (
-        f"Among members within {max_kl:g} nats of KL to the reference, take" if max_kl is not None else "Take"
-    )
-    return (
-        f"{limit} the best by {_NAMES[rule]}. Of it and all members that do not fall short of it by "
-        f"more than "
-        "chance (the 95% interval of the difference, prompt by prompt, reaches 0), choose the one with the "
-        "highest entropy: nothing is lost that can be told apart, and the most diversity is kept."
-    )
 
 
 def check_comparable(members: Sequence[Mapping[str, Any]]) -> None:

@@ -247,6 +247,7 @@ def sampled(
         entropy=entropy,
         length=[[float(len(sample.completion)) for sample in group] for group in drawn],
         truncated=[[float(sample.truncated) for sample in group] for group in drawn],
+        reference_truncated=[[float(sample["truncated"]) for sample in group] for group in reference],
         bootstrap=bootstrap,
     )
     figures |= DiversityMetric(keep_in_memory=True).compute(

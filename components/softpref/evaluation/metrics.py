@@ -108,23 +108,25 @@ class SampleMetric(evaluate.Metric):
 
     `kl_sequence` estimates KL(policy ‖ reference) by Σ_t KL_t, and `entropy_sequence` the policy's entropy by
     Σ_t H_t, both over the whole vocabulary at each sampled prefix, in nats; `completion_length` counts
-    tokens, end token included; `truncated_fraction` is the share that met the length limit before an end.
+    tokens, end token included; `truncated_fraction` is the share that met the length limit before an end, and
+    `reference_truncated_fraction` that of the reference's samples.
     """
 
     def _info(self) -> evaluate.MetricInfo:
         sequence = datasets.Sequence(datasets.Value("float64"))
         return _info(
             self,
-            {"kl": sequence, "entropy": sequence, "length": sequence, "truncated": sequence},
+            dict.fromkeys(("kl", "entropy", "length", "truncated", "reference_truncated"), sequence),
             "One row per prompt, one value per sample: Σ KL_t, Σ H_t, tokens, 1 when truncated else 0.",
         )
 
-    def _compute(self, *, kl, entropy, length, truncated, bootstrap=DEFAULT_BOOTSTRAP):
+    def _compute(self, *, kl, entropy, length, truncated, reference_truncated, bootstrap=DEFAULT_BOOTSTRAP):
         return {
             "kl_sequence": _by_prompt(kl, "nats", bootstrap),
             "entropy_sequence": _by_prompt(entropy, "nats", bootstrap),
             "completion_length": _by_prompt(length, "tokens", bootstrap),
             "truncated_fraction": _by_prompt(truncated, "probability", bootstrap),
+            "reference_truncated_fraction": _by_prompt(reference_truncated, "probability", bootstrap),
         }
 
 

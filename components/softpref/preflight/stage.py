@@ -200,7 +200,7 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
         ConfigError: the first wrong parameter, with what would be right.
     """
     from softpref.data.config import DataConfig
-    from softpref.evaluation.compare import check_rule
+    from softpref.evaluation.choice import check_rule
     from softpref.evaluation.config import EvaluationConfig
     from softpref.registry.config import RegistryConfig
     from softpref.sft.config import SFTConfig
