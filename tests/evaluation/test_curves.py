@@ -150,3 +150,13 @@ def test_the_order_in_which_members_come_changes_nothing():
     members = [*SPO, *DPO, tilted("spo", 1.0, HABIT, extrapolation=0.5)]
     for shuffled in itertools.islice(itertools.permutations(members), 0, 720, 97):
         assert equal_reward(shuffled) == equal_reward(members)
+
+
+def test_another_anchor_or_a_kl_term_is_another_curve():
+    members = [
+        member("spo", alpha, alpha, 1.0, anchor=anchor) for anchor in (0.0, 1.0) for alpha in (1.0, 2.0)
+    ]
+    members += [member("dpo", 0.1, 1.0, 1.0), member("dpo", 0.1, 1.0, 1.0, kl_beta=0.05)]
+    found = curves(members)
+    assert [len(curve.members) for curve in found] == [2, 2, 1, 1]
+    assert [curve.name for curve in found] == ["SPO", "SPO, anchor 1", "DPO", "DPO, KL β = 0.05"]

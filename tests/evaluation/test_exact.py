@@ -165,6 +165,8 @@ RANKINGS = {"kinds": {"ranking": 9}, "completions_per_row": {"4": 9}}
         (SPO | {"beta": 0.0}, RANKINGS | {"completions_per_row": {"9": 9}}, ""),
         (SPO, {"kinds": {"ranking": 4, "pairwise": 5}}, "several kinds"),
         (SPO | {"beta": 0.0}, {"kinds": {"ranking": 4, "pairwise": 5}}, ""),
+        (SPO | {"row_counts": {"train": {"left_out": 3}}}, {}, "rows were left out of training"),
+        (SPO | {"row_counts": {"train": {"weighted": 9}}}, {}, "rows have weights of their own"),
         (SPO | {"alpha": 0.0}, {}, "softness 0"),
         (SPO | {"weight_exponent": 0.5}, {}, "row weights"),
         (SPO | {"weight_exponent": 0.5, "beta": 0.0}, {}, ""),

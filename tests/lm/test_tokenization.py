@@ -272,6 +272,41 @@ def test_a_long_chat_keeps_its_system_message_and_its_last_whole_turns(tokenizer
     assert short == (expected[-9:], True)
 
 
+def test_a_last_turn_that_is_too_long_loses_the_beginning_of_its_message_alone(tokenizer):
+    chat = [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "the fox and " * 9 + "then?"},
+    ]
+    for given in (chat, [chat[0], *USER, *ANSWER, chat[1]]):
+        ids, cut = tokenize_prompt(tokenizer, given, max_length=60)
+        text = tokenizer.decode(ids)
+        assert cut
+        assert len(ids) == 60
+        assert text.startswith("<|im_start|>system: be kind<|im_end|>\n<|im_start|>user: ")
+        assert text.endswith("and then?<|im_end|>\n<|im_start|>assistant: ")
+        sequence = tokenize_sequence(tokenizer, given, ANSWER, max_prompt_length=60)
+        assert (sequence.prompt, sequence.prompt_truncated) == (ids, True)
+
+
+def test_of_several_chat_templates_the_default_is_taken(make_tokenizer):
+    own = make_tokenizer().chat_template
+    tokenizer = make_tokenizer(chat_template={"default": own, "tools": "tools!"})
+    assert tokenize_sequence(tokenizer, USER, ANSWER) == tokenize_sequence(make_tokenizer(), USER, ANSWER)
+    assert stop_token_ids(tokenizer) == stop_token_ids(make_tokenizer())
+    tokenizer = make_tokenizer(chat_template={"tools": "tools!"})
+    assert tokenize_sequence(tokenizer, "there was", " a fox").completion  # plain text needs none
+    with pytest.raises(ConfigError, match="no chat template"):
+        tokenize_prompt(tokenizer, USER)
+
+
+def test_what_stands_behind_a_cut_prompt_is_the_answer_alone():
+    tokenizer = architectures.byte_level()
+    prompt = "A question: which animal? The answer is: " * 6
+    for limit in (None, 12):
+        sequence = tokenize_row(tokenizer, prompt, ["yes", " no"], max_prompt_length=limit)[0]
+        assert decode_completion(tokenizer, prompt, sequence.prompt, sequence.completion) == "yes"
+
+
 def test_a_chat_is_cut_where_its_template_takes_no_shorter_one(make_tokenizer):
     needs_two = (
         "{% if messages | length < 3 %}{{ raise_exception('too short') }}{% endif %}"

@@ -101,11 +101,10 @@ def test_a_baseline_has_options_of_its_own_that_win_over_the_shared_ones(launch,
 
 
 def test_the_anchor_is_of_the_softness_values_alone(launch, sweep, caplog):
-    changes = {"anchor": 0.5, "baselines": ["dpo:0.1", "spo:0.1,name=published"]}
-    members = plan(launch.pipeline_parameters(sweep, "embedded", changes))
-    assert [member.options for member in members] == [{"anchor": "0.5"}] * 3 + [{}, {}]
+    baselines = ["dpo:0.1", "spo:0.3,alpha=4", "spo:0.1,anchor=0,name=published"]
+    members = plan(launch.pipeline_parameters(sweep, "embedded", {"anchor": 0.5, "baselines": baselines}))
     configs = [build_config(SPOConfig, *training_layers({}, member)) for member in members]
-    assert [config.anchor for config in configs] == [0.5, 0.5, 0.5, 0.0, 0.0]
+    assert [config.anchor for config in configs] == [0.5, 0.5, 0.5, 0.0, 0.5, 0.0]
     assert "no effect" not in caplog.text
 
 

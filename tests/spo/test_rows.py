@@ -199,3 +199,28 @@ def test_self_play_leaves_out_answers_that_are_cut(make_trainer, caplog):
     trainer = make_trainer(rows, train_on="self_play", beta=0.0)
     assert trainer.row_counts["train"] == {"given": 2, "left_out": 1, "cut_completion": 1}
     assert len(trainer.rounds) == 1
+
+
+def test_large_weights_stay_finite(one_step):
+    rows = [{**SHORT, "weight": 1e308}, {**OTHER, "weight": 1e308}, {**SHORT, "weight": 5e307}]
+    trainer, _ = one_step(rows)
+    assert [row["weight"] for row in trainer.train_dataset.rows] == pytest.approx([1.2, 1.2, 0.6])
+    assert trainer.row_counts["train"]["weighted"] == 3
+
+
+def test_the_share_left_out_of_a_round_is_part_of_a_checkpoint(make_trainer, make_model, tokenizer, tmp_path):
+    options = {
+        "model": make_model(tokenizer, spread=0.1),
+        "trainer_options": {"judge": Judge()},
+        "train_on": "samples",
+        "beta": 0.0,
+    }
+    rows = [{"prompt": text} for text in ("a", "b", "cab", "dad", "head", "he", "fad", "bed")]
+    first = make_trainer(rows, **options)
+    first.rounds.begin(0)
+    assert 0 < first.rounds.left_out < 1
+    first.rounds.save(tmp_path)
+    again = make_trainer(rows, **options)
+    again.rounds.load(tmp_path)
+    assert again.rounds.left_out == first.rounds.left_out
+    assert again.rounds.rows == first.rounds.rows

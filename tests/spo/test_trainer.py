@@ -444,15 +444,25 @@ def test_the_end_token_is_watched(make_trainer, tokenizer, logs_of, direct, mode
     """`logps/end` is of the end token behind the chosen; where it has lost half a nat, the log says so."""
     rows = [{"prompt": "ab", "completions": ["ab", "ba"]}, {"prompt": "cd", "completions": ["abcde", "e"]}]
     trainer = make_trainer(rows, beta=0.0, max_steps=1)
-    trainer.train()
+    trainer.train()  # too short a run for a verdict
     expected = [
         direct.token_logps(model.double(), row["prompt"], row["completions"][0])[-1].item()
         for row in trainer.train_dataset.rows
     ]
     assert logs_of(trainer)[0]["logps/end"] == pytest.approx(sum(expected) / 2, rel=1e-4)
     assert "forgets to stop" not in caplog.text
-    # rows whose first completion always loses: what it ends with becomes less likely
-    losing = [{"prompt": prompt, "completions": ["aba", "h"], "probability": 0.0} for prompt in ("ab", "cd")]
-    make_trainer(losing, beta=0.0, num_train_epochs=12).train()
+    # rows whose first completion loses to a longer one: its end becomes less likely
+    losing = [{"prompt": prompt, "completions": ["h", "ha"], "probability": 0.0} for prompt in ("ab", "cd")]
+    make_trainer(losing, beta=0.0, num_train_epochs=40).train()
     assert "log P of the end token behind chosen completions has fallen by" in caplog.text
     assert "lower learning_rate, or raise beta" in caplog.text
+
+
+def test_a_fall_is_what_exceeds_chance():
+    from softpref.spo.losses import fall
+
+    still = [-3.0, -5.0, -4.0, -3.5, -4.5, -3.2, -4.4, -3.9, -4.1, -5.0]
+    assert fall(still) == 0
+    assert fall([*still, *(value - 3 for value in still)]) == pytest.approx(3, abs=0.5)
+    assert fall([-3.0, -9.0]) == 0
+    assert fall([-3.0] * 10) == 0

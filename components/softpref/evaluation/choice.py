@@ -88,8 +88,9 @@ def choose(members: Sequence[Mapping[str, Any]], rule: str, max_kl: float | None
     return Choice(
         softest["name"],
         f"{best['name']} has the best {label}{within} ({stated}); {softest['name']} with "
-        f"{softest['metrics'][rule]['value']:.3f} is softer and not inferior by more than {margin:.3g} "
-        f"{best['metrics'][rule].get('unit') or ''}, a tenth of the best's gain over the reference.{left_out}",
+        f"{softest['metrics'][rule]['value']:.3f} is softer and not inferior by more than "
+        f"{margin:.3g} {best['metrics'][rule].get('unit') or ''}, a tenth of the best's gain over the "
+        f"reference.{left_out}",
     )
 
 

@@ -25,6 +25,7 @@ _SUMMARY = (
     "alpha",
     "anchor",
     "beta",
+    "kl_beta",
     "rounds",
     "train_on",
     "extrapolation",
@@ -220,7 +221,7 @@ def _read(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / EVALUATION_FILE
     if not path.is_file():
         raise ConfigError(f"{folder} is no evaluation folder: it has no {EVALUATION_FILE}")
-    evaluation = json.loads(path.read_text(encoding="utf-8"))
+    evaluation = {"anchor": 0.0, "kl_beta": 0.0, **json.loads(path.read_text(encoding="utf-8"))}
     missing = [key for key in (*_SUMMARY, "judge", "settings") if key not in evaluation]
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}; was it written by this version's evaluation?")

@@ -174,6 +174,10 @@ def most_entropy(rewards: np.ndarray, maximum: Sequence[Point]) -> np.ndarray:
 def _variant(member: Member) -> tuple[str, ...]:
     """What sets a member apart from one trained once on the preferences, in words."""
     notes = []
+    if member.get("anchor"):
+        notes.append(f"anchor {member['anchor']:g}")
+    if member.get("kl_beta"):
+        notes.append(f"KL β = {member['kl_beta']:g}")
     if member["rounds"] != 1 or member["train_on"] != "preferences":
         times = f"{member['rounds']} round{'s' if member['rounds'] != 1 else ''}"
         notes.append(f"{times} on {member['train_on'].replace('_', '-')}")

@@ -79,11 +79,16 @@ def trained_objective(metadata: Mapping[str, Any], stats: Mapping[str, Any]) -> 
     size = int(next(iter(sizes))) if kind != "mixed" else 0
     config = stats.get("config") or {}
     altered = ""
+    trained = (metadata.get("row_counts") or {}).get("train") or {}
     ours, theirs = metadata.get("dataset_hash"), stats.get("dataset_hash")
     if ours and theirs and ours != theirs:
         altered = "the policy was trained on another dataset"
     elif stats.get("left_out"):
         altered = "rows were left out of the data"
+    elif trained.get("left_out"):
+        altered = "rows were left out of training"
+    elif trained.get("weighted"):
+        altered = "rows have weights of their own"
     elif config.get("labels") == "hard" and config.get("votes", 1) != 1:
         altered = "hard labels of several votes are majorities, which do not follow Bradley-Terry"
     read_as = metadata.get("preference_kind") or "auto"

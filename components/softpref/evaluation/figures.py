@@ -93,9 +93,13 @@ def tokenize_prompts(
     found = []
     for prompt in prompts:
         try:
-            found.append(
-                tokenize_prompt(models.tokenizer, prompt, completions[prompt_key(prompt)], max_length=limit)
-            )
+            try:
+                ids = tokenize_prompt(
+                    models.tokenizer, prompt, completions[prompt_key(prompt)], max_length=limit
+                )
+            except DataError:  # a completion that this tokenizer cannot express; `held_out` counts such rows
+                ids = tokenize_prompt(models.tokenizer, prompt, max_length=limit)
+            found.append(ids)
         except DataError as error:
             raise DataError(f"held-out prompt {as_text(prompt, roles=True)[:80]!r}: {error}") from error
     return found

@@ -305,6 +305,7 @@ def _evaluate(
         "alpha": metadata.get("alpha"),
         "anchor": metadata.get("anchor") or 0.0,
         "beta": metadata.get("beta"),
+        "kl_beta": metadata.get("kl_beta") or 0.0,
         "rounds": metadata.get("rounds") or 1,
         "train_on": metadata.get("train_on") or "preferences",
         "extrapolation": metadata.get("extrapolation") or 0.0,
@@ -392,7 +393,7 @@ def _warnings(
 ) -> list[str]:
     """What a reader should know before trusting the figures."""
     from softpref.lm.tokenization import findings_text
-    from softpref.spo.losses import saturation_warning
+    from softpref.spo.losses import saturation_remedy, saturation_warning
 
     found = []
     if prompts < 2:
@@ -410,7 +411,7 @@ def _warnings(
     left_out = ["identical", *(["cut_completion"] if metadata.get("cut_rows") == "leave_out" else [])]
     found += findings_text(counts, "training rows", left_out)
     if metadata.get("method") == "spo" and (metadata.get("saturated") or 0) > 0.5:
-        remedy = "lower α" if metadata.get("anchor") else "train with anchor 1"
+        remedy = saturation_remedy(metadata.get("anchor") or 0.0)
         found.append(f"At the end of training {saturation_warning(metadata['saturated'])}; {remedy}.")
     if config.samples_per_prompt < 2:
         found.append("One sample per prompt: self-BLEU needs two.")

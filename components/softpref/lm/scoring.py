@@ -68,7 +68,10 @@ def check_ids(model: Any, sequences: Iterable[Ids]) -> None:
     Raises:
         ConfigError: names the highest id. Tokens that no sequence holds, a pad token say, may lie outside.
     """
-    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    try:
+        size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):  # a model that does not say where its embedding is
+        size = None
     highest = max((max(ids) for ids in sequences if len(ids)), default=-1)
     if size is not None and highest >= size:
         raise ConfigError(

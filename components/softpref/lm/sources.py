@@ -108,7 +108,12 @@ def check_remote_code(source: str, trusted: bool) -> None:
     if config.get("model_type") in CONFIG_MAPPING:  # its own classes serve as well
         return
     files = sorted(
-        {f"{str(name).rpartition('--')[2].partition('.')[0]}.py" for name in dict(brought).values()}
+        {
+            f"{name.rpartition('--')[2].partition('.')[0]}.py"
+            for named in dict(brought).values()
+            for name in ([named] if isinstance(named, str) else named)  # tokenizers name two, or one and null
+            if name
+        }
     )
     raise ConfigError(
         f"base model {source} is of the type {config.get('model_type')!r}, which transformers does not have, "

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 Text = str | Sequence[dict[str, str]]
 """A prompt or completion: plain text, or messages such as `[{"role": "user", "content": "…"}]`."""
 
+_CUTS = 3  # times that a message is cut: the rest may have other tokens than it had within the whole
+_TAIL = 40  # characters by which the end of the ids is found in the prompt
 _MEANING = {
     "cut_prompt": "a prompt longer than max_prompt_length, which lost its beginning",
     "cut_completion": "a completion longer than max_completion_length",
@@ -78,7 +80,7 @@ def tokenize_prompt(
     def alone(kept: Text) -> tuple[list[int], None]:
         return _prompt_ids(tokenizer, kept, completions), None
 
-    ids, _, shortened = _fitting(alone, prompt, max_length)
+    ids, _, shortened = _fitting(tokenizer, alone, prompt, max_length)
     return TokenizedPrompt(_last(tokenizer, ids, max_length), shortened)
 
 
@@ -117,7 +119,7 @@ def tokenize_row(
         found = _parted(tokenizer, kept, completions)
         return found.prompt[: found.border], found
 
-    prompt_ids, found, shortened = _fitting(parted, prompt, max_prompt_length)
+    prompt_ids, found, shortened = _fitting(tokenizer, parted, prompt, max_prompt_length)
     prompt_ids = _last(tokenizer, prompt_ids, max_prompt_length)
     sequences = []
     for completion, whole, own in zip(completions, found.wholes, found.borders, strict=True):
@@ -180,11 +182,9 @@ def decode_completion(tokenizer: Any, prompt: Text, prompt_ids: Sequence[int], i
     before, whole = (decode(tokenizer, list(part)) for part in (prompt_ids, [*prompt_ids, *ids]))
     if not whole.startswith(before):
         return text
-    rest = ""
-    for length in range(min(len(prompt), len(before)), -1, -1):  # what of the prompt its ids do not hold
-        if before.endswith(prompt[:length]) or prompt[:length].endswith(before):
-            rest = prompt[length:]
-            break
+    end = before[-_TAIL:]  # the prompt may have been cut at its beginning
+    place = prompt.rfind(end)
+    rest = prompt[place + len(end) :] if place >= 0 else ""  # what of the prompt its ids do not hold
     return whole[len(before) :].removeprefix(rest)
 
 
@@ -198,7 +198,7 @@ def stop_token_ids(tokenizer: Any, model: Any = None) -> list[int]:
     """
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [named] if isinstance(named, int) else list(named or [])
-    turn = _end_of_turn(tokenizer, tokenizer.chat_template)
+    turn = _end_of_turn(tokenizer, _template(tokenizer))
     return sorted({*ids, tokenizer.eos_token_id, turn} - {None})
 
 
@@ -270,9 +270,12 @@ def _prompt_ids(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> li
 
 
 def _fitting(
-    ids_of: Callable[[Text], tuple[list[int], Any]], prompt: Text, limit: int | None
+    tokenizer: Any, ids_of: Callable[[Text], tuple[list[int], Any]], prompt: Text, limit: int | None
 ) -> tuple[list[int], Any, bool]:
-    """What `ids_of` finds of a prompt, or of as many of a chat's last turns as fit; whether it is longer."""
+    """What `ids_of` finds of a prompt, or of as many of a chat's last turns as fit; whether it is longer.
+
+    Where the last turn alone is too long, its message loses its beginning, not what the template writes.
+    """
     found = ids_of(prompt)
     if limit is None or len(found[0]) <= limit:
         return *found, False
@@ -281,9 +284,27 @@ def _fitting(
             found = ids_of(kept)
         except DataError:  # the template does not take the conversation without its first turns
             break
+        prompt = kept
         if len(found[0]) <= limit:
             break
+    for _ in range(_CUTS):
+        excess = len(found[0]) - limit
+        shorter = _cut_last_message(tokenizer, prompt, excess) if excess > 0 else None
+        if shorter is None:
+            break
+        prompt, found = shorter, ids_of(shorter)
     return *found, True
+
+
+def _cut_last_message(tokenizer: Any, prompt: Text, excess: int) -> Text | None:
+    """A chat whose last message lacks its first `excess` tokens; None where it has no more than that."""
+    if isinstance(prompt, str) or not prompt:
+        return None
+    *before, last = prompt
+    ids = tokenizer(last["content"], add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) <= excess:
+        return None
+    return [*before, {**last, "content": decode(tokenizer, ids[excess:])}]
 
 
 def _joined(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> tuple[list[str], bool]:
@@ -376,7 +397,7 @@ def _rendered(
 ) -> str:
     from jinja2 import TemplateError
 
-    if not tokenizer.chat_template:
+    if not _template(tokenizer):
         raise ConfigError(
             "the data are messages but the tokenizer has no chat template; "
             "use a chat model's tokenizer or turn the data into plain text"
@@ -420,6 +441,13 @@ def _controls(
     ids.discard(tokenizer.unk_token_id)  # what words without a token of their own become
     texts = [str(text) for text in tokenizer.convert_ids_to_tokens(sorted(ids)) if text]
     return frozenset(ids), re.compile("|".join(map(re.escape, texts))) if texts else None
+
+
+def _template(tokenizer: Any) -> str | None:
+    """The chat template by default; None where there is none, or several and none by default."""
+    if isinstance(tokenizer.chat_template, dict):
+        return tokenizer.chat_template.get("default")
+    return tokenizer.chat_template
 
 
 @lru_cache(maxsize=4)

@@ -225,7 +225,7 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
         Member(member_name("spo", alpha, beta), "spo", float(alpha), float(beta), anchored)
         for alpha in alphas
     ]
-    members += [_baseline(text) for text in parameters.get("baselines", [])]
+    members += [_baseline(text, anchored) for text in parameters.get("baselines", [])]
     names = [member.name for member in members]
     if not names:
         raise ConfigError("nothing to train: give at least one alpha or baseline")
@@ -253,10 +253,12 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     source, shown = data.source, public_url(data.source)
     if here:
         _check_local_source(source)
-    if source != "story" and not anchor and any(member.method == "spo" for member in members):
+    bare = [one.name for one in members if one.method == "spo" and not float(one.options.get("anchor", 0))]
+    if source != "story" and bare:
         logger.warning(
-            "anchor is 0, the method as published: on natural text, whose log-probabilities differ by tens "
-            "of nats, softness has no effect then; set anchor to 1"
+            "%s: anchor is 0, the method as published: on natural text, whose log-probabilities differ by "
+            "tens of nats, softness has no effect then; set anchor to 1",
+            ", ".join(bare),
         )
     _build(SFTConfig, stages["sft"])
     for member in members:
@@ -300,7 +302,8 @@ def training_layers(shared: Mapping[str, Any], member: Member) -> list[Mapping[s
     return [values, overrides, own, member.options]
 
 
-def _baseline(text: str) -> Member:
+def _baseline(text: str, anchored: Mapping[str, str]) -> Member:
+    """A further model; `spo` among them has the options of the softness values unless it names its own."""
     from softpref.spo.config import METHODS, member_name
 
     head, *settings = [part.strip() for part in text.split(",")]
@@ -313,7 +316,7 @@ def _baseline(text: str) -> Member:
         beta = float(beta_text) if beta_text else DEFAULT_BASELINE_BETA
     except ValueError as error:
         raise ConfigError(f"baseline {text!r}: BETA must be a number, as in {method}:0.1") from error
-    options: dict[str, str] = {}
+    options: dict[str, str] = dict(anchored) if method == "spo" else {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not (key and equals):

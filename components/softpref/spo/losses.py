@@ -94,10 +94,10 @@ def preference_metrics(
     """`logps/*` and `rewards/*` of each row of a batch, `[groups]` each.
 
     A reward is what the policy implies, up to a constant of the prompt: α·(logp − anchor·logp_ref), or
-    β·(logp − logp_ref). `rewards/saturated` is the share of margins beyond 5, where the loss has no curvature
-    left: softness has no effect there. `logps/accuracies` compares bare log-probabilities. Rejected is
-    the last of a row, or in a best-of-n row, which tells the others not apart, all of them: the metrics are
-    then means over these.
+    β·(logp − logp_ref). `rewards/saturated` is the share of margins beyond 5, where a logistic loss has no
+    curvature left: softness has no effect there. `logps/accuracies` compares bare log-probabilities. Rejected
+    is the last of a row, or in a best-of-n row, which tells the others not apart, all of them: the metrics
+    are then means over these.
 
     Args:
         logps, rows, ref_logps: as in `method_losses`.
@@ -130,6 +130,25 @@ def saturation_warning(share: float) -> str:
         f"{share:.0%} of the pairs have a margin beyond {SATURATED:g} nats, where the loss is straight: "
         "softness has no effect on them"
     )
+
+
+def saturation_remedy(anchor: float) -> str:
+    """What to do about it."""
+    return "lower alpha" if anchor >= 1 else "set anchor to 1 (softness relative to the reference)"
+
+
+def fall(values: Sequence[float]) -> float:
+    """How far the last fifth of a series lies below its first, beyond two standard errors; else 0.
+
+    Windows of a log hold different rows, so that a series of less than ten tells nothing.
+    """
+    count = len(values) // 5
+    if count < 2:
+        return 0.0
+    first, last = (torch.tensor(part, dtype=torch.float64) for part in (values[:count], values[-count:]))
+    fallen = float(first.mean() - last.mean())
+    error = float((first.var() / count + last.var() / count).sqrt())
+    return fallen if fallen > 2 * error else 0.0
 
 
 def _chosen_and_rejected(sizes: Tensor, kinds: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:

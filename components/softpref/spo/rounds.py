@@ -93,7 +93,7 @@ class RoundRows(Dataset):
 
     def forget(self) -> None:
         """Have the next round draw its rows, whichever it is."""
-        self.number = None
+        self.number, self.left_out = None, 0.0
 
     def save(self, folder: str | Path) -> None:
         """Write into a checkpoint what the present rows have beyond the given ones."""
@@ -101,7 +101,7 @@ class RoundRows(Dataset):
             {name: value for name, value in row.items() if value != given.get(name)}
             for row, given in zip(self.rows, self._given, strict=True)
         ]
-        state = {"round": self.number, "rows": rows}
+        state = {"round": self.number, "left_out": self.left_out, "rows": rows}
         (Path(folder) / _FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: str | Path) -> None:
@@ -122,7 +122,7 @@ class RoundRows(Dataset):
                 f"checkpoint {folder} holds a round of {len(state['rows'])} rows, the training data have "
                 f"{len(self)}; resume with the data that it was saved with"
             )
-        self.number = state["round"]
+        self.number, self.left_out = state["round"], state.get("left_out", 0.0)
         self.rows = [{**given, **row} for given, row in zip(self._given, state["rows"], strict=True)]
 
     def _drawn(self, number: int) -> list[dict[str, Any]]:
@@ -153,7 +153,8 @@ class RoundRows(Dataset):
         cut = whole.count(False)
         self.left_out = cut / len(rows)
         limit = f"max_completion_length={self._args.max_completion_length}"
-        if cut == len(rows) and number == 0:
+        weights = [row.get("weight", 1.0) * kept for row, kept in zip(rows, whole, strict=True)]
+        if not any(weights) and number == 0:
             raise ConfigError(
                 f"in every row drawn for the first round a completion reached {limit}, so that none takes "
                 "part; raise it, or set cut_rows to keep"
@@ -167,8 +168,7 @@ class RoundRows(Dataset):
                 limit,
             )
         if cut or any("weight" in row for row in rows):
-            weights = [row.get("weight", 1.0) * kept for row, kept in zip(rows, whole, strict=True)]
-            scale = len(rows) / (sum(weights) or 1)  # what is left may have no weight at all
+            scale = len(rows) / (sum(weights) or 1)  # where none takes part
             for row, weight in zip(rows, weights, strict=True):
                 row["weight"] = weight * scale
 

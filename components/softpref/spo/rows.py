@@ -48,7 +48,7 @@ class TrainingRows(Dataset):
         rows: those that take part.
         numbers: where they stand in what was given.
         prompts: ids of every prompt that was given.
-        counts: of rows `given`, of those `left_out`, and of what `row_findings` names.
+        counts: of rows `given`, of those `left_out`, of what `row_findings` names, and those `weighted`.
 
     Raises:
         DataError: names the row and what is wrong with it, or says why none takes part.
@@ -100,7 +100,8 @@ class TrainingRows(Dataset):
                 f"max_completion_length={args.max_completion_length} tokens; raise that, or set cut_rows to "
                 "keep"
             )
-        _settle_weights(self.rows, name)
+        if _settle_weights(self.rows, name):
+            self.counts["weighted"] = len(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -212,19 +213,26 @@ def _weight(row: Mapping[str, Any]) -> float:
     return float(weight)
 
 
-def _settle_weights(rows: list[dict[str, Any]], name: str) -> None:
+def _settle_weights(rows: list[dict[str, Any]], name: str) -> bool:
     """Scale weights to a mean of 1, so that they shift no balance with the KL term; equal ones are left out.
+
+    Returns:
+        Whether they differ.
 
     Raises:
         DataError: all are 0.
     """
     weights = [row.pop("weight") for row in rows]
-    mean = sum(weights) / len(weights)
-    if mean == 0:
+    if max(weights) == 0:
         raise DataError(f"every {name} has weight 0; one at least must count")
-    if any(weight != weights[0] for weight in weights):
-        for row, weight in zip(rows, weights, strict=True):
+    largest = max(weights)
+    weights = [weight / largest for weight in weights]  # sums of large ones would leave float's range
+    mean = sum(weights) / len(weights)
+    differ = any(weight != weights[0] for weight in weights)
+    for row, weight in zip(rows, weights, strict=True):
+        if differ:
             row["weight"] = weight / mean
+    return differ
 
 
 def _kind(row: Mapping[str, Any], count: int, args: SPOConfig) -> PreferenceKind:

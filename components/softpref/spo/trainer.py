@@ -34,7 +34,14 @@ from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
 from softpref.spo.engines import check_agreement, computing_precision, sampling_engine
 from softpref.spo.gauges import Means, SamplingClock, WeightSums
-from softpref.spo.losses import END_FALLEN, method_losses, preference_metrics, saturation_warning
+from softpref.spo.losses import (
+    END_FALLEN,
+    fall,
+    method_losses,
+    preference_metrics,
+    saturation_remedy,
+    saturation_warning,
+)
 from softpref.spo.reference import (
     adapter_off,
     add_reference_logps,
@@ -204,8 +211,6 @@ class SPOTrainer(GuardedTrainer):
         if self._engine is sample_completions:
             decodes(self.model)  # whether with a cache is found out, and said, before training
         self._means: dict[str, Means] = {"train": Means(), "eval": Means()}
-        self._first_means: dict[str, float] = {}
-        self._last_end = 0.0  # log P of the end token as it was logged last
         self._clock = SamplingClock()
         self._step_weights, self._log_weights = (WeightSums(self.args.device) for _ in range(2))
         self._steps_per_round = 1
@@ -598,18 +603,15 @@ class SPOTrainer(GuardedTrainer):
         super().log(logs, start_time)
 
     def _warn_of_health(self, means: Mapping[str, float], *, ended: bool) -> None:
-        """Say what makes a run worthless while it can still be stopped; of the whole, once it has ended."""
-        first = not self._first_means
-        self._first_means = self._first_means or dict(means)
+        """Say what makes a run worthless: saturation at its start, at its end a forgotten end token."""
+        args, logged = self.args, self.state.log_history
         if not self.is_world_process_zero():
             return
-        args, saturated = self.args, means.get("rewards/saturated", 0.0)
-        if first and saturated > 0.5 and args.method == "spo":
-            remedy = "lower alpha" if args.anchor else "set anchor to 1 (softness relative to the reference)"
-            logger.warning("%s; %s", saturation_warning(saturated), remedy)
-        self._last_end = means.get("logps/end", self._last_end)
-        fallen = self._first_means.get("logps/end", 0.0) - self._last_end
-        if ended and fallen > END_FALLEN:
+        saturated = means.get("rewards/saturated", 0.0)
+        if not any("rewards/saturated" in log for log in logged) and saturated > 0.5 and args.method == "spo":
+            logger.warning("%s; %s", saturation_warning(saturated), saturation_remedy(args.anchor))
+        fallen = fall([log["logps/end"] for log in logged if "logps/end" in log]) if ended else 0.0
+        if fallen > END_FALLEN:
             logger.warning(
                 "log P of the end token behind chosen completions has fallen by %.1f nats: the policy "
                 "forgets to stop; lower learning_rate, or raise %s",
