@@ -480,6 +480,15 @@ def test_a_column_weight_that_holds_no_numbers_has_no_use(tmp_path):
     assert sum(stats["rows"].values()) == 20
 
 
+@pytest.mark.parametrize("system", ["Online-A", {"name": "A"}, 7])
+def test_a_column_system_that_holds_no_instruction_has_no_use(tmp_path, system):
+    """In data of machine translation, say, it names the system that wrote the text."""
+    rows = [{**row, "system": system} for row in pairs(20, 1)]
+    stats = run(DataConfig(source=write(tmp_path / "rows.jsonl", rows)), str(tmp_path / "data"))
+    assert "system" in stats["mapping"]["unused"]
+    assert {row["prompt"] for row in everything(tmp_path / "data")} == {row["prompt"] for row in rows}
+
+
 def test_thumbs_and_verdicts_become_pairs_and_what_has_no_partner_is_listed(tmp_path):
     thumbs = [
         {"prompt": f"Q{p}?", "completion": f"answer {p} {i}", "label": i == 0}

@@ -12,7 +12,7 @@ import json
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,8 +144,9 @@ class Intake:
         )
         first = list(itertools.islice(rows, _PEEK))
         rows = itertools.chain(first, rows)
-        if "weight" in self.layout.columns and "weight" not in config.columns:
-            self._settle_weight(first)
+        for role, fits in (("weight", self._has_weight), ("system", self._has_system)):
+            if role in self.layout.columns and role not in config.columns:
+                self._settle_found(role, fits, first)
         self.conversational = self._prevailing(first)
         forms = value_forms([row.record for row in first if row.record], self.layout, config)
         self.layout = self.layout._replace(
@@ -181,19 +182,29 @@ class Intake:
             return read_verdicts(record, self.layout, self._config)
         return [read_row(record, self.layout, self._config)]
 
-    def _settle_weight(self, rows: Sequence[SourceRow]) -> None:
-        """Leave a column `weight` alone, as one without use, where most rows have no weight in it."""
-        weights = 0
+    def _settle_found(
+        self, role: str, fits: Callable[[dict[str, Any]], bool], rows: Sequence[SourceRow]
+    ) -> None:
+        """Leave a column that was found by its name alone, as one without use, where most rows do not fit."""
+        fitting = 0
         for row in rows:
             with contextlib.suppress(Refused):
-                weights += read_weight(_record(row), self.layout) is not None
-        if 2 * weights < sum(row.record is not None for row in rows):
+                fitting += fits(_record(row))
+        if 2 * fitting < sum(row.record is not None for row in rows):
             columns = dict(self.layout.columns)
             self.layout = self.layout._replace(
-                unused=(*self.layout.unused, columns.pop("weight")),
-                notes=tuple(note for note in self.layout.notes if "weight" not in note),
+                unused=(*self.layout.unused, columns.pop(role)),
+                notes=tuple(note for note in self.layout.notes if role not in note),
                 columns=columns,
             )
+
+    def _has_weight(self, record: dict[str, Any]) -> bool:
+        return read_weight(record, self.layout) is not None
+
+    def _has_system(self, record: dict[str, Any]) -> bool:
+        """Whether there is a text: one word alone names a system rather than instructing one."""
+        value = record.get(self.layout.columns["system"])
+        return value is None or (isinstance(value, str) and (not value.strip() or len(value.split()) > 1))
 
     def _prevailing(self, rows: Iterable[SourceRow]) -> bool | None:
         """Whether most of the rows are conversations: not the first alone decides for all others."""
