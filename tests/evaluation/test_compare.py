@@ -106,11 +106,14 @@ def test_a_wide_interval_is_no_reason_to_take_a_model():
 
 def test_a_broken_member_is_never_chosen():
     """However good its reward, and however soft it is: what leaks counts as entropy."""
-    mass = {"mass_on_set": figure(0.89, 0.01)}
+    mass = {"mass_on_set": figure(0.89, 0.01), "reference_mass_on_set": figure(0.99, 0.01)}
     leaked = member("leaked", 4.0, [9.0, 9.0, 9.0, 9.0], kl=4.0, entropy=9.0) | {"exact": mass}
     choice = choose([SHARP, EVEN, leaked], "expected_reward")
     assert choice.name == "even"
-    assert "Never chosen: leaked has only 0.89 of its probability on the known set." in choice.reason
+    assert (
+        "Never chosen: leaked has only 0.89 of its probability on the known set, the reference 0.99."
+        in choice.reason
+    )
     endless = member("endless", 4.0, [9.0, 9.0, 9.0, 9.0], kl=4.0, entropy=9.0)
     endless["metrics"] |= {
         "truncated_fraction": figure(0.4, 0.05),
@@ -124,7 +127,10 @@ def test_a_broken_member_is_never_chosen():
     assert "No member may be chosen: endless has 40%" in choice.reason
 
 
-def test_truncation_as_the_references_is_no_fault():
+def test_mass_and_truncation_as_the_references_are_no_fault():
+    mass = {"mass_on_set": figure(0.5, 0.01), "reference_mass_on_set": figure(0.52, 0.01)}
+    young = member("young", 1.0, [9.0, 9.0, 9.0, 9.0], kl=1.0, entropy=1.0) | {"exact": mass}
+    assert choose([young, SHARP], "expected_reward").name == "young"
     cut = member("cut", 1.0, [9.0, 9.0, 9.0, 9.0], kl=1.0, entropy=1.0)
     cut["metrics"] |= {
         "truncated_fraction": figure(0.93, 0.02),

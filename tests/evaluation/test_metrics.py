@@ -85,11 +85,13 @@ def test_sample_means_are_over_samples_and_their_intervals_over_prompts():
         entropy=[[2.0, 2.0], [2.0, 2.0]],
         length=[[4.0, 6.0], [8.0, 10.0]],
         truncated=[[1.0, 0.0], [0.0, 0.0]],
+        reference_truncated=[[1.0, 1.0], [0.0, 1.0]],
     )
     assert figures["kl_sequence"].value == 4.0
     assert (figures["kl_sequence"].n, figures["kl_sequence"].prompts) == (4, 2)
     assert figures["entropy_sequence"][:3] == (2.0, 2.0, 2.0)
     assert figures["truncated_fraction"].value == 0.25
+    assert figures["reference_truncated_fraction"].value == 0.75
 
 
 def test_perplexity_is_per_token_over_all_completions():

@@ -18,11 +18,11 @@ from softpref.lm.loading import load_metadata, save_metadata
 METRICS = {
     "preference_accuracy", "preference_margin", "win_rate", "expected_reward", "reference_expected_reward",
     "kl_sequence", "entropy_sequence", "distinct_1", "distinct_2", "self_bleu", "perplexity",
-    "completion_length", "truncated_fraction",
+    "completion_length", "truncated_fraction", "reference_truncated_fraction",
 }  # fmt: skip
 EXACT = {
     "kl_optimum_to_policy", "entropy", "optimum_entropy", "expected_reward", "optimum_expected_reward",
-    "mass_on_set",
+    "mass_on_set", "reference_mass_on_set",
 }  # fmt: skip
 
 
@@ -311,7 +311,10 @@ def test_a_policy_of_other_data_is_warned_of(world, evaluating, tmp_path):
 
 
 @pytest.mark.usefixtures("recorded")
-@pytest.mark.parametrize(("anchor", "remedy"), [(0.0, "train with anchor 1"), (1.0, "lower α")])
+@pytest.mark.parametrize(
+    ("anchor", "remedy"),
+    [(0.0, "set anchor to 1 (softness relative to the reference)"), (1.0, "lower alpha")],
+)
 def test_saturation_at_the_end_of_training_is_said_in_the_report(world, evaluating, tmp_path, anchor, remedy):
     policy = copy_policy(world, tmp_path / "policy", saturated=0.93, anchor=anchor)
     evaluation = evaluating(world, tmp_path / "out", policy=policy, exact_prompts=0)
@@ -320,7 +323,7 @@ def test_saturation_at_the_end_of_training_is_said_in_the_report(world, evaluati
     assert said.endswith(f"{remedy}.")
     assert evaluation["anchor"] == anchor
     page = (tmp_path / "out" / "report.html").read_text()
-    assert ("relative to the reference" in page) is bool(anchor)
+    assert ("Softness α = 1, relative to the reference" in page) is bool(anchor)
 
 
 @pytest.mark.usefixtures("recorded")

@@ -12,7 +12,7 @@ METRIC_NAMES = {"expected_reward": "expected reward", "win_rate": "win rate"}
 
 NON_INFERIORITY = 0.1
 """δ: the part of the best member's gain over the reference that a softer one may lack."""
-_LEAST_MASS = 0.95  # of a policy's probability on a known set; what leaks counts as entropy
+_LEAKED = 0.05  # of the probability on a known set beyond what the reference lacks; it counts as entropy
 _MORE_TRUNCATED = 0.05  # share of samples that meet the length limit beyond the reference's
 
 
@@ -98,11 +98,11 @@ def rule_in_words(rule: str, max_kl: float | None) -> str:
     """The rule as people read it on the report."""
     limit = f" within {max_kl:g} nats of KL to the reference" if max_kl is not None else ""
     return (
-        f"Find the best member by {METRIC_NAMES[rule]} among the healthy ones{limit}: at least "
-        f"{_LEAST_MASS:.0%} of the probability on a known set, no more samples at the length limit than "
-        "the reference has. Of it and all that are not inferior (the 95% interval of the difference, prompt "
-        "by prompt, stays within a tenth of what the best gains over the reference), choose the softest. A "
-        "judge that cannot be told from a coin chooses nothing."
+        f"Find the best member by {METRIC_NAMES[rule]} among the healthy ones{limit}: those that keep "
+        "the reference's probability on a known set, and meet the length limit no more often. Of it and all that "
+        "are not inferior (the 95% interval of the difference, prompt by prompt, stays within a tenth of what "
+        "the best gains over the reference), choose the softest. A judge that cannot be told from a coin "
+        "chooses nothing."
     )
 
 
@@ -124,9 +124,10 @@ def _coin(member: Mapping[str, Any]) -> str:
 
 def _ailment(member: Mapping[str, Any]) -> str:
     """Why a member may not be chosen, whatever its figures; empty where it may."""
-    mass = ((member.get("exact") or {}).get("mass_on_set") or {}).get("value")
-    if mass is not None and mass < _LEAST_MASS:
-        return f"has only {mass:.2f} of its probability on the known set"
+    exact = member.get("exact") or {}
+    mass, usual = ((exact.get(name) or {}).get("value") for name in ("mass_on_set", "reference_mass_on_set"))
+    if mass is not None and usual is not None and mass < usual - _LEAKED:
+        return f"has only {mass:.2f} of its probability on the known set, the reference {usual:.2f}"
     ours, theirs = (
         member["metrics"].get(name) or {} for name in ("truncated_fraction", "reference_truncated_fraction")
     )

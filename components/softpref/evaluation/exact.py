@@ -25,7 +25,7 @@ class ExactPrompt(NamedTuple):
     Attributes:
         rewards: `[N]`, the expert's.
         policy, reference, optimum: `[N]` each, normalised over the set.
-        policy_mass: probability that the policy puts on the set.
+        policy_mass, reference_mass: probability that each puts on the set.
     """
 
     rewards: np.ndarray
@@ -33,6 +33,7 @@ class ExactPrompt(NamedTuple):
     reference: np.ndarray
     optimum: np.ndarray
     policy_mass: float
+    reference_mass: float = 1.0
 
 
 class Objective(NamedTuple):
@@ -193,8 +194,8 @@ def exact_prompt(
             asked = {"pair_probabilities": pairs}
         base = anchor * reference
         optimum = exact_optimum(*tensors, alpha=alpha, beta=beta, base_logps=base, **asked).numpy()
-    mass = float(np.exp(_logsumexp(policy_logps)))
-    return ExactPrompt(rewards, _normalised(policy_logps), _normalised(reference_logps), optimum, mass)
+    masses = (float(np.exp(_logsumexp(logps))) for logps in (policy_logps, reference_logps))
+    return ExactPrompt(rewards, _normalised(policy_logps), _normalised(reference_logps), optimum, *masses)
 
 
 def draw_groups(weights: np.ndarray, count: int, size: int, random: np.random.Generator) -> np.ndarray:
@@ -259,6 +260,7 @@ def exact_figures(
         "optimum_expected_reward": figure([reward(p.optimum, p.rewards) for p in prompts]),
         "reference_expected_reward": figure([reward(p.reference, p.rewards) for p in prompts]),
         "mass_on_set": figure([p.policy_mass for p in prompts], "probability"),
+        "reference_mass_on_set": figure([p.reference_mass for p in prompts], "probability"),
     }
 
 

@@ -27,12 +27,14 @@ LABELS = {
     "self_bleu": ("Self-BLEU", "likeness of a prompt's samples to each other; 1 = all equal"),
     "completion_length": ("Completion length", "tokens, end included"),
     "truncated_fraction": ("Truncated", "samples that met the length limit"),
+    "reference_truncated_fraction": ("Truncated, of the reference's", "its samples that met the limit"),
     "kl_optimum_to_policy": ("KL(optimum ‖ policy)", "what the policy is short of theory; 0 is perfect"),
     "entropy": ("Entropy on the set", "of the policy, exact"),
     "optimum_entropy": ("Entropy of the optimum", "what theory promises"),
     "reference_entropy": ("Entropy of the reference", "where training began"),
     "optimum_expected_reward": ("Expected reward of the optimum", "what theory promises"),
     "mass_on_set": ("Mass on the set", "probability the policy gives to texts the experts know"),
+    "reference_mass_on_set": ("Mass of the reference", "probability it gives to these texts"),
 }
 
 _STYLE = """
