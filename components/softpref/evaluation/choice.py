@@ -99,10 +99,10 @@ def rule_in_words(rule: str, max_kl: float | None) -> str:
     limit = f" within {max_kl:g} nats of KL to the reference" if max_kl is not None else ""
     return (
         f"Find the best member by {METRIC_NAMES[rule]} among the healthy ones{limit}: those that keep "
-        "the reference's probability on a known set, and meet the length limit no more often. Of it and all that "
-        "are not inferior (the 95% interval of the difference, prompt by prompt, stays within a tenth of what "
-        "the best gains over the reference), choose the softest. A judge that cannot be told from a coin "
-        "chooses nothing."
+        "the reference's probability on a known set, and meet the length limit no more often. Of it and "
+        "all that are not inferior (the 95% interval of the difference, prompt by prompt, stays within a "
+        "tenth of what the best gains over the reference), choose the softest. A judge that cannot be told "
+        "from a coin chooses nothing."
     )
 
 
