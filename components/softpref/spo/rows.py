@@ -7,6 +7,7 @@ Rows are `prompt` and `completions` (best first), as the data stage writes them,
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
@@ -30,7 +31,7 @@ from softpref.progress import follow
 from softpref.spo.config import SPOConfig
 
 
-class TrainingRows(Dataset):
+class TrainingRows(Dataset, ABC):
     """Tokenized rows that take part; what cannot be trained on is refused here, before training.
 
     Left out and counted are rows whose completions are identical as tokens, which teach nothing, and unless
@@ -109,9 +110,9 @@ class TrainingRows(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.rows[index]
 
+    @abstractmethod
     def _tokenized(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[TokenizedSequence]]:
         """A row as training needs it, and its sequences."""
-        raise NotImplementedError
 
 
 class PreferenceRows(TrainingRows):
