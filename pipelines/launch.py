@@ -23,6 +23,7 @@ from typing import Any
 from clusters import STAGES, Profile, argument_texts, build, read_profile
 from local_run import run_here, task_server
 from softpref.config import NULL, closest, parse_overrides, read_mapping
+from softpref.data.config import EMBEDDED
 from softpref.errors import ConfigError, SoftprefError
 from softpref.preflight.stage import ARTIFACT_SCHEME
 from submission import add_client_options, submit, ui_address
@@ -77,7 +78,7 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
     parameters = pipeline_parameters(form, options.recipe, given)
     for name in ("source", "base_model"):
         value = parameters[name]
-        if value not in ("", "story") and Path(value).expanduser().exists():
+        if value not in ("", *EMBEDDED) and Path(value).expanduser().exists():
             raise ConfigError(
                 f"{name} {value} is on this machine, and no step of the cluster sees it: give a Hub id, a "
                 "URL (s3://, gs://, https:// …), or a path of a volume that the profile mounts"

@@ -6,6 +6,7 @@ Bradley-Terry: P(a beats b) = σ(score_a − score_b).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -16,6 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import numpy as np
 
 from softpref.errors import ConfigError, DataError
+from softpref.rewards import REWARD_FILE, TextReward, read_reward
 
 JudgeName = Literal["auto", "expert", "bradley-terry"]
 OUTCOMES_FILE = "outcomes.jsonl"
@@ -313,6 +315,23 @@ def text_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {**row, "prompt": as_text(row["prompt"], roles=True), "completions": completions}
 
 
+class RewardJudge(ScoreJudge):
+    """The expert whose reward can be read off any text: `reward.json` of the dataset says how."""
+
+    name = "expert"
+
+    def __init__(self, reward: TextReward) -> None:
+        self._reward = reward
+        self.description = (
+            f"the experts' own reward, known for every text: {len(reward.warmth)} words, and ease of reading"
+        )
+        self.fingerprint = _digest(dataclasses.asdict(reward))
+
+    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        """Rewards, `[n]`."""
+        return np.array([self._reward(completion) for completion in completions])
+
+
 def check_judge(name: str, dataset_dir: str | Path) -> None:
     """Refuse a judge that this dataset folder cannot give, in milliseconds.
 
@@ -320,51 +339,48 @@ def check_judge(name: str, dataset_dir: str | Path) -> None:
         ConfigError: there is no judge of this name, or it is the expert and the folder has no outcomes.
     """
     _check_name(name)
-    if name == "expert" and not (Path(dataset_dir) / OUTCOMES_FILE).is_file():
+    known = (OUTCOMES_FILE, REWARD_FILE)
+    if name == "expert" and not any((Path(dataset_dir) / file).is_file() for file in known):
         raise ConfigError(
-            f"the judge 'expert' needs the dataset's {OUTCOMES_FILE}, which {dataset_dir} does not have; "
+            f"the judge 'expert' needs the dataset's {' or '.join(known)}, which {dataset_dir} does not have; "
             "use 'bradley-terry' or 'auto'"
         )
 
 
 def load_judge(
     name: str,
-    dataset: str | Path | Mapping[str, Any],
-    outcomes: Mapping[str, Outcomes] | None = None,
+    dataset_dir: str | Path,
     *,
+    splits: Mapping[str, Any] | None = None,
+    outcomes: Mapping[str, Outcomes] | None = None,
     seed: int = 0,
     max_rows: int = 20000,
 ) -> Judge:
-    """The judge of a dataset by name: looked up in its outcomes, or trained on its training split.
+    """The judge of a dataset by name: its known rewards, or trained on its training split.
 
     Args:
-        name: `expert`, `bradley-terry`, or `auto`: the expert where there are outcomes.
-        dataset: the data stage's folder, or its splits where they are loaded already.
-        outcomes: of `read_outcomes`, where they are read already; None reads the folder's, if it has any.
+        name: `expert`, `bradley-terry`, or `auto`: the expert where rewards are known.
+        dataset_dir: the data stage's folder.
+        splits, outcomes: of that folder, where they are read already; None reads them where they are needed.
         seed, max_rows: of a `bradley-terry` judge.
 
     Raises:
         ConfigError: there is no such judge, or it cannot be had from this dataset.
-        DataError: the outcomes are damaged.
+        DataError: the outcomes or the reward are damaged.
     """
-    _check_name(name)
-    if isinstance(dataset, (str, Path)):
-        check_judge(name, dataset)
-        path = Path(dataset) / OUTCOMES_FILE
-        if outcomes is None and path.is_file():
-            outcomes = read_outcomes(path)
-    if name != "bradley-terry" and outcomes:
-        return ExpertJudge(outcomes)
-    if name == "expert":
-        raise ConfigError(
-            f"the judge 'expert' needs the dataset's {OUTCOMES_FILE}; use 'bradley-terry' or 'auto'"
-        )
-    if isinstance(dataset, (str, Path)):
+    check_judge(name, dataset_dir)
+    folder = Path(dataset_dir)
+    if name != "bradley-terry":
+        if outcomes is None and (folder / OUTCOMES_FILE).is_file():
+            outcomes = read_outcomes(folder / OUTCOMES_FILE)
+        if outcomes:
+            return ExpertJudge(outcomes)
+        if (folder / REWARD_FILE).is_file():
+            return RewardJudge(read_reward(folder / REWARD_FILE))
+    if splits is None:
         import datasets
 
-        splits: Any = datasets.load_from_disk(str(dataset))
-    else:
-        splits = dataset
+        splits = datasets.load_from_disk(str(dataset_dir))
     pairs = preference_pairs(text_rows(splits.get("train", ())))
     return BradleyTerryJudge(pairs, seed=seed, max_rows=max_rows)
 

@@ -14,6 +14,7 @@ from softpref.errors import ConfigError
 
 STORY_ROWS = 4000
 STORY_SFT_ROWS = 4000
+EMBEDDED = ("story", "storyteller")  # sources that need no file
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
@@ -22,8 +23,8 @@ class DataConfig:
     """Parameters of the data stage.
 
     Args:
-        source (`str`, defaults to `"story"`): `"story"` (the embedded story world), a local file, a folder
-            of files, a saved `datasets` folder, the URL of one of them (`s3://`, `gs://`, `abfs://`,
+        source (`str`, defaults to `"story"`): `"story"` (the embedded story world, which can be enumerated),
+            `"storyteller"` (embedded too: natural language, with a known reward), a local file, a folder of files, a saved `datasets` folder, the URL of one of them (`s3://`, `gs://`, `abfs://`,
             `https://`, `hf://`, any that fsspec knows; credentials from the environment), or a Hugging Face
             Hub dataset id such as `"owner/name"`. The splits of a dataset folder of this stage are taken over
             as they are, unless `split` asks for one of them.
@@ -159,7 +160,7 @@ class DataConfig:
             text = re.sub(r"\\([nt\\])", lambda escape: _ESCAPES[escape[1]], getattr(self, name))
             setattr(self, name, text)
         if not self.source:
-            raise ConfigError('source is empty; give "story", a file, a folder, a URL or a Hub dataset id')
+            raise ConfigError('source is empty; give "story", "storyteller", a file, a folder, a URL or a Hub dataset id')
         for name, least in (
             ("group_size", 2),
             ("min_votes", 1),
@@ -201,20 +202,20 @@ class DataConfig:
                 raise ConfigError(
                     f"{name} has the role {min(unknown)!r}; known: {', '.join(sorted(allowed))}"
                 )
-        if self.source == "story":
+        if self.embedded:
             for name in ("columns", "prompt_template", "as_messages", "system_prompt", "sft_source"):
                 if getattr(self, name):
                     raise ConfigError(
-                        f'{name} does not go with source "story", whose rows are fixed plain text'
+                        f'{name} does not go with source "{self.source}", whose rows are fixed plain text'
                     )
         if self.story_kind != "pairwise":
             self._check_story_lists()
 
     def _check_story_lists(self) -> None:
         kind = f"story_kind {self.story_kind!r}"
-        if self.source != "story":
+        if not self.embedded:
             raise ConfigError(
-                f'{kind} goes with source "story" alone, got {self.source!r}; list_kind says how its lists '
+                f'{kind} goes with source "story" or "storyteller" alone, got {self.source!r}; list_kind says how its lists '
                 "are read"
             )
         if self.votes != 1:
@@ -231,6 +232,11 @@ class DataConfig:
             raise ConfigError(
                 f"{kind} and list_kind 'best_of_n' contradict each other; take story_kind 'best_of_n'"
             )
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the source is a world of our own."""
+        return self.source in EMBEDDED
 
     @property
     def template_fields(self) -> list[str]:

@@ -17,7 +17,7 @@ from softpref.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 _COLUMNS = {*Preference._fields, "source_row"}
-_TAKEN = (*SPLITS, "dataset_dict.json", "sft", "prompts", "outcomes.jsonl")
+_TAKEN = (*SPLITS, "dataset_dict.json", "sft", "prompts", "outcomes.jsonl", "reward.json")
 # the parameters that choose or change preferences while they are read
 _OF_READING = (
     *("columns", "preference_values", "score_scale", "implicit_prompt", "implicit_prompt_end"),

@@ -101,7 +101,7 @@ class Intake:
         self._spool = spool
         self._rejections = rejections
         self._keep_duplicates = config.duplicates == "keep" or (
-            config.duplicates == "auto" and config.source == "story"
+            config.duplicates == "auto" and config.embedded
         )
         self._prompts: dict[bytes, int] = {}
         self._sets: dict[bytes, int] = {}
@@ -152,7 +152,7 @@ class Intake:
         self.layout = self.layout._replace(
             notes=(*self.layout.notes, *(f"recognised as messages: {form}" for form in forms))
         )
-        if config.source == "story":  # whose columns are its own
+        if config.embedded:  # whose columns are its own
             self.layout = self.layout._replace(unused=(), notes=())
         for note in self.layout.notes:
             logger.warning("%s: %s", source, note)

@@ -6,6 +6,8 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from softpref.data.config import EMBEDDED
+
 _STYLE = """
 :root { color-scheme: light; --ink: #1c2733; --soft: #5b6b7b; --line: #dfe5eb; --fill: #f6f8fa;
   --blue: #2f6fab; --teal: #2a9d8f; --amber: #e9a23b; --red: #c8553d; }
@@ -97,7 +99,7 @@ def _taken_over(stats: Mapping[str, Any]) -> str:
 
 
 def _name(stats: Mapping[str, Any]) -> str:
-    return "the story world" if stats["source"] == "story" else str(stats["source"])
+    return f"the {stats['source']} world" if stats["source"] in EMBEDDED else str(stats["source"])
 
 
 def _tile(count: int, label: str) -> str:

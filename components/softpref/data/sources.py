@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from softpref import remote
+from softpref.data.config import EMBEDDED
 from softpref.errors import ConfigError, DataError
 from softpref.remote import Pinned, is_url, public_url
 
@@ -40,7 +41,7 @@ _MOST_DIGITS = 4300  # of an integer: Python's own limit
 _MOST_LINES = 1000  # of a CSV row: a quote that stays open for longer is taken for one that nobody closed
 _UNREADABLE = object()
 _NOWHERE = (
-    'source {!r} does not exist; give "story", a file, a folder, a URL like s3://BUCKET/FILE, or a Hub '
+    'source {!r} does not exist; give "story", "storyteller", a file, a folder, a URL like s3://BUCKET/FILE, or a Hub '
     "dataset id like owner/name"
 )
 
@@ -132,13 +133,13 @@ def pin(source: str, revision: str | None = None) -> Pinned:
     is empty, and a warning says so.
 
     Args:
-        source: as in `open_source`, or "story".
+        source: as in `open_source`, or an embedded one.
         revision: branch, tag or commit of a Hub dataset.
 
     Raises:
         ConfigError: the source certainly does not exist.
     """
-    if source == "story":
+    if source in EMBEDDED:
         return Pinned(source, revision, "")
     if is_url(source):
         return Pinned(source, revision, remote.fingerprint(source))

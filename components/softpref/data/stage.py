@@ -20,8 +20,9 @@ from typing import Any
 from softpref import __version__
 from softpref.artifacts import readable
 from softpref.data import rows as row_reading
+from softpref.data import storyteller
 from softpref.data.columns import check_present
-from softpref.data.config import STORY_ROWS, STORY_SFT_ROWS, DataConfig
+from softpref.data.config import EMBEDDED, STORY_ROWS, STORY_SFT_ROWS, DataConfig
 from softpref.data.finished import dataset_hash, is_finished, row_bytes, take_over
 from softpref.data.intake import Accepted, Intake, RejectionLog, check_rejections, peek_columns
 from softpref.data.page import render_page
@@ -31,6 +32,7 @@ from softpref.data.story_world import StoryWorld
 from softpref.errors import ConfigError, DataError
 from softpref.progress import settle_output
 from softpref.remote import is_url, public_url
+from softpref.rewards import REWARD_FILE
 from softpref.timings import PhaseTimer
 
 _WRITTEN = {  # what a dataset folder holds; a run replaces them all
@@ -42,6 +44,7 @@ _WRITTEN = {  # what a dataset folder holds; a run replaces them all
     "sft",
     "prompts",
     "outcomes.jsonl",
+    REWARD_FILE,
     "timings.json",
 }
 _SOURCES = ("source", "sft_source", "prompts_source")
@@ -58,7 +61,7 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
     `completions` best first, `kind`, `probability`, `weight` where the source has weights, `source_row`), and
     beside it `stats.json`, `rejected.jsonl`, `page.html`; `sft/` (a `DatasetDict` of `prompt` and
     `completion`) and `prompts/` (a `Dataset` of `prompt`) where the configuration gives them a source; for
-    the story world `outcomes.jsonl`. It appears under its name only when complete. The same configuration and
+    the story world `outcomes.jsonl`, for the storyteller `reward.json`. It appears under its name only when complete. The same configuration and
     source give the same rows. Where the source is such a folder itself, its splits and what lies beside them
     are taken over as they are.
 
@@ -125,7 +128,7 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
     # opened, and thereby known to be there, before anything is read
     fetched = fetch(config.source, config.format) if is_url(config.source) else None
     place = fetched or Path(config.source)
-    finished = config.source != "story" and config.split is None and is_finished(place)
+    finished = not config.embedded and config.split is None and is_finished(place)
     preferences = iter(()) if finished else _preference_rows(config, fetched)
     streams = {
         name: open_source(source)
@@ -212,8 +215,8 @@ def _examples_of(rows: Any, seed: int) -> list[dict[str, Any]]:
 
 
 def _preference_rows(config: DataConfig, fetched: Path | None) -> Iterator[SourceRow]:
-    if config.source == "story":
-        world, rows = StoryWorld(), config.rows or STORY_ROWS
+    if config.embedded:
+        world, rows = _world(config), config.rows or STORY_ROWS
         if config.story_kind == "pairwise":
             draws = world.preferences(rows, config.seed, config.votes)
         else:
@@ -239,7 +242,7 @@ def _choose_rows(intake: Intake, config: DataConfig) -> list[int]:
     ]
     if not kept:
         raise DataError(f"every row of {config.source} contradicts another; contradictions='keep' keeps them")
-    if config.rows is not None and config.rows < len(kept) and config.source != "story":
+    if config.rows is not None and config.rows < len(kept) and not config.embedded:
         kept = sorted(_hash_order(kept, config.seed)[: config.rows])
     return kept
 
@@ -315,13 +318,13 @@ def _write_extras(
     rejections: RejectionLog,
     listing: Path,
 ) -> dict[str, Any]:
-    """`sft/`, `prompts/` and `outcomes.jsonl`, where the configuration gives them a source.
+    """`sft/`, `prompts/`, `outcomes.jsonl` and `reward.json`, where the configuration gives them a source.
 
     Args:
         streams: the rows of the further sources `sft` and `prompts`.
     """
     extras: dict[str, Any] = {}
-    if config.source == "story" or "sft" in streams:
+    if config.embedded or "sft" in streams:
         demonstrations = streams.get("sft") or _story_demonstrations(config)
         columns = {"prompt": "prompt", "completion": "completion", **config.sft_columns}
         splits = ("train", "validation")
@@ -335,7 +338,7 @@ def _write_extras(
                 held_out += 1
                 continue
             writer.write(split, record)
-            if config.source != "story" and sum(writer.counts.values()) == config.sft_rows:
+            if not config.embedded and sum(writer.counts.values()) == config.sft_rows:
                 break
         if not writer.counts["train"]:
             raise DataError(
@@ -376,12 +379,18 @@ def _write_extras(
                     "weights": outcomes.weights.tolist(),
                 }
                 file.write(json.dumps(line) + "\n")
+    elif config.source == "storyteller":
+        storyteller.REWARD.write(folder / REWARD_FILE)
     return extras
+
+
+def _world(config: DataConfig) -> StoryWorld | storyteller.Storyteller:
+    return StoryWorld() if config.source == "story" else storyteller.Storyteller()
 
 
 def _story_demonstrations(config: DataConfig) -> Iterator[SourceRow]:
     # Another seed than the preferences', so that the two draws do not repeat each other's stories.
-    draws = StoryWorld().demonstrations(config.sft_rows or STORY_SFT_ROWS, config.seed + 1)
+    draws = _world(config).demonstrations(config.sft_rows or STORY_SFT_ROWS, config.seed + 1)
     return (SourceRow(number, f"draw {number}", record) for number, record in enumerate(draws, start=1))
 
 
@@ -538,7 +547,7 @@ def _refuse_source_inside(config: DataConfig, output: Path) -> None:
     for name in _SOURCES:
         given = getattr(config, name)
         local = re.sub("^(file|local)://", "", given or "")
-        path = Path(os.path.realpath(local)) if local and local != "story" else None
+        path = Path(os.path.realpath(local)) if local and local not in EMBEDDED else None
         if path and path.exists() and Path(os.path.realpath(output)) in (path, *path.parents):
             raise ConfigError(f"{name} {given} lies in the output {output}, which is replaced; give another")
 

@@ -254,7 +254,7 @@ def _prepare(
     kept = list(_choose(dict(enumerate(kept)), config.max_rows, config.seed).values())
     outcomes_path = Path(places["dataset"]) / OUTCOMES_FILE
     outcomes = read_outcomes(outcomes_path) if outcomes_path.is_file() else {}
-    judge, judge_accuracy = _judge(config, dataset, outcomes, bootstrap)
+    judge, judge_accuracy = _judge(config, dataset, places["dataset"], outcomes, bootstrap)
     models = load_reference(config, places, metadata)
     tokenized = tokenize_prompts(models, prompts, rows)
     check_prompts(models.reference, models, tokenized)
@@ -356,12 +356,19 @@ def _outside(judge: Judge, records: Sequence[PromptRecord]) -> list[str]:
 
 
 def _judge(
-    config: EvaluationConfig, dataset: Any, outcomes: dict[str, Any], bootstrap: Any
+    config: EvaluationConfig, dataset: Any, dataset_dir: str, outcomes: dict[str, Any], bootstrap: Any
 ) -> tuple[Any, Any]:
     """The judge asked for, and the validation accuracy of a trained one (None where there is none)."""
     from softpref.evaluation.metrics import PreferenceMetric
 
-    judge = load_judge(config.judge, dataset, outcomes, seed=config.seed, max_rows=config.judge_max_rows)
+    judge = load_judge(
+        config.judge,
+        dataset_dir,
+        splits=dataset,
+        outcomes=outcomes,
+        seed=config.seed,
+        max_rows=config.judge_max_rows,
+    )
     if judge.name == "expert":
         return judge, None
     held_out = list(text_rows(dataset.get("validation", ())))

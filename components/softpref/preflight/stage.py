@@ -254,7 +254,7 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     if here:
         _check_local_source(source)
     bare = [one.name for one in members if one.method == "spo" and not float(one.options.get("anchor", 0))]
-    if source != "story" and bare:
+    if data.source != "story" and bare:
         logger.warning(
             "%s: anchor is 0, the method as published: on natural text, whose log-probabilities differ by "
             "tens of nats, softness has no effect then; set anchor to 1",
@@ -263,9 +263,9 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     _build(SFTConfig, stages["sft"])
     for member in members:
         config = build_config(SPOConfig, *training_layers(stages["train"], member))
-        if config.uses_judge and config.judge == "expert" and source != "story":
+        if config.uses_judge and config.judge == "expert" and not data.embedded:
             raise ConfigError(
-                f"{member.name}: judge expert knows the story world alone, and the source is {shown}; use "
+                f"{member.name}: judge expert knows the embedded sources alone, and the source is {shown}; use "
                 "judge bradley-terry, which learns from the training preferences, or auto"
             )
         if config.method == "sppo" and config.train_on == "preferences" and data.story_kind == "best_of_n":
@@ -273,9 +273,9 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
                 f"{member.name}: a best-of-n row tells only of its best, and sppo needs to know how often "
                 "each completion wins; use story_kind pairwise or ranking, or train_on=samples"
             )
-    if _build(EvaluationConfig, stages["evaluation"]).judge == "expert" and source != "story":
+    if _build(EvaluationConfig, stages["evaluation"]).judge == "expert" and not data.embedded:
         raise ConfigError(
-            f"judge expert knows the story world alone, and the source is {shown}; use judge bradley-terry, "
+            f"judge expert knows the embedded sources alone, and the source is {shown}; use judge bradley-terry, "
             "which learns from the training preferences, or auto"
         )
     check_rule(stages["comparison"].get("rule", "expected_reward"), stages["comparison"].get("max_kl"))
