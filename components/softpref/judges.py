@@ -342,8 +342,8 @@ def check_judge(name: str, dataset_dir: str | Path) -> None:
     known = (OUTCOMES_FILE, REWARD_FILE)
     if name == "expert" and not any((Path(dataset_dir) / file).is_file() for file in known):
         raise ConfigError(
-            f"the judge 'expert' needs the dataset's {' or '.join(known)}, which {dataset_dir} does not have; "
-            "use 'bradley-terry' or 'auto'"
+            f"the judge 'expert' needs the dataset's {' or '.join(known)}, but {dataset_dir} has none; use "
+            "'bradley-terry' or 'auto'"
         )
 
 

@@ -1,4 +1,4 @@
-"""A known reward of a text, read off its words: what experts of the storyteller like, or a file of your own."""
+"""A known reward of a text, read off its words: what the storyteller's experts like, or your own."""
 
 from __future__ import annotations
 

@@ -24,10 +24,11 @@ class DataConfig:
 
     Args:
         source (`str`, defaults to `"story"`): `"story"` (the embedded story world, which can be enumerated),
-            `"storyteller"` (embedded too: natural language, with a known reward), a local file, a folder of files, a saved `datasets` folder, the URL of one of them (`s3://`, `gs://`, `abfs://`,
-            `https://`, `hf://`, any that fsspec knows; credentials from the environment), or a Hugging Face
-            Hub dataset id such as `"owner/name"`. The splits of a dataset folder of this stage are taken over
-            as they are, unless `split` asks for one of them.
+            `"storyteller"` (embedded too: natural language, with a known reward), a local file, a folder of
+            files, a saved `datasets` folder, the URL of one of them (`s3://`, `gs://`, `abfs://`, `https://`,
+            `hf://`, any that fsspec knows; credentials from the environment), or a Hugging Face Hub dataset
+            id such as `"owner/name"`. The splits of a dataset folder of this stage are taken over as they
+            are, unless `split` asks for one of them.
         subset (`str`, *optional*): configuration name of a Hub dataset, or of a folder whose dataset card
             (`README.md`) names several.
         split (`str`, *optional*): which split to read of a Hub dataset, a saved `DatasetDict`, or a folder
@@ -160,7 +161,9 @@ class DataConfig:
             text = re.sub(r"\\([nt\\])", lambda escape: _ESCAPES[escape[1]], getattr(self, name))
             setattr(self, name, text)
         if not self.source:
-            raise ConfigError('source is empty; give "story", "storyteller", a file, a folder, a URL or a Hub dataset id')
+            raise ConfigError(
+                'source is empty; give "story", "storyteller", a file, a folder, a URL or a Hub dataset id'
+            )
         for name, least in (
             ("group_size", 2),
             ("min_votes", 1),
@@ -215,8 +218,8 @@ class DataConfig:
         kind = f"story_kind {self.story_kind!r}"
         if not self.embedded:
             raise ConfigError(
-                f'{kind} goes with source "story" or "storyteller" alone, got {self.source!r}; list_kind says how its lists '
-                "are read"
+                f'{kind} goes with source "story" or "storyteller" alone, got {self.source!r}; list_kind says '
+                "how its lists are read"
             )
         if self.votes != 1:
             raise ConfigError(

@@ -41,8 +41,8 @@ _MOST_DIGITS = 4300  # of an integer: Python's own limit
 _MOST_LINES = 1000  # of a CSV row: a quote that stays open for longer is taken for one that nobody closed
 _UNREADABLE = object()
 _NOWHERE = (
-    'source {!r} does not exist; give "story", "storyteller", a file, a folder, a URL like s3://BUCKET/FILE, or a Hub '
-    "dataset id like owner/name"
+    'source {!r} does not exist; give "story", "storyteller", a file, a folder, a URL like s3://BUCKET/FILE, '
+    "or a Hub dataset id like owner/name"
 )
 
 

@@ -61,9 +61,9 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
     `completions` best first, `kind`, `probability`, `weight` where the source has weights, `source_row`), and
     beside it `stats.json`, `rejected.jsonl`, `page.html`; `sft/` (a `DatasetDict` of `prompt` and
     `completion`) and `prompts/` (a `Dataset` of `prompt`) where the configuration gives them a source; for
-    the story world `outcomes.jsonl`, for the storyteller `reward.json`. It appears under its name only when complete. The same configuration and
-    source give the same rows. Where the source is such a folder itself, its splits and what lies beside them
-    are taken over as they are.
+    the story world `outcomes.jsonl`, for the storyteller `reward.json`. It appears under its name only when
+    complete. The same configuration and source give the same rows. Where the source is such a folder itself,
+    its splits and what lies beside them are taken over as they are.
 
     Args:
         config: what to read and how.

@@ -1,4 +1,4 @@
-"""The storyteller: short stories in natural language, too many to enumerate, whose reward anybody can recompute.
+"""The storyteller: short stories in natural language, too many to enumerate, of a known reward.
 
 A prompt begins a story; a story goes on for two to six sentences, so that completions differ in length as
 those of real data do. The experts' reward is read off the text alone. Preferences follow Bradley-Terry,
@@ -231,7 +231,9 @@ class Storyteller:
         return prompt, list(stories)
 
     def _one(self, options: Sequence[str], random: np.random.Generator, but: str = "") -> str:
-        while (option := options[int(np.searchsorted(self._cumulative[len(options)], random.random()))]) == but:
+        while (
+            option := options[int(np.searchsorted(self._cumulative[len(options)], random.random()))]
+        ) == but:
             pass
         return option
 
@@ -240,7 +242,9 @@ class Storyteller:
 
         def word(match: re.Match[str]) -> str:
             slot = match[1].lower()
-            found = fixed[slot] if slot in fixed else self._fill(self._one(_WORDS[slot], random), fixed, random)
+            found = (
+                fixed[slot] if slot in fixed else self._fill(self._one(_WORDS[slot], random), fixed, random)
+            )
             return found[:1].upper() + found[1:] if match[1] != slot else found
 
         return _SLOT.sub(word, text)

@@ -24,6 +24,8 @@ from softpref.evaluation.curves import (
     point,
     shortfall,
     softmax_points,
+    theory_point,
+    theory_points,
 )
 from softpref.evaluation.exact import ExactPrompt, entropy
 
@@ -359,7 +361,7 @@ def _shortfall(axes: Any, drawn: Sequence[Curve], chosen: str | None, maximum: S
 
 
 def _against_kl(axes: Any, drawn: Sequence[Curve], chosen: str | None, metric: str, title: str) -> _Labels:
-    """A figure of the samples against KL to the reference, with intervals."""
+    """A figure of the samples against KL to the reference, with intervals, and theory's where known."""
     labels = _Labels(axes)
 
     def place_of(member: Mapping[str, Any]) -> Point | None:
@@ -380,6 +382,19 @@ def _against_kl(axes: Any, drawn: Sequence[Curve], chosen: str | None, metric: s
                 zorder=2,
             )
     members = [member for curve in drawn for member in curve.members]
+    if metric == "expected_reward" and (most := theory_points(members)):
+        axes.plot(
+            *zip(*most, strict=True), color=_INK, linewidth=1.0, alpha=0.55, zorder=1,
+            label="π_ref · exp(reward / τ), the most possible",
+        )  # fmt: skip
+        labels.keep_clear([Point(*pair) for pair in most])
+        for curve in drawn:
+            for member in curve.members:
+                ours, best = place_of(member), theory_point(member)
+                if ours and best:
+                    look = {"color": _look(curve, drawn)["color"], "zorder": 2}
+                    axes.plot(*zip(ours, best, strict=True), linewidth=0.9, **look)
+                    axes.plot(*best, marker="_", markersize=11, markeredgewidth=2, **look)
     _spread(axes, [member["metrics"]["kl_sequence"]["value"] for member in members])
     axes.set_title(f"{title.capitalize()} of samples", loc="left")
     axes.set(xlabel="KL to the reference, nats", ylabel=title if metric == "win_rate" else f"{title}, nats")

@@ -36,6 +36,8 @@ _SUMMARY = (
     "metrics",
     "exact",
     "softmax_frontier",
+    "theory",
+    "reward_frontier",
     "by_prompt",
     "warnings",
 )
@@ -155,6 +157,12 @@ def format_table(members: Sequence[Mapping[str, Any]]) -> str:
             ("KL(optimum‖policy)", "exact", "kl_optimum_to_policy"),
             ("mass on set", "exact", "mass_on_set"),
         ]
+    if any(member["theory"] for member in members):
+        columns += [
+            ("optimum's reward", "theory", "optimum_expected_reward"),
+            ("optimum's KL", "theory", "optimum_kl"),
+            ("effective share", "theory", "effective_sample_size"),
+        ]
     lines = [["model", "α", *(title for title, _, _ in columns)]]
     for member in sorted(members, key=position):
         alpha = member["alpha"] if member["method"] == "spo" else None
@@ -221,7 +229,8 @@ def _read(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / EVALUATION_FILE
     if not path.is_file():
         raise ConfigError(f"{folder} is no evaluation folder: it has no {EVALUATION_FILE}")
-    evaluation = {"anchor": 0.0, "kl_beta": 0.0, **json.loads(path.read_text(encoding="utf-8"))}
+    older = {"anchor": 0.0, "kl_beta": 0.0, "theory": None, "reward_frontier": None}
+    evaluation = {**older, **json.loads(path.read_text(encoding="utf-8"))}
     missing = [key for key in (*_SUMMARY, "judge", "settings") if key not in evaluation]
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}; was it written by this version's evaluation?")
@@ -260,6 +269,12 @@ def _write_report(
             ("Optimum's entropy", "exact", "optimum_entropy"),
             ("KL(optimum ‖ policy)", "exact", "kl_optimum_to_policy"),
             ("Mass on the set", "exact", "mass_on_set"),
+        ]
+    if any(member["theory"] for member in members):
+        columns += [
+            ("Optimum's reward", "theory", "optimum_expected_reward"),
+            ("Optimum's KL, nats", "theory", "optimum_kl"),
+            ("Effective share", "theory", "effective_sample_size"),
         ]
     rows = []
     for member in members:

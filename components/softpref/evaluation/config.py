@@ -33,8 +33,11 @@ class EvaluationConfig:
             `bradley-terry` (trained on the training split's preferences), or `auto`: the expert where there
             is one.
         judge_max_rows (`int`, defaults to 20000): most training pairs for the Bradley-Terry judge.
-        exact_prompts (`int`, defaults to 8): prompts whose every outcome is scored against the exact optimum,
-            where the dataset enumerates them; 0 leaves the exact figures out.
+        exact_prompts (`int`, defaults to 8): prompts that are set against theory: every outcome is scored
+            where the dataset enumerates them, else see `theory_samples`; 0 leaves theory out.
+        theory_samples (`int`, defaults to 1024): samples of the reference for each of `exact_prompts`
+            prompts, from which the optimum is estimated where the reward of any text is known; 0 leaves that
+            out.
         bootstrap_samples (`int`, defaults to 1000): resamples per confidence interval.
         confidence (`float`, defaults to 0.95): coverage of the intervals, in (0, 1).
         seed (`int`, defaults to 0): of the choice of prompts and rows, the sampling, the judge and the
@@ -59,6 +62,7 @@ class EvaluationConfig:
     judge: JudgeName = "auto"
     judge_max_rows: int = 20000
     exact_prompts: int = 8
+    theory_samples: int = 1024
     bootstrap_samples: int = 1000
     confidence: float = 0.95
     seed: int = 0
@@ -78,6 +82,7 @@ class EvaluationConfig:
             ("batch_size", 1),
             ("judge_max_rows", 2),
             ("exact_prompts", 0),
+            ("theory_samples", 0),
             ("bootstrap_samples", 100),
             ("seed", 0),
         ):

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from softpref.evaluation.theory import TRUSTED
+
 Member = Mapping[str, Any]
 
 
@@ -88,6 +90,20 @@ def point(member: Member, exact: bool) -> Point | None:
 def optimum_point(member: Member) -> Point | None:
     """Where the exact optimum of a member's objective stands; None where it is not known."""
     return _point(member["exact"] or {}, "optimum_expected_reward", "optimum_entropy")
+
+
+def theory_point(member: Member) -> tuple[float, float] | None:
+    """KL and expected reward of the optimum of a member's objective, where samples tell them well enough."""
+    figures = {name: figure["value"] for name, figure in (member["theory"] or {}).items()}
+    if (figures.get("effective_sample_size") or 0.0) < TRUSTED:
+        return None
+    return figures["optimum_kl"], figures["optimum_expected_reward"]
+
+
+def theory_points(members: Sequence[Member]) -> list[tuple[float, float]]:
+    """KL and the most expected reward there, from the first member that knows it; else empty."""
+    known = [pairs for member in members if len(pairs := member["reward_frontier"] or ()) > 1]
+    return [tuple(pair) for pair in known[0]] if known else []
 
 
 def softmax_points(members: Sequence[Member]) -> list[Point]:

@@ -154,48 +154,71 @@ def exact_prompt(
 ) -> ExactPrompt:
     """Set one prompt's policy beside the optimum of the objective it was trained on.
 
-    For `spo` that is the minimiser of L_pref^α + β·KL, of the base measure π_ref^anchor, under the rows of
-    the data: sets of distinct outcomes, drawn one after another by weight. The distribution of pairs is
-    known; of larger sets some thousands are drawn. For `dpo`, and `rdpo` without smoothing, it is
-    softmax(log π_ref + r/β), which holds under Bradley-Terry, and so for all pairs of a ranking; with a KL
-    term beside it, that of `spo` with anchor 1 over these pairs. For `ipo` it is a least-squares fit over
-    them. Where the optimum is not known (`why_unknown`) it is NaN, and figures of it become None.
+    Where the optimum is not known (`why_unknown`) it is NaN, and figures of it become None.
 
     Args:
         policy_logps, reference_logps: `[N]`, log-probabilities of the whole completions, end token included.
         seed: of the sets drawn; with the same one, optima of several objectives differ by these alone.
     """
+    best = optimum(outcomes.rewards, reference_logps, outcomes.weights, objective, seed=seed)
+    rewards = np.asarray(outcomes.rewards, dtype=np.float64)
+    masses = (float(np.exp(_logsumexp(logps))) for logps in (policy_logps, reference_logps))
+    return ExactPrompt(rewards, _normalised(policy_logps), _normalised(reference_logps), best, *masses)
+
+
+def optimum(
+    rewards: np.ndarray,
+    reference_logps: np.ndarray,
+    weights: np.ndarray,
+    objective: Objective,
+    *,
+    stands_for: np.ndarray | float = 0.0,
+    seed: int = 0,
+) -> np.ndarray:
+    """The optimum of an objective over a set of completions.
+
+    For `spo` that is the minimiser of L_pref^α + β·KL, of the base measure π_ref^anchor, under the rows of
+    the data: sets of distinct completions, drawn one after another by weight. The distribution of pairs is
+    known; of larger sets some thousands are drawn. For `dpo`, and `rdpo` without smoothing, it is
+    softmax(log π_ref + r/β), which holds under Bradley-Terry, and so for all pairs of a ranking; with a KL
+    term beside it, that of `spo` with anchor 1 over these pairs. For `ipo` it is a least-squares fit over
+    them.
+
+    Args:
+        rewards, reference_logps: `[N]`, the expert's, and those of the reference, in nats.
+        weights: `[N]`, the probability that a candidate of a row is this completion; sums to 1.
+        stands_for: `[N]`, the logarithm of how many completions each is one of; 0 where all are listed.
+        seed: of the sets drawn.
+
+    Returns:
+        `[N]` log-probabilities that sum to 1; NaN where the optimum is not known.
+    """
     import torch
 
     from softpref.objectives import exact_optimum, ipo_optimum
 
-    rewards = np.asarray(outcomes.rewards, dtype=np.float64)
-    tensors = torch.as_tensor(rewards), torch.as_tensor(reference_logps, dtype=torch.float64)
-    reference, kind = tensors[1], objective.kind
-    alpha, anchor, beta = objective.alpha, objective.anchor, objective.beta
+    if why_unknown(objective):
+        return np.full(len(rewards), np.nan)
+    logps = torch.as_tensor(reference_logps, dtype=torch.float64)
+    shift = torch.as_tensor(stands_for, dtype=torch.float64)
+    tensors = torch.as_tensor(rewards, dtype=torch.float64), logps + shift
+    kind, alpha, anchor, beta = objective.kind, objective.alpha, objective.anchor, objective.beta
     if objective.method in ("dpo", "rdpo") and beta > 0:  # β times the loss of anchor 1 and α = β
         alpha, anchor, beta = beta, 1.0, objective.kl_beta / beta
     groups = None
-    if objective.group_size > 2 and beta > 0 and not why_unknown(objective):
+    if objective.group_size > 2 and beta > 0:
         cost = 2**objective.group_size if kind == "ranking" else objective.group_size
         count = min(_GROUPS, _GROUP_TABLE // cost)
-        groups = draw_groups(outcomes.weights, count, objective.group_size, np.random.default_rng(seed))
-    if why_unknown(objective):
-        optimum = np.full_like(rewards, np.nan)
-    elif objective.method == "ipo":
-        pairs = torch.as_tensor(pair_probabilities(outcomes.weights, groups))
-        optimum = ipo_optimum(*tensors, beta=beta, pair_probabilities=pairs).numpy()
-    else:
-        asked: dict[str, Any] = {}
-        if groups is not None and objective.method == "spo":
-            asked = {"groups": torch.as_tensor(groups), "kind": kind}
-        elif beta > 0:
-            pairs = torch.as_tensor(pair_probabilities(outcomes.weights, groups))
-            asked = {"pair_probabilities": pairs}
-        base = anchor * reference
-        optimum = exact_optimum(*tensors, alpha=alpha, beta=beta, base_logps=base, **asked).numpy()
-    masses = (float(np.exp(_logsumexp(logps))) for logps in (policy_logps, reference_logps))
-    return ExactPrompt(rewards, _normalised(policy_logps), _normalised(reference_logps), optimum, *masses)
+        groups = draw_groups(weights, count, objective.group_size, np.random.default_rng(seed))
+    if objective.method == "ipo":
+        pairs = torch.as_tensor(pair_probabilities(weights, groups))
+        return ipo_optimum(*tensors, beta=objective.beta, pair_probabilities=pairs).numpy()
+    asked: dict[str, Any] = {}
+    if groups is not None and objective.method == "spo":
+        asked = {"groups": torch.as_tensor(groups), "kind": kind}
+    elif beta > 0:
+        asked = {"pair_probabilities": torch.as_tensor(pair_probabilities(weights, groups))}
+    return exact_optimum(*tensors, alpha=alpha, beta=beta, base_logps=anchor * logps + shift, **asked).numpy()
 
 
 def draw_groups(weights: np.ndarray, count: int, size: int, random: np.random.Generator) -> np.ndarray:

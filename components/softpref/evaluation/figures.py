@@ -5,6 +5,7 @@ Loads the models and runs them; knows no folder of results, and judges no compar
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from softpref.errors import DataError
 from softpref.evaluation.config import EvaluationConfig
-from softpref.judges import as_text
+from softpref.judges import RewardJudge, as_text
 from softpref.progress import progress
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from softpref.evaluation.exact import ExactPrompt
     from softpref.evaluation.intervals import Bootstrap, Figure
     from softpref.evaluation.measure import PromptRecord
+    from softpref.evaluation.theory import SampledPrompt
     from softpref.judges import Judge
     from softpref.lm.sampling import Sample
     from softpref.lm.tokenization import TokenizedPrompt
@@ -264,6 +268,34 @@ def sampled(
     return figures, records
 
 
+def theory_samples(
+    models: Models,
+    prompts: Sequence[Any],
+    tokenized: Sequence[TokenizedPrompt],
+    judge: Judge,
+    config: EvaluationConfig,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What samples of the reference earn, and their log-probabilities, for the first `exact_prompts` prompts.
+
+    Empty unless the judge is an expert that knows the reward of any text.
+    """
+    import numpy as np
+
+    from softpref.lm.scoring import score_sequences
+
+    if not isinstance(judge, RewardJudge) or not config.theory_samples or not config.exact_prompts:
+        return []
+    count = config.exact_prompts
+    many = dataclasses.replace(config, samples_per_prompt=config.theory_samples)
+    drawn, shown = draw_samples(models, "reference", prompts[:count], tokenized[:count], judge, many)
+    found = []
+    for samples, texts in zip(drawn, shown, strict=True):
+        sequences = [(sample.prompt, sample.completion) for sample in samples]
+        logps = score_sequences(models.reference, sequences, **models.scoring).double().numpy()
+        found.append((np.array([text["score"] for text in texts]), logps))
+    return found
+
+
 def enumerated(
     models: Models,
     outcomes: Mapping[str, Any],
@@ -307,3 +339,38 @@ def enumerated(
             policy, reference = scores
             found.append(exact_prompt(entry, policy, reference, objective, seed=config.seed))
     return found
+
+
+def against_theory(
+    theory: Sequence[tuple[np.ndarray, np.ndarray]],
+    records: Sequence[PromptRecord],
+    metadata: Mapping[str, Any],
+    stats: Mapping[str, Any],
+    seed: int,
+    warnings: list[str],
+) -> list[SampledPrompt]:
+    """Set the policy's samples beside the optimum over those of the reference, prompt by prompt.
+
+    Args:
+        theory: of `theory_samples`; records: of all prompts, in the same order.
+        warnings: what a reader should know of the optimum is added.
+    """
+    from statistics import fmean
+
+    from softpref.evaluation.exact import trained_objective, why_unknown
+    from softpref.evaluation.theory import sampled_prompt
+
+    objective = trained_objective(metadata, stats)
+    if theory and (reason := why_unknown(objective)):
+        warnings.append(f"The optimum is not known: {reason}.")
+    return [
+        sampled_prompt(
+            rewards,
+            logps,
+            objective,
+            policy_reward=fmean(sample["score"] for sample in record.policy),
+            policy_kl=fmean(sample["kl"] for sample in record.policy),
+            seed=seed,
+        )
+        for (rewards, logps), record in zip(theory, records, strict=False)
+    ]

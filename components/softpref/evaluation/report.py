@@ -33,6 +33,9 @@ LABELS = {
     "optimum_entropy": ("Entropy of the optimum", "what theory promises"),
     "reference_entropy": ("Entropy of the reference", "where training began"),
     "optimum_expected_reward": ("Expected reward of the optimum", "what theory promises"),
+    "kl": ("KL to the reference", "of the policy, per completion"),
+    "optimum_kl": ("KL of the optimum to the reference", "what theory promises"),
+    "effective_sample_size": ("Effective share of the samples", "how many of them the optimum rests on"),
     "mass_on_set": ("Mass on the set", "probability the policy gives to texts the experts know"),
     "reference_mass_on_set": ("Mass of the reference", "probability it gives to these texts"),
 }
@@ -76,6 +79,21 @@ svg.chart { width: 100%; height: auto; margin: .4rem 0; }
   white-space: pre-wrap; overflow-wrap: anywhere; margin: 1.4rem 0 .5rem; }
 .score { font-variant-numeric: tabular-nums; color: var(--dim); white-space: nowrap; }
 """
+
+
+def trust_sentence(theory: Mapping[str, Any]) -> str:
+    """How far the optimum's figures that rest on samples can be trusted."""
+    from softpref.evaluation.theory import TRUSTED
+
+    share = theory["effective_sample_size"]["value"]
+    if share is None:
+        return "That minimiser is not known."
+    if share < TRUSTED:
+        return (
+            f"They cannot be trusted: the optimum rests on {share:.1%} of the samples, less than "
+            f"{TRUSTED:.0%}; it lies too far from the reference."
+        )
+    return f"The optimum rests on {share:.0%} of the samples."
 
 
 def write_report(
@@ -126,6 +144,15 @@ def write_report(
         if optimum_known:
             body += [charts.optimum_against_policy(exact)]
         body += [charts.entropy_and_reward(exact), figure_table(evaluation["exact"], confidence)]
+    if theory := evaluation["theory"]:
+        body += [
+            "<h2>Against theory</h2>",
+            f"<p>The reward of any text is known here, so {evaluation['settings']['theory_samples']:,} more "
+            f"samples of the reference on each of {theory['kl']['prompts']} held-out prompts tell by their "
+            "rewards where the minimiser of this policy's own objective lies. "
+            f"{escape(trust_sentence(theory))}</p>",
+            figure_table(theory, confidence),
+        ]
     body += [
         "<h2>All figures</h2>",
         figure_table({name: metrics[name] for name in order}, confidence),

@@ -14,6 +14,7 @@ from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.figures import (
     Models,
+    against_theory,
     check_prompts,
     draw_samples,
     enumerated,
@@ -21,6 +22,7 @@ from softpref.evaluation.figures import (
     load_policy,
     load_reference,
     sampled,
+    theory_samples,
     tokenize_prompts,
 )
 from softpref.judges import OUTCOMES_FILE, check_judge, load_judge, read_outcomes, text_rows
@@ -37,6 +39,8 @@ from softpref.progress import settle_output
 from softpref.timings import PhaseTimer
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from softpref.evaluation.intervals import Bootstrap, Figure
     from softpref.evaluation.measure import PromptRecord
     from softpref.judges import Judge, Outcomes
@@ -49,6 +53,7 @@ _EXACT_HEADLINE = ("exact/kl_optimum_to_policy", "exact/mass_on_set")
 _SAMPLED_HEADLINE = ("self_bleu", "truncated_fraction")
 # what changes the meaning of a figure; batch sizes, devices and addresses do not
 _DEFINING = ("split", "max_prompts", "max_rows", "samples_per_prompt", "judge_max_rows", "seed")
+_SHOWN_SETTINGS = ("confidence", "bootstrap_samples", "theory_samples")
 
 
 def run(
@@ -165,8 +170,12 @@ def headline(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 
 def flat_figures(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """`{NAME: value, exact/NAME: value}` of the figures that have a value, for metric stores."""
-    groups = {"": evaluation["metrics"], "exact/": evaluation["exact"] or {}}
+    """`{NAME: value, exact/NAME: value, theory/NAME: value}` of the figures that have a value."""
+    groups = {
+        "": evaluation["metrics"],
+        "exact/": evaluation["exact"] or {},
+        "theory/": evaluation.get("theory") or {},
+    }
     return {
         f"{prefix}{group}{name}": figure["value"]
         for group, figures in groups.items()
@@ -199,6 +208,8 @@ class _Task(NamedTuple):
         judge_accuracy: on the validation split, of a trained judge.
         models: the reference alone.
         reference: its samples, by prompt.
+        theory: rewards and log-probabilities of further samples of it, for the first prompts, where the
+            reward of any text is known.
     """
 
     identity: str
@@ -212,6 +223,7 @@ class _Task(NamedTuple):
     bootstrap: Bootstrap
     models: Models
     reference: list[list[dict[str, Any]]]
+    theory: list[tuple[np.ndarray, np.ndarray]]
 
 
 def _extrapolated(policy: _Member) -> list[_Member]:
@@ -270,6 +282,7 @@ def _prepare(
         bootstrap,
         models,
         draw_samples(models, "reference", prompts, tokenized, judge, config)[1],
+        theory_samples(models, prompts, tokenized, judge, config),
     )
 
 
@@ -285,6 +298,7 @@ def _evaluate(
     """Measure one member, write its samples and report, return what `evaluation.json` will hold."""
     from softpref.evaluation.exact import exact_figures, softmax_frontier
     from softpref.evaluation.report import write_report
+    from softpref.evaluation.theory import reward_frontier, sampled_figures
 
     metadata, prompts, judge, bootstrap = member.metadata, task.prompts, task.judge, task.bootstrap
     timer.enter("loading")
@@ -297,6 +311,7 @@ def _evaluate(
     figures |= of_samples
     stats = _stats(places["dataset"])
     exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings)
+    theory = against_theory(task.theory, records, metadata, stats, config.seed, warnings)
     warnings += _outside(judge, records)
     warnings += _warnings(config, figures, task.judge_accuracy, metadata, places["dataset"], len(prompts))
     evaluation = {
@@ -327,8 +342,14 @@ def _evaluate(
             else None
         ),
         "softmax_frontier": softmax_frontier(exact) if exact else None,
+        "theory": (
+            {key: figure._asdict() for key, figure in sampled_figures(theory, bootstrap).items()}
+            if theory
+            else None
+        ),
+        "reward_frontier": reward_frontier(theory) if theory else None,
         "by_prompt": by_prompt(records),
-        "settings": {key: getattr(config, key) for key in (*_DEFINING, "confidence", "bootstrap_samples")}
+        "settings": {key: getattr(config, key) for key in (*_DEFINING, *_SHOWN_SETTINGS)}
         | {"max_new_tokens": models.max_new_tokens},
         "warnings": warnings,
     }

@@ -265,7 +265,7 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
         config = build_config(SPOConfig, *training_layers(stages["train"], member))
         if config.uses_judge and config.judge == "expert" and not data.embedded:
             raise ConfigError(
-                f"{member.name}: judge expert knows the embedded sources alone, and the source is {shown}; use "
+                f"{member.name}: judge expert knows embedded sources alone, and the source is {shown}; use "
                 "judge bradley-terry, which learns from the training preferences, or auto"
             )
         if config.method == "sppo" and config.train_on == "preferences" and data.story_kind == "best_of_n":
@@ -275,7 +275,7 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
             )
     if _build(EvaluationConfig, stages["evaluation"]).judge == "expert" and not data.embedded:
         raise ConfigError(
-            f"judge expert knows the embedded sources alone, and the source is {shown}; use judge bradley-terry, "
+            f"judge expert knows embedded sources alone, and the source is {shown}; use judge bradley-terry, "
             "which learns from the training preferences, or auto"
         )
     check_rule(stages["comparison"].get("rule", "expected_reward"), stages["comparison"].get("max_kl"))

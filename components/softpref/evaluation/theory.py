@@ -1,0 +1,108 @@
+"""What theory promises where completions cannot be enumerated: importance sampling from the reference.
+
+With a known reward, samples of the reference stand for all completions: the optimum of an objective is a
+distribution over them (the density ratio to the reference), as long as enough of them matter to it. Works on
+rewards and log-probabilities; runs no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from softpref.evaluation.exact import Objective, optimum
+from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, Figure, interval
+
+TRUSTED = 0.1
+"""Effective share of the samples from which on the optimum's figures are worth a comparison."""
+
+
+class SampledPrompt(NamedTuple):
+    """One prompt: `n` samples of the reference, and what the policy did.
+
+    Attributes:
+        rewards: `[n]`, the expert's.
+        reference_logps: `[n]`, log-probabilities of the whole samples under the reference, nats.
+        optimum: `[n]`, log-probabilities of the optimum over the samples; NaN where it is not known.
+        policy_reward, policy_kl: means over the policy's own samples, nats.
+    """
+
+    rewards: np.ndarray
+    reference_logps: np.ndarray
+    optimum: np.ndarray
+    policy_reward: float
+    policy_kl: float
+
+
+def sampled_prompt(
+    rewards: np.ndarray,
+    reference_logps: np.ndarray,
+    objective: Objective,
+    *,
+    policy_reward: float,
+    policy_kl: float,
+    seed: int = 0,
+) -> SampledPrompt:
+    """Find the optimum of `objective` over samples of the reference, each of which has its share 1/n of it.
+
+    Pairs and groups of the data are taken to be drawn from the reference too. See `SampledPrompt` for the
+    arguments.
+    """
+    count = len(rewards)
+    # a sample stands for 1 / (n π_ref) completions like it
+    stands_for = -np.log(count) - np.asarray(reference_logps, dtype=np.float64)
+    best = optimum(
+        rewards, reference_logps, np.full(count, 1 / count), objective, stands_for=stands_for, seed=seed
+    )
+    return SampledPrompt(rewards, reference_logps, best, policy_reward, policy_kl)
+
+
+def sampled_figures(
+    prompts: Sequence[SampledPrompt], bootstrap: Bootstrap = DEFAULT_BOOTSTRAP
+) -> dict[str, Figure]:
+    """Means over prompts, with intervals that say how much they differ between prompts.
+
+    With weights w of the optimum over n samples of the reference: expected reward Σ w r, KL to the reference
+    Σ w log(n w), entropy −Σ w (log(n w) + log π_ref), effective sample size 1 / (n Σ w²).
+    """
+
+    def figure(values: Sequence[float], unit: str = "nats") -> Figure:
+        return interval(values, np.arange(len(values)), unit=unit, bootstrap=bootstrap)
+
+    weights = [np.exp(p.optimum) for p in prompts]
+    ratios = [p.optimum + np.log(len(p.optimum)) for p in prompts]
+    of = list(zip(prompts, weights, ratios, strict=True))
+    return {
+        "expected_reward": figure([p.policy_reward for p in prompts]),
+        "kl": figure([p.policy_kl for p in prompts]),
+        "optimum_expected_reward": figure([float(w @ p.rewards) for p, w, _ in of]),
+        "optimum_kl": figure([float(w @ ratio) for _, w, ratio in of]),
+        "optimum_entropy": figure([float(-(w @ (ratio + p.reference_logps))) for p, w, ratio in of]),
+        "effective_sample_size": figure([float(1 / (len(w) * (w @ w))) for w in weights], "fraction"),
+        "reference_expected_reward": figure([float(p.rewards.mean()) for p in prompts]),
+    }
+
+
+def reward_frontier(prompts: Sequence[SampledPrompt]) -> list[list[float]]:
+    """The most expected reward that any policy can have at each KL to the reference.
+
+    It is reached by π_ref · exp(reward / τ) with one τ for all prompts; as far as the samples can tell.
+
+    Returns:
+        `[KL, expected reward]` pairs in nats, from the reference on.
+    """
+    points: list[list[float]] = []
+    for sharpness in (0.0, *np.geomspace(0.05, 10.0, 40)):
+        found = []
+        for prompt in prompts:
+            logits = sharpness * prompt.rewards
+            shifted = np.exp(logits - logits.max())
+            weights = shifted / shifted.sum()
+            if 1 / (weights @ weights) < TRUSTED / 2 * len(weights):
+                return points
+            kl = weights @ (np.log(weights.clip(1e-300)) + np.log(len(weights)))
+            found.append((float(kl), float(weights @ prompt.rewards)))
+        points.append(np.mean(found, axis=0).tolist())
+    return points
