@@ -218,7 +218,7 @@ class DataConfig:
         kind = f"story_kind {self.story_kind!r}"
         if not self.embedded:
             raise ConfigError(
-                f'{kind} goes with source "story" or "storyteller" alone, got {self.source!r}; list_kind says '
+                f'{kind} goes with source "story" or "storyteller", got {self.source!r}; list_kind says '
                 "how its lists are read"
             )
         if self.votes != 1:

@@ -62,8 +62,10 @@ def exact_optimum(
         raise ValueError(f"groups must be [M, n] with n at least 2, got {list(groups.shape)}")
     if groups is not None and kind == "pairwise" and groups.shape[1] != 2:
         raise ValueError(f"groups of kind pairwise must be [M, 2], got {list(groups.shape)}")
-    pairs = _pairs(pair_probabilities, len(rewards))
     count = len(rewards)
+    if pair_probabilities is None and beta == 0:  # no table of pairs: there may be many outputs
+        return (base_logps + rewards / alpha).log_softmax(-1)
+    pairs = _pairs(pair_probabilities, count)
     if beta == 0 or count == 1:
         return (base_logps + rewards / alpha).log_softmax(-1)
     preference = (
