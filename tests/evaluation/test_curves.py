@@ -159,4 +159,5 @@ def test_another_anchor_or_a_kl_term_is_another_curve():
     members += [member("dpo", 0.1, 1.0, 1.0), member("dpo", 0.1, 1.0, 1.0, kl_beta=0.05)]
     found = curves(members)
     assert [len(curve.members) for curve in found] == [2, 2, 1, 1]
-    assert [curve.name for curve in found] == ["SPO", "SPO, anchor 1", "DPO", "DPO, KL β = 0.05"]
+    names = ["SPO, anchor 1", "SPO, anchor 0", "DPO", "DPO, KL β = 0.05"]
+    assert [curve.name for curve in found] == names

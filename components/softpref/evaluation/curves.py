@@ -50,12 +50,16 @@ def curves(members: Sequence[Member]) -> list[Curve]:
     Args:
         members: summaries with `name`, `method`, `alpha`, `beta`, `rounds`, `train_on` and `extrapolation`.
     """
-    spo_betas = {member["beta"] for member in members if member["method"] == "spo"}
+    spo = [member for member in members if member["method"] == "spo"]
+    several_betas = len({member["beta"] for member in spo}) > 1
+    several_anchors = len({_anchor(member) for member in spo}) > 1
     groups: dict[tuple, list[Member]] = {}
     for member in sorted(members, key=position):
-        # the strength of SPO's regulariser is worth a word where there are several
-        beta = f"β = {member['beta']:g}" if member["method"] == "spo" and len(spo_betas) > 1 else ""
-        key = (member["method"] or "", beta, *_variant(member))
+        # SPO's base measure and the strength of its regulariser are worth a word where there are several
+        ours = member["method"] == "spo"
+        anchor = f"anchor {_anchor(member):g}" if ours and several_anchors else ""
+        beta = f"β = {member['beta']:g}" if ours and several_betas else ""
+        key = (member["method"] or "", anchor, beta, *_variant(member))
         groups.setdefault(key, []).append(member)
     found = []
     for (method, *notes), group in groups.items():
@@ -68,7 +72,8 @@ def position(member: Member) -> tuple:
     """Sorts members: SPO before other methods, each before its variants, by parameter."""
     method = member["method"] or ""
     value = parameter(member)
-    return method != "spo", method, _variant(member), value is not None, value or 0.0, member["name"]
+    known = value is not None, value or 0.0
+    return method != "spo", method, _variant(member), -_anchor(member), *known, member["name"]
 
 
 def parameter(member: Member) -> float | None:
@@ -187,11 +192,13 @@ def most_entropy(rewards: np.ndarray, maximum: Sequence[Point]) -> np.ndarray:
     return PchipInterpolator(x, y)(rewards.clip(x[0], x[-1]))
 
 
+def _anchor(member: Member) -> float:
+    return float(member.get("anchor") or 0.0)
+
+
 def _variant(member: Member) -> tuple[str, ...]:
     """What sets a member apart from one trained once on the preferences, in words."""
     notes = []
-    if member.get("anchor"):
-        notes.append(f"anchor {member['anchor']:g}")
     if member.get("kl_beta"):
         notes.append(f"KL β = {member['kl_beta']:g}")
     if member["rounds"] != 1 or member["train_on"] != "preferences":
