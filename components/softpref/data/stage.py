@@ -6,14 +6,11 @@ Nothing here trains or tokenises. The folder's layout is told in `run`.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
 import shutil
-from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,13 @@ from softpref.artifacts import readable
 from softpref.data import rows as row_reading
 from softpref.data.columns import check_present
 from softpref.data.config import STORY_ROWS, STORY_SFT_ROWS, DataConfig
-from softpref.data.finished import dataset_hash, is_finished, row_bytes, take_over
-from softpref.data.intake import Accepted, Intake, RejectionLog, check_rejections, peek_columns
+from softpref.data.finished import is_finished, take_over
+from softpref.data.intake import Intake, RejectionLog, check_rejections, peek_columns
 from softpref.data.page import render_page
 from softpref.data.sources import SourceRow, fetch, open_source
 from softpref.data.splits import SPLITS, assign_splits, prompt_key
 from softpref.data.story_world import StoryWorld
+from softpref.data.writing import EXAMPLES, SplitWriter, demonstration_features, hash_order, write_preferences
 from softpref.errors import ConfigError, DataError
 from softpref.progress import settle_output
 from softpref.remote import is_url, public_url
@@ -45,10 +43,6 @@ _WRITTEN = {  # what a dataset folder holds; a run replaces them all
     "timings.json",
 }
 _SOURCES = ("source", "sft_source", "prompts_source")
-_EXAMPLES = 6  # rows shown on the page
-_ROWS_PER_SHARD = 100_000
-_LENGTH_BINS = 30
-_QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
 
 def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> dict[str, Any]:
@@ -179,7 +173,7 @@ def _divide(
         seed=config.seed,
     )
     splits = {id: split_of[key] for id, key in enumerate(keys) if key in split_of}
-    summary, examples = _write_preferences(intake, config, kept, splits, folder, rejections)
+    summary, examples = write_preferences(intake, config, kept, splits, folder, rejections)
     stats = {
         "stage": "data",
         "code_version": __version__,
@@ -208,7 +202,7 @@ def _divide(
 
 
 def _examples_of(rows: Any, seed: int) -> list[dict[str, Any]]:
-    return [rows[index] for index in sorted(_hash_order(range(len(rows)), seed)[:_EXAMPLES])]
+    return [rows[index] for index in sorted(hash_order(range(len(rows)), seed)[:EXAMPLES])]
 
 
 def _preference_rows(config: DataConfig, fetched: Path | None) -> Iterator[SourceRow]:
@@ -240,70 +234,8 @@ def _choose_rows(intake: Intake, config: DataConfig) -> list[int]:
     if not kept:
         raise DataError(f"every row of {config.source} contradicts another; contradictions='keep' keeps them")
     if config.rows is not None and config.rows < len(kept) and config.source != "story":
-        kept = sorted(_hash_order(kept, config.seed)[: config.rows])
+        kept = sorted(hash_order(kept, config.seed)[: config.rows])
     return kept
-
-
-def _hash_order(indices: Iterable[int], seed: int) -> list[int]:
-    return sorted(indices, key=lambda index: hashlib.blake2b(f"{seed} {index}".encode()).digest())
-
-
-def _write_preferences(
-    intake: Intake,
-    config: DataConfig,
-    kept: list[int],
-    splits: Mapping[int, str],
-    folder: Path,
-    rejections: RejectionLog,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The second pass: kept rows to their splits. Returns what `stats.json` says of them, and examples."""
-    features = _features(bool(intake.conversational), "weight" in intake.layout.columns)
-    writer = _SplitWriter(folder / "work", SPLITS, features)
-    shown = set(
-        _hash_order([i for i in kept if splits[intake.prompt_ids[i]] == "train"], config.seed)[:_EXAMPLES]
-    )
-    keep = set(kept)
-    prompts = {split: len({i for i in intake.prompt_ids if splits.get(i) == split}) for split in SPLITS}
-    hashes = {split: hashlib.sha256() for split in SPLITS}
-    kinds: Counter[str] = Counter()
-    sizes: Counter[int] = Counter()
-    prompt_lengths, completion_lengths = array("L"), array("L")
-    confidences = array("d")
-    examples = []
-    for index, accepted in enumerate(intake.accepted()):
-        row = accepted.row
-        if index not in keep:
-            if intake.set_ids[index] in intake.contradictory and config.contradictions == "drop":
-                reason = row_reading.LeftOut(
-                    "contradiction", "another row of these completions has another winner"
-                )
-                rejections.add(accepted.source_row, accepted.place, reason)
-            continue
-        split = splits[intake.prompt_ids[index]]
-        record = {**row._asdict(), "weight": accepted.weight, "source_row": accepted.source_row}
-        writer.write(split, {name: record[name] for name in features})
-        hashes[split].update(row_bytes(row, accepted.weight))
-        kinds[row.kind] += 1
-        sizes[len(row.completions)] += 1
-        prompt_lengths.append(row_reading.characters(row.prompt))
-        completion_lengths.extend(map(row_reading.characters, row.completions))
-        if row.probability is not None:
-            confidences.append(row.probability)
-        if index in shown:
-            examples.append(_example(accepted))
-    writer.save(folder)
-    return {
-        "not_sampled": len(intake.set_ids) - len(kept) - rejections.left_out["contradiction"],
-        "rows": dict(writer.counts),
-        "prompts": prompts,
-        "kinds": dict(kinds),
-        "completions_per_row": {str(size): sizes[size] for size in sorted(sizes)},
-        "labels": {"hard": len(kept) - len(confidences), "soft": len(confidences)},
-        "confidence": _histogram(confidences, bins=10, limits=(0.5, 1.0)),
-        "characters": {"prompt": _lengths(prompt_lengths), "completion": _lengths(completion_lengths)},
-        "dataset_hash": dataset_hash([hashes[split].hexdigest() for split in SPLITS]),
-        "test_hash": hashes["test"].hexdigest(),
-    }, examples
 
 
 def _write_extras(
@@ -325,7 +257,7 @@ def _write_extras(
         demonstrations = streams.get("sft") or _story_demonstrations(config)
         columns = {"prompt": "prompt", "completion": "completion", **config.sft_columns}
         splits = ("train", "validation")
-        writer = _SplitWriter(folder / "work", splits, _demonstration_features(conversational), "sft-")
+        writer = SplitWriter(folder / "work", splits, demonstration_features(conversational), "sft-")
         held_out = 0
         for record in _extra_rows(
             demonstrations, columns, config, "sft", conversational, rejections, listing
@@ -346,8 +278,8 @@ def _write_extras(
         extras["sft"] = {**writer.counts, "held_out": held_out, "rejected": rejected}
     if "prompts" in streams:
         columns = {"prompt": "prompt", **config.prompts_columns}
-        features = {"prompt": _demonstration_features(conversational)["prompt"]}
-        writer = _SplitWriter(folder / "work", ("train",), features, "prompts-")
+        features = {"prompt": demonstration_features(conversational)["prompt"]}
+        writer = SplitWriter(folder / "work", ("train",), features, "prompts-")
         seen: set[bytes] = set()
         held_out = 0
         for record in _extra_rows(
@@ -425,92 +357,6 @@ def _extra_rows(
             f"{refused} of the {read} rows of {source} ({name}) were refused, max_rejected_fraction is "
             f"{config.max_rejected_fraction}; they are listed in {listing}"
         )
-
-
-class _SplitWriter:
-    """Writes records to one Arrow file per split as they come, then saves them as a dataset."""
-
-    def __init__(
-        self, folder: Path, splits: Iterable[str], features: Mapping[str, Any], prefix: str = ""
-    ) -> None:
-        import datasets
-        from datasets.arrow_writer import ArrowWriter
-
-        self._features = datasets.Features(features)
-        self._paths = {split: str(folder / f"{prefix}{split}.arrow") for split in splits}
-        self._writers = {
-            split: ArrowWriter(features=self._features, path=path, writer_batch_size=256)
-            for split, path in self._paths.items()
-        }
-        self.counts = dict.fromkeys(self._paths, 0)
-
-    def write(self, split: str, record: Mapping[str, Any]) -> None:
-        self._writers[split].write(dict(record))
-        self.counts[split] += 1
-
-    def dataset(self, split: str) -> Any:
-        import datasets
-
-        self._writers[split].finalize()
-        return datasets.Dataset.from_file(self._paths[split])
-
-    def save(self, folder: Path, skip_empty: bool = False) -> None:
-        import datasets
-
-        parts = {
-            split: self.dataset(split) for split, count in self.counts.items() if count or not skip_empty
-        }
-        # An empty split saved with the default of no shards could not be loaded again.
-        shards = {split: max(1, self.counts[split] // _ROWS_PER_SHARD) for split in parts}
-        datasets.DatasetDict(parts).save_to_disk(str(folder), num_shards=shards)
-
-
-def _demonstration_features(conversational: bool) -> dict[str, Any]:
-    import datasets
-
-    text = datasets.Value("string")
-    messages = [{"role": text, "content": text}] if conversational else text
-    return {"prompt": messages, "completion": messages}
-
-
-def _features(conversational: bool, weighted: bool) -> dict[str, Any]:
-    import datasets
-
-    text = _demonstration_features(conversational)["prompt"]
-    return {
-        "prompt": text,
-        "completions": datasets.List(text),
-        "kind": datasets.Value("string"),
-        "probability": datasets.Value("float64"),
-        **({"weight": datasets.Value("float64")} if weighted else {}),
-        "source_row": datasets.Value("int64"),
-    }
-
-
-def _example(accepted: Accepted) -> dict[str, Any]:
-    row = accepted.row
-    return {**row._asdict(), "source_row": accepted.source_row}
-
-
-def _lengths(lengths: array) -> dict[str, Any]:
-    import numpy as np
-
-    values = np.asarray(lengths)
-    quantiles = {name: float(np.quantile(values, share)) for name, share in _QUANTILES.items()}
-    # The longest hundredth shares the last bin, or one outlier would flatten all the others. Bins are whole
-    # characters wide, or some would hold more lengths than their neighbours.
-    low, high = int(values.min()), int(np.quantile(values, 0.99))
-    step = -(-(high + 1 - low) // _LENGTH_BINS)
-    bins = -(-(high + 1 - low) // step)
-    histogram = _histogram(np.minimum(values, high), bins, limits=(low, low + bins * step))
-    return {"mean": float(values.mean()), **quantiles, "histogram": histogram}
-
-
-def _histogram(values: Any, bins: int, limits: tuple[float, float]) -> dict[str, list[float]]:
-    import numpy as np
-
-    counts, edges = np.histogram(np.asarray(values, dtype=float), bins=bins, range=limits)
-    return {"edges": [round(edge, 6) for edge in edges.tolist()], "counts": counts.tolist()}
 
 
 def _refuse_foreign(output: Path) -> None:
