@@ -27,6 +27,16 @@ class DataConfig:
             `https://`, `hf://`, any that fsspec knows; credentials from the environment), or a Hugging Face
             Hub dataset id such as `"owner/name"`. The splits of a dataset folder of this stage are taken over
             as they are, unless `split` asks for one of them.
+        mixture (`dict`, defaults to `{}`): further sources and their shares of the dataset, above 0 and in
+            sum below 1; `source` has the rest: `{"b.parquet": 0.3}`, or `{"b.parquet": {"share": 0.3,
+            "columns": {"chosen": "better", "rejected": "worse"}}}`. The dataset is the largest seeded sample
+            with these shares, each exact up to one row, or has `rows` rows with them. Each further source has
+            `format`, `subset`, `split` and `revision` of its own; how its rows are read (`columns` to
+            `system_prompt`, `list_kind` to `min_votes`, `max_source_rows`) is as given here, unless it has
+            that of its own, too. With `source` among its options its key is a mere name, so that two splits
+            of one source can be mixed. Splits go by prompt across all sources, and so do duplicates, of which
+            the first source keeps its own, and contradictions. Beside rows with weights those of a source
+            without any weigh 1. Not for the story world.
         subset (`str`, *optional*): configuration name of a Hub dataset, or of a folder whose dataset card
             (`README.md`) names several.
         split (`str`, *optional*): which split to read of a Hub dataset, a saved `DatasetDict`, or a folder
@@ -95,7 +105,8 @@ class DataConfig:
         max_characters (`int`, *optional*): rows whose prompt and longest completion exceed this together are
             left out.
         rows (`int`, *optional*): preference rows to draw from the story world (4000 when not given), or the
-            size of a seeded sample of the accepted rows of any other source (all when not given).
+            size of a seeded sample of the accepted rows of any other source (all when not given, or of a
+            mixture as many as have its shares).
         max_source_rows (`int`, *optional*): stop reading the source after this many rows.
         max_rejected_fraction (`float`, defaults to `0.5`): a larger share of refused rows is an error.
         validation_fraction (`float`, defaults to `0.1`): share of the distinct prompts held out for
@@ -119,6 +130,7 @@ class DataConfig:
     """
 
     source: str = "story"
+    mixture: dict[str, Any] = dataclasses.field(default_factory=dict)
     subset: str | None = None
     split: str | None = None
     revision: str | None = None
@@ -158,6 +170,14 @@ class DataConfig:
         for name in ("prompt_template", "implicit_prompt_end"):
             text = re.sub(r"\\([nt\\])", lambda escape: _ESCAPES[escape[1]], getattr(self, name))
             setattr(self, name, text)
+        self.check()
+        if self.mixture:
+            from softpref.data.mixture import parts_of
+
+            parts_of(self)
+
+    def check(self) -> None:
+        """Refuse values outside their range, and values that do not go together."""
         if not self.source:
             raise ConfigError('source is empty; give "story", a file, a folder, a URL or a Hub dataset id')
         for name, least in (

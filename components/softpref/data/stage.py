@@ -5,12 +5,15 @@ Nothing here trains or tokenises. The folder's layout is told in `run`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ from softpref.data import rows as row_reading
 from softpref.data.columns import check_present
 from softpref.data.config import STORY_ROWS, STORY_SFT_ROWS, DataConfig
 from softpref.data.finished import is_finished, take_over
-from softpref.data.intake import Intake, RejectionLog, check_rejections, peek_columns
+from softpref.data.intake import Intake, RejectionLog, Source, check_alike, check_rejections, peek_columns
+from softpref.data.mixture import Part, divide_rows, label, parts_of, public_mixture
 from softpref.data.page import render_page
 from softpref.data.sources import SourceRow, fetch, open_source
 from softpref.data.splits import SPLITS, assign_splits, prompt_key
@@ -30,6 +34,8 @@ from softpref.errors import ConfigError, DataError
 from softpref.progress import settle_output
 from softpref.remote import is_url, public_url
 from softpref.timings import PhaseTimer
+
+logger = logging.getLogger(__name__)
 
 _WRITTEN = {  # what a dataset folder holds; a run replaces them all
     *SPLITS,
@@ -49,12 +55,12 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
     """Make the dataset folder `output_dir`.
 
     The folder is a saved `datasets.DatasetDict` with the splits train, validation and test (columns `prompt`,
-    `completions` best first, `kind`, `probability`, `weight` where the source has weights, `source_row`), and
-    beside it `stats.json`, `rejected.jsonl`, `page.html`; `sft/` (a `DatasetDict` of `prompt` and
-    `completion`) and `prompts/` (a `Dataset` of `prompt`) where the configuration gives them a source; for
-    the story world `outcomes.jsonl`. It appears under its name only when complete. The same configuration and
-    source give the same rows. Where the source is such a folder itself, its splits and what lies beside them
-    are taken over as they are.
+    `completions` best first, `kind`, `probability`, `weight` where a source has weights, `source_row`, and
+    `source` where there are several), and beside it `stats.json`, `rejected.jsonl`, `page.html`; `sft/` (a
+    `DatasetDict` of `prompt` and `completion`) and `prompts/` (a `Dataset` of `prompt`) where the
+    configuration gives them a source; for the story world `outcomes.jsonl`. It appears under its name only
+    when complete. The same configuration and source give the same rows. Where the source is such a folder
+    itself, its splits and what lies beside them are taken over as they are.
 
     Args:
         config: what to read and how.
@@ -117,10 +123,16 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
     work = folder / "work"
     work.mkdir()
     # opened, and thereby known to be there, before anything is read
-    fetched = fetch(config.source, config.format) if is_url(config.source) else None
-    place = fetched or Path(config.source)
+    parts = parts_of(config)
+    fetched = [
+        fetch(part.config.source, part.config.format) if is_url(part.config.source) else None
+        for part in parts
+    ]
+    place = fetched[0] or Path(config.source)
     finished = config.source != "story" and config.split is None and is_finished(place)
-    preferences = iter(()) if finished else _preference_rows(config, fetched)
+    if config.mixture:
+        _refuse_finished(parts, fetched)
+    preferences = [] if finished else list(map(_preference_rows, (part.config for part in parts), fetched))
     streams = {
         name: open_source(source)
         for name, source in (("sft", config.sft_source), ("prompts", config.prompts_source))
@@ -134,7 +146,7 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
     rejections = RejectionLog(folder / "rejected.jsonl")
     try:
         if not finished:
-            stats, split_of, examples = _divide(config, preferences, folder, rejections, listing)
+            stats, split_of, examples = _divide(config, parts, preferences, folder, rejections, listing)
         stats |= _write_extras(
             config, stats["conversational"], split_of, streams, folder, rejections, listing
         )
@@ -148,23 +160,32 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
 
 def _without_secrets(config: DataConfig) -> DataConfig:
     """The configuration as it may be recorded and told: URLs can hold a password or a signature."""
-    given = {name: getattr(config, name) for name in _SOURCES}
-    shown: dict[str, Any] = {name: public_url(source) for name, source in given.items() if source}
-    return dataclasses.replace(config, **shown)
+    shown = copy.copy(config)  # made anew, it would take the escapes of its texts for escapes again
+    for name in _SOURCES:
+        if source := getattr(config, name):
+            setattr(shown, name, public_url(source))
+    shown.mixture = public_mixture(config.mixture)
+    return shown
 
 
 def _divide(
     config: DataConfig,
-    preferences: Iterator[SourceRow],
+    parts: Sequence[Part],
+    preferences: Sequence[Iterator[SourceRow]],
     folder: Path,
     rejections: RejectionLog,
     listing: Path,
 ) -> tuple[dict[str, Any], dict[bytes, str], list[dict[str, Any]]]:
     """Read the preferences and write their splits; returns statistics, each prompt's split, and examples."""
-    intake = Intake(config, folder / "work" / "rows.jsonl", rejections)
-    intake.take(preferences, config.source)
-    check_rejections(intake, rejections, config, listing)
-    kept = _choose_rows(intake, config)
+    sources = [Source(rows, part.config, part.name) for rows, part in zip(preferences, parts, strict=True)]
+    check_alike(sources)
+    names = [part.name for part in parts] if config.mixture else []
+    intake = Intake(config, folder / "work" / "rows.jsonl", rejections, names)
+    taken = []
+    for source in sources:
+        taken.append(intake.take(source))
+        check_rejections(taken[-1], source.name, config, listing)
+    kept, mixed = _choose_rows(intake, config, parts)
     keys = intake.prompt_keys
     split_of = assign_splits(
         {keys[intake.prompt_ids[index]] for index in kept},
@@ -173,22 +194,19 @@ def _divide(
         seed=config.seed,
     )
     splits = {id: split_of[key] for id, key in enumerate(keys) if key in split_of}
-    summary, examples = write_preferences(intake, config, kept, splits, folder, rejections)
+    weighted = any("weight" in source.layout.columns for source in sources)
+    summary, examples = write_preferences(
+        intake, config, kept, splits, folder, rejections, weighted=weighted, names=names
+    )
+    mappings = [_mapping(source) for source in sources]
     stats = {
         "stage": "data",
         "code_version": __version__,
         "source": config.source,
         "config": dataclasses.asdict(config),
-        "mapping": {
-            "form": intake.layout.form,
-            "columns": intake.layout.columns,
-            "guessed": intake.layout.guessed,
-            "unused": list(intake.layout.unused),
-            "notes": list(intake.layout.notes),
-            "prompt_template": config.prompt_template or None,
-        },
+        "mapping": mappings[0],
         "conversational": bool(intake.conversational),
-        "rows_read": intake.rows_read,
+        "rows_read": sum(one.rows_read for one in taken),
         "duplicates": intake.duplicates,
         "contradictions": {
             "sets": len(intake.contradictory),
@@ -198,7 +216,33 @@ def _divide(
         "left_out": dict(rejections.left_out.most_common()),
         **summary,
     }
+    if config.mixture:
+        stats["mixture"] = [
+            {
+                "name": part.name,
+                "source": public_url(part.config.source),
+                "share": float(part.share),
+                "rows_read": one.rows_read,
+                "rejected": dict(one.refused.most_common()),
+                "left_out": dict(one.left_out.most_common()),
+                **counts,
+                "mapping": mapping,
+            }
+            for part, one, counts, mapping in zip(parts, taken, mixed, mappings, strict=True)
+        ]
     return stats, split_of, examples
+
+
+def _mapping(source: Source) -> dict[str, Any]:
+    """What `stats.json` says of how a source's columns are read."""
+    return {
+        "form": source.layout.form,
+        "columns": source.layout.columns,
+        "guessed": source.layout.guessed,
+        "unused": list(source.layout.unused),
+        "notes": list(source.layout.notes),
+        "prompt_template": source.config.prompt_template or None,
+    }
 
 
 def _examples_of(rows: Any, seed: int) -> list[dict[str, Any]]:
@@ -224,8 +268,13 @@ def _preference_rows(config: DataConfig, fetched: Path | None) -> Iterator[Sourc
     )
 
 
-def _choose_rows(intake: Intake, config: DataConfig) -> list[int]:
-    """Indices of the accepted rows to keep: without contradictions and down to a sample, as asked."""
+def _choose_rows(
+    intake: Intake, config: DataConfig, parts: Sequence[Part]
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """Indices of the accepted rows to keep, without contradictions and down to a sample, as asked.
+
+    Of a mixture also how many rows each source had, and gave.
+    """
     kept = [
         index
         for index, set_id in enumerate(intake.set_ids)
@@ -233,9 +282,36 @@ def _choose_rows(intake: Intake, config: DataConfig) -> list[int]:
     ]
     if not kept:
         raise DataError(f"every row of {config.source} contradicts another; contradictions='keep' keeps them")
+    if config.mixture:
+        return _mix(kept, intake, config, parts)
     if config.rows is not None and config.rows < len(kept) and config.source != "story":
         kept = sorted(hash_order(kept, config.seed)[: config.rows])
-    return kept
+    return kept, []
+
+
+def _mix(
+    kept: list[int], intake: Intake, config: DataConfig, parts: Sequence[Part]
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """A seeded sample with the shares of the mixture, and how many rows each source had, and gave."""
+    by_source: list[list[int]] = [[] for _ in parts]
+    for index in kept:
+        by_source[intake.sources[index]].append(index)
+    draw = divide_rows(parts, [len(rows) for rows in by_source], config.rows)
+    logger.warning(
+        "mixture of %d rows: %s",
+        sum(draw.counts),
+        "; ".join(
+            f"{part.name} {count} of {len(rows)}, share {float(part.share):g}" + ", which bounds it" * binds
+            for part, count, rows, binds in zip(parts, draw.counts, by_source, draw.binding, strict=True)
+        ),
+    )
+    chosen = [
+        hash_order(rows, config.seed)[:count] for rows, count in zip(by_source, draw.counts, strict=True)
+    ]
+    return sorted(itertools.chain.from_iterable(chosen)), [
+        {"usable": len(rows), "rows": count, "not_sampled": len(rows) - count, "binding": binds}
+        for rows, count, binds in zip(by_source, draw.counts, draw.binding, strict=True)
+    ]
 
 
 def _write_extras(
@@ -381,12 +457,23 @@ def _refuse_foreign(output: Path) -> None:
 
 def _refuse_source_inside(config: DataConfig, output: Path) -> None:
     """Refuse to read from the folder that will be replaced."""
-    for name in _SOURCES:
-        given = getattr(config, name)
-        local = re.sub("^(file|local)://", "", given or "")
+    given = {name: getattr(config, name) or "" for name in _SOURCES}
+    given |= {label(part): part.config.source for part in parts_of(config)[1:]}
+    for name, source in given.items():
+        local = re.sub("^(file|local)://", "", source)
         path = Path(os.path.realpath(local)) if local and local != "story" else None
         if path and path.exists() and Path(os.path.realpath(output)) in (path, *path.parents):
-            raise ConfigError(f"{name} {given} lies in the output {output}, which is replaced; give another")
+            raise ConfigError(f"{name} {source} lies in the output {output}, which is replaced; give another")
+
+
+def _refuse_finished(parts: Sequence[Part], fetched: Sequence[Path | None]) -> None:
+    """Refuse a finished dataset in a mixture, which would read its rows of training alone and divide them."""
+    for part, place in zip(parts, fetched, strict=True):
+        if part.config.split is None and is_finished(place or Path(part.config.source)):
+            raise ConfigError(
+                f"{part.name} is a finished dataset, and a mixture is divided anew; give split with it, to "
+                "read one of its splits as any other source"
+            )
 
 
 def _replace(output: Path, partial: Path) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from softpref.data import rows as row_reading
 from softpref.data.config import DataConfig
 from softpref.data.finished import dataset_hash, row_bytes
-from softpref.data.intake import Accepted, Intake, RejectionLog
+from softpref.data.intake import Intake, RejectionLog
 from softpref.data.splits import SPLITS
 
 EXAMPLES = 6  # rows shown on the page
@@ -28,9 +28,17 @@ def write_preferences(
     splits: Mapping[int, str],
     folder: Path,
     rejections: RejectionLog,
+    *,
+    weighted: bool,
+    names: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The second pass: kept rows to their splits. Returns what `stats.json` says of them, and examples."""
-    features = _features(bool(intake.conversational), "weight" in intake.layout.columns)
+    """The second pass: kept rows to their splits. Returns what `stats.json` says of them, and examples.
+
+    Args:
+        weighted: whether rows have weights; those of a source without any weigh 1.
+        names: of several sources.
+    """
+    features = _features(bool(intake.conversational), weighted, several=bool(names))
     writer = SplitWriter(folder / "work", SPLITS, features)
     shown = set(
         hash_order([i for i in kept if splits[intake.prompt_ids[i]] == "train"], config.seed)[:EXAMPLES]
@@ -50,12 +58,16 @@ def write_preferences(
                 reason = row_reading.LeftOut(
                     "contradiction", "another row of these completions has another winner"
                 )
-                rejections.add(accepted.source_row, accepted.place, reason)
+                origin = names[accepted.source] if names else ""
+                rejections.add(accepted.source_row, accepted.place, reason, origin=origin)
             continue
         split = splits[intake.prompt_ids[index]]
-        record = {**row._asdict(), "weight": accepted.weight, "source_row": accepted.source_row}
+        weight = accepted.weight if accepted.weight is not None or not weighted else 1.0
+        record = {**row._asdict(), "weight": weight, "source_row": accepted.source_row}
+        if names:
+            record["source"] = names[accepted.source]
         writer.write(split, {name: record[name] for name in features})
-        hashes[split].update(row_bytes(row, accepted.weight))
+        hashes[split].update(row_bytes(row, weight))
         kinds[row.kind] += 1
         sizes[len(row.completions)] += 1
         prompt_lengths.append(row_reading.characters(row.prompt))
@@ -63,7 +75,7 @@ def write_preferences(
         if row.probability is not None:
             confidences.append(row.probability)
         if index in shown:
-            examples.append(_example(accepted))
+            examples.append(record)
     writer.save(folder)
     return {
         "not_sampled": len(intake.set_ids) - len(kept) - rejections.left_out["contradiction"],
@@ -129,7 +141,7 @@ def demonstration_features(conversational: bool) -> dict[str, Any]:
     return {"prompt": messages, "completion": messages}
 
 
-def _features(conversational: bool, weighted: bool) -> dict[str, Any]:
+def _features(conversational: bool, weighted: bool, several: bool) -> dict[str, Any]:
     import datasets
 
     text = demonstration_features(conversational)["prompt"]
@@ -140,12 +152,8 @@ def _features(conversational: bool, weighted: bool) -> dict[str, Any]:
         "probability": datasets.Value("float64"),
         **({"weight": datasets.Value("float64")} if weighted else {}),
         "source_row": datasets.Value("int64"),
+        **({"source": datasets.Value("string")} if several else {}),
     }
-
-
-def _example(accepted: Accepted) -> dict[str, Any]:
-    row = accepted.row
-    return {**row._asdict(), "source_row": accepted.source_row}
 
 
 def _lengths(lengths: array) -> dict[str, Any]:

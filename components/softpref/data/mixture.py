@@ -1,0 +1,183 @@
+"""Several sources with shares in one dataset: how each is read, how many rows it gives. Reads no data."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from softpref.config import build_config, closest, shown
+from softpref.data.config import DataConfig
+from softpref.errors import ConfigError, DataError
+from softpref.remote import public_url
+
+# What says where rows lie. It belongs to one source, so the others do not take it over from `source`.
+_OF_A_PLACE = ("format", "subset", "split", "revision")
+# What says how a row is read. The others take it over unless they have their own. Duplicates, contradictions,
+# lengths, samples and splits concern the whole dataset.
+_OF_A_ROW = (
+    *("columns", "preference_values", "score_scale", "prompt_template", "implicit_prompt"),
+    *("implicit_prompt_end", "transcripts", "as_messages", "system_prompt", "list_kind", "group_size"),
+    *("labels", "ties", "min_votes", "max_source_rows"),
+)
+_STORY = (
+    'mixture: the story world ("story") cannot be mixed, for what is known of it holds for its own rows '
+    "alone; write it with `softpref data` first, and give that folder with one of its splits"
+)
+_OPTIONS = {"share", "source", *_OF_A_PLACE, *_OF_A_ROW}
+
+
+class Part(NamedTuple):
+    """One source of a dataset.
+
+    Attributes:
+        name: how records call it.
+        share: of the dataset's rows.
+        config: how it is read, with its place as `source` and no mixture.
+    """
+
+    name: str
+    share: Fraction
+    config: DataConfig
+
+
+class Draw(NamedTuple):
+    """How many rows each source gives.
+
+    Attributes:
+        counts: by source.
+        binding: whether a source has no more rows for a larger dataset of these shares, by source.
+    """
+
+    counts: list[int]
+    binding: list[bool]
+
+
+def parts_of(config: DataConfig) -> list[Part]:
+    """The sources of a configuration: `source`, with what the others leave of the dataset, and the others.
+
+    Raises:
+        ConfigError: a share out of range, an unknown option, a source twice, or one that cannot be mixed.
+    """
+    if not config.mixture:
+        return [Part(public_url(config.source), Fraction(1), config)]
+    if config.source == "story":
+        raise ConfigError(_STORY)
+    others = [_part(config, str(name), given) for name, given in config.mixture.items()]
+    rest = Fraction(1) - sum(part.share for part in others)
+    if rest <= 0:
+        raise ConfigError(
+            f"the shares of mixture add up to {float(1 - rest):g}; their sum must stay below 1, for source "
+            "has the rest"
+        )
+    first = copy.copy(config)
+    first.mixture = {}
+    parts = [Part(public_url(config.source), rest, first), *others]
+    names: dict[str, str] = {}
+    places: dict[Any, str] = {}
+    for part in parts:
+        place = _identity(part.config)
+        if part.name in names or place in places:
+            other = places.get(place) or part.name
+            raise ConfigError(
+                f"mixture: {part.name} and {other} are one source; give each once. Another split or subset "
+                f'of it needs a name: {{"NAME": {{"source": "{public_url(part.config.source)}", "split": …, '
+                '"share": …}}'
+            )
+        names[part.name] = places[place] = part.name
+    return parts
+
+
+def divide_rows(parts: Sequence[Part], available: Sequence[int], rows: int | None = None) -> Draw:
+    """The rows that each source gives to the largest dataset with these shares, each exact up to one row.
+
+    Args:
+        parts: the sources.
+        available: the rows that each one has.
+        rows: of the dataset; None: as many as there can be.
+
+    Raises:
+        DataError: a source has too few rows for its share.
+    """
+    possible = [count / part.share for part, count in zip(parts, available, strict=True)]
+    most = min(possible)
+    total = int(most) if rows is None else rows
+    exact = [part.share * total for part in parts]
+    counts = [int(number) for number in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
+    fewest = min(zip(possible, parts, available, strict=True), key=lambda one: one[0])
+    for part, count, wanted in zip(parts, available, counts, strict=True):
+        if wanted > count:
+            raise DataError(
+                f"{part.name} has {count:,} usable rows, and its share {float(part.share):g} of rows = "
+                f"{total:,} are {wanted:,}; at most {int(most):,} rows have these shares: lower rows, or its share"
+            )
+        if not wanted:
+            bound = f"{fewest[1].name} has only {fewest[2]:,} usable rows" if rows is None else "rows says so"
+            raise DataError(
+                f"{part.name}: its share {float(part.share):g} of {total:,} rows is not one row ({bound}); "
+                "change the shares, or give more rows"
+            )
+    return Draw(counts, [rows is None and number == most for number in possible])
+
+
+def public_mixture(mixture: Mapping[str, Any]) -> dict[str, Any]:
+    """A mixture as it may be recorded: URLs can hold a password or a signature."""
+    return {
+        public_url(name): {**given, "source": public_url(given["source"])}
+        if isinstance(given, Mapping) and "source" in given
+        else given
+        for name, given in mixture.items()
+    }
+
+
+def label(part: Part) -> str:
+    """How messages call the parameter that gives a further source."""
+    return f"mixture[{part.name!r}]"
+
+
+def _part(config: DataConfig, name: str, given: Any) -> Part:
+    where = f"mixture[{public_url(name)!r}]"
+    options = dict(given) if isinstance(given, Mapping) else {"share": given}
+    share = _share(options.pop("share", None), where)
+    for option in options:
+        if option not in _OPTIONS:
+            raise ConfigError(f"{where} has no option {option!r}{closest(option, _OPTIONS)}")
+    if options.get("source", name) == "story":
+        raise ConfigError(_STORY)
+    part = copy.copy(config)
+    part.mixture = {}
+    try:
+        own = build_config(DataConfig, {"source": name, **options})
+        for option in ("source", *_OF_A_PLACE, *options):
+            setattr(part, option, getattr(own, option))
+        part.check()
+    except ConfigError as error:
+        raise ConfigError(f"{where}, read as source where it says nothing else: {error}") from error
+    return Part(public_url(name), share, part)
+
+
+def _share(value: Any, where: str) -> Fraction:
+    try:
+        number = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
+        number = float("nan")
+    if not 0 < number < 1:
+        raise ConfigError(
+            f"{where} needs its share of the dataset, a number between 0 and 1, as in 0.3 or "
+            f'{{"share": 0.3, "split": "train"}}; got {shown(value)}'
+        )
+    return Fraction(repr(number))  # 0.3 as it is written, so that sums and counts are exact
+
+
+def _identity(config: DataConfig) -> tuple[Any, ...]:
+    """What is the same for two spellings of one source."""
+    place = re.sub("^(file|local)://", "", config.source)
+    place = os.path.realpath(place) if Path(place).exists() else public_url(place)
+    return place, config.subset, config.split or "train", config.revision
