@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import operator
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -93,7 +95,7 @@ def parts_of(config: DataConfig) -> list[Part]:
 
 
 def divide_rows(parts: Sequence[Part], available: Sequence[int], rows: int | None = None) -> Draw:
-    """The rows that each source gives to the largest dataset with these shares, each exact up to one row.
+    """The rows that each source gives to the largest dataset with these shares, rounded to whole rows.
 
     Args:
         parts: the sources.
@@ -104,27 +106,36 @@ def divide_rows(parts: Sequence[Part], available: Sequence[int], rows: int | Non
         DataError: a source has too few rows for its share.
     """
     possible = [count / part.share for part, count in zip(parts, available, strict=True)]
-    most = min(possible)
-    total = int(most) if rows is None else rows
+    most = math.ceil(min(possible))
+    if any(map(operator.gt, _rounded(parts, most), available)):
+        most = math.floor(min(possible))
+    binding = [total == min(possible) for total in possible]
+    if rows is not None and rows > most:
+        first = binding.index(True)
+        raise DataError(
+            f"rows = {rows:,} with the shares of mixture need more than {available[first]:,} usable rows of "
+            f"{parts[first].name}, a share of {float(parts[first].share):g}; at most {most:,} have these "
+            "shares: lower rows, or that share"
+        )
+    total = most if rows is None else rows
+    counts = _rounded(parts, total)
+    if 0 in counts:
+        part = parts[counts.index(0)]
+        raise DataError(
+            f"{part.name} has a share of {float(part.share):g}, and of {total:,} rows"
+            f"{', as many as have the shares of mixture,' * (rows is None)} that is not one; raise the share"
+        )
+    return Draw(counts, [rows is None and one for one in binding])
+
+
+def _rounded(parts: Sequence[Part], total: int) -> list[int]:
+    """Whole numbers that add up to `total`, each the share's or its neighbour; the largest rests round up."""
     exact = [part.share * total for part in parts]
     counts = [int(number) for number in exact]
-    by_remainder = sorted(range(len(parts)), key=lambda index: counts[index] - exact[index])
-    for index in by_remainder[: total - sum(counts)]:
+    by_rest = sorted(range(len(parts)), key=lambda index: counts[index] - exact[index])
+    for index in by_rest[: total - sum(counts)]:
         counts[index] += 1
-    fewest = min(zip(possible, parts, available, strict=True), key=lambda one: one[0])
-    for part, count, wanted in zip(parts, available, counts, strict=True):
-        if wanted > count:
-            raise DataError(
-                f"{part.name} has {count:,} usable rows, and its share {float(part.share):g} of rows = "
-                f"{total:,} are {wanted:,}; at most {int(most):,} rows have these shares: lower rows, or its share"
-            )
-        if not wanted:
-            bound = f"{fewest[1].name} has only {fewest[2]:,} usable rows" if rows is None else "rows says so"
-            raise DataError(
-                f"{part.name}: its share {float(part.share):g} of {total:,} rows is not one row ({bound}); "
-                "change the shares, or give more rows"
-            )
-    return Draw(counts, [rows is None and number == most for number in possible])
+    return counts
 
 
 def public_mixture(mixture: Mapping[str, Any]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def _mixture(stats: Mapping[str, Any]) -> str:
     why = (
         f"{stats['config']['rows']:,} rows were asked for, with these shares."
         if stats["config"]["rows"]
-        else "As many rows as have these shares: all that a source which bounds the dataset has."
+        else "As many rows as have these shares: the source that bounds the dataset has no more."
     )
     return (
         f"<h2>Sources</h2><table><tr><th>source</th>{heads}</tr>{''.join(lines)}</table>"

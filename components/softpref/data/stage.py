@@ -217,6 +217,8 @@ def _divide(
         **summary,
     }
     if config.mixture:
+        for one, counts in zip(taken, mixed, strict=True):  # these were found when all had been read
+            one.left_out.update(contradiction=one.accepted - counts["usable"])
         stats["mixture"] = [
             {
                 "name": part.name,
@@ -224,7 +226,7 @@ def _divide(
                 "share": float(part.share),
                 "rows_read": one.rows_read,
                 "rejected": dict(one.refused.most_common()),
-                "left_out": dict(one.left_out.most_common()),
+                "left_out": dict((+one.left_out).most_common()),
                 **counts,
                 "mapping": mapping,
             }
