@@ -9,7 +9,7 @@ import shutil
 import datasets
 import pytest
 from softpref.cli import main
-from softpref.config import build_config
+from softpref.config import build_config, parse_overrides
 from softpref.data.component import prepare_data
 from softpref.data.config import DataConfig
 from softpref.data.mixture import divide_rows, parts_of
@@ -513,3 +513,13 @@ def test_the_console_a_file_and_the_component_take_a_mixture(here, way, capsys):
 def test_the_console_refuses_a_wrong_one_with_a_sentence(here, capsys):
     assert main(["data", "--output", "out", "--source", "a.jsonl", "--mixture", '{"b.jsonl": 30}']) == 2
     assert "error: mixture['b.jsonl'] needs its share" in capsys.readouterr().err
+
+
+def test_a_source_named_twice_in_text_is_refused(here, capsys):
+    twice = '{"b.jsonl": 0.2, "b.jsonl": 0.3}'
+    assert main(["data", "--output", "out", "--source", "a.jsonl", "--mixture", twice]) == 2
+    (here / "data.yaml").write_text("source: a.jsonl\nmixture:\n  b.jsonl: 0.2\n  b.jsonl: 0.3\n")
+    assert main(["data", "--output", "out", "--config", "data.yaml"]) == 2
+    with pytest.raises(ConfigError, match=r"it names 'b\.jsonl' twice"):
+        parse_overrides(f'{{"mixture": {twice}}}')
+    assert capsys.readouterr().err.count("it names 'b.jsonl' twice") == 2
