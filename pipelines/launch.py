@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import os
 import re
 import sys
 import tempfile
@@ -98,7 +99,7 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
 
 
 def _refuse_local(name: str, value: str) -> None:
-    if Path(value).expanduser().exists():
+    if os.path.exists(os.path.expanduser(value)):  # which a signed URL, too long for a path, passes
         raise ConfigError(
             f"{name} {value} is on this machine, and no step of the cluster sees it: give a Hub id, a "
             "URL (s3://, gs://, https:// …), or a path of a volume that the profile mounts"

@@ -191,6 +191,16 @@ def test_duplicates_and_contradictions_count_across_sources(here):
     assert [one["usable"] for one in kept["mixture"]] == [40, 40]
 
 
+def test_a_source_of_nothing_but_contradictions_is_named(here):
+    turned = [
+        {"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]}
+        for row in pairs(9, "a")
+    ]
+    write(here / "b.jsonl", turned)
+    with pytest.raises(DataError, match=r"every row of b\.jsonl contradicts another"):
+        run(DataConfig(source="a.jsonl", mixture={"b.jsonl": 0.1}, contradictions="drop"), "out")
+
+
 def test_the_same_row_number_in_two_sources_is_no_duplicate_of_itself(here):
     write(here / "b.jsonl", pairs(60, "a"))  # row for row as in a.jsonl
     with pytest.raises(DataError, match=r"none of the 60 rows of b\.jsonl can be used: duplicate \(60\)"):
@@ -376,6 +386,14 @@ def test_sources_may_lie_behind_urls_and_no_secret_of_them_is_written(
             assert not [text for text in said if part in text]
 
 
+def test_a_signed_url_may_be_longer_than_a_files_name(here, monkeypatch):
+    fetched = {f"https://host/{name}.jsonl?key={'x' * 600}": here / f"{name}.jsonl" for name in "ab"}
+    monkeypatch.setattr("softpref.data.stage.fetch", lambda url, format: fetched[url])
+    first, second = fetched
+    run(DataConfig(source=first, mixture={second: 0.4}), "out")
+    assert counts("out") == {"https://host/a.jsonl": 90, "https://host/b.jsonl": 60}
+
+
 def test_an_absent_source_is_refused_before_any_is_read(here, monkeypatch):
     monkeypatch.setattr("softpref.data.stage.Source", lambda *_: pytest.fail("read"))
     with pytest.raises(ConfigError, match=r"'absent\.jsonl' does not exist"):
@@ -413,7 +431,23 @@ def test_a_finished_dataset_is_mixed_by_one_of_its_splits_alone(here):
         with pytest.raises(ConfigError, match=r"finished is a finished dataset, .* give split with it"):
             run(config, "out")
     run(DataConfig(source="a.jsonl", mixture={"finished": {"share": 0.3, "split": "train"}}), "out")
-    assert counts("out")["a.jsonl"] == 100
+    assert counts("out") == {"a.jsonl": 100, "finished": 43}
+
+
+@pytest.mark.parametrize("story_kind", ["pairwise", "best_of_n", "ranking"])
+def test_rows_that_this_stage_wrote_keep_their_labels_when_they_are_mixed(here, story_kind):
+    votes = 5 if story_kind == "pairwise" else 1
+    run(DataConfig(rows=300, sft_rows=20, votes=votes, story_kind=story_kind), "finished")
+    written = splits("finished")["train"]
+    run(DataConfig(source="a.jsonl", mixture={"finished": {"share": 0.3, "split": "train"}}), "out")
+    mixed = [row for row in everything("out") if row["source"] == "finished"]
+    assert len(mixed) == 43
+    for row in mixed:
+        before = written[row["source_row"] - 1]
+        assert [row[name] for name in ("prompt", "completions", "kind")] == [
+            before[name] for name in ("prompt", "completions", "kind")
+        ]
+        assert row["probability"] == before["probability"]
 
 
 # Refusals

@@ -79,6 +79,10 @@ def test_no_further_source_of_this_machine_is_sent_to_a_cluster(launch, sweep, r
     assert not (rows / "package.yaml").exists()
 
 
+def test_a_signed_url_is_no_file_of_this_machine(launch):
+    launch._refuse_local("source", f"https://host/a.jsonl?key={'x' * 600}")
+
+
 def test_a_changed_source_changes_the_version_that_the_cache_goes_by(launch, sweep, rows, monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -72,6 +72,7 @@ def prepare_data(
     )
     stats = run(config, dataset.path, page.path)
     source = artifact.uri if artifact else stats["source"]  # without what a URL holds in secret
+    source = " + ".join([source, *(one["name"] for one in stats.get("mixture", ())[1:])])
     describe(
         dataset,
         f"preferences of {source}",

@@ -55,7 +55,8 @@ class DataConfig:
             `score_a` and `score_b`, or `margin` (of A over B); `completions` with `scores` (higher is
             better), `ranks` (lower is better), `order` (indices from 0, the best one's first), `best` (index
             of the best, from 0), `verdicts` (a matrix of how often i won over j, or labels for the pairs (1,
-            2), (1, 3), … (2, 3), …; each judged pair becomes a row), or with none when already best first;
+            2), (1, 3), … (2, 3), …; each judged pair becomes a row), `probability` (of a pair) and `kind` as
+            this stage writes them, or with none when already best first;
             `completion` with `score` or `rank`, or with `label` (true or false; a prompt's true ones are
             paired with its false ones), one candidate per row, grouped by prompt. With each `input` (put
             behind the prompt, on a line of its own, where there is one) and `system` (the system message of a

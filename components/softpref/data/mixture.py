@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref.config import build_config, closest, shown
@@ -190,5 +189,5 @@ def _share(value: Any, where: str) -> Fraction:
 def _identity(config: DataConfig) -> tuple[Any, ...]:
     """What is the same for two spellings of one source."""
     place = re.sub("^(file|local)://", "", config.source)
-    place = os.path.realpath(place) if Path(place).exists() else public_url(place)
+    place = os.path.realpath(place) if os.path.exists(place) else public_url(place)
     return place, config.subset, config.split or "train", config.revision

@@ -282,8 +282,10 @@ def _choose_rows(
         for index, set_id in enumerate(intake.set_ids)
         if config.contradictions == "keep" or set_id not in intake.contradictory
     ]
-    if not kept:
-        raise DataError(f"every row of {config.source} contradicts another; contradictions='keep' keeps them")
+    left = {intake.sources[index] for index in kept}
+    for index, part in enumerate(parts):
+        if index not in left:
+            raise DataError(f"every row of {part.name} contradicts another; contradictions='keep' keeps them")
     if config.mixture:
         return _mix(kept, intake, config, parts)
     if config.rows is not None and config.rows < len(kept) and config.source != "story":
@@ -464,7 +466,7 @@ def _refuse_source_inside(config: DataConfig, output: Path) -> None:
     for name, source in given.items():
         local = re.sub("^(file|local)://", "", source)
         path = Path(os.path.realpath(local)) if local and local != "story" else None
-        if path and path.exists() and Path(os.path.realpath(output)) in (path, *path.parents):
+        if path and os.path.exists(path) and Path(os.path.realpath(output)) in (path, *path.parents):
             raise ConfigError(f"{name} {source} lies in the output {output}, which is replaced; give another")
 
 
