@@ -124,3 +124,4 @@ def test_the_data_step_of_a_run_mixes(launch, rows, monkeypatch):
     saved = datasets.load_from_disk(task.outputs["dataset"].path)
     sources = [source for split in saved.values() for source in split["source"]]
     assert (sources.count("a.jsonl"), sources.count("b.jsonl")) == (40, 13)
+    assert task.outputs["page"].metadata["title"] == "What the preferences of a.jsonl + b.jsonl hold"
