@@ -200,6 +200,12 @@ class Source:
 class Intake:
     """Takes the preference rows of one source, or of several one after another.
 
+    Args:
+        config: what concerns the whole dataset.
+        spool: a file for accepted rows.
+        rejections: lists the others.
+        names: of several sources, in the order in which they will be taken.
+
     Attributes:
         conversational: whether prompts are messages; None before the first accepted row.
         duplicates: rows equal to an earlier one.
@@ -212,9 +218,6 @@ class Intake:
     def __init__(
         self, config: DataConfig, spool: Path, rejections: RejectionLog, names: Sequence[str] = ()
     ) -> None:
-        """Args:
-        names: of several sources, in the order in which they are taken.
-        """
         self._spool = spool
         self._rejections = rejections
         self._names = names
