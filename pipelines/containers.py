@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref.errors import ConfigError
+from softpref.preflight.stage import further_sources
 from softpref.tracking import RUN_ID, RUN_NAME
 
 # the environment that tasks get of the launcher's, where it is set
@@ -207,7 +208,8 @@ class Containers:
         forwarded = {name: os.environ[name] for name in _FORWARDED if os.environ.get(name)}
         self._environment = {**forwarded, "MLFLOW_TRACKING_URI": address}
         self._gpus = int(parameters.get("gpus") or 0)
-        for path in _paths_in([dict(parameters), forwarded]):
+        further = [one.place for one in further_sources(parameters.get("data_overrides"))]
+        for path in _paths_in([dict(parameters), further, forwarded]):
             self._volumes[str(path.absolute())] = "ro"
         hub_cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
         if self._engine.rootless:  # its root is the user who called, and its other users are not

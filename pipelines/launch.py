@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import os
 import re
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from local_run import run_here, task_server
 from softpref.config import NULL, closest, parse_overrides, read_mapping
 from softpref.data.config import EMBEDDED
 from softpref.errors import ConfigError, SoftprefError
-from softpref.preflight.stage import ARTIFACT_SCHEME
+from softpref.preflight.stage import ARTIFACT_SCHEME, further_sources
 from submission import add_client_options, submit, ui_address
 
 _HERE = Path(__file__).resolve().parent
@@ -77,13 +78,11 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
     form = build(pipeline, profile)
     parameters = pipeline_parameters(form, options.recipe, given)
     for name in ("source", "base_model"):
-        value = parameters[name]
-        if value not in ("", *EMBEDDED) and Path(value).expanduser().exists():
-            raise ConfigError(
-                f"{name} {value} is on this machine, and no step of the cluster sees it: give a Hub id, a "
-                "URL (s3://, gs://, https:// …), or a path of a volume that the profile mounts"
-            )
+        if parameters[name] not in ("", *EMBEDDED):
+            _refuse_local(name, parameters[name])
     members = plan(parameters, here=False)
+    for further in further_sources(parameters["data_overrides"]):
+        _refuse_local(further.name, further.place)
     if options.command == "compile":
         suffix = "" if options.cluster == "default" else f"-{profile.name}"
         path = Path(options.output or PACKAGES / f"{_name(pipeline)}{suffix}.yaml")
@@ -98,6 +97,14 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
         package = compile_package(pipeline, Path(folder) / f"{_name(pipeline)}.yaml", profile, shown)
         models = [member.name for member in members]
         return submit(pipeline.name, package, parameters, profile, options, models)
+
+
+def _refuse_local(name: str, value: str) -> None:
+    if os.path.exists(os.path.expanduser(value)):  # which a signed URL, too long for a path, passes
+        raise ConfigError(
+            f"{name} {value} is on this machine, and no step of the cluster sees it: give a Hub id, a "
+            "URL (s3://, gs://, https:// …), or a path of a volume that the profile mounts"
+        )
 
 
 def _components(options: argparse.Namespace) -> int:

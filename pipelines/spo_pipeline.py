@@ -52,8 +52,8 @@ def spo_pipeline(
     """Align a language model to preferences at one softness.
 
     Args:
-        source: "story" for the embedded story world, a Hub dataset id, a URL (s3://, gs://, https://), the
-            address of a KFP artifact (minio://) or a path (JSONL, CSV, Parquet).
+        source: "story" or "storyteller" (embedded, no download), a Hub dataset id, a URL (s3://, gs://,
+            https://), the address of a KFP artifact (minio://) or a path (JSONL, CSV, Parquet).
         columns: From role to column of the source; empty uses columns named like the roles.
         prompt_template: Builds the prompt from columns, such as "Debate: {debate}\\nArgument:".
         rows: Preference rows to draw or to sample; 0 takes the default or all.

@@ -12,6 +12,7 @@ import re
 import reprlib
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +42,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            _once([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
             self.flatten_mapping(node)
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode):
@@ -53,7 +55,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     content = path.read_bytes()
     try:
         try:
-            values = json.loads(content)  # whose pairs of \\u escapes YAML does not know
+            values = _from_json(content)  # whose pairs of \\u escapes YAML does not know
         except _BROKEN_JSON:
             values = yaml.load(content, Loader)
     except Exception as error:  # the parser's own, and what its values' types raise
@@ -86,7 +88,7 @@ def parse_overrides(
     if isinstance(overrides, Mapping):
         return {key: _whole(value) for key, value in overrides.items()}
     try:
-        values = json.loads(overrides)
+        values = _from_json(overrides)
     except _BROKEN_JSON as error:
         raise ConfigError(
             f"{name} is not JSON ({_in_words(error)}); write it like {example}, got {shown(overrides)}"
@@ -94,6 +96,21 @@ def parse_overrides(
     if not isinstance(values, dict):
         raise ConfigError(f"{name} must be a JSON object, got {shown(overrides)}")
     return values
+
+
+def _from_json(text: str | bytes) -> Any:
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _once([key for key, _ in pairs])
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=mapping)
+
+
+def _once(keys: list[str]) -> None:
+    """Refuse a key that stands twice in a mapping, of which only the last would count."""
+    for key, count in Counter(keys).items():
+        if count > 1 and key != "<<":  # YAML's way to lay mappings under one
+            raise ValueError(f"it names {shown(key)} twice")
 
 
 def shown(value: Any) -> str:
@@ -192,7 +209,7 @@ def closest(key: str, known: typing.Iterable[str]) -> str:
 
 def _convert(cls: type, key: str, value: Any, hint: Any) -> Any:
     """`value` as the annotated type, or a ConfigError that names the parameter."""
-    options = _flatten(hint)
+    options, broken = _flatten(hint), ""
     if value is None or (isinstance(value, str) and value == "" and str not in options):
         if type(None) in options or Any in options:
             return None
@@ -231,8 +248,9 @@ def _convert(cls: type, key: str, value: Any, hint: Any) -> Any:
             container = origin or option
             if isinstance(value, str):
                 try:
-                    value = json.loads(value)
-                except _BROKEN_JSON:
+                    value = _from_json(value)
+                except _BROKEN_JSON as error:
+                    broken = f" ({_in_words(error)})"
                     continue
                 _check_values(value, f"{cls.__name__}.{key}")
             if isinstance(value, container) or (container is tuple and isinstance(value, list)):
@@ -248,7 +266,7 @@ def _convert(cls: type, key: str, value: Any, hint: Any) -> Any:
         for option in options
         if option is not type(None)
     )
-    raise ConfigError(f"{cls.__name__}.{key} must be {allowed}, got {shown(value)}")
+    raise ConfigError(f"{cls.__name__}.{key} must be {allowed}, got {shown(value)}{broken}")
 
 
 def _flatten(hint: Any) -> list[Any]:

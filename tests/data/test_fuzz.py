@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from softpref.config import build_config, read_mapping
 from softpref.data.config import DataConfig
-from softpref.data.intake import Intake, RejectionLog
+from softpref.data.intake import Intake, RejectionLog, Source
 from softpref.data.sources import open_source
 from softpref.errors import ConfigError, DataError
 
@@ -134,10 +134,11 @@ def take(name, data, **options):
         path = Path(folder) / name
         path.write_bytes(data)
         log = RejectionLog(Path(folder) / "rejected.jsonl")
-        intake = Intake(DataConfig(source=str(path), **options), Path(folder) / "spool.jsonl", log)
+        config = DataConfig(source=str(path), **options)
+        intake = Intake(config, Path(folder) / "spool.jsonl", log)
         fault = ""
         try:
-            intake.take(open_source(str(path)), str(path))
+            intake.take(Source(open_source(str(path)), config, str(path)))
         except (ConfigError, DataError) as error:
             fault = str(error)
             assert fault.strip()

@@ -26,7 +26,11 @@ _LABELS: dict[Form, tuple[Names, ...]] = {
         *(("votes_a", "votes_b"), ("votes",), ("probability",), ("preference",)),
         *(("strength",), ("score_a", "score_b"), ("margin",)),
     ),
-    "list": (("scores",), ("ranks",), ("order",), ("best",), ("verdicts",), ()),
+    # probability and kind: as this stage writes its rows
+    "list": (
+        *(("scores",), ("ranks",), ("order",), ("best",), ("verdicts",)),
+        *(("probability", "kind"), ()),
+    ),
     "single": (("score",), ("rank",), ("label",)),
 }
 _CONTEXT = ("prompt", "input", "system")  # go with every form

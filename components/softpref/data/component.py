@@ -31,12 +31,12 @@ def prepare_data(
         dataset: The dataset folder: train, validation and test splits, statistics, refused rows.
         page: What the dataset holds: lengths, label confidence, splits, refused rows, examples.
         metrics: Rows by split, refused and left out, and the share of soft labels.
-        source: "story" for the embedded story world, a Hugging Face Hub dataset id, or the path of a JSONL,
-            JSON, CSV or Parquet file, of a folder of them, or of a saved dataset.
+        source: "story" or "storyteller" (embedded, no download), a Hugging Face Hub dataset id, or the path of
+            a JSONL, JSON, CSV or Parquet file, of a folder of them, or of a saved dataset.
         columns: From role to column of the source, such as {"prompt": "question", "chosen": "better",
             "rejected": "worse"}. Empty: columns named like the roles are used.
         prompt_template: Builds the prompt from columns, such as "Debate: {debate}\\nArgument:". Empty: none.
-        rows: Rows to draw from the story world, or to sample from another source. 0: 4000, or all.
+        rows: Rows to draw from an embedded source, or to sample from another source. 0: 4000, or all.
         seed: Seed of draws, samples and splits.
         validation_fraction: Share of the distinct prompts held out for validation.
         test_fraction: Share of the distinct prompts held out for evaluation.
@@ -72,6 +72,7 @@ def prepare_data(
     )
     stats = run(config, dataset.path, page.path)
     source = artifact.uri if artifact else stats["source"]  # without what a URL holds in secret
+    source = " + ".join([source, *(one["name"] for one in stats.get("mixture", ())[1:])])
     describe(
         dataset,
         f"preferences of {source}",

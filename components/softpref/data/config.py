@@ -29,6 +29,16 @@ class DataConfig:
             `hf://`, any that fsspec knows; credentials from the environment), or a Hugging Face Hub dataset
             id such as `"owner/name"`. The splits of a dataset folder of this stage are taken over as they
             are, unless `split` asks for one of them.
+        mixture (`dict`, defaults to `{}`): further sources and their shares of the dataset, above 0 and in
+            sum below 1; `source` has the rest: `{"b.parquet": 0.3}`, or `{"b.parquet": {"share": 0.3,
+            "columns": {"chosen": "better", "rejected": "worse"}}}`. The dataset is the largest seeded sample
+            with these shares, each exact up to one row, or has `rows` rows with them. Each further source has
+            `format`, `subset`, `split` and `revision` of its own; how its rows are read (`columns` to
+            `system_prompt`, `list_kind` to `min_votes`, `max_source_rows`) is as given here, unless it has
+            that of its own, too. With `source` among its options its key is a mere name, so that two splits
+            of one source can be mixed. Splits go by prompt across all sources, and so do duplicates, of which
+            the first source keeps its own, and contradictions. Beside rows with weights those of a source
+            without any weigh 1. Not for embedded sources.
         subset (`str`, *optional*): configuration name of a Hub dataset, or of a folder whose dataset card
             (`README.md`) names several.
         split (`str`, *optional*): which split to read of a Hub dataset, a saved `DatasetDict`, or a folder
@@ -47,7 +57,8 @@ class DataConfig:
             `score_a` and `score_b`, or `margin` (of A over B); `completions` with `scores` (higher is
             better), `ranks` (lower is better), `order` (indices from 0, the best one's first), `best` (index
             of the best, from 0), `verdicts` (a matrix of how often i won over j, or labels for the pairs (1,
-            2), (1, 3), … (2, 3), …; each judged pair becomes a row), or with none when already best first;
+            2), (1, 3), … (2, 3), …; each judged pair becomes a row), `probability` (of a pair) and `kind` as
+            this stage writes them, or with none when already best first;
             `completion` with `score` or `rank`, or with `label` (true or false; a prompt's true ones are
             paired with its false ones), one candidate per row, grouped by prompt. With each `input` (put
             behind the prompt, on a line of its own, where there is one) and `system` (the system message of a
@@ -97,7 +108,8 @@ class DataConfig:
         max_characters (`int`, *optional*): rows whose prompt and longest completion exceed this together are
             left out.
         rows (`int`, *optional*): preference rows to draw from the story world (4000 when not given), or the
-            size of a seeded sample of the accepted rows of any other source (all when not given).
+            size of a seeded sample of the accepted rows of any other source (all when not given, or of a
+            mixture as many as have its shares).
         max_source_rows (`int`, *optional*): stop reading the source after this many rows.
         max_rejected_fraction (`float`, defaults to `0.5`): a larger share of refused rows is an error.
         validation_fraction (`float`, defaults to `0.1`): share of the distinct prompts held out for
@@ -121,6 +133,7 @@ class DataConfig:
     """
 
     source: str = "story"
+    mixture: dict[str, Any] = dataclasses.field(default_factory=dict)
     subset: str | None = None
     split: str | None = None
     revision: str | None = None
@@ -160,6 +173,14 @@ class DataConfig:
         for name in ("prompt_template", "implicit_prompt_end"):
             text = re.sub(r"\\([nt\\])", lambda escape: _ESCAPES[escape[1]], getattr(self, name))
             setattr(self, name, text)
+        self.check()
+        if self.mixture:
+            from softpref.data.mixture import parts_of
+
+            parts_of(self)
+
+    def check(self) -> None:
+        """Refuse values outside their range, and values that do not go together."""
         if not self.source:
             raise ConfigError(
                 'source is empty; give "story", "storyteller", a file, a folder, a URL or a Hub dataset id'

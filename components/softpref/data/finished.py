@@ -80,7 +80,7 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
     split_of: dict[bytes, str] = {}
     hashes = []
     for split in SPLITS:
-        if {*dataset[split].column_names} - {"weight"} != _COLUMNS:
+        if {*dataset[split].column_names} - {"weight", "source"} != _COLUMNS:
             raise DataError(
                 f"{config.source} has a stats.json of this stage, but its split {split} has the columns "
                 f"{', '.join(dataset[split].column_names)}; give split to read one as any other source"

@@ -82,7 +82,7 @@ def render_page(stats: Mapping[str, Any], examples: Sequence[Mapping[str, Any]])
 <p class="note">from <code>{_escape(_name(stats))}</code> · {stats["rows_read"]:,} rows read · kept as {kinds}
 {" · conversational" if stats["conversational"] else ""}{_taken_over(stats)}</p>
 <div class="tiles">{"".join(_tile(*tile) for tile in tiles)}</div>
-<h2>Splits</h2>{_splits(stats)}
+{_mixture(stats)}<h2>Splits</h2>{_splits(stats)}
 <h2>Lengths and labels</h2><div class="figures">{"".join(figures)}</div>
 <h2>Rows that were not taken</h2>{_rejections(stats, refused, left_out)}
 <h2>Examples</h2><p class="note">From the training split; the better completion stands first.</p>
@@ -99,11 +99,42 @@ def _taken_over(stats: Mapping[str, Any]) -> str:
 
 
 def _name(stats: Mapping[str, Any]) -> str:
+    if "mixture" in stats:
+        return " + ".join(one["name"] for one in stats["mixture"])
     return f"the {stats['source']} world" if stats["source"] in EMBEDDED else str(stats["source"])
 
 
 def _tile(count: int, label: str) -> str:
     return f'<div class="tile"><b>{count:,}</b><span>{label}</span></div>'
+
+
+def _mixture(stats: Mapping[str, Any]) -> str:
+    """A table of the sources, where there are several."""
+    if "mixture" not in stats:
+        return ""
+    names = ("rows read", "refused", "left out", "usable", "in the dataset", "not sampled")
+    lines = []
+    for one in stats["mixture"]:
+        counts = (
+            *(one["rows_read"], sum(one["rejected"].values()), sum(one["left_out"].values())),
+            *(one["usable"], one["rows"], one["not_sampled"]),
+        )
+        bound = '<span class="note"> · bounds the dataset</span>' if one["binding"] else ""
+        lines.append(
+            f'<tr><td><code>{_escape(one["name"])}</code>{bound}</td><td class="n">{one["share"]:.4g}</td>'
+            + "".join(f'<td class="n">{count:,}</td>' for count in counts)
+            + "</tr>"
+        )
+    heads = "".join(f'<th class="n">{name}</th>' for name in ("share", *names))
+    why = (
+        f"{stats['config']['rows']:,} rows were asked for, with these shares."
+        if stats["config"]["rows"]
+        else "As many rows as have these shares: the source that bounds the dataset has no more."
+    )
+    return (
+        f"<h2>Sources</h2><table><tr><th>source</th>{heads}</tr>{''.join(lines)}</table>"
+        f'<p class="note">{why}</p>'
+    )
 
 
 def _splits(stats: Mapping[str, Any]) -> str:
@@ -222,25 +253,31 @@ def _example(row: Mapping[str, Any]) -> str:
         for place, completion in enumerate(row["completions"])
     )
     return (
-        f"<article><small>row {row['source_row']:,} of the source · {label}</small>"
+        f"<article><small>row {row['source_row']:,} of {_escape(row.get('source', 'the source'))} · {label}"
+        "</small>"
         f"<pre>{_escape(_shorten(_plain(row['prompt'])))}</pre>{completions}</article>"
     )
 
 
 def _origin(stats: Mapping[str, Any]) -> str:
-    mapping = stats["mapping"]
-    columns = ", ".join(f"{role} ← {column}" for role, column in mapping["columns"].items())
-    lines = [
-        ("columns", columns + (" (guessed from their names)" if mapping["guessed"] else "")),
-        ("read as", "; ".join(mapping.get("notes", [])) or "–"),
-        ("columns without use", ", ".join(mapping.get("unused", [])) or "–"),
-        ("prompt template", mapping["prompt_template"] or "–"),
+    mappings = {f"{one['name']}: ": one["mapping"] for one in stats.get("mixture", ())}
+    lines = []
+    for of, mapping in (mappings or {"": stats["mapping"]}).items():
+        columns = ", ".join(f"{role} ← {column}" for role, column in mapping["columns"].items())
+        lines += [
+            (f"{of}columns", columns + (" (guessed from their names)" if mapping["guessed"] else "")),
+            (f"{of}read as", "; ".join(mapping.get("notes", [])) or "–"),
+            (f"{of}columns without use", ", ".join(mapping.get("unused", [])) or "–"),
+            (f"{of}prompt template", mapping["prompt_template"] or "–"),
+        ]
+    lines += [
         ("seed", stats["config"]["seed"]),
         ("dataset hash", stats["dataset_hash"]),
         ("test split hash", stats["test_hash"]),
     ]
     cells = "".join(
-        f"<tr><td>{name}</td><td><code>{_escape(str(value))}</code></td></tr>" for name, value in lines
+        f"<tr><td>{_escape(name)}</td><td><code>{_escape(str(value))}</code></td></tr>"
+        for name, value in lines
     )
     return f"<table>{cells}</table>"
 

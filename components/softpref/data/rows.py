@@ -105,6 +105,8 @@ def read_preference(record: Mapping[str, Any], layout: Layout, config: DataConfi
         if layout.label:
             raise Refused("one label for several rejected completions", f"{' and '.join(layout.label)}")
         row = Preference(prompt, completions, "best_of_n", None)
+    elif layout.label == ("probability", "kind"):
+        row = _as_written(prompt, completions, record, layout, config)
     elif layout.form == "list":
         scores = _scores(record, layout, len(completions))
         only_best = config.list_kind == "best_of_n" or layout.label == ("best",)
@@ -471,6 +473,20 @@ def _pair(
         raise LeftOut("tie")
     soft = not hard and labels == "soft"
     return Preference(prompt, completions, "pairwise", probability if soft else None)
+
+
+def _as_written(
+    prompt: Text, completions: list[Text], record: Mapping[str, Any], layout: Layout, config: DataConfig
+) -> Preference:
+    """A row of a dataset of this stage: best first, with a probability where the label of a pair is soft."""
+    if value_at(record, layout.columns["probability"]) is not None:
+        if len(completions) != 2:
+            raise Refused("probability of a list that is no pair", f"{len(completions)} completions")
+        pair = layout._replace(label=("probability",))
+        return _oriented(prompt, completions, *_probability(record, pair, config), config)
+    only_best = "best_of_n" in (config.list_kind, read_field(record, layout.columns["kind"]))
+    scores = [float(-place) for place in range(len(completions))]
+    return _ranked(prompt, completions, scores, only_best, config.ties, config.labels)
 
 
 def _scores(record: Mapping[str, Any], layout: Layout, count: int) -> list[float]:

@@ -5,15 +5,15 @@ Nothing here trains or tokenises. The folder's layout is told in `run`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import hashlib
+import itertools
 import json
+import logging
 import os
 import re
 import shutil
-from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,21 @@ from softpref.data import rows as row_reading
 from softpref.data import storyteller
 from softpref.data.columns import check_present
 from softpref.data.config import EMBEDDED, STORY_ROWS, STORY_SFT_ROWS, DataConfig
-from softpref.data.finished import dataset_hash, is_finished, row_bytes, take_over
-from softpref.data.intake import Accepted, Intake, RejectionLog, check_rejections, peek_columns
+from softpref.data.finished import is_finished, take_over
+from softpref.data.intake import Intake, RejectionLog, Source, check_alike, check_rejections, peek_columns
+from softpref.data.mixture import Part, divide_rows, label, parts_of, public_mixture
 from softpref.data.page import render_page
 from softpref.data.sources import SourceRow, fetch, open_source
 from softpref.data.splits import SPLITS, assign_splits, prompt_key
 from softpref.data.story_world import StoryWorld
+from softpref.data.writing import EXAMPLES, SplitWriter, demonstration_features, hash_order, write_preferences
 from softpref.errors import ConfigError, DataError
 from softpref.progress import settle_output
 from softpref.remote import is_url, public_url
 from softpref.rewards import REWARD_FILE
 from softpref.timings import PhaseTimer
+
+logger = logging.getLogger(__name__)
 
 _WRITTEN = {  # what a dataset folder holds; a run replaces them all
     *SPLITS,
@@ -48,22 +52,19 @@ _WRITTEN = {  # what a dataset folder holds; a run replaces them all
     "timings.json",
 }
 _SOURCES = ("source", "sft_source", "prompts_source")
-_EXAMPLES = 6  # rows shown on the page
-_ROWS_PER_SHARD = 100_000
-_LENGTH_BINS = 30
-_QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
 
 def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> dict[str, Any]:
     """Make the dataset folder `output_dir`.
 
     The folder is a saved `datasets.DatasetDict` with the splits train, validation and test (columns `prompt`,
-    `completions` best first, `kind`, `probability`, `weight` where the source has weights, `source_row`), and
-    beside it `stats.json`, `rejected.jsonl`, `page.html`; `sft/` (a `DatasetDict` of `prompt` and
-    `completion`) and `prompts/` (a `Dataset` of `prompt`) where the configuration gives them a source; for
-    the story world `outcomes.jsonl`, for the storyteller `reward.json`. It appears under its name only when
-    complete. The same configuration and source give the same rows. Where the source is such a folder itself,
-    its splits and what lies beside them are taken over as they are.
+    `completions` best first, `kind`, `probability`, `weight` where a source has weights, `source_row`, and
+    `source` where there are several), and beside it `stats.json`, `rejected.jsonl`, `page.html`; `sft/` (a
+    `DatasetDict` of `prompt` and `completion`) and `prompts/` (a `Dataset` of `prompt`) where the
+    configuration gives them a source; for the story world `outcomes.jsonl`, for the storyteller
+    `reward.json`. It appears under its name only when complete. The same configuration and source give the
+    same rows. Where the source is such a folder itself, its splits and what lies beside them are taken over
+    as they are.
 
     Args:
         config: what to read and how.
@@ -126,10 +127,16 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
     work = folder / "work"
     work.mkdir()
     # opened, and thereby known to be there, before anything is read
-    fetched = fetch(config.source, config.format) if is_url(config.source) else None
-    place = fetched or Path(config.source)
+    parts = parts_of(config)
+    fetched = [
+        fetch(part.config.source, part.config.format) if is_url(part.config.source) else None
+        for part in parts
+    ]
+    place = fetched[0] or Path(config.source)
     finished = not config.embedded and config.split is None and is_finished(place)
-    preferences = iter(()) if finished else _preference_rows(config, fetched)
+    if config.mixture:
+        _refuse_finished(parts, fetched)
+    preferences = [] if finished else list(map(_preference_rows, (part.config for part in parts), fetched))
     streams = {
         name: open_source(source)
         for name, source in (("sft", config.sft_source), ("prompts", config.prompts_source))
@@ -143,7 +150,7 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
     rejections = RejectionLog(folder / "rejected.jsonl")
     try:
         if not finished:
-            stats, split_of, examples = _divide(config, preferences, folder, rejections, listing)
+            stats, split_of, examples = _divide(config, parts, preferences, folder, rejections, listing)
         stats |= _write_extras(
             config, stats["conversational"], split_of, streams, folder, rejections, listing
         )
@@ -157,23 +164,32 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
 
 def _without_secrets(config: DataConfig) -> DataConfig:
     """The configuration as it may be recorded and told: URLs can hold a password or a signature."""
-    given = {name: getattr(config, name) for name in _SOURCES}
-    shown: dict[str, Any] = {name: public_url(source) for name, source in given.items() if source}
-    return dataclasses.replace(config, **shown)
+    shown = copy.copy(config)  # made anew, it would take the escapes of its texts for escapes again
+    for name in _SOURCES:
+        if source := getattr(config, name):
+            setattr(shown, name, public_url(source))
+    shown.mixture = public_mixture(config.mixture)
+    return shown
 
 
 def _divide(
     config: DataConfig,
-    preferences: Iterator[SourceRow],
+    parts: Sequence[Part],
+    preferences: Sequence[Iterator[SourceRow]],
     folder: Path,
     rejections: RejectionLog,
     listing: Path,
 ) -> tuple[dict[str, Any], dict[bytes, str], list[dict[str, Any]]]:
     """Read the preferences and write their splits; returns statistics, each prompt's split, and examples."""
-    intake = Intake(config, folder / "work" / "rows.jsonl", rejections)
-    intake.take(preferences, config.source)
-    check_rejections(intake, rejections, config, listing)
-    kept = _choose_rows(intake, config)
+    sources = [Source(rows, part.config, part.name) for rows, part in zip(preferences, parts, strict=True)]
+    check_alike(sources)
+    names = [part.name for part in parts] if config.mixture else []
+    intake = Intake(config, folder / "work" / "rows.jsonl", rejections, names)
+    taken = []
+    for source in sources:
+        taken.append(intake.take(source))
+        check_rejections(taken[-1], source.name, config, listing)
+    kept, mixed = _choose_rows(intake, config, parts)
     keys = intake.prompt_keys
     split_of = assign_splits(
         {keys[intake.prompt_ids[index]] for index in kept},
@@ -182,22 +198,19 @@ def _divide(
         seed=config.seed,
     )
     splits = {id: split_of[key] for id, key in enumerate(keys) if key in split_of}
-    summary, examples = _write_preferences(intake, config, kept, splits, folder, rejections)
+    weighted = any("weight" in source.layout.columns for source in sources)
+    summary, examples = write_preferences(
+        intake, config, kept, splits, folder, rejections, weighted=weighted, names=names
+    )
+    mappings = [_mapping(source) for source in sources]
     stats = {
         "stage": "data",
         "code_version": __version__,
         "source": config.source,
         "config": dataclasses.asdict(config),
-        "mapping": {
-            "form": intake.layout.form,
-            "columns": intake.layout.columns,
-            "guessed": intake.layout.guessed,
-            "unused": list(intake.layout.unused),
-            "notes": list(intake.layout.notes),
-            "prompt_template": config.prompt_template or None,
-        },
+        "mapping": mappings[0],
         "conversational": bool(intake.conversational),
-        "rows_read": intake.rows_read,
+        "rows_read": sum(one.rows_read for one in taken),
         "duplicates": intake.duplicates,
         "contradictions": {
             "sets": len(intake.contradictory),
@@ -207,11 +220,39 @@ def _divide(
         "left_out": dict(rejections.left_out.most_common()),
         **summary,
     }
+    if config.mixture:
+        for one, counts in zip(taken, mixed, strict=True):  # these were found when all had been read
+            one.left_out.update(contradiction=one.accepted - counts["usable"])
+        stats["mixture"] = [
+            {
+                "name": part.name,
+                "source": public_url(part.config.source),
+                "share": float(part.share),
+                "rows_read": one.rows_read,
+                "rejected": dict(one.refused.most_common()),
+                "left_out": dict((+one.left_out).most_common()),
+                **counts,
+                "mapping": mapping,
+            }
+            for part, one, counts, mapping in zip(parts, taken, mixed, mappings, strict=True)
+        ]
     return stats, split_of, examples
 
 
+def _mapping(source: Source) -> dict[str, Any]:
+    """What `stats.json` says of how a source's columns are read."""
+    return {
+        "form": source.layout.form,
+        "columns": source.layout.columns,
+        "guessed": source.layout.guessed,
+        "unused": list(source.layout.unused),
+        "notes": list(source.layout.notes),
+        "prompt_template": source.config.prompt_template or None,
+    }
+
+
 def _examples_of(rows: Any, seed: int) -> list[dict[str, Any]]:
-    return [rows[index] for index in sorted(_hash_order(range(len(rows)), seed)[:_EXAMPLES])]
+    return [rows[index] for index in sorted(hash_order(range(len(rows)), seed)[:EXAMPLES])]
 
 
 def _preference_rows(config: DataConfig, fetched: Path | None) -> Iterator[SourceRow]:
@@ -233,80 +274,52 @@ def _preference_rows(config: DataConfig, fetched: Path | None) -> Iterator[Sourc
     )
 
 
-def _choose_rows(intake: Intake, config: DataConfig) -> list[int]:
-    """Indices of the accepted rows to keep: without contradictions and down to a sample, as asked."""
+def _choose_rows(
+    intake: Intake, config: DataConfig, parts: Sequence[Part]
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """Indices of the accepted rows to keep, without contradictions and down to a sample, as asked.
+
+    Of a mixture also how many rows each source had, and gave.
+    """
     kept = [
         index
         for index, set_id in enumerate(intake.set_ids)
         if config.contradictions == "keep" or set_id not in intake.contradictory
     ]
-    if not kept:
-        raise DataError(f"every row of {config.source} contradicts another; contradictions='keep' keeps them")
+    left = {intake.sources[index] for index in kept}
+    for index, part in enumerate(parts):
+        if index not in left:
+            raise DataError(f"every row of {part.name} contradicts another; contradictions='keep' keeps them")
+    if config.mixture:
+        return _mix(kept, intake, config, parts)
     if config.rows is not None and config.rows < len(kept) and not config.embedded:
-        kept = sorted(_hash_order(kept, config.seed)[: config.rows])
-    return kept
+        kept = sorted(hash_order(kept, config.seed)[: config.rows])
+    return kept, []
 
 
-def _hash_order(indices: Iterable[int], seed: int) -> list[int]:
-    return sorted(indices, key=lambda index: hashlib.blake2b(f"{seed} {index}".encode()).digest())
-
-
-def _write_preferences(
-    intake: Intake,
-    config: DataConfig,
-    kept: list[int],
-    splits: Mapping[int, str],
-    folder: Path,
-    rejections: RejectionLog,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The second pass: kept rows to their splits. Returns what `stats.json` says of them, and examples."""
-    features = _features(bool(intake.conversational), "weight" in intake.layout.columns)
-    writer = _SplitWriter(folder / "work", SPLITS, features)
-    shown = set(
-        _hash_order([i for i in kept if splits[intake.prompt_ids[i]] == "train"], config.seed)[:_EXAMPLES]
+def _mix(
+    kept: list[int], intake: Intake, config: DataConfig, parts: Sequence[Part]
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """A seeded sample with the shares of the mixture, and how many rows each source had, and gave."""
+    by_source: list[list[int]] = [[] for _ in parts]
+    for index in kept:
+        by_source[intake.sources[index]].append(index)
+    draw = divide_rows(parts, [len(rows) for rows in by_source], config.rows)
+    logger.warning(
+        "mixture of %d rows: %s",
+        sum(draw.counts),
+        "; ".join(
+            f"{part.name} {count} of {len(rows)}, share {float(part.share):g}" + ", which bounds it" * binds
+            for part, count, rows, binds in zip(parts, draw.counts, by_source, draw.binding, strict=True)
+        ),
     )
-    keep = set(kept)
-    prompts = {split: len({i for i in intake.prompt_ids if splits.get(i) == split}) for split in SPLITS}
-    hashes = {split: hashlib.sha256() for split in SPLITS}
-    kinds: Counter[str] = Counter()
-    sizes: Counter[int] = Counter()
-    prompt_lengths, completion_lengths = array("L"), array("L")
-    confidences = array("d")
-    examples = []
-    for index, accepted in enumerate(intake.accepted()):
-        row = accepted.row
-        if index not in keep:
-            if intake.set_ids[index] in intake.contradictory and config.contradictions == "drop":
-                reason = row_reading.LeftOut(
-                    "contradiction", "another row of these completions has another winner"
-                )
-                rejections.add(accepted.source_row, accepted.place, reason)
-            continue
-        split = splits[intake.prompt_ids[index]]
-        record = {**row._asdict(), "weight": accepted.weight, "source_row": accepted.source_row}
-        writer.write(split, {name: record[name] for name in features})
-        hashes[split].update(row_bytes(row, accepted.weight))
-        kinds[row.kind] += 1
-        sizes[len(row.completions)] += 1
-        prompt_lengths.append(row_reading.characters(row.prompt))
-        completion_lengths.extend(map(row_reading.characters, row.completions))
-        if row.probability is not None:
-            confidences.append(row.probability)
-        if index in shown:
-            examples.append(_example(accepted))
-    writer.save(folder)
-    return {
-        "not_sampled": len(intake.set_ids) - len(kept) - rejections.left_out["contradiction"],
-        "rows": dict(writer.counts),
-        "prompts": prompts,
-        "kinds": dict(kinds),
-        "completions_per_row": {str(size): sizes[size] for size in sorted(sizes)},
-        "labels": {"hard": len(kept) - len(confidences), "soft": len(confidences)},
-        "confidence": _histogram(confidences, bins=10, limits=(0.5, 1.0)),
-        "characters": {"prompt": _lengths(prompt_lengths), "completion": _lengths(completion_lengths)},
-        "dataset_hash": dataset_hash([hashes[split].hexdigest() for split in SPLITS]),
-        "test_hash": hashes["test"].hexdigest(),
-    }, examples
+    chosen = [
+        hash_order(rows, config.seed)[:count] for rows, count in zip(by_source, draw.counts, strict=True)
+    ]
+    return sorted(itertools.chain.from_iterable(chosen)), [
+        {"usable": len(rows), "rows": count, "not_sampled": len(rows) - count, "binding": binds}
+        for rows, count, binds in zip(by_source, draw.counts, draw.binding, strict=True)
+    ]
 
 
 def _write_extras(
@@ -328,7 +341,7 @@ def _write_extras(
         demonstrations = streams.get("sft") or _story_demonstrations(config)
         columns = {"prompt": "prompt", "completion": "completion", **config.sft_columns}
         splits = ("train", "validation")
-        writer = _SplitWriter(folder / "work", splits, _demonstration_features(conversational), "sft-")
+        writer = SplitWriter(folder / "work", splits, demonstration_features(conversational), "sft-")
         held_out = 0
         for record in _extra_rows(
             demonstrations, columns, config, "sft", conversational, rejections, listing
@@ -349,8 +362,8 @@ def _write_extras(
         extras["sft"] = {**writer.counts, "held_out": held_out, "rejected": rejected}
     if "prompts" in streams:
         columns = {"prompt": "prompt", **config.prompts_columns}
-        features = {"prompt": _demonstration_features(conversational)["prompt"]}
-        writer = _SplitWriter(folder / "work", ("train",), features, "prompts-")
+        features = {"prompt": demonstration_features(conversational)["prompt"]}
+        writer = SplitWriter(folder / "work", ("train",), features, "prompts-")
         seen: set[bytes] = set()
         held_out = 0
         for record in _extra_rows(
@@ -436,92 +449,6 @@ def _extra_rows(
         )
 
 
-class _SplitWriter:
-    """Writes records to one Arrow file per split as they come, then saves them as a dataset."""
-
-    def __init__(
-        self, folder: Path, splits: Iterable[str], features: Mapping[str, Any], prefix: str = ""
-    ) -> None:
-        import datasets
-        from datasets.arrow_writer import ArrowWriter
-
-        self._features = datasets.Features(features)
-        self._paths = {split: str(folder / f"{prefix}{split}.arrow") for split in splits}
-        self._writers = {
-            split: ArrowWriter(features=self._features, path=path, writer_batch_size=256)
-            for split, path in self._paths.items()
-        }
-        self.counts = dict.fromkeys(self._paths, 0)
-
-    def write(self, split: str, record: Mapping[str, Any]) -> None:
-        self._writers[split].write(dict(record))
-        self.counts[split] += 1
-
-    def dataset(self, split: str) -> Any:
-        import datasets
-
-        self._writers[split].finalize()
-        return datasets.Dataset.from_file(self._paths[split])
-
-    def save(self, folder: Path, skip_empty: bool = False) -> None:
-        import datasets
-
-        parts = {
-            split: self.dataset(split) for split, count in self.counts.items() if count or not skip_empty
-        }
-        # An empty split saved with the default of no shards could not be loaded again.
-        shards = {split: max(1, self.counts[split] // _ROWS_PER_SHARD) for split in parts}
-        datasets.DatasetDict(parts).save_to_disk(str(folder), num_shards=shards)
-
-
-def _demonstration_features(conversational: bool) -> dict[str, Any]:
-    import datasets
-
-    text = datasets.Value("string")
-    messages = [{"role": text, "content": text}] if conversational else text
-    return {"prompt": messages, "completion": messages}
-
-
-def _features(conversational: bool, weighted: bool) -> dict[str, Any]:
-    import datasets
-
-    text = _demonstration_features(conversational)["prompt"]
-    return {
-        "prompt": text,
-        "completions": datasets.List(text),
-        "kind": datasets.Value("string"),
-        "probability": datasets.Value("float64"),
-        **({"weight": datasets.Value("float64")} if weighted else {}),
-        "source_row": datasets.Value("int64"),
-    }
-
-
-def _example(accepted: Accepted) -> dict[str, Any]:
-    row = accepted.row
-    return {**row._asdict(), "source_row": accepted.source_row}
-
-
-def _lengths(lengths: array) -> dict[str, Any]:
-    import numpy as np
-
-    values = np.asarray(lengths)
-    quantiles = {name: float(np.quantile(values, share)) for name, share in _QUANTILES.items()}
-    # The longest hundredth shares the last bin, or one outlier would flatten all the others. Bins are whole
-    # characters wide, or some would hold more lengths than their neighbours.
-    low, high = int(values.min()), int(np.quantile(values, 0.99))
-    step = -(-(high + 1 - low) // _LENGTH_BINS)
-    bins = -(-(high + 1 - low) // step)
-    histogram = _histogram(np.minimum(values, high), bins, limits=(low, low + bins * step))
-    return {"mean": float(values.mean()), **quantiles, "histogram": histogram}
-
-
-def _histogram(values: Any, bins: int, limits: tuple[float, float]) -> dict[str, list[float]]:
-    import numpy as np
-
-    counts, edges = np.histogram(np.asarray(values, dtype=float), bins=bins, range=limits)
-    return {"edges": [round(edge, 6) for edge in edges.tolist()], "counts": counts.tolist()}
-
-
 def _refuse_foreign(output: Path) -> None:
     """Refuse an output folder with something in it that an earlier run of this stage did not write."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
@@ -544,12 +471,23 @@ def _refuse_foreign(output: Path) -> None:
 
 def _refuse_source_inside(config: DataConfig, output: Path) -> None:
     """Refuse to read from the folder that will be replaced."""
-    for name in _SOURCES:
-        given = getattr(config, name)
-        local = re.sub("^(file|local)://", "", given or "")
+    given = {name: getattr(config, name) or "" for name in _SOURCES}
+    given |= {label(part): part.config.source for part in parts_of(config)[1:]}
+    for name, source in given.items():
+        local = re.sub("^(file|local)://", "", source)
         path = Path(os.path.realpath(local)) if local and local not in EMBEDDED else None
-        if path and path.exists() and Path(os.path.realpath(output)) in (path, *path.parents):
-            raise ConfigError(f"{name} {given} lies in the output {output}, which is replaced; give another")
+        if path and os.path.exists(path) and Path(os.path.realpath(output)) in (path, *path.parents):
+            raise ConfigError(f"{name} {source} lies in the output {output}, which is replaced; give another")
+
+
+def _refuse_finished(parts: Sequence[Part], fetched: Sequence[Path | None]) -> None:
+    """Refuse a finished dataset in a mixture, which would read its rows of training alone and divide them."""
+    for part, place in zip(parts, fetched, strict=True):
+        if part.config.split is None and is_finished(place or Path(part.config.source)):
+            raise ConfigError(
+                f"{part.name} is a finished dataset, and a mixture is divided anew; give split with it, to "
+                "read one of its splits as any other source"
+            )
 
 
 def _replace(output: Path, partial: Path) -> None:

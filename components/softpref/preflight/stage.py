@@ -117,8 +117,7 @@ def begin_run(parameters: Mapping[str, Any], record_dir: str) -> Begun:
         parse_overrides(values["sft_overrides"]).get("revision"),
         tracking_uri=values["tracking_uri"],
     )
-    overrides = parse_overrides(values["data_overrides"])
-    further = [pin(overrides[name]).fingerprint for name in _FURTHER_SOURCES if overrides.get(name)]
+    further = [pin(one.place, one.revision).fingerprint for one in further_sources(values["data_overrides"])]
     version = f"{COMMIT}{source.revision}" if source.revision else source.fingerprint
     return Begun(
         [json.dumps(member._asdict()) for member in members],
@@ -165,8 +164,27 @@ def outcome(
 def _without_secrets(value: Any) -> Any:
     """Parameters as they may be recorded: a URL can hold a password or a signature."""
     if isinstance(value, dict):
-        return {key: _without_secrets(one) for key, one in value.items()}
+        return {public_url(str(key)): _without_secrets(one) for key, one in value.items()}
     return public_url(value) if isinstance(value, str) else value
+
+
+class FurtherSource(NamedTuple):
+    """What the data stage reads besides `source`: the parameter that names it, its place and Hub revision."""
+
+    name: str
+    place: str
+    revision: str | None
+
+
+def further_sources(data_overrides: str | Mapping[str, Any] | None) -> list[FurtherSource]:
+    """What `data_overrides` that `plan` has accepted name as sources."""
+    overrides = parse_overrides(data_overrides, "data_overrides")
+    further = [FurtherSource(name, overrides[name], None) for name in _FURTHER_SOURCES if overrides.get(name)]
+    for place, given in parse_overrides(overrides.get("mixture"), "mixture").items():
+        options = given if isinstance(given, Mapping) else {}
+        name = f"mixture[{public_url(place)!r}]"
+        further.append(FurtherSource(name, options.get("source", place), options.get("revision")))
+    return further
 
 
 def code_version() -> str:
@@ -253,6 +271,14 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     source, shown = data.source, public_url(data.source)
     if here:
         _check_local_source(source)
+    for further in further_sources(parameters.get("data_overrides")):
+        if further.place.startswith(ARTIFACT_SCHEME):
+            raise ConfigError(
+                f"{further.name}: {further.place} lies in KFP's own store, and only the parameter source "
+                "may name what lies there"
+            )
+        if here:
+            _check_local_source(further.place, further.name)
     bare = [one.name for one in members if one.method == "spo" and not float(one.options.get("anchor", 0))]
     if data.source != "story" and bare:
         logger.warning(
@@ -343,7 +369,7 @@ def _build(cls: type, values: Mapping[str, Any]) -> Any:
     return build_config(cls, values, overrides)
 
 
-def _check_local_source(source: str) -> None:
+def _check_local_source(source: str, name: str = "source") -> None:
     """A source that can only be a path must exist; whether a Hub id does is known when it is read."""
     suffixes = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
     looks_local = "://" not in source and (
@@ -351,5 +377,6 @@ def _check_local_source(source: str) -> None:
     )
     if looks_local and not Path(source).expanduser().exists():
         raise ConfigError(
-            f"source {source} does not exist; give a file, a folder, a Hub id like owner/name, or story"
+            f"{name} {source} does not exist; give a file, a folder, a Hub id like owner/name"
+            + (", or story" if name == "source" else "")
         )

@@ -1,0 +1,177 @@
+"""Rows to the Arrow files of a dataset, each to its split, and what there is to say of them."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from softpref.data import rows as row_reading
+from softpref.data.config import DataConfig
+from softpref.data.finished import dataset_hash, row_bytes
+from softpref.data.intake import Intake, RejectionLog
+from softpref.data.splits import SPLITS
+
+EXAMPLES = 6  # rows shown on the page
+_ROWS_PER_SHARD = 100_000
+_LENGTH_BINS = 30
+_QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
+
+
+def write_preferences(
+    intake: Intake,
+    config: DataConfig,
+    kept: list[int],
+    splits: Mapping[int, str],
+    folder: Path,
+    rejections: RejectionLog,
+    *,
+    weighted: bool,
+    names: Sequence[str] = (),
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The second pass: kept rows to their splits. Returns what `stats.json` says of them, and examples.
+
+    Args:
+        weighted: whether rows have weights; those of a source without any weigh 1.
+        names: of several sources.
+    """
+    features = _features(bool(intake.conversational), weighted, several=bool(names))
+    writer = SplitWriter(folder / "work", SPLITS, features)
+    shown = set(
+        hash_order([i for i in kept if splits[intake.prompt_ids[i]] == "train"], config.seed)[:EXAMPLES]
+    )
+    keep = set(kept)
+    prompts = {split: len({i for i in intake.prompt_ids if splits.get(i) == split}) for split in SPLITS}
+    hashes = {split: hashlib.sha256() for split in SPLITS}
+    kinds: Counter[str] = Counter()
+    sizes: Counter[int] = Counter()
+    prompt_lengths, completion_lengths = array("L"), array("L")
+    confidences = array("d")
+    examples = []
+    for index, accepted in enumerate(intake.accepted()):
+        row = accepted.row
+        if index not in keep:
+            if intake.set_ids[index] in intake.contradictory and config.contradictions == "drop":
+                reason = row_reading.LeftOut(
+                    "contradiction", "another row of these completions has another winner"
+                )
+                origin = names[accepted.source] if names else ""
+                rejections.add(accepted.source_row, accepted.place, reason, origin=origin)
+            continue
+        split = splits[intake.prompt_ids[index]]
+        weight = accepted.weight if accepted.weight is not None or not weighted else 1.0
+        record = {**row._asdict(), "weight": weight, "source_row": accepted.source_row}
+        if names:
+            record["source"] = names[accepted.source]
+        writer.write(split, {name: record[name] for name in features})
+        hashes[split].update(row_bytes(row, weight))
+        kinds[row.kind] += 1
+        sizes[len(row.completions)] += 1
+        prompt_lengths.append(row_reading.characters(row.prompt))
+        completion_lengths.extend(map(row_reading.characters, row.completions))
+        if row.probability is not None:
+            confidences.append(row.probability)
+        if index in shown:
+            examples.append(record)
+    writer.save(folder)
+    return {
+        "not_sampled": len(intake.set_ids) - len(kept) - rejections.left_out["contradiction"],
+        "rows": dict(writer.counts),
+        "prompts": prompts,
+        "kinds": dict(kinds),
+        "completions_per_row": {str(size): sizes[size] for size in sorted(sizes)},
+        "labels": {"hard": len(kept) - len(confidences), "soft": len(confidences)},
+        "confidence": _histogram(confidences, bins=10, limits=(0.5, 1.0)),
+        "characters": {"prompt": _lengths(prompt_lengths), "completion": _lengths(completion_lengths)},
+        "dataset_hash": dataset_hash([hashes[split].hexdigest() for split in SPLITS]),
+        "test_hash": hashes["test"].hexdigest(),
+    }, examples
+
+
+def hash_order(indices: Iterable[int], seed: int) -> list[int]:
+    return sorted(indices, key=lambda index: hashlib.blake2b(f"{seed} {index}".encode()).digest())
+
+
+class SplitWriter:
+    """Writes records to one Arrow file per split as they come, then saves them as a dataset."""
+
+    def __init__(
+        self, folder: Path, splits: Iterable[str], features: Mapping[str, Any], prefix: str = ""
+    ) -> None:
+        import datasets
+        from datasets.arrow_writer import ArrowWriter
+
+        self._features = datasets.Features(features)
+        self._paths = {split: str(folder / f"{prefix}{split}.arrow") for split in splits}
+        self._writers = {
+            split: ArrowWriter(features=self._features, path=path, writer_batch_size=256)
+            for split, path in self._paths.items()
+        }
+        self.counts = dict.fromkeys(self._paths, 0)
+
+    def write(self, split: str, record: Mapping[str, Any]) -> None:
+        self._writers[split].write(dict(record))
+        self.counts[split] += 1
+
+    def dataset(self, split: str) -> Any:
+        import datasets
+
+        self._writers[split].finalize()
+        return datasets.Dataset.from_file(self._paths[split])
+
+    def save(self, folder: Path, skip_empty: bool = False) -> None:
+        import datasets
+
+        parts = {
+            split: self.dataset(split) for split, count in self.counts.items() if count or not skip_empty
+        }
+        # An empty split saved with the default of no shards could not be loaded again.
+        shards = {split: max(1, self.counts[split] // _ROWS_PER_SHARD) for split in parts}
+        datasets.DatasetDict(parts).save_to_disk(str(folder), num_shards=shards)
+
+
+def demonstration_features(conversational: bool) -> dict[str, Any]:
+    import datasets
+
+    text = datasets.Value("string")
+    messages = [{"role": text, "content": text}] if conversational else text
+    return {"prompt": messages, "completion": messages}
+
+
+def _features(conversational: bool, weighted: bool, several: bool) -> dict[str, Any]:
+    import datasets
+
+    text = demonstration_features(conversational)["prompt"]
+    return {
+        "prompt": text,
+        "completions": datasets.List(text),
+        "kind": datasets.Value("string"),
+        "probability": datasets.Value("float64"),
+        **({"weight": datasets.Value("float64")} if weighted else {}),
+        "source_row": datasets.Value("int64"),
+        **({"source": datasets.Value("string")} if several else {}),
+    }
+
+
+def _lengths(lengths: array) -> dict[str, Any]:
+    import numpy as np
+
+    values = np.asarray(lengths)
+    quantiles = {name: float(np.quantile(values, share)) for name, share in _QUANTILES.items()}
+    # The longest hundredth shares the last bin, or one outlier would flatten all the others. Bins are whole
+    # characters wide, or some would hold more lengths than their neighbours.
+    low, high = int(values.min()), int(np.quantile(values, 0.99))
+    step = -(-(high + 1 - low) // _LENGTH_BINS)
+    bins = -(-(high + 1 - low) // step)
+    histogram = _histogram(np.minimum(values, high), bins, limits=(low, low + bins * step))
+    return {"mean": float(values.mean()), **quantiles, "histogram": histogram}
+
+
+def _histogram(values: Any, bins: int, limits: tuple[float, float]) -> dict[str, list[float]]:
+    import numpy as np
+
+    counts, edges = np.histogram(np.asarray(values, dtype=float), bins=bins, range=limits)
+    return {"edges": [round(edge, 6) for edge in edges.tolist()], "counts": counts.tolist()}
