@@ -31,8 +31,8 @@ def prepare_data(
         dataset: The dataset folder: train, validation and test splits, statistics, refused rows.
         page: What the dataset holds: lengths, label confidence, splits, refused rows, examples.
         metrics: Rows by split, refused and left out, and the share of soft labels.
-        source: "story" or "storyteller" (embedded, no download), a Hugging Face Hub dataset id, or the path of
-            a JSONL, JSON, CSV or Parquet file, of a folder of them, or of a saved dataset.
+        source: "story" or "storyteller" (embedded, no download), a Hugging Face Hub dataset id, or the path
+            of a JSONL, JSON, CSV or Parquet file, of a folder of them, or of a saved dataset.
         columns: From role to column of the source, such as {"prompt": "question", "chosen": "better",
             "rejected": "worse"}. Empty: columns named like the roles are used.
         prompt_template: Builds the prompt from columns, such as "Debate: {debate}\\nArgument:". Empty: none.

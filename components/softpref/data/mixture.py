@@ -26,8 +26,8 @@ _OF_A_ROW = (
     *("labels", "ties", "min_votes", "max_source_rows"),
 )
 _STORY = (
-    "mixture: story and storyteller cannot be mixed, for what is known of an embedded source holds for its rows "
-    "alone; write it with `softpref data` first, and give that folder with one of its splits"
+    "mixture: story and storyteller cannot be mixed, for what is known of an embedded source holds for its "
+    "own rows alone; write it with `softpref data` first, and give that folder with one of its splits"
 )
 _OPTIONS = {"share", "source", *_OF_A_PLACE, *_OF_A_ROW}
 
