@@ -39,6 +39,7 @@ _CHUNK = 1 << 20
 _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 _MOST_DIGITS = 4300  # of an integer: Python's own limit
 _MOST_LINES = 1000  # of a CSV row: a quote that stays open for longer is taken for one that nobody closed
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\Z)|[][{}]', re.DOTALL)  # and strings, which may hold some
 _UNREADABLE = object()
 _NOWHERE = (
     'source {!r} does not exist; give "story", "storyteller", a file, a folder, a URL like s3://BUCKET/FILE, '
@@ -334,14 +335,16 @@ def _read_file(path: Path, format: str) -> Iterator[tuple[int, Any, str]]:
 
 
 def _until_damage(path: Path, rows: Iterator[tuple[int, Any, str]]) -> Iterator[tuple[int, Any, str]]:
-    """The rows before the place where a packed file is damaged, and one fault for all behind it."""
+    """The rows before the place where a file is damaged, and one fault for all behind it."""
     number = 0
     try:
         for row in rows:
             number = row[0]
             yield row
-    except _DAMAGED as error:
-        fault = f"the packed file is damaged from here on, nothing behind is read: {error}"
+    except (*_DAMAGED, DataError) as error:
+        if isinstance(error, DataError) and not number:
+            raise
+        fault = f"the file is damaged from here on, nothing behind is read: {error}"
         logger.warning("%s, row %d: %s", _shown(path), number + 1, fault)
         yield number + 1, None, fault
 
@@ -397,7 +400,13 @@ def _read_array(path: Path) -> Iterator[tuple[int, Any, str]]:
                     try:
                         value, end = decoder.raw_decode(text, place)
                     except RecursionError:
-                        raise DataError(f"{path}: element {number + 1} is nested too deeply") from None
+                        end = _end_of_element(text, place)
+                        if end is None and not more:
+                            raise DataError(f"{path}: element {number + 1} has no end") from None
+                        if end is not None:
+                            number, place, expect_element = number + 1, end, False
+                            yield number, None, "nested too deeply"
+                            continue
                     except ValueError as error:
                         if not more:
                             raise DataError(
@@ -416,6 +425,16 @@ def _read_array(path: Path) -> Iterator[tuple[int, Any, str]]:
                 wanted = max(_CHUNK, len(text))  # doubling keeps one huge element linear
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not valid UTF-8 after element {number}: {error}") from error
+
+
+def _end_of_element(text: str, place: int) -> int | None:
+    """Where the array or object that begins at `place` ends; None where that lies beyond `text`."""
+    depth = 0
+    for mark in _BRACKETS.finditer(text, place):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(mark[0], 0)
+        if not depth:
+            return mark.end()
+    return None
 
 
 def _read_table(path: Path, delimiter: str) -> Iterator[tuple[int, Any, str]]:
