@@ -31,7 +31,7 @@ Payload = TypeVar("Payload")
 
 _CHUNK = 128  # rows that a process gets at once
 _ROWS_EACH = 4000  # that a process must have: it takes a second or two to begin
-_MOST = 8  # processes by default: one process hands them their rows, and each takes some 100 MB
+_MOST = 4  # processes by default: one process hands them their rows, and each takes some 100 MB
 _CGROUP = Path("/sys/fs/cgroup")
 _WHOLE = "whole"  # a file in a folder of rows that are all there
 
@@ -80,8 +80,10 @@ def tokenize_rows(
     first = args.process_index - args.local_process_index  # machines can share a disk
     folder = Path(args.output_dir) / f"{name.replace(' ', '-')}s-{first}"
     with args.main_process_first(local=True, desc=f"tokenizing {name}s"):
-        if args.local_process_index == 0 and count:
-            _write(folder, (found for _, found in here()))
+        if args.local_process_index == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # what a run that was killed has left
+            if count:
+                _write(folder, (found for _, found in here()))
     if (folder / _WHOLE).exists():
         rows = (payload for payload, _ in jobs())
         yield from _sharing_ids(zip(rows, read_rows(folder), strict=True))
@@ -161,7 +163,6 @@ def _write(folder: Path, rows: Iterable[Found]) -> None:
                 raise found
             yield found
 
-    shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(SoftprefError):
         write_rows(folder, usable())
         (folder / _WHOLE).touch()

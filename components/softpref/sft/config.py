@@ -28,7 +28,7 @@ class SFTConfig(TrainingArguments):
         max_prompt_length: tokens kept of a prompt, from its end.
         max_completion_length: tokens kept of a completion.
         dataset_num_proc: processes that tokenize rows. By default as many as suit: none but this one for some
-            thousands of rows, else one for each CPU, eight at most.
+            thousands of rows, else one for each CPU, four at most (each takes some 100 MB).
         keep_rows: whether the dataset's preferences are kept in tokens beside the model (`rows/`), so that
             the trainings that start from it need not tokenize them each. The folder then holds the data.
         plain_forward: pad every demonstration and compute full logits: the same numbers up to rounding,

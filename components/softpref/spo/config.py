@@ -102,7 +102,7 @@ class SPOConfig(TrainingArguments):
         cut_rows: rows of which a completion is longer than that, drawn ones too: `leave_out` of the
             preference loss, for what is cut has no end and teaches the policy not to stop; or `keep`.
         dataset_num_proc: processes that tokenize rows. By default as many as suit: none but this one for some
-            thousands of rows, else one for each CPU, eight at most.
+            thousands of rows, else one for each CPU, four at most (each takes some 100 MB).
         use_peft: train a LoRA adapter; the reference is then the model with the adapter off.
         lora_r, lora_alpha, lora_target_modules: the adapter's rank, scale, and layers (comma-separated, or
             `all-linear`).
