@@ -32,8 +32,14 @@ logger = logging.getLogger(__name__)
 ROWS_FOLDER = "rows"
 _DESCRIPTION = "rows.json"
 _SPLITS = ("train", "validation")  # what trainings read
-_NO_TOKENIZER = {".safetensors", ".jsonl", ".md"}  # endings of a model's files that say nothing of it, and
-_WRITTEN_LATER = {"softpref.json", "timings.json"}
+_NO_TOKENIZER = (
+    "*.safetensors",
+    "*.md",
+    "softpref.json",
+    "tracking*",
+    "timings*",
+    ".*",
+)  # of a model's files
 _DECIDE = ("transformers", "tokenizers", "jinja2")  # packages whose versions decide tokens, too
 
 
@@ -148,7 +154,7 @@ def _identity(model_dir: str | Path, tokenizer: Any, stop_ids: Sequence[int]) ->
     files = [
         file
         for file in sorted(Path(model_dir).iterdir())
-        if file.is_file() and file.suffix not in _NO_TOKENIZER and file.name not in _WRITTEN_LATER
+        if file.is_file() and not any(file.match(pattern) for pattern in _NO_TOKENIZER)
     ]
     return {
         "tokenizer": {"class": type(tokenizer).__name__, "files": _digest(files)},

@@ -171,7 +171,7 @@ def run(
     for split, tokens in kept.items():
         if split == "validation" or config.train_on == "preferences":  # else of a row not all is read
             splits[split] = RowsWithTokens(splits[split], tokens)
-    timer.enter("reading tokens" if kept else "tokenizing")
+    timer.enter("reading" if kept else "tokenizing")
     trainer = SPOTrainer(
         model,
         config,
