@@ -132,7 +132,7 @@ def test_whatever_the_limits_rows_are_what_tokenizing_gives(
         max_prompt_length=limits[0],
         max_completion_length=limits[1],
     )
-    keep_rows(dataset, folder, tokenizer, stops, args)
+    keep_rows(dataset, folder, None, args)
     kept = kept_rows(dataset, folder, tokenizer, stops)["train"]
     given = load_from_disk(dataset)["train"]
     own = PreferenceRows(given, tokenizer, args, stop_ids=stops)
@@ -252,9 +252,8 @@ def test_a_damaged_part_changes_no_training(command, copies, made, tmp_path):
 @pytest.mark.parametrize("function", ["_hashes", "_data_hash", "write_rows"])
 def test_what_was_killed_while_writing_is_not_taken(copies, monkeypatch, caplog, function):
     dataset, reference = copies
-    tokenizer = load_tokenizer(str(reference))
     args = SPOConfig(output_dir=str(reference), use_cpu=True, bf16=False, disable_tqdm=True)
-    options = (tokenizer, stop_token_ids(tokenizer, load_model(str(reference))), args)
+    options = (load_model(str(reference)), args)
     own = getattr(module, function)
 
     def killed(*given):
@@ -278,9 +277,8 @@ def test_rows_that_cannot_be_tokenized_are_for_the_training_to_say(
     _, reference = copies
     good = {"prompt": "ab", "completions": ["a", "b"]}
     dataset = write_dataset(tmp_path / "bad", {"train": [good, {"prompt": "ab", "completions": ["a", ""]}]})
-    tokenizer = load_tokenizer(str(reference))
     args = SPOConfig(output_dir=str(reference), use_cpu=True, bf16=False, disable_tqdm=True)
-    keep_rows(dataset, reference, tokenizer, stop_token_ids(tokenizer), args)
+    keep_rows(dataset, reference, None, args)
     assert "cannot be kept: train preference 1: the completion '' has no token" in caplog.text
     assert not (reference / "rows").exists()
     assert command("policy", dataset, "--reference", str(reference), **QUICK) == 2

@@ -20,10 +20,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from softpref.errors import SoftprefError
+from softpref.errors import DataError, SoftprefError
 from softpref.lm import tokenization
+from softpref.lm.loading import load_tokenizer
 from softpref.lm.row_files import part_files, prompt_lengths, read_rows, write_rows
-from softpref.lm.tokenization import TokenizedSequence
+from softpref.lm.tokenization import TokenizedSequence, stop_token_ids
 from softpref.lm.tokenizing import RowText, tokenize_here
 from softpref.progress import follow
 
@@ -57,17 +58,14 @@ class KeptRows:
         return sum(length > limit for length in prompt_lengths(self.folder))
 
 
-def keep_rows(
-    dataset_dir: str | Path, model_dir: str | Path, tokenizer: Any, stop_ids: Sequence[int], args: Any
-) -> None:
-    """Write a dataset folder's preference rows in tokens into the folder of a model.
+def keep_rows(dataset_dir: str | Path, model_dir: str | Path, model: Any, args: Any) -> None:
+    """Write a dataset folder's preference rows in tokens into the folder of a model that is whole already.
 
     Where a row cannot be tokenized nothing is kept: that is for the trainings to say, which may not need it.
 
     Args:
-        tokenizer: as it is loaded from the model folder.
-        stop_ids: see `softpref.lm.tokenization.stop_token_ids`.
-        args: `TrainingArguments` with `dataset_num_proc`.
+        model: that of the folder; its tokenizer is loaded as trainings will load it.
+        args: `TrainingArguments` with `dataset_num_proc` and `trust_remote_code`.
     """
     from datasets import load_from_disk
 
@@ -76,9 +74,10 @@ def keep_rows(
     preferences = load_from_disk(str(dataset_dir))
     splits = [split for split in _SPLITS if len(preferences.get(split, ()))]
     try:
+        tokenizer = load_tokenizer(str(model_dir), trust_remote_code=args.trust_remote_code)
+        stop_ids = stop_token_ids(tokenizer, model)
         for split in splits:
-            rows = preferences[split]
-            write_rows(folder / split, _tokenized(rows, split, tokenizer, stop_ids, args))
+            write_rows(folder / split, _tokenized(preferences[split], split, tokenizer, stop_ids, args))
         description = {
             **_identity(model_dir, tokenizer, stop_ids),
             "splits": {
@@ -88,7 +87,7 @@ def keep_rows(
         }
         text = json.dumps(description, indent=2)
         (folder / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-    except (SoftprefError, OSError) as error:  # the model itself is whole
+    except (SoftprefError, OSError) as error:
         logger.warning("trainings will tokenize for themselves, for the rows cannot be kept: %s", error)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -104,7 +103,8 @@ def kept_rows(
     """The rows of a dataset's splits that are kept beside a model, where they are what tokenizing would give.
 
     Args:
-        tokenizer, stop_ids: see `keep_rows`.
+        tokenizer: the model's.
+        stop_ids: see `softpref.lm.tokenization.stop_token_ids`.
         quiet: whether the log is not told which way was taken, and why.
 
     Returns:
@@ -141,6 +141,9 @@ def _usable(folder: Path, dataset_dir: str | Path, identity: Mapping[str, Any]) 
 def _tokenized(
     rows: Any, split: str, tokenizer: Any, stop_ids: Sequence[int], args: Any
 ) -> Iterator[list[TokenizedSequence]]:
+    for column in ("prompt", "completions"):
+        if column not in rows.column_names:
+            raise DataError(f"the {split} preferences have no column {column}")
     shown = follow(rows, f"tokenizing {split} preferences", disable=bool(args.disable_tqdm))
     jobs = ((number, RowText(row["prompt"], row["completions"])) for number, row in enumerate(shown))
     for number, found in tokenize_here(jobs, tokenizer, args, count=len(rows), stop_ids=stop_ids):

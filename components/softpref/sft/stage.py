@@ -227,13 +227,10 @@ def run(
                     "adapter": False,
                 },
             )
-            remove_checkpoints(checkpoints)
             if config.keep_rows:
                 timer.enter("tokenizing")
-                # with the tokenizer that trainings will load, and behind the model, which does not need it
-                loaded = load_tokenizer(output_dir, trust_remote_code=config.trust_remote_code)
-                stop_ids = stop_token_ids(loaded, reference)
-                keep_rows(dataset_dir, output_dir, loaded, stop_ids, config)
+                keep_rows(dataset_dir, output_dir, reference, config)
+            remove_checkpoints(checkpoints)
             timer.enter("tracking")
             tracker.metrics(timer.metrics(), step=trainer.state.global_step)
     if trainer.is_world_process_zero():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import repeat
 from typing import Any, get_args
 
@@ -125,12 +125,13 @@ class TrainingRows(Dataset, ABC):
         self, given: Iterable[Mapping[str, Any]], name: str
     ) -> Iterator[tuple[Mapping[str, Any], Found]]:
         """Rows and their sequences."""
-        known, count = None, _count(given)
+        rows = _counted(given)
+        known, count = None, len(rows)
         if isinstance(given, RowsWithTokens):
             known, count = given.tokens, given.tokens.longer_prompts(self._options["max_prompt_length"])
 
         def jobs() -> Iterator[tuple[Mapping[str, Any], Job]]:
-            shown = follow(given, f"tokenizing {name}s", disable=_quiet(self._args))
+            shown = follow(rows, f"tokenizing {name}s", disable=_quiet(self._args))
             for row, tokens in zip(shown, repeat(None) if known is None else known):  # noqa: B905
                 yield row, self._job(row, tokens)
 
@@ -216,9 +217,9 @@ def _quiet(args: SPOConfig) -> bool:
     return bool(args.disable_tqdm) or args.process_index > 0
 
 
-def _count(rows: Iterable[Any]) -> int:
-    """How many there are; 1, for which no process is begun, where that is not known before."""
-    return len(rows) if isinstance(rows, Sized) else 1
+def _counted(rows: Iterable[Mapping[str, Any]]) -> Collection[Mapping[str, Any]]:
+    """The rows, as what can be counted and taken twice."""
+    return rows if isinstance(rows, Sized) else list(rows)  # type: ignore[return-value]
 
 
 def _columns(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
@@ -315,6 +316,7 @@ def _win_probabilities(kind: PreferenceKind, count: int, probability: float) -> 
 
 
 def tokenize_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConfig) -> list[list[int]]:
+    rows = _counted(rows)
     prompts: list[list[int]] = []
     counts: Counter[str] = Counter()
 
@@ -324,9 +326,7 @@ def tokenize_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SP
             yield None, RowText(row["prompt"]) if "prompt" in row else lacks
 
     limit = args.max_prompt_length
-    made = tokenize_rows(
-        jobs, tokenizer, args, name="prompt row", count=_count(rows), max_prompt_length=limit
-    )
+    made = tokenize_rows(jobs, tokenizer, args, name="prompt row", count=len(rows), max_prompt_length=limit)
     for number, (_, found) in enumerate(made):
         if isinstance(found, DataError):
             raise DataError(f"prompt row {number}: {found}") from found
