@@ -136,7 +136,8 @@ def check_num_proc(args: Any) -> None:
 
 def usable_cpus() -> int:
     """CPUs that this process may use: those that it is bound to, and no more than its container's limit."""
-    cpus = len(os.sched_getaffinity(0))
+    bound = getattr(os, "sched_getaffinity", None)  # macOS has none
+    cpus = len(bound(0)) if bound else os.cpu_count() or 1
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups 2 and 1
         with contextlib.suppress(OSError, ValueError):  # not there, or "max"
             quota, period = map(int, " ".join((_CGROUP / file).read_text() for file in files).split())
