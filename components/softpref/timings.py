@@ -12,8 +12,9 @@ TIMINGS_FILE = "timings.json"
 class PhaseTimer:
     """Wall-clock seconds of a stage by phase: one phase at a time, from here to the last `enter`.
 
-    Stages share names, so that sums over stages mean something: `loading`, `tokenizing`, `training` (with the
-    sampling it needs), `evaluation`, `saving`. Training and evaluation are what a pipeline is run for.
+    Stages share names, so that sums over stages mean something: `loading`, `tokenizing` (or `reading`, of the
+    tokens that another stage has kept), `training` (with the sampling it needs), `evaluation`, `saving`.
+    Training and evaluation are what a pipeline is run for.
 
     Args:
         phase: the first one, which begins now.

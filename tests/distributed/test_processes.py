@@ -81,6 +81,20 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_loses_nothing(
     assert len(batch["group_sizes"]) == rows
 
 
+def test_the_first_process_tokenizes_for_both(train, monkeypatch, tmp_path):
+    (tmp_path / "fault").mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('RANK') == '1':\n"
+        "    from softpref.lm import tokenizing\n"
+        "    def fail(*a, **k): raise RuntimeError('the second process tokenizes')\n"
+        "    tokenizing.tokenize_row = tokenizing.tokenize_prompt = fail\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fault'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    _, folder = train("policy", {"processes": 2}, world_size=2)
+    assert (folder / "model.safetensors").is_file()
+    assert not list(folder.rglob("*rows-*"))
+
+
 def test_devices_are_asked_for_before_processes_start(train, monkeypatch):
     monkeypatch.setattr("softpref.distributed.launch.run_watched", lambda *a, **k: pytest.fail("started"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)

@@ -60,6 +60,9 @@ def test_sweep_trains_compares_and_registers(quick_recipe, folder):
     assert policy.data.params["alpha"] == "0.5"
     assert {"kl/sequence", "sampling/ess", "rewards/accuracies", "eval/win_rate"} <= set(policy.data.metrics)
     assert {"seconds/training", "eval/seconds/evaluation"} <= set(policy.data.metrics)
+    for member in (policy, children["dpo-beta-1"]):  # preferences were tokenized once, beside the reference
+        assert "seconds/reading" in member.data.metrics
+        assert "seconds/tokenizing" not in member.data.metrics
     assert "kl/sequence" not in children["dpo-beta-1"].data.metrics
     version = client.get_model_version_by_alias("softpref-story", "champion")
     assert version.tags["alpha"] in {"0.5", "1.0"}

@@ -12,7 +12,15 @@ from softpref.lm.sampling import sample_completions, sampling_noise
 from softpref.lm.scoring import score_sequences
 from softpref.lm.tokenization import decode, tokenize_prompt, tokenize_sequence
 from softpref.sft.config import SFTConfig
-from softpref.sft.stage import SFTTrainer, build_model, build_tokenizer, collate, headline, run
+from softpref.sft.stage import (
+    SFTTrainer,
+    _Demonstrations,
+    build_model,
+    build_tokenizer,
+    collate,
+    headline,
+    run,
+)
 
 SMALL = {
     "model_type": "llama",
@@ -315,3 +323,30 @@ def test_demonstrations_that_are_cut_are_counted(trained, tmp_path, write_datase
         "rows/cut_completion": 1,
     }
     assert load_metadata(tmp_path / "out")["row_counts"]["train"]["cut_completion"] == 1
+
+
+def test_demonstrations_are_the_same_whatever_the_processes(make_tokenizer, settings, tmp_path, rows):
+    tokenizer = make_tokenizer()
+    limits = {"max_prompt_length": 6, "max_completion_length": 8}
+    made = []
+    for processes in (1, 2):
+        config = SFTConfig(
+            **{**settings, **limits},
+            output_dir=str(tmp_path),
+            model_config=SMALL,
+            dataset_num_proc=processes,
+        )
+        made.append(
+            _Demonstrations(rows * 20, tokenizer, config, [tokenizer.eos_token_id], "train demonstration")
+        )
+    expected = [tokenize_sequence(tokenizer, row["prompt"], row["completion"], **limits) for row in rows * 20]
+    assert made[0].rows == made[1].rows == expected
+    assert made[0].counts == made[1].counts
+    wrong = [*rows, {"prompt": "fox", "completion": ""}]
+    with pytest.raises(DataError, match=f"train demonstration {len(rows)}: .* has no token"):
+        _Demonstrations(wrong, tokenizer, config, [tokenizer.eos_token_id], "train demonstration")
+
+
+def test_less_than_one_process_is_refused(settings):
+    with pytest.raises(ConfigError, match=r"SFTConfig\.dataset_num_proc must be at least 1"):
+        SFTConfig(**settings, model_config=SMALL, dataset_num_proc=0)

@@ -42,6 +42,7 @@ def layers(tmp_path):
         ),
         ({"max_importance_ratio": 0.5}, "max_importance_ratio must be at least 1"),
         ({"rounds": 0}, "rounds must be at least 1"),
+        ({"dataset_num_proc": 0}, "dataset_num_proc must be at least 1"),
         ({"completions_per_prompt": 1}, "completions_per_prompt must be at least 2"),
         ({"rounds": 2, "num_train_epochs": 1.5}, "num_train_epochs must be a whole number"),
         ({"rounds": 2, "num_train_epochs": float("inf")}, "num_train_epochs must be at least 0, got inf"),

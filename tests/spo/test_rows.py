@@ -60,6 +60,13 @@ def test_prompts_of_rows_left_out_still_serve_the_kl_term(make_trainer, tokenize
     assert trainer.buffer._prompts == expected
 
 
+def test_prompts_may_come_one_by_one(make_trainer, tokenizer):
+    texts = ["abc", "cab", "bad"]
+    prompts = ({"prompt": text} for text in texts)
+    trainer = make_trainer([SHORT], trainer_options={"prompt_dataset": prompts})
+    assert trainer.buffer._prompts == [tokenize_prompt(tokenizer, text).ids for text in texts]
+
+
 @pytest.mark.parametrize("split", ["training", "validation"])
 @pytest.mark.parametrize(("row", "reason"), [(CUT, "1 one of more than"), (EQUAL, "1 have completions that")])
 def test_data_of_which_nothing_is_left_are_refused(make_trainer, split, row, reason):

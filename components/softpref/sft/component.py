@@ -27,7 +27,8 @@ def train_reference(
 
     Args:
         dataset: The dataset folder of the data stage.
-        reference: The model folder: safetensors, tokenizer, generation config, model card.
+        reference: The model folder: safetensors, tokenizer, generation config, model card; and rows/, the
+            preferences in its tokens, which trainings take instead of tokenizing each for itself.
         metrics: Final losses, in nats per completion token, and the perplexity that follows.
         base_model: Hub id, checkpoint folder or .gguf file. Empty: a model from nothing, by model_config in
             overrides.

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from softpref.errors import ConfigError
 from softpref.lm.loading import check_model_source, check_remote_code
+from softpref.lm.tokenizing import check_num_proc
 from softpref.lm.training import check_sharding, check_training_arguments, device_has_bf16
 
 
@@ -26,6 +27,10 @@ class SFTConfig(TrainingArguments):
             least 258.
         max_prompt_length: tokens kept of a prompt, from its end.
         max_completion_length: tokens kept of a completion.
+        dataset_num_proc: processes that tokenize rows. By default as many as suit: none but this one for some
+            thousands of rows, else one for each CPU, four at most (each takes some 100 MB).
+        keep_rows: whether the dataset's preferences are kept in tokens beside the model (`rows/`), so that
+            the trainings that start from it need not tokenize them each. The folder then holds the data.
         plain_forward: pad every demonstration and compute full logits: the same numbers up to rounding,
             slower and larger, for a model whose fast path you doubt.
         gpus: GPUs the job asked for; training refuses to start with fewer. 0 asks for none.
@@ -41,6 +46,8 @@ class SFTConfig(TrainingArguments):
     vocab_size: int = 4096
     max_prompt_length: int = 512
     max_completion_length: int = 512
+    dataset_num_proc: int | None = None
+    keep_rows: bool = True
     plain_forward: bool = False
     gpus: int = 0
     trust_remote_code: bool = False
@@ -67,6 +74,7 @@ class SFTConfig(TrainingArguments):
             if getattr(self, name) < least:
                 raise ConfigError(f"SFTConfig.{name} must be at least {least}, got {getattr(self, name)}")
         check_training_arguments(self)
+        check_num_proc(self)
         if self.bf16 is None:
             self.bf16 = device_has_bf16() and not self.fp16 and not self.use_cpu
         super().__post_init__()

@@ -14,8 +14,9 @@ import torch
 import softpref
 from softpref.artifacts import readable
 from softpref.config import closest
-from softpref.errors import ConfigError, DataError
+from softpref.errors import ConfigError, DataError, SoftprefError
 from softpref.lm.head import completion_hidden
+from softpref.lm.kept_rows import keep_rows
 from softpref.lm.loading import (
     load_model,
     load_tokenizer,
@@ -26,13 +27,8 @@ from softpref.lm.loading import (
 )
 from softpref.lm.packing import PackedBatch, pack_sequences
 from softpref.lm.scoring import check_ids, check_positions
-from softpref.lm.tokenization import (
-    TokenizedSequence,
-    log_findings,
-    row_findings,
-    stop_token_ids,
-    tokenize_sequence,
-)
+from softpref.lm.tokenization import TokenizedSequence, log_findings, row_findings, stop_token_ids
+from softpref.lm.tokenizing import RowText, tokenize_rows
 from softpref.lm.training import (
     GuardedTrainer,
     add_stage_callbacks,
@@ -231,6 +227,9 @@ def run(
                     "adapter": False,
                 },
             )
+            if config.keep_rows:
+                timer.enter("tokenizing")
+                keep_rows(dataset_dir, output_dir, reference, config)
             remove_checkpoints(checkpoints)
             timer.enter("tracking")
             tracker.metrics(timer.metrics(), step=trainer.state.global_step)
@@ -326,7 +325,7 @@ def _length(row: TokenizedSequence) -> int:
 class _Demonstrations(torch.utils.data.Dataset):
     def __init__(
         self,
-        rows: Iterable[Mapping[str, Any]],
+        rows: Sequence[Mapping[str, Any]],
         tokenizer: Any,
         config: SFTConfig,
         stop_ids: Sequence[int],
@@ -335,20 +334,27 @@ class _Demonstrations(torch.utils.data.Dataset):
         self.rows: list[TokenizedSequence] = []
         self.counts: Counter[str] = Counter()
         quiet = bool(config.disable_tqdm) or config.process_index > 0
-        for number, row in enumerate(follow(rows, f"tokenizing {name}s", disable=quiet)):
-            try:
-                sequence = tokenize_sequence(
-                    tokenizer,
-                    row["prompt"],
-                    row["completion"],
-                    stop_ids=stop_ids,
-                    max_prompt_length=config.max_prompt_length,
-                    max_completion_length=config.max_completion_length,
-                )
-            except DataError as error:
-                raise DataError(f"{name} {number}: {error}") from error
-            self.rows.append(sequence)
-            self.counts.update(["given", *row_findings([sequence])])
+
+        def jobs() -> Iterator[tuple[int, RowText]]:
+            for number, row in enumerate(follow(rows, f"tokenizing {name}s", disable=quiet)):
+                yield number, RowText(row["prompt"], [row["completion"]])
+
+        for number, found in tokenize_rows(
+            jobs,
+            tokenizer,
+            config,
+            name=name,
+            count=len(rows),
+            stop_ids=stop_ids,
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=config.max_completion_length,
+        ):
+            if isinstance(found, DataError):
+                raise DataError(f"{name} {number}: {found}") from found
+            if isinstance(found, SoftprefError):
+                raise found
+            self.rows += found
+            self.counts.update(["given", *row_findings(found)])
         if config.process_index == 0:
             log_findings(self.counts, f"{name}s")
 

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from softpref.errors import ConfigError
 from softpref.lm.extrapolation import parse_weights
+from softpref.lm.tokenizing import check_num_proc
 from softpref.lm.training import check_sharding, check_training_arguments, device_has_bf16
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ class SPOConfig(TrainingArguments):
             ones.
         cut_rows: rows of which a completion is longer than that, drawn ones too: `leave_out` of the
             preference loss, for what is cut has no end and teaches the policy not to stop; or `keep`.
+        dataset_num_proc: processes that tokenize rows. By default as many as suit: none but this one for some
+            thousands of rows, else one for each CPU, four at most (each takes some 100 MB).
         use_peft: train a LoRA adapter; the reference is then the model with the adapter off.
         lora_r, lora_alpha, lora_target_modules: the adapter's rank, scale, and layers (comma-separated, or
             `all-linear`).
@@ -142,6 +145,7 @@ class SPOConfig(TrainingArguments):
     max_prompt_length: int = 512
     max_completion_length: int = 512
     cut_rows: Literal["leave_out", "keep"] = "leave_out"
+    dataset_num_proc: int | None = None
     rounds: int = 1
     train_on: Literal["preferences", "samples", "self_play"] = "preferences"
     completions_per_prompt: int = 2
@@ -167,6 +171,7 @@ class SPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_training_arguments(self)
+        check_num_proc(self)
         self._check()
         self._warn_of_idle_options()
         if self.bf16 is None:

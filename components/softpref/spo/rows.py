@@ -9,26 +9,38 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import repeat
 from typing import Any, get_args
 
 import torch
 from torch.utils.data import Dataset
 
-from softpref.errors import ConfigError, DataError
+from softpref.errors import ConfigError, DataError, SoftprefError
+from softpref.lm.kept_rows import KeptRows
 from softpref.lm.packing import pack_sequences
 from softpref.lm.scoring import check_ids, check_positions
-from softpref.lm.tokenization import (
-    TokenizedSequence,
-    log_findings,
-    row_findings,
-    tokenize_prompt,
-    tokenize_row,
-    tokenize_sequence,
-)
+from softpref.lm.tokenization import TokenizedSequence, log_findings, row_findings
+from softpref.lm.tokenizing import Found, Job, RowText, tokenize_rows
 from softpref.objectives.preference import PreferenceKind
 from softpref.progress import follow
 from softpref.spo.config import SPOConfig
+
+
+class RowsWithTokens(Sequence):
+    """Preference rows as `SPOTrainer` takes them, with their tokens, which are then not made anew."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], tokens: KeptRows) -> None:
+        self.rows, self.tokens = rows, tokens
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return iter(self.rows)
 
 
 class TrainingRows(Dataset, ABC):
@@ -74,17 +86,16 @@ class TrainingRows(Dataset, ABC):
         self.numbers: list[int] = []
         self.prompts: list[list[int]] = []
         self.counts: Counter[str] = Counter()
-        share: dict[int, int] = {}
         unusable = {"identical", *(["cut_completion"] if args.cut_rows == "leave_out" else [])}
-        for number, row in enumerate(follow(given, f"tokenizing {name}s", disable=_quiet(args))):
+        for number, (row, sequences) in enumerate(self._tokenized(given, name)):
             try:
-                made, sequences = self._tokenized(row)
+                if isinstance(sequences, SoftprefError):
+                    raise sequences
+                made = self._made(row, sequences)
             except DataError as error:
                 raise DataError(f"{name} {number}: {error}") from error
             found = row_findings(sequences)
             left_out = not unusable.isdisjoint(found)
-            for ids in (made["prompt"], *made["completions"]):  # one object for each id, not for each token
-                ids[:] = [share.setdefault(token, token) for token in ids]
             self.counts.update(["given", *found, *(["left_out"] if left_out else [])])
             self.prompts.append(made["prompt"])
             if not left_out:
@@ -110,19 +121,55 @@ class TrainingRows(Dataset, ABC):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.rows[index]
 
+    def _tokenized(
+        self, given: Iterable[Mapping[str, Any]], name: str
+    ) -> Iterator[tuple[Mapping[str, Any], Found]]:
+        """Rows and their sequences."""
+        rows = _counted(given)
+        known, count = None, len(rows)
+        if isinstance(given, RowsWithTokens):
+            known, count = given.tokens, given.tokens.longer_prompts(self._options["max_prompt_length"])
+
+        def jobs() -> Iterator[tuple[Mapping[str, Any], Job]]:
+            shown = follow(rows, f"tokenizing {name}s", disable=_quiet(self._args))
+            for row, tokens in zip(shown, repeat(None) if known is None else known):  # noqa: B905
+                yield row, self._job(row, tokens)
+
+        return tokenize_rows(jobs, self._tokenizer, self._args, name=name, count=count, **self._options)
+
+    def _job(self, row: Mapping[str, Any], tokens: Sequence[TokenizedSequence] | None) -> Job:
+        """The row's text, its known tokens within the limits, or why it has none."""
+        try:
+            text = self._text(row)
+        except DataError as error:
+            return error
+        # a longer prompt may need its text: a chat loses whole turns
+        if tokens is None or len(tokens[0].prompt) > self._options["max_prompt_length"]:
+            return text
+        limit = self._options["max_completion_length"]
+        return [
+            one._replace(completion=one.completion[:limit], truncated=len(one.completion) > limit)
+            for one in tokens
+        ]
+
     @abstractmethod
-    def _tokenized(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[TokenizedSequence]]:
-        """A row as training needs it, and its sequences."""
+    def _text(self, row: Mapping[str, Any]) -> RowText:
+        """What of a row is tokenized."""
+
+    @abstractmethod
+    def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> dict[str, Any]:
+        """A row as training needs it."""
 
 
 class PreferenceRows(TrainingRows):
     """Rows of completions, best first, with what their order means."""
 
-    def _tokenized(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[TokenizedSequence]]:
-        prompt, completions = _columns(row)
-        sequences = tokenize_row(self._tokenizer, prompt, completions, **self._options)
-        probability = _probability(row, len(completions))
-        kind = _kind(row, len(completions), self._args)
+    def _text(self, row: Mapping[str, Any]) -> RowText:
+        return RowText(*_columns(row))
+
+    def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> dict[str, Any]:
+        probability = _probability(row, len(sequences))
+        kind = _kind(row, len(sequences), self._args)
         made = {
             "prompt": sequences[0].prompt,
             "completions": [sequence.completion for sequence in sequences],
@@ -131,25 +178,24 @@ class PreferenceRows(TrainingRows):
             "weight": _weight(row),
         }
         if self._args.method == "sppo":
-            made["win_probabilities"] = _win_probabilities(kind, len(completions), probability)
-        return made, sequences
+            made["win_probabilities"] = _win_probabilities(kind, len(sequences), probability)
+        return made
 
 
 class AnswerRows(TrainingRows):
     """What rounds that draw their rows need: prompts, and for self-play the best completion of each."""
 
-    def _tokenized(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[TokenizedSequence]]:
+    def _text(self, row: Mapping[str, Any]) -> RowText:
         if "prompt" not in row:
             raise DataError(f"needs prompt; has {', '.join(sorted(row))}")
-        if self._args.train_on == "self_play":
-            answer = row["completion"] if row.get("completion") is not None else _columns(row)[1][0]
-            sequence = tokenize_sequence(self._tokenizer, row["prompt"], answer, **self._options)
-        else:
-            limit = self._args.max_prompt_length
-            ids, truncated = tokenize_prompt(self._tokenizer, row["prompt"], max_length=limit)
-            sequence = TokenizedSequence(ids, [], False, truncated)
-        made = {"prompt": sequence.prompt, "completions": [sequence.completion], "weight": _weight(row)}
-        return made, [sequence]
+        if self._args.train_on != "self_play":
+            return RowText(row["prompt"])
+        answer = row["completion"] if row.get("completion") is not None else _columns(row)[1][0]
+        return RowText(row["prompt"], [answer])
+
+    def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> dict[str, Any]:
+        [sequence] = sequences
+        return {"prompt": sequence.prompt, "completions": [sequence.completion], "weight": _weight(row)}
 
 
 def check_lengths(model: Any, rows: Sequence[Mapping[str, Any]], args: SPOConfig, sampled: bool) -> None:
@@ -169,6 +215,11 @@ def check_lengths(model: Any, rows: Sequence[Mapping[str, Any]], args: SPOConfig
 def _quiet(args: SPOConfig) -> bool:
     """Whether nothing is said of progress: as asked, or because another process says it."""
     return bool(args.disable_tqdm) or args.process_index > 0
+
+
+def _counted(rows: Iterable[Mapping[str, Any]]) -> Collection[Mapping[str, Any]]:
+    """The rows, as what can be counted and taken twice."""
+    return rows if isinstance(rows, Sized) else list(rows)  # type: ignore[return-value]
 
 
 def _columns(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
@@ -265,17 +316,24 @@ def _win_probabilities(kind: PreferenceKind, count: int, probability: float) -> 
 
 
 def tokenize_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConfig) -> list[list[int]]:
+    rows = _counted(rows)
     prompts: list[list[int]] = []
     counts: Counter[str] = Counter()
-    for number, row in enumerate(rows):
-        if "prompt" not in row:
-            raise DataError(f"prompt row {number}: needs prompt; has {', '.join(sorted(row))}")
-        try:
-            found = tokenize_prompt(tokenizer, row["prompt"], max_length=args.max_prompt_length)
-        except DataError as error:
-            raise DataError(f"prompt row {number}: {error}") from error
-        prompts.append(found.ids)
-        counts.update(["given", *(["cut_prompt"] if found.truncated else [])])
+
+    def jobs() -> Iterator[tuple[None, Job]]:
+        for row in rows:
+            lacks = DataError(f"needs prompt; has {', '.join(sorted(row))}")
+            yield None, RowText(row["prompt"]) if "prompt" in row else lacks
+
+    limit = args.max_prompt_length
+    made = tokenize_rows(jobs, tokenizer, args, name="prompt row", count=len(rows), max_prompt_length=limit)
+    for number, (_, found) in enumerate(made):
+        if isinstance(found, DataError):
+            raise DataError(f"prompt row {number}: {found}") from found
+        if isinstance(found, SoftprefError):
+            raise found
+        prompts.append(found[0].prompt)
+        counts.update(["given", *(["cut_prompt"] if found[0].prompt_truncated else [])])
     if not prompts:
         raise DataError("prompt_dataset holds no prompt; the KL term needs some to sample from")
     if args.process_index == 0:

@@ -15,6 +15,7 @@ from softpref.artifacts import readable, strengths
 from softpref.errors import ConfigError, DataError
 from softpref.judges import as_text, check_judge, load_judge
 from softpref.lm.extrapolation import parse_weights, write_extrapolations
+from softpref.lm.kept_rows import kept_rows
 from softpref.lm.loading import (
     check_remote_code,
     load_metadata,
@@ -25,6 +26,7 @@ from softpref.lm.loading import (
     save_model_folder,
     source_name,
 )
+from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import (
     add_stage_callbacks,
     checkpoint_step,
@@ -35,6 +37,7 @@ from softpref.lm.training import (
 )
 from softpref.progress import settle_output
 from softpref.spo.config import SPOConfig, member_name
+from softpref.spo.rows import RowsWithTokens
 from softpref.spo.trainer import SPOTrainer
 from softpref.timings import PhaseTimer
 
@@ -157,12 +160,23 @@ def run(
     checkpoint = claim_checkpoints(checkpoints, identity)
     tokenizer = load_tokenizer(reference_dir, trust_remote_code=config.trust_remote_code)
     model = load_model(reference_dir, trust_remote_code=config.trust_remote_code)
-    timer.enter("tokenizing")
+    kept = kept_rows(
+        dataset_dir,
+        reference_dir,
+        tokenizer,
+        stop_token_ids(tokenizer, model),
+        quiet=config.process_index > 0,
+    )
+    splits = {"train": training_rows, "validation": preferences.get("validation")}
+    for split, tokens in kept.items():
+        if split == "validation" or config.train_on == "preferences":  # else of a row not all is read
+            splits[split] = RowsWithTokens(splits[split], tokens)
+    timer.enter("reading" if kept else "tokenizing")
     trainer = SPOTrainer(
         model,
         config,
-        train_dataset=training_rows,
-        eval_dataset=preferences.get("validation"),
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
         processing_class=tokenizer,
         prompt_dataset=prompts,
         peft_config=_lora(config, model) if config.use_peft else None,

@@ -1,0 +1,188 @@
+"""The preference rows' tokens beside a reference model, for all trainings that start from it. Trains nothing.
+
+They are kept without length limits, so that no setting of a training decides them. The data, the tokenizer,
+the ids that end a completion and the code do; all of that stands beside them, and what differs in any of it
+is not taken.
+
+    rows/rows.json      what the rows were made from, and the hash of every file; written last
+    rows/SPLIT/part-…   see `softpref.lm.row_files`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from softpref.errors import DataError, SoftprefError
+from softpref.lm import tokenization
+from softpref.lm.loading import load_tokenizer
+from softpref.lm.row_files import part_files, prompt_lengths, read_rows, write_rows
+from softpref.lm.tokenization import TokenizedSequence, stop_token_ids
+from softpref.lm.tokenizing import RowText, tokenize_here
+from softpref.progress import follow
+
+logger = logging.getLogger(__name__)
+
+ROWS_FOLDER = "rows"
+_DESCRIPTION = "rows.json"
+_SPLITS = ("train", "validation")  # what trainings read
+_NO_TOKENIZER = (
+    "*.safetensors",
+    "*.md",
+    "softpref.json",
+    "tracking*",
+    "timings*",
+    ".*",
+)  # of a model's files
+_DECIDE = ("transformers", "tokenizers", "jinja2")  # packages whose versions decide tokens, too
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """A split's rows in tokens, without length limits, in the order of the dataset's rows."""
+
+    folder: Path
+
+    def __iter__(self) -> Iterator[list[TokenizedSequence]]:
+        return read_rows(self.folder)
+
+    def longer_prompts(self, limit: int) -> int:
+        """How many prompts are longer than that."""
+        return sum(length > limit for length in prompt_lengths(self.folder))
+
+
+def keep_rows(dataset_dir: str | Path, model_dir: str | Path, model: Any, args: Any) -> None:
+    """Write a dataset folder's preference rows in tokens into the folder of a model that is whole already.
+
+    Where a row cannot be tokenized nothing is kept: that is for the trainings to say, which may not need it.
+
+    Args:
+        model: that of the folder; its tokenizer is loaded as trainings will load it.
+        args: `TrainingArguments` with `dataset_num_proc` and `trust_remote_code`.
+    """
+    from datasets import load_from_disk
+
+    folder = Path(model_dir) / ROWS_FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    preferences = load_from_disk(str(dataset_dir))
+    splits = [split for split in _SPLITS if len(preferences.get(split, ()))]
+    try:
+        tokenizer = load_tokenizer(str(model_dir), trust_remote_code=args.trust_remote_code)
+        stop_ids = stop_token_ids(tokenizer, model)
+        for split in splits:
+            write_rows(folder / split, _tokenized(preferences[split], split, tokenizer, stop_ids, args))
+        description = {
+            **_identity(model_dir, tokenizer, stop_ids),
+            "splits": {
+                split: {"data": _data_hash(dataset_dir, split), "files": _hashes(folder / split)}
+                for split in splits
+            },
+        }
+        text = json.dumps(description, indent=2)
+        (folder / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+    except (SoftprefError, OSError) as error:
+        logger.warning("trainings will tokenize for themselves, for the rows cannot be kept: %s", error)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kept_rows(
+    dataset_dir: str | Path,
+    model_dir: str | Path,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    *,
+    quiet: bool = False,
+) -> dict[str, KeptRows]:
+    """The rows of a dataset's splits that are kept beside a model, where they are what tokenizing would give.
+
+    Args:
+        tokenizer: the model's.
+        stop_ids: see `softpref.lm.tokenization.stop_token_ids`.
+        quiet: whether the log is not told which way was taken, and why.
+
+    Returns:
+        Rows by split; none where anything differs.
+    """
+    folder = Path(model_dir) / ROWS_FOLDER
+    if not folder.exists():
+        level, text = logging.INFO, f"tokenizing the rows here, for {model_dir} holds none"
+        splits: dict[str, Any] = {}
+    else:
+        splits, fault = _usable(folder, dataset_dir, _identity(model_dir, tokenizer, stop_ids))
+        level = logging.WARNING if fault else logging.INFO
+        text = f"tokenizing the rows here, for {fault}" if fault else f"taking the rows' tokens from {folder}"
+    if not quiet:
+        logger.log(level, "%s", text)
+    return {split: KeptRows(folder / split) for split in splits}
+
+
+def _usable(folder: Path, dataset_dir: str | Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The splits in a folder of rows, all of them, or none and the reason."""
+    try:
+        found = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+        splits = {split: (made["data"], made["files"]) for split, made in found["splits"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, f"{folder / _DESCRIPTION} cannot be read ({error!r})"
+    differing = [name for name in identity if found.get(name) != identity[name]]
+    differing += [f"{split} rows" for split in splits if splits[split][0] != _data_hash(dataset_dir, split)]
+    if differing:
+        return {}, f"those in {folder} were made from other {', '.join(differing)}"
+    damaged = [str(folder / split) for split in splits if splits[split][1] != _hashes(folder / split)]
+    return ({}, f"{', '.join(damaged)} is damaged") if damaged else (splits, "")
+
+
+def _tokenized(
+    rows: Any, split: str, tokenizer: Any, stop_ids: Sequence[int], args: Any
+) -> Iterator[list[TokenizedSequence]]:
+    for column in ("prompt", "completions"):
+        if column not in rows.column_names:
+            raise DataError(f"the {split} preferences have no column {column}")
+    shown = follow(rows, f"tokenizing {split} preferences", disable=bool(args.disable_tqdm))
+    jobs = ((number, RowText(row["prompt"], row["completions"])) for number, row in enumerate(shown))
+    for number, found in tokenize_here(jobs, tokenizer, args, count=len(rows), stop_ids=stop_ids):
+        if isinstance(found, SoftprefError):
+            raise type(found)(f"{split} preference {number}: {found}")
+        yield found
+
+
+def _identity(model_dir: str | Path, tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """What decides tokens besides the data, by names for messages."""
+    files = [
+        file
+        for file in sorted(Path(model_dir).iterdir())
+        if file.is_file() and not any(file.match(pattern) for pattern in _NO_TOKENIZER)
+    ]
+    return {
+        "tokenizer": {"class": type(tokenizer).__name__, "files": _digest(files)},
+        "end tokens": sorted(stop_ids),
+        "code": {
+            "softpref": _digest([Path(str(tokenization.__file__))]),
+            **{package: version(package) for package in _DECIDE},
+        },
+    }
+
+
+def _data_hash(dataset_dir: str | Path, split: str) -> str:
+    return _digest(sorted((Path(dataset_dir) / split).glob("*.arrow")))
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {file.name: _digest([file]) for file in part_files(folder)}
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """SHA-256 of files' names and contents."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

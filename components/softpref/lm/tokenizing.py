@@ -1,0 +1,257 @@
+"""Many rows to tokens: in several processes where that pays, and once for all processes that train.
+
+The processes are new ones that hold the tokenizer and little else. Forks of a process that trains would
+inherit its threads' locks, and those that `multiprocessing` spawns would run the user's script again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from softpref.errors import ConfigError, SoftprefError
+from softpref.lm.row_files import read_rows, write_rows
+from softpref.lm.tokenization import Text, TokenizedSequence, tokenize_prompt, tokenize_row
+
+logger = logging.getLogger(__name__)
+
+Payload = TypeVar("Payload")
+
+_CHUNK = 128  # rows that a process gets at once
+_ROWS_EACH = 4000  # that a process must have: it takes a second or two to begin
+_MOST = 4  # processes by default: one process hands them their rows, and each takes some 100 MB
+_CGROUP = Path("/sys/fs/cgroup")
+_WHOLE = "whole"  # a file in a folder of rows that are all there
+
+
+class RowText(NamedTuple):
+    """A prompt with its completions; without any, it is tokenized alone, ready for generation."""
+
+    prompt: Text
+    completions: Sequence[Text] = ()
+
+
+Job = RowText | list[TokenizedSequence] | SoftprefError
+"""What is to be tokenized, or what is known already: tokens, or why the row cannot be used."""
+Found = list[TokenizedSequence] | SoftprefError
+"""A row's sequences, one for each completion (one with none, of a prompt alone), or why there are none."""
+
+
+def tokenize_rows(
+    jobs: Callable[[], Iterable[tuple[Payload, Job]]],
+    tokenizer: Any,
+    args: Any,
+    *,
+    name: str,
+    count: int,
+    **options: Any,
+) -> Iterator[tuple[Payload, Found]]:
+    """Tokenize rows, in their order; the same whatever the number of processes of either kind.
+
+    Where several processes train, the first of each machine tokenizes, and the others read what it wrote into
+    `args.output_dir`. All of them must call this, and take all that it yields.
+
+    Args:
+        jobs: yields each row with whatever is handed on with it; may be called twice.
+        args: `TrainingArguments` with `dataset_num_proc`.
+        name: of one of the rows, for messages and files.
+        count: how many of them are to be tokenized.
+        options: of `tokenize_row`.
+    """
+
+    def here() -> Iterator[tuple[Payload, Found]]:
+        return tokenize_here(jobs(), tokenizer, args, count=count, **options)
+
+    if args.world_size == 1:
+        yield from _sharing_ids(here())
+        return
+    first = args.process_index - args.local_process_index  # machines can share a disk
+    folder = Path(args.output_dir) / f"{name.replace(' ', '-')}s-{first}"
+    with args.main_process_first(local=True, desc=f"tokenizing {name}s"):
+        if args.local_process_index == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # what a run that was killed has left
+            if count:
+                _write(folder, (found for _, found in here()))
+    if (folder / _WHOLE).exists():
+        rows = (payload for payload, _ in jobs())
+        yield from _sharing_ids(zip(rows, read_rows(folder), strict=True))
+    else:  # there was nothing to tokenize, or a row that cannot be used, which every process then says
+        yield from _sharing_ids(here())
+    args.distributed_state.wait_for_everyone()
+    if args.local_process_index == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def tokenize_here(
+    jobs: Iterable[tuple[Payload, Job]], tokenizer: Any, args: Any, *, count: int, **options: Any
+) -> Iterator[tuple[Payload, Found]]:
+    """As `tokenize_rows`, whatever other processes train."""
+    processes = args.dataset_num_proc or min(usable_cpus(), _MOST, count // _ROWS_EACH)
+    settings = _pickled((tokenizer, options)) if min(processes, count) > 1 else None
+    if settings is None:
+        for payload, job in jobs:
+            yield payload, _answer(tokenizer, job, options) if isinstance(job, RowText) else job
+        return
+    rows = iter(jobs)
+    waiting: deque[tuple[list[tuple[Payload, Job]], Future[list[Found] | None]]] = deque()
+    with _Workers(processes, settings) as workers:
+        while True:
+            chunk = list(islice(rows, _CHUNK))
+            if chunk:
+                asked = [job for _, job in chunk if isinstance(job, RowText)]
+                waiting.append((chunk, workers.submit(asked)))
+                if len(waiting) <= 2 * processes:
+                    continue
+            if not waiting:
+                return
+            done, future = waiting.popleft()
+            answers = iter(future.result() or ())
+            for payload, job in done:
+                if isinstance(job, RowText):  # one whose process has gone gets its answer here
+                    yield payload, next(answers, None) or _answer(tokenizer, job, options)
+                else:
+                    yield payload, job
+
+
+def check_num_proc(args: Any) -> None:
+    """Refuse a `dataset_num_proc` below 1."""
+    if args.dataset_num_proc is not None and args.dataset_num_proc < 1:
+        raise ConfigError(
+            f"{type(args).__name__}.dataset_num_proc must be at least 1, or left out for as many as suit; "
+            f"got {args.dataset_num_proc}"
+        )
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: those that it is bound to, and no more than its container's limit."""
+    bound = getattr(os, "sched_getaffinity", None)  # macOS has none
+    cpus = len(bound(0)) if bound else os.cpu_count() or 1
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            quota, period = map(int, " ".join((_CGROUP / file).read_text() for file in files).split())
+            return max(1, min(cpus, quota // period)) if quota > 0 else cpus
+    return cpus
+
+
+def _sharing_ids(rows: Iterable[tuple[Payload, Found]]) -> Iterator[tuple[Payload, Found]]:
+    """The same rows, with one object in memory for each id, not for each token."""
+    share: dict[int, int] = {}
+    for payload, found in rows:
+        if not isinstance(found, SoftprefError):
+            for ids in (found[0].prompt, *(sequence.completion for sequence in found)):
+                ids[:] = [share.setdefault(token, token) for token in ids]
+        yield payload, found
+
+
+def _write(folder: Path, rows: Iterable[Found]) -> None:
+    """Write rows, and a mark that they are all there; no mark where one of them cannot be used."""
+
+    def usable() -> Iterator[list[TokenizedSequence]]:
+        for found in rows:
+            if isinstance(found, SoftprefError):
+                raise found
+            yield found
+
+    with contextlib.suppress(SoftprefError):
+        write_rows(folder, usable())
+        (folder / _WHOLE).touch()
+
+
+def _answer(tokenizer: Any, text: RowText, options: dict[str, Any]) -> Found:
+    try:
+        if text.completions:
+            return tokenize_row(tokenizer, text.prompt, text.completions, **options)
+        ids, truncated = tokenize_prompt(tokenizer, text.prompt, max_length=options.get("max_prompt_length"))
+        return [TokenizedSequence(ids, [], False, truncated)]
+    except SoftprefError as error:
+        return error
+
+
+def _pickled(settings: tuple[Any, dict[str, Any]]) -> bytes | None:
+    try:
+        return pickle.dumps(settings)
+    except Exception as error:  # any type, of a tokenizer's own state
+        logger.warning("tokenizing in one process, for the tokenizer cannot be handed to others: %s", error)
+        return None
+
+
+class _Workers:
+    """Processes that tokenize; each has a thread here, which hands it rows and waits for their tokens."""
+
+    def __init__(self, count: int, settings: bytes) -> None:
+        self._settings = settings
+        self._own = threading.local()
+        self._processes: list[subprocess.Popen] = []
+        self._threads = ThreadPoolExecutor(count, initializer=self._begin)
+
+    def submit(self, texts: list[RowText]) -> Future[list[Found] | None]:
+        """What is found of the texts; None where the process has gone."""
+        return self._threads.submit(self._ask, texts)
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            with contextlib.suppress(OSError):  # what a pipe still held
+                process.communicate()
+
+    def _begin(self) -> None:
+        # their rows are shared out already, so a tokenizer's own threads would be in each other's way
+        environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(sys.path)}
+        process = self._own.process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **environment},
+            start_new_session=True,  # an interrupt is for this process; theirs end with what they read
+        )
+        self._processes.append(process)
+        with contextlib.suppress(OSError):
+            process.stdin.write(self._settings)  # type: ignore[union-attr]
+
+    def _ask(self, texts: list[RowText]) -> list[Found] | None:
+        if not texts:
+            return []
+        process = self._own.process
+        try:
+            pickle.dump(texts, process.stdin)
+            process.stdin.flush()
+            return pickle.load(process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            logger.warning("a process that tokenizes has gone; its rows are tokenized in this one")
+            return None
+
+
+def _serve() -> None:
+    """Answer what is read with what is written, to the end of it; others' words go to standard error."""
+    texts, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    with contextlib.suppress(ImportError):  # where classes of a tokenizer that brings its own code are
+        from transformers.dynamic_module_utils import init_hf_modules
+
+        init_hf_modules()
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        tokenizer, options = pickle.load(texts)
+        while True:
+            pickle.dump([_answer(tokenizer, text, options) for text in pickle.load(texts)], answers)
+            answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()
