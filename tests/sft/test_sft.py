@@ -303,6 +303,13 @@ def test_an_option_that_the_model_type_does_not_have_is_refused(make_tokenizer, 
         build_model(options, make_tokenizer())
 
 
+def test_whole_numbers_are_floats_where_the_model_type_has_floats(make_tokenizer):
+    """transformers refuses them, and a form gives 1 for 1.0."""
+    config = build_model({**SMALL, "initializer_range": 1, "num_key_value_heads": 1}, make_tokenizer()).config
+    assert type(config.initializer_range) is float
+    assert type(config.num_key_value_heads) is int
+
+
 def test_demonstrations_that_are_cut_are_counted(trained, tmp_path, write_dataset, settings, tracking_uri):
     rows = [
         {"prompt": "fox and bell:", "completion": " the moon!"},

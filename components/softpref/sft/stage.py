@@ -299,8 +299,12 @@ def build_model(model_config: Mapping[str, Any], tokenizer: Any) -> Any:
         raise ConfigError(f"model_config {dict(model_config)} does not describe a model: {error}") from error
 
 
-def _known_options(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The options, if the model type has them all: transformers itself keeps an unknown one in silence."""
+def _known_options(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, if the model type has them all: transformers itself keeps an unknown one in silence.
+
+    A whole number where the type's default is a float becomes one: what has been through a pipeline's form
+    can no longer tell 1.0 from 1.
+    """
     from transformers import AutoConfig
 
     try:
@@ -311,7 +315,12 @@ def _known_options(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
     for option in model_config:
         if option not in known:
             raise ConfigError(f"model_config has no option {option!r}{closest(option, known)}")
-    return model_config
+    return {
+        option: float(value)
+        if type(value) is int and type(getattr(defaults, option, None)) is float
+        else value
+        for option, value in model_config.items()
+    }
 
 
 def collate(rows: list[TokenizedSequence]) -> dict[str, Any]:
