@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from console import plain_lines, refusal
+from console import outcome, plain_lines, refusal
 
 SUCCEEDED, FAILED = 0, 1  # exit statuses
 TERMINATED = 130  # as of a program that a person interrupted
@@ -94,6 +94,7 @@ def wait_for(client: Any, run_id: str, address: str, names: Mapping[str, str], m
             # Kubeflow 2.17 calls a run that a person ended failed
             _say("terminated" if terminated and state in _ENDED_BADLY else (state or "unknown").lower())
         if state in ("SUCCEEDED", "SKIPPED"):
+            _report(client, run_id, workflow, steps)
             return SUCCEEDED
         if state in _ENDED_BADLY:
             if terminated:
@@ -243,6 +244,29 @@ def _is_terminated(run: Any, workflow: Mapping[str, Any]) -> bool:
     states = [run.state, *(status.state for status in run.state_history or ())]
     deadline = (workflow.get("spec") or {}).get("activeDeadlineSeconds")
     return deadline == 0 or any(state in ("CANCELING", "CANCELED") for state in states)
+
+
+# ---------------------------------------------------------------------- what a run came to
+
+
+def _report(
+    client: Any, run_id: str, workflow: Mapping[str, Any], steps: Mapping[tuple[str, ...], Step]
+) -> None:
+    """Print what the last steps said of the outcome: figures, choice, warnings, where all of it is.
+
+    Of a sweep, the comparison speaks for the evaluations.
+    """
+    said_by: dict[str, list[str]] = {}
+    for path, step in steps.items():
+        if path and path[-1] in _SPEAKERS and step.pod:
+            said_by.setdefault(path[-1], []).extend(outcome(_log(client, run_id, workflow, step.pod)))
+    if said_by.get("compare-models"):
+        said_by.pop("evaluate-model", None)
+    for line in dict.fromkeys(line for name in _SPEAKERS for line in said_by.get(name, ())):
+        print(line)
+
+
+_SPEAKERS = ("evaluate-model", "compare-models", "register-model")
 
 
 # ---------------------------------------------------------------------- why a run failed
