@@ -158,7 +158,7 @@ def _refusal(tasks: Path) -> str:
     for name, decided in (("registration.json", "registered"), ("comparison.json", "chosen")):
         for file in tasks.rglob(name):
             decision = json.loads(file.read_text(encoding="utf-8"))
-            return "" if decision[decided] else decision["reason"]
+            return "" if decision[decided] else decision["reason"].removeprefix("not registered: ")
     return ""
 
 
