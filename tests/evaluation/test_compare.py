@@ -177,7 +177,10 @@ PLANTED = {  # metrics, or exact figures, that only a broken model has
 def test_a_planted_broken_member_is_never_chosen_and_the_report_says_why(tmp_path, kind):
     broken = member(kind, 4.0, [9.0, 9.0, 9.0, 9.0], kl=1.0, entropy=9.0)
     if kind == "leaked":
-        broken["exact"] = {"mass_on_set": figure(0.89), "reference_mass_on_set": figure(0.99, 0.0)}
+        named = ("entropy", "expected_reward", "reference_entropy", "reference_expected_reward")
+        broken["exact"] = dict.fromkeys((*named, "optimum_entropy", "optimum_expected_reward"), figure(1.0))
+        broken["exact"] |= {"kl_optimum_to_policy": figure(0.1), "mass_on_set": figure(0.89)}
+        broken["exact"] |= {"reference_mass_on_set": figure(0.99, 0.0)}
     broken["metrics"] |= PLANTED.get(kind, {})
     result = run(save(tmp_path, broken, SHARP, EVEN), str(tmp_path / "out"))
     assert result["chosen"] == "even"
@@ -439,11 +442,11 @@ def test_component_asks_for_the_gate_where_a_model_is_to_be_registered(tmp_path,
             registry_overrides={"max_kl": 2.5, "beyond_noise": True},
         )
 
-    assert compared(0.6, weak, SOFT).name == ("soft" if name else "even")
-    coin = {"judge": {"name": "bradley-terry", "accuracy": figure(0.52, 0.05)}}
+    assert compared(0.55, weak, SOFT).name == ("soft" if name else "even")
+    coin = {"judge": EVEN["judge"] | {"name": "bradley-terry", "accuracy": figure(0.52, 0.05)}}
     if name:
         with pytest.raises(DataError, match="cannot be told from a coin"):
-            compared(0.55, EVEN | coin)
+            compared(0.54, EVEN | coin)
     else:
-        assert compared(0.55, EVEN | coin) == ("", "")
+        assert compared(0.54, EVEN | coin) == ("", "")
         assert json.loads((tmp_path / "comparison" / "comparison.json").read_text())["chosen"] is None

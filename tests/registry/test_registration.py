@@ -161,7 +161,7 @@ def test_the_next_that_passes_the_gate_is_registered_and_its_version_says_why(
         models[name] = write_model(tmp_path / name, name=name, alpha=alpha)
         rates = {"by_prompt": {"win_rate": [0.59, 0.6, 0.61]}, "settings": {"confidence": 0.95}}
         rates |= {"rounds": 1, "train_on": "preferences", "extrapolation": 0.0, "softmax_frontier": None}
-        identity = {"name": name, "alpha": alpha, "model_uri": str(models[name])}
+        identity = {"name": name, "alpha": alpha, "model_uri": str(models[name]), "exact": None}
         evaluations.append(write_evaluation(tmp_path / f"e-{name}", win_rate=rate, **rates, **identity))
     chosen_without = compare.run([str(one) for one in evaluations], str(tmp_path / "any"), "win_rate")
     assert chosen_without["chosen"] == "soft"
