@@ -100,6 +100,7 @@ def wait_for(client: Any, run_id: str, address: str, names: Mapping[str, str], m
             if terminated:
                 print(f"error: the run was terminated; what it did is shown at {address}", file=sys.stderr)
                 return TERMINATED
+            _report(client, run_id, workflow, steps)
             _explain(client, run, workflow, steps.values(), address)
             return FAILED
         time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -252,7 +253,7 @@ def _is_terminated(run: Any, workflow: Mapping[str, Any]) -> bool:
 def _report(
     client: Any, run_id: str, workflow: Mapping[str, Any], steps: Mapping[tuple[str, ...], Step]
 ) -> None:
-    """Print what the last steps said of the outcome: figures, choice, warnings, where all of it is.
+    """Print what the last steps said of the outcome, if they did: figures, choice, warnings, where it all is.
 
     Of a sweep, the comparison speaks for the evaluations.
     """
@@ -276,7 +277,7 @@ def _explain(client: Any, run: Any, workflow: Mapping[str, Any], steps: Iterable
     """Print what failed and why: the end of the first failed step's log, then a sentence for each."""
     failed = sorted((step for step in steps if step.state == "failed"), key=lambda step: step.ended)
     logs = [_log(client, run.run_id, workflow, step.pod) if step.pod else [] for step in failed]
-    shown = next(filter(None, logs), [])
+    shown = [line for line in next(filter(None, logs), []) if not outcome([line])]
     for line in shown[-_SHOWN_LINES:]:
         print(f"    {line}", file=sys.stderr)
     for step, log in zip(failed, logs, strict=True):

@@ -423,7 +423,7 @@ def test_component_returns_the_chosen_model(tmp_path, capsys, max_kl, chosen):
 
 
 @pytest.mark.parametrize("name", ["", "story"])
-def test_component_asks_for_the_gate_where_a_model_is_to_be_registered(tmp_path, name):
+def test_component_asks_for_the_gate_where_a_model_is_to_be_registered(tmp_path, capsys, name):
     from softpref.evaluation.component import compare_models
 
     weak = copy.deepcopy(EVEN)
@@ -447,6 +447,8 @@ def test_component_asks_for_the_gate_where_a_model_is_to_be_registered(tmp_path,
     if name:
         with pytest.raises(DataError, match="cannot be told from a coin"):
             compared(0.54, EVEN | coin)
+        assert "Nothing is chosen: the judge agrees with" in (tmp_path / "summary").read_text()
+        assert "[softpref] chosen:   none. Nothing is chosen: " in capsys.readouterr().out
     else:
         assert compared(0.54, EVEN | coin) == ("", "")
         assert json.loads((tmp_path / "comparison" / "comparison.json").read_text())["chosen"] is None

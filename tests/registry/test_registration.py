@@ -162,11 +162,15 @@ def test_the_next_that_passes_the_gate_is_registered_and_its_version_says_why(
         rates = {"by_prompt": {"win_rate": [0.59, 0.6, 0.61]}, "settings": {"confidence": 0.95}}
         rates |= {"rounds": 1, "train_on": "preferences", "extrapolation": 0.0, "softmax_frontier": None}
         identity = {"name": name, "alpha": alpha, "model_uri": str(models[name]), "exact": None}
-        evaluations.append(write_evaluation(tmp_path / f"e-{name}", win_rate=rate, **rates, **identity))
-    chosen_without = compare.run([str(one) for one in evaluations], str(tmp_path / "any"), "win_rate")
-    assert chosen_without["chosen"] == "soft"
+        value, low, high = rate
+        shown = ("expected_reward", "reference_expected_reward", "kl_sequence", "entropy_sequence")
+        metrics = {one: {"value": 1.0, "low": 0.5, "high": 1.5, "n": 400, "unit": "nats"} for one in shown}
+        metrics["win_rate"] = {"value": value, "low": low, "high": high, "n": 400, "unit": "probability"}
+        written = write_evaluation(tmp_path / f"e-{name}", metrics=metrics, **rates, **identity)
+        evaluations.append(str(written))
+    assert compare.run(evaluations, str(tmp_path / "any"), "win_rate")["chosen"] == "soft"
     limits = config(store).limits
-    compare.run([str(one) for one in evaluations], str(tmp_path / "comparison"), "win_rate", limits=limits)
+    compare.run(evaluations, str(tmp_path / "comparison"), "win_rate", limits=limits)
 
     decision = run(
         config(store),

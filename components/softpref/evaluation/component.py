@@ -146,6 +146,7 @@ def compare_models(
 
     from softpref.artifacts import describe, plain, say_outcome
     from softpref.config import build_config, parse_overrides
+    from softpref.errors import DataError
     from softpref.evaluation.compare import format_table, markdown_table, outcome_lines, run
     from softpref.evaluation.stage import REPORT_FILE
     from softpref.registry.config import RegistryConfig
@@ -163,7 +164,7 @@ def compare_models(
         rule,
         max_kl or None,
         limits=gate.limits if gate else None,
-        required=gate is not None,
+        required=False,
         experiment=experiment,
         tracking_uri=tracking_uri or None,
     )
@@ -191,5 +192,7 @@ def compare_models(
             f"tracking: {looked_at}",
         ]
     )
+    if gate and not name:
+        raise DataError(result["reason"])
     Outputs = namedtuple("Outputs", ["model_uri", "name"])
     return Outputs(address, name)
