@@ -78,6 +78,25 @@ def test_sweep_trains_compares_and_registers(quick_recipe, folder):
     assert client.get_run(version.run_id).info.run_name == comparison["chosen"]
 
 
+def test_failing_stage_fails_the_run_and_says_why(quick_recipe, folder):
+    rows = folder / "rows.jsonl"
+    rows.write_text('{"prompt": "p", "chosen": "", "rejected": "b"}\n' * 4, encoding="utf-8")
+    recipe = quick_recipe(source=str(rows), data_overrides={})
+    result = run_pipeline("spo_pipeline.py", "--recipe", recipe, "--output", "failed", folder=folder)
+    assert result.returncode == 1
+    assert "DataError" in result.stderr
+    assert "empty" in result.stderr
+    assert "pipeline.log" in result.stderr
+    assert not (folder / "failed/registration.json").exists()
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "softpref"]
+    statuses = [run.info.status for run in client.search_runs([experiment.experiment_id])]
+    assert statuses.count("FAILED") == 1
+
+
 def test_a_sweep_of_which_no_model_passes_the_gate_registers_none_and_fails(quick_recipe, folder):
     recipe = quick_recipe(min_win_rate=0.999, registered_model_name="nobody")
     result = run_pipeline("spo_sweep.py", "--recipe", recipe, "--output", "gate", folder=folder)
@@ -106,22 +125,3 @@ def test_a_single_model_that_fails_the_gate_fails_the_run_where_it_was_to_be_reg
     assert result.stderr.startswith(said) is bool(name)
     assert (folder / f"own{name}/registration.json").exists() is bool(name)
     assert "model:    " in result.stdout
-
-
-def test_failing_stage_fails_the_run_and_says_why(quick_recipe, folder):
-    rows = folder / "rows.jsonl"
-    rows.write_text('{"prompt": "p", "chosen": "", "rejected": "b"}\n' * 4, encoding="utf-8")
-    recipe = quick_recipe(source=str(rows), data_overrides={})
-    result = run_pipeline("spo_pipeline.py", "--recipe", recipe, "--output", "failed", folder=folder)
-    assert result.returncode == 1
-    assert "DataError" in result.stderr
-    assert "empty" in result.stderr
-    assert "pipeline.log" in result.stderr
-    assert not (folder / "failed/registration.json").exists()
-
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    (experiment,) = [e for e in client.search_experiments() if e.name == "softpref"]
-    statuses = [run.info.status for run in client.search_runs([experiment.experiment_id])]
-    assert statuses.count("FAILED") == 1
