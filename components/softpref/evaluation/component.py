@@ -132,7 +132,8 @@ def compare_models(
             limit.
         registered_model_name: What the chosen model will be registered as: it must pass the gate of
             registration, and it is an error when none does. Empty: no gate, and nothing may be chosen.
-        min_win_rate, registry_overrides: The gate: these parameters of the registration stage.
+        min_win_rate: The gate: the low end of the win rate's interval must be above this.
+        registry_overrides: Any other parameter of the registration stage; of the gate it is max_kl.
         experiment: MLflow experiment of the sweep's run, which receives report and figures.
         tracking_uri: MLflow server. Empty: MLFLOW_TRACKING_URI, or a local store.
         record: What the plan told MLflow; delivered here if MLflow was away then.
