@@ -192,7 +192,7 @@ def _step(
     pods = parts.get("executor pods") or parts.get("importer pods") or ()
     pod = _pod(workflow, pods[-1]) if pods else ""
     if whole.get("phase") == "Succeeded":
-        return Step(name, "succeeded" if pods else "cached", len(pods))
+        return Step(name, "succeeded" if pods else "cached", len(pods), pod=pod)
     if whole.get("phase") in _BAD:
         return Step(name, "failed", len(pods), _message(*reversed(pods), whole), pod, _ended(whole))
     if not pods:
