@@ -9,14 +9,17 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
+
+from softpref.artifacts import OUTCOME_MARK
 
 _REFUSAL = re.compile(r"softpref\.errors\.\w+Error: ")
 _COLOUR = re.compile(r"\x1b\[\d+m")
 # what softpref.progress writes: "spo-alpha-0.5: step 120 of 400, loss 0.41, 2 min 10 s left"
 _PROGRESS = re.compile(r": \w+ \d+( of \d+)?, (.* )?(left|so far|took [\w ]+)$")
+_OUTCOME = re.compile(rf"^\s*{re.escape(OUTCOME_MARK)}(.*)")
 _BAR = re.compile(r"\d+%\|.*?\| *\S+/\S+ \[[^\]]*\]")  # of other programs
 
 
@@ -28,6 +31,11 @@ def plain_lines(text: str) -> list[str]:
 
 def _is_progress(line: str) -> bool:
     return bool(_PROGRESS.search(line.rstrip()) or _BAR.search(line))
+
+
+def outcome(lines: Iterable[str]) -> list[str]:
+    """What a step said of its outcome, for the end of the run."""
+    return [match[1] for line in lines if (match := _OUTCOME.match(line))]
 
 
 def refusal(lines: Sequence[str]) -> str:
@@ -89,7 +97,7 @@ class Console:
                 rest.replace("finished with status ", "").lower() if what != "Executing task" else " started"
             )
             line = f"{clock}  {name}{rest}"
-        elif not self._TROUBLE.search(line):
+        elif _OUTCOME.match(line) or not self._TROUBLE.search(line):
             return
         self._screen.write(line + "\n")
         self._screen.flush()

@@ -25,10 +25,9 @@ from softpref.tracking import (
     RUN_NAME,
     check_server,
     finish_pipeline_run,
-    open_client,
     resolve_tracking_uri,
-    short_requests,
     sync_below,
+    where_to_look,
 )
 from times import TaskTimes
 
@@ -89,7 +88,8 @@ def run_here(
                 tracking_uri=uri,
             )
             del os.environ[RUN_ID], os.environ[RUN_NAME]
-    if failure:
+    refusal = _refusal(output / "pipeline") if failure else ""
+    if failure and not refusal:
         print(screen.last_lines(40), file=sys.stderr)
         print(
             f"error: the pipeline failed: {failure}{screen.reason()}\n"
@@ -99,6 +99,9 @@ def run_here(
         return 1
     _summarise(output, uri, root)
     print(times.in_words(time.time()))
+    if refusal:
+        print(f"error: no model was registered: {refusal}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -150,9 +153,19 @@ def _execute(
     return None
 
 
+def _refusal(tasks: Path) -> str:
+    """Why no model could be registered, where all steps did their work; empty if that is not so."""
+    for name, decided in (("registration.json", "registered"), ("comparison.json", "chosen")):
+        for file in tasks.rglob(name):
+            decision = json.loads(file.read_text(encoding="utf-8"))
+            return "" if decision[decided] else decision["reason"].removeprefix("not registered: ")
+    return ""
+
+
 def _summarise(output: Path, tracking_uri: str, run_id: str | None = None) -> None:
     """Bring the results to the top of the output folder and say what they are and where."""
-    from softpref.evaluation.compare import evaluation_folders, format_table
+    from softpref.evaluation.compare import evaluation_folders, format_table, outcome_lines, warning_lines
+    from softpref.registry import stage as registry
 
     tasks = output / "pipeline"
     found = sorted(path.parent for path in tasks.rglob("evaluation/evaluation.json"))
@@ -160,32 +173,18 @@ def _summarise(output: Path, tracking_uri: str, run_id: str | None = None) -> No
         json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         for folder in evaluation_folders(found)
     ]
-    print(f"\n{format_table(evaluations)}\n")
+    lines = [f"\n{format_table(evaluations)}\n"]
     comparison = next(tasks.rglob("comparison.json"), None)
     if comparison:
         shutil.copytree(comparison.parent, output / "comparison", dirs_exist_ok=True)
-        choice = json.loads(comparison.read_text(encoding="utf-8"))
-        print(f"chosen:   {choice['chosen']}. {choice['reason']}")
+        lines += outcome_lines(json.loads(comparison.read_text(encoding="utf-8")))
+    else:
+        lines += [f"model:    {evaluation['model_uri']}" for evaluation in evaluations]
+        lines += warning_lines(evaluations)
     registration = next(tasks.rglob("registration.json"), None)
     if registration:
         shutil.copy(registration, output / "registration.json")
-        decision = json.loads(registration.read_text(encoding="utf-8"))
-        aliases = "".join(f" @{alias}" for alias in decision["aliases"])
-        version = f" version {decision['version']}{aliases}" if decision["registered"] else ""
-        print(f"registry: {decision['model_name']}{version}. {decision['reason']}")
-    for report in [output / "comparison" / "report.html"] if comparison else tasks.rglob("report.html"):
-        print(f"report:   {report}")
-    print(f"tracking: {_where_to_look(tracking_uri, run_id)}")
-
-
-def _where_to_look(tracking_uri: str, run_id: str | None) -> str:
-    """How a person gets to see a run: a server shows it by itself."""
-    if not tracking_uri.startswith(("http://", "https://")):
-        return f"{tracking_uri}; look at it with: mlflow ui --backend-store-uri {tracking_uri}"
-    address = tracking_uri.rstrip("/")
-    with contextlib.suppress(Exception):  # a server that is away right now costs the link its end, no more
-        with short_requests():
-            experiment = open_client(tracking_uri).get_run(run_id).info.experiment_id
-        # without this MLflow opens an experiment in its view of traces
-        address += f"/#/experiments/{experiment}?workflowType=machine_learning"
-    return address
+        lines += registry.outcome_lines(json.loads(registration.read_text(encoding="utf-8")), tracking_uri)
+    reports = [output / "comparison" / "report.html"] if comparison else tasks.rglob("report.html")
+    lines += [f"report:   {report}" for report in reports]
+    print("\n".join([*lines, f"tracking: {where_to_look(tracking_uri, run_id)}"]))

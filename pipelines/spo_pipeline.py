@@ -75,8 +75,9 @@ def spo_pipeline(
         judge: "auto", "expert" (known reward) or "bradley-terry" (learned from the training preferences).
         samples_per_prompt: Completions drawn per held-out prompt, from policy and reference.
         evaluation_overrides: Any other parameter of the evaluation stage.
-        registered_model_name: Name in the MLflow model registry.
-        min_win_rate: Gate: the low end of the win rate's interval must reach this.
+        registered_model_name: Name in the MLflow model registry; empty registers nothing.
+        min_win_rate: Gate: the low end of the win rate's interval must be above this, or the run fails; above
+            0.5, the model is better than its reference. 0 asks for no win rate.
         registry_overrides: Any other parameter of the registration stage.
         gpus: GPUs of the training stages; empty trains on the CPU.
         trust_remote_code: Run model code that comes with the base model, in every stage, and wherever the
@@ -186,19 +187,20 @@ def spo_pipeline(
         evaluation.set_display_name("Evaluate")
         place(evaluation, "evaluate")
 
-        registered = register_model(
-            model=policy.outputs["policy"],
-            evaluation=evaluation.outputs["evaluation"],
-            registered_model_name=registered_model_name,
-            min_win_rate=min_win_rate,
-            trust_remote_code=trust_remote_code,
-            experiment=experiment,
-            tracking_uri=tracking_uri,
-            overrides=registry_overrides,
-            record=check.outputs["record"],
-        )
-        registered.set_display_name("Register")
-        place(registered, "register", cache=False)  # what the registry holds decides, not the inputs
+        with dsl.If(registered_model_name != "", name="registration"):
+            registered = register_model(
+                model=policy.outputs["policy"],
+                evaluation=evaluation.outputs["evaluation"],
+                registered_model_name=registered_model_name,
+                min_win_rate=min_win_rate,
+                trust_remote_code=trust_remote_code,
+                experiment=experiment,
+                tracking_uri=tracking_uri,
+                overrides=registry_overrides,
+                record=check.outputs["record"],
+            )
+            registered.set_display_name("Register")
+            place(registered, "register", cache=False)  # what the registry holds decides, not the inputs
 
 
 if __name__ == "__main__":

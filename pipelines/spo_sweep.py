@@ -124,10 +124,12 @@ def spo_sweep(
         samples_per_prompt: Completions drawn per held-out prompt, from policy and reference.
         evaluation_overrides: Any other parameter of the evaluation stage.
         selection_rule: "expected_reward" or "win_rate": what ranks the models. Of those that keep nine tenths
-            of what the best gains over the reference, the softest is chosen; a broken one never is.
+            of what the best gains over the reference, the softest is chosen; a broken one never is. If it
+            does not pass the gate, the next that does is chosen; if none does, the run fails.
         max_kl: Models further than this from the reference (nats per completion) are not chosen; 0: no limit.
-        registered_model_name: Name in the MLflow model registry.
-        min_win_rate: Gate: the low end of the win rate's interval must reach this.
+        registered_model_name: Name in the MLflow model registry; empty registers nothing, and asks no gate.
+        min_win_rate: Gate: the low end of the win rate's interval must be above this; above 0.5, the model is
+            better than its reference. 0 asks for no win rate.
         registry_overrides: Any other parameter of the registration stage.
         gpus: GPUs of the training stages; empty trains on the CPU.
         trust_remote_code: Run model code that comes with the base model, in every stage, and wherever the
@@ -245,6 +247,9 @@ def spo_sweep(
             evaluations=dsl.Collected(evaluation.outputs["evaluation"]),
             rule=selection_rule,
             max_kl=max_kl,
+            registered_model_name=registered_model_name,
+            min_win_rate=min_win_rate,
+            registry_overrides=registry_overrides,
             experiment=experiment,
             tracking_uri=tracking_uri,
             record=plan.outputs["record"],
@@ -252,19 +257,20 @@ def spo_sweep(
         comparison.set_display_name("Compare and choose")
         place(comparison, "compare", cache=False)  # this run's tree in MLflow gets it
 
-        register = register_chosen(
-            model_uri=comparison.outputs["model_uri"],
-            evaluation=comparison.outputs["chosen"],
-            comparison=comparison.outputs["comparison"],
-            record=plan.outputs["record"],
-            registered_model_name=registered_model_name,
-            min_win_rate=min_win_rate,
-            trust_remote_code=trust_remote_code,
-            registry_overrides=registry_overrides,
-            experiment=experiment,
-            tracking_uri=tracking_uri,
-        )
-        register.set_display_name("Register chosen")
+        with dsl.If(registered_model_name != "", name="registration"):
+            register = register_chosen(
+                model_uri=comparison.outputs["model_uri"],
+                evaluation=comparison.outputs["chosen"],
+                comparison=comparison.outputs["comparison"],
+                record=plan.outputs["record"],
+                registered_model_name=registered_model_name,
+                min_win_rate=min_win_rate,
+                trust_remote_code=trust_remote_code,
+                registry_overrides=registry_overrides,
+                experiment=experiment,
+                tracking_uri=tracking_uri,
+            )
+            register.set_display_name("Register chosen")
 
 
 if __name__ == "__main__":

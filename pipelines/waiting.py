@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from console import plain_lines, refusal
+from console import outcome, plain_lines, refusal
 
 SUCCEEDED, FAILED = 0, 1  # exit statuses
 TERMINATED = 130  # as of a program that a person interrupted
@@ -94,11 +94,13 @@ def wait_for(client: Any, run_id: str, address: str, names: Mapping[str, str], m
             # Kubeflow 2.17 calls a run that a person ended failed
             _say("terminated" if terminated and state in _ENDED_BADLY else (state or "unknown").lower())
         if state in ("SUCCEEDED", "SKIPPED"):
+            _report(client, run_id, workflow, steps)
             return SUCCEEDED
         if state in _ENDED_BADLY:
             if terminated:
                 print(f"error: the run was terminated; what it did is shown at {address}", file=sys.stderr)
                 return TERMINATED
+            _report(client, run_id, workflow, steps)
             _explain(client, run, workflow, steps.values(), address)
             return FAILED
         time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -190,7 +192,7 @@ def _step(
     pods = parts.get("executor pods") or parts.get("importer pods") or ()
     pod = _pod(workflow, pods[-1]) if pods else ""
     if whole.get("phase") == "Succeeded":
-        return Step(name, "succeeded" if pods else "cached", len(pods))
+        return Step(name, "succeeded" if pods else "cached", len(pods), pod=pod)
     if whole.get("phase") in _BAD:
         return Step(name, "failed", len(pods), _message(*reversed(pods), whole), pod, _ended(whole))
     if not pods:
@@ -245,6 +247,29 @@ def _is_terminated(run: Any, workflow: Mapping[str, Any]) -> bool:
     return deadline == 0 or any(state in ("CANCELING", "CANCELED") for state in states)
 
 
+# ---------------------------------------------------------------------- what a run came to
+
+
+def _report(
+    client: Any, run_id: str, workflow: Mapping[str, Any], steps: Mapping[tuple[str, ...], Step]
+) -> None:
+    """Print what the last steps said of the outcome, if they did: figures, choice, warnings, where it all is.
+
+    Of a sweep, the comparison speaks for the evaluations.
+    """
+    said_by: dict[str, list[str]] = {}
+    for path, step in steps.items():
+        if path and path[-1] in _SPEAKERS and step.pod:
+            said_by.setdefault(path[-1], []).extend(outcome(_log(client, run_id, workflow, step.pod)))
+    if said_by.get("compare-models"):
+        said_by.pop("evaluate-model", None)
+    for line in dict.fromkeys(line for name in _SPEAKERS for line in said_by.get(name, ())):
+        print(line)
+
+
+_SPEAKERS = ("evaluate-model", "compare-models", "register-model")
+
+
 # ---------------------------------------------------------------------- why a run failed
 
 
@@ -252,7 +277,7 @@ def _explain(client: Any, run: Any, workflow: Mapping[str, Any], steps: Iterable
     """Print what failed and why: the end of the first failed step's log, then a sentence for each."""
     failed = sorted((step for step in steps if step.state == "failed"), key=lambda step: step.ended)
     logs = [_log(client, run.run_id, workflow, step.pod) if step.pod else [] for step in failed]
-    shown = next(filter(None, logs), [])
+    shown = [line for line in next(filter(None, logs), []) if not outcome([line])]
     for line in shown[-_SHOWN_LINES:]:
         print(f"    {line}", file=sys.stderr)
     for step, log in zip(failed, logs, strict=True):

@@ -180,7 +180,7 @@ def test_a_model_with_code_is_trained_measured_registered_and_served(
         assert {path.name for path in (tmp_path / saved).iterdir()} >= CODE
 
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])  # another test may have named its own
-    served = mlflow.pyfunc.load_model("models:/own@champion")
+    served = mlflow.pyfunc.load_model("models:/own@challenger")
     (answer,) = served.predict({"prompt": "a fox went", "max_tokens": 4})
     assert isinstance(answer["choices"][0]["text"], str)
     pipeline = served.get_raw_model()
@@ -188,10 +188,10 @@ def test_a_model_with_code_is_trained_measured_registered_and_served(
     torch.testing.assert_close(pipeline.model(torch.tensor([[1, 7, 8]])).logits, logits(tmp_path / "policy"))
 
     with pytest.raises(ConfigError, match="set trust_remote_code to true"):
-        load_model("models:/own@champion")
-    again = load_model("models:/own@champion", trust_remote_code=True)
+        load_model("models:/own@challenger")
+    again = load_model("models:/own@challenger", trust_remote_code=True)
     torch.testing.assert_close(again(torch.tensor([[1, 7, 8]])).logits, logits(tmp_path / "policy"))
-    tokenizer = load_tokenizer("models:/own@champion", trust_remote_code=True)
+    tokenizer = load_tokenizer("models:/own@challenger", trust_remote_code=True)
     assert type(tokenizer).__name__ == "OwnTokenizerFast"
 
 

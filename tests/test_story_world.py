@@ -8,6 +8,7 @@ import yaml
 from softpref.config import build_config
 from softpref.data.config import DataConfig
 from softpref.evaluation.config import EvaluationConfig
+from softpref.fitness import ailments
 from softpref.sft.config import SFTConfig
 from softpref.spo.config import SPOConfig
 
@@ -104,3 +105,13 @@ def test_rankings_teach_the_same_distribution(exact_figures):
 def test_without_the_regulariser_probability_leaks_off_the_set(exact_figures):
     leaked = exact_figures(1.0, beta=0.0)
     assert leaked["mass_on_set"] < exact_figures(1.0)["mass_on_set"] - 0.1
+
+
+def test_no_softness_is_taken_for_a_breakage_and_what_leaked_is(world, exact_figures):
+    def found(alpha, beta):
+        exact_figures(alpha, beta)
+        file = world / f"{alpha}-{beta}-dataset-evaluation" / "evaluation.json"
+        return ailments(json.loads(file.read_text(encoding="utf-8")))
+
+    assert [found(alpha, RECIPE["beta"]) for alpha in (0.5, 1.0, 2.0)] == [[], [], []]
+    assert any("on the known set" in ailment for ailment in found(1.0, 0.0))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from softpref.lm.loading import load_metadata
+
+OUTCOME_MARK = "[softpref] "
 
 
 def describe(artifact: Any, display_name: str, /, **values: Any) -> None:
@@ -40,6 +42,12 @@ def readable(figures: Mapping[str, Any]) -> dict[str, float]:
 def plain(text: str) -> str:
     """Text that Markdown shows as it stands: KFP's UI sets in italics what is between two underscores."""
     return re.sub(r"([\\`*_|<])", r"\\\1", text)
+
+
+def say_outcome(lines: Iterable[str]) -> None:
+    """Print what whoever waits for a run shall read at its end; a runner knows the lines by their mark."""
+    for line in lines:
+        print(f"{OUTCOME_MARK}{line}", flush=True)
 
 
 def model_values(folder: str | Path) -> dict[str, Any]:

@@ -8,7 +8,14 @@ from types import SimpleNamespace
 import pytest
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.choice import choose
-from softpref.evaluation.compare import evaluation_folders, format_table, markdown_table, run
+from softpref.evaluation.compare import (
+    evaluation_folders,
+    format_table,
+    markdown_table,
+    outcome_lines,
+    run,
+)
+from softpref.fitness import Limits
 
 
 def figure(value, spread=0.1):
@@ -148,6 +155,76 @@ def test_a_judge_that_is_a_coin_chooses_nothing():
     assert choice.name is None
     assert "agrees with 0.55 [0.45, 0.65] of the held-out preferences" in choice.reason
     assert choose(judged(0.52), "win_rate").name == "even"
+
+
+PLANTED = {  # metrics, or exact figures, that only a broken model has
+    "repeating": {"repetition": figure(0.8), "reference_repetition": figure(0.01, 0.01)},
+    "random": {
+        "cross_entropy": figure(9.0),
+        "reference_cross_entropy": figure(2.5),
+        "completion_length": figure(40.0),
+    },
+    "far": {
+        "kl_token": figure(3.5),
+        "reference_cross_entropy": figure(2.5),
+        "completion_length": figure(40.0),
+    },
+    "truncated": {"truncated_fraction": figure(0.5), "reference_truncated_fraction": figure(0.05, 0.05)},
+}
+
+
+@pytest.mark.parametrize("kind", [*PLANTED, "leaked"])
+def test_a_planted_broken_member_is_never_chosen_and_the_report_says_why(tmp_path, kind):
+    broken = member(kind, 4.0, [9.0, 9.0, 9.0, 9.0], kl=1.0, entropy=9.0)
+    if kind == "leaked":
+        named = ("entropy", "expected_reward", "reference_entropy", "reference_expected_reward")
+        broken["exact"] = dict.fromkeys((*named, "optimum_entropy", "optimum_expected_reward"), figure(1.0))
+        broken["exact"] |= {"kl_optimum_to_policy": figure(0.1), "mass_on_set": figure(0.89)}
+        broken["exact"] |= {"reference_mass_on_set": figure(0.99, 0.0)}
+    broken["metrics"] |= PLANTED.get(kind, {})
+    result = run(save(tmp_path, broken, SHARP, EVEN), str(tmp_path / "out"))
+    assert result["chosen"] == "even"
+    assert f"Never chosen: {kind} " in result["reason"]
+    with pytest.raises(DataError, match=f"No member may be chosen: {kind} "):
+        run(save(tmp_path / "alone", broken), str(tmp_path / "none"))
+
+
+def test_where_the_chosen_fails_the_gate_the_next_that_passes_is_chosen_and_it_is_said(tmp_path):
+    """`even` comes first by the rule, `sharp` next, `soft` last."""
+    weak = copy.deepcopy(EVEN)
+    weak["metrics"]["win_rate"] = figure(0.53, 0.05)
+    folders = save(tmp_path, weak, SHARP, SOFT)
+    result = run(folders, str(tmp_path / "out"), limits=Limits(min_win_rate=0.5))
+    assert result["chosen"] == "sharp"
+    assert list(result["passed_over"]) == ["even"]
+    said = "Before it by the rule, but for the gate, would come even (win_rate is 0.53 [0.48, 0.58], n=8: "
+    assert said in result["reason"]
+    assert "win_rate is 0.53" in (tmp_path / "out" / "report.html").read_text()
+    assert json.loads((tmp_path / "out" / "chosen" / "evaluation.json").read_text())["name"] == "sharp"
+    assert run(folders, str(tmp_path / "open"), limits=Limits(min_win_rate=0.4))["chosen"] == "even"
+    assert run(folders, str(tmp_path / "near"), limits=Limits(None, max_kl=1.5))["chosen"] == "soft"
+
+
+def test_where_none_passes_the_gate_the_run_fails_and_says_so_of_each(tmp_path):
+    even = [copy.deepcopy(entry) for entry in (SHARP, SOFT, DPO)]
+    for entry in even:
+        entry["metrics"]["win_rate"] = figure(0.5, 0.0)
+    said = r"No member passes the gate: sharp \(win_rate is 0\.5 .*\); dpo \(.*\); soft \("
+    with pytest.raises(DataError, match=said):
+        run(save(tmp_path, *even), str(tmp_path / "out"), limits=Limits(min_win_rate=0.5))
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert result["chosen"] is None
+    assert list(result["passed_over"]) == ["sharp", "dpo", "soft"]
+    assert "No member passes the gate" in (tmp_path / "out" / "report.html").read_text()
+    folders = [str(tmp_path / f"evaluation-{i}") for i in range(3)]
+    assert run(folders, str(tmp_path / "kept"), limits=Limits(0.5), required=False) == result
+
+
+def test_the_terminal_has_the_choice_its_place_and_every_warning_once(tmp_path):
+    warned = [SHARP | {"warnings": ["all", "own"]}, EVEN | {"warnings": ["all"]}]
+    lines = outcome_lines(run(save(tmp_path, *warned), str(tmp_path / "out")))
+    assert lines[0].startswith("chosen:   even. sharp has the best")
+    assert lines[1:] == ["model:    s3://even", "warning:  all", "warning:  sharp: own"]
 
 
 def test_members_too_far_from_the_reference_cannot_be_chosen():
@@ -313,7 +390,7 @@ def test_the_choice_is_logged_to_the_parent_run(tmp_path, recorded):
         (0.0, ("s3://sharp/extrapolated-0.5", "sharp-expo-0.5")),
     ],
 )
-def test_component_returns_the_chosen_model(tmp_path, max_kl, chosen):
+def test_component_returns_the_chosen_model(tmp_path, capsys, max_kl, chosen):
     from softpref.evaluation.component import compare_models
 
     def artifact(name):
@@ -339,3 +416,39 @@ def test_component_returns_the_chosen_model(tmp_path, max_kl, chosen):
     assert (said["chosen"], said["rule"]) == (name, "expected_reward")
     assert "sharp-expo-0.5" in said["models"].split(", ")
     assert written["summary"].metadata["title"] == f"Chosen: {name}"
+    printed = capsys.readouterr().out
+    assert f"[softpref] chosen:   {name}. " in printed
+    assert f"[softpref] model:    {chosen[0]}\n" in printed
+    assert f"[softpref] report:   {written['report'].uri}\n" in printed
+
+
+@pytest.mark.parametrize("name", ["", "story"])
+def test_component_asks_for_the_gate_where_a_model_is_to_be_registered(tmp_path, capsys, name):
+    from softpref.evaluation.component import compare_models
+
+    weak = copy.deepcopy(EVEN)
+    weak["metrics"]["win_rate"] = figure(0.5, 0.0)
+    written = {
+        key: SimpleNamespace(path=str(tmp_path / key), uri=key, metadata={})
+        for key in ("comparison", "chosen", "report", "summary")
+    }
+
+    def compared(min_win_rate, *members):
+        return compare_models.python_func(
+            evaluations=[SimpleNamespace(path=one) for one in save(tmp_path / str(min_win_rate), *members)],
+            **written,
+            registered_model_name=name,
+            min_win_rate=min_win_rate,
+            registry_overrides={"max_kl": 2.5, "beyond_noise": True},
+        )
+
+    assert compared(0.55, weak, SOFT).name == ("soft" if name else "even")
+    coin = {"judge": EVEN["judge"] | {"name": "bradley-terry", "accuracy": figure(0.52, 0.05)}}
+    if name:
+        with pytest.raises(DataError, match="cannot be told from a coin"):
+            compared(0.54, EVEN | coin)
+        assert "Nothing is chosen: the judge agrees with" in (tmp_path / "summary").read_text()
+        assert "[softpref] chosen:   none. Nothing is chosen: " in capsys.readouterr().out
+    else:
+        assert compared(0.54, EVEN | coin) == ("", "")
+        assert json.loads((tmp_path / "comparison" / "comparison.json").read_text())["chosen"] is None

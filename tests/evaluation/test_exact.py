@@ -67,6 +67,7 @@ def test_kl_and_entropy_estimates_have_the_true_values_as_their_expectation():
     assert weights.sum() == pytest.approx(1.0, abs=1e-5)
     assert weights @ found.kl == pytest.approx(weights @ (ours - theirs), abs=1e-5)
     assert weights @ found.entropy == pytest.approx(-(weights @ ours), abs=1e-5)
+    np.testing.assert_allclose(found.surprisal, -theirs, atol=1e-5)
 
 
 def test_samples_follow_the_models_own_distribution_and_the_seed():

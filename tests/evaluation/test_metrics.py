@@ -10,10 +10,12 @@ from softpref.evaluation import metrics
 from softpref.evaluation.intervals import Bootstrap, interval
 from softpref.evaluation.metrics import (
     DiversityMetric,
+    HealthMetric,
     PerplexityMetric,
     PreferenceMetric,
     SampleMetric,
     WinRateMetric,
+    repetition,
 )
 
 
@@ -84,14 +86,41 @@ def test_sample_means_are_over_samples_and_their_intervals_over_prompts():
         kl=[[1.0, 3.0], [5.0, 7.0]],
         entropy=[[2.0, 2.0], [2.0, 2.0]],
         length=[[4.0, 6.0], [8.0, 10.0]],
-        truncated=[[1.0, 0.0], [0.0, 0.0]],
-        reference_truncated=[[1.0, 1.0], [0.0, 1.0]],
     )
     assert figures["kl_sequence"].value == 4.0
     assert (figures["kl_sequence"].n, figures["kl_sequence"].prompts) == (4, 2)
     assert figures["entropy_sequence"][:3] == (2.0, 2.0, 2.0)
+    assert figures["kl_token"].value == pytest.approx(16 / 28)
+
+
+def test_health_is_of_samples_and_surprise_of_their_tokens():
+    figures = compute(
+        HealthMetric,
+        length=[[4.0, 6.0], [8.0, 10.0]],
+        truncated=[[1.0, 0.0], [0.0, 0.0]],
+        repetition=[[0.5, 0.0], [0.0, 0.1]],
+        surprisal=[[8.0, 12.0], [4.0, 4.0]],
+    )
     assert figures["truncated_fraction"].value == 0.25
-    assert figures["reference_truncated_fraction"].value == 0.75
+    assert figures["repetition"].value == pytest.approx(0.15)
+    assert figures["cross_entropy"].value == pytest.approx(28 / 28)
+    assert figures["cross_entropy"].low == pytest.approx(8 / 18)
+    assert figures["cross_entropy"].high == pytest.approx(20 / 10)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"),
+    [
+        ([], 0.0),
+        ([1, 1, 1], 0.0),
+        ([1, 2, 3, 4, 5, 6], 0.0),
+        ([1, 1, 1, 1, 1, 1], 2 / 3),  # three 4-grams, all the same
+        ([1, 2, 3, 4, 9, 1, 2, 3, 4], 1 / 6),
+        ([1, 2, 3, 4, 5] * 20, 1 - 5 / 97),
+    ],
+)
+def test_repetition_is_the_share_of_4_grams_that_were_there_before(tokens, share):
+    assert repetition(tokens) == pytest.approx(share)
 
 
 def test_perplexity_is_per_token_over_all_completions():

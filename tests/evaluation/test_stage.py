@@ -13,12 +13,14 @@ from softpref.config import build_config
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.stage import headline
+from softpref.fitness import ailments
 from softpref.lm.loading import load_metadata, save_metadata
 
 METRICS = {
     "preference_accuracy", "preference_margin", "win_rate", "expected_reward", "reference_expected_reward",
     "kl_sequence", "entropy_sequence", "distinct_1", "distinct_2", "self_bleu", "perplexity",
-    "completion_length", "truncated_fraction", "reference_truncated_fraction",
+    "completion_length", "truncated_fraction", "reference_truncated_fraction", "kl_token",
+    "repetition", "reference_repetition", "cross_entropy", "reference_cross_entropy",
 }  # fmt: skip
 EXACT = {
     "kl_optimum_to_policy", "entropy", "optimum_entropy", "expected_reward", "optimum_expected_reward",
@@ -437,3 +439,68 @@ def test_component_writes_artifacts_and_tracks_to_a_real_store(world, extrapolat
     assert win_rate == pytest.approx(member["metrics"]["win_rate"]["value"])
     files = client.list_artifacts(run.info.run_id, "evaluation/extrapolated-0.5")
     assert len(files) == 3
+
+
+def test_models_that_were_broken_on_purpose_are_told_from_sharper_and_softer_ones(
+    world, evaluating, tmp_path, recorded
+):
+    """From weights to choice: one sentence over and over, and random tokens; scaled logits are no fault."""
+    import torch
+    from softpref.evaluation import compare
+    from softpref.lm.loading import load_model
+
+    def save(name, change, metadata=None):
+        folder = tmp_path / name
+        shutil.copytree(world.policy, folder)
+        model = load_model(str(world.reference))
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2.5)  # fewer likely continuations than random weights have
+            change(model)
+        model.save_pretrained(folder)
+        save_metadata(
+            folder, {"name": name, "method": "spo", "max_completion_length": 24, **(metadata or {})}
+        )
+        return folder
+
+    def sentence(model):
+        """Each token is followed by one other, in a circle."""
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        circle = [6, 10, 13, 7, 16]
+        model.model.embed_tokens.weight.zero_()
+        model.model.embed_tokens.weight[1:] = torch.eye(16)
+        model.lm_head.weight.zero_()
+        for token in range(1, 17):
+            after = circle[(circle.index(token) + 1) % 5] if token in circle else circle[0]
+            model.lm_head.weight[after, token - 1] = 10.0
+
+    reference = save("reference", lambda model: None)
+    members = {
+        "sharper": (lambda model: model.lm_head.weight.mul_(1.4), 0.5),
+        "softer": (lambda model: model.lm_head.weight.mul_(0.8), 2.0),
+        "repeating": (sentence, 4.0),
+        "random": (lambda model: model.lm_head.weight.zero_(), 8.0),
+    }
+    found = {}
+    for name, (change, alpha) in members.items():
+        policy = save(name, change, {"alpha": alpha, "beta": 0.1})
+        found[name] = evaluating(
+            world, tmp_path / f"{name}-evaluation", policy=policy, reference=reference, samples_per_prompt=40
+        )
+    metrics = {name: evaluation["metrics"] for name, evaluation in found.items()}
+    assert (
+        metrics["random"]["cross_entropy"]["value"]
+        > 2 + metrics["random"]["reference_cross_entropy"]["value"]
+    )
+    assert metrics["repeating"]["repetition"]["value"] > 0.7
+    assert metrics["sharper"]["kl_token"]["value"] == pytest.approx(
+        metrics["sharper"]["kl_sequence"]["value"] / metrics["sharper"]["completion_length"]["value"]
+    )
+    result = compare.run([str(tmp_path / f"{name}-evaluation") for name in members], str(tmp_path / "out"))
+    assert result["chosen"] in ("sharper", "softer")
+    assert [name for name, evaluation in found.items() if ailments(evaluation)] == ["repeating", "random"]
+    assert "repeats itself: " in found["repeating"]["warnings"][-1]
+    assert "writes what its reference would not: " in found["random"]["warnings"][-1]
+    for name in ("repeating", "random"):
+        assert f"{name} " in result["reason"].partition("Never chosen: ")[2]

@@ -62,3 +62,15 @@ def test_events_and_trouble_are_shown_at_once(console):
         "12:00:01  train-policy started",
         "[KFP Executor 2026-01-01 WARNING]: rows were cut",
     ]
+
+
+def test_what_a_step_says_of_its_outcome_is_kept_for_the_end(console, capsys):
+    from console import outcome
+    from softpref.artifacts import say_outcome
+
+    console, _ = console
+    say_outcome(["chosen:   soft", "warning:  few prompts"])
+    printed = capsys.readouterr().out
+    console.write(f"    {printed}warning: another\n")  # KFP indents what steps print
+    assert shown(console) == ["warning: another"]
+    assert outcome(console._log.getvalue().splitlines()) == ["chosen:   soft", "warning:  few prompts"]

@@ -30,15 +30,25 @@ def server():
 
 
 @pytest.fixture
-def where_to_look(launch):
-    from local_run import _where_to_look
+def where_to_look():
+    from softpref.tracking import where_to_look
 
-    return _where_to_look
+    return where_to_look
 
 
 def test_a_store_in_a_file_is_shown_by_a_command(where_to_look):
     uri = "sqlite:////data/mlflow.db"
     assert where_to_look(uri, "r1") == f"{uri}; look at it with: mlflow ui --backend-store-uri {uri}"
+
+
+def test_a_store_in_a_file_that_knows_the_run_is_shown_with_the_page_to_open(where_to_look, tmp_path):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    run = client.create_run(client.create_experiment("softpref"))
+    page = f"http://127.0.0.1:5000/#/experiments/{run.info.experiment_id}?workflowType=machine_learning"
+    assert where_to_look(uri, run.info.run_id).endswith(f"--backend-store-uri {uri}, then open {page}")
 
 
 def test_a_server_shows_the_runs_experiment_by_itself(where_to_look, server):

@@ -79,6 +79,7 @@ def test_the_summary_of_a_run_has_a_line_for_every_model(tmp_path, capsys):
         weight = 0.5 if "extrapolated" in place else 0.0
         evaluation = {"name": name, "method": "spo", "alpha": 1.0, "beta": 0.1, "metrics": {}, "exact": None}
         evaluation |= {"rounds": 1, "train_on": "preferences", "extrapolation": weight}
+        evaluation |= {"model_uri": f"models/{name}", "warnings": ["few prompts"]}
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
         (folder / "report.html").touch()
     local_run._summarise(tmp_path, "sqlite:///store.db")
@@ -86,3 +87,5 @@ def test_the_summary_of_a_run_has_a_line_for_every_model(tmp_path, capsys):
     table = [line.split()[0] for line in printed.splitlines() if " 1 " in line and line.endswith("–")]
     assert sorted(table) == ["even", "even-expo-0.5", "sharp"]
     assert printed.count("report:") == 3
+    assert printed.count("warning:  few prompts\n") == 1
+    assert "model:    models/even-expo-0.5\n" in printed

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -35,7 +36,18 @@ def test_sweep_trains_compares_and_registers(quick_recipe, folder):
 
     comparison = json.loads((output / "comparison/comparison.json").read_text())
     assert sorted(member["name"] for member in comparison["members"]) == ["dpo-beta-1", "spo-alpha-0.5"]
-    assert comparison["chosen"] in result.stdout
+    assert f"chosen:   {comparison['chosen']}. " in result.stdout
+    (chosen,) = [one for one in comparison["members"] if one["name"] == comparison["chosen"]]
+    assert f"model:    {chosen['model_uri']}\n" in result.stdout
+    store = f"sqlite:///{folder / 'mlflow.db'}"
+    serve = "mlflow models serve -m models:/softpref-story@champion --env-manager local -p 5001\n"
+    assert f"serve:    MLFLOW_TRACKING_URI={store} {serve}" in result.stdout
+    assert re.search(
+        r"--backend-store-uri \S+, then open http://\S+/#/experiments/\d+\?workflowType=machine_l",
+        result.stdout,
+    )
+    for text in {text for member in comparison["members"] for text in member["warnings"]}:
+        assert result.stdout.count(text) == 1
     took = result.stdout.splitlines()[-1]
     assert "training" in took
     assert "evaluation" in took
@@ -86,3 +98,33 @@ def test_failing_stage_fails_the_run_and_says_why(quick_recipe, folder):
     (experiment,) = [e for e in client.search_experiments() if e.name == "softpref"]
     statuses = [run.info.status for run in client.search_runs([experiment.experiment_id])]
     assert statuses.count("FAILED") == 1
+
+
+def test_a_sweep_of_which_no_model_passes_the_gate_registers_none_and_fails(quick_recipe, folder):
+    recipe = quick_recipe(min_win_rate=0.999, registered_model_name="nobody")
+    result = run_pipeline("spo_sweep.py", "--recipe", recipe, "--output", "gate", folder=folder)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: no model was registered: No member passes the gate: ")
+    assert "chosen:   none. No member passes the gate: " in result.stdout
+    assert "spo-alpha-0.5  0.5" in result.stdout  # the table
+    assert json.loads((folder / "gate/comparison/comparison.json").read_text())["chosen"] is None
+    assert (folder / "gate/comparison/report.html").exists()
+    assert not (folder / "gate/registration.json").exists()
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    assert client.search_model_versions("name = 'nobody'") == []
+
+
+@pytest.mark.parametrize(("name", "status"), [("single", 1), ("", 0)])
+def test_a_single_model_that_fails_the_gate_fails_the_run_where_it_was_to_be_registered(
+    quick_recipe, folder, name, status
+):
+    recipe = quick_recipe(min_win_rate=0.999, registered_model_name=name)
+    result = run_pipeline("spo_pipeline.py", "--recipe", recipe, "--output", f"own{name}", folder=folder)
+    assert result.returncode == status, result.stdout[-4000:] + result.stderr[-4000:]
+    said = "error: no model was registered: win_rate is "
+    assert result.stderr.startswith(said) is bool(name)
+    assert (folder / f"own{name}/registration.json").exists() is bool(name)
+    assert "model:    " in result.stdout

@@ -164,6 +164,46 @@ def test_waiting_says_what_each_step_does_once(wait):
     assert (status, errors) == (0, "")
 
 
+def test_a_run_that_succeeded_says_what_it_came_to(wait):
+    """Each warning once: of a sweep the comparison has those of the evaluations, with their models."""
+    evaluated, names = LOOP.format(0) + "evaluate-model", ("compare-models", "register-chosen.register-model")
+    end = Workflow().step(evaluated, "Succeeded", "Succeeded")
+    for name in names:
+        end.step(name, "Succeeded", "Succeeded")
+    said = {
+        evaluated: "[softpref] warning:  few prompts\n",
+        "compare-models": "[KFP Executor 2026-01-01 10:00:00,842 INFO]: Got executor_input:\n{\n}\n"
+        "[softpref] chosen:   spo-alpha-0.5. It is soft.\nreading\n"
+        "[softpref] warning:  dpo-beta-1: few prompts\n",
+        "register-chosen.register-model": "[softpref] serve:    mlflow models serve -m models:/a@champion\n",
+    }
+    logs = {end.pod(path): text for path, text in said.items()}
+    with PipelinesApi(states=["SUCCEEDED"], workflows=[end.manifest], logs=logs) as server:
+        status, lines, errors = wait(server)
+    assert lines[lines.index("succeeded") + 1 :] == [
+        "chosen:   spo-alpha-0.5. It is soft.",
+        "warning:  dpo-beta-1: few prompts",
+        "serve:    mlflow models serve -m models:/a@champion",
+    ]
+    assert (status, errors) == (0, "")
+
+
+def test_a_run_of_which_no_model_passes_the_gate_says_so_once_and_fails(wait):
+    end = Workflow().step("compare-models", "Failed", "Failed:main: Error (exit code 1)")
+    log = (
+        "[softpref] chosen:   none. No member passes the gate.\n[softpref] warning:  few prompts\n"
+        'Traceback (most recent call last):\n  File "x.py", line 5, in compare_models\n'
+        "softpref.errors.DataError: No member passes the gate.\n"
+    )
+    logs = {end.pod("compare-models"): log}
+    with PipelinesApi(states=["FAILED"], workflows=[end.manifest], logs=logs) as server:
+        status, lines, errors = wait(server)
+    assert status == 1
+    assert lines[-2:] == ["chosen:   none. No member passes the gate.", "warning:  few prompts"]
+    assert "error: Compare and choose failed: No member passes the gate.\n" in errors
+    assert "few prompts" not in errors
+
+
 LOG = """\
 I0101 10:00:00.028680      16 registry.go:68] No task-level plugins enabled, returning no-op dispatcher
 [KFP Executor 2026-01-01 10:00:00,842 INFO]: Got executor_input:

@@ -2,8 +2,9 @@
 
 import pytest
 from softpref.errors import ConfigError
+from softpref.fitness import gate_failures
 from softpref.registry.config import RegistryConfig
-from softpref.registry.gate import Champion, challenge, gate_failures
+from softpref.registry.gate import Champion, challenge
 
 
 def figure(value, low=None, high=None):
@@ -18,15 +19,16 @@ def scores(**figures):
     ("limits", "failing"),
     [
         ({}, None),
-        ({"min_win_rate": 0.6}, None),
-        ({"min_win_rate": 0.65}, "win_rate is 0.7 .*under min_win_rate = 0.65"),  # the value would pass
+        ({"min_win_rate": 0.59}, None),
+        ({"min_win_rate": 0.6}, "win_rate is 0.7 .*not above min_win_rate = 0.6"),  # the value would pass
+        ({"min_win_rate": 0.0}, None),
         ({"max_kl": 2.5}, None),
         ({"max_kl": 2.2}, "kl_sequence is 2 .*over max_kl = 2.2"),
         ({"min_win_rate": None, "max_kl": None}, None),
     ],
 )
 def test_gate_looks_at_the_cautious_end_of_the_interval(limits, failing):
-    failures = gate_failures(scores(), RegistryConfig("story", **limits))
+    failures = gate_failures({"metrics": scores()}, RegistryConfig("story", **limits).limits)
     assert len(failures) == (failing is not None)
     if failing:
         import re
@@ -36,13 +38,36 @@ def test_gate_looks_at_the_cautious_end_of_the_interval(limits, failing):
 
 @pytest.mark.parametrize("missing", [{}, figure(None), figure(float("nan"), float("nan"), float("nan"))])
 def test_figure_that_was_not_measured_fails_the_gate(missing):
-    config = RegistryConfig("story", max_kl=3)
-    assert "win_rate" in gate_failures(scores(win_rate=missing), config)[0]
-    assert "kl_sequence" in gate_failures(scores(kl_sequence=missing), config)[0]
+    limits = RegistryConfig("story", max_kl=3).limits
+    assert "win_rate" in gate_failures({"metrics": scores(win_rate=missing)}, limits)[0]
+    assert "kl_sequence" in gate_failures({"metrics": scores(kl_sequence=missing)}, limits)[0]
+
+
+def evaluated(metrics, evaluation_id="e", **more):
+    return {"metrics": metrics, "evaluation_id": evaluation_id, **more}
 
 
 def test_first_model_through_the_gate_becomes_champion():
-    assert challenge(scores(), "e", None, RegistryConfig("story")).moves
+    assert challenge(evaluated(scores()), None, RegistryConfig("story")).moves
+
+
+def test_nobody_is_promoted_by_a_coin():
+    coin = {"name": "bradley-terry", "accuracy": figure(0.52, 0.47, 0.57)}
+    champion = Champion("3", "e", {"win_rate": figure(0.5, 0.5, 0.5), "preference_accuracy": figure(0.5)})
+    accuracy = {"preference_accuracy": figure(0.7, 0.6, 0.8)}
+    for held in (None, champion):
+        verdict = challenge(evaluated(scores() | accuracy, judge=coin), held, RegistryConfig("story"))
+        assert not verdict.moves
+        assert "cannot be told from a coin" in verdict.reason
+        # people's own preferences, by which no judge decides
+        config = RegistryConfig("story", compare_metric="preference_accuracy")
+        assert challenge(evaluated(scores() | accuracy, judge=coin), held, config).moves
+
+
+def test_nobody_is_promoted_by_a_figure_without_an_interval():
+    verdict = challenge(evaluated({"win_rate": figure(0.9)}), None, RegistryConfig("story"))
+    assert not verdict.moves
+    assert "without an interval of win_rate" in verdict.reason
 
 
 @pytest.mark.parametrize(
@@ -53,12 +78,12 @@ def test_first_model_through_the_gate_becomes_champion():
         (figure(0.6, 0.5, 0.7), figure(0.7, 0.6, 0.8), {}, False, "does not beat"),
         (figure(0.71, 0.6, 0.8), figure(0.7, 0.6, 0.8), {"beyond_noise": True}, False, "no more than noise"),
         (figure(0.9, 0.85, 0.95), figure(0.7, 0.6, 0.8), {"beyond_noise": True}, True, "beats the champion"),
-        (figure(0.9), figure(None), {}, False, "champion, version 3, has no win_rate"),
+        (figure(0.9, 0.8, 1.0), figure(None), {}, False, "champion, version 3, has no win_rate"),
     ],
 )
 def test_champion_yields_only_to_a_strictly_better_model(mine, theirs, options, moves, words):
     champion = Champion("3", "e", {"win_rate": theirs})
-    verdict = challenge({"win_rate": mine}, "e", champion, RegistryConfig("story", **options))
+    verdict = challenge(evaluated({"win_rate": mine}), champion, RegistryConfig("story", **options))
     assert verdict.moves is moves
     assert words in verdict.reason
 
@@ -88,7 +113,8 @@ EVALUATED_ON = {
 def test_other_evaluations_are_not_compared_and_it_is_said_what_differs(theirs, difference):
     known = None if theirs is None else EVALUATED_ON | theirs
     champion = Champion("3", "another", {"win_rate": figure(0.1, 0.1, 0.1)}, known)
-    verdict = challenge(scores(), "e", champion, RegistryConfig("story"), EVALUATED_ON)
+    mine = evaluated(scores(), evaluated_on=EVALUATED_ON)
+    verdict = challenge(mine, champion, RegistryConfig("story"))
     assert not verdict.moves
     assert verdict.reason.startswith("not comparable: the champion, version 3, ")
     assert difference in verdict.reason
@@ -96,9 +122,9 @@ def test_other_evaluations_are_not_compared_and_it_is_said_what_differs(theirs, 
 
 def test_metric_of_the_challenge_can_be_chosen():
     champion = Champion("3", "e", {"win_rate": figure(0.9), "expected_reward": figure(1.0)})
-    mine = {"win_rate": figure(0.7), "expected_reward": figure(2.0)}
-    assert challenge(mine, "e", champion, RegistryConfig("story", compare_metric="expected_reward")).moves
-    assert not challenge(mine, "e", champion, RegistryConfig("story")).moves
+    mine = evaluated({"win_rate": figure(0.7, 0.6, 0.8), "expected_reward": figure(2.0, 1.0, 3.0)})
+    assert challenge(mine, champion, RegistryConfig("story", compare_metric="expected_reward")).moves
+    assert not challenge(mine, champion, RegistryConfig("story")).moves
 
 
 @pytest.mark.parametrize(

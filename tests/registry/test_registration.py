@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from softpref.errors import ConfigError
+from softpref.errors import ConfigError, DataError
 from softpref.registry.config import RegistryConfig
 from softpref.registry.stage import decision_markdown, model_hash, run
 from softpref.tracking import Tracker
@@ -88,10 +88,9 @@ def test_champion_changes_only_for_a_better_model_on_the_same_evaluation(
     assert aliases == {"challenger": 3, "champion": 1}
     assert "not comparable" in decision["reason"]
     assert register(4, (0.8, 0.75, 0.85))[1] == {"challenger": 4, "champion": 4}
-    decision, aliases = register(5, (0.5, 0.45, 0.55))
-    assert aliases == {"challenger": 4, "champion": 4}
-    assert not decision["registered"]
-    assert "win_rate is 0.5" in decision["gate_failures"][0]
+    with pytest.raises(DataError, match=r"not registered: win_rate is 0\.5"):
+        register(5, (0.5, 0.45, 0.55))
+    assert client.get_registered_model("story").aliases == {"challenger": 4, "champion": 4}
     assert len(versions(client)) == 4
 
 
@@ -130,11 +129,62 @@ def test_an_older_version_registered_again_takes_no_newer_ones_place(
 
 
 def test_failed_gate_needs_no_server(tmp_path, model, write_evaluation):
-    evaluation = write_evaluation(tmp_path / "evaluation", win_rate=(0.52, 0.49, 0.55))
-    decision = run(config("http://127.0.0.1:1"), model, evaluation, tmp_path / "out")
+    evaluation = write_evaluation(tmp_path / "evaluation", win_rate=(0.5, 0.5, 0.5))
+    with pytest.raises(DataError, match=r"alpha-0\.5 is not registered: .*not above min_win_rate = 0\.5"):
+        run(config("http://127.0.0.1:1"), model, evaluation, tmp_path / "out")
+    decision = json.loads((tmp_path / "out" / "registration.json").read_text())
     assert not decision["registered"]
     assert "min_win_rate" in decision["reason"]
-    assert r"under min\_win\_rate" in decision_markdown(decision)  # no part of it in italics
+
+
+def test_a_coin_promotes_nobody_and_registers_nobody_that_the_gate_asks_for_a_win_rate(
+    tmp_path, store, client, model, write_evaluation
+):
+    accuracy = {"value": 0.51, "low": 0.46, "high": 0.56, "n": 40, "unit": "probability"}
+    coin = write_evaluation(tmp_path / "coin", judge={"name": "bradley-terry", "accuracy": accuracy})
+    with pytest.raises(DataError, match="cannot be told from a coin"):
+        run(config(store), model, coin, tmp_path / "out")
+    assert versions(client) == []
+    decision = run(config(store, min_win_rate=None), model, coin, tmp_path / "out")
+    assert (decision["aliases"], decision["champion"]) == (["challenger"], False)
+    assert "nobody becomes champion by this judge" in decision["reason"]
+
+
+def test_the_next_that_passes_the_gate_is_registered_and_its_version_says_why(
+    tmp_path, store, client, write_model, write_evaluation
+):
+    """As a sweep does it: the comparison chooses, with the gate's limits; the chosen model is registered."""
+    from softpref.evaluation import compare
+
+    models, evaluations = {}, []
+    for name, alpha, rate in (("sharp", 0.5, (0.6, 0.55, 0.65)), ("soft", 2.0, (0.6, 0.5, 0.7))):
+        models[name] = write_model(tmp_path / name, name=name, alpha=alpha)
+        rates = {"by_prompt": {"win_rate": [0.59, 0.6, 0.61]}, "settings": {"confidence": 0.95}}
+        rates |= {"rounds": 1, "train_on": "preferences", "extrapolation": 0.0, "softmax_frontier": None}
+        identity = {"name": name, "alpha": alpha, "model_uri": str(models[name]), "exact": None}
+        value, low, high = rate
+        shown = ("expected_reward", "reference_expected_reward", "kl_sequence", "entropy_sequence")
+        metrics = {one: {"value": 1.0, "low": 0.5, "high": 1.5, "n": 400, "unit": "nats"} for one in shown}
+        metrics["win_rate"] = {"value": value, "low": low, "high": high, "n": 400, "unit": "probability"}
+        written = write_evaluation(tmp_path / f"e-{name}", metrics=metrics, **rates, **identity)
+        evaluations.append(str(written))
+    assert compare.run(evaluations, str(tmp_path / "any"), "win_rate")["chosen"] == "soft"
+    limits = config(store).limits
+    compare.run(evaluations, str(tmp_path / "comparison"), "win_rate", limits=limits)
+
+    decision = run(
+        config(store),
+        models["sharp"],
+        tmp_path / "comparison" / "chosen",
+        tmp_path / "out",
+        tmp_path / "comparison",
+    )
+    assert (decision["registered"], decision["champion"]) == (True, True)
+    (version,) = versions(client)
+    assert version.tags["name"] == "sharp"
+    why = "Before it by the rule, but for the gate, would come soft (win_rate is 0.6 [0.5, 0.7], n=400"
+    assert why in version.tags["chosen_because"]
+    assert "would come soft" in version.description
 
 
 @pytest.mark.parametrize("crash", ["register_model", "set_registered_model_alias"])
@@ -253,7 +303,7 @@ def test_folders_that_do_not_belong_together_are_refused(
         run(config(store, task="chat"), model, evaluation, tmp_path / "out")
 
 
-def test_component_registers_and_explains(tmp_path, store, client, model, evaluation):
+def test_component_registers_and_explains(tmp_path, store, client, model, evaluation, capsys):
     from kfp import dsl
     from softpref.registry.component import register_model
 
@@ -275,9 +325,11 @@ def test_component_registers_and_explains(tmp_path, store, client, model, evalua
     )
     assert client.get_registered_model("story").aliases == {"challenger": 1, "champion": 1}
     text = (tmp_path / "decision.md").read_text()
-    assert "mlflow models serve -m models:/story@champion" in text
+    serve = "mlflow models serve -m models:/story@champion --env-manager local -p 5001"
+    assert f"MLFLOW_TRACKING_URI={store} \\\n{serve}" in text
+    assert f"[softpref] serve:    MLFLOW_TRACKING_URI={store} {serve}" in capsys.readouterr().out
     title = {"display_name": "registration: story, version 1"}
-    assert outputs["metrics"].metadata == {"registered": 1, "champion": 1, "version": 1, **title}
+    assert outputs["metrics"].metadata == {"champion": 1, "version": 1, **title}
     said = outputs["registered"].metadata
     assert (said["model_uri"], said["version"]) == ("models:/story/1", "1")
     assert (said["model_name"], said["aliases"]) == ("story", "challenger, champion")

@@ -1,26 +1,35 @@
-"""Which member of a sweep is chosen: the softest healthy one that is not inferior to the best. No files."""
+"""Which member of a sweep is chosen: the softest healthy one that is not inferior to the best, or the next
+where that one does not pass the gate. No files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from softpref.errors import ConfigError
+from softpref.fitness import Limits, ailments, gate_failures, judge_doubt
 
 METRIC_NAMES = {"expected_reward": "expected reward", "win_rate": "win rate"}
 """The metrics that may rank members, as people read them."""
 
 NON_INFERIORITY = 0.1
 """δ: the part of the best member's gain over the reference that a softer one may lack."""
-_LEAKED = 0.05  # of the probability on a known set beyond what the reference lacks; it counts as entropy
-_MORE_TRUNCATED = 0.05  # share of samples that meet the length limit beyond the reference's
 
 
 class Choice(NamedTuple):
-    """The member chosen (None when none may be) and why, in a sentence or two."""
+    """The member chosen and why.
+
+    Attributes:
+        name: None when none may be chosen.
+        reason: in a sentence or two.
+        passed_over: members that come before it by the rule, in this order, each with what keeps it from
+            passing the gate.
+    """
 
     name: str | None
     reason: str
+    passed_over: Mapping[str, list[str]] = MappingProxyType({})
 
 
 def check_rule(rule: str, max_kl: float | None) -> None:
@@ -35,8 +44,36 @@ def check_rule(rule: str, max_kl: float | None) -> None:
         raise ConfigError(f"max_kl must be a positive number of nats or left out, got {max_kl}")
 
 
-def choose(members: Sequence[Mapping[str, Any]], rule: str, max_kl: float | None = None) -> Choice:
-    """Choose by the rule: of healthy members within `max_kl`, the softest that is not inferior to the best.
+def choose(
+    members: Sequence[Mapping[str, Any]], rule: str, max_kl: float | None = None, limits: Limits | None = None
+) -> Choice:
+    """Choose by the rule, and if that member does not pass the gate, by the rule among the others, and so on.
+
+    Args:
+        members, rule, max_kl: as in `choose_healthy`.
+        limits: of the gate; None asks for none.
+    """
+    left, passed_over = list(members), dict[str, list[str]]()
+    choice = choose_healthy(left, rule, max_kl)
+    while limits and choice.name is not None:
+        (chosen,) = (member for member in left if member["name"] == choice.name)
+        if not (failures := gate_failures(chosen, limits)):
+            break
+        passed_over[choice.name] = failures
+        left.remove(chosen)
+        choice = choose_healthy(left, rule, max_kl)
+    if not passed_over:
+        return choice
+    failed = "; ".join(f"{name} ({'; '.join(failures)})" for name, failures in passed_over.items())
+    if choice.name is None:
+        others = f" {choice.reason}" if left else ""
+        return Choice(None, f"No member passes the gate: {failed}.{others}", passed_over)
+    before = f"Before it by the rule, but for the gate, would come {failed}."
+    return Choice(choice.name, f"{choice.reason} {before}", passed_over)
+
+
+def choose_healthy(members: Sequence[Mapping[str, Any]], rule: str, max_kl: float | None = None) -> Choice:
+    """Of the healthy members within `max_kl`, the softest that is not inferior to the best.
 
     Not inferior is a member whose paired difference to the best, prompt by prompt, lies above −δ with its
     whole interval, where δ is `NON_INFERIORITY` of what the best gains over the reference. Wide intervals are
@@ -51,11 +88,11 @@ def choose(members: Sequence[Mapping[str, Any]], rule: str, max_kl: float | None
     valued = [member for member in members if _value(member, rule) is not None]
     if not valued:
         return Choice(None, f"No member has a value of {label}.")
-    if coin := _coin(valued[0]):
-        return Choice(None, coin)
-    ailments = {member["name"]: _ailment(member) for member in valued}
-    unfit = "; ".join(f"{name} {ailment}" for name, ailment in ailments.items() if ailment)
-    allowed = [member for member in valued if not ailments[member["name"]]]
+    if doubt := judge_doubt(valued[0]):
+        return Choice(None, f"Nothing is chosen: {doubt}.")
+    ills = {member["name"]: ailments(member) for member in valued}
+    unfit = "; ".join(f"{name} {' and '.join(ailing)}" for name, ailing in ills.items() if ailing)
+    allowed = [member for member in valued if not ills[member["name"]]]
     if not allowed:
         return Choice(None, f"No member may be chosen: {unfit}.")
     left_out = f" Never chosen: {unfit}." if unfit else ""
@@ -94,49 +131,31 @@ def choose(members: Sequence[Mapping[str, Any]], rule: str, max_kl: float | None
     )
 
 
-def rule_in_words(rule: str, max_kl: float | None) -> str:
+def rule_in_words(rule: str, max_kl: float | None, limits: Limits | None = None) -> str:
     """The rule as people read it on the report."""
+    asked = []
+    if limits and limits.min_win_rate:
+        asked.append(f"the low end of its win rate's interval is above {limits.min_win_rate:g}")
+    if limits and limits.max_kl is not None:
+        asked.append(f"the high end of its KL's is at most {limits.max_kl:g} nats")
+    gate = (
+        f" It must pass the gate: {' and '.join(asked)}. If it does not, the same is asked of the others."
+        if asked
+        else ""
+    )
     limit = f" within {max_kl:g} nats of KL to the reference" if max_kl is not None else ""
     return (
         f"Find the best member by {METRIC_NAMES[rule]} among the healthy ones{limit}: those that keep "
-        "the reference's probability on a known set, and meet the length limit no more often. Of it and "
-        "all that are not inferior (the 95% interval of the difference, prompt by prompt, stays within a "
-        "tenth of what the best gains over the reference), choose the softest. A judge that cannot be told "
-        "from a coin chooses nothing."
+        "the reference's probability on a known set, end and repeat themselves as it does, and write what "
+        "it might have written. Of it and all that are not inferior (the 95% interval of the difference, "
+        "prompt by prompt, stays within a tenth of what the best gains over the reference), choose the "
+        "softest. A judge that cannot be told "
+        f"from a coin chooses nothing.{gate}"
     )
 
 
 def _value(member: Mapping[str, Any], metric: str) -> float | None:
     return (member["metrics"].get(metric) or {}).get("value")
-
-
-def _coin(member: Mapping[str, Any]) -> str:
-    """Why the judge that all members share may not choose; empty where it may."""
-    accuracy = (member.get("judge") or {}).get("accuracy")
-    if not accuracy or accuracy.get("low") is None or accuracy["low"] > 0.5:
-        return ""
-    return (
-        f"The judge agrees with {accuracy['value']:.2f} [{accuracy['low']:.2f}, {accuracy['high']:.2f}] of "
-        "the held-out preferences, which cannot be told from a coin: nothing is chosen by it. Give more "
-        "preferences, or another judge."
-    )
-
-
-def _ailment(member: Mapping[str, Any]) -> str:
-    """Why a member may not be chosen, whatever its figures; empty where it may."""
-    exact = member.get("exact") or {}
-    mass, usual = ((exact.get(name) or {}).get("value") for name in ("mass_on_set", "reference_mass_on_set"))
-    if mass is not None and usual is not None and mass < usual - _LEAKED:
-        return f"has only {mass:.2f} of its probability on the known set, the reference {usual:.2f}"
-    ours, theirs = (
-        member["metrics"].get(name) or {} for name in ("truncated_fraction", "reference_truncated_fraction")
-    )
-    if None in (ours.get("low"), theirs.get("high")):
-        return ""
-    if ours["low"] > theirs["high"] and ours["value"] > theirs["value"] + _MORE_TRUNCATED:
-        cut, usual = (f"{figure['value']:.0%}" for figure in (ours, theirs))
-        return f"has {cut} of its samples cut at the length limit, the reference {usual}"
-    return ""
 
 
 def _gain(member: Mapping[str, Any], rule: str) -> float:

@@ -14,6 +14,7 @@ from softpref.errors import ConfigError, DataError
 from softpref.evaluation.choice import check_rule, choose, rule_in_words
 from softpref.evaluation.curves import all_exact, equal_reward, position
 from softpref.evaluation.stage import EVALUATION_FILE, REPORT_FILE, SAMPLES_FILE
+from softpref.fitness import Limits, ailments
 from softpref.lm.extrapolation import extrapolated_folders
 from softpref.tracking import current_pipeline_run
 
@@ -51,6 +52,8 @@ def run(
     rule: str = "expected_reward",
     max_kl: float | None = None,
     *,
+    limits: Limits | None = None,
+    required: bool = True,
     parent_run_id: str | None = None,
     experiment: str = "softpref",
     tracking_uri: str | None = None,
@@ -65,6 +68,8 @@ def run(
         evaluation_dirs: folders of stage 4, one per trained model; all evaluated alike.
         rule: the metric that ranks members, `expected_reward` or `win_rate`.
         max_kl: members whose sequence KL to the reference, in nats, exceeds this cannot be chosen.
+        limits: of the registry's gate, so that what is chosen can be registered; None asks for none.
+        required: whether it is an error when no member may be chosen.
         parent_run_id: the sweep's MLflow run; None takes that of the pipeline run, and where there is none
             logs nothing.
         experiment, tracking_uri: where that run is; the URI's default is `MLFLOW_TRACKING_URI` or a local
@@ -72,21 +77,22 @@ def run(
 
     Raises:
         ConfigError: no folder, a folder without evaluation, two members of one name, or a wrong rule.
-        DataError: members evaluated on different data, judge, reference or settings; or every member exceeds
-            `max_kl` (the report is written all the same).
+        DataError: members evaluated on different data, judge, reference or settings; or no member may be
+            chosen, and one is `required` (the report is written all the same).
     """
     check_rule(rule, max_kl)
     folders = evaluation_folders(evaluation_dirs)
     evaluations = [_read(folder) for folder in folders]
     members = sorted(({key: evaluation[key] for key in _SUMMARY} for evaluation in evaluations), key=position)
     check_comparable(members)
-    choice = choose(members, rule, max_kl)
+    choice = choose(members, rule, max_kl, limits)
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     comparison = {
-        "rule": rule_in_words(rule, max_kl),
+        "rule": rule_in_words(rule, max_kl, limits),
         "chosen": choice.name,
         "reason": choice.reason,
+        "passed_over": dict(choice.passed_over),
         "equal_reward": equal_reward(members),
         "members": members,
     }
@@ -103,9 +109,22 @@ def run(
     (output / COMPARISON_FILE).write_text(text + "\n", encoding="utf-8")
     if parent_run_id or current_pipeline_run():
         _track(output, comparison, parent_run_id, experiment, tracking_uri)
-    if choice.name is None:
+    if required and choice.name is None:
         raise DataError(f"{choice.reason} The report is in {output / REPORT_FILE}.")
     return comparison
+
+
+def outcome_lines(comparison: Mapping[str, Any]) -> list[str]:
+    """What a terminal shows of a comparison: the choice and its reason, where the model is, every warning."""
+    chosen = comparison["chosen"]
+    lines = [f"chosen:   {chosen or 'none'}. {comparison['reason']}"]
+    lines += [f"model:    {one['model_uri']}" for one in comparison["members"] if one["name"] == chosen]
+    return lines + warning_lines(comparison["members"])
+
+
+def warning_lines(members: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a terminal shows of the warnings that a report has, each once, by model."""
+    return [f"warning:  {text}" for text in gathered_warnings(members)]
 
 
 def evaluation_folders(folders: Iterable[str | Path]) -> list[Path]:
@@ -298,7 +317,7 @@ def _write_report(
         f"<p>{escape(comparison['reason'])}</p>",
         "<p class=dim>Softness α decides how much of the experts' diversity a model keeps: 1 is their own "
         "distribution of answers, towards 0 their favourite alone, above 1 flatter than they are.</p>",
-        warning_box(_gathered_warnings(members)),
+        warning_box(gathered_warnings(members)),
         '<div class="scroll"><table><tr><th>Model<th class=n>α',
         "".join(f"<th class=n>{title}" for title, _, _ in columns),
         "</tr>" + "".join(rows) + "</table></div>",
@@ -319,6 +338,7 @@ def _write_report(
         _equal_reward_table(comparison["equal_reward"]),
         "<h2>The rule</h2>",
         f"<p>{escape(comparison['rule'])}</p>",
+        _health_table(members, comparison["passed_over"]),
     ]
     listed = [member["name"] for member in members if samples[member["name"]]]
     if listed:
@@ -376,7 +396,39 @@ def _equal_reward_table(compared: Mapping[str, Any] | None) -> str:
     )
 
 
-def _gathered_warnings(members: Sequence[Mapping[str, Any]]) -> list[str]:
+_HEALTH = {  # figures by which a broken model is told, each with its reference's
+    "mass on the set": "mass_on_set",
+    "truncated": "truncated_fraction",
+    "repetition": "repetition",
+    "nats per token under the reference": "cross_entropy",
+    "KL per token": "kl_token",
+}
+
+
+def _health_table(members: Sequence[Mapping[str, Any]], passed_over: Mapping[str, Sequence[str]]) -> str:
+    """The figures of health beside the reference's, and what keeps a member from being chosen."""
+    from softpref.evaluation.report import number
+
+    rows = []
+    for member in members:
+        known = {**member["metrics"], **(member["exact"] or {})}
+        cells = []
+        for name in _HEALTH.values():
+            ours, theirs = ((known.get(key) or {}).get("value") for key in (name, f"reference_{name}"))
+            beside = "" if theirs is None else f"<br><small>{number(theirs)}</small>"
+            cells.append(f"<td class=n>{number(ours)}{beside}</td>")
+        against = [f"it {ailment}" for ailment in ailments(member)] or passed_over.get(member["name"], [])
+        cells.append(f"<td>{escape('; '.join(against)) or '–'}</td>")
+        rows.append(f"<tr><td>{escape(member['name'])}</td>{''.join(cells)}</tr>")
+    titles = "".join(f"<th class=n>{title}" for title in _HEALTH)
+    return (
+        "<h2>Health</h2><p class=dim>Of each model's samples; small, of the reference's. What a model says "
+        "off the reference's ground counts as entropy, and a judge may like it.</p>"
+        f'<div class="scroll"><table><tr><th>Model{titles}<th>Against it</tr>{"".join(rows)}</table></div>'
+    )
+
+
+def gathered_warnings(members: Sequence[Mapping[str, Any]]) -> list[str]:
     """Warnings of all members once, those of some with their names."""
     owners: dict[str, list[str]] = {}
     for member in members:

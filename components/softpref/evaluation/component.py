@@ -51,8 +51,9 @@ def evaluate_model(
     """
     import shutil
 
-    from softpref.artifacts import describe, strengths
+    from softpref.artifacts import describe, say_outcome, strengths
     from softpref.config import build_config, parse_overrides
+    from softpref.evaluation.compare import warning_lines
     from softpref.evaluation.config import EvaluationConfig
     from softpref.evaluation.stage import REPORT_FILE, headline, run
     from softpref.tracking import deliver_missed, watch_termination
@@ -99,6 +100,7 @@ def evaluate_model(
     describe(metrics, f"{model}: evaluation", model=model)
     for name, value in headline(result).items():
         metrics.log_metric(name, value)
+    say_outcome(warning_lines([result]))
 
 
 @dsl.component(base_image=EVALUATE_IMAGE, install_kfp_package=False)
@@ -110,6 +112,9 @@ def compare_models(
     summary: Output[Markdown],
     rule: str = "expected_reward",
     max_kl: float = 0.0,
+    registered_model_name: str = "",
+    min_win_rate: float = 0.5,
+    registry_overrides: dict = {},  # noqa: B006
     experiment: str = "softpref",
     tracking_uri: str = "",
     record: Input[Artifact] = None,
@@ -125,28 +130,42 @@ def compare_models(
         rule: Which figure ranks members, "expected_reward" or "win_rate".
         max_kl: Members farther than this from the reference, in nats per completion, cannot be chosen. 0: no
             limit.
+        registered_model_name: What the chosen model will be registered as: it must pass the gate of
+            registration, and it is an error when none does. Empty: no gate, and nothing may be chosen.
+        min_win_rate: The gate: the low end of the win rate's interval must be above this.
+        registry_overrides: Any other parameter of the registration stage; of the gate it is max_kl.
         experiment: MLflow experiment of the sweep's run, which receives report and figures.
         tracking_uri: MLflow server. Empty: MLFLOW_TRACKING_URI, or a local store.
         record: What the plan told MLflow; delivered here if MLflow was away then.
 
     Returns:
-        Address and name of the chosen model.
+        Address and name of the chosen model; both empty where none may be chosen.
     """
+    import os
     import shutil
     from collections import namedtuple
 
-    from softpref.artifacts import describe, plain
-    from softpref.evaluation.compare import markdown_table, run
+    from softpref.artifacts import describe, plain, say_outcome
+    from softpref.config import build_config, parse_overrides
+    from softpref.errors import DataError
+    from softpref.evaluation.compare import format_table, markdown_table, outcome_lines, run
     from softpref.evaluation.stage import REPORT_FILE
-    from softpref.tracking import deliver_missed, watch_termination
+    from softpref.registry.config import RegistryConfig
+    from softpref.tracking import deliver_missed, resolve_tracking_uri, watch_termination, where_to_look
 
     watch_termination(experiment, tracking_uri or None)
     deliver_missed(*([record.path] if record else []), *(evaluation.path for evaluation in evaluations))
+    gate = None
+    if registered_model_name:
+        asked = {"model_name": registered_model_name, "min_win_rate": min_win_rate}
+        gate = build_config(RegistryConfig, asked, parse_overrides(registry_overrides))
     result = run(
         [evaluation.path for evaluation in evaluations],
         comparison.path,
         rule,
         max_kl or None,
+        limits=gate.limits if gate else None,
+        required=False,
         experiment=experiment,
         tracking_uri=tracking_uri or None,
     )
@@ -154,12 +173,27 @@ def compare_models(
     with open(summary.path, "w", encoding="utf-8") as file:
         table = markdown_table(result["members"], result["chosen"])
         file.write(f"{table}\n\n**Chosen:** {plain(result['reason'])}\n\n**Rule:** {result['rule']}\n")
-    shutil.copytree(f"{comparison.path}/chosen", chosen.path, dirs_exist_ok=True)
-    best = next(member for member in result["members"] if member["name"] == result["chosen"])
+    os.makedirs(chosen.path, exist_ok=True)
+    address, name = "", result["chosen"] or ""
     models = ", ".join(member["name"] for member in result["members"])
-    describe(comparison, "comparison of models", chosen=best["name"], rule=rule, models=models)
-    describe(chosen, f"{best['name']}: chosen", name=best["name"], evaluation_id=best["evaluation_id"])
+    describe(comparison, "comparison of models", chosen=name, rule=rule, models=models)
     describe(report, "comparison: report", title=f"Comparison of {models}")
-    describe(summary, "comparison: summary", title=f"Chosen: {best['name']}")
+    describe(summary, "comparison: summary", title=f"Chosen: {name or 'none'}")
+    for member in result["members"]:
+        if member["name"] == name:
+            shutil.copytree(f"{comparison.path}/chosen", chosen.path, dirs_exist_ok=True)
+            describe(chosen, f"{name}: chosen", name=name, evaluation_id=member["evaluation_id"])
+            address = member["model_uri"]
+    looked_at = where_to_look(resolve_tracking_uri(tracking_uri or None), result["members"][0]["run_id"])
+    say_outcome(
+        [
+            *format_table(result["members"]).splitlines(),
+            *outcome_lines(result),
+            f"report:   {report.uri}",
+            f"tracking: {looked_at}",
+        ]
+    )
+    if gate and not name:
+        raise DataError(result["reason"])
     Outputs = namedtuple("Outputs", ["model_uri", "name"])
-    return Outputs(best["model_uri"], best["name"])
+    return Outputs(address, name)

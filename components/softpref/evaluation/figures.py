@@ -185,6 +185,7 @@ def draw_samples(
 ) -> tuple[list[list[Sample]], list[list[dict[str, Any]]]]:
     """Draw from one model for each prompt, let the judge score: what was drawn, and its texts and scores."""
     from softpref.evaluation import measure
+    from softpref.evaluation.metrics import repetition
     from softpref.lm.tokenization import decode_completion, stop_token_ids
 
     ids = [prompt.ids for prompt in tokenized]
@@ -207,7 +208,14 @@ def draw_samples(
         scores = judge.scores([as_text(prompt, roles=True)] * count, completions).tolist()
         shown.append(
             [
-                {"text": completion, "score": score, "truncated": drawing.truncated}
+                {
+                    "text": completion,
+                    "score": score,
+                    "truncated": drawing.truncated,
+                    "tokens": len(drawing.completion),
+                    "repetition": repetition(drawing.completion),
+                    "surprisal": -sum(drawing.token_logps),  # under the model itself; see `sampled`
+                }
                 for completion, score, drawing in zip(completions, scores, group, strict=True)
             ]
         )
@@ -229,7 +237,7 @@ def sampled(
         reference: the reference's samples of each prompt, as `draw_samples` shows them.
     """
     from softpref.evaluation import measure
-    from softpref.evaluation.metrics import DiversityMetric, SampleMetric, WinRateMetric
+    from softpref.evaluation.metrics import DiversityMetric, HealthMetric, SampleMetric, WinRateMetric
 
     count = config.samples_per_prompt
     drawn, shown = draw_samples(models, "policy", prompts, tokenized, judge, config)
@@ -241,10 +249,10 @@ def sampled(
             **models.scoring,
             progress=loop.update,
         )
-    kl, entropy = (values.reshape(-1, count).tolist() for values in divergences)
-    for lines, values in zip(shown, kl, strict=True):
-        for line, value in zip(lines, values, strict=True):
-            line["kl"] = value
+    kl, entropy, surprisal = (values.reshape(-1, count).tolist() for values in divergences)
+    for lines, *values in zip(shown, kl, surprisal, strict=True):
+        for line, own_kl, own_surprisal in zip(lines, *values, strict=True):
+            line |= {"kl": own_kl, "surprisal": own_surprisal}
     figures = WinRateMetric(keep_in_memory=True).compute(
         policy=[[sample["score"] for sample in group] for group in shown],
         reference=[[sample["score"] for sample in group] for group in reference],
@@ -253,11 +261,19 @@ def sampled(
     figures |= SampleMetric(keep_in_memory=True).compute(
         kl=kl,
         entropy=entropy,
-        length=[[float(len(sample.completion)) for sample in group] for group in drawn],
-        truncated=[[float(sample.truncated) for sample in group] for group in drawn],
-        reference_truncated=[[float(sample["truncated"]) for sample in group] for group in reference],
+        length=[[float(sample["tokens"]) for sample in group] for group in shown],
         bootstrap=bootstrap,
     )
+    for prefix, side in (("", shown), ("reference_", reference)):
+        health = HealthMetric(keep_in_memory=True).compute(
+            length=[[float(sample["tokens"]) for sample in group] for group in side],
+            **{
+                name: [[float(sample[name]) for sample in group] for group in side]
+                for name in ("truncated", "repetition", "surprisal")
+            },
+            bootstrap=bootstrap,
+        )
+        figures |= {f"{prefix}{name}": figure for name, figure in health.items()}
     figures |= DiversityMetric(keep_in_memory=True).compute(
         completions=[[sample["text"] for sample in group] for group in shown], bootstrap=bootstrap
     )

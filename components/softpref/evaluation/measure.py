@@ -22,7 +22,8 @@ class PromptRecord(NamedTuple):
 
     Attributes:
         prompt: the text shown to the models, messages flattened.
-        reference: reference samples: `text`, `score` (judge, nats), `truncated`.
+        reference: reference samples: `text`, `score` (judge, nats), `truncated`, `tokens` (end included),
+            `repetition` (share of repeated 4-grams of tokens) and `surprisal`, −log π_ref in nats.
         policy: policy samples: the same and `kl`, Σ KL_t to the reference in nats.
     """
 
@@ -37,10 +38,12 @@ class Divergences(NamedTuple):
     Attributes:
         kl: `[samples]`, Σ_t KL_t(policy ‖ reference) over the whole vocabulary, nats.
         entropy: `[samples]`, Σ_t H_t of the policy, nats.
+        surprisal: `[samples]`, −log π_ref of the sample, nats.
     """
 
     kl: np.ndarray
     entropy: np.ndarray
+    surprisal: np.ndarray
 
 
 def check_same_vocabulary(policy: Any, reference: Any) -> None:
@@ -91,18 +94,19 @@ def divergences(
     plain: bool = False,
     progress: Progress | None = None,
 ) -> Divergences:
-    """KL to the reference and entropy of the policy along its own samples.
+    """KL to the reference, entropy of the policy, and surprisal of the reference along the policy's samples.
 
-    Whole-vocabulary sums at each sampled prefix: the same expectation as log-ratios of the sampled tokens,
-    with less variance.
+    The first two are whole-vocabulary sums at each sampled prefix: the same expectation as log-ratios of the
+    sampled tokens, with less variance.
     """
-    kl, entropy = np.empty(len(samples)), np.empty(len(samples))
+    kl, entropy, surprisal = (np.empty(len(samples)) for _ in range(3))
     sequences = [(sample.prompt, sample.completion) for sample in samples]
     for rows, batch in scoring_batches(policy, sequences, batch_size=batch_size, plain=plain):
         states, theirs = (completion_hidden(model, batch, plain=plain) for model in (policy, reference))
         found = states.kl(theirs)
         kl[rows] = sum_by_sequence(found.kl, batch.lengths).cpu().numpy()
         entropy[rows] = sum_by_sequence(found.entropy, batch.lengths).cpu().numpy()
+        surprisal[rows] = -sum_by_sequence(found.ref_logps, batch.lengths).cpu().numpy()
         if progress:
             progress(len(rows))
-    return Divergences(kl, entropy)
+    return Divergences(kl, entropy, surprisal)

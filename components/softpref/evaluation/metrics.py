@@ -20,6 +20,7 @@ from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, Figure, 
 
 _SMOOTHING = 0.1  # in place of a zero n-gram count in BLEU: Chen and Cherry (2014), method 1
 _BLEU_ORDER = 4
+_REPEATED_ORDER = 4
 
 
 class PreferenceMetric(evaluate.Metric):
@@ -107,26 +108,49 @@ class SampleMetric(evaluate.Metric):
     """Means over the policy's own samples.
 
     `kl_sequence` estimates KL(policy ‖ reference) by Σ_t KL_t, and `entropy_sequence` the policy's entropy by
-    Σ_t H_t, both over the whole vocabulary at each sampled prefix, in nats; `completion_length` counts
-    tokens, end token included; `truncated_fraction` is the share that met the length limit before an end, and
-    `reference_truncated_fraction` that of the reference's samples.
+    Σ_t H_t, both over the whole vocabulary at each sampled prefix, in nats; `kl_token` is the former per
+    token; `completion_length` counts tokens, end token included.
     """
 
     def _info(self) -> evaluate.MetricInfo:
         sequence = datasets.Sequence(datasets.Value("float64"))
         return _info(
             self,
-            dict.fromkeys(("kl", "entropy", "length", "truncated", "reference_truncated"), sequence),
-            "One row per prompt, one value per sample: Σ KL_t, Σ H_t, tokens, 1 when truncated else 0.",
+            dict.fromkeys(("kl", "entropy", "length"), sequence),
+            "One row per prompt, one value per sample: Σ KL_t, Σ H_t, tokens.",
         )
 
-    def _compute(self, *, kl, entropy, length, truncated, reference_truncated, bootstrap=DEFAULT_BOOTSTRAP):
+    def _compute(self, *, kl, entropy, length, bootstrap=DEFAULT_BOOTSTRAP):
         return {
             "kl_sequence": _by_prompt(kl, "nats", bootstrap),
+            "kl_token": _by_prompt(kl, "nats per token", bootstrap, length),
             "entropy_sequence": _by_prompt(entropy, "nats", bootstrap),
             "completion_length": _by_prompt(length, "tokens", bootstrap),
+        }
+
+
+class HealthMetric(evaluate.Metric):
+    """Does a model still write whole, plausible texts? Of the policy's samples, and again of the reference's.
+
+    `truncated_fraction` is the share that met the length limit before an end; `repetition` how much of a
+    sample repeats itself, see the function; `cross_entropy` the samples' surprisal under the reference per
+    token, in nats: the logarithm of their perplexity. Of the reference's own samples it is its entropy.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        sequence = datasets.Sequence(datasets.Value("float64"))
+        return _info(
+            self,
+            dict.fromkeys(("length", "truncated", "repetition", "surprisal"), sequence),
+            "One row per prompt, one value per sample: tokens, 1 when truncated else 0, share of repeated "
+            "4-grams, −log π_ref.",
+        )
+
+    def _compute(self, *, length, truncated, repetition, surprisal, bootstrap=DEFAULT_BOOTSTRAP):
+        return {
             "truncated_fraction": _by_prompt(truncated, "probability", bootstrap),
-            "reference_truncated_fraction": _by_prompt(reference_truncated, "probability", bootstrap),
+            "repetition": _by_prompt(repetition, "fraction", bootstrap),
+            "cross_entropy": _by_prompt(surprisal, "nats per token", bootstrap, length),
         }
 
 
@@ -189,6 +213,15 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
+def repetition(tokens: Sequence[int]) -> float:
+    """The share of a completion's 4-grams of tokens that it has had before: seq-rep-4 of Welleck et al. 2020.
+
+    0 where none repeats, also for fewer than four tokens; towards 1 for one sentence over and over.
+    """
+    grams = _ngrams(tokens, _REPEATED_ORDER)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def distinct(texts: Sequence[Sequence[str]], order: int) -> float:
     """Distinct n-grams over all n-grams of tokenized texts; NaN when there is none."""
     grams = [gram for text in texts for gram in _ngrams(text, order)]
@@ -238,11 +271,25 @@ def prompt_key(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
-def _by_prompt(rows: Sequence[Sequence[float]], unit: str, bootstrap: Bootstrap) -> Figure:
-    """Mean of all values with the row as prompt."""
-    values = np.concatenate([np.asarray(row, dtype=np.float64) for row in rows]) if len(rows) else np.empty(0)
+def _by_prompt(
+    rows: Sequence[Sequence[float]],
+    unit: str,
+    bootstrap: Bootstrap,
+    weights: Sequence[Sequence[float]] | None = None,
+) -> Figure:
+    """Mean of all values, or their sum over that of the weights, with the row as prompt."""
     prompts = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    return interval(values, prompts, unit=unit, bootstrap=bootstrap)
+    return interval(
+        _flat(rows),
+        prompts,
+        weights=None if weights is None else _flat(weights),
+        unit=unit,
+        bootstrap=bootstrap,
+    )
+
+
+def _flat(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    return np.concatenate([np.asarray(row, dtype=np.float64) for row in rows]) if len(rows) else np.empty(0)
 
 
 def sigmoid(values: np.ndarray) -> np.ndarray:
@@ -250,7 +297,7 @@ def sigmoid(values: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(values / 2))
 
 
-def _ngrams(tokens: Sequence[str], order: int) -> list[tuple[str, ...]]:
+def _ngrams(tokens: Sequence[Any], order: int) -> list[tuple[Any, ...]]:
     return [tuple(tokens[i : i + order]) for i in range(len(tokens) - order + 1)]
 
 

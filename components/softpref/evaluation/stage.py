@@ -25,6 +25,7 @@ from softpref.evaluation.figures import (
     theory_samples,
     tokenize_prompts,
 )
+from softpref.fitness import ailments
 from softpref.judges import OUTCOMES_FILE, check_judge, load_judge, read_outcomes, text_rows
 from softpref.lm.extrapolation import extrapolated_folders
 from softpref.lm.loading import (
@@ -353,6 +354,8 @@ def _evaluate(
         | {"max_new_tokens": models.max_new_tokens},
         "warnings": warnings,
     }
+    if ills := ailments(evaluation):
+        warnings.append(f"The model is broken, and will not be registered: it {' and '.join(ills)}.")
     timer.enter("report")
     with open(output / SAMPLES_FILE, "w", encoding="utf-8") as lines:
         for record in records:

@@ -50,7 +50,8 @@ _BELONGS_TO = {
 }
 _LOADS_A_MODEL = ("sft", "train", "evaluation", "registry")  # stages that `trust_remote_code` reaches
 _ZERO_IS_NONE = {"rows", "max_kl"}  # a KFP form has no empty number
-_MAY_BE_EMPTY = {"columns", "prompt_template", "base_model"}  # and the overrides
+# and the overrides
+_MAY_BE_EMPTY = {"columns", "prompt_template", "base_model", "registered_model_name"}
 
 
 class Member(NamedTuple):
@@ -305,7 +306,7 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
             "which learns from the training preferences, or auto"
         )
     check_rule(stages["comparison"].get("rule", "expected_reward"), stages["comparison"].get("max_kl"))
-    _build(RegistryConfig, stages["registry"])
+    _build(RegistryConfig, {"model_name": "none", **stages["registry"]})
     return members
 
 

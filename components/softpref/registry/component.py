@@ -24,15 +24,17 @@ def register_model(
 ):
     """Put a model that passes the gate into the MLflow registry; make it champion when it beats the champion.
 
+    A model that does not pass it fails the step.
+
     Args:
         model: The model folder of the training stage.
         evaluation: The evaluation folder of this model.
         decision: What was decided and why, and how to serve the model.
         registered: The decision as a file, registration.json; its metadata name the version.
-        metrics: Whether the model was registered and became champion (1 or 0), and its version.
+        metrics: Whether the model became champion (1 or 0), and its version.
         registered_model_name: Name in the MLflow model registry, without "/" and ":".
         comparison: The comparison folder of a sweep, which must have chosen this model.
-        min_win_rate: The low end of the win rate's interval must reach this; 0 lets every model pass.
+        min_win_rate: The low end of the win rate's interval must be above this; 0 asks for no win rate.
         trust_remote_code: Register a model that comes with code of its own, which runs where it is served.
         tracking_uri: The MLflow server. Empty: the environment's, or a local store.
         experiment: MLflow experiment, when the model names no run.
@@ -41,10 +43,10 @@ def register_model(
     """
     from pathlib import Path
 
-    from softpref.artifacts import describe
+    from softpref.artifacts import describe, say_outcome
     from softpref.config import build_config, parse_overrides
     from softpref.registry.config import RegistryConfig
-    from softpref.registry.stage import decision_markdown, run
+    from softpref.registry.stage import decision_markdown, outcome_lines, run
     from softpref.tracking import deliver_missed, watch_termination
 
     watch_termination(experiment, tracking_uri or None)
@@ -66,13 +68,9 @@ def register_model(
     )
     Path(decision.path).parent.mkdir(parents=True, exist_ok=True)
     Path(decision.path).write_text(decision_markdown(outcome), encoding="utf-8")
-    metrics.log_metric("registered", int(outcome["registered"]))
     metrics.log_metric("champion", int(outcome["champion"]))
-    if outcome["version"]:
-        metrics.log_metric("version", int(outcome["version"]))
-    title = f"{registered_model_name}, " + (
-        f"version {outcome['version']}" if outcome["registered"] else "not registered"
-    )
+    metrics.log_metric("version", int(outcome["version"]))
+    title = f"{registered_model_name}, version {outcome['version']}"
     describe(
         registered,
         f"registration: {title}",
@@ -84,3 +82,4 @@ def register_model(
     )
     describe(decision, f"decision: {title}", title=title)
     describe(metrics, f"registration: {title}")
+    say_outcome(outcome_lines(outcome))

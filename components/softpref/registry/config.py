@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from softpref.errors import ConfigError
+from softpref.fitness import Limits
 
 CompareMetric = Literal["win_rate", "expected_reward", "preference_accuracy", "preference_margin"]
 
@@ -18,7 +19,8 @@ class RegistryConfig:
     Args:
         model_name (`str`): name in the MLflow model registry; no `/` and no `:`.
         min_win_rate (`float`, *optional*, defaults to 0.5): the gate asks that the low end of the win rate's
-            interval be at least this; a null leaves the win rate out.
+            interval be above this (above 0.5: better than the reference), and that the judge be better than a
+            coin; 0 or null leaves both out. A broken model is registered in no case.
         max_kl (`float`, *optional*): the gate asks that the high end of `kl_sequence` (nats) be at most this;
             null leaves it out.
         compare_metric (`str`, defaults to `"win_rate"`): by which the champion is challenged, higher is
@@ -61,3 +63,8 @@ class RegistryConfig:
             raise ConfigError(
                 f"RegistryConfig.await_seconds must be at least 1, got {self.await_seconds} seconds"
             )
+
+    @property
+    def limits(self) -> Limits:
+        """What the gate asks for."""
+        return Limits(self.min_win_rate, self.max_kl)

@@ -36,11 +36,12 @@ from pathlib import Path
 from typing import Any
 
 from softpref.artifacts import plain
-from softpref.errors import ConfigError
+from softpref.errors import ConfigError, DataError
+from softpref.fitness import figure_text, gate_failures
 from softpref.lm.loading import check_model_source, check_remote_code, load_metadata, load_tokenizer
 from softpref.progress import settle_output
 from softpref.registry.config import RegistryConfig
-from softpref.registry.gate import Champion, challenge, figure_text, gate_failures
+from softpref.registry.gate import Champion, challenge
 from softpref.tracking import (
     find_experiment,
     in_short,
@@ -79,9 +80,10 @@ def run(
         The decision, also written as `registration.json`: `registered`, `reason` (in words), `model_name`,
         `version`, `aliases`, `champion` (whether this version is the champion now), `reused` (an earlier
         attempt had registered it), `model_uri`, `run_id`, `tracking_uri`, `model_hash`, `gate_failures`,
-        `warnings`. A model that fails the gate is a decision, no error.
+        `warnings`.
 
     Raises:
+        DataError: the model does not pass the gate; `registration.json` says why all the same.
         ConfigError: a folder lacks its files, the folders are of different models, or the server does not
             answer. The model folder is never changed.
     """
@@ -108,7 +110,7 @@ def run(
         "run_id": None,
         "tracking_uri": uri,
         "model_hash": None,
-        "gate_failures": gate_failures(evaluation["metrics"], config),
+        "gate_failures": gate_failures(evaluation, config.limits),
         "warnings": list(evaluation.get("warnings") or []),
     }
     if decision["gate_failures"]:
@@ -122,25 +124,42 @@ def run(
     output_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(decision, indent=2, ensure_ascii=False)
     (output_dir / DECISION_FILE).write_text(text + "\n", encoding="utf-8")
+    if not decision["registered"]:
+        raise DataError(f"{evaluation.get('name') or model_dir} is {decision['reason']}")
     return decision
 
 
-def decision_markdown(decision: Mapping[str, Any]) -> str:
-    """The decision for people to read."""
+def outcome_lines(decision: Mapping[str, Any], tracking_uri: str = "") -> list[str]:
+    """What a terminal shows of a decision: version, aliases and the reason, and the command that serves it.
+
+    Args:
+        tracking_uri: where the store is for whoever reads it, if not where the stage found it.
+    """
     if not decision["registered"]:
-        lines = [f"# {plain(decision['model_name'])}: not registered", ""]
-        lines += [f"- {plain(failure)}" for failure in decision["gate_failures"]]
-    else:
-        lines = [f"# {plain(decision['model_name'])}, version {decision['version']}", ""]
-        aliases = ", ".join(decision["aliases"]) or "none"
-        lines += [f"Aliases: {aliases}. Champion: {plain(decision['reason'])}.", ""]
-        # the last is the champion, where it is one; a version without an alias is served by its number
-        served = f"@{decision['aliases'][-1]}" if decision["aliases"] else f"/{decision['version']}"
-        lines += ["```", f"MLFLOW_TRACKING_URI={decision['tracking_uri']} \\"]
-        lines += [
-            f"mlflow models serve -m models:/{decision['model_name']}{served} --env-manager local",
-            "```",
-        ]
+        return [f"registry: {decision['model_name']}. {decision['reason']}"]
+    aliases = "".join(f" @{alias}" for alias in decision["aliases"])
+    return [
+        f"registry: {decision['model_name']} version {decision['version']}{aliases}. {decision['reason']}",
+        f"serve:    {serve_command({**decision, 'tracking_uri': tracking_uri or decision['tracking_uri']})}",
+    ]
+
+
+def serve_command(decision: Mapping[str, Any]) -> str:
+    """The shell command that serves a registered version."""
+    # the last alias is the champion, where it is one; a version without any is served by its number
+    version = f"@{decision['aliases'][-1]}" if decision["aliases"] else f"/{decision['version']}"
+    return (
+        f"MLFLOW_TRACKING_URI={decision['tracking_uri']} mlflow models serve "
+        f"-m models:/{decision['model_name']}{version} --env-manager local -p 5001"
+    )
+
+
+def decision_markdown(decision: Mapping[str, Any]) -> str:
+    """The decision on a registered model, for people to read."""
+    lines = [f"# {plain(decision['model_name'])}, version {decision['version']}", ""]
+    aliases = ", ".join(decision["aliases"]) or "none"
+    lines += [f"Aliases: {aliases}. Champion: {plain(decision['reason'])}.", ""]
+    lines += ["```", serve_command(decision).replace(" mlflow", " \\\nmlflow", 1), "```"]
     lines += [f"\nWarning: {plain(warning)}" for warning in decision["warnings"]]
     return "\n".join(lines) + "\n"
 
@@ -217,13 +236,7 @@ def _register(
             client.update_model_version(name, number, version_description(metadata, evaluation, comparison))
             aliases = {alias: str(at) for alias, at in client.get_registered_model(name).aliases.items()}
             champion = _champion(client, name, aliases.get("champion"), number)
-            verdict = challenge(
-                evaluation["metrics"],
-                evaluation["evaluation_id"],
-                champion,
-                config,
-                evaluation.get("evaluated_on"),
-            )
+            verdict = challenge(evaluation, champion, config)
             newer = int(aliases.get("challenger", 0)) > int(number)  # an older version is registered again
             if not newer:
                 client.set_registered_model_alias(name, "challenger", number)

@@ -21,6 +21,7 @@ from softpref.tracking.mlflow_store import (
     open_client,
     short_requests,
     source_tags,
+    where_to_look,
 )
 from softpref.tracking.pipeline_run import KFP_UI, RUN_ID, RUN_NAME, current_pipeline_run, finish_pipeline_run
 from softpref.tracking.tracker import (
@@ -56,4 +57,5 @@ __all__ = [
     "sync",
     "sync_below",
     "watch_termination",
+    "where_to_look",
 ]

@@ -59,6 +59,22 @@ def open_client(uri: str) -> Any:
         return MlflowClient(uri)
 
 
+def where_to_look(uri: str, run_id: str | None) -> str:
+    """How a person gets to see a run and those beside it in MLflow's own UI: an address, or what opens one.
+
+    MLflow opens an experiment in its view of traces, which is empty, unless the address asks for the other.
+    """
+    page = ""
+    if run_id and (not uri.startswith("sqlite:") or Path(uri.removeprefix("sqlite:///")).exists()):
+        with suppress(Exception), short_requests():  # without it the page is missing, no more
+            experiment = open_client(uri).get_run(run_id).info.experiment_id
+            page = f"/#/experiments/{experiment}?workflowType=machine_learning"
+    if uri.startswith(("http://", "https://")):
+        return f"{uri.rstrip('/')}{page}"
+    opened = f", then open http://127.0.0.1:5000{page}" if page else ""
+    return f"{uri}; look at it with: mlflow ui --backend-store-uri {uri}{opened}"
+
+
 def find_experiment(client: Any, name: str, uri: str) -> str:
     """The id of an experiment; made when absent, also when another process makes it at the same moment."""
     from mlflow.exceptions import MlflowException

@@ -1,0 +1,159 @@
+"""Whether a model may be chosen or registered, by the figures of its evaluation alone: its health, the judge,
+and the limits of the gate. Compares no model with another, and speaks to no server."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+Figure = Mapping[str, Any]
+"""One measured figure of `evaluation.json`: value, low, high, n, unit."""
+Evaluation = Mapping[str, Any]
+"""What `evaluation.json` or a member of `comparison.json` holds: of it `metrics`, `exact` and `judge`."""
+
+# Health: what a policy may have more, or less, than its reference. Softness moves a model along texts that
+# the reference writes too; none of this is its doing. Samples have more of something only where the intervals
+# lie apart.
+
+LEAKED = 0.05
+"""Of the probability on a known set, where healthy models lose up to 0.02. What leaks counts as entropy."""
+MORE_TRUNCATED = 0.05
+"""Of the samples: what is cut at the length limit is no answer. Lengths drift; one in twenty is more."""
+MORE_REPEATED = 0.1
+"""Of the 4-grams of tokens within a sample. People's texts repeat about 0.01 of theirs, a model caught in a
+loop 0.4 and more (Welleck et al. 2020); a sharper one has its favourite phrases, but no tenth of them."""
+STRANGER = 1.0
+"""Nats per token by which the samples surprise the reference more than its own do: each token e times less
+likely. Sharper samples surprise it less, softer ones by some tenths more, random tokens by 5 and more."""
+FARTHER = 0.5
+"""Nats of KL per token beyond the reference's entropy per token. The sharpest model gives one typical text of
+the reference and is so far from it; what is farther gives texts that the reference does not write."""
+FAR_IN_ALL = 20.0
+"""Nats per completion that `STRANGER` and `FARTHER` must amount to: of a short answer, a few unlikely words
+may rightly become sure. What the reference says once in e^20 times, no preferences can have shown."""
+
+
+class Limits(NamedTuple):
+    """What the gate asks of a model.
+
+    Attributes:
+        min_win_rate: the low end of the win rate's interval must be above this: above ½, the model is better
+            than its reference. None or 0 leaves the win rate, and with it the judge, out.
+        max_kl: nats that the high end of `kl_sequence` may reach; None sets no limit.
+    """
+
+    min_win_rate: float | None = None
+    max_kl: float | None = None
+
+
+def gate_failures(evaluation: Evaluation, limits: Limits) -> list[str]:
+    """What keeps a model from being registered, one sentence each; empty when the gate is passed."""
+    metrics = evaluation["metrics"]
+    failures = [f"it {ailment}" for ailment in ailments(evaluation)]
+    if limits.min_win_rate:
+        if doubt := judge_doubt(evaluation):
+            failures.append(doubt)
+        low = number(metrics, "win_rate", "low")
+        if low is None:
+            failures.append(
+                "the evaluation gives no interval for win_rate, which takes two held-out prompts; "
+                "evaluate on more, or set min_win_rate to null"
+            )
+        elif low <= limits.min_win_rate:
+            failures.append(
+                f"win_rate is {figure_text(metrics['win_rate'])}: its low end is not above "
+                f"min_win_rate = {limits.min_win_rate:g}"
+            )
+    if limits.max_kl is not None:
+        high = number(metrics, "kl_sequence", "high")
+        if high is None:
+            failures.append("the evaluation gives no interval for kl_sequence, which max_kl asks for")
+        elif high > limits.max_kl:
+            failures.append(
+                f"kl_sequence is {figure_text(metrics['kl_sequence'])}: its high end is over "
+                f"max_kl = {limits.max_kl:g} nats"
+            )
+    return failures
+
+
+def judge_doubt(evaluation: Evaluation) -> str:
+    """Why nothing may be decided by the judge's scores, in a sentence; empty where it may.
+
+    Experts know the reward. A judge that learned it must be right about held-out preferences more often than
+    a coin, with its whole interval.
+    """
+    judge = evaluation.get("judge") or {}
+    if judge.get("name", "expert") == "expert":
+        return ""
+    accuracy = judge.get("accuracy") or {}
+    if accuracy.get("low") is None:
+        return (
+            "how often the judge agrees with held-out preferences is not known, so it cannot be told from a "
+            "coin; hold out preferences of two prompts or more for validation"
+        )
+    if accuracy["low"] > 0.5:
+        return ""
+    return (
+        f"the judge agrees with {accuracy['value']:.2f} [{accuracy['low']:.2f}, {accuracy['high']:.2f}] of "
+        "the held-out preferences, which cannot be told from a coin; give more preferences, or another judge"
+    )
+
+
+def ailments(evaluation: Evaluation) -> list[str]:
+    """In what a model is broken, each to follow its name in a sentence; empty for a healthy one.
+
+    What an evaluation does not know is not held against a model.
+    """
+    metrics, exact = evaluation["metrics"], evaluation.get("exact") or {}
+    found = []
+    mass, usual = (number(exact, name, "value") for name in ("mass_on_set", "reference_mass_on_set"))
+    if mass is not None and usual is not None and mass < usual - LEAKED:
+        found.append(f"has only {mass:.2f} of its probability on the known set, the reference {usual:.2f}")
+    if _more(metrics, "truncated_fraction", MORE_TRUNCATED):
+        ours, theirs = _both(metrics, "truncated_fraction")
+        found.append(f"has {ours:.0%} of its samples cut at the length limit, the reference {theirs:.0%}")
+    if _more(metrics, "repetition", MORE_REPEATED):
+        ours, theirs = _both(metrics, "repetition")
+        found.append(
+            f"repeats itself: {ours:.0%} of the 4-grams in its samples are not new, in the reference's "
+            f"{theirs:.0%}"
+        )
+    length = number(metrics, "completion_length", "value") or 0.0
+    ours, theirs = _both(metrics, "cross_entropy")
+    if _more(metrics, "cross_entropy", STRANGER) and (ours - theirs) * length > FAR_IN_ALL:
+        found.append(
+            f"writes what its reference would not: {ours:.2f} nats per token under it, the reference's own "
+            f"samples {theirs:.2f}"
+        )
+    kl = number(metrics, "kl_token", "value")
+    if kl is not None and kl > theirs + FARTHER and kl * length > FAR_IN_ALL:
+        found.append(f"is {kl:.2f} nats of KL per token from its reference, whose entropy is {theirs:.2f}")
+    return found
+
+
+def figure_text(figure: Figure) -> str:
+    """`0.712 [0.684, 0.741], n=400`, as far as the figure has these parts."""
+    text = f"{figure['value']:.4g}" if figure.get("value") is not None else "none"
+    if figure.get("low") is not None and figure.get("high") is not None:
+        text += f" [{figure['low']:.4g}, {figure['high']:.4g}]"
+    return text + (f", n={figure['n']:g}" if figure.get("n") is not None else "")
+
+
+def number(figures: Mapping[str, Figure | None], name: str, part: str) -> float | None:
+    """A part of a figure, None where it is not known."""
+    value = (figures.get(name) or {}).get(part)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _both(metrics: Mapping[str, Figure], name: str) -> tuple[float, float]:
+    """The policy's value and the reference's, NaN where unknown."""
+    ours, theirs = (number(metrics, key, "value") for key in (name, f"reference_{name}"))
+    return (math.nan if ours is None else ours), (math.nan if theirs is None else theirs)
+
+
+def _more(metrics: Mapping[str, Figure], name: str, allowed: float) -> bool:
+    """Whether the policy's figure exceeds the reference's by more than `allowed`, and by more than chance."""
+    low, high = number(metrics, name, "low"), number(metrics, f"reference_{name}", "high")
+    ours, theirs = _both(metrics, name)
+    return low is not None and high is not None and low > high and ours > theirs + allowed
