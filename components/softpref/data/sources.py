@@ -400,11 +400,11 @@ def _read_array(path: Path) -> Iterator[tuple[int, Any, str]]:
                     try:
                         value, end = decoder.raw_decode(text, place)
                     except RecursionError:
-                        end = _end_of_element(text, place)
-                        if end is None and not more:
+                        behind = _end_of_element(text, place)
+                        if behind is None and not more:
                             raise DataError(f"{path}: element {number + 1} has no end") from None
-                        if end is not None:
-                            number, place, expect_element = number + 1, end, False
+                        if behind is not None:
+                            number, place, expect_element = number + 1, behind, False
                             yield number, None, "nested too deeply"
                             continue
                     except ValueError as error:
