@@ -118,7 +118,7 @@ def test_a_judge_is_loaded_by_name_from_a_dataset_folder(tmp_path):
     assert "50 pairs" in trained.description
     texts = [("user: " + prompt, *rest) for prompt, *rest in planted_pairs(["p", "q", "r"], 60, 0)]
     assert trained.fingerprint == BradleyTerryJudge(texts, seed=3, max_rows=50).fingerprint
-    with pytest.raises(ConfigError, match=r"'expert' needs.*outcomes\.jsonl"):
+    with pytest.raises(ConfigError, match=r"'expert' needs.*outcomes\.jsonl or reward\.json"):
         check_judge("expert", tmp_path)
     with pytest.raises(ConfigError, match="one of auto, expert, bradley-terry, got 'experts'"):
         load_judge("experts", tmp_path)
@@ -131,7 +131,7 @@ def test_a_judge_is_loaded_by_name_from_a_dataset_folder(tmp_path):
     assert expert.scores(["p"], ["a"]).tolist() == [1.0]
     assert load_judge("bradley-terry", tmp_path).name == "bradley-terry"
     given = {"p": Outcomes(["a"], np.array([5.0]), np.array([1.0]))}
-    assert load_judge("expert", {}, given).scores(["p"], ["a"]).tolist() == [5.0]
+    assert load_judge("expert", tmp_path, outcomes=given).scores(["p"], ["a"]).tolist() == [5.0]
 
 
 def test_judges_can_be_imported_without_the_libraries_they_may_need():

@@ -176,7 +176,7 @@ def format_table(members: Sequence[Mapping[str, Any]]) -> str:
             ("KL(optimum‖policy)", "exact", "kl_optimum_to_policy"),
             ("mass on set", "exact", "mass_on_set"),
         ]
-    if any(member["theory"] for member in members):
+    if any(member.get("theory") for member in members):
         columns += [
             ("optimum's reward", "theory", "optimum_expected_reward"),
             ("optimum's KL", "theory", "optimum_kl"),
@@ -187,7 +187,7 @@ def format_table(members: Sequence[Mapping[str, Any]]) -> str:
         alpha = member["alpha"] if member["method"] == "spo" else None
         cells = [member["name"], "–" if alpha is None else f"{alpha:g}"]
         for _, group, metric in columns:
-            cells.append(_cell((member[group] or {}).get(metric), interval=group == "metrics"))
+            cells.append(_cell((member.get(group) or {}).get(metric), interval=group == "metrics"))
         lines.append(cells)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rendered = [
@@ -229,7 +229,7 @@ def markdown_table(members: Sequence[Mapping[str, Any]], chosen: str | None) -> 
         cells = [f"**{name}**, chosen" if member["name"] == chosen else name]
         cells.append(_GAP + ("–" if alpha is None else f"{alpha:g}"))
         for _, group, metric in columns:
-            cell = _cell((member[group] or {}).get(metric), interval=group == "metrics")
+            cell = _cell((member.get(group) or {}).get(metric), interval=group == "metrics")
             cells.append(_GAP + cell.replace(", ", ",\N{NO-BREAK SPACE}"))  # an interval stays on one line
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -289,7 +289,7 @@ def _write_report(
             ("KL(optimum ‖ policy)", "exact", "kl_optimum_to_policy"),
             ("Mass on the set", "exact", "mass_on_set"),
         ]
-    if any(member["theory"] for member in members):
+    if any(member.get("theory") for member in members):
         columns += [
             ("Optimum's reward", "theory", "optimum_expected_reward"),
             ("Optimum's KL, nats", "theory", "optimum_kl"),
@@ -299,7 +299,7 @@ def _write_report(
     for member in members:
         cells = []
         for _, group, metric in columns:
-            figure = (member[group] or {}).get(metric)
+            figure = (member.get(group) or {}).get(metric)
             cells.append(
                 f"<td class=n>{number(figure['value'])}<br><small>{span(figure)}</small></td>"
                 if figure

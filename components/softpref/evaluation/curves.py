@@ -99,7 +99,7 @@ def optimum_point(member: Member) -> Point | None:
 
 def theory_point(member: Member) -> tuple[float, float] | None:
     """KL and expected reward of the optimum of a member's objective, where samples tell them well enough."""
-    figures = {name: figure["value"] for name, figure in (member["theory"] or {}).items()}
+    figures = {name: figure["value"] for name, figure in (member.get("theory") or {}).items()}
     if (figures.get("effective_sample_size") or 0.0) < TRUSTED:
         return None
     return figures["optimum_kl"], figures["optimum_expected_reward"]
@@ -107,7 +107,7 @@ def theory_point(member: Member) -> tuple[float, float] | None:
 
 def theory_points(members: Sequence[Member]) -> list[tuple[float, float]]:
     """KL and the most expected reward there, from the first member that knows it; else empty."""
-    known = [pairs for member in members if len(pairs := member["reward_frontier"] or ()) > 1]
+    known = [pairs for member in members if len(pairs := member.get("reward_frontier") or ()) > 1]
     return [tuple(pair) for pair in known[0]] if known else []
 
 
