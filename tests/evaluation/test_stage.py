@@ -24,7 +24,7 @@ METRICS = {
 }  # fmt: skip
 EXACT = {
     "kl_optimum_to_policy", "entropy", "optimum_entropy", "expected_reward", "optimum_expected_reward",
-    "mass_on_set", "reference_mass_on_set",
+    "mass_on_set", "least_mass_on_set", "reference_mass_on_set",
 }  # fmt: skip
 
 

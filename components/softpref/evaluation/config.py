@@ -29,7 +29,8 @@ class EvaluationConfig:
             too much memory.
         plain_forward (`bool`, defaults to False): pad every completion with a prompt of its own and compute
             full logits: the same figures up to rounding, slower, for a model whose fast path you doubt.
-        judge (`str`, defaults to `"auto"`): `expert` (the known reward in the dataset's `outcomes.jsonl`),
+        judge (`str`, defaults to `"auto"`): `expert` (the known reward in the dataset's `outcomes.jsonl` or
+            `reward.json`),
             `bradley-terry` (trained on the training split's preferences), or `auto`: the expert where there
             is one.
         judge_max_rows (`int`, defaults to 20000): most training pairs for the Bradley-Terry judge.

@@ -283,6 +283,9 @@ def exact_figures(
         "optimum_expected_reward": figure([reward(p.optimum, p.rewards) for p in prompts]),
         "reference_expected_reward": figure([reward(p.reference, p.rewards) for p in prompts]),
         "mass_on_set": figure([p.policy_mass for p in prompts], "probability"),
+        "least_mass_on_set": Figure(
+            min(p.policy_mass for p in prompts), None, None, len(prompts), len(prompts), "probability"
+        ),
         "reference_mass_on_set": figure([p.reference_mass for p in prompts], "probability"),
     }
 

@@ -42,6 +42,7 @@ LABELS = {
     "optimum_kl": ("KL of the optimum to the reference", "what theory promises"),
     "effective_sample_size": ("Effective share of the samples", "how many of them the optimum rests on"),
     "mass_on_set": ("Mass on the set", "probability the policy gives to texts the experts know"),
+    "least_mass_on_set": ("Least mass on the set", "of the prompt that leaks most"),
     "reference_mass_on_set": ("Mass of the reference", "probability it gives to these texts"),
 }
 
@@ -155,7 +156,8 @@ def write_report(
             f"<p>The reward of any text is known here, so {evaluation['settings']['theory_samples']:,} more "
             f"samples of the reference on each of {theory['kl']['prompts']} held-out prompts tell by their "
             "rewards where the minimiser of this policy's own objective lies. "
-            f"{escape(trust_sentence(theory))}</p>",
+            f"{escape(trust_sentence(theory))} Pairs are taken to be drawn from the reference: where people "
+            "wrote them, an optimum with a regulariser lies a little farther from it.</p>",
             figure_table(theory, confidence),
         ]
     body += [
