@@ -107,3 +107,13 @@ def test_keys_are_text_as_written_and_other_encodings_are_read(tmp_path):
 def test_numbers_beyond_bounds_are_refused(values):
     with pytest.raises(ConfigError, match="must be"):
         build_config(Oven, values)
+
+
+def test_a_mapping_may_lay_another_under_itself_that_does_so_too(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("a: &a {k: 0, l: 0}\nb: {m: &b {<<: *a, k: 1}}\nc: {<<: *b, l: 2}\n")
+    assert read_mapping(path) == {
+        "a": {"k": 0, "l": 0},
+        "b": {"m": {"k": 1, "l": 0}},
+        "c": {"k": 1, "l": 2},
+    }

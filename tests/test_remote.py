@@ -52,6 +52,7 @@ def web(tmp_path, cache):
         ("hf://gpt2@main/config.json", "hf://gpt2@main/config.json"),
         ("s3://bucket/folder/", "s3://bucket/folder/"),
         ("owner/name", "owner/name"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
         ("/data/what?.jsonl", "/data/what?.jsonl"),
     ],
 )

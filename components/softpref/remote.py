@@ -115,6 +115,8 @@ def public_url(source: str) -> str:
     if not is_url(source):
         return source
     parts = urlsplit(source)
+    if not parts.netloc:  # a path, which would lose a slash: sqlite:////FOLDER/FILE
+        return source
     user, at, host = parts.netloc.rpartition("@")
     # abfs://CONTAINER@ACCOUNT and hf://MODEL@REVISION name places
     secret = at and (":" in user or parts.scheme.lower() not in ("abfs", "abfss", "hf"))

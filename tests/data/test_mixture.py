@@ -557,3 +557,12 @@ def test_a_source_named_twice_in_text_is_refused(here, capsys):
     with pytest.raises(ConfigError, match=r"it names 'b\.jsonl' twice"):
         parse_overrides(f'{{"mixture": {twice}}}')
     assert capsys.readouterr().err.count("it names 'b.jsonl' twice") == 2
+
+
+def test_addresses_that_differ_in_their_query_are_two_sources_under_names():
+    mixture = {
+        "one": {"source": "https://x.org/f?n=1", "share": 0.2},
+        "two": {"source": "https://x.org/f?n=2", "share": 0.2},
+    }
+    parts = parts_of(DataConfig("a.jsonl", mixture=mixture))
+    assert [part.name for part in parts] == ["a.jsonl", "one", "two"]

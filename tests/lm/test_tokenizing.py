@@ -2,7 +2,9 @@
 
 import os
 import random
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +81,24 @@ def test_rows_of_a_process_that_has_gone_are_tokenized_here(tokenizer, monkeypat
     rows = texts(300)
     assert here(rows, tokenizer, 2) == [(n, direct(tokenizer, row)) for n, row in enumerate(rows)]
     assert "a process that tokenizes has gone" in caplog.text
+
+
+def test_processes_import_nothing_from_the_current_folder(tokenizer, tmp_path, monkeypatch, caplog):
+    (tmp_path / "tokenizers.py").write_text("raise SystemExit(1)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*map(Path, sys.path[:1]), *sys.path[1:]])  # whatever stands in it
+    rows = texts(300)
+    assert here(rows, tokenizer, 2) == [(n, direct(tokenizer, row)) for n, row in enumerate(rows)]
+    assert not caplog.records
+
+
+def test_rows_are_tokenized_here_where_no_process_can_be_begun(tokenizer, monkeypatch):
+    def refuse(*_, **__):
+        raise BlockingIOError
+
+    monkeypatch.setattr("subprocess.Popen", refuse)
+    rows = texts(300)
+    assert here(rows, tokenizer, 2) == [(n, direct(tokenizer, row)) for n, row in enumerate(rows)]
 
 
 def test_a_tokenizer_that_cannot_be_handed_over_works_here(make_tokenizer, monkeypatch, caplog):

@@ -140,3 +140,9 @@ def test_metric_of_the_challenge_can_be_chosen():
 def test_wrong_parameters_are_refused_by_name(wrong, word):
     with pytest.raises(ConfigError, match=word):
         RegistryConfig(**wrong)
+
+
+@pytest.mark.parametrize("name", ["a/b", "a:b", "o'neil", 'the "best"', "a\\b", " "])
+def test_a_name_that_an_address_or_a_condition_cannot_bear_is_refused(name):
+    with pytest.raises(ConfigError, match="model_name must be a name without"):
+        RegistryConfig(name)

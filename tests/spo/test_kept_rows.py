@@ -222,6 +222,10 @@ def test_what_differs_or_is_damaged_is_not_taken_and_the_log_says_why(copies, ca
     assert re.search(f"tokenizing the rows here, for .*{reason}", caplog.text)
 
 
+def test_the_stage_that_keeps_them_writes_nothing_into_the_dataset(made):
+    assert not list(Path(made[0]).rglob("cache-*"))
+
+
 def test_files_that_say_nothing_of_tokens_may_change(copies):
     for name in (
         "timings.json",

@@ -189,5 +189,5 @@ def _share(value: Any, where: str) -> Fraction:
 def _identity(config: DataConfig) -> tuple[Any, ...]:
     """What is the same for two spellings of one source."""
     place = re.sub("^(file|local)://", "", config.source)
-    place = os.path.realpath(place) if os.path.exists(place) else public_url(place)
+    place = os.path.realpath(place) if os.path.exists(place) else place
     return place, config.subset, config.split or "train", config.revision

@@ -47,7 +47,7 @@ _NAMES = ("Lily", "Tom", "Mia", "Ben", "Anna", "Max", "Lucy", "Sam", "Ella", "Ti
 _HERS = {"Lily", "Mia", "Anna", "Lucy", "Ella", "Rosie"}
 _TRAITS = ("little", "big", "young", "clever", "shy", "funny")
 # How a story goes on: each sentence is one of these forms, more frequent ones first, and a slot in braces one
-# of its words. `name`, `animal`, `home` are the prompt's; `she`, `her` and `helper` hold for the whole story.
+# of its words. `name` is the prompt's; `she`, `her` and `helper` hold for the whole story.
 _SENTENCES: dict[str, tuple[str, ...]] = {
     "began": (
         "{She} liked to {play} {where}.",

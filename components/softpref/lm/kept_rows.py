@@ -71,9 +71,9 @@ def keep_rows(dataset_dir: str | Path, model_dir: str | Path, model: Any, args: 
 
     folder = Path(model_dir) / ROWS_FOLDER
     shutil.rmtree(folder, ignore_errors=True)
-    preferences = load_from_disk(str(dataset_dir))
-    splits = [split for split in _SPLITS if len(preferences.get(split, ()))]
     try:
+        preferences = load_from_disk(str(dataset_dir))
+        splits = [split for split in _SPLITS if len(preferences.get(split, ()))]
         tokenizer = load_tokenizer(str(model_dir), trust_remote_code=args.trust_remote_code)
         stop_ids = stop_token_ids(tokenizer, model)
         for split in splits:
@@ -87,7 +87,7 @@ def keep_rows(dataset_dir: str | Path, model_dir: str | Path, model: Any, args: 
         }
         text = json.dumps(description, indent=2)
         (folder / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-    except (SoftprefError, OSError) as error:
+    except Exception as error:  # whatever it is, the model that was trained is worth more
         logger.warning("trainings will tokenize for themselves, for the rows cannot be kept: %s", error)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -170,7 +170,8 @@ def _identity(model_dir: str | Path, tokenizer: Any, stop_ids: Sequence[int]) ->
 
 
 def _data_hash(dataset_dir: str | Path, split: str) -> str:
-    return _digest(sorted((Path(dataset_dir) / split).glob("*.arrow")))
+    files = (Path(dataset_dir) / split).glob("data-*.arrow")  # others beside them are caches of somebody's
+    return _digest(sorted(files))
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -194,6 +194,7 @@ class _Workers:
         self._settings = settings
         self._own = threading.local()
         self._processes: list[subprocess.Popen] = []
+        self._ended = False
         self._threads = ThreadPoolExecutor(count, initializer=self._begin)
 
     def submit(self, texts: list[RowText]) -> Future[list[Found] | None]:
@@ -204,6 +205,7 @@ class _Workers:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._ended = True
         for process in self._processes:
             process.kill()
         self._threads.shutdown(cancel_futures=True)
@@ -213,28 +215,39 @@ class _Workers:
 
     def _begin(self) -> None:
         # their rows are shared out already, so a tokenizer's own threads would be in each other's way
-        environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(sys.path)}
-        process = self._own.process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+        environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+        self._own.process = None
+        try:
+            process = self._start(environment)
+        except OSError:
+            return
+        self._own.process = process
+        self._processes.append(process)
+        with contextlib.suppress(OSError):
+            process.stdin.write(self._settings)  # type: ignore[union-attr]
+
+    def _start(self, environment: Mapping[str, str]) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__],  # the current folder is no place to import from
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **environment},
             start_new_session=True,  # an interrupt is for this process; theirs end with what they read
         )
-        self._processes.append(process)
-        with contextlib.suppress(OSError):
-            process.stdin.write(self._settings)  # type: ignore[union-attr]
 
     def _ask(self, texts: list[RowText]) -> list[Found] | None:
         if not texts:
             return []
         process = self._own.process
         try:
+            if process is None:
+                raise OSError
             pickle.dump(texts, process.stdin)
             process.stdin.flush()
             return pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
-            logger.warning("a process that tokenizes has gone; its rows are tokenized in this one")
+            if not self._ended:
+                logger.warning("a process that tokenizes has gone; its rows are tokenized in this one")
             return None
 
 

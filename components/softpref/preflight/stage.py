@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -166,6 +167,11 @@ def _without_secrets(value: Any) -> Any:
     """Parameters as they may be recorded: a URL can hold a password or a signature."""
     if isinstance(value, dict):
         return {public_url(str(key)): _without_secrets(one) for key, one in value.items()}
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        with suppress(ValueError, RecursionError):  # a mapping within a text
+            return json.dumps(_without_secrets(json.loads(value)))
+    if isinstance(value, list):
+        return [_without_secrets(one) for one in value]
     return public_url(value) if isinstance(value, str) else value
 
 

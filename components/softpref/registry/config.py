@@ -49,9 +49,11 @@ class RegistryConfig:
     await_seconds: int = 300
 
     def __post_init__(self) -> None:
-        if not self.model_name.strip() or any(character in self.model_name for character in "/:"):
+        # KFP's runner on this machine writes the name between quotes into a condition, and evaluates that
+        if not self.model_name.strip() or any(character in self.model_name for character in "/:'\"\\"):
             raise ConfigError(
-                f"RegistryConfig.model_name must be a name without '/' and ':', got {self.model_name!r}"
+                "RegistryConfig.model_name must be a name without '/', ':', quotes and backslashes, got "
+                f"{self.model_name!r}"
             )
         if self.min_win_rate is not None and not 0 <= self.min_win_rate <= 1:
             raise ConfigError(

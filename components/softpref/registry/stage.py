@@ -42,6 +42,7 @@ from softpref.lm.loading import check_model_source, check_remote_code, load_meta
 from softpref.progress import settle_output
 from softpref.registry.config import RegistryConfig
 from softpref.registry.gate import Champion, challenge
+from softpref.remote import public_url
 from softpref.tracking import (
     find_experiment,
     in_short,
@@ -149,7 +150,7 @@ def serve_command(decision: Mapping[str, Any]) -> str:
     # the last alias is the champion, where it is one; a version without any is served by its number
     version = f"@{decision['aliases'][-1]}" if decision["aliases"] else f"/{decision['version']}"
     return (
-        f"MLFLOW_TRACKING_URI={decision['tracking_uri']} mlflow models serve "
+        f"MLFLOW_TRACKING_URI={public_url(decision['tracking_uri'])} mlflow models serve "
         f"-m models:/{decision['model_name']}{version} --env-manager local -p 5001"
     )
 

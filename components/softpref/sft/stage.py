@@ -388,7 +388,9 @@ def _load_demonstrations(dataset_dir: str) -> dict[str, Any]:
         preferences = load_from_disk(str(folder))
         splits = {
             split: preferences[split]
-            .map(lambda row: {"completion": row["completions"][0]})
+            .map(
+                lambda row: {"completion": row["completions"][0]}, keep_in_memory=True
+            )  # no file beside its own
             .select_columns(["prompt", "completion"])
             for split in ("train", "validation")
             if split in preferences and len(preferences[split])

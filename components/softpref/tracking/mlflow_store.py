@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from softpref.remote import public_url
+
 _short_lock = threading.Lock()
 _short_users = 0
 _short_set: list[str] = []
@@ -70,7 +72,7 @@ def where_to_look(uri: str, run_id: str | None) -> str:
             experiment = open_client(uri).get_run(run_id).info.experiment_id
             page = f"/#/experiments/{experiment}?workflowType=machine_learning"
     if uri.startswith(("http://", "https://")):
-        return f"{uri.rstrip('/')}{page}"
+        return f"{public_url(uri).rstrip('/')}{page}"
     opened = f", then open http://127.0.0.1:5000{page}" if page else ""
     return f"{uri}; look at it with: mlflow ui --backend-store-uri {uri}{opened}"
 
