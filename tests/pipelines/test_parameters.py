@@ -137,7 +137,7 @@ def test_recipes_for_natural_text_are_anchored_and_others_are_warned(launch, swe
         ({"train_overrides": {"alpha": 2}}, "use the parameter alpha"),
         (
             {"source": "owner/name", "baselines": ["sppo:1,rounds=2,judge=expert"]},
-            "sppo-beta-1: judge expert knows the story world alone",
+            "sppo-beta-1: judge expert knows embedded sources alone",
         ),
         (
             {"data_overrides": {"story_kind": "best_of_n"}, "baselines": ["sppo"]},

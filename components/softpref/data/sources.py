@@ -335,16 +335,14 @@ def _read_file(path: Path, format: str) -> Iterator[tuple[int, Any, str]]:
 
 
 def _until_damage(path: Path, rows: Iterator[tuple[int, Any, str]]) -> Iterator[tuple[int, Any, str]]:
-    """The rows before the place where a file is damaged, and one fault for all behind it."""
+    """The rows before the place where a packed file is damaged, and one fault for all behind it."""
     number = 0
     try:
         for row in rows:
             number = row[0]
             yield row
-    except (*_DAMAGED, DataError) as error:
-        if isinstance(error, DataError) and not number:
-            raise
-        fault = f"the file is damaged from here on, nothing behind is read: {error}"
+    except _DAMAGED as error:
+        fault = f"the packed file is damaged from here on, nothing behind is read: {error}"
         logger.warning("%s, row %d: %s", _shown(path), number + 1, fault)
         yield number + 1, None, fault
 
