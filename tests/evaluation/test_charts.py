@@ -139,3 +139,19 @@ def test_small_and_odd_sweeps_are_drawn_too(drawn, members):
     _, svg = drawn(members, members[0]["name"])
     assert svg.startswith("<svg")
     assert "chosen" in svg
+
+
+def test_where_samples_tell_theory_its_frontier_and_the_optima_stand_beside_the_models(drawn):
+    points = [[0.0, 0.0], [0.3, 0.8], [1.0, 1.4]]
+    trusted = {"effective_sample_size": 0.5, "optimum_kl": 0.4, "optimum_expected_reward": 0.9}
+    theory = {name: {"value": value} for name, value in trusted.items()}
+    members = [
+        member(0, "spo", 1.0, exact=False, theory=theory, reward_frontier=points),
+        member(1, "spo", 0.5, exact=False, theory={**theory, "effective_sample_size": {"value": 0.01}}),
+    ]
+    _, svg = drawn(members, "spo-0")
+    assert "the most possible" in svg
+    assert "the optimum of each one" in svg
+    assert svg.count("Expected reward of samples") == 1
+    _, svg = drawn([{**one, "theory": None, "reward_frontier": None} for one in members], "spo-0")
+    assert "the most possible" not in svg

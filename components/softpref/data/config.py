@@ -249,7 +249,7 @@ class DataConfig:
             )
         if not 3 <= self.group_size <= STORIES:
             raise ConfigError(
-                f"{kind} needs a group_size of 3 to {STORIES:,} (all stories of a prompt), got "
+                f"{kind} needs a group_size of 3 to {STORIES:,} stories, all of a prompt, got "
                 f"{self.group_size}; for two, take story_kind 'pairwise'"
             )
         if self.list_kind == "best_of_n" and self.story_kind == "ranking":

@@ -131,7 +131,8 @@ def frontier(members: Sequence[Mapping[str, Any]], chosen: str | None, png: Path
     """Draw a sweep's members against each other; write it to `png` and return it as inline SVG.
 
     Entropy against expected reward comes first, for that is what softness trades; where exact figures are
-    known they are shown there, beside theory. Then win rate and expected reward against KL, and SPO's entropy
+    known they are shown there, beside theory. Where theory is known by samples, expected reward against KL
+    takes that place. Then win rate and expected reward against KL, and SPO's entropy
     by α.
 
     Args:
@@ -146,7 +147,11 @@ def frontier(members: Sequence[Mapping[str, Any]], chosen: str | None, png: Path
     figure = plt.figure(figsize=(11.6, 9.6))
     grid = figure.add_gridspec(2, 12, height_ratios=(1.3, 1))
     upper = [figure.add_subplot(grid[0, :7] if maximum else grid[0, :])]
-    panels = [_entropy_and_reward(upper[0], drawn, chosen, maximum, exact)]
+    theory = not maximum and bool(theory_points(members))
+    if theory:
+        panels = [_against_kl(upper[0], drawn, chosen, "expected_reward", "expected reward")]
+    else:
+        panels = [_entropy_and_reward(upper[0], drawn, chosen, maximum, exact)]
     if maximum:
         panels.append(_shortfall(figure.add_subplot(grid[0, 7:]), drawn, chosen, maximum))
     wide = 4 if swept else 6
@@ -154,7 +159,10 @@ def frontier(members: Sequence[Mapping[str, Any]], chosen: str | None, png: Path
         (("win_rate", "win rate"), ("expected_reward", "expected reward"))
     ):
         axes = figure.add_subplot(grid[1, wide * place : wide * (place + 1)])
-        panels.append(_against_kl(axes, drawn, chosen, metric, title))
+        if theory and metric == "expected_reward":  # it is above, and large
+            panels.append(_entropy_and_reward(axes, drawn, chosen, maximum, exact, noted=False))
+        else:
+            panels.append(_against_kl(axes, drawn, chosen, metric, title))
     handles = {
         label: handle
         for axes in figure.axes
@@ -287,7 +295,13 @@ def _curve(
 
 
 def _entropy_and_reward(
-    axes: Any, drawn: Sequence[Curve], chosen: str | None, maximum: Sequence[Point], exact: bool
+    axes: Any,
+    drawn: Sequence[Curve],
+    chosen: str | None,
+    maximum: Sequence[Point],
+    exact: bool,
+    *,
+    noted: bool = True,
 ) -> _Labels:
     """Entropy against expected reward, the reference, each exact optimum, and what is possible at all."""
     labels = _Labels(axes)
@@ -329,7 +343,13 @@ def _entropy_and_reward(
     if optima:
         notes.append("Bars: the exact optimum that a point should reach.")
     axes.text(
-        0.02, 0.03, "\n".join(notes), transform=axes.transAxes, fontsize=8.5, alpha=0.75, linespacing=1.5
+        0.02,
+        0.03,
+        "\n".join(notes if noted else []),
+        transform=axes.transAxes,
+        fontsize=8.5,
+        alpha=0.75,
+        linespacing=1.5,
     )
     axes.set_title(
         f"Entropy kept at each expected reward, {'on the set, exact' if exact else 'of samples'}", loc="left"
@@ -395,6 +415,11 @@ def _against_kl(axes: Any, drawn: Sequence[Curve], chosen: str | None, metric: s
                     look = {"color": _look(curve, drawn)["color"], "zorder": 2}
                     axes.plot(*zip(ours, best, strict=True), linewidth=0.9, **look)
                     axes.plot(*best, marker="_", markersize=11, markeredgewidth=2, **look)
+        axes.text(
+            0.98, 0.12, "Numbers beside points: α of SPO, β of the others.\n"
+            "Bars: the optimum of each one's own objective.",
+            transform=axes.transAxes, fontsize=8.5, alpha=0.75, linespacing=1.5, ha="right",
+        )  # fmt: skip
     _spread(axes, [member["metrics"]["kl_sequence"]["value"] for member in members])
     axes.set_title(f"{title.capitalize()} of samples", loc="left")
     axes.set(xlabel="KL to the reference, nats", ylabel=title if metric == "win_rate" else f"{title}, nats")
