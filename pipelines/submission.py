@@ -139,8 +139,8 @@ def _client(options: argparse.Namespace) -> Any:
             """Waits no longer than a minute for an answer: kfp's own waits for as long as it takes."""
             return self._run_api.run_service_get_run(run_id, _request_timeout=_REQUEST_SECONDS)
 
-        def get_text(self, path: str, query: Sequence[tuple[str, str]] = ()) -> str:
-            """What is answered to a GET that the generated client does not have.
+        def get_text(self, path: str, query: Sequence[tuple[str, str]] = (), host: str | None = None) -> str:
+            """What is answered to a GET that the generated client does not have, by the endpoint or a `host`.
 
             Raises:
                 ApiException: with another status than 200.
@@ -153,6 +153,7 @@ def _client(options: argparse.Namespace) -> Any:
                 _preload_content=False,
                 _return_http_data_only=True,
                 _request_timeout=_REQUEST_SECONDS,
+                _host=host,
             )
             return answer.data.decode(errors="replace")
 

@@ -94,13 +94,13 @@ def wait_for(client: Any, run_id: str, address: str, names: Mapping[str, str], m
             # Kubeflow 2.17 calls a run that a person ended failed
             _say("terminated" if terminated and state in _ENDED_BADLY else (state or "unknown").lower())
         if state in ("SUCCEEDED", "SKIPPED"):
-            _report(client, run_id, workflow, steps)
+            _report(client, run_id, workflow, steps, address)
             return SUCCEEDED
         if state in _ENDED_BADLY:
             if terminated:
                 print(f"error: the run was terminated; what it did is shown at {address}", file=sys.stderr)
                 return TERMINATED
-            _report(client, run_id, workflow, steps)
+            _report(client, run_id, workflow, steps, address)
             _explain(client, run, workflow, steps.values(), address)
             return FAILED
         time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -251,7 +251,11 @@ def _is_terminated(run: Any, workflow: Mapping[str, Any]) -> bool:
 
 
 def _report(
-    client: Any, run_id: str, workflow: Mapping[str, Any], steps: Mapping[tuple[str, ...], Step]
+    client: Any,
+    run_id: str,
+    workflow: Mapping[str, Any],
+    steps: Mapping[tuple[str, ...], Step],
+    address: str,
 ) -> None:
     """Print what the last steps said of the outcome, if they did: figures, choice, warnings, where it all is.
 
@@ -260,7 +264,8 @@ def _report(
     said_by: dict[str, list[str]] = {}
     for path, step in steps.items():
         if path and path[-1] in _SPEAKERS and step.pod:
-            said_by.setdefault(path[-1], []).extend(outcome(_log(client, run_id, workflow, step.pod)))
+            log = _log(client, run_id, workflow, step.pod, address)
+            said_by.setdefault(path[-1], []).extend(outcome(log))
     if said_by.get("compare-models"):
         said_by.pop("evaluate-model", None)
     for line in dict.fromkeys(line for name in _SPEAKERS for line in said_by.get(name, ())):
@@ -276,7 +281,7 @@ _SPEAKERS = ("evaluate-model", "compare-models", "register-model")
 def _explain(client: Any, run: Any, workflow: Mapping[str, Any], steps: Iterable[Step], address: str) -> None:
     """Print what failed and why: the end of the first failed step's log, then a sentence for each."""
     failed = sorted((step for step in steps if step.state == "failed"), key=lambda step: step.ended)
-    logs = [_log(client, run.run_id, workflow, step.pod) if step.pod else [] for step in failed]
+    logs = [_log(client, run.run_id, workflow, step.pod, address) if step.pod else [] for step in failed]
     shown = [line for line in next(filter(None, logs), []) if not outcome([line])]
     for line in shown[-_SHOWN_LINES:]:
         print(f"    {line}", file=sys.stderr)
@@ -313,22 +318,25 @@ _EXITED = re.compile(r"(Error|.*failed to execute.*): (exit status \d+|signal: [
 _ARGO = re.compile(r'^(time=|\{").*\bargo"?[=:] ?true')
 
 
-def _log(client: Any, run_id: str, workflow: Mapping[str, Any], pod: str) -> list[str]:
+def _log(client: Any, run_id: str, workflow: Mapping[str, Any], pod: str, address: str) -> list[str]:
     """What a step printed, without Kubeflow's and Argo's own lines; empty if there is no log.
 
-    The API gives logs, and so does the UI: an endpoint may be the one or the other.
+    The API gives logs, but of what has succeeded only where an archive keeps them, and so does the UI: an
+    endpoint may be the one or the other, and `address` is the UI's.
     """
     import kfp_server_api
     import urllib3
 
     namespace = workflow["metadata"].get("namespace", "")
-    places: list[tuple[str, list[tuple[str, str]]]] = [
+    of_pod = [("podname", pod), ("runid", run_id), ("podnamespace", namespace)]
+    places: list[tuple[Any, ...]] = [
         (f"/apis/v1alpha1/runs/{run_id}/nodes/{pod}/log", []),
-        ("/k8s/pod/logs", [("podname", pod), ("runid", run_id), ("podnamespace", namespace)]),
+        ("/k8s/pod/logs", of_pod),
+        ("/k8s/pod/logs", of_pod, address.partition("/#")[0]),
     ]
-    for path, query in places:
+    for place in places:
         with contextlib.suppress(kfp_server_api.ApiException, urllib3.exceptions.HTTPError):
-            text = client.get_text(path, query)
+            text = client.get_text(*place)
             if text and not text.startswith(("<!", '{"error')):  # a page, or a refusal with status 200
                 return _own_lines(text)
     return []

@@ -188,6 +188,18 @@ def test_a_run_that_succeeded_says_what_it_came_to(wait):
     assert (status, errors) == (0, "")
 
 
+def test_what_the_api_has_no_log_of_any_more_the_ui_is_asked_for(wait):
+    """Of a pod that succeeded KFP's API has a log only where one is archived; the UI asks Kubernetes."""
+    end = Workflow().step("compare-models", "Succeeded", "Succeeded")
+    logs = {end.pod("compare-models"): "[softpref] chosen:   spo-alpha-1. It is soft.\n"}
+    with (
+        PipelinesApi(logs=logs, ui=True) as ui,
+        PipelinesApi(states=["SUCCEEDED"], workflows=[end.manifest]) as server,
+    ):
+        _, lines, _ = wait(server, "--ui-host", ui.url)
+    assert lines[-1] == "chosen:   spo-alpha-1. It is soft."
+
+
 def test_a_run_of_which_no_model_passes_the_gate_says_so_once_and_fails(wait):
     end = Workflow().step("compare-models", "Failed", "Failed:main: Error (exit code 1)")
     log = (
