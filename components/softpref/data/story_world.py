@@ -159,13 +159,8 @@ class StoryWorld:
             a = b = random.choice(len(weights), p=weights)
             while a == b:
                 b = random.choice(len(weights), p=weights)
-            probability = 1.0 / (1.0 + np.exp(rewards[b] - rewards[a]))
             row = {"prompt": prompt, "completion_a": completions[a], "completion_b": completions[b]}
-            if votes:
-                votes_a = int(random.binomial(votes, probability))
-                yield {**row, "votes_a": votes_a, "votes_b": votes - votes_a}
-            else:
-                yield {**row, "probability": float(probability)}
+            yield {**row, **judgement(rewards[a] - rewards[b], votes, random)}
 
     def rankings(self, rows: int, seed: int, size: int, *, only_best: bool = False) -> Iterator[dict]:
         """Draw sets of stories, ordered by one expert: `prompt` and `completions`, best first.
@@ -198,6 +193,19 @@ class StoryWorld:
             prompt = self.prompts[random.integers(len(self.prompts))]
             completions, _, weights = self.outcomes(prompt)
             yield {"prompt": prompt, "completion": completions[random.choice(len(weights), p=weights)]}
+
+
+def judgement(margin: float, votes: int, random: np.random.Generator) -> dict[str, int | float]:
+    """What experts say of a pair of which the first is worth `margin` nats more, under Bradley-Terry.
+
+    Args:
+        votes: how many are asked; 0 gives the exact `probability` that the first wins in place of votes.
+    """
+    probability = 1.0 / (1.0 + np.exp(-margin))
+    if not votes:
+        return {"probability": float(probability)}
+    votes_a = int(random.binomial(votes, probability))
+    return {"votes_a": votes_a, "votes_b": votes - votes_a}
 
 
 def _story(hero: str, choice: tuple[int, ...]) -> str:

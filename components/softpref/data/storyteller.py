@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from softpref.data.story_world import judgement
 from softpref.rewards import TextReward
 
 REWARD = TextReward(
@@ -195,13 +196,8 @@ class Storyteller:
         random = np.random.default_rng(seed)
         for _ in range(rows):
             prompt, (a, b) = self._candidates(2, random)
-            probability = 1.0 / (1.0 + np.exp(REWARD(b) - REWARD(a)))
             row = {"prompt": prompt, "completion_a": a, "completion_b": b}
-            if votes:
-                votes_a = int(random.binomial(votes, probability))
-                yield {**row, "votes_a": votes_a, "votes_b": votes - votes_a}
-            else:
-                yield {**row, "probability": float(probability)}
+            yield {**row, **judgement(REWARD(a) - REWARD(b), votes, random)}
 
     def rankings(self, rows: int, seed: int, size: int, *, only_best: bool = False) -> Iterator[dict]:
         """Draw sets of stories, ordered by one expert; arguments and rows as `StoryWorld.rankings`."""
