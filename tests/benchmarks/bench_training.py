@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,13 +34,16 @@ from report import Section
 INTERVAL = 16  # optimizer steps between refreshes
 KL_BETA = 0.05
 CHECKPOINTING = "softpref, gradient checkpointing"
-SPO_VARIANTS: dict[str, dict[str, bool]] = {
+ANCHORED = "softpref, anchor 1"
+PRECOMPUTED = "DPOTrainer, reference precomputed"
+SPO_VARIANTS: dict[str, dict[str, Any]] = {
     "softpref": {},
+    ANCHORED: {"anchor": 1.0},
     CHECKPOINTING: {"gradient_checkpointing": True},
 }
-DPO_VARIANTS: dict[str, dict[str, bool]] = {
+DPO_VARIANTS: dict[str, dict[str, Any]] = {
     "DPOTrainer": {},
-    "DPOTrainer, reference precomputed": {"precompute_ref_log_probs": True},
+    PRECOMPUTED: {"precompute_ref_log_probs": True},
     "DPOTrainer, gradient checkpointing": {"gradient_checkpointing": True},
 }
 GOALS_OF_PAIRS = {4096: 2.0, 32000: 3.0}
@@ -49,19 +53,22 @@ def measure_pairs(options: argparse.Namespace) -> Section:
     section = Section(
         "Training step on pairs, without the KL term",
         f"{harness.describe(options)}. {_rows_in_words(options)} softpref: `beta=0`, which needs no "
-        "reference. TRL: `DPOTrainer`, which runs its reference at each step. Further rows set it up "
-        "better, or as it comes: with the reference's log-probabilities computed before the clock starts, "
-        "and with its own default of gradient checkpointing, beside softpref without and with it. Its "
+        "reference; with `anchor=1`, which does, its log-probabilities come from `reference_cache`, computed "
+        "before the clock starts. TRL: `DPOTrainer`, which runs its reference at each step. Further rows set "
+        "it up better, or as it comes: with `precompute_ref_log_probs`, and with its own default of gradient "
+        "checkpointing, beside softpref without and with it. Its "
         "`padding_free` is out of order in this version (it warns and pads), Liger's kernels need Triton "
         "and a GPU.",
     )
     for vocabulary in harness.vocabularies(options, (4096, 32000)):
         rows = harness.make_rows(options, vocabulary, options.batch * options.steps)
         sides: dict[str, Callable[[], Timed]] = {}
+        cache = tempfile.TemporaryDirectory()  # of the reference's log-probabilities
         for variants, make in ((SPO_VARIANTS, harness.spo_trainer), (DPO_VARIANTS, harness.dpo_trainer)):
             if variants is SPO_VARIANTS or harness.has_trl():
                 for name, arguments in variants.items():
-                    sides[name] = functools.partial(make, options, rows, vocabulary, **arguments)
+                    kept = {"reference_cache": cache.name} if name == ANCHORED else {}
+                    sides[name] = functools.partial(make, options, rows, vocabulary, **arguments, **kept)
         label = f"vocabulary {vocabulary:,}"
         speeds: dict[str, list[float]] = {}
         for together in [[name] for name in sides] if options.apart else [list(sides)]:
@@ -74,6 +81,9 @@ def measure_pairs(options: argparse.Namespace) -> Section:
             goal = _goal(options, vocabulary, GOALS_OF_PAIRS) if name == "DPOTrainer" else None
             section.compare(label, speeds["softpref"], speeds[name], "pairs/s", name, goal=goal)
         if harness.has_trl():
+            what = f"{label}, {ANCHORED}"
+            goal = _goal(options, vocabulary, dict.fromkeys(GOALS_OF_PAIRS, 1.0))
+            section.compare(what, speeds[ANCHORED], speeds[PRECOMPUTED], "pairs/s", PRECOMPUTED, goal=goal)
             name = "DPOTrainer, gradient checkpointing"
             section.compare(f"{label}, {CHECKPOINTING}", speeds[CHECKPOINTING], speeds[name], "pairs/s", name)
         else:
