@@ -459,7 +459,7 @@ def test_the_end_token_is_watched(make_trainer, tokenizer, logs_of, direct, mode
 
 
 def test_a_fall_is_what_exceeds_chance():
-    from softpref.spo.losses import fall
+    from softpref.spo.health import fall
 
     still = [-3.0, -5.0, -4.0, -3.5, -4.5, -3.2, -4.4, -3.9, -4.1, -5.0]
     assert fall(still) == 0

@@ -424,7 +424,7 @@ def _warnings(
 ) -> list[str]:
     """What a reader should know before trusting the figures."""
     from softpref.lm.tokenization import findings_text
-    from softpref.spo.losses import saturation_remedy, saturation_warning
+    from softpref.spo.health import saturation_remedy, saturation_warning
 
     found = []
     if prompts < 2:

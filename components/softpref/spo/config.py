@@ -195,6 +195,12 @@ class SPOConfig(TrainingArguments):
         return self.method != "spo" or self.anchor > 0
 
     @property
+    def keeps_reference_logps(self) -> bool:
+        """Whether rows are given those once, rather than computed with each batch."""
+        kept = bool(self.reference_cache or self.refers_to_previous)
+        return kept and self.scores_reference and self.method != "tdpo"
+
+    @property
     def draws_rows(self) -> bool:
         """Whether training rows are drawn from the policy, in some round at least."""
         return self.rounds > 1 or self.train_on != "preferences"

@@ -19,9 +19,7 @@ from softpref.objectives import (
     tdpo_loss,
 )
 from softpref.spo.config import SPOConfig
-
-SATURATED = 5.0  # a margin in nats beyond which a logistic loss is straight, to one per cent of its slope
-END_FALLEN = 0.5  # nats that the end token may lose in training
+from softpref.spo.health import SATURATED
 
 
 def method_losses(
@@ -122,33 +120,6 @@ def preference_metrics(
         "rewards/saturated": (margins.abs() > SATURATED).float(),
     }
     return {name: _group_means(values, groups, len(sizes)) for name, values in each.items()}
-
-
-def saturation_warning(share: float) -> str:
-    """A sentence on the share of margins that are saturated."""
-    return (
-        f"{share:.0%} of the pairs have a margin beyond {SATURATED:g} nats, where the loss is straight: "
-        "softness has no effect on them"
-    )
-
-
-def saturation_remedy(anchor: float) -> str:
-    """What to do about it."""
-    return "lower alpha" if anchor >= 1 else "set anchor to 1 (softness relative to the reference)"
-
-
-def fall(values: Sequence[float]) -> float:
-    """How far the last fifth of a series lies below its first, beyond two standard errors; else 0.
-
-    Windows of a log hold different rows, so that a series of less than ten tells nothing.
-    """
-    count = len(values) // 5
-    if count < 2:
-        return 0.0
-    first, last = (torch.tensor(part, dtype=torch.float64) for part in (values[:count], values[-count:]))
-    fallen = float(first.mean() - last.mean())
-    error = float((first.var() / count + last.var() / count).sqrt())
-    return fallen if fallen > 2 * error else 0.0
 
 
 def _chosen_and_rejected(sizes: Tensor, kinds: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:

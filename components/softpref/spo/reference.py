@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from softpref.errors import ConfigError, DataError
+from softpref.spo.config import SPOConfig
 
 Scorer = Callable[[list[tuple[list[int], list[int]]]], list[float]]
 """`(prompt ids, completion ids)` pairs to the reference's sequence log-probabilities, nats."""
@@ -84,6 +85,12 @@ def model_fingerprint(model: Any) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def scorer_fingerprint(model: Any, args: SPOConfig) -> str:
+    """SHA-256 of a reference and of the precision in which `args` have it computed."""
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    return hashlib.sha256(f"{model_fingerprint(model)} in {precision}".encode()).hexdigest()
 
 
 def set_reference_logps(rows: Sequence[dict[str, Any]], score: Scorer) -> None:

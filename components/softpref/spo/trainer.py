@@ -6,7 +6,6 @@ and one optimizer step is scaled so that it does not depend on how it is cut int
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
@@ -34,18 +33,12 @@ from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
 from softpref.spo.engines import check_agreement, computing_precision, sampling_engine
 from softpref.spo.gauges import Means, SamplingClock, WeightSums
-from softpref.spo.losses import (
-    END_FALLEN,
-    fall,
-    method_losses,
-    preference_metrics,
-    saturation_remedy,
-    saturation_warning,
-)
+from softpref.spo.health import health_warnings
+from softpref.spo.losses import method_losses, preference_metrics
 from softpref.spo.reference import (
     adapter_off,
     add_reference_logps,
-    model_fingerprint,
+    scorer_fingerprint,
     set_reference_logps,
 )
 from softpref.spo.rounds import RoundRows
@@ -141,17 +134,11 @@ class SPOTrainer(GuardedTrainer):
         _switch_dropout_off(model)
         # before anything costly: an engine may not be installed, or its server be away
         self._engine = sampling_engine(args, model) if args.samples_policy or args.draws_rows else None
-        keeps_logps = (
-            args.scores_reference
-            and args.method != "tdpo"
-            and bool(args.reference_cache or args.refers_to_previous)
-        )
+        keeps_logps = args.keeps_reference_logps
         needs_model = args.samples_policy or (args.scores_reference and not keeps_logps)
         fingerprint = ""
         if keeps_logps and args.reference_cache:
-            weights = model_fingerprint(model if ref_model is None else ref_model)
-            precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-            fingerprint = hashlib.sha256(f"{weights} in {precision}".encode()).hexdigest()
+            fingerprint = scorer_fingerprint(model if ref_model is None else ref_model, args)
         if ref_model is None and needs_model and not self._uses_adapter:
             ref_model = deepcopy(model)
         if args.uses_judge and judge is None:
@@ -595,29 +582,16 @@ class SPOTrainer(GuardedTrainer):
                 means.update({} if size is None else {"sampling/ess": size})
             if self.buffer is not None or self.rounds is not None:
                 means.update(self._clock.take())
-            self._warn_of_health(means, ended="train_loss" in logs)
+            if self.is_world_process_zero():
+                for warning in health_warnings(
+                    self.args, means, self.state.log_history, ended="train_loss" in logs
+                ):
+                    logger.warning("%s", warning)
             if self.rounds is not None and self.rounds.number is not None:
                 means["round"] = float(self.rounds.number + 1)
                 means["rows/left_out_fraction"] = self.rounds.left_out
             logs = {**logs, **means}
         super().log(logs, start_time)
-
-    def _warn_of_health(self, means: Mapping[str, float], *, ended: bool) -> None:
-        """Say what makes a run worthless: saturation at its start, at its end a forgotten end token."""
-        args, logged = self.args, self.state.log_history
-        if not self.is_world_process_zero():
-            return
-        saturated = means.get("rewards/saturated", 0.0)
-        if not any("rewards/saturated" in log for log in logged) and saturated > 0.5 and args.method == "spo":
-            logger.warning("%s; %s", saturation_warning(saturated), saturation_remedy(args.anchor))
-        fallen = fall([log["logps/end"] for log in logged if "logps/end" in log]) if ended else 0.0
-        if fallen > END_FALLEN:
-            logger.warning(
-                "log P of the end token behind chosen completions has fallen by %.1f nats: the policy "
-                "forgets to stop; lower learning_rate, or raise %s",
-                fallen,
-                "beta" if args.method == "spo" else "kl_beta",
-            )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -1,0 +1,62 @@
+"""What a training log says of a run that goes wrong, and what to do about it. Reads figures, runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from softpref.spo.config import SPOConfig
+
+SATURATED = 5.0  # a margin in nats beyond which a logistic loss is straight, to one per cent of its slope
+END_FALLEN = 0.5  # nats that the end token may lose in training
+
+
+def health_warnings(
+    args: SPOConfig, means: Mapping[str, float], logged: Sequence[Mapping[str, float]], *, ended: bool
+) -> list[str]:
+    """What makes a run worthless: saturation at its start, at its end a forgotten end token.
+
+    Args:
+        means: the metrics about to be logged.
+        logged: those of every log before.
+        ended: whether training has ended.
+    """
+    warnings = []
+    saturated = means.get("rewards/saturated", 0.0)
+    if not any("rewards/saturated" in log for log in logged) and saturated > 0.5 and args.method == "spo":
+        warnings.append(f"{saturation_warning(saturated)}; {saturation_remedy(args.anchor)}")
+    fallen = fall([log["logps/end"] for log in logged if "logps/end" in log]) if ended else 0.0
+    if fallen > END_FALLEN:
+        warnings.append(
+            f"log P of the end token behind chosen completions has fallen by {fallen:.1f} nats: the policy "
+            f"forgets to stop; lower learning_rate, or raise {'beta' if args.method == 'spo' else 'kl_beta'}"
+        )
+    return warnings
+
+
+def saturation_warning(share: float) -> str:
+    """A sentence on the share of margins that are saturated."""
+    return (
+        f"{share:.0%} of the pairs have a margin beyond {SATURATED:g} nats, where the loss is straight: "
+        "softness has no effect on them"
+    )
+
+
+def saturation_remedy(anchor: float) -> str:
+    """What to do about it."""
+    return "lower alpha" if anchor >= 1 else "set anchor to 1 (softness relative to the reference)"
+
+
+def fall(values: Sequence[float]) -> float:
+    """How far the last fifth of a series lies below its first, beyond two standard errors; else 0.
+
+    Windows of a log hold different rows, so that a series of less than ten tells nothing.
+    """
+    count = len(values) // 5
+    if count < 2:
+        return 0.0
+    first, last = (torch.tensor(part, dtype=torch.float64) for part in (values[:count], values[-count:]))
+    fallen = float(first.mean() - last.mean())
+    error = float((first.var() / count + last.var() / count).sqrt())
+    return fallen if fallen > 2 * error else 0.0
