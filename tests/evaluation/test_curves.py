@@ -157,7 +157,10 @@ def test_another_anchor_or_a_kl_term_is_another_curve():
         member("spo", alpha, alpha, 1.0, anchor=anchor) for anchor in (0.0, 1.0) for alpha in (1.0, 2.0)
     ]
     members += [member("dpo", 0.1, 1.0, 1.0), member("dpo", 0.1, 1.0, 1.0, kl_beta=0.05)]
+    members += [member("dpo", 0.1, 1.0, 1.0, kl_beta=0.05, kl_on="none")]
+    members += [member("spo", 1.0, 1.0, 1.0, anchor=1.0, kl_on=on) for on in ("samples", "data", "none")]
     found = curves(members)
-    assert [len(curve.members) for curve in found] == [2, 2, 1, 1]
-    names = ["SPO, anchor 1", "SPO, anchor 0", "DPO", "DPO, KL β = 0.05"]
+    assert [len(curve.members) for curve in found] == [3, 2, 1, 1, 1, 1, 1]
+    names = ["SPO, anchor 1", "SPO, anchor 0", "SPO, anchor 1, KL on data", "SPO, anchor 1, no KL term"]
+    names += ["DPO", "DPO, KL β = 0.05", "DPO, no KL term"]
     assert [curve.name for curve in found] == names

@@ -133,6 +133,17 @@ def test_dpo_with_a_kl_term_has_the_optimum_of_spo_with_anchor_one():
     assert np.abs(dpo.optimum - alone.optimum).max() > 0.05
 
 
+@pytest.mark.parametrize("objective", [Objective("spo", 0.5, 0.4), Objective("dpo", beta=0.5, kl_beta=0.2)])
+def test_without_a_kl_term_its_strength_does_not_move_the_optimum(objective):
+    none, zero = (
+        exact_prompt(OUTCOMES, REFERENCE, REFERENCE, objective._replace(**change)).optimum
+        for change in ({"kl_on": "none"}, {"beta": 0.0} if objective.method == "spo" else {"kl_beta": 0.0})
+    )
+    np.testing.assert_array_equal(none, zero)
+    tied = exact_prompt(OUTCOMES, REFERENCE, REFERENCE, objective).optimum
+    assert np.abs(tied - none).max() > 0.01
+
+
 def test_regularisation_pulls_the_optimum_of_spo_towards_the_reference():
     free, tied, bound = (
         exact_prompt(OUTCOMES, REFERENCE, REFERENCE, Objective("spo", 1.0, beta)) for beta in (0.0, 0.1, 10.0)
@@ -171,6 +182,13 @@ RANKINGS = {"kinds": {"ranking": 9}, "completions_per_row": {"4": 9}}
         (SPO | {"alpha": 0.0}, {}, "softness 0"),
         (SPO | {"weight_exponent": 0.5}, {}, "row weights"),
         (SPO | {"weight_exponent": 0.5, "beta": 0.0}, {}, ""),
+        (SPO | {"kl_on": "data"}, {}, "along the dataset's own completions"),
+        (SPO | {"kl_on": "data", "beta": 0.0}, {}, ""),
+        (SPO | {"kl_on": "none", "weight_exponent": 0.5}, {}, ""),
+        ({"method": "dpo", "beta": 0.1, "kl_on": "data"}, {}, ""),
+        ({"method": "dpo", "beta": 0.1, "kl_beta": 0.1, "kl_on": "data"}, {}, "along the dataset's own"),
+        ({"method": "ipo", "beta": 0.1, "kl_beta": 0.1}, {}, "a KL term beside ipo's loss"),
+        ({"method": "ipo", "beta": 0.1, "kl_beta": 0.1, "kl_on": "none"}, {}, ""),
         (SPO | {"soft_labels": "geometric"}, {}, "geometric"),
         (SPO | {"soft_labels": "geometric"}, {"labels": {"hard": 9, "soft": 0}}, ""),
         (SPO | {"rounds": 3}, {}, "not only the preferences"),

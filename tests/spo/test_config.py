@@ -65,7 +65,7 @@ def test_a_wrong_parameter_is_refused_and_the_message_says_what_is_right(layers,
         build_config(SPOConfig, layers, options)
 
 
-@pytest.mark.parametrize("name", ["method", "preference_kind", "soft_labels", "kl_gradient"])
+@pytest.mark.parametrize("name", ["method", "preference_kind", "soft_labels", "kl_gradient", "kl_on"])
 def test_a_choice_is_checked_without_the_builder_too(layers, name):
     with pytest.raises(ConfigError, match=f"{name} must be .* or "):
         SPOConfig(**layers, **{name: "nonsense"})
@@ -80,6 +80,14 @@ IDLE = [
     ({"method": "dpo"}, {"kl_gradient": "full"}, "there is no KL term without a beta above 0"),
     ({"beta": 0.0}, {"refresh": "adaptive"}, "there is no KL term without a beta above 0"),
     ({"beta": 0.0}, {"max_importance_ratio": 2.0}, "there is no KL term without a beta above 0"),
+    ({"beta": 0.0}, {"kl_on": "data"}, "there is no KL term without a beta above 0"),
+    ({"method": "dpo"}, {"kl_on": "data"}, "there is no KL term without a beta above 0"),
+    ({"kl_on": "none"}, {"beta": 0.1}, "there is no KL term where kl_on is none"),
+    ({"kl_on": "none", "method": "dpo"}, {"kl_beta": 0.1}, "there is no KL term where kl_on is none"),
+    ({"kl_on": "none"}, {"kl_gradient": "full"}, "there is no KL term where kl_on is none"),
+    ({"kl_on": "data"}, {"kl_gradient": "full"}, "along the rows' own completions where kl_on is data"),
+    ({"kl_on": "data"}, {"kl_prompts": "both"}, "along the rows' own completions where kl_on is data"),
+    ({"kl_on": "data"}, {"sampling_engine": "vllm"}, "nothing is sampled"),
     ({"method": "slic"}, {"kl_prompts": "both"}, "there is no KL term without a beta above 0"),
     ({}, {"weight_scores": "token"}, "without a weight_exponent"),
     ({}, {"min_ess": 0.3}, "refresh is not adaptive"),
@@ -95,6 +103,10 @@ NEEDED = [
     {"method": "rdpo", "label_smoothing": 0.1, "reference_cache": "c"},
     {"method": "dpo", "rounds": 2, "completions_per_prompt": 4, "judge": "expert"},
     {"method": "dpo", "train_on": "self_play", "round_reference": "previous"},
+    {"kl_on": "data"},
+    {"method": "dpo", "kl_beta": 0.1, "kl_on": "data", "rounds": 2, "sampling_engine": "vllm"},
+    {"kl_on": "none", "beta": 0.0},
+    {"method": "dpo", "kl_on": "none"},
 ]
 
 
@@ -125,6 +137,9 @@ def test_the_policy_is_sampled_only_where_the_objective_needs_it(layers):
     assert SPOConfig(**layers).samples_policy
     assert not SPOConfig(**layers, beta=0.0).samples_policy
     assert not SPOConfig(**layers, method="dpo").samples_policy
+    assert SPOConfig(**layers, method="dpo", kl_beta=0.1).samples_policy
+    assert not SPOConfig(**layers, kl_on="data").samples_policy
+    assert not SPOConfig(**layers, kl_on="none").samples_policy
 
 
 def test_a_trainer_without_tokenizer_or_with_the_policy_as_its_own_reference_is_refused(

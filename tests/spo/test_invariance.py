@@ -32,6 +32,13 @@ CASES = {
         "sampling_interval": 4,
         "samples_per_refresh": 32,
     },
+    "on data": {
+        "beta": 0.3,
+        "anchor": 0.5,
+        "learning_rate": 0.1,
+        "kl_on": "data",
+        "kinds": ("pairwise", "best_of_n", "ranking"),
+    },
     "dpo": {"method": "dpo", "beta": 0.5, "learning_rate": 0.1},
     "sppo": {"method": "sppo", "beta": 2.0, "learning_rate": 1e-3, "kinds": ("pairwise", "ranking")},
     "mixed": {
@@ -46,6 +53,8 @@ CASES = {
     "tdpo": {
         "method": "tdpo",
         "beta": 0.3,
+        "kl_beta": 0.2,
+        "kl_on": "data",
         "learning_rate": 0.1,
         "kinds": ("pairwise", "best_of_n", "ranking"),
     },
@@ -177,7 +186,10 @@ def test_the_trajectory_is_the_same_however_steps_are_cut_padded_and_ordered(
                     assert found[step][key] == close, (name, step, key)
         torch.testing.assert_close(ended, weights, rtol=0, atol=5e-6, msg=name)
     logged = {"loss/preference", "rewards/margins", "grad_norm", "eval_loss"}
-    logged |= {"kl/sequence", "sampling/ess", "sampling/age"} if "method" not in options else set()
+    if options.get("kl_on") == "data":
+        logged |= {"kl/data"}
+    elif "method" not in options:
+        logged |= {"kl/sequence", "sampling/ess", "sampling/age"}
     assert logged <= {key for values in metrics.values() for key in values}
 
 

@@ -255,6 +255,104 @@ def test_the_kl_term_beside_a_baseline_is_that_of_spo(one_step, make_rows, watch
     assert logs_of(both)[0]["kl/sequence"] == pytest.approx(logs_of(spo)[0]["kl/sequence"], rel=1e-5)
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["model", "adapter"])
+@pytest.mark.parametrize("options", [{}, {"plain_forward": True}, {"reference_cache": "cache"}])
+@pytest.mark.parametrize("method", ["spo", "anchored", "dpo", "tdpo", "sppo"])
+def test_on_data_the_kl_term_goes_along_the_completions_of_the_rows(
+    one_step, make_rows, direct, watch, logs_of, tmp_path, monkeypatch, method, options, lora
+):
+    """Over the whole vocabulary at each token; its mean over a row's completions, and over rows."""
+    monkeypatch.chdir(tmp_path)
+    rows = rows_for(make_rows, method, "groups")
+    for number, row in enumerate(rows):
+        row["weight"] = float(number % 3)  # what a row weighs is no matter of the KL term
+    strength = {"beta": 0.4} if method in ("spo", "anchored") else {"beta": BETA, "kl_beta": 0.4}
+    trainer, model, off = one_step(
+        rows,
+        lora,
+        method="spo" if method == "anchored" else method,
+        anchor=ANCHOR if method == "anchored" else 0.0,
+        alpha=ALPHA,
+        tdpo_alpha=TDPO_ALPHA,
+        label_smoothing=SMOOTHING if method == "dpo" else 0.0,
+        kl_on="data",
+        **strength,
+        **options,
+    )
+    assert trainer.buffer is None
+    assert trainer._engine is None
+    preference, kl = [], []
+    for row in trainer.train_dataset.rows:
+        logps, ref_logps, divergences = scored(direct, model, off, row)
+        preference.append(row["weight"] * row_loss(method, row, logps, ref_logps, divergences, "linear"))
+        along = []
+        for completion in row["completions"]:
+            policy = direct.distributions(model, row["prompt"], completion)
+            with off() as reference, torch.no_grad():
+                old = direct.distributions(reference, row["prompt"], completion)
+            along.append((policy.exp() * (policy - old)).sum())
+        kl.append(sum(along) / len(along))
+    loss, kl = sum(preference) / len(rows), sum(kl) / len(rows)
+    log = logs_of(trainer)[0]
+    assert log["kl/data"] == pytest.approx(kl.item(), rel=1e-4)
+    assert log["loss/preference"] == pytest.approx(loss.item(), rel=1e-4)
+    assert log["loss"] == pytest.approx((loss + 0.4 * kl).item(), rel=1e-4)
+    assert 0.4 * kl > 0.05  # far more than what is forgiven
+    direct.agree(watch.gradients[0], direct.gradient(model, loss + 0.4 * kl))
+    assert not [name for name in log if name.startswith(("kl/sequence", "sampling/", "completions/"))]
+
+
+@pytest.mark.parametrize("method", ["spo", "dpo"])
+def test_no_kl_term_is_that_of_no_strength(make_trainer, make_rows, weights, logs_of, method):
+    zero = {"beta": 0.0} if method == "spo" else {"beta": BETA, "kl_beta": 0.0}
+    none = {"beta": 0.4} if method == "spo" else {"beta": BETA, "kl_beta": 0.4}
+    ends, logs = [], []
+    for options in (zero, {**none, "kl_on": "none"}, none):
+        trainer = make_trainer(make_rows(8), method=method, num_train_epochs=2, **options)
+        trainer.train()
+        ends.append(weights(trainer.model))
+        logs.append([(log["loss"], log["grad_norm"]) for log in logs_of(trainer)])
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
+    assert logs[1] == logs[0]
+    assert float((ends[2] - ends[0]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"rounds": 2}, {"rounds": 2, "round_reference": "previous"}])
+def test_in_rounds_the_kl_term_on_data_is_to_the_initial_model(
+    make_trainer, make_rows, direct, watch, logs_of, model, options
+):
+    """Along the completions that the policy has drawn, whatever the loss takes as its reference."""
+    rows, seen = make_rows(6), []
+    trainer = make_trainer(
+        rows,
+        method="dpo",
+        beta=BETA,
+        kl_beta=0.4,
+        kl_on="data",
+        per_device_train_batch_size=6,
+        learning_rate=0.05,
+        max_grad_norm=0.0,
+        cut_rows="keep",
+        trainer_options={"judge": _Alphabet(), "callbacks": [watch]},
+        **options,
+    )
+    begin = trainer.rounds.begin
+    trainer.rounds.begin = lambda number: (begin(number), seen.append(list(trainer.rounds.rows)))
+    trainer.train()
+    assert len(seen) == len(watch.models) == 2
+    initial = model.double()
+    for drawn, policy, log in zip(seen, watch.models, logs_of(trainer), strict=True):
+        kl = 0.0
+        with torch.no_grad():
+            for row in drawn:
+                for completion in row["completions"]:
+                    now = direct.distributions(policy, row["prompt"], completion)
+                    old = direct.distributions(initial, row["prompt"], completion)
+                    kl += float((now.exp() * (now - old)).sum()) / len(row["completions"])
+        assert log["kl/data"] == pytest.approx(kl / len(drawn), rel=1e-3, abs=1e-6)
+    assert logs_of(trainer)[1]["kl/data"] > 1e-3
+
+
 @pytest.mark.parametrize("options", [{}, {"rounds": 2, "round_reference": "previous"}, {"rounds": 2}])
 def test_an_anchor_takes_its_base_from_where_baselines_have_their_reference(
     make_trainer, make_rows, make_model, tokenizer, logs_of, tmp_path, options

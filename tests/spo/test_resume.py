@@ -106,11 +106,13 @@ def finish(process):
     assert process.returncode == 0, output[-3000:]
 
 
-def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, launch, make_rows):
+@pytest.mark.parametrize("kl_on", ["samples", "data"])
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, launch, make_rows, kl_on):
     rows = make_rows(13, soft=True)  # 4 steps an epoch, the last of one row; 16 steps in all
-    whole = launch("whole", rows, {"": RESUMED})
+    run = {**RESUMED, "kl_on": kl_on}
+    whole = launch("whole", rows, {"": run})
     # between the checkpoints at 8 and 12, with half of the samples drawn after step 5 consumed at step 8
-    killed = launch("killed", rows, {"": RESUMED}, dies_at=10)
+    killed = launch("killed", rows, {"": run}, dies_at=10)
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
     # a checkpoint that a kill cut off: everything but the file that comes last
@@ -119,7 +121,7 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, launch, 
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"")
     finish(whole)
-    finish(launch("killed", rows, {"": RESUMED}))
+    finish(launch("killed", rows, {"": run}))
     steps = (tmp_path / "killed" / "steps.log").read_text().split()
     assert steps[10:] == [str(step) for step in range(9, 17)]  # it did not start anew
     expected = load_file(tmp_path / "whole" / "final" / "model.safetensors")
@@ -147,6 +149,7 @@ RUNS = {
         "refresh": "adaptive",
         "max_importance_ratio": 2.0,
     },
+    "on data": {"num_train_epochs": 2, "kl_on": "data", "anchor": 1.0},
     "sppo": {"method": "sppo", "num_train_epochs": 1, "rounds": 2, "learning_rate": 1e-3, "beta": 1.0},
     "cached": {"method": "dpo", "num_train_epochs": 1},
     "cached-again": {"method": "dpo", "num_train_epochs": 1},

@@ -27,6 +27,7 @@ _SUMMARY = (
     "anchor",
     "beta",
     "kl_beta",
+    "kl_on",
     "rounds",
     "train_on",
     "extrapolation",
@@ -248,7 +249,7 @@ def _read(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / EVALUATION_FILE
     if not path.is_file():
         raise ConfigError(f"{folder} is no evaluation folder: it has no {EVALUATION_FILE}")
-    older = {"anchor": 0.0, "kl_beta": 0.0, "theory": None, "reward_frontier": None}
+    older = {"anchor": 0.0, "kl_beta": 0.0, "kl_on": "samples", "theory": None, "reward_frontier": None}
     evaluation = {**older, **json.loads(path.read_text(encoding="utf-8"))}
     missing = [key for key in (*_SUMMARY, "judge", "settings") if key not in evaluation]
     if missing:

@@ -199,8 +199,12 @@ def _anchor(member: Member) -> float:
 def _variant(member: Member) -> tuple[str, ...]:
     """What sets a member apart from one trained once on the preferences, in words."""
     notes = []
-    if member.get("kl_beta"):
+    strength = member["beta"] if member["method"] == "spo" else member.get("kl_beta")
+    kl_on = member.get("kl_on") or "samples"
+    if member.get("kl_beta") and kl_on != "none":
         notes.append(f"KL β = {member['kl_beta']:g}")
+    if strength and kl_on != "samples":
+        notes.append("no KL term" if kl_on == "none" else f"KL on {kl_on}")
     if member["rounds"] != 1 or member["train_on"] != "preferences":
         times = f"{member['rounds']} round{'s' if member['rounds'] != 1 else ''}"
         notes.append(f"{times} on {member['train_on'].replace('_', '-')}")

@@ -41,7 +41,7 @@ class Objective(NamedTuple):
 
     Attributes:
         method, alpha, beta, soft_labels, weight_exponent, label_smoothing, rounds, train_on, judge,
-            extrapolation, anchor, kl_beta: as the training stage names them.
+            extrapolation, anchor, kl_beta, kl_on: as the training stage names them.
         kind, group_size: what the rows are, and how many completions each holds; `"mixed"` and 0 where they
             differ.
         altered: why labels or rows do not follow the experts' Bradley-Terry or Plackett-Luce model; empty
@@ -60,6 +60,7 @@ class Objective(NamedTuple):
     extrapolation: float = 0.0
     anchor: float = 0.0
     kl_beta: float = 0.0
+    kl_on: str = "samples"
     kind: str = "pairwise"
     group_size: int = 2
     altered: str = ""
@@ -68,6 +69,12 @@ class Objective(NamedTuple):
     def on_data(self) -> bool:
         """Whether the preferences of the dataset were all that was trained on."""
         return self.rounds == 1 and self.train_on == "preferences"
+
+    @property
+    def kl_strength(self) -> float:
+        """What the KL term is multiplied by; 0 where there is none."""
+        strength = self.beta if self.method == "spo" else self.kl_beta
+        return 0.0 if self.kl_on == "none" else strength
 
 
 def trained_objective(metadata: Mapping[str, Any], stats: Mapping[str, Any]) -> Objective:
@@ -107,7 +114,7 @@ def trained_objective(metadata: Mapping[str, Any], stats: Mapping[str, Any]) -> 
 
 def why_unknown(objective: Objective) -> str:
     """Why the optimum of `objective` is not known, in words that end a sentence; empty where it is."""
-    method, beta = objective.method, objective.beta
+    method = objective.method
     if method not in ("spo", "dpo", "rdpo", "ipo"):
         return f"method {method!r} has no solution to compare with"
     if objective.extrapolation:
@@ -120,18 +127,20 @@ def why_unknown(objective: Objective) -> str:
         return "a learned judge's rewards took the place of the experts'"
     if objective.soft_labels != "linear":
         return f"{objective.soft_labels} soft labels move the optimum"
+    if objective.kl_strength and objective.kl_on == "data":
+        return "a KL term along the dataset's own completions moves the optimum"
     if method == "spo":
         if objective.alpha <= 0:
             return "softness 0 has no optimum but the experts' favourite"
-        if beta == 0 and (objective.on_data or not objective.anchor):
+        if objective.kl_strength == 0 and (objective.on_data or not objective.anchor):
             return ""  # whatever is asked, in whatever rounds and weights: π_ref^anchor · exp(reward / α)
         if objective.weight_exponent:
             return "row weights that follow the policy move the optimum"
         if objective.kind == "ranking" and objective.group_size > _LONGEST_RANKING:
             return f"rankings of more than {_LONGEST_RANKING} have too many orders to go through"
-    elif beta <= 0:
+    elif objective.beta <= 0:
         return f"{method} has an optimum for β > 0 alone"
-    elif objective.kl_beta and method == "ipo":
+    elif objective.kl_strength and method == "ipo":
         return "a KL term beside ipo's loss moves the optimum"
     elif objective.label_smoothing and method != "ipo":
         return "label smoothing moves the optimum"
@@ -202,11 +211,11 @@ def optimum(
     logps = torch.as_tensor(reference_logps, dtype=torch.float64)
     shift = torch.as_tensor(stands_for, dtype=torch.float64)
     tensors = torch.as_tensor(rewards, dtype=torch.float64), logps + shift
-    kind, alpha, anchor, beta = objective.kind, objective.alpha, objective.anchor, objective.beta
-    if objective.method in ("dpo", "rdpo") and beta > 0:  # β times the loss of anchor 1 and α = β
-        alpha, anchor, beta = beta, 1.0, objective.kl_beta / beta
+    kind, alpha, anchor, beta = objective.kind, objective.alpha, objective.anchor, objective.kl_strength
+    if objective.method in ("dpo", "rdpo"):  # β times the loss of anchor 1 and α = β
+        alpha, anchor, beta = objective.beta, 1.0, beta / objective.beta
     groups = None
-    if objective.group_size > 2 and beta > 0:
+    if objective.group_size > 2 and (beta > 0 or objective.method == "ipo"):
         cost = 2**objective.group_size if kind == "ranking" else objective.group_size
         count = min(_GROUPS, _GROUP_TABLE // cost)
         groups = draw_groups(weights, count, objective.group_size, np.random.default_rng(seed))

@@ -217,7 +217,7 @@ def softness_sentence(evaluation: Mapping[str, Any]) -> str:
 
 
 def chips(evaluation: Mapping[str, Any]) -> str:
-    """Method, α, anchor, β, extrapolation and judge as small labels."""
+    """Method, α, anchor, β, what the KL term is taken on, extrapolation and judge as small labels."""
     parts = [
         f"{label} {evaluation[key]:g}" if isinstance(evaluation[key], float | int) else str(evaluation[key])
         for key, label in (("method", ""), ("alpha", "α"), ("anchor", "anchor"), ("beta", "β"))
@@ -225,6 +225,8 @@ def chips(evaluation: Mapping[str, Any]) -> str:
         and not (key == "alpha" and evaluation["method"] != "spo")
         and not (key == "anchor" and not evaluation[key])
     ]
+    if (evaluation.get("kl_on") or "samples") != "samples":
+        parts.append(f"KL on {evaluation['kl_on']}")
     if evaluation.get("extrapolation"):
         parts.append(f"extrapolated by {evaluation['extrapolation']:g}")
     parts.append(f"judge: {evaluation['judge']['name']}")

@@ -322,6 +322,7 @@ def _evaluate(
         "anchor": metadata.get("anchor") or 0.0,
         "beta": metadata.get("beta"),
         "kl_beta": metadata.get("kl_beta") or 0.0,
+        "kl_on": metadata.get("kl_on") or "samples",
         "rounds": metadata.get("rounds") or 1,
         "train_on": metadata.get("train_on") or "preferences",
         "extrapolation": metadata.get("extrapolation") or 0.0,

@@ -45,6 +45,11 @@ class SPOConfig(TrainingArguments):
         beta: for `spo` the strength of the KL regulariser over the policy's whole output distribution
             (0 switches it and all sampling off); for a baseline its own β, see `softpref.objectives`.
         kl_beta: strength of the same regulariser beside a baseline's loss, which as published has none.
+        kl_on: which completions the regulariser goes along: `samples` of the policy, so that it is
+            KL(policy ‖ reference) wherever the policy goes; `data`, those of the batch's own rows (the
+            paper's ablation): Σ_t KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t)) over the whole vocabulary along each,
+            its mean over a row's completions, and over rows, whatever these weigh. Nothing is sampled then,
+            and nothing holds the policy on what it says otherwise. `none`: no KL term, as with strength 0.
         preference_kind: what the order of a row's completions means. `auto` follows the data's `kind` column.
         soft_labels: how a label probability enters the loss: `linear` keeps SPO's optimum, `geometric`
             gives uncertain pairs less weight.
@@ -54,7 +59,8 @@ class SPOConfig(TrainingArguments):
         tdpo_alpha: weight of `tdpo`'s divergences.
         reference_cache: folder in which the reference's log-probabilities of all rows are kept, under a hash
             of model, precision and rows. They are computed once, and runs that share the folder share them;
-            the reference then takes no memory while a baseline trains. Empty: computed with each batch.
+            the reference then takes no memory while one trains without a KL term. Empty: computed with each
+            batch.
         kl_gradient: `token` is cheaper and has less variance; `full` is exact in expectation. Where a step is
             cut into micro-batches or processes, `full` looks at its samples once more beforehand, for a
             baseline over all of them (as a `weight_exponent` does at its rows).
@@ -121,6 +127,7 @@ class SPOConfig(TrainingArguments):
     anchor: float = 0.0
     beta: float = 0.05
     kl_beta: float = 0.0
+    kl_on: Literal["samples", "data", "none"] = "samples"
     preference_kind: Literal["auto", "pairwise", "best_of_n", "ranking"] = "auto"
     soft_labels: Literal["linear", "geometric"] = "linear"
     weight_exponent: float = 0.0
@@ -181,13 +188,19 @@ class SPOConfig(TrainingArguments):
 
     @property
     def samples_policy(self) -> bool:
-        """Whether the objective needs samples of the policy: it does where a KL term does."""
-        return self.kl_strength > 0
+        """Whether the objective needs samples of the policy: it does where a KL term is taken on them."""
+        return self.kl_strength > 0 and self.kl_on == "samples"
+
+    @property
+    def regularises_rows(self) -> bool:
+        """Whether the KL term goes along the completions of the rows."""
+        return self.kl_strength > 0 and self.kl_on == "data"
 
     @property
     def kl_strength(self) -> float:
-        """What the KL regulariser over whole output distributions is multiplied by."""
-        return self.beta if self.method == "spo" else self.kl_beta
+        """What the KL regulariser is multiplied by; 0 where there is none."""
+        strength = self.beta if self.method == "spo" else self.kl_beta
+        return 0.0 if self.kl_on == "none" else strength
 
     @property
     def scores_reference(self) -> bool:
@@ -303,8 +316,18 @@ class SPOConfig(TrainingArguments):
             )
         if self.method == "spo":
             idle.append(("kl_beta", 0.0, "the KL term of spo has the strength beta"))
-        if not self.samples_policy:
+        if self.kl_on == "none":
+            kl_term = "there is no KL term where kl_on is none"
+            if self.method != "spo":
+                idle.append(("kl_beta", 0.0, kl_term))
+            elif self.beta:
+                idle.append(("beta", SPOConfig.beta, kl_term))
+        elif self.kl_strength == 0:
             kl_term = "there is no KL term without a beta above 0 (of baselines, a kl_beta)"
+            idle.append(("kl_on", "samples", kl_term))
+        else:
+            kl_term = "the KL term goes along the rows' own completions where kl_on is data"
+        if not self.samples_policy:
             idle += [
                 ("kl_gradient", "token", kl_term),
                 ("kl_prompts", "auto", kl_term),

@@ -28,9 +28,11 @@ def health_warnings(
         warnings.append(f"{saturation_warning(saturated)}; {saturation_remedy(args.anchor)}")
     fallen = fall([log["logps/end"] for log in logged if "logps/end" in log]) if ended else 0.0
     if fallen > END_FALLEN:
+        strength = "beta" if args.method == "spo" else "kl_beta"
         warnings.append(
             f"log P of the end token behind chosen completions has fallen by {fallen:.1f} nats: the policy "
-            f"forgets to stop; lower learning_rate, or raise {'beta' if args.method == 'spo' else 'kl_beta'}"
+            "forgets to stop; lower learning_rate, or "
+            + ("set kl_on to samples" if args.kl_on == "none" else f"raise {strength}")
         )
     return warnings
 

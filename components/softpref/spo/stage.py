@@ -48,6 +48,7 @@ _DEFINING = (
     "anchor",
     "beta",
     "kl_beta",
+    "kl_on",
     "preference_kind",
     "soft_labels",
     "weight_exponent",
@@ -93,8 +94,16 @@ _TRACKED = (
     "lora_alpha",
     "lora_target_modules",
 )
-_OF_SAMPLES = ("kl/sequence", "entropy", "completions/mean_length", "sampling/ess")
-_HEADLINE = ("train_loss", "eval_loss", "eval_rewards/accuracies", "rewards/saturated", *_OF_SAMPLES)
+# Logged of steps, each a mean over those since the log before.
+_OF_STEPS = (
+    "rewards/saturated",
+    "kl/data",
+    "kl/sequence",
+    "entropy",
+    "completions/mean_length",
+    "sampling/ess",
+)
+_HEADLINE = ("train_loss", "eval_loss", "eval_rewards/accuracies", *_OF_STEPS)
 
 
 def run(
@@ -197,11 +206,9 @@ def run(
             tracker.rewind(checkpoint_step(checkpoint))
         timer.enter("training")
         trained = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        last: dict[str, float] = {}  # logged of each, which is a mean over the steps since the log before
+        last: dict[str, float] = {}
         for logged in trainer.state.log_history:
-            last.update(
-                {name: logged[name] for name in ("rewards/saturated", *_OF_SAMPLES) if name in logged}
-            )
+            last.update({name: logged[name] for name in _OF_STEPS if name in logged})
         counts = trainer.row_counts["train"]
         metrics = {**last, **trained, **{f"rows/{name}": float(count) for name, count in counts.items()}}
         timer.enter("evaluation")

@@ -1,4 +1,4 @@
-"""`SPOTrainer`: preference loss plus KL on the policy's own samples, as a `transformers.Trainer`.
+"""`SPOTrainer`: preference loss plus KL to the reference, as a `transformers.Trainer`.
 
 The mathematics is in `softpref.objectives`; here rows become batches, samples are drawn when they are due,
 and one optimizer step is scaled so that it does not depend on how it is cut into micro-batches or processes.
@@ -77,11 +77,12 @@ class SPOTrainer(GuardedTrainer):
     behind the chosen); `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (the
     method's own implicit reward: α·(logp − anchor·logp_ref) for `spo`, β·(logp − logp_ref) for the others;
     rejected is the last of a row, or the mean of a best-of-n row's others) and `rewards/saturated` (share of
-    margins beyond 5 nats, where softness has no effect); `kl/sequence` and `kl/token` (nats), `entropy` (nats
-    per token), `completions/mean_length`, `completions/truncated_fraction`, `sampling/age` (steps since the
-    samples were drawn), `sampling/logps_difference` (of the engine's log-probabilities to the trainer's own
-    when samples are drawn, nats per token), `sampling/ess` (effective sample size, a fraction),
-    `sampling/tokens_per_second`, `sampling/time_fraction`; and with rounds `round`, counted from 1, and
+    margins beyond 5 nats, where softness has no effect); of samples `kl/sequence` and `kl/token` (nats),
+    `entropy` (nats per token), `completions/mean_length`, `completions/truncated_fraction`, `sampling/age`
+    (steps since the samples were drawn), `sampling/logps_difference` (of the engine's log-probabilities to
+    the trainer's own when samples are drawn, nats per token), `sampling/ess` (effective sample size, a
+    fraction), `sampling/tokens_per_second`, `sampling/time_fraction`; with `kl_on=data` in their place
+    `kl/data` (nats along a completion of the rows); and with rounds `round`, counted from 1, and
     `rows/left_out_fraction` of the rows drawn last (see `SPOConfig.cut_rows`).
 
     Raises:
@@ -135,7 +136,7 @@ class SPOTrainer(GuardedTrainer):
         # before anything costly: an engine may not be installed, or its server be away
         self._engine = sampling_engine(args, model) if args.samples_policy or args.draws_rows else None
         keeps_logps = args.keeps_reference_logps
-        needs_model = args.samples_policy or (args.scores_reference and not keeps_logps)
+        needs_model = args.kl_strength > 0 or (args.scores_reference and not keeps_logps)
         fingerprint = ""
         if keeps_logps and args.reference_cache:
             fingerprint = scorer_fingerprint(model if ref_model is None else ref_model, args)
@@ -295,31 +296,40 @@ class SPOTrainer(GuardedTrainer):
         multiplied by what the trainer and DDP divide by afterwards.
         """
         mode = "train" if model.training else "eval"
-        losses = self._preference_losses(model, inputs, self._means[mode])
+        losses, row_kl = self._row_losses(model, inputs, self._means[mode])
         if num_items_in_batch is None:
             return losses.mean()
         loss = losses.sum() / num_items_in_batch
+        if row_kl is not None:
+            loss = loss + self.args.kl_strength * row_kl.sum() / num_items_in_batch
         if "sample_lengths" in inputs:
             kl = self._kl_losses(model, inputs, self._means[mode])
             loss = loss + self.args.kl_strength * kl.sum() / inputs["samples_in_step"]
         return loss * self.current_gradient_accumulation_steps * self.args.world_size
 
-    def _preference_losses(self, model, inputs, means: Means) -> Tensor:
-        args = self.args
+    def _row_losses(self, model, inputs, means: Means) -> tuple[Tensor, Tensor | None]:
+        """The preference loss of each row, and where the KL term is one of rows, in training, its KL."""
+        args, sizes = self.args, inputs["group_sizes"]
         batch = _packed(inputs)
         states = self._completion_hidden(model, batch)
-        ref_logps, divergences = inputs.get("ref_logps"), None
+        ref_logps, divergences, row_kl = inputs.get("ref_logps"), None, None
+        regularises = args.regularises_rows and model.training
+        lacks_logps = args.scores_reference and ref_logps is None
+        theirs: Any = None  # what the reference knows of the rows, and how far it lies from the policy
+        found: Any = None
+        if regularises or lacks_logps or args.method == "tdpo":
+            theirs = self._reference_hidden(model, batch)
         if args.method == "tdpo":
-            found = states.kl(self._reference_hidden(model, batch), reverse=True)
-            token_logps = found.logps
-            ref_logps, divergences = (
-                sum_by_sequence(each, batch.lengths) for each in (found.ref_logps, found.kl)
-            )
-        else:
-            token_logps = states.logps()
-            if args.scores_reference and ref_logps is None:
-                theirs = self._reference_hidden(model, batch)
-                ref_logps = sum_by_sequence(theirs.logps(), batch.lengths)
+            found = states.kl(theirs, reverse=True)
+            divergences = sum_by_sequence(found.kl, batch.lengths)
+        if regularises:
+            found = states.kl(theirs)
+            row_kl = sum_by_sequence(sum_by_sequence(found.kl, batch.lengths), sizes) / sizes
+            means.add("kl/data", row_kl)
+        token_logps = states.logps() if found is None else found.logps
+        if lacks_logps:
+            ref_token_logps = theirs.logps() if found is None else found.ref_logps
+            ref_logps = sum_by_sequence(ref_token_logps, batch.lengths)
         logps = sum_by_sequence(token_logps, batch.lengths)
         losses = method_losses(
             args,
@@ -331,7 +341,6 @@ class SPOTrainer(GuardedTrainer):
             weighted=model.training,  # weights have mean 1 over a step; an evaluation has none
         )
         figures = preference_metrics(args, logps, inputs, ref_logps)
-        sizes = inputs["group_sizes"]
         last = (batch.lengths.cumsum(0) - 1)[sizes.cumsum(0) - sizes]  # token of each row's chosen completion
         ended = torch.isin(batch.targets[last], torch.tensor(self._stop_ids, device=last.device))
         if "row_weights" in inputs:
@@ -343,7 +352,7 @@ class SPOTrainer(GuardedTrainer):
         means.add("loss/preference", losses)
         for name, values in figures.items():
             means.add(name, values)
-        return losses
+        return losses, row_kl
 
     def _weight_scores(self, logps: Tensor, batch: PackedBatch) -> Tensor:
         return logps / batch.lengths if self.args.weight_scores == "token" else logps
