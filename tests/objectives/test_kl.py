@@ -170,6 +170,47 @@ def test_token_is_the_gradient_with_prefixes_held_fixed_which_is_not_the_true_on
     torch.testing.assert_close(stale, held, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("stale", [False, True], ids=["fresh", "stale"])
+@pytest.mark.parametrize("discount", [0.0, 0.3, 0.8, 1.0])
+def test_between_token_and_full_what_comes_later_counts_less(table, discount, stale):
+    """Σ_t ∇KL_t + Σ_t ∇log π(y_t) Σ_{s>t} λ^{s−t} KL_s in expectation, written out token by token."""
+    expected = torch.zeros((), dtype=torch.float64)
+    for chance, completion in zip(table.chances(), table.completions, strict=True):
+        kls, logps = table.token_kl([completion]), table.token_logps([completion])
+        for t in range(len(completion)):
+            later = sum(discount ** (s - t) * kls[s].item() for s in range(t + 1, len(completion)))
+            expected = expected + chance * (kls[t] + logps[t] * later)
+    options = {"drawn_by": table.old, "stale": True} if stale else {}
+    found = table.expected_gradient(discount, **options)
+    torch.testing.assert_close(found, table.gradient(expected), rtol=1e-10, atol=1e-12)
+
+
+def test_zero_is_token_and_one_is_full(table):
+    drawn = [table.completions[i] for i in (0, 5, 11, 2, 8)]
+    gradients = {
+        name: table.gradient(table.loss(drawn, name).mean()) for name in ("token", "full", 0, 1, 0.5)
+    }
+    torch.testing.assert_close(gradients[0], gradients["token"], rtol=0, atol=0)
+    torch.testing.assert_close(gradients[1], gradients["full"], rtol=0, atol=0)
+    for end in (0, 1):
+        assert error(gradients[0.5], gradients[end]) > 0.01
+    values = [table.loss(drawn, name) for name in ("token", 0.5, "full")]
+    torch.testing.assert_close(values[1], values[0], rtol=1e-12, atol=0)
+
+
+def test_the_larger_lambda_the_less_bias_and_the_more_variance(table, true):
+    biases, variances = [], []
+    for discount in (0.0, 0.4, 0.8, 1.0):
+        chances = table.chances()
+        single = torch.stack([table.gradient(table.loss([one], discount).sum()) for one in table.completions])
+        mean = chances @ single
+        biases.append(error(mean, true))
+        variances.append(float(chances @ ((single - mean) ** 2).sum(1)))
+    assert biases == sorted(biases, reverse=True)
+    assert variances == sorted(variances)
+    assert biases[-1] < 1e-6 < biases[-2]
+
+
 def test_token_has_the_expected_gradient_of_half_the_squared_log_ratios(table):
     # "k2", ½ Σ_t log²(π/π_ref)(y_t) of the sampled tokens alone
     ratios = [
@@ -180,7 +221,7 @@ def test_token_has_the_expected_gradient_of_half_the_squared_log_ratios(table):
     torch.testing.assert_close(table.expected_gradient("token"), expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kl_gradient", ["token", "full"])
+@pytest.mark.parametrize("kl_gradient", ["token", 0.7, "full"])
 def test_the_value_is_the_kl_in_expectation_of_fresh_and_of_weighted_samples(table, kl_gradient):
     true = table.kl_by_hand(table.logits.detach().numpy())
     assert table.expected_loss(kl_gradient).item() == pytest.approx(true, rel=1e-12)
@@ -190,20 +231,22 @@ def test_the_value_is_the_kl_in_expectation_of_fresh_and_of_weighted_samples(tab
     assert unweighted.item() != pytest.approx(true, rel=0.01)
 
 
+@pytest.mark.parametrize("kl_gradient", ["full", 0.6])
 @pytest.mark.parametrize("stale", [False, True], ids=["fresh", "stale"])
-def test_the_baseline_of_the_others_leaves_the_expectation_unchanged(stale):
+def test_the_baseline_of_the_others_leaves_the_expectation_unchanged(stale, kl_gradient):
     # every pair of completions that may be drawn together
     table = TABLES["ends early"]
     chances = table.chances(table.old if stale else None)
     pairs = list(itertools.product(range(len(chances)), repeat=2))
     losses = torch.stack(
         [
-            table.loss([table.completions[i], table.completions[j]], "full", stale=stale).mean()
+            table.loss([table.completions[i], table.completions[j]], kl_gradient, stale=stale).mean()
             for i, j in pairs
         ]
     )
     weights = torch.tensor([float(chances[i] * chances[j]) for i, j in pairs], dtype=torch.float64)
-    assert error(table.gradient((weights * losses).sum()), TRUE["ends early"]) < 1e-6
+    without = TRUE["ends early"] if kl_gradient == "full" else table.expected_gradient(kl_gradient)
+    assert error(table.gradient((weights * losses).sum()), without) < 1e-6
 
 
 @pytest.mark.parametrize("cap", [None, 1.2])
@@ -279,18 +322,21 @@ def test_truncation_bounds_the_weights_and_its_bias_lies_between_none_and_that_o
     assert errors[0] < 1e-6 < errors[1] < errors[2] < errors[3] < without_weights
 
 
+@pytest.mark.parametrize(("kl_gradient", "discount"), [("full", 1.0), (0.6, 0.6)])
 @pytest.mark.parametrize("options", [{}, {"stale": True}, {"stale": True, "max_importance_ratio": 1.1}])
-def test_parts_of_a_step_with_the_totals_of_the_whole_have_the_gradient_of_the_whole(table, options):
+def test_parts_of_a_step_with_the_totals_of_the_whole_have_the_gradient_of_the_whole(
+    table, options, kl_gradient, discount
+):
     drawn = [table.completions[i] for i in (0, 5, 11, 2, 8)]
     lengths = torch.tensor([len(completion) for completion in drawn])
     weights = 1.0
     if options:
         now, old = table.token_logps(drawn), table.token_logps(drawn, table.old)
         weights = prefix_ratios(now, old, lengths, max_ratio=options.get("max_importance_ratio"))
-    total = reward_to_go(weights * table.token_kl(drawn), lengths).sum(0)
-    whole = table.loss(drawn, "full", **options)
+    total = reward_to_go(weights * table.token_kl(drawn), lengths, discount).sum(0)
+    whole = table.loss(drawn, kl_gradient, **options)
     parts = [
-        table.loss(part, "full", to_go_total=total, sequences=len(drawn), **options)
+        table.loss(part, kl_gradient, to_go_total=total, sequences=len(drawn), **options)
         for part in (drawn[:1], drawn[1:3], drawn[3:])
     ]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-14)
@@ -343,6 +389,22 @@ def test_reward_to_go_sums_what_comes_after_each_token():
     to_go = reward_to_go(values, lengths)
     assert to_go.tolist() == [[6, 4, 0], [0, 0, 0], [32, 0, 0]]
     assert not to_go.requires_grad
+    assert reward_to_go(values, lengths, 0.5).tolist() == [[2, 2, 0], [0, 0, 0], [16, 0, 0]]
+    assert reward_to_go(values, lengths, 0.0).tolist() == [[0, 0, 0]] * 3
+
+
+@pytest.mark.parametrize("discount", [0.5, 0.95, 1.0])
+def test_reward_to_go_of_long_completions_is_exact_in_fp32(discount):
+    generator = torch.Generator().manual_seed(4)
+    lengths = torch.tensor([700, 1, 513, 1024])
+    values = torch.rand(int(lengths.sum()), generator=generator)
+    found = reward_to_go(values, lengths, discount).double()
+    for row, part in zip(found, values.double().split(lengths.tolist()), strict=True):
+        behind = 0.0
+        for t in reversed(range(len(part))):
+            assert float(row[t]) == pytest.approx(behind, rel=1e-5)
+            behind = discount * (float(part[t]) + behind)
+        assert not row[len(part) :].any()
 
 
 def test_token_kl_equals_brute_force_and_is_nothing_between_equals():
@@ -387,6 +449,7 @@ def test_effective_sample_size_of_closed_cases():
     assert float(effective_sample_size(weights.log())) == pytest.approx(36 / (3 * 14))
 
 
-def test_an_unknown_estimator_is_refused():
-    with pytest.raises(ValueError, match="'token' or 'full'"):
-        kl_loss(torch.ones(1), torch.zeros(1), torch.tensor([1]), kl_gradient="k3")
+@pytest.mark.parametrize("unknown", ["k3", -0.1, 1.5, math.nan])
+def test_an_unknown_estimator_is_refused(unknown):
+    with pytest.raises(ValueError, match=r"'token', 'full' or a number in \[0, 1\]"):
+        kl_loss(torch.ones(1), torch.zeros(1), torch.tensor([1]), kl_gradient=unknown)

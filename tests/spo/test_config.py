@@ -20,7 +20,9 @@ def layers(tmp_path):
         ({"beta": -0.1}, "beta must be"),
         ({"method": "dpo", "beta": 0.0}, "beta must be at least 0 for spo, above 0 for every other"),
         ({"method": "ppo"}, r"method must be 'spo' \| 'dpo'"),
-        ({"kl_gradient": "k3"}, "kl_gradient must be"),
+        ({"kl_gradient": "k3"}, "kl_gradient must be 'token' | 'full' or float"),
+        ({"kl_gradient": 1.5}, "kl_gradient must be token, full, or a number from 0"),
+        ({"kl_gradient": "nan"}, "kl_gradient must be token, full, or a number from 0"),
         ({"top_p": 0.9}, "top_p must be 1: .*own distribution"),
         ({"temperature": 0.7}, "temperature must be 1: "),
         ({"top_k": 50}, "top_k must be 0: "),
@@ -131,6 +133,11 @@ def test_overrides_reach_spo_and_transformers_parameters_alike(layers):
     overrides = parse_overrides('{"alpha": 0.5, "warmup_steps": 3.0, "kl_gradient": "full"}')
     config = build_config(SPOConfig, layers, {"alpha": 2.0}, overrides)
     assert (config.alpha, config.warmup_steps, config.kl_gradient) == (0.5, 3, "full")
+
+
+@pytest.mark.parametrize(("given", "read"), [("full", "full"), ("0.7", 0.7), (1, 1.0), (0.25, 0.25)])
+def test_an_estimator_is_a_name_or_a_number(layers, given, read):
+    assert build_config(SPOConfig, layers, {"kl_gradient": given}).kl_gradient == read
 
 
 def test_the_policy_is_sampled_only_where_the_objective_needs_it(layers):

@@ -67,11 +67,11 @@ def preference_loss(direct, model, rows):
     return sum(losses) / len(losses)
 
 
-def kl_surrogate(direct, model, reference, samples, *, full, cap=None, weighted=True):
+def kl_surrogate(direct, model, reference, samples, *, discount, cap=None, weighted=True):
     """`(loss, mean KL estimate, sequence weights)`: a loss whose gradient is the estimator's, token by token.
 
-    A token at place t counts w_t = Π_{u<t} π/π_old, at most `cap`. Its baseline is the mean over the other
-    samples of what they have behind place t.
+    A token at place t counts w_t = Π_{u<t} π/π_old, at most `cap`, and `discount` times less for each place
+    that it lies behind another. Its baseline is the mean over the other samples of what they have behind t.
     """
     kls, logps, prefixes, tokens, totals = [], [], [], [], []
     for sample in samples:
@@ -89,7 +89,7 @@ def kl_surrogate(direct, model, reference, samples, *, full, cap=None, weighted=
         totals.append(math.prod(changes))
     behind = [
         [
-            sum(w * k.item() for w, k in zip(ws[t + 1 :], ks[t + 1 :], strict=True))
+            sum(discount ** (s - t) * ws[s] * ks[s].item() for s in range(t + 1, len(ws)))
             for t in range(len(samples[0].completion) + 64)
         ]
         for ws, ks in zip(prefixes, kls, strict=True)
@@ -99,7 +99,7 @@ def kl_surrogate(direct, model, reference, samples, *, full, cap=None, weighted=
         for t in range(len(sample.completion)):
             loss = loss + prefixes[i][t] * kls[i][t]
             value += prefixes[i][t] * kls[i][t].item()
-            if full:
+            if discount:
                 others = [behind[j][t] for j in range(len(samples)) if j != i]
                 baseline = sum(others) / len(others) if others else 0.0
                 loss = loss + logps[i][t] * (behind[i][t] - prefixes[i][t] * tokens[i][t] * baseline)
@@ -111,10 +111,10 @@ def ess(weights):
 
 
 @pytest.mark.parametrize("cut", [1, 3])
-@pytest.mark.parametrize("kl_gradient", ["token", "full"])
+@pytest.mark.parametrize(("kl_gradient", "discount"), [("token", 0), ("full", 1), (0.7, 0.7)])
 @pytest.mark.parametrize("cap", [None, math.inf, 1.02])
 def test_each_step_takes_the_estimators_gradient_of_its_slice(
-    train, direct, watch, logs_of, cap, kl_gradient, cut
+    train, direct, watch, logs_of, cap, kl_gradient, discount, cut
 ):
     trainer, drawn = train(cut=cut, kl_gradient=kl_gradient, max_importance_ratio=cap)
     assert [step for step, _ in drawn] == [0, 4]
@@ -131,7 +131,7 @@ def test_each_step_takes_the_estimators_gradient_of_its_slice(
             model,
             reference,
             samples,
-            full=kl_gradient == "full",
+            discount=discount,
             cap=cap,
             weighted=cap is not None,
         )
@@ -234,13 +234,14 @@ def test_slices_of_one_refresh_are_all_of_it_once(train, direct, watch, logs_of,
     cut = list(slices(drawn, 20, interval))
     assert [sample for _, _, share in cut for sample in share] == samples
     surrogates = [
-        kl_surrogate(direct, model, reference, share, full=kl_gradient == "full")[:2] for _, _, share in cut
+        kl_surrogate(direct, model, reference, share, discount=float(kl_gradient == "full"))[:2]
+        for _, _, share in cut
     ]
     preference = preference_loss(direct, model, rows)
     for step, (kl, _) in enumerate(surrogates):
         expected = direct.gradient(model, preference + BETA * kl)
         direct.agree(watch.gradients[step], expected, 3e-4)
-    together, value, _ = kl_surrogate(direct, model, reference, samples, full=False)
+    together, value, _ = kl_surrogate(direct, model, reference, samples, discount=0)
     found = [log["kl/sequence"] for log in logs_of(trainer)]
     assert sum(found) / interval == pytest.approx(value, rel=1e-4)
     if kl_gradient == "token":  # the baselines of `full` are the slice's own

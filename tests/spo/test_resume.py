@@ -148,6 +148,7 @@ RUNS = {
         "completions_per_prompt": 3,
         "refresh": "adaptive",
         "max_importance_ratio": 2.0,
+        "kl_gradient": 0.7,
     },
     "on data": {"num_train_epochs": 2, "kl_on": "data", "anchor": 1.0},
     "sppo": {"method": "sppo", "num_train_epochs": 1, "rounds": 2, "learning_rate": 1e-3, "beta": 1.0},

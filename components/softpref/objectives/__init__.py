@@ -18,6 +18,7 @@ from softpref.objectives.chunked import (
 )
 from softpref.objectives.kl import (
     effective_sample_size,
+    kl_lambda,
     kl_loss,
     kl_per_token,
     prefix_ratios,
@@ -35,6 +36,7 @@ __all__ = [
     "group_of",
     "ipo_loss",
     "ipo_optimum",
+    "kl_lambda",
     "kl_loss",
     "kl_per_token",
     "log_group_weights",

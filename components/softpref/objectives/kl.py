@@ -8,12 +8,28 @@ earlier state of it, at temperature 1 without any cut.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-KLGradient = Literal["token", "full"]
+KLGradient = Literal["token", "full"] | float
+"""An estimator by its name, or by its λ."""
+
+_LAMBDAS = {"token": 0.0, "full": 1.0}
+
+
+def kl_lambda(kl_gradient: KLGradient) -> float:
+    """λ of an estimator of `kl_loss`: 0 of `token`, 1 of `full`, and a number in [0, 1] is its own.
+
+    Raises:
+        ValueError: anything else.
+    """
+    value = _LAMBDAS.get(kl_gradient) if isinstance(kl_gradient, str) else kl_gradient
+    if value is None or not 0 <= value <= 1:
+        raise ValueError(f"kl_gradient must be 'token', 'full' or a number in [0, 1], got {kl_gradient!r}")
+    return value
 
 
 def kl_per_token(logits: Tensor, ref_logits: Tensor) -> Tensor:
@@ -42,6 +58,9 @@ def kl_loss(
     - `full`: adds Σ_t ∇log π(y_t) · [Σ_{s>t} w_s KL_s − v_t b_t], the score-function part, and is unbiased.
       The baseline b_t is the mean of the other completions' sum at the same position, which is independent
       of the completion it serves.
+    - a number λ in [0, 1]: the same with Σ_{s>t} λ^{s−t} w_s KL_s, in the baseline too. What a token changes
+      far behind it counts less: less variance and more bias the smaller λ is, as of the λ in generalised
+      advantage estimation (arXiv 1506.02438). 0 is `token`, 1 is `full`.
 
     The weights are 1 for fresh samples. For samples of an earlier policy, w_t is the prefix ratio
     `Π_{u<t} π(y_u) / π_old(y_u)`, which makes both estimates in expectation what fresh samples would give,
@@ -56,7 +75,8 @@ def kl_loss(
         max_importance_ratio: prefix ratios above this are cut down to it, which bounds the variance and
             leaves a bias; None cuts none.
         to_go_total, sequences: where the completions given are a part of the optimizer step's, the sum of
-            `reward_to_go` over all of the step's (`[positions]`, at least as many as given) and their number.
+            `reward_to_go` of this λ over all of the step's (`[positions]`, at least as many as given) and
+            their number.
             The baseline is then the same however the step is cut. By default those given are all.
 
     Returns:
@@ -65,8 +85,7 @@ def kl_loss(
     Raises:
         ValueError: an unknown estimator.
     """
-    if kl_gradient not in get_args(KLGradient):
-        raise ValueError(f"kl_gradient must be 'token' or 'full', got {kl_gradient!r}")
+    discount = kl_lambda(kl_gradient)
     rows, columns = _positions(lengths)
     shape = (len(lengths), int(lengths.max()))
     if old_token_logps is None:
@@ -75,9 +94,9 @@ def kl_loss(
         weights = prefix_ratios(token_logps, old_token_logps, lengths, max_ratio=max_importance_ratio)
         ratios = (token_logps.detach() - old_token_logps).exp()
     per_sequence = token_kl.new_zeros(shape[0]).index_add(0, rows, weights * token_kl)
-    if kl_gradient == "token":
+    if discount == 0:
         return per_sequence
-    to_go = reward_to_go(weights * token_kl, lengths)
+    to_go = reward_to_go(weights * token_kl, lengths, discount)
     total = to_go.sum(0) if to_go_total is None else to_go_total[: shape[1]]
     count = shape[0] if sequences is None else sequences
     baseline = (total - to_go) / (count - 1) if count > 1 else torch.zeros_like(to_go)
@@ -109,15 +128,23 @@ def prefix_ratios(
     return before.exp()
 
 
-def reward_to_go(token_kl: Tensor, lengths: Tensor) -> Tensor:
-    """Σ_{s>t} KL_s behind each token, without gradient: `[tokens], [sequences] -> [sequences, longest]`.
+def reward_to_go(token_kl: Tensor, lengths: Tensor, discount: float = 1.0) -> Tensor:
+    """Σ_{s>t} λ^{s−t} KL_s behind each token, without gradient: `[tokens] -> [sequences, longest]`.
 
     0 at a completion's last token and behind it. `token_kl` comes weighted where samples are stale.
+
+    Args:
+        lengths: `[sequences]`.
+        discount: λ.
     """
     rows, columns = _positions(lengths)
-    placed = token_kl.new_zeros(len(lengths), int(lengths.max()))
-    placed[rows, columns] = token_kl.detach()
-    return placed.flip(1).cumsum(1).flip(1) - placed
+    sums = token_kl.new_zeros(len(lengths), int(lengths.max()))
+    sums[rows, columns] = token_kl.detach()
+    reach = 1  # tokens that each sum covers, from its own on
+    while reach < sums.shape[1]:
+        sums = sums + discount**reach * F.pad(sums[:, reach:], (0, reach))
+        reach *= 2
+    return discount * F.pad(sums[:, 1:], (0, 1))
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:

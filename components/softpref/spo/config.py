@@ -14,6 +14,7 @@ from softpref.errors import ConfigError
 from softpref.lm.extrapolation import parse_weights
 from softpref.lm.tokenizing import check_num_proc
 from softpref.lm.training import check_sharding, check_training_arguments, device_has_bf16
+from softpref.objectives import kl_lambda
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +62,12 @@ class SPOConfig(TrainingArguments):
             of model, precision and rows. They are computed once, and runs that share the folder share them;
             the reference then takes no memory while one trains without a KL term. Empty: computed with each
             batch.
-        kl_gradient: `token` is cheaper and has less variance; `full` is exact in expectation. Where a step is
-            cut into micro-batches or processes, `full` looks at its samples once more beforehand, for a
-            baseline over all of them (as a `weight_exponent` does at its rows).
+        kl_gradient: estimator of the regulariser's gradient on samples. `token` is cheaper and has less
+            variance: Σ_t ∇KL_t with the sampled prefixes held fixed. `full` adds what a token changes in the
+            divergences behind it, and is exact in expectation. A number λ from 0 (`token`) to 1 (`full`) lies
+            between: Σ_t ∇log π(y_t) · Σ_{s>t} λ^{s−t} KL_s is added, less a baseline. Where a step is cut
+            into micro-batches or processes, all but `token` look at their samples once more beforehand, for
+            a baseline over all of them (as a `weight_exponent` does at its rows).
         kl_prompts: prompts that the KL term's samples answer: those of the training rows (`preferences`), of
             the separate set (`separate`), or `both`, each prompt as often as it stands there. `auto` takes
             the separate set where there is one.
@@ -135,7 +139,7 @@ class SPOConfig(TrainingArguments):
     label_smoothing: float = 0.0
     tdpo_alpha: float = 0.5
     reference_cache: str = ""
-    kl_gradient: Literal["token", "full"] = "token"
+    kl_gradient: Literal["token", "full"] | float = "token"  # one option: the names are the ends of λ
     kl_prompts: Literal["auto", "preferences", "separate", "both"] = "auto"
     samples_per_refresh: int = 64
     sampling_interval: int = 8
@@ -243,6 +247,10 @@ class SPOConfig(TrainingArguments):
             refuse("alpha", "at least 0 (softness α: optimum softmax(reward/α); 1 is the experts' own)")
         if not (self.beta >= 0 and math.isfinite(self.beta)) or (self.method != "spo" and self.beta == 0):
             refuse("beta", "at least 0 for spo, above 0 for every other method")
+        try:
+            kl_lambda(self.kl_gradient)
+        except ValueError:
+            refuse("kl_gradient", "token, full, or a number from 0 (token) to 1 (full)")
         if not 0 <= self.label_smoothing < 0.5:
             refuse("label_smoothing", "in [0, 0.5)")
         for name in ("anchor", "kl_beta", "weight_exponent", "tdpo_alpha"):

@@ -28,7 +28,7 @@ from softpref.lm.scoring import score_sequences, scoring_batches, sequence_logps
 from softpref.lm.sharding import whole_weights
 from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import GuardedTrainer
-from softpref.objectives import TokenKL, kl_loss, log_group_weights, prefix_ratios, reward_to_go
+from softpref.objectives import TokenKL, kl_lambda, kl_loss, log_group_weights, prefix_ratios, reward_to_go
 from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
 from softpref.spo.engines import check_agreement, computing_precision, sampling_engine
@@ -240,7 +240,7 @@ class SPOTrainer(GuardedTrainer):
                 share = slice(len(samples) * i // len(batches), len(samples) * (i + 1) // len(batches))
                 batch.update(self._sample_tensors(samples[share], states[share]))
                 batch["samples_in_step"] = size
-            if cut and self.args.kl_gradient == "full":
+            if cut and kl_lambda(self.args.kl_gradient) > 0:
                 total = self._to_go_total(batches)
                 for batch in batches:
                     batch["to_go_total"] = total
@@ -268,7 +268,7 @@ class SPOTrainer(GuardedTrainer):
                         lengths,
                         max_ratio=self.args.max_importance_ratio,
                     )
-                to_go = reward_to_go(token_kl, lengths)
+                to_go = reward_to_go(token_kl, lengths, kl_lambda(self.args.kl_gradient))
                 total[: to_go.shape[1]] += to_go.sum(0)
         return self.accelerator.reduce(total, reduction="sum")
 
