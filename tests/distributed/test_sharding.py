@@ -65,10 +65,12 @@ def test_sharded_weights_take_the_steps_of_one_process(train, same_trajectory, o
     [
         {"kl_gradient": "full", "weight_exponent": 0.5, "weight_scores": "token"},
         {"use_peft": True, "lora_r": 4, "merge_adapter": True},
+        {"kl_on": "data"},
+        {"kl_on": "data", "use_peft": True, "lora_r": 4, "merge_adapter": True},
         {"plain_forward": True},
         {"rounds": 2, "train_on": "samples", "judge": "bradley-terry"},
     ],
-    ids=["estimates over the whole step", "adapter", "full logits", "rounds"],
+    ids=["estimates over the whole step", "adapter", "on data", "adapter on data", "full logits", "rounds"],
 )
 def test_other_ways_of_training_with_sharded_weights(train, same_trajectory, on_cpu, options):
     _, whole = train("whole", **options)

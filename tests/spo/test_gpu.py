@@ -161,15 +161,17 @@ def trajectory(make_trainer, make_rows):
         {"plain_forward": True},
         {"kl_gradient": "full", "weight_exponent": 0.5, "weight_scores": "token"},
         {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"kl_on": "data", "anchor": 0.5},
     ],
-    ids=["packed and chunked", "full logits", "weighted", "checkpointed and accumulated"],
+    ids=["packed and chunked", "full logits", "weighted", "checkpointed and accumulated", "on data"],
 )
 def test_training_takes_the_steps_that_it_takes_on_the_cpu(trajectory, options):
     expected, weights, _ = trajectory("cpu", use_cpu=True, **options)
     logs, found, _ = trajectory("gpu", use_cpu=DEVICE == "cpu", **options)
     assert len(logs) == len(expected) == 8
+    kl = "kl/data" if "kl_on" in options else "kl/sequence"
     for log, wanted in zip(logs, expected, strict=True):
-        for key in ("loss", "loss/preference", "kl/sequence", "rewards/margins", "grad_norm"):
+        for key in ("loss", "loss/preference", kl, "rewards/margins", "grad_norm"):
             assert log[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-3), (key, log["step"])
     for name, weight in weights.items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=5e-5, msg=name)
