@@ -320,11 +320,11 @@ def test_a_policy_of_other_data_is_warned_of(world, evaluating, tmp_path):
     ("anchor", "remedy"),
     [(0.0, "set anchor to 1 (softness relative to the reference)"), (1.0, "lower alpha")],
 )
-def test_saturation_at_the_end_of_training_is_said_in_the_report(world, evaluating, tmp_path, anchor, remedy):
+def test_saturation_in_training_is_said_in_the_report(world, evaluating, tmp_path, anchor, remedy):
     policy = copy_policy(world, tmp_path / "policy", saturated=0.93, anchor=anchor)
     evaluation = evaluating(world, tmp_path / "out", policy=policy, exact_prompts=0)
     [said] = [text for text in evaluation["warnings"] if "softness has no effect" in text]
-    assert said.startswith("At the end of training 93% of the pairs have a margin beyond 5 nats")
+    assert said.startswith("In training 93% of the pairs have a margin beyond 5 nats")
     assert said.endswith(f"{remedy}.")
     assert evaluation["anchor"] == anchor
     page = (tmp_path / "out" / "report.html").read_text()

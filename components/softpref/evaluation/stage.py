@@ -425,7 +425,7 @@ def _warnings(
 ) -> list[str]:
     """What a reader should know before trusting the figures."""
     from softpref.lm.tokenization import findings_text
-    from softpref.spo.health import saturation_remedy, saturation_warning
+    from softpref.spo.health import MUCH_SATURATED, saturation_remedy, saturation_warning
 
     found = []
     if prompts < 2:
@@ -442,9 +442,9 @@ def _warnings(
     counts = (metadata.get("row_counts") or {}).get("train", {})
     left_out = ["identical", *(["cut_completion"] if metadata.get("cut_rows") == "leave_out" else [])]
     found += findings_text(counts, "training rows", left_out)
-    if metadata.get("method") == "spo" and (metadata.get("saturated") or 0) > 0.5:
+    if metadata.get("method") == "spo" and (metadata.get("saturated") or 0) > MUCH_SATURATED:
         remedy = saturation_remedy(metadata.get("anchor") or 0.0)
-        found.append(f"At the end of training {saturation_warning(metadata['saturated'])}; {remedy}.")
+        found.append(f"In training {saturation_warning(metadata['saturated'])}; {remedy}.")
     if config.samples_per_prompt < 2:
         found.append("One sample per prompt: self-BLEU needs two.")
     if judge_accuracy is not None and judge_accuracy.low is not None and judge_accuracy.low <= 0.5:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ def run(
                 "max_completion_length": config.max_completion_length,
                 "cut_rows": config.cut_rows,
                 "row_counts": trainer.row_counts,
-                "saturated": metrics.get("rewards/saturated"),
+                "saturated": _mean_saturated(trainer.state.log_history),
                 "adapter": config.use_peft and not merged,
             }
             if weights := parse_weights(config.extrapolation):
@@ -264,6 +265,12 @@ def headline(metadata: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[st
         metrics: what `run` returned.
     """
     return readable({**strengths(metadata), **{name: metrics.get(name) for name in _HEADLINE}})
+
+
+def _mean_saturated(logged: Sequence[Mapping[str, float]]) -> float | None:
+    """The share of saturated margins over training; None where nothing was logged."""
+    found = [log["rewards/saturated"] for log in logged if "rewards/saturated" in log]
+    return statistics.fmean(found) if found else None
 
 
 def _load_preferences(dataset_dir: str) -> tuple[dict[str, Any], Any, str]:
