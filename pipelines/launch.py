@@ -21,18 +21,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clusters import STAGES, Profile, argument_texts, build, read_profile
+from clusters import STAGES, Profile, build, read_profile
 from local_run import run_here, task_server
 from softpref.config import NULL, closest, parse_overrides, read_mapping
 from softpref.data.config import EMBEDDED
 from softpref.errors import ConfigError, SoftprefError
+from softpref.preflight.parameters import SWEEP, TABLE
 from softpref.preflight.stage import ARTIFACT_SCHEME, further_sources
 from submission import add_client_options, submit, ui_address
 
 _HERE = Path(__file__).resolve().parent
 RECIPES, PACKAGES = _HERE / "recipes", _HERE / "packages"
-# what a recipe may name although single runs, or clusters that fix their GPUs, do not have it
-_NOT_EVERYWHERE = {"alphas", "baselines", "selection_rule", "max_kl", "gpus"}
 
 
 def main(pipeline: Any, arguments: list[str]) -> int:
@@ -142,7 +141,7 @@ def pipeline_parameters(pipeline: Any, recipe: str, given: Mapping[str, Any]) ->
             if isinstance(value, dict):
                 mappings.add(name)
             parameters[name] = value
-        elif name not in _NOT_EVERYWHERE:
+        elif name not in SWEEP:  # recipes are for single runs, too, and for clusters that fix their GPUs
             raise ConfigError(f"recipe {path}: no parameter {name!r}{closest(name, inputs)}")
     for name, value in given.items():
         if value is not None:
@@ -232,12 +231,20 @@ def compile_components(folder: Path, profile: Profile) -> list[Path]:
     for stage, face in faces.items():
         image = profile.images[STAGES[stage]]
         component = dsl.component(face.python_func, base_image=image, install_kfp_package=False)
-        texts = argument_texts(face.python_func)  # KFP takes those of inputs alone
+        texts = _argument_texts(face.python_func)  # KFP takes those of inputs alone
         for name, output in component.component_spec.outputs.items():
             output.description = texts.get(name, output.description)
         written.append(folder / f"{face.python_func.__name__}.yaml")
         compiler.Compiler().compile(component, str(written[-1]))
     return written
+
+
+def _argument_texts(function: Any) -> dict[str, str]:
+    """What the docstring of a component says of each argument."""
+    import docstring_parser
+
+    parsed = docstring_parser.parse(inspect.getdoc(function) or "")
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parsed.params}
 
 
 # ---------------------------------------------------------------------- the command line
@@ -278,7 +285,6 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     )
     add_client_options(cluster)
     group = parser.add_argument_group("pipeline parameters (they win over the recipe)")
-    texts = argument_texts(pipeline.pipeline_func)
     for name, parameter in _inputs(pipeline).items():
         many = typing.get_origin(parameter.annotation) is list
         group.add_argument(
@@ -287,7 +293,7 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
             type=_argument_type(name, parameter.annotation),
             nargs="*" if many else None,
             metavar=name.split("_")[-1].upper(),
-            help=texts[name].replace("%", "%%"),
+            help=TABLE[name].text.replace("%", "%%"),
         )
     options = parser.parse_args(arguments)
     to_cluster = options.command != "run" or options.runner == "cluster"
