@@ -139,7 +139,6 @@ class _Table:
     epochs: float = _parameter(1.0, "train.num_train_epochs", "Passes over the preferences.", shown=True)
     samples_per_refresh: int = _parameter(64, "train", "Completions drawn from the policy at each refresh.")
     sampling_interval: int = _parameter(8, "train", "Optimizer steps between refreshes.")
-    rounds: int = _parameter(1, "train", "1 trains on the data; each further round on samples of the model.")
     train_overrides: dict = _overrides("training", "train.overrides")
 
     judge: str = _parameter(

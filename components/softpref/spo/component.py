@@ -17,7 +17,6 @@ def train_policy(
     num_train_epochs: float = 1.0,
     samples_per_refresh: int = 64,
     sampling_interval: int = 8,
-    rounds: int = 1,
     seed: int = 0,
     gpus: str = "",
     trust_remote_code: bool = False,
@@ -39,7 +38,6 @@ def train_policy(
         num_train_epochs: Passes over the preferences.
         samples_per_refresh: Completions drawn from the policy at each refresh, for the KL term.
         sampling_interval: Optimizer steps between refreshes.
-        rounds: 1 trains on the data; each further round on samples of the model.
         seed: Seed of order and sampling.
         gpus: GPUs to train on; fewer than that is an error. Empty: none. A text, for KFP limits nothing by a
             number that a form gives.
@@ -69,7 +67,6 @@ def train_policy(
             "num_train_epochs": num_train_epochs,
             "samples_per_refresh": samples_per_refresh,
             "sampling_interval": sampling_interval,
-            "rounds": rounds,
             "seed": seed,
             "gpus": gpus or 0,
             "trust_remote_code": trust_remote_code,
