@@ -9,6 +9,7 @@ import yaml
 from softpref.config import build_config, parse_overrides
 from softpref.errors import ConfigError
 from softpref.preflight.stage import plan, training_layers
+from softpref.registry.config import RegistryConfig
 from softpref.spo.config import SPOConfig
 
 from tests.pipelines.conftest import REPOSITORY
@@ -201,6 +202,43 @@ def test_unknown_recipe_and_parameter_name_the_closest(launch, sweep, tmp_path):
     recipe.write_text("learning_rate: fast", encoding="utf-8")
     with pytest.raises(ConfigError, match="learning_rate must be a float"):
         launch.pipeline_parameters(sweep, str(recipe), {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--learning_rte", "1e-4"], "did you mean 'learning_rate'"),
+        (["--epochs", "2"], "it is called num_train_epochs now"),
+        (["--lora-r", "8"], """--train-overrides '{"lora_r": 8}'"""),
+        (["--evaluate.max_rows=8", "--seed", "1"], """--evaluation-overrides '{"max_rows": 8}'"""),
+        (["--sft.use_peft", "--seed", "1"], """--sft-overrides '{"use_peft": true}'"""),
+        (["--alphas", "0.5,1,2"], "numbers with spaces between them, as in --alphas 0.5 1.0 2.0"),
+        (["--columns", "chosen=better"], """write it like {"chosen": "better"}"""),
+        (["--train-overrides", "{lora_r: 8}"], "train_overrides is not JSON"),
+        (["compil"], "it is run, compile or components"),
+    ],
+)
+def test_what_the_command_line_does_not_know_is_answered_with_what_to_write(
+    launch, sweep, capsys, arguments, says
+):
+    with pytest.raises(SystemExit):
+        launch.main(sweep, arguments)
+    assert says in capsys.readouterr().err
+
+
+def test_options_are_written_with_dashes_or_with_underscores(launch, sweep):
+    for option in ("--learning-rate", "--learning_rate"):
+        assert launch._parse(sweep, [option, "1e-4"]).learning_rate == 1e-4
+    assert launch._parse(sweep, ["--source=my_pairs.jsonl"]).source == "my_pairs.jsonl"
+
+
+def test_a_parameter_under_an_old_name_is_refused_with_the_new_one(launch, sweep, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("sft_epochs: 1", encoding="utf-8")
+    with pytest.raises(ConfigError, match="'sft_epochs'; it is called sft_num_train_epochs now"):
+        launch.pipeline_parameters(sweep, str(recipe), {})
+    with pytest.raises(ConfigError, match="did you mean 'registered_model_name'"):
+        build_config(RegistryConfig, {"model_name": "mine"})
 
 
 def test_output_folder_with_content_is_not_touched(launch, sweep, tmp_path, capsys):

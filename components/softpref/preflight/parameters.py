@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, List  # noqa: UP035  # KFP reads the element type from typing.List
 
+from softpref.config import closest
+
 STAGES = ("data", "sft", "train", "evaluate", "compare", "register")
 
 
@@ -95,7 +97,7 @@ class _Table:
         shown=True,
     )
     sft_learning_rate: float = _parameter(2e-5, "sft.learning_rate", "Peak learning rate of the reference.")
-    sft_epochs: float = _parameter(
+    sft_num_train_epochs: float = _parameter(
         1.0,
         "sft.num_train_epochs",
         "Passes over the demonstrations; 0 takes the base model as the reference.",
@@ -136,7 +138,7 @@ class _Table:
         0.05, "plan", "Strength of the KL regulariser over the whole output distribution.", shown=True
     )
     learning_rate: float = _parameter(1e-6, "train", "Peak learning rate of SPO training.", shown=True)
-    epochs: float = _parameter(1.0, "train.num_train_epochs", "Passes over the preferences.", shown=True)
+    num_train_epochs: float = _parameter(1.0, "train", "Passes over the preferences.", shown=True)
     samples_per_refresh: int = _parameter(64, "train", "Completions drawn from the policy at each refresh.")
     sampling_interval: int = _parameter(8, "train", "Optimizer steps between refreshes.")
     train_overrides: dict = _overrides("training", "train.overrides")
@@ -206,6 +208,12 @@ SWEEP, SINGLE = (
     {name: one for name, one in TABLE.items() if pipeline in one.pipelines}
     for pipeline in ("sweep", "single")
 )
+RENAMED = {"epochs": "num_train_epochs", "sft_epochs": "sft_num_train_epochs"}
+
+
+def instead(name: str, known: Iterable[str]) -> str:
+    """What to write for a name that is not known, as the end of a sentence that says so."""
+    return f"; it is called {RENAMED[name]} now" if name in RENAMED else closest(name, known)
 
 
 def of_stage(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,8 +54,8 @@ class RegistryConfig:
             character in self.registered_model_name for character in "/:'\"\\"
         ):
             raise ConfigError(
-                "RegistryConfig.registered_model_name must be a name without '/', ':', quotes and backslashes, got "
-                f"{self.registered_model_name!r}"
+                "RegistryConfig.registered_model_name must be a name without '/', ':', quotes and "
+                f"backslashes, got {self.registered_model_name!r}"
             )
         if self.min_win_rate is not None and not 0 <= self.min_win_rate <= 1:
             raise ConfigError(
