@@ -48,10 +48,11 @@ test-vllm: .venv-vllm/.ready  ## the tests of sampling with vLLM, on the CPU
 bench: setup  ## speed and memory beside the peers, into tests/benchmarks/RESULTS.md; nothing else should run
 	$(BIN)/python tests/benchmarks/run.py
 
-packages: setup  ## compile the pipelines and the components; a test compares the result with what is checked in
+packages: setup  ## pipelines, components, list of parameters; tests compare the results with what is checked in
 	$(BIN)/python pipelines/spo_pipeline.py compile
 	$(BIN)/python pipelines/spo_sweep.py compile
 	$(BIN)/python pipelines/spo_sweep.py components
+	$(BIN)/python -m softpref.preflight.parameters > docs/parameters.md
 
 images:  ## build the container images with Podman or Docker; BUILD="--accelerator cuda --push" passes options
 	python3 images/build.py $(BUILD)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from softpref.config import build_config, closest, read_mapping
 from softpref.distributed.config import TrainJobConfig
 from softpref.errors import ConfigError
+from softpref.preflight.parameters import TABLE, instead
 from softpref.preflight.stage import ARTIFACT_SCHEME
 from softpref.tracking import KFP_UI, RUN_ID, RUN_NAME
 
@@ -36,21 +37,6 @@ STAGES = {  # of a pipeline, with the image that each runs in
     "finish": "train",
 }
 _TRAINING = ("sft", "train")
-_EXPLAINED = (
-    *(
-        "source",
-        "columns",
-        "base_model",
-        "alphas",
-        "alpha",
-        "anchor",
-        "baselines",
-        "beta",
-        "learning_rate",
-        "epochs",
-    ),
-    *("gpus", "registered_model_name"),
-)
 _OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _TOLERATION = ("key", "operator", "value", "effect", "tolerationSeconds")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|[EPTGMK]i?)?")
@@ -344,7 +330,7 @@ def _quoted(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _known(values: Mapping[str, Any], known: Any, what: str) -> dict[str, Any]:
     for name in values:
         if name not in known and name != "all":
-            raise ConfigError(f"there is no {what} {name!r}{closest(name, known)}")
+            raise ConfigError(f"there is no {what} {name!r}{instead(name, known)}")
     return dict(values)
 
 
@@ -420,18 +406,10 @@ _PARTS: list[Part] = []
 def _explained(pipeline: Any) -> str:
     """The pipeline's description with the fields that most people fill: KFP's form shows no texts."""
     lines = [pipeline.component_spec.description, "The form's fields that matter most:"]
-    texts = argument_texts(pipeline.pipeline_func)
-    lines += [f"- {name}: {texts[name]}" for name in _EXPLAINED if name in texts]
+    parameters = inspect.signature(pipeline.pipeline_func).parameters
+    lines += [f"- {name}: {one.text}" for name, one in TABLE.items() if one.shown and name in parameters]
     script = pipeline.name.replace("-", "_")
     return "\n".join([*lines, f"`python pipelines/{script}.py --help` explains them all."])
-
-
-def argument_texts(function: Any) -> dict[str, str]:
-    """What the docstring of a pipeline or a component says of each argument."""
-    import docstring_parser
-
-    parsed = docstring_parser.parse(inspect.getdoc(function) or "")
-    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parsed.params}
 
 
 def _shown(value: Any, annotation: Any) -> Any:

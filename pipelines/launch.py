@@ -21,18 +21,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clusters import STAGES, Profile, argument_texts, build, read_profile
+from clusters import STAGES, Profile, build, read_profile
 from local_run import run_here, task_server
 from softpref.config import NULL, closest, parse_overrides, read_mapping
 from softpref.data.config import EMBEDDED
 from softpref.errors import ConfigError, SoftprefError
+from softpref.preflight.parameters import SWEEP, TABLE, instead
 from softpref.preflight.stage import ARTIFACT_SCHEME, further_sources
 from submission import add_client_options, submit, ui_address
 
 _HERE = Path(__file__).resolve().parent
 RECIPES, PACKAGES = _HERE / "recipes", _HERE / "packages"
-# what a recipe may name although single runs, or clusters that fix their GPUs, do not have it
-_NOT_EVERYWHERE = {"alphas", "baselines", "selection_rule", "max_kl", "gpus"}
 
 
 def main(pipeline: Any, arguments: list[str]) -> int:
@@ -142,8 +141,8 @@ def pipeline_parameters(pipeline: Any, recipe: str, given: Mapping[str, Any]) ->
             if isinstance(value, dict):
                 mappings.add(name)
             parameters[name] = value
-        elif name not in _NOT_EVERYWHERE:
-            raise ConfigError(f"recipe {path}: no parameter {name!r}{closest(name, inputs)}")
+        elif name not in SWEEP:  # recipes are for single runs, too, and for clusters that fix their GPUs
+            raise ConfigError(f"recipe {path}: no parameter {name!r}{instead(name, inputs)}")
     for name, value in given.items():
         if value is not None:
             parameters[name] = {**parameters[name], **value} if name in mappings and value else value
@@ -232,12 +231,20 @@ def compile_components(folder: Path, profile: Profile) -> list[Path]:
     for stage, face in faces.items():
         image = profile.images[STAGES[stage]]
         component = dsl.component(face.python_func, base_image=image, install_kfp_package=False)
-        texts = argument_texts(face.python_func)  # KFP takes those of inputs alone
+        texts = _argument_texts(face.python_func)  # KFP takes those of inputs alone
         for name, output in component.component_spec.outputs.items():
             output.description = texts.get(name, output.description)
         written.append(folder / f"{face.python_func.__name__}.yaml")
         compiler.Compiler().compile(component, str(written[-1]))
     return written
+
+
+def _argument_texts(function: Any) -> dict[str, str]:
+    """What the docstring of a component says of each argument."""
+    import docstring_parser
+
+    parsed = docstring_parser.parse(inspect.getdoc(function) or "")
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parsed.params}
 
 
 # ---------------------------------------------------------------------- the command line
@@ -251,7 +258,7 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=("run", "compile", "components"),
+        metavar="{run,compile,components}",
         default="run",
         help="run (default), compile: write a package for the KFP UI whose form shows the parameters, or "
         "components: write every stage as a file for kfp.components.load_component_from_file",
@@ -277,19 +284,27 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
         help="profile in pipelines/clusters, or a YAML file (default: default)",
     )
     add_client_options(cluster)
-    group = parser.add_argument_group("pipeline parameters (they win over the recipe)")
-    texts = argument_texts(pipeline.pipeline_func)
+    group = parser.add_argument_group(
+        "pipeline parameters (they win over the recipe's, and those over the defaults)"
+    )
     for name, parameter in _inputs(pipeline).items():
         many = typing.get_origin(parameter.annotation) is list
+        kind = typing.get_args(parameter.annotation)[0] if many else parameter.annotation
+        shown = json.dumps(parameter.default)
         group.add_argument(
-            f"--{name.replace('_', '-')}",
+            f"--{_dashed(name)}",
             dest=name,
             type=_argument_type(name, parameter.annotation),
             nargs="*" if many else None,
-            metavar=name.split("_")[-1].upper(),
-            help=texts[name].replace("%", "%%"),
+            metavar="JSON" if kind is dict else kind.__name__.upper(),
+            help=f"{TABLE[name].text} (default: {shown})".replace("%", "%%"),
         )
-    options = parser.parse_args(arguments)
+    arguments = [re.sub("^--[^=]+", lambda option: _dashed(option[0]), argument) for argument in arguments]
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(_unknown(arguments[arguments.index(unknown[0]) :], vars(options)))
+    if options.command not in ("run", "compile", "components"):
+        parser.error(f"there is no command {options.command!r}: it is run, compile or components")
     to_cluster = options.command != "run" or options.runner == "cluster"
     for action in cluster._group_actions:
         if not to_cluster and getattr(options, action.dest) != action.default:
@@ -299,7 +314,7 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     if options.command == "components":
         for name in ("recipe", *_inputs(pipeline)):
             if getattr(options, name) != parser.get_default(name):
-                parser.error(f"--{name.replace('_', '-')} is for pipelines; components have all their inputs")
+                parser.error(f"--{_dashed(name)} is for pipelines; components have all their inputs")
     if options.command == "run" and options.runner == "cluster" and options.output:
         parser.error(
             "--output is for runs on this machine; the results of a cluster's are in MLflow and in KFP"
@@ -307,20 +322,61 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _unknown(arguments: list[str], known: Iterable[str]) -> str:
+    """What to write in place of the first argument, which nothing takes."""
+    option, equals, value = arguments[0].partition("=")
+    if not option.startswith("--"):
+        return f"{option!r} belongs to no option"
+    stage, _, name = option[2:].replace("-", "_").rpartition(".")
+    if not stage and (instead_of_it := instead(name, known)):
+        return f"{option} is unknown{instead_of_it}"
+    if not equals:
+        value = next((one for one in arguments[1:2] if not one.startswith("--")), "true")
+    with contextlib.suppress(ValueError):
+        value = json.loads(value)
+    overrides = next(
+        (one for one in TABLE if TABLE[one].key(stage) == "overrides"), f"{stage or 'train'}_overrides"
+    )
+    return (
+        f"{option} is unknown; an option of a stage goes into its overrides, as --{_dashed(overrides)} "
+        f"'{json.dumps({name: value})}'"
+    )
+
+
 def _argument_type(name: str, annotation: Any) -> Any:
     """What argparse makes of a parameter's text."""
     if annotation is bool:
         return _truth
+    if typing.get_origin(annotation) is list:
+        return _element(name, typing.get_args(annotation)[0])
     if annotation is not dict:
-        return typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else annotation
+        return annotation
 
     def mapping(text: str) -> dict[str, Any]:
+        example = '{"chosen": "better"}' if name == "columns" else '{"logging_steps": 5}'
         try:
-            return parse_overrides(text, name)
+            return parse_overrides(text, name, example)
         except ConfigError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return mapping
+
+
+def _element(name: str, kind: type) -> Any:
+    def element(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError as error:
+            default = " ".join(map(str, TABLE[name].default))
+            raise argparse.ArgumentTypeError(
+                f"must be numbers with spaces between them, as in --{name} {default}; got {text!r}"
+            ) from error
+
+    return element
 
 
 def _truth(text: str) -> bool:

@@ -111,7 +111,7 @@ def test_stages_follow_one_another_from_data_to_registry(tmp_path, monkeypatch, 
     quick = ["--samples_per_prompt", "2", "--exact_prompts", "1", "--bootstrap_samples", "100"]
     assert main(["evaluate", *folders, "--output", "evaluation", *quick]) == 0
     capsys.readouterr()
-    gate = ["--model_name", "tiny", "--min_win_rate", "0"]
+    gate = ["--registered_model_name", "tiny", "--min_win_rate", "0"]
     assert (
         main(["register", "--policy", "policy", "--evaluation", "evaluation", "--output", "decision", *gate])
         == 0

@@ -164,7 +164,7 @@ def test_a_model_with_code_is_trained_measured_registered_and_served(
     evaluate = ["evaluate", "--dataset", "dataset", "--reference", "reference", "--policy", "policy"]
     evaluate += ["--samples_per_prompt", "2", "--bootstrap_samples", "100", "--exact_prompts", "0"]
     register = ["register", "--policy", "policy", "--evaluation", "evaluation", "--min_win_rate", "0"]
-    register += ["--model_name", "own"]
+    register += ["--registered_model_name", "own"]
     for command, output in (
         (sft, "reference"),
         (train, "policy"),

@@ -168,7 +168,7 @@ class Cluster:
     def _recipe(self) -> Path:
         """The embedded recipe, with training of a minute or so; the baseline stays what the reference is."""
         recipe = yaml.safe_load((REPOSITORY / "pipelines/recipes/embedded.yaml").read_text(encoding="utf-8"))
-        recipe |= {"rows": 6000, "sft_epochs": 1, "samples_per_prompt": 16, "min_win_rate": 0.0}
+        recipe |= {"rows": 6000, "sft_num_train_epochs": 1, "samples_per_prompt": 16, "min_win_rate": 0.0}
         recipe |= {"alphas": [0.5], "baselines": ["dpo:1,max_steps=2,learning_rate=1e-9"]}
         recipe["data_overrides"] |= {"sft_rows": 6000}
         recipe["train_overrides"] |= {"logging_steps": 5, "save_steps": 20}

@@ -145,7 +145,7 @@ def test_a_stage_that_is_killed_fails_the_run_and_is_named(quick_recipe, tmp_pat
 
 
 def test_an_interrupted_run_leaves_no_container(quick_recipe, tmp_path):
-    recipe = quick_recipe(rows=8000, epochs=20)  # long enough to be in the middle of
+    recipe = quick_recipe(rows=8000, num_train_epochs=20)  # long enough to be in the middle of
     process = start(tmp_path, "spo_sweep.py", "--runner=docker", "--recipe", recipe, "--output", "out")
     wait_for_container(tmp_path / "out", DATA_IMAGE)
     until = time.monotonic() + 200

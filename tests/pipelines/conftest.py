@@ -20,7 +20,7 @@ def quick_recipe(tmp_path):
 
     def write(**changes) -> str:
         recipe = yaml.safe_load((REPOSITORY / "pipelines/recipes/embedded.yaml").read_text(encoding="utf-8"))
-        recipe |= {"rows": 400, "samples_per_refresh": 32, "samples_per_prompt": 4, "sft_epochs": 1}
+        recipe |= {"rows": 400, "samples_per_refresh": 32, "samples_per_prompt": 4, "sft_num_train_epochs": 1}
         recipe["data_overrides"] |= {"sft_rows": 400}
         recipe["sft_overrides"]["model_config"] |= {"hidden_size": 32, "num_hidden_layers": 1}
         recipe["train_overrides"] |= {"logging_steps": 2}

@@ -130,11 +130,11 @@ def test_metric_of_the_challenge_can_be_chosen():
 @pytest.mark.parametrize(
     ("wrong", "word"),
     [
-        ({"model_name": "a/b"}, "model_name"),
-        ({"model_name": " "}, "model_name"),
-        ({"model_name": "a", "min_win_rate": 55}, "min_win_rate"),
-        ({"model_name": "a", "max_kl": 0}, "max_kl"),
-        ({"model_name": "a", "await_seconds": 0}, "await_seconds"),
+        ({"registered_model_name": "a/b"}, "registered_model_name"),
+        ({"registered_model_name": " "}, "registered_model_name"),
+        ({"registered_model_name": "a", "min_win_rate": 55}, "min_win_rate"),
+        ({"registered_model_name": "a", "max_kl": 0}, "max_kl"),
+        ({"registered_model_name": "a", "await_seconds": 0}, "await_seconds"),
     ],
 )
 def test_wrong_parameters_are_refused_by_name(wrong, word):
@@ -144,5 +144,5 @@ def test_wrong_parameters_are_refused_by_name(wrong, word):
 
 @pytest.mark.parametrize("name", ["a/b", "a:b", "o'neil", 'the "best"', "a\\b", " "])
 def test_a_name_that_an_address_or_a_condition_cannot_bear_is_refused(name):
-    with pytest.raises(ConfigError, match="model_name must be a name without"):
+    with pytest.raises(ConfigError, match="registered_model_name must be a name without"):
         RegistryConfig(name)

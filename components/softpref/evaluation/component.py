@@ -110,7 +110,7 @@ def compare_models(
     chosen: Output[Artifact],
     report: Output[HTML],
     summary: Output[Markdown],
-    rule: str = "expected_reward",
+    selection_rule: str = "expected_reward",
     max_kl: float = 0.0,
     registered_model_name: str = "",
     min_win_rate: float = 0.5,
@@ -127,7 +127,7 @@ def compare_models(
         chosen: The chosen member's evaluation.json.
         report: The report as a page: table by softness, frontier, the choice and its reason.
         summary: A table by softness, the reason of the choice and the rule.
-        rule: Which figure ranks members, "expected_reward" or "win_rate".
+        selection_rule: Which figure ranks members, "expected_reward" or "win_rate".
         max_kl: Members farther than this from the reference, in nats per completion, cannot be chosen. 0: no
             limit.
         registered_model_name: What the chosen model will be registered as: it must pass the gate of
@@ -157,12 +157,12 @@ def compare_models(
     deliver_missed(*([record.path] if record else []), *(evaluation.path for evaluation in evaluations))
     gate = None
     if registered_model_name:
-        asked = {"model_name": registered_model_name, "min_win_rate": min_win_rate}
+        asked = {"registered_model_name": registered_model_name, "min_win_rate": min_win_rate}
         gate = build_config(RegistryConfig, asked, parse_overrides(registry_overrides))
     result = run(
         [evaluation.path for evaluation in evaluations],
         comparison.path,
-        rule,
+        selection_rule,
         max_kl or None,
         limits=gate.limits if gate else None,
         required=False,
@@ -176,7 +176,7 @@ def compare_models(
     os.makedirs(chosen.path, exist_ok=True)
     address, name = "", result["chosen"] or ""
     models = ", ".join(member["name"] for member in result["members"])
-    describe(comparison, "comparison of models", chosen=name, rule=rule, models=models)
+    describe(comparison, "comparison of models", chosen=name, rule=selection_rule, models=models)
     describe(report, "comparison: report", title=f"Comparison of {models}")
     describe(summary, "comparison: summary", title=f"Chosen: {name or 'none'}")
     for member in result["members"]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from softpref.config import COMMIT, build_config, closest, parse_overrides
 from softpref.errors import ConfigError
+from softpref.preflight.parameters import STAGES, TABLE, of_stage
 from softpref.remote import Pinned, public_url
 
 logger = logging.getLogger(__name__)
@@ -22,37 +23,6 @@ DEFAULT_BASELINE_BETA = 0.1
 _ENDED_WELL = {"COMPLETE", "CACHED", "SUCCEEDED"}  # states of KFP's metadata and of its API
 _FURTHER_SOURCES = ("sft_source", "prompts_source")
 ARTIFACT_SCHEME = "minio://"  # by which KFP addresses what its own store holds
-
-
-# Which configuration a pipeline's parameter belongs to, and its name there.
-_BELONGS_TO = {
-    "source": ("data", "source"),
-    "columns": ("data", "columns"),
-    "prompt_template": ("data", "prompt_template"),
-    "rows": ("data", "rows"),
-    "data_overrides": ("data", "overrides"),
-    "base_model": ("sft", "base_model"),
-    "sft_learning_rate": ("sft", "learning_rate"),
-    "sft_epochs": ("sft", "num_train_epochs"),
-    "sft_overrides": ("sft", "overrides"),
-    "learning_rate": ("train", "learning_rate"),
-    "epochs": ("train", "num_train_epochs"),
-    "samples_per_refresh": ("train", "samples_per_refresh"),
-    "sampling_interval": ("train", "sampling_interval"),
-    "train_overrides": ("train", "overrides"),
-    "judge": ("evaluation", "judge"),
-    "samples_per_prompt": ("evaluation", "samples_per_prompt"),
-    "evaluation_overrides": ("evaluation", "overrides"),
-    "selection_rule": ("comparison", "rule"),
-    "max_kl": ("comparison", "max_kl"),
-    "registered_model_name": ("registry", "model_name"),
-    "min_win_rate": ("registry", "min_win_rate"),
-    "registry_overrides": ("registry", "overrides"),
-}
-_LOADS_A_MODEL = ("sft", "train", "evaluation", "registry")  # stages that `trust_remote_code` reaches
-_ZERO_IS_NONE = {"rows", "max_kl"}  # a KFP form has no empty number
-# and the overrides
-_MAY_BE_EMPTY = {"columns", "prompt_template", "base_model", "registered_model_name"}
 
 
 class Member(NamedTuple):
@@ -261,19 +231,14 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
             f"the models of a sweep need names that differ, got {', '.join(names)}; name a baseline like "
             "dpo:0.1,learning_rate=1e-6,name=slow-dpo"
         )
-    stages: dict[str, dict[str, Any]] = {stage: {} for stage, _ in _BELONGS_TO.values()}
-    for name, (stage, option) in _BELONGS_TO.items():
-        value = parameters.get(name)
-        empty = value == "" and (name in _MAY_BE_EMPTY or option == "overrides")
-        if not (value is None or empty or (name in _ZERO_IS_NONE and value == 0)):
-            stages[stage][option] = value
-    for stage in _LOADS_A_MODEL:
-        if "trust_remote_code" in parse_overrides(stages[stage].get("overrides", "")):
+    for name in TABLE:
+        if name.endswith("_overrides") and "trust_remote_code" in parse_overrides(parameters.get(name), name):
             raise ConfigError(
-                f"{stage}_overrides must not hold trust_remote_code; the pipeline's parameter of that name "
-                "reaches every stage"
+                f"{name} must not hold trust_remote_code; "
+                "the pipeline's parameter of that name reaches every stage"
             )
-        stages[stage]["trust_remote_code"] = parameters.get("trust_remote_code", False)
+    given = {name: value for name, value in parameters.items() if name in TABLE and TABLE[name].given(value)}
+    stages = {stage: of_stage(stage, given) for stage in STAGES}
     data = _build(DataConfig, stages["data"])
     source, shown = data.source, public_url(data.source)
     if here:
@@ -306,13 +271,13 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
                 f"{member.name}: a best-of-n row tells only of its best, and sppo needs to know how often "
                 "each completion wins; use story_kind pairwise or ranking, or train_on=samples"
             )
-    if _build(EvaluationConfig, stages["evaluation"]).judge == "expert" and not data.embedded:
+    if _build(EvaluationConfig, stages["evaluate"]).judge == "expert" and not data.embedded:
         raise ConfigError(
             f"judge expert knows embedded sources alone, and the source is {shown}; use judge bradley-terry, "
             "which learns from the training preferences, or auto"
         )
-    check_rule(stages["comparison"].get("rule", "expected_reward"), stages["comparison"].get("max_kl"))
-    _build(RegistryConfig, {"model_name": "none", **stages["registry"]})
+    check_rule(stages["compare"].get("selection_rule", "expected_reward"), stages["compare"].get("max_kl"))
+    _build(RegistryConfig, {"registered_model_name": "none", **stages["register"]})
     return members
 
 

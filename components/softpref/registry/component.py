@@ -55,7 +55,7 @@ def register_model(
     config = build_config(
         RegistryConfig,
         {
-            "model_name": registered_model_name,
+            "registered_model_name": registered_model_name,
             "min_win_rate": min_win_rate,
             "trust_remote_code": trust_remote_code,
             "experiment": experiment,

@@ -17,7 +17,7 @@ class RegistryConfig:
     """When a model is registered, under which name, and when it becomes the champion.
 
     Args:
-        model_name (`str`): name in the MLflow model registry; no `/` and no `:`.
+        registered_model_name (`str`): name in the MLflow model registry; no `/` and no `:`.
         min_win_rate (`float`, *optional*, defaults to 0.5): the gate asks that the low end of the win rate's
             interval be above this (above 0.5: better than the reference), and that the judge be better than a
             coin; 0 or null leaves both out. A broken model is registered in no case.
@@ -37,7 +37,7 @@ class RegistryConfig:
         await_seconds (`int`, defaults to 300): longest wait until the registry calls the version ready.
     """
 
-    model_name: str
+    registered_model_name: str
     min_win_rate: float | None = 0.5
     max_kl: float | None = None
     compare_metric: CompareMetric = "win_rate"
@@ -50,10 +50,12 @@ class RegistryConfig:
 
     def __post_init__(self) -> None:
         # KFP's runner on this machine writes the name between quotes into a condition, and evaluates that
-        if not self.model_name.strip() or any(character in self.model_name for character in "/:'\"\\"):
+        if not self.registered_model_name.strip() or any(
+            character in self.registered_model_name for character in "/:'\"\\"
+        ):
             raise ConfigError(
-                "RegistryConfig.model_name must be a name without '/', ':', quotes and backslashes, got "
-                f"{self.model_name!r}"
+                "RegistryConfig.registered_model_name must be a name without '/', ':', quotes and "
+                f"backslashes, got {self.registered_model_name!r}"
             )
         if self.min_win_rate is not None and not 0 <= self.min_win_rate <= 1:
             raise ConfigError(

@@ -102,7 +102,7 @@ def run(
     decision: dict[str, Any] = {
         "registered": False,
         "reason": "",
-        "model_name": config.model_name,
+        "model_name": config.registered_model_name,
         "version": None,
         "aliases": [],
         "champion": False,
@@ -213,7 +213,7 @@ def _register(
     except Exception as error:
         raise ConfigError(f"MLflow at {uri} does not answer ({in_short(error)}); {kept}") from error
 
-    name = config.model_name
+    name = config.registered_model_name
     digest = model_hash(checkpoint)
     decision["model_hash"] = digest
     with short_requests(retries=3, timeout=120):
@@ -283,7 +283,7 @@ def _log_model(
     task = _task(config, checkpoint)
     settings = served_model_config(checkpoint, metadata, task, trust_remote_code=config.trust_remote_code)
     decision["warnings"] += _generation_warnings(checkpoint)
-    title = evaluation.get("name") or config.model_name
+    title = evaluation.get("name") or config.registered_model_name
     own = run is None
     run = run or client.create_run(experiment, run_name=f"register {title}", tags=source_tags())
     decision["run_id"] = run_id = run.info.run_id
