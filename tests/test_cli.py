@@ -1,11 +1,18 @@
 """The console command: every stage without KFP, from a file or from --key value."""
 
+import dataclasses
+import importlib
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+import softpref
+import yaml
 from softpref.cli import main
+from softpref.config import build_config, read_mapping, write_parameters
+from softpref.evaluation.config import EvaluationConfig
 
 TINY = {
     "model_type": "llama",
@@ -17,13 +24,62 @@ TINY = {
 }
 
 
-def test_help_loads_no_training_library():
+TRAIN = ["train", "--dataset", "x", "--reference", "r", "--output", "y"]
+CONFIGURATIONS = {
+    "data": "softpref.data.config.DataConfig",
+    "sft": "softpref.sft.config.SFTConfig",
+    "train": "softpref.spo.config.SPOConfig",
+    "evaluate": "softpref.evaluation.config.EvaluationConfig",
+    "register": "softpref.registry.config.RegistryConfig",
+}
+
+
+@pytest.mark.parametrize("stage", CONFIGURATIONS)
+def test_help_lists_every_option_with_its_default_as_the_class_has_it(stage, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100000")  # where a sentence takes one line
+    with pytest.raises(SystemExit) as ended:
+        main([stage, "--help"])
+    assert ended.value.code == 0
+    entries = re.findall(r"^  (--\w+)(.*(?:\n {24}.*)?)$", capsys.readouterr().out, re.MULTILINE)
+    shown = {option: " ".join(text.split()) for option, text in entries}
+    module, _, name = CONFIGURATIONS[stage].rpartition(".")
+    for field in dataclasses.fields(getattr(importlib.import_module(module), name)):
+        if not field.init or field.name in ("output_dir", "resume_from_checkpoint"):
+            assert f"--{field.name}" not in shown
+            continue
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        says = "(required)" if default is dataclasses.MISSING else f"(default: {json.dumps(default)})"
+        assert shown[f"--{field.name}"].endswith(says)
+        assert len(shown[f"--{field.name}"].split()) > 5, f"{field.name} has no sentence"
+
+
+def test_help_has_the_options_of_the_stage_before_those_of_transformers(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    order = ["--dataset", "options of the stage", "--alpha", "options of transformers", "--adam_beta1"]
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+    assert "--method spo|dpo|rdpo|ipo|slic|tdpo|sppo" in text
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"softpref {softpref.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "--help"], [*TRAIN, "--alhpa", "1"], [*TRAIN, "--lora-r", "x"]]
+)
+def test_help_and_refusals_load_no_training_library(arguments):
     script = (
-        "import sys\nfrom softpref.cli import main\n"
-        "try: main(['train', '--help'])\n"
-        "except SystemExit: print(sorted({'torch', 'mlflow', 'kfp', 'yaml'} & set(sys.modules)))"
+        f"import sys\nfrom softpref.cli import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'mlflow', 'kfp', 'datasets'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("[]"), result.stdout + result.stderr
 
 
@@ -31,17 +87,23 @@ def test_help_loads_no_training_library():
     ("arguments", "says"),
     [
         (["data", "--output", "x", "--sourc", "story"], "did you mean 'source'"),
-        (["data", "--output", "x", "story"], "belongs to no parameter"),
+        (["data", "--output", "x", "story"], "belongs to no option"),
+        (
+            ["data", "--output", "x", "--tracking-uri", "u"],
+            "no option 'tracking_uri'; softpref sft, softpref",
+        ),
+        (["data", "--output", "x", "--alpha", "1"], "no option 'alpha'; softpref train has it"),
+        ([*TRAIN, "--learning_rte", "1e-4"], "did you mean 'learning_rate'"),
+        ([*TRAIN, "--lora_rank", "8"], "did you mean 'lora_r'"),  # not 'local_rank' of transformers
+        ([*TRAIN, "--gradient-acumulation-steps", "8"], "did you mean 'gradient_accumulation_steps'"),
+        ([*TRAIN, "--tracking_url", "u"], "did you mean 'tracking_uri'"),
+        ([*TRAIN, "--resume_from_checkpoint", "c"], "continues from its last complete checkpoint"),
+        ([*TRAIN, "--lora-r", "eight"], "lora_r must be int, got 'eight'"),
+        ([*TRAIN, "--alpha", "-1e-3"], "alpha must be at least 0"),
         (["data", "--output", "x", "--config", "none.yaml"], "does not exist"),
         (["sft", "--dataset", "x", "--output", "y"], "base_model"),
-        (
-            ["train", "--dataset", "x", "--reference", "r", "--output", "y", "--top_p", "0.5"],
-            "top_p must be 1",
-        ),
-        (
-            ["train", "--dataset", "x", "--reference", "r", "--output", "y", "--output_dir", "z"],
-            "--output names",
-        ),
+        ([*TRAIN, "--top_p", "0.5"], "top_p must be 1"),
+        ([*TRAIN, "--output_dir", "z"], "--output names"),
         (["track-sync", "no-such-folder"], "no-such-folder"),
     ],
 )
@@ -51,6 +113,13 @@ def test_mistakes_are_one_line_and_exit_2(arguments, says, capsys, tmp_path, mon
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert says in error
+
+
+def test_a_place_that_is_missing_is_named(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--dataset", "x"])
+    assert ended.value.code == 2
+    assert "it needs --reference, --output" in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_written_is_one_line_too(capsys, tmp_path):
@@ -93,6 +162,18 @@ def test_stages_follow_one_another_from_data_to_registry(tmp_path, monkeypatch, 
     assert (metadata["method"], metadata["alpha"]) == ("spo", 0.5)
     assert (tmp_path / "policy/model.safetensors").is_file()
     assert not (tmp_path / "policy/checkpoints").exists()
+    ran = yaml.safe_load((tmp_path / "policy/parameters.yaml").read_text(encoding="utf-8"))
+    assert (ran["alpha"], ran["samples_per_refresh"], ran["lora_r"], ran["max_steps"]) == (0.5, 16, 16, 3)
+    assert not {"output_dir", "hub_token", "resume_from_checkpoint"} & set(ran)
+
+    again = tmp_path / "again.yaml"  # what the stage wrote beside its model, and its folders
+    again.write_text(
+        yaml.safe_dump({**ran, "dataset": "dataset", "reference": "reference", "output": "again"})
+    )
+    assert main(["train", "--config", str(again)]) == 0
+    assert yaml.safe_load((tmp_path / "again/parameters.yaml").read_text()) == ran
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("policy", "again")]
+    assert weights[0] == weights[1]
 
     assert main([*train, *options, *shared]) == 2
     assert "finished model" in capsys.readouterr().err
@@ -117,5 +198,43 @@ def test_stages_follow_one_another_from_data_to_registry(tmp_path, monkeypatch, 
         == 0
     )
     decision = json.loads(capsys.readouterr().out)
+    for stage, folder in [
+        ("data", "dataset"),
+        ("sft", "reference"),
+        ("evaluate", "evaluation"),
+        ("register", "decision"),
+    ]:
+        assert_taken_again(stage, tmp_path / folder / "parameters.yaml")
     assert decision["registered"]
     assert decision["aliases"] == ["challenger", "champion"]
+
+
+def assert_taken_again(stage, file):
+    """Parameters that a stage wrote make the same configuration again."""
+    module, _, name = CONFIGURATIONS[stage].rpartition(".")
+    config = build_config(getattr(importlib.import_module(module), name), read_mapping(file))
+    write_parameters(config, file.parent / "rewritten")
+    assert read_mapping(file.parent / "rewritten/parameters.yaml") == read_mapping(file)
+
+
+def test_a_datasets_parameters_are_taken_again_escapes_and_all(tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"question": f"q{n}", "chosen": "yes", "rejected": "no"}) + "\n" for n in range(20)
+        )
+    )
+    template = [r"--prompt_template", r"a\nb \\n {question}"]
+    assert main(["data", "--output", str(tmp_path / "one"), "--source", str(rows), *template]) == 0
+    parameters = tmp_path / "one/parameters.yaml"
+    assert main(["data", "--output", str(tmp_path / "two"), "--config", str(parameters)]) == 0
+    stats = [json.loads((tmp_path / name / "stats.json").read_text()) for name in ("one", "two")]
+    assert stats[0]["config"]["prompt_template"] == "a\nb \\n {question}"
+    assert stats[0] == stats[1]
+    assert parameters.read_text() == (tmp_path / "two/parameters.yaml").read_text()
+
+
+def test_recorded_parameters_hold_no_password(tmp_path):
+    config = EvaluationConfig(tracking_uri="https://me:secret@host/mlflow")
+    write_parameters(config, tmp_path)
+    assert yaml.safe_load((tmp_path / "parameters.yaml").read_text())["tracking_uri"] == "https://host/mlflow"

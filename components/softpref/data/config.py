@@ -15,6 +15,7 @@ from softpref.errors import ConfigError
 STORY_ROWS = 4000
 STORY_SFT_ROWS = 4000
 EMBEDDED = ("story", "storyteller")  # sources that need no file
+WITH_ESCAPES = ("prompt_template", "implicit_prompt_end")  # in which \n is a line break
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
@@ -170,7 +171,7 @@ class DataConfig:
     prompts_columns: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("prompt_template", "implicit_prompt_end"):
+        for name in WITH_ESCAPES:
             text = re.sub(r"\\([nt\\])", lambda escape: _ESCAPES[escape[1]], getattr(self, name))
             setattr(self, name, text)
         self.check()

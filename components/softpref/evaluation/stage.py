@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softpref.artifacts import readable, strengths
+from softpref.config import write_parameters
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.figures import (
@@ -141,6 +142,7 @@ def run(
         tracker.tags({"evaluation_id": evaluation["evaluation_id"]})
         timer.enter("tracking")
         tracker.metrics({f"{prefix}{name}": value for name, value in timer.metrics().items()}, step=0)
+    write_parameters(config, output)
     timer.write(output)
     return evaluation
 
