@@ -23,10 +23,18 @@ from softpref.config import PARAMETERS_FILE, write_parameters
 from softpref.data import rows as row_reading
 from softpref.data import storyteller
 from softpref.data.columns import check_present
-from softpref.data.config import EMBEDDED, STORY_ROWS, STORY_SFT_ROWS, WITH_ESCAPES, DataConfig
+from softpref.data.config import (
+    EMBEDDED,
+    STORY_ROWS,
+    STORY_SFT_ROWS,
+    WITH_ESCAPES,
+    DataConfig,
+    Part,
+    parts_of,
+)
 from softpref.data.finished import is_finished, take_over
 from softpref.data.intake import Intake, RejectionLog, Source, check_alike, check_rejections, peek_columns
-from softpref.data.mixture import Part, divide_rows, label, parts_of, public_mixture
+from softpref.data.mixture import divide_rows, label, public_mixture
 from softpref.data.page import render_page
 from softpref.data.sources import SourceRow, fetch, open_source
 from softpref.data.splits import SPLITS, assign_splits, prompt_key

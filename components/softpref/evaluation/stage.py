@@ -26,7 +26,7 @@ from softpref.evaluation.figures import (
     theory_samples,
     tokenize_prompts,
 )
-from softpref.fitness import ailments
+from softpref.fitness import ailments, saturation_remedy, saturation_warning
 from softpref.judges import OUTCOMES_FILE, check_judge, load_judge, read_outcomes, text_rows
 from softpref.lm.extrapolation import extrapolated_folders
 from softpref.lm.loading import (
@@ -426,7 +426,6 @@ def _warnings(
 ) -> list[str]:
     """What a reader should know before trusting the figures."""
     from softpref.lm.tokenization import findings_text
-    from softpref.spo.losses import saturation_remedy, saturation_warning
 
     found = []
     if prompts < 2:

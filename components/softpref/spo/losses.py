@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softpref.fitness import SATURATED
 from softpref.objectives import (
     dpo_loss,
     ipo_loss,
@@ -20,7 +21,6 @@ from softpref.objectives import (
 )
 from softpref.spo.config import SPOConfig
 
-SATURATED = 5.0  # a margin in nats beyond which a logistic loss is straight, to one per cent of its slope
 END_FALLEN = 0.5  # nats that the end token may lose in training
 
 
@@ -122,19 +122,6 @@ def preference_metrics(
         "rewards/saturated": (margins.abs() > SATURATED).float(),
     }
     return {name: _group_means(values, groups, len(sizes)) for name, values in each.items()}
-
-
-def saturation_warning(share: float) -> str:
-    """A sentence on the share of margins that are saturated."""
-    return (
-        f"{share:.0%} of the pairs have a margin beyond {SATURATED:g} nats, where the loss is straight: "
-        "softness has no effect on them"
-    )
-
-
-def saturation_remedy(anchor: float) -> str:
-    """What to do about it."""
-    return "lower alpha" if anchor >= 1 else "set anchor to 1 (softness relative to the reference)"
 
 
 def fall(values: Sequence[float]) -> float:
