@@ -32,8 +32,9 @@ def test_every_stage_has_a_target_of_the_recipe_and_an_image_with_the_packages_v
     for stage in images.STAGES:
         assert re.search(rf"^FROM \S+ AS {stage}$", recipe, re.MULTILINE)
         assert images.image_name(stage) == f"localhost/softpref-{stage}:{__version__}"
-    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
-    assert version == __version__
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "softpref.__version__"}
 
 
 @pytest.mark.parametrize("requirements", REQUIREMENTS, ids=lambda path: path.stem)
