@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import typing
 
 import pytest
 import softpref
@@ -13,6 +14,7 @@ import yaml
 from softpref.cli import main
 from softpref.config import build_config, read_mapping, write_parameters
 from softpref.evaluation.config import EvaluationConfig
+from softpref.options import read_options
 
 TINY = {
     "model_type": "llama",
@@ -53,6 +55,14 @@ def test_help_lists_every_option_with_its_default_as_the_class_has_it(stage, cap
         says = "(required)" if default is dataclasses.MISSING else f"(default: {json.dumps(default)})"
         assert shown[f"--{field.name}"].endswith(says)
         assert len(shown[f"--{field.name}"].split()) > 5, f"{field.name} has no sentence"
+
+
+def test_choices_of_our_own_are_shown_and_checked_before_anything_is_imported():
+    for place in CONFIGURATIONS.values():
+        module, _, name = place.rpartition(".")
+        own = [option for option in read_options(module, name).values() if not option.inherited]
+        assert own
+        assert typing.Any not in [option.hint for option in own]
 
 
 def test_help_has_the_options_of_the_stage_before_those_of_transformers(capsys):

@@ -90,22 +90,25 @@ class _Names(dict[str, Any]):
         """What an expression means; `Any` where only an import could tell."""
         try:
             return eval(compile(ast.Expression(node), "", "eval"), {}, self)
-        except (AttributeError, NameError, TypeError):
+        except Exception:
             return Any
 
 
 def _default(node: ast.expr | None, known: _Names) -> tuple[Any, str]:
     """The default of a field, and the help that it carries."""
+    help = ""
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("field"):
+        given = {one.arg: one.value for one in node.keywords}
+        node = given.get("default")
+        if factory := given.get("default_factory"):
+            node = ast.fix_missing_locations(ast.Call(factory, [], []))
+        if isinstance(metadata := given.get("metadata"), ast.Dict):
+            texts = dict(zip(map(ast.unparse, filter(None, metadata.keys)), metadata.values, strict=True))
+            help = str(known.value(texts["'help'"])).replace("%%", "%") if "'help'" in texts else ""
     if node is None:
-        return REQUIRED, ""
-    if not (isinstance(node, ast.Call) and ast.unparse(node.func).endswith("field")):
-        return known.value(node), ""
-    given = {one.arg: one.value for one in node.keywords}
-    metadata = given.get("metadata")
-    texts = dict(zip(map(ast.unparse, metadata.keys), metadata.values, strict=True)) if metadata else {}  # type: ignore[attr-defined]
-    help = ast.literal_eval(texts["'help'"]).replace("%%", "%") if "'help'" in texts else ""
-    factory = given.get("default_factory")
-    return known.value(factory)() if factory else known.value(given["default"]), help
+        return REQUIRED, help
+    default = known.value(node)
+    return ast.unparse(node) if default is Any else default, help
 
 
 def _kind(node: ast.expr, known: _Names) -> str:
