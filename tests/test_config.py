@@ -7,6 +7,8 @@ import pytest
 from softpref.config import build_config, parse_overrides, read_mapping
 from softpref.errors import ConfigError
 
+pytestmark = pytest.mark.fast
+
 
 @dataclass
 class Oven:

@@ -11,6 +11,8 @@ from softpref import __version__, images
 
 from tests.containers.conftest import REPOSITORY
 
+pytestmark = pytest.mark.fast
+
 REQUIREMENTS = sorted((REPOSITORY / "images/requirements").glob("*.txt"))
 
 

@@ -11,6 +11,8 @@ from softpref.distributed.config import LauncherConfig, TrainJobConfig, parse_la
 from softpref.distributed.node import NodeTask, main, read_secrets, rendezvous
 from softpref.errors import ConfigError
 
+pytestmark = pytest.mark.fast
+
 
 def test_the_torch_policy_says_where_nodes_meet():
     policy = {

@@ -7,6 +7,8 @@ from softpref.sft.config import SFTConfig
 from softpref.spo import SPOConfig, SPOTrainer
 from transformers import HfArgumentParser
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def layers(tmp_path):
