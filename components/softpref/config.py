@@ -5,6 +5,7 @@ Knows nothing of any stage: a stage hands in its own dataclass.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -308,7 +309,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
                 try:
                     value = _from_json(value)
                 except _BROKEN_JSON as error:
-                    broken = f" ({_in_words(error)})"
+                    broken = f" ({_in_words(error)}); write it as JSON, like {_meant(value, container)}"
                     continue
                 _check_values(value, name)
             if isinstance(value, container) or (container is tuple and isinstance(value, list)):
@@ -325,6 +326,25 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         if option is not type(None)
     )
     raise ConfigError(f"{name} must be {allowed}, got {shown(value)}{broken}")
+
+
+def _meant(text: str, container: type) -> str:
+    """The JSON that may have been meant by text that is none: `a=b`, YAML, or words with commas between."""
+    import yaml
+
+    meant: Any = None
+    parts = [part.strip() for part in text.split(",")]
+    if len(text) <= 200:
+        with contextlib.suppress(Exception):
+            meant = yaml.safe_load(text)
+    if container is dict and all("=" in part for part in parts):
+        meant = dict(part.partition("=")[::2] for part in parts)
+    elif container is not dict and isinstance(meant, str):
+        meant = parts
+    known = isinstance(meant, dict if container is dict else list)
+    return (
+        json.dumps(meant, default=str) if known else '{"KEY": "VALUE"}' if container is dict else '["VALUE"]'
+    )
 
 
 def _flatten(hint: Any) -> list[Any]:
