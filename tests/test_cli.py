@@ -98,6 +98,9 @@ def test_help_and_refusals_load_no_training_library(arguments):
         ([*TRAIN, "--learning_rte", "1e-4"], "did you mean 'learning_rate'"),
         ([*TRAIN, "--lora_rank", "8"], "did you mean 'lora_r'"),  # not 'local_rank' of transformers
         ([*TRAIN, "--gradient-acumulation-steps", "8"], "did you mean 'gradient_accumulation_steps'"),
+        ([*TRAIN, "--num_epochs", "2"], "did you mean 'num_train_epochs'"),
+        ([*TRAIN, "--batch-size", "2"], "or 'per_device_train_batch_size'?"),  # not evaluate's 'batch_size'
+        ([*TRAIN, "--kl_coef", "2"], "no option 'kl_coef'; softpref train --help lists all"),
         ([*TRAIN, "--tracking_url", "u"], "did you mean 'tracking_uri'"),
         ([*TRAIN, "--resume_from_checkpoint", "c"], "continues from its last complete checkpoint"),
         ([*TRAIN, "--lora-r", "eight"], "lora_r must be int, got 'eight'"),

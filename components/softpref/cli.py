@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref import __version__
-from softpref.config import REFUSED, build_config, closest, convert, read_mapping
+from softpref.config import REFUSED, build_config, closest, convert, holding, read_mapping
 from softpref.errors import ConfigError, SoftprefError
 from softpref.options import REQUIRED, Option, read_options
 
@@ -42,6 +42,7 @@ class Stage(NamedTuple):
 
 
 _SWITCH: Values = {"nargs": "?", "const": "true"}  # may stand alone
+_HIDDEN = {"output_dir", *REFUSED}  # options of transformers that a stage has no use for
 _OF_THE_DISK = {
     errno.EACCES,
     errno.EDQUOT,
@@ -140,7 +141,7 @@ def _add_stage(commands: Any, name: str, stage: Stage, *, listed: bool) -> None:
     own = parser.add_argument_group("options of the stage")
     inherited = parser.add_argument_group("options of transformers.TrainingArguments")
     for option in stage.options().values() if listed else ():
-        if option.name not in {"output_dir", *REFUSED}:
+        if option.name not in _HIDDEN:
             (inherited if option.inherited else own).add_argument(
                 f"--{option.name}",
                 metavar=option.kind,
@@ -177,21 +178,24 @@ def _settle(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, str
         if name == "output_dir":
             raise ConfigError("output_dir is not an option here: --output names the folder to write")
         if name not in known:
-            raise ConfigError(f"softpref {options.command} has no option {name!r}{_whereabouts(name, stage)}")
+            where = _whereabouts(name, stage) or f"; softpref {options.command} --help lists all"
+            raise ConfigError(f"softpref {options.command} has no option {name!r}{where}")
     convert(stage.config, values, {one.name: one.hint for one in known.values()})
     return folders, values
 
 
 def _whereabouts(name: str, stage: Stage) -> str:
-    """Where an option is to be found that a stage does not have, or which one may be meant."""
-    elsewhere = [
+    """Where an option is to be found that a stage does not have, or which one may be meant; empty if unknown."""
+    options = [option for option in stage.options().values() if option.name not in _HIDDEN]
+    own = [*stage.places, *(option.name for option in options if not option.inherited)]
+    inherited = [option.name for option in options if option.inherited]
+    having = [
         f"softpref {one}" for one, other in _STAGES.items() if name in {*other.places, *other.options()}
     ]
-    if elsewhere:
-        return f"; {', '.join(elsewhere)} {'has' if len(elsewhere) == 1 else 'have'} it"
-    options = stage.options().values()
-    own = [*stage.places, *(one.name for one in options if not one.inherited)]
-    return closest(name, own, [one.name for one in options if one.inherited])
+    if having and not holding(name, [*own, *inherited]):
+        return f"; {', '.join(having)} {'has' if len(having) == 1 else 'have'} it"
+    hint = closest(name, own, inherited)
+    return hint if "did you mean" in hint else ""
 
 
 def _refused(options: argparse.Namespace, message: str) -> int:

@@ -253,17 +253,26 @@ def convert(name: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> d
 
 
 def closest(key: str, known: typing.Iterable[str], others: typing.Iterable[str] = ()) -> str:
-    """`"; did you mean 'x'?"` for the known name most like `key`, or the known names when none is close.
+    """`"; did you mean 'x'?"` for the known names most like `key`, or the known names when none is close.
 
     Args:
-        others: names that are known too, and meant only where a letter or two differ.
+        others: names that are known too, but meant only with the key's words, or nearly its letters.
     """
-    known = sorted(known)
-    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
-    near += difflib.get_close_matches(str(key), sorted(others), n=1, cutoff=0.88)
+    known, others, key = sorted(known), sorted(others), str(key)
+    near = holding(key, [*known, *others])[:4]
+    if not near:
+        spelt = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        spelt += difflib.get_close_matches(key, others, n=1, cutoff=0.88)
+        near = difflib.get_close_matches(key, spelt, n=1, cutoff=0)
     if near:
-        return f"; did you mean {difflib.get_close_matches(str(key), near, n=1, cutoff=0)[0]!r}?"
+        return f"; did you mean {' or '.join(map(repr, near))}?"
     return f"; known: {', '.join(known)}" if len(known) <= 40 else ""
+
+
+def holding(key: str, names: typing.Iterable[str]) -> list[str]:
+    """The names that hold all words of a key of several, as `num_train_epochs` those of `num_epochs`."""
+    words = set(key.split("_"))
+    return [name for name in names if len(words) > 1 and words < set(name.split("_"))]
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
