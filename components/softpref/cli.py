@@ -185,7 +185,7 @@ def _settle(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, str
 
 
 def _whereabouts(name: str, stage: Stage) -> str:
-    """Where an option is to be found that a stage does not have, or which one may be meant; empty if unknown."""
+    """Where an option is to be found that a stage does not have, or which is meant; empty if unknown."""
     options = [option for option in stage.options().values() if option.name not in _HIDDEN]
     own = [*stage.places, *(option.name for option in options if not option.inherited)]
     inherited = [option.name for option in options if option.inherited]
