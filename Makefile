@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # the environment must be on PATH: `mlflow models serve` calls uvicorn by name
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup sweep test test-vllm lint bench packages check-infra test-tracking images test-containers test-cluster
+.PHONY: setup sweep test test-fast test-vllm lint bench packages check-infra test-tracking images test-containers test-cluster
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,9 @@ lint: setup
 
 test: lint check-infra  ## two workers, one thread each; the longest files first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_story_world.py tests/distributed tests/tracking_stack tests --ignore tests/infra --ignore tests/cluster
+
+test-fast: setup  ## the tests marked fast, in under a minute; only their files are collected
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m fast $$(grep -rl --include='test_*.py' 'pytest.mark.fast' tests)
 
 check-infra: setup  ## manifests, YAML and Dockerfiles; offline, in seconds
 	$(BIN)/yamllint --strict .

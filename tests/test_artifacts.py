@@ -8,6 +8,8 @@ import pytest
 from softpref.artifacts import describe, model_values, plain, readable
 from softpref.lm.loading import save_metadata
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def artifact():

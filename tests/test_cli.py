@@ -1,29 +1,87 @@
 """The console command: every stage without KFP, from a file or from --key value."""
 
+import dataclasses
+import importlib
 import json
+import re
 import subprocess
 import sys
+import typing
 
 import pytest
+import softpref
+import yaml
 from softpref.cli import main
+from softpref.config import write_parameters
+from softpref.evaluation.config import EvaluationConfig
+from softpref.options import read_options
 
-TINY = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
+pytestmark = pytest.mark.fast
+
+TRAIN = ["train", "--dataset", "x", "--reference", "r", "--output", "y"]
+CONFIGURATIONS = {
+    "data": "softpref.data.config.DataConfig",
+    "sft": "softpref.sft.config.SFTConfig",
+    "train": "softpref.spo.config.SPOConfig",
+    "evaluate": "softpref.evaluation.config.EvaluationConfig",
+    "register": "softpref.registry.config.RegistryConfig",
 }
 
 
-def test_help_loads_no_training_library():
+@pytest.mark.parametrize("stage", CONFIGURATIONS)
+def test_help_lists_every_option_with_its_default_as_the_class_has_it(stage, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100000")  # where a sentence takes one line
+    with pytest.raises(SystemExit) as ended:
+        main([stage, "--help"])
+    assert ended.value.code == 0
+    entries = re.findall(r"^  (--\w+)(.*(?:\n {24}.*)?)$", capsys.readouterr().out, re.MULTILINE)
+    shown = {option: " ".join(text.split()) for option, text in entries}
+    module, _, name = CONFIGURATIONS[stage].rpartition(".")
+    for field in dataclasses.fields(getattr(importlib.import_module(module), name)):
+        if not field.init or field.name in ("output_dir", "resume_from_checkpoint"):
+            assert f"--{field.name}" not in shown
+            continue
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        says = "(required)" if default is dataclasses.MISSING else f"(default: {json.dumps(default)})"
+        assert shown[f"--{field.name}"].endswith(says)
+        assert len(shown[f"--{field.name}"].split()) > 5, f"{field.name} has no sentence"
+
+
+def test_choices_of_our_own_are_shown_and_checked_before_anything_is_imported():
+    for place in CONFIGURATIONS.values():
+        module, _, name = place.rpartition(".")
+        own = [option for option in read_options(module, name).values() if not option.inherited]
+        assert own
+        assert typing.Any not in [option.hint for option in own]
+
+
+def test_help_has_the_options_of_the_stage_before_those_of_transformers(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    order = ["--dataset", "options of the stage", "--alpha", "options of transformers", "--adam_beta1"]
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+    assert "--method spo|dpo|rdpo|ipo|slic|tdpo|sppo" in text
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"softpref {softpref.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "--help"], [*TRAIN, "--alhpa", "1"], [*TRAIN, "--lora-r", "x"]]
+)
+def test_help_and_refusals_load_no_training_library(arguments):
     script = (
-        "import sys\nfrom softpref.cli import main\n"
-        "try: main(['train', '--help'])\n"
-        "except SystemExit: print(sorted({'torch', 'mlflow', 'kfp', 'yaml'} & set(sys.modules)))"
+        f"import sys\nfrom softpref.cli import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'mlflow', 'kfp', 'datasets'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("[]"), result.stdout + result.stderr
 
 
@@ -31,17 +89,26 @@ def test_help_loads_no_training_library():
     ("arguments", "says"),
     [
         (["data", "--output", "x", "--sourc", "story"], "did you mean 'source'"),
-        (["data", "--output", "x", "story"], "belongs to no parameter"),
+        (["data", "--output", "x", "story"], "belongs to no option"),
+        (
+            ["data", "--output", "x", "--tracking-uri", "u"],
+            "no option 'tracking_uri'; softpref sft, softpref",
+        ),
+        (["data", "--output", "x", "--alpha", "1"], "no option 'alpha'; softpref train has it"),
+        ([*TRAIN, "--learning_rte", "1e-4"], "did you mean 'learning_rate'"),
+        ([*TRAIN, "--lora_rank", "8"], "did you mean 'lora_r'"),  # not 'local_rank' of transformers
+        ([*TRAIN, "--gradient-acumulation-steps", "8"], "did you mean 'gradient_accumulation_steps'"),
+        ([*TRAIN, "--num_epochs", "2"], "did you mean 'num_train_epochs'"),
+        ([*TRAIN, "--batch-size", "2"], "or 'per_device_train_batch_size'?"),  # not evaluate's 'batch_size'
+        ([*TRAIN, "--kl_coef", "2"], "no option 'kl_coef'; softpref train --help lists all"),
+        ([*TRAIN, "--tracking_url", "u"], "did you mean 'tracking_uri'"),
+        ([*TRAIN, "--resume_from_checkpoint", "c"], "continues from its last complete checkpoint"),
+        ([*TRAIN, "--lora-r", "eight"], "lora_r must be int, got 'eight'"),
+        ([*TRAIN, "--alpha", "-1e-3"], "alpha must be at least 0"),
         (["data", "--output", "x", "--config", "none.yaml"], "does not exist"),
         (["sft", "--dataset", "x", "--output", "y"], "base_model"),
-        (
-            ["train", "--dataset", "x", "--reference", "r", "--output", "y", "--top_p", "0.5"],
-            "top_p must be 1",
-        ),
-        (
-            ["train", "--dataset", "x", "--reference", "r", "--output", "y", "--output_dir", "z"],
-            "--output names",
-        ),
+        ([*TRAIN, "--top_p", "0.5"], "top_p must be 1"),
+        ([*TRAIN, "--output_dir", "z"], "--output names"),
         (["track-sync", "no-such-folder"], "no-such-folder"),
     ],
 )
@@ -53,6 +120,13 @@ def test_mistakes_are_one_line_and_exit_2(arguments, says, capsys, tmp_path, mon
     assert says in error
 
 
+def test_a_place_that_is_missing_is_named(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--dataset", "x"])
+    assert ended.value.code == 2
+    assert "it needs --reference, --output" in capsys.readouterr().err
+
+
 def test_an_output_that_cannot_be_written_is_one_line_too(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert main(["data", "--output", str(tmp_path / "file" / "dataset"), "--rows", "20"]) == 2
@@ -61,61 +135,24 @@ def test_an_output_that_cannot_be_written_is_one_line_too(capsys, tmp_path):
     assert str(tmp_path / "file") in error
 
 
-def test_stages_follow_one_another_from_data_to_registry(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    config = tmp_path / "sft.yaml"
-    config.write_text(
-        json.dumps({"model_config": TINY, "vocab_size": 600, "max_completion_length": 32}), encoding="utf-8"
+def test_a_datasets_parameters_are_taken_again_escapes_and_all(tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"question": f"q{n}", "chosen": "yes", "rejected": "no"}) + "\n" for n in range(20)
+        )
     )
-    shared = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "16"]
+    template = [r"--prompt_template", r"a\nb \\n {question}"]
+    assert main(["data", "--output", str(tmp_path / "one"), "--source", str(rows), *template]) == 0
+    parameters = tmp_path / "one/parameters.yaml"
+    assert main(["data", "--output", str(tmp_path / "two"), "--config", str(parameters)]) == 0
+    stats = [json.loads((tmp_path / name / "stats.json").read_text()) for name in ("one", "two")]
+    assert stats[0]["config"]["prompt_template"] == "a\nb \\n {question}"
+    assert stats[0] == stats[1]
+    assert parameters.read_text() == (tmp_path / "two/parameters.yaml").read_text()
 
-    assert main(["data", "--output", "dataset", "--rows", "200", "--sft_rows", "200"]) == 0
-    assert (
-        main(["sft", "--dataset", "dataset", "--output", "reference", "--config", str(config), *shared]) == 0
-    )
-    train = ["train", "--dataset", "dataset", "--reference", "reference", "--output", "policy"]
-    options = [
-        "--alpha",
-        "0.5",
-        "--samples-per-refresh=16",
-        "--max_completion_length",
-        "24",
-        "--max_steps",
-        "3",
-    ]
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("years of work", encoding="utf-8")
-    kept = ["--checkpoint-dir", "mine", "--save_steps", "2"]
-    assert main([*train, *options, *shared, *kept]) == 0
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    metadata = json.loads((tmp_path / "policy/softpref.json").read_text(encoding="utf-8"))
-    assert (metadata["method"], metadata["alpha"]) == ("spo", 0.5)
-    assert (tmp_path / "policy/model.safetensors").is_file()
-    assert not (tmp_path / "policy/checkpoints").exists()
 
-    assert main([*train, *options, *shared]) == 2
-    assert "finished model" in capsys.readouterr().err
-    started = tmp_path / "started/checkpoints"  # as an earlier run from another reference leaves it
-    (started / "checkpoint-2").mkdir(parents=True)
-    (started / "checkpoint-2/trainer_state.json").write_text('{"global_step": 2}', encoding="utf-8")
-    (started / "run.json").write_text('{"reference": "other"}', encoding="utf-8")
-    assert main([*train[:-1], "started", *options, *shared]) == 2
-    assert "reference: 'other' there, 'reference' here" in capsys.readouterr().err
-    (tmp_path / "dataset/dataset_dict.json").rename(tmp_path / "kept.json")
-    assert main([*train[:-1], "anew", *options, *shared]) == 2
-    assert "holds no dataset_dict.json" in capsys.readouterr().err
-    (tmp_path / "kept.json").rename(tmp_path / "dataset/dataset_dict.json")
-
-    folders = ["--dataset", "dataset", "--reference", "reference", "--policy", "policy"]
-    quick = ["--samples_per_prompt", "2", "--exact_prompts", "1", "--bootstrap_samples", "100"]
-    assert main(["evaluate", *folders, "--output", "evaluation", *quick]) == 0
-    capsys.readouterr()
-    gate = ["--registered_model_name", "tiny", "--min_win_rate", "0"]
-    assert (
-        main(["register", "--policy", "policy", "--evaluation", "evaluation", "--output", "decision", *gate])
-        == 0
-    )
-    decision = json.loads(capsys.readouterr().out)
-    assert decision["registered"]
-    assert decision["aliases"] == ["challenger", "champion"]
+def test_recorded_parameters_hold_no_password(tmp_path):
+    config = EvaluationConfig(tracking_uri="https://me:secret@host/mlflow")
+    write_parameters(config, tmp_path)
+    assert yaml.safe_load((tmp_path / "parameters.yaml").read_text())["tracking_uri"] == "https://host/mlflow"

@@ -7,6 +7,8 @@ import pytest
 from softpref.config import build_config, parse_overrides, read_mapping
 from softpref.errors import ConfigError
 
+pytestmark = pytest.mark.fast
+
 
 @dataclass
 class Oven:
@@ -16,6 +18,7 @@ class Oven:
     light: bool = False
     note: str | None = None
     shelves: dict = field(default_factory=dict)
+    racks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.degrees < 0:
@@ -41,7 +44,7 @@ def test_whole_floats_are_integers_because_kfp_hands_them_over_so():
     ("values", "says"),
     [
         ({"degrees": 1, "minuts": 3}, "no parameter 'minuts'; did you mean 'minutes'"),
-        ({"degrees": 1, "qqq": 3}, "known: degrees, light, minutes, mode, note, shelves"),
+        ({"degrees": 1, "qqq": 3}, "known: degrees, light, minutes, mode, note, racks, shelves"),
         ({}, "needs degrees"),
         ({"degrees": None}, "degrees needs a value"),
         ({"degrees": "hot"}, "degrees must be float, got 'hot'"),
@@ -51,6 +54,10 @@ def test_whole_floats_are_integers_because_kfp_hands_them_over_so():
         ({"degrees": 1, "mode": "steam"}, "'fan' | 'grill'"),
         ({"degrees": 1, "light": "maybe"}, "light must be bool"),
         ({"degrees": -1}, "at least 0"),
+        ({"degrees": 1, "shelves": "top=1, low=2"}, 'like {"top": "1", "low": "2"}'),
+        ({"degrees": 1, "shelves": "{top: 1}"}, 'like {"top": 1}'),
+        ({"degrees": 1, "shelves": "top"}, 'like {"KEY": "VALUE"}'),
+        ({"degrees": 1, "racks": "top,low"}, 'like ["top", "low"]'),
     ],
 )
 def test_wrong_values_are_refused_with_what_would_be_right(values, says):

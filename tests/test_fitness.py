@@ -5,6 +5,8 @@ import math
 import pytest
 from softpref.fitness import Limits, ailments, gate_failures, judge_doubt
 
+pytestmark = pytest.mark.fast
+
 
 def figure(value, spread=0.02):
     return {

@@ -6,6 +6,8 @@ import time
 import pytest
 from softpref.timings import TIMINGS_FILE, PhaseTimer
 
+pytestmark = pytest.mark.fast
+
 
 def test_every_moment_belongs_to_one_phase(tmp_path, monkeypatch):
     clock = iter([0.0, 2.0, 5.0, 6.0, 10.0, 10.0, 10.5])

@@ -4,18 +4,45 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from softpref import __version__
+from softpref.config import REFUSED, build_config, closest, convert, holding, read_mapping
 from softpref.errors import ConfigError, SoftprefError
+from softpref.options import REQUIRED, Option, read_options
 
 Values = dict[str, Any]
 
+
+class Place(NamedTuple):
+    """An option that is no parameter of the stage's configuration: a folder, or where something is kept."""
+
+    text: str
+    required: bool = False
+
+
+class Stage(NamedTuple):
+    """A subcommand: what it is for, its places, its configuration's module and class, and what runs it."""
+
+    summary: str
+    places: Mapping[str, Place]
+    module: str
+    config: str
+    run: Callable[[Values, Any], Any]
+
+    def options(self) -> dict[str, Option]:
+        return read_options(self.module, self.config)
+
+
+_SWITCH: Values = {"nargs": "?", "const": "true"}  # may stand alone
+_HIDDEN = {"output_dir", *REFUSED}  # options of transformers that a stage has no use for
 _OF_THE_DISK = {
     errno.EACCES,
     errno.EDQUOT,
@@ -29,28 +56,19 @@ _OF_THE_DISK = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: 0, or 2 for an error that a person can mend."""
+    arguments = _joined(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
-        prog="softpref", description="Soft preference optimization, stage by stage."
+        prog="softpref",
+        description="Soft preference optimization, stage by stage.",
+        epilog="softpref STAGE --help lists every option of a stage.",
     )
+    parser.add_argument("--version", action="version", version=f"softpref {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
-    for name, (summary, paths, _) in _STAGES.items():
-        stage = commands.add_parser(
-            name,
-            help=summary,
-            description=f"{summary} Any further --key value sets a parameter of the stage's configuration "
-            "and wins over --config.",
-        )
-        for option, (required, text) in paths.items():
-            stage.add_argument(f"--{option}", required=required, default="", help=text)
-        stage.add_argument("--config", default="", help="YAML or JSON file with the stage's parameters")
-        stage.add_argument(
-            "--result",
-            default="",
-            help="JSON file to write: what is printed at the end, or the error (the first process's)",
-        )
+    for name, stage in _STAGES.items():
+        _add_stage(commands, name, stage, listed=name in arguments)
     sync = commands.add_parser("track-sync", help="Send what a tracking server missed.")
     sync.add_argument("folder", help="output folder of a stage, with its tracking.jsonl")
-    sync.add_argument("--tracking-uri", default="", help="MLflow server (default: the run's own)")
+    sync.add_argument("--tracking_uri", default="", help="MLflow server (default: the run's own)")
     options, rest = parser.parse_known_args(arguments)
     if not _is_first_process():  # whose warnings are everybody's
         logging.getLogger("softpref").setLevel(logging.ERROR)
@@ -63,15 +81,12 @@ def main(arguments: list[str] | None = None) -> int:
             result = deliver(options.folder, options.tracking_uri or None)
             print(f"delivered {result.delivered} records to run {result.run_id}")
             return 0
-        from softpref.config import read_mapping
-
-        values = read_mapping(options.config) if options.config else {}
-        _, paths, stage_function = _STAGES[options.command]
-        folders = {_key(name): getattr(options, _key(name)) for name in paths}
-        given = _pairs(rest)
-        if "output_dir" in {**values, **given}:
-            raise ConfigError("output_dir is not a parameter here: --output names the folder to write")
-        result = stage_function(folders, values, given)
+        stage = _STAGES[options.command]
+        folders, values = _settle(options, rest)
+        if missing := [name for name, place in stage.places.items() if place.required and not folders[name]]:
+            commands.choices[options.command].error(f"it needs {', '.join(f'--{one}' for one in missing)}")
+        config = getattr(importlib.import_module(stage.module), stage.config)
+        result = stage.run(folders, build_config(config, values))
         if not _is_first_process():
             return 0
         print(json.dumps(result, indent=2, default=str, ensure_ascii=False))
@@ -84,6 +99,103 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno not in _OF_THE_DISK:
             raise
         return _refused(options, f"{error}; give a folder that can be written, on a disk with space")
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """`--a-b value` as `--a_b=value`: an option has one spelling, and a value may begin with a minus."""
+    joined: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            joined.append(f"--{key.replace('-', '_')}{equals}{value}")
+        elif joined and joined[-1].startswith("--") and "=" not in joined[-1] and argument != "-h":
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _add_stage(commands: Any, name: str, stage: Stage, *, listed: bool) -> None:
+    """A stage's subcommand, with all its options where they are wanted: they are read from sources."""
+    required = " ".join(f"--{one} {one.upper()}" for one, place in stage.places.items() if place.required)
+    parser = commands.add_parser(
+        name,
+        help=stage.summary,
+        usage=f"softpref {name} {required} [--config FILE] [--OPTION VALUE ...]",
+        description=f"{stage.summary} --a-b and --a_b are the same option; values that are dict or list are "
+        "written as JSON; what is given here wins over --config.",
+        allow_abbrev=False,
+    )
+    places = parser.add_argument_group("places")
+    for key, place in stage.places.items():
+        places.add_argument(f"--{key}", default="", help=place.text)
+    places.add_argument(
+        "--config", metavar="FILE", default="", help="YAML or JSON file with any of the options"
+    )
+    places.add_argument(
+        "--result",
+        metavar="FILE",
+        default="",
+        help="JSON file to write: what is printed at the end, or the error (the first process's)",
+    )
+    own = parser.add_argument_group("options of the stage")
+    inherited = parser.add_argument_group("options of transformers.TrainingArguments")
+    for option in stage.options().values() if listed else ():
+        if option.name not in _HIDDEN:
+            (inherited if option.inherited else own).add_argument(
+                f"--{option.name}",
+                metavar=option.kind,
+                default=argparse.SUPPRESS,
+                help=_help(option),
+                **(_SWITCH if "bool" in option.kind or option.name == "fsdp" else {}),
+            )
+
+
+def _help(option: Option) -> str:
+    """What an option is for, and its default."""
+    default = "required"
+    if option.default is not REQUIRED:
+        default = f"default: {json.dumps(option.default, ensure_ascii=False)}"
+    return f"{option.text} ({default})".replace("%", "%%")
+
+
+def _settle(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, str], Values]:
+    """Folders and parameters of a stage, from its file and its arguments, each known and of the right type.
+
+    All that can be found wrong without the stage's libraries is said here, in a fraction of a second.
+    """
+    for argument in rest:
+        if not argument.startswith("--"):
+            raise ConfigError(f"{argument!r} belongs to no option; write --OPTION VALUE")
+    stage = _STAGES[options.command]
+    known = stage.options()
+    unknown = dict(argument[2:].partition("=")[::2] for argument in rest)
+    given = {name: value for name, value in vars(options).items() if name in known}
+    values = {**(read_mapping(options.config) if options.config else {}), **given, **unknown}
+    folders = {name: getattr(options, name) or str(values.get(name) or "") for name in stage.places}
+    values = {name: value for name, value in values.items() if name not in folders}
+    for name in values:
+        if name == "output_dir":
+            raise ConfigError("output_dir is not an option here: --output names the folder to write")
+        if name not in known:
+            where = _whereabouts(name, stage) or f"; softpref {options.command} --help lists all"
+            raise ConfigError(f"softpref {options.command} has no option {name!r}{where}")
+    convert(stage.config, values, {one.name: one.hint for one in known.values()})
+    return folders, values
+
+
+def _whereabouts(name: str, stage: Stage) -> str:
+    """Where an option is to be found that a stage does not have, or which is meant; empty if unknown."""
+    options = [option for option in stage.options().values() if option.name not in _HIDDEN]
+    own = [*stage.places, *(option.name for option in options if not option.inherited)]
+    inherited = [option.name for option in options if option.inherited]
+    having = [
+        f"softpref {one}" for one, other in _STAGES.items() if name in {*other.places, *other.options()}
+    ]
+    if having and not holding(name, [*own, *inherited]):
+        return f"; {', '.join(having)} {'has' if len(having) == 1 else 'have'} it"
+    hint = closest(name, own, inherited)
+    return hint if "did you mean" in hint else ""
 
 
 def _refused(options: argparse.Namespace, message: str) -> int:
@@ -106,28 +218,10 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _pairs(arguments: list[str]) -> dict[str, str]:
-    """`--key value` and `--key=value` to a dictionary; a key alone is a switch."""
-    pairs: dict[str, str] = {}
-    key = ""
-    for argument in arguments:
-        if argument.startswith("--"):
-            key, has_value, value = argument[2:].partition("=")
-            key = key.replace("-", "_")
-            pairs[key] = value if has_value else "true"
-        elif key:
-            pairs[key], key = argument, ""
-        else:
-            raise ConfigError(f"{argument!r} belongs to no parameter; write --key value")
-    return pairs
-
-
-def _data(folders: Values, values: Values, given: Values) -> Any:
-    from softpref.config import build_config
-    from softpref.data.config import DataConfig
+def _data(folders: Values, config: Any) -> Any:
     from softpref.data.stage import run
 
-    stats = run(build_config(DataConfig, values, given), folders["output"])
+    stats = run(config, folders["output"])
     return {
         key: stats[key]
         for key in ("rows", "rejected", "left_out", "duplicates", "dataset_hash")
@@ -135,23 +229,17 @@ def _data(folders: Values, values: Values, given: Values) -> Any:
     }
 
 
-def _sft(folders: Values, values: Values, given: Values) -> Any:
-    from softpref.config import build_config
-    from softpref.sft.config import SFTConfig
+def _sft(folders: Values, config: Any) -> Any:
     from softpref.sft.stage import run
 
-    options = _where(folders)
-    config = build_config(SFTConfig, values, given)
-    return run(config, dataset_dir=folders["dataset"], output_dir=folders["output"], **options)
+    return run(config, dataset_dir=folders["dataset"], output_dir=folders["output"], **_where(folders))
 
 
-def _train(folders: Values, values: Values, given: Values) -> Any:
-    from softpref.config import build_config
-    from softpref.spo.config import SPOConfig
+def _train(folders: Values, config: Any) -> Any:
     from softpref.spo.stage import run
 
     return run(
-        build_config(SPOConfig, values, given),
+        config,
         dataset_dir=folders["dataset"],
         reference_dir=folders["reference"],
         output_dir=folders["output"],
@@ -161,21 +249,15 @@ def _train(folders: Values, values: Values, given: Values) -> Any:
 
 def _where(folders: Values) -> Values:
     """Name, tracking and checkpoints of a training stage, as far as they were given."""
-    return {key: folders[key] for key in map(_key, _TRAINING) if folders[key]}
+    return {key: folders[key] for key in _TRAINING if folders[key]}
 
 
-def _key(option: str) -> str:
-    return option.replace("-", "_")
-
-
-def _evaluate(folders: Values, values: Values, given: Values) -> Any:
-    from softpref.config import build_config
-    from softpref.evaluation.config import EvaluationConfig
+def _evaluate(folders: Values, config: Any) -> Any:
     from softpref.evaluation.stage import EVALUATION_FILE, run
     from softpref.lm.extrapolation import extrapolated_folders
 
     evaluation = run(
-        build_config(EvaluationConfig, values, given),
+        config,
         dataset_dir=folders["dataset"],
         reference_dir=folders["reference"],
         policy_dir=folders["policy"],
@@ -188,64 +270,72 @@ def _evaluate(folders: Values, values: Values, given: Values) -> Any:
     return result
 
 
-def _register(folders: Values, values: Values, given: Values) -> Any:
-    from softpref.config import build_config
-    from softpref.registry.config import RegistryConfig
+def _register(folders: Values, config: Any) -> Any:
     from softpref.registry.stage import run
 
     return run(
-        build_config(RegistryConfig, values, given),
-        folders["policy"],
-        folders["evaluation"],
-        folders["output"],
-        folders["comparison"] or None,
+        config, folders["policy"], folders["evaluation"], folders["output"], folders["comparison"] or None
     )
 
 
-_DATASET = (True, "dataset folder of `softpref data`")
-_OUTPUT = (True, "folder to write")
+_DATASET = Place("dataset folder of `softpref data`", required=True)
+_OUTPUT = Place("folder to write", required=True)
 _TRAINING = {
-    "name": (False, "name of the model and of its tracking run"),
-    "experiment": (False, "MLflow experiment"),
-    "parent-run-id": (False, "MLflow run under which the stage's run is put"),
-    "tracking-uri": (False, "MLflow server (default: the environment's, or a local store)"),
-    "checkpoint-dir": (False, "where checkpoints are kept while training (default: inside the output)"),
+    "name": Place("name of the model and of its tracking run"),
+    "experiment": Place("MLflow experiment"),
+    "parent_run_id": Place("MLflow run under which the stage's run is put"),
+    "tracking_uri": Place("MLflow server (default: the environment's, or a local store)"),
+    "checkpoint_dir": Place("where checkpoints are kept while training (default: inside the output)"),
 }
-_STAGES: dict[str, tuple[str, dict[str, tuple[bool, str]], Callable[[Values, Values, Values], Any]]] = {
-    "data": ("Turn preferences of any source into a checked dataset.", {"output": _OUTPUT}, _data),
-    "sft": (
+_STAGES = {
+    "data": Stage(
+        "Turn preferences of any source into a checked dataset.",
+        {"output": _OUTPUT},
+        "softpref.data.config",
+        "DataConfig",
+        _data,
+    ),
+    "sft": Stage(
         "Train the reference model.",
         {"dataset": _DATASET, "output": _OUTPUT, **_TRAINING},
+        "softpref.sft.config",
+        "SFTConfig",
         _sft,
     ),
-    "train": (
+    "train": Stage(
         "Align the reference to preferences.",
         {
             "dataset": _DATASET,
-            "reference": (True, "model to start from: a folder, a URL of one, or models:/NAME@ALIAS"),
+            "reference": Place("model to start from: a folder, a URL of one, or models:/NAME@ALIAS", True),
             "output": _OUTPUT,
             **_TRAINING,
         },
+        "softpref.spo.config",
+        "SPOConfig",
         _train,
     ),
-    "evaluate": (
+    "evaluate": Stage(
         "Measure a model on held-out prompts.",
         {
             "dataset": _DATASET,
-            "reference": (True, "the reference: a model folder, a URL of one, or models:/NAME@ALIAS"),
-            "policy": (True, "the model to measure, likewise"),
+            "reference": Place("the reference: a model folder, a URL of one, or models:/NAME@ALIAS", True),
+            "policy": Place("the model to measure, likewise", True),
             "output": _OUTPUT,
         },
+        "softpref.evaluation.config",
+        "EvaluationConfig",
         _evaluate,
     ),
-    "register": (
+    "register": Stage(
         "Put an evaluated model into the MLflow registry.",
         {
-            "policy": (True, "model folder"),
-            "evaluation": (True, "its evaluation folder"),
-            "comparison": (False, "comparison folder of a sweep that chose it"),
+            "policy": Place("model folder", True),
+            "evaluation": Place("its evaluation folder", True),
+            "comparison": Place("comparison folder of a sweep that chose it"),
             "output": _OUTPUT,
         },
+        "softpref.registry.config",
+        "RegistryConfig",
         _register,
     ),
 }

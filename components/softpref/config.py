@@ -5,8 +5,10 @@ Knows nothing of any stage: a stage hands in its own dataclass.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import inspect
 import json
 import re
 import reprlib
@@ -18,9 +20,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from softpref.errors import ConfigError
+from softpref.remote import public_url
 
 Config = TypeVar("Config")
+PARAMETERS_FILE = "parameters.yaml"  # beside a stage's result
 NULL = "$null"  # stands for a null where KFP bears none
+REFUSED = {  # options of transformers that a stage settles by itself
+    "resume_from_checkpoint": "a run that was cut off continues from its last complete checkpoint when the "
+    "same command is given again",
+}
 COMMIT = "commit "  # how the version of something on the Hub begins, as the plan settles it
 
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
@@ -177,14 +185,18 @@ def build_config(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
     values: dict[str, Any] = {}
     for layer in layers:
         values.update(layer)
-    for key, value in values.items():
-        _check_values(value, f"{cls.__name__}.{shown(key)}")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    own = {
+        name
+        for base in cls.__mro__
+        if not base.__module__.startswith("transformers.")
+        for name in inspect.get_annotations(base)
+    }
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{cls.__name__} has no parameter {key!r}{closest(key, fields)}")
-    hints = typing.get_type_hints(cls)
-    converted = {key: _convert(cls, key, value, hints[key]) for key, value in values.items()}
+            hint = closest(key, own & {*fields}, {*fields} - own)
+            raise ConfigError(f"{cls.__name__} has no parameter {key!r}{hint}")
+    converted = convert(cls.__name__, values, typing.get_type_hints(cls))
     missing = [
         name
         for name, field in fields.items()
@@ -202,22 +214,74 @@ def build_config(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
         raise ConfigError(f"{cls.__name__}: {error}") from error
 
 
-def closest(key: str, known: typing.Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the known name most like `key`, or the known names when none is close."""
-    known = sorted(known)
-    matches = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
-    if matches:
-        return f"; did you mean {matches[0]!r}?"
+def write_parameters(config: Any, folder: str | Path) -> None:
+    """Write all parameters of a stage beside its result, as it ran; `--config` takes the file again.
+
+    Passwords in URLs and tokens are left out, and so is what the stage settles by itself.
+
+    Args:
+        config: the stage's configuration, a dataclass.
+    """
+    import yaml
+
+    values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
+    kept = {
+        key: public_url(value) if isinstance(value, str) else value
+        for key, value in values.items()
+        if key not in ("output_dir", *REFUSED)
+        and value != f"<{key.upper()}>"  # transformers masks its tokens so
+    }
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with (Path(folder) / PARAMETERS_FILE).open("w", encoding="utf-8") as file:
+        yaml.safe_dump(json.loads(json.dumps(kept, default=str)), file, sort_keys=False, allow_unicode=True)
+
+
+def convert(name: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as the types of their fields, of the configuration `name`.
+
+    Args:
+        hints: type of each field; `Any` takes a value as it is.
+
+    Raises:
+        ConfigError: names the parameter, and what would be right.
+    """
+    for key, value in values.items():
+        _check_values(value, f"{name}.{shown(key)}")
+        if key in REFUSED and value not in (None, ""):
+            raise ConfigError(f"{name}.{key} must be left out: {REFUSED[key]}")
+    return {key: _convert(f"{name}.{key}", value, hints[key]) for key, value in values.items()}
+
+
+def closest(key: str, known: typing.Iterable[str], others: typing.Iterable[str] = ()) -> str:
+    """`"; did you mean 'x'?"` for the known names most like `key`, or the known names when none is close.
+
+    Args:
+        others: names that are known too, but meant only with the key's words, or nearly its letters.
+    """
+    known, others, key = sorted(known), sorted(others), str(key)
+    near = holding(key, [*known, *others])[:4]
+    if not near:
+        spelt = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        spelt += difflib.get_close_matches(key, others, n=1, cutoff=0.88)
+        near = difflib.get_close_matches(key, spelt, n=1, cutoff=0)
+    if near:
+        return f"; did you mean {' or '.join(map(repr, near))}?"
     return f"; known: {', '.join(known)}" if len(known) <= 40 else ""
 
 
-def _convert(cls: type, key: str, value: Any, hint: Any) -> Any:
+def holding(key: str, names: typing.Iterable[str]) -> list[str]:
+    """The names that hold all words of a key of several, as `num_train_epochs` those of `num_epochs`."""
+    words = set(key.split("_"))
+    return [name for name in names if len(words) > 1 and words < set(name.split("_"))]
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
     """`value` as the annotated type, or a ConfigError that names the parameter."""
     options, broken = _flatten(hint), ""
     if value is None or (isinstance(value, str) and value == "" and str not in options):
         if type(None) in options or Any in options:
             return None
-        raise ConfigError(f"{cls.__name__}.{key} needs a value, got none")
+        raise ConfigError(f"{name} needs a value, got none")
     for option in options:
         origin = typing.get_origin(option)
         if option is Any:
@@ -246,7 +310,7 @@ def _convert(cls: type, key: str, value: Any, hint: Any) -> Any:
         elif option is str:
             if isinstance(value, str):
                 return value
-            if key == "fsdp" and isinstance(value, bool):  # transformers says str, and wants True
+            if name.endswith(".fsdp") and isinstance(value, bool):  # transformers says str, and wants True
                 return value
         elif (origin or option) in (dict, list, tuple):
             container = origin or option
@@ -254,9 +318,9 @@ def _convert(cls: type, key: str, value: Any, hint: Any) -> Any:
                 try:
                     value = _from_json(value)
                 except _BROKEN_JSON as error:
-                    broken = f" ({_in_words(error)})"
+                    broken = f" ({_in_words(error)}); write it as JSON, like {_meant(value, container)}"
                     continue
-                _check_values(value, f"{cls.__name__}.{key}")
+                _check_values(value, name)
             if isinstance(value, container) or (container is tuple and isinstance(value, list)):
                 return container(value)
         elif isinstance(option, type) and isinstance(value, option):
@@ -270,7 +334,26 @@ def _convert(cls: type, key: str, value: Any, hint: Any) -> Any:
         for option in options
         if option is not type(None)
     )
-    raise ConfigError(f"{cls.__name__}.{key} must be {allowed}, got {shown(value)}{broken}")
+    raise ConfigError(f"{name} must be {allowed}, got {shown(value)}{broken}")
+
+
+def _meant(text: str, container: type) -> str:
+    """The JSON that may have been meant by text that is none: `a=b`, YAML, or words with commas between."""
+    import yaml
+
+    meant: Any = None
+    parts = [part.strip() for part in text.split(",")]
+    if len(text) <= 200:
+        with contextlib.suppress(Exception):
+            meant = yaml.safe_load(text)
+    if container is dict and all("=" in part for part in parts):
+        meant = dict(part.partition("=")[::2] for part in parts)
+    elif container is not dict and isinstance(meant, str):
+        meant = parts
+    known = isinstance(meant, dict if container is dict else list)
+    return (
+        json.dumps(meant, default=str) if known else '{"KEY": "VALUE"}' if container is dict else '["VALUE"]'
+    )
 
 
 def _flatten(hint: Any) -> list[Any]:

@@ -33,6 +33,11 @@ FAR_IN_ALL = 20.0
 """Nats per completion that `STRANGER` and `FARTHER` must amount to: of a short answer, a few unlikely words
 may rightly become sure. What the reference says once in e^20 times, no preferences can have shown."""
 
+SATURATED = 5.0
+"""Nats of a margin beyond which a logistic loss is straight, to one per cent of its slope."""
+MUCH_SATURATED = 0.25
+"""Share of such margins. Measured without an anchor, a third of them left softness without effect."""
+
 
 class Limits(NamedTuple):
     """What the gate asks of a model.
@@ -157,3 +162,16 @@ def _more(metrics: Mapping[str, Figure], name: str, allowed: float) -> bool:
     low, high = number(metrics, name, "low"), number(metrics, f"reference_{name}", "high")
     ours, theirs = _both(metrics, name)
     return low is not None and high is not None and low > high and ours > theirs + allowed
+
+
+def saturation_warning(share: float) -> str:
+    """A sentence on the share of margins that are saturated."""
+    return (
+        f"{share:.0%} of the pairs have a margin beyond {SATURATED:g} nats, where the loss is straight: "
+        "softness has no effect on them"
+    )
+
+
+def saturation_remedy(anchor: float) -> str:
+    """What to do about it."""
+    return "lower alpha" if anchor >= 1 else "set anchor to 1 (softness relative to the reference)"

@@ -11,6 +11,8 @@ from softpref import __version__, images
 
 from tests.containers.conftest import REPOSITORY
 
+pytestmark = pytest.mark.fast
+
 REQUIREMENTS = sorted((REPOSITORY / "images/requirements").glob("*.txt"))
 
 
@@ -32,8 +34,9 @@ def test_every_stage_has_a_target_of_the_recipe_and_an_image_with_the_packages_v
     for stage in images.STAGES:
         assert re.search(rf"^FROM \S+ AS {stage}$", recipe, re.MULTILINE)
         assert images.image_name(stage) == f"localhost/softpref-{stage}:{__version__}"
-    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
-    assert version == __version__
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "softpref.__version__"}
 
 
 @pytest.mark.parametrize("requirements", REQUIREMENTS, ids=lambda path: path.stem)

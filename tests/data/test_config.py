@@ -9,6 +9,8 @@ from softpref.data.columns import check_present, check_roles, paths_of, settle_l
 from softpref.data.config import DataConfig
 from softpref.errors import ConfigError
 
+pytestmark = pytest.mark.fast
+
 CANDIDATES = {"completion_a": "x", "completion_b": "y"}
 
 

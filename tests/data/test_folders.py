@@ -9,6 +9,8 @@ import pytest
 from softpref.data.sources import open_source
 from softpref.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.fast
+
 
 def write_rows(folder, **files):
     """JSON Lines or Parquet files by their names."""

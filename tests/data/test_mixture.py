@@ -11,8 +11,8 @@ import pytest
 from softpref.cli import main
 from softpref.config import build_config, parse_overrides
 from softpref.data.component import prepare_data
-from softpref.data.config import DataConfig
-from softpref.data.mixture import divide_rows, parts_of
+from softpref.data.config import DataConfig, parts_of
+from softpref.data.mixture import divide_rows
 from softpref.data.stage import run
 from softpref.errors import ConfigError, DataError
 

@@ -17,6 +17,8 @@ from softpref.data.rows import (
 from softpref.data.texts import LeftOut, Refused, cut_common_prefix
 from softpref.errors import ConfigError
 
+pytestmark = pytest.mark.fast
+
 PAIR = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 IMPLICIT = {"chosen": "chosen", "rejected": "rejected"}
 VOTES = {role: role for role in ("prompt", "completion_a", "completion_b", "votes_a", "votes_b")}

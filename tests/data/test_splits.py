@@ -4,6 +4,8 @@ import pytest
 from softpref.data.splits import SPLITS, assign_splits, prompt_key
 from softpref.errors import DataError
 
+pytestmark = pytest.mark.fast
+
 
 def keys(count):
     return [prompt_key(f"prompt {index}") for index in range(count)]

@@ -1,12 +1,17 @@
 """What a node of a TrainJob finds out before it starts its processes, and what the configuration refuses."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from softpref.config import build_config
 from softpref.distributed.config import LauncherConfig, TrainJobConfig, parse_launcher
 from softpref.distributed.node import NodeTask, main, read_secrets, rendezvous
 from softpref.errors import ConfigError
+
+pytestmark = pytest.mark.fast
 
 
 def test_the_torch_policy_says_where_nodes_meet():
@@ -72,6 +77,20 @@ def test_a_node_that_starts_again_after_the_end_leaves_things_alone(tmp_path):
     NodeTask("sft", {"dataset": "dataset", "output": "output"}, {}, processes=1, gpus=0).write(tmp_path)
     (tmp_path / "result.json").write_text('{"result": {"train_loss": 1.0}}')
     assert main([str(tmp_path)]) == 0  # without a rendezvous, too
+
+
+def test_a_node_that_another_launcher_made_part_of_a_run_becomes_the_stage(tmp_path):
+    NodeTask("sft", {"dataset": "dataset", "output": "output"}, {}, processes=1, gpus=0).write(tmp_path)
+    (tmp_path / "parameters.json").write_text('{"vocab_sise": 300}')
+    node = subprocess.run(
+        [sys.executable, "-m", "softpref.distributed.node", str(tmp_path)],
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "job"},
+        capture_output=True,
+        text=True,
+    )
+    assert (node.returncode, node.stdout) == (2, "")
+    assert "did you mean 'vocab_size'" in node.stderr
+    assert "did you mean 'vocab_size'" in json.loads((tmp_path / "result.json").read_text())["error"]
 
 
 def test_an_empty_launcher_is_this_machine():

@@ -7,6 +7,8 @@ import pytest
 from softpref.evaluation.curves import Point, curves, entropy_at, equal_reward, most_entropy, shortfall
 from softpref.evaluation.exact import ExactPrompt, entropy, softmax_frontier
 
+pytestmark = pytest.mark.fast
+
 REWARDS = np.random.default_rng(0).normal(size=40)
 NOTHING = np.zeros(40)
 FRONTIER = softmax_frontier([ExactPrompt(REWARDS, NOTHING, NOTHING, NOTHING, 1.0)])

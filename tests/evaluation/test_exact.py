@@ -26,6 +26,8 @@ from softpref.lm.scoring import score_sequences
 from softpref.objectives import dpo_loss, ipo_loss, ordered_pairs, preference_loss
 from transformers import LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.fast
+
 
 def llama(seed, vocabulary=5):
     torch.manual_seed(seed)

@@ -18,6 +18,8 @@ from softpref.evaluation.metrics import (
     repetition,
 )
 
+pytestmark = pytest.mark.fast
+
 
 def compute(metric, **columns):
     return metric(keep_in_memory=True).compute(**columns)

@@ -6,6 +6,8 @@ from softpref.evaluation.exact import Objective, exact_prompt
 from softpref.evaluation.theory import TRUSTED, reward_frontier, sampled_figures, sampled_prompt
 from softpref.judges import Outcomes
 
+pytestmark = pytest.mark.fast
+
 OUTPUTS, SAMPLES = 30, 600
 
 

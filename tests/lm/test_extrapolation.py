@@ -12,6 +12,8 @@ from softpref.lm.extrapolation import (
 from softpref.lm.loading import load_metadata, load_model, load_tokenizer, save_model_folder
 from torch import nn
 
+pytestmark = pytest.mark.fast
+
 
 class Odd(nn.Module):
     """Floats of two widths, a tied weight, a scalar, an empty one, integer and boolean buffers."""

@@ -8,6 +8,8 @@ from scipy.stats import chisquare
 from softpref.lm.sampling import sample_completions, sampling_noise
 from softpref.lm.scoring import score_sequences
 
+pytestmark = pytest.mark.fast
+
 PROMPTS = [[1, 5, 6, 7], [1], [1, 7], [1, 6, 6, 5, 5, 7, 7], [1, 5]]
 STOP = 3
 

@@ -15,6 +15,8 @@ from softpref.lm.loading import (
     source_name,
 )
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def saved(tmp_path, make_tokenizer, make_model):

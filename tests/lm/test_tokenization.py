@@ -17,6 +17,8 @@ from softpref.lm.tokenization import (
     tokenize_sequence,
 )
 
+pytestmark = pytest.mark.fast
+
 spec = importlib.util.spec_from_file_location("architectures", Path(__file__).with_name("architectures.py"))
 architectures = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(architectures)

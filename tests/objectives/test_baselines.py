@@ -14,6 +14,8 @@ from softpref.objectives import (
     tdpo_loss,
 )
 
+pytestmark = pytest.mark.fast
+
 LABELS = (None, "linear", "geometric")
 EPSILON = 2.0**-24
 """What rounding to fp32 may change, relative to a value."""

@@ -8,6 +8,8 @@ from softpref.objectives import chunked, token_kl, token_logps, token_logps_and_
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytestmark = pytest.mark.fast
+
 TOKENS, WIDTH, REF_WIDTH, VOCABULARY = 11, 6, 4, 13
 FORMS = {
     "plain": {},

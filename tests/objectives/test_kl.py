@@ -14,6 +14,8 @@ from softpref.objectives import (
     reward_to_go,
 )
 
+pytestmark = pytest.mark.fast
+
 
 class Table:
     """An autoregressive model that keeps the logits of every prefix; `end` may stop a completion early.

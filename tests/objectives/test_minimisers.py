@@ -7,6 +7,8 @@ import pytest
 import torch
 from softpref.objectives import preference_loss
 
+pytestmark = pytest.mark.fast
+
 REWARDS = torch.tensor([1.5, 0.2, -0.7, 0.9, -1.4, 0.0], dtype=torch.float64)
 LENGTHS = torch.tensor([3.0, 7.0, 2.0, 12.0, 5.0, 1.0], dtype=torch.float64)
 """Tokens of each output, for weights that go by the mean per token."""

@@ -8,6 +8,8 @@ import torch
 from scipy.optimize import minimize
 from softpref.objectives import exact_optimum, ipo_loss, ipo_optimum, preference_loss
 
+pytestmark = pytest.mark.fast
+
 COUNT = 12
 GENERATOR = torch.Generator().manual_seed(7)
 REWARDS = torch.randn(COUNT, generator=GENERATOR, dtype=torch.float64) * 1.5

@@ -9,6 +9,8 @@ import torch
 from scipy.special import expit, logsumexp, softmax
 from softpref.objectives import log_group_weights, ordered_pairs, preference_loss
 
+pytestmark = pytest.mark.fast
+
 KINDS = ("pairwise", "best_of_n", "ranking")
 EPSILON = 2.0**-24
 """What rounding to fp32 may change, relative to a value."""

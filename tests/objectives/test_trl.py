@@ -9,6 +9,8 @@ from softpref.lm.padding import pad_sequences
 from softpref.lm.scoring import sequence_logps
 from softpref.objectives import dpo_loss, ipo_loss, rdpo_loss, slic_loss, sppo_loss
 
+pytestmark = pytest.mark.fast
+
 RECORDED = json.loads(Path(__file__).with_name("trl_losses.json").read_text(encoding="utf-8"))
 ROWS = len(RECORDED["rows"])
 

@@ -4,6 +4,8 @@ import io
 
 import pytest
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def console(monkeypatch):

@@ -8,6 +8,8 @@ import pytest
 from softpref.preflight.stage import outcome
 from softpref.tracking import RUN_ID
 
+pytestmark = pytest.mark.fast
+
 TASK = "exit-handler-1"
 TERMINATED = [{"state": "RUNNING"}, {"state": "CANCELING"}]
 

@@ -6,6 +6,8 @@ from softpref.fitness import gate_failures
 from softpref.registry.config import RegistryConfig
 from softpref.registry.gate import Champion, challenge
 
+pytestmark = pytest.mark.fast
+
 
 def figure(value, low=None, high=None):
     return {"value": value, "low": low, "high": high, "n": 100, "unit": "share"}

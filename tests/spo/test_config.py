@@ -3,7 +3,11 @@
 import pytest
 from softpref.config import build_config, parse_overrides
 from softpref.errors import ConfigError
+from softpref.sft.config import SFTConfig
 from softpref.spo import SPOConfig, SPOTrainer
+from transformers import HfArgumentParser
+
+pytestmark = pytest.mark.fast
 
 
 @pytest.fixture
@@ -192,3 +196,18 @@ def test_an_optimizer_whose_package_is_absent_is_refused_with_the_packages_name(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=f"{optimizer} needs the package {package}, which"):
         SPOConfig(**layers, optim=optimizer)
+
+
+@pytest.mark.parametrize("config", [SPOConfig, SFTConfig])
+def test_transformers_own_parser_reads_the_configuration(config, tmp_path):
+    base = ["--base_model", "owner/name"] if config is SFTConfig else ["--alpha", "0.5"]
+    (read,) = HfArgumentParser(config).parse_args_into_dataclasses(
+        [*base, "--output_dir", str(tmp_path), "--learning-rate", "1e-4", "--use_cpu"],
+        look_for_args_file=False,
+    )
+    assert (read.learning_rate, read.use_cpu, read.report_to) == (1e-4, True, [])
+    assert read == build_config(
+        config,
+        {name: getattr(read, name) for name in ("learning_rate", "use_cpu", "output_dir")},
+        dict([[base[0][2:], base[1]]]),
+    )

@@ -9,6 +9,8 @@ import torch
 from softpref.errors import ConfigError, DataError
 from softpref.lm.tokenization import tokenize_prompt
 
+pytestmark = pytest.mark.fast
+
 SHORT = {"prompt": "abc", "completions": ["ab", "ba"]}
 OTHER = {"prompt": "cab", "completions": ["fed", "g"]}
 CUT = {"prompt": "bad", "completions": ["abcdefgh", "a"]}  # nine tokens with the end token, where eight fit

@@ -19,13 +19,22 @@ from typing import Any
 
 from softpref import __version__
 from softpref.artifacts import readable
+from softpref.config import PARAMETERS_FILE, write_parameters
 from softpref.data import rows as row_reading
 from softpref.data import storyteller
 from softpref.data.columns import check_present
-from softpref.data.config import EMBEDDED, STORY_ROWS, STORY_SFT_ROWS, DataConfig
+from softpref.data.config import (
+    EMBEDDED,
+    STORY_ROWS,
+    STORY_SFT_ROWS,
+    WITH_ESCAPES,
+    DataConfig,
+    Part,
+    parts_of,
+)
 from softpref.data.finished import is_finished, take_over
 from softpref.data.intake import Intake, RejectionLog, Source, check_alike, check_rejections, peek_columns
-from softpref.data.mixture import Part, divide_rows, label, parts_of, public_mixture
+from softpref.data.mixture import divide_rows, label, public_mixture
 from softpref.data.page import render_page
 from softpref.data.sources import SourceRow, fetch, open_source
 from softpref.data.splits import SPLITS, assign_splits, prompt_key
@@ -43,6 +52,7 @@ _WRITTEN = {  # what a dataset folder holds; a run replaces them all
     *SPLITS,
     "dataset_dict.json",
     "stats.json",
+    PARAMETERS_FILE,
     "rejected.jsonl",
     "page.html",
     "sft",
@@ -59,12 +69,12 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
 
     The folder is a saved `datasets.DatasetDict` with the splits train, validation and test (columns `prompt`,
     `completions` best first, `kind`, `probability`, `weight` where a source has weights, `source_row`, and
-    `source` where there are several), and beside it `stats.json`, `rejected.jsonl`, `page.html`; `sft/` (a
-    `DatasetDict` of `prompt` and `completion`) and `prompts/` (a `Dataset` of `prompt`) where the
-    configuration gives them a source; for the story world `outcomes.jsonl`, for the storyteller
-    `reward.json`. It appears under its name only when complete. The same configuration and source give the
-    same rows. Where the source is such a folder itself, its splits and what lies beside them are taken over
-    as they are.
+    `source` where there are several), and beside it `stats.json`, `parameters.yaml`, `rejected.jsonl`,
+    `page.html`; `sft/` (a `DatasetDict` of `prompt` and `completion`) and `prompts/` (a `Dataset` of
+    `prompt`) where the configuration gives them a source; for the story world `outcomes.jsonl`, for the
+    storyteller `reward.json`. It appears under its name only when complete. The same configuration and source
+    give the same rows. Where the source is such a folder itself, its splits and what lies beside them are
+    taken over as they are.
 
     Args:
         config: what to read and how.
@@ -157,6 +167,8 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
     finally:
         rejections.close()
     (folder / "stats.json").write_text(json.dumps(stats, indent=2, ensure_ascii=False), encoding="utf-8")
+    escaped = {name: getattr(config, name).replace("\\", "\\\\") for name in WITH_ESCAPES}
+    write_parameters(_changed(config, escaped), folder)
     (folder / "page.html").write_text(render_page(stats, examples), encoding="utf-8")
     shutil.rmtree(work)
     return stats
@@ -164,12 +176,15 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
 
 def _without_secrets(config: DataConfig) -> DataConfig:
     """The configuration as it may be recorded and told: URLs can hold a password or a signature."""
-    shown = copy.copy(config)  # made anew, it would take the escapes of its texts for escapes again
-    for name in _SOURCES:
-        if source := getattr(config, name):
-            setattr(shown, name, public_url(source))
-    shown.mixture = public_mixture(config.mixture)
-    return shown
+    sources = {name: public_url(source) for name in _SOURCES if (source := getattr(config, name))}
+    return _changed(config, {**sources, "mixture": public_mixture(config.mixture)})
+
+
+def _changed(config: DataConfig, values: Mapping[str, Any]) -> DataConfig:
+    changed = copy.copy(config)  # made anew, it would take the escapes of its texts for escapes again
+    for name, value in values.items():
+        setattr(changed, name, value)
+    return changed
 
 
 def _divide(

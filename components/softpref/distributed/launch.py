@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 def run_stage(
     stage: Stage,
+    config_class: type[Any],
+    run: Callable[..., dict[str, float]],
     *layers: Mapping[str, Any],
     folders: Mapping[str, str],
     launcher: str = "",
@@ -34,6 +36,7 @@ def run_stage(
 
     Args:
         stage: `sft` or `train`.
+        config_class, run: its configuration, and what runs it in this process.
         layers: parameters of the stage's configuration, later layers winning; see `build_config`.
         folders: `dataset` and `output`, and `reference` of the stage `train`.
         launcher: see `softpref.distributed.config.LauncherConfig`.
@@ -58,7 +61,8 @@ def run_stage(
         where["checkpoint_dir"] = str(checkpoints)
     processes = _processes(config, _count(values.get("gpus", 0)))
     if processes == 1:
-        return run_here(stage, values, folders=folders, where=where)
+        paths = {f"{name}_dir": path for name, path in folders.items()}
+        return run(build_config(config_class, values), **paths, **where)
     from softpref.lm.training import require_devices
 
     gpus = _count(values.get("gpus", 0))
@@ -79,22 +83,6 @@ def run_stage(
             read_result(result)  # a refusal says more than the launcher's account of its processes
             raise
         return read_result(result)
-
-
-def run_here(
-    stage: Stage, values: Mapping[str, Any], *, folders: Mapping[str, str], where: Mapping[str, str]
-) -> dict[str, float]:
-    """Run a training stage in this process."""
-    paths = {f"{name}_dir": path for name, path in folders.items()}
-    if stage == "sft":
-        from softpref.sft.config import SFTConfig
-        from softpref.sft.stage import run as run_sft
-
-        return run_sft(build_config(SFTConfig, values), **paths, **where)
-    from softpref.spo.config import SPOConfig
-    from softpref.spo.stage import run as run_spo
-
-    return run_spo(build_config(SPOConfig, values), **paths, **where)
 
 
 def _processes(config: LauncherConfig, gpus: int) -> int:

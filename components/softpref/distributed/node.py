@@ -19,6 +19,7 @@ from typing import Literal
 
 from softpref.distributed.command import stage_arguments
 from softpref.distributed.processes import (
+    MODULES,
     Rendezvous,
     StageFailed,
     launch_command,
@@ -92,9 +93,7 @@ def run_node(folder: Path) -> int:
     paths = {name: str(folder / path) for name, path in task.folders.items()}
     arguments = stage_arguments(paths, task.where, config=folder / PARAMETERS_FILE, result=result)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        from softpref.cli import main
-
-        return main([task.stage, *arguments])
+        os.execv(sys.executable, [sys.executable, "-m", MODULES[task.stage], *arguments])
     if task.gpus:
         from softpref.lm.training import require_devices
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from softpref.errors import ConfigError
-from softpref.judges import JudgeName
 
 
 @dataclass
@@ -60,7 +59,7 @@ class EvaluationConfig:
     max_new_tokens: int = 0
     batch_size: int = 256
     plain_forward: bool = False
-    judge: JudgeName = "auto"
+    judge: Literal["auto", "expert", "bradley-terry"] = "auto"
     judge_max_rows: int = 20000
     exact_prompts: int = 8
     theory_samples: int = 1024

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softpref.artifacts import readable, strengths
+from softpref.config import write_parameters
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.figures import (
@@ -25,7 +26,7 @@ from softpref.evaluation.figures import (
     theory_samples,
     tokenize_prompts,
 )
-from softpref.fitness import ailments
+from softpref.fitness import MUCH_SATURATED, ailments, saturation_remedy, saturation_warning
 from softpref.judges import OUTCOMES_FILE, check_judge, load_judge, read_outcomes, text_rows
 from softpref.lm.extrapolation import extrapolated_folders
 from softpref.lm.loading import (
@@ -141,6 +142,7 @@ def run(
         tracker.tags({"evaluation_id": evaluation["evaluation_id"]})
         timer.enter("tracking")
         tracker.metrics({f"{prefix}{name}": value for name, value in timer.metrics().items()}, step=0)
+    write_parameters(config, output)
     timer.write(output)
     return evaluation
 
@@ -425,7 +427,6 @@ def _warnings(
 ) -> list[str]:
     """What a reader should know before trusting the figures."""
     from softpref.lm.tokenization import findings_text
-    from softpref.spo.health import MUCH_SATURATED, saturation_remedy, saturation_warning
 
     found = []
     if prompts < 2:

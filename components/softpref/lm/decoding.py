@@ -25,8 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from softpref.lm.head import completion_hidden
 from softpref.lm.packing import ATTENTION as PACKED_ATTENTION
-from softpref.lm.packing import rounding_limit
-from softpref.lm.sampling import evaluation_mode
+from softpref.lm.packing import evaluation_mode, rounding_limit
 from softpref.lm.scoring import scoring_batches
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from softpref.lm.packing import PackedBatch, pack_sequences, packs, run_packed
+from softpref.lm.packing import PackedBatch, evaluation_mode, pack_sequences, packs, run_packed
 from softpref.lm.padding import PaddedBatch, completion_logits, pad_sequences
-from softpref.lm.sampling import evaluation_mode
 from softpref.lm.sharding import shards
 from softpref.objectives import TokenKL, TokenLogps, token_kl, token_logps, token_logps_and_entropy
 

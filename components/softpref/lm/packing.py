@@ -11,7 +11,8 @@ token of each of its completions is predicted.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,8 +20,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-from softpref.lm.sampling import evaluation_mode
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +145,17 @@ _verdicts: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # of each model: w
 # what models tell their attention function besides, and what makes no difference to it
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "return_dict"}
 _PROBE = (([1, 2, 3, 4], [5, 6, 7]), ([1, 2, 3, 4], [8, 9]), ([3, 1], [2, 6, 4]))
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Eval mode inside, the former mode afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 class _Refused(Exception):

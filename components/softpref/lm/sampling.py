@@ -9,11 +9,14 @@ processes share the work, nor on what a run had drawn before it was interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+
+from softpref.lm.decoding import CachedRows, GrowingRows, WholeRows, decodes, decoding_attention
+from softpref.lm.packing import evaluation_mode
 
 
 class Sample(NamedTuple):
@@ -66,8 +69,6 @@ def sample_completions(
         stop_ids: tokens that end a completion; they belong to it.
         progress: called with the number of completions that a batch has added.
     """
-    from softpref.lm.decoding import decodes, decoding_attention
-
     device = next(model.parameters()).device
     if len(noise) != len(prompts):
         raise ValueError(f"noise needs one row per prompt: {len(prompts)} prompts, {len(noise)} rows")
@@ -89,17 +90,6 @@ def sample_completions(
     return [sample for sample in samples if sample is not None]
 
 
-@contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
-    """Eval mode inside, the former mode afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def _sample_batch(
     model: Any,
     prompts: list[list[int]],
@@ -107,8 +97,6 @@ def _sample_batch(
     stop_ids: Sequence[int],
     cached: bool,
 ) -> list[Sample]:
-    from softpref.lm.decoding import CachedRows, GrowingRows, WholeRows
-
     device, max_new_tokens = noise.device, noise.shape[1]
     growing: GrowingRows = (CachedRows if cached else WholeRows)(model, prompts)
     stops = torch.tensor(sorted(set(stop_ids)), device=device)

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from softpref.errors import ConfigError
 from softpref.lm.head import completion_hidden, output_head
-from softpref.lm.packing import PackedBatch, pack_sequences
+from softpref.lm.packing import PackedBatch, evaluation_mode, pack_sequences
 from softpref.lm.padding import PaddedBatch
-from softpref.lm.sampling import evaluation_mode
 
 _LOGITS_AT_ONCE = 2**26  # of a model whose full logits are needed: 256 MB in fp32
 

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from softpref.artifacts import plain
+from softpref.config import write_parameters
 from softpref.errors import ConfigError, DataError
 from softpref.fitness import figure_text, gate_failures
 from softpref.lm.loading import check_model_source, check_remote_code, load_metadata, load_tokenizer
@@ -124,6 +125,7 @@ def run(
             _register(config, checkpoint, model_dir, metadata, evaluation, comparison, decision)
     output_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(decision, indent=2, ensure_ascii=False)
+    write_parameters(config, output_dir)
     (output_dir / DECISION_FILE).write_text(text + "\n", encoding="utf-8")
     if not decision["registered"]:
         raise DataError(f"{evaluation.get('name') or model_dir} is {decision['reason']}")

@@ -51,12 +51,15 @@ def train_reference(
     from softpref.artifacts import describe, model_values
     from softpref.config import hub_revision, parse_overrides
     from softpref.distributed.launch import run_stage
-    from softpref.sft.stage import headline
+    from softpref.sft.config import SFTConfig
+    from softpref.sft.stage import headline, run
     from softpref.tracking import watch_termination
 
     watch_termination(experiment, tracking_uri or None)
     results = run_stage(
         "sft",
+        SFTConfig,
+        run,
         {
             "base_model": base_model,
             "learning_rate": learning_rate,

@@ -55,7 +55,6 @@ class SFTConfig(TrainingArguments):
     # Defaults of TrainingArguments that do not suit this stage.
     learning_rate: float = 2e-5
     logging_steps: float = 10
-    report_to: str | list[str] | None = "none"
     bf16: bool | None = field(default=None)  # type: ignore[assignment]
     save_total_limit: int | None = 2
 

@@ -13,7 +13,7 @@ import torch
 
 import softpref
 from softpref.artifacts import readable
-from softpref.config import closest
+from softpref.config import closest, write_parameters
 from softpref.errors import ConfigError, DataError, SoftprefError
 from softpref.lm.head import completion_hidden
 from softpref.lm.kept_rows import keep_rows
@@ -210,6 +210,7 @@ def run(
             timer.enter("tracking")
             tracker.flush(timeout=10)  # the run's id is part of what is saved
             timer.enter("saving")
+            write_parameters(config, output_dir)
             save_model_folder(
                 reference,
                 tokenizer,

@@ -55,13 +55,16 @@ def train_policy(
     from softpref.artifacts import describe, model_values
     from softpref.config import parse_overrides
     from softpref.distributed.launch import run_stage
-    from softpref.spo.stage import headline
+    from softpref.spo.config import SPOConfig
+    from softpref.spo.stage import headline, run
     from softpref.tracking import watch_termination
 
     watch_termination(experiment, tracking_uri or None)
     plan = json.loads(member)
     results = run_stage(
         "train",
+        SPOConfig,
+        run,
         {
             "learning_rate": learning_rate,
             "num_train_epochs": num_train_epochs,

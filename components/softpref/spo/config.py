@@ -175,7 +175,6 @@ class SPOConfig(TrainingArguments):
     # Defaults of TrainingArguments that do not suit preference training.
     learning_rate: float = 1e-6
     logging_steps: float = 10
-    report_to: str | list[str] | None = "none"
     remove_unused_columns: bool = False
     bf16: bool | None = field(default=None)  # type: ignore[assignment]
     save_total_limit: int | None = 2

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from softpref.errors import ConfigError, SoftprefError
 from softpref.lm.head import completion_hidden
-from softpref.lm.sampling import Sample, evaluation_mode, sample_completions
+from softpref.lm.packing import evaluation_mode
+from softpref.lm.sampling import Sample, sample_completions
 from softpref.lm.scoring import scoring_batches
 from softpref.spo.config import SPOConfig
 from softpref.spo.vllm_core import Drawn, EngineSpec, shared_core

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from softpref.fitness import MUCH_SATURATED, saturation_remedy, saturation_warning
 from softpref.spo.config import SPOConfig
 
-SATURATED = 5.0  # a margin in nats beyond which a logistic loss is straight, to one per cent of its slope
-MUCH_SATURATED = 0.25  # share of such margins; measured without an anchor, 0.35 left softness without effect
 END_FALLEN = 0.5  # nats that the end token may lose in training
 
 
@@ -40,19 +39,6 @@ def health_warnings(
             + ("set kl_on to samples" if args.kl_on == "none" else f"raise {strength}")
         )
     return warnings
-
-
-def saturation_warning(share: float) -> str:
-    """A sentence on the share of margins that are saturated."""
-    return (
-        f"{share:.0%} of the pairs have a margin beyond {SATURATED:g} nats, where the loss is straight: "
-        "softness has no effect on them"
-    )
-
-
-def saturation_remedy(anchor: float) -> str:
-    """What to do about it."""
-    return "lower alpha" if anchor >= 1 else "set anchor to 1 (softness relative to the reference)"
 
 
 def fall(values: Sequence[float]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softpref.fitness import SATURATED
 from softpref.objectives import (
     dpo_loss,
     ipo_loss,
@@ -19,7 +20,6 @@ from softpref.objectives import (
     tdpo_loss,
 )
 from softpref.spo.config import SPOConfig
-from softpref.spo.health import SATURATED
 
 
 def method_losses(

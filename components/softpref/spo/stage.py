@@ -13,6 +13,7 @@ import torch
 
 import softpref
 from softpref.artifacts import readable, strengths
+from softpref.config import write_parameters
 from softpref.errors import ConfigError, DataError
 from softpref.judges import as_text, check_judge, load_judge
 from softpref.lm.extrapolation import parse_weights, write_extrapolations
@@ -248,6 +249,7 @@ def run(
                     weights,
                     trust_remote_code=config.trust_remote_code,
                 )
+            write_parameters(config, output_dir)
             save_model_folder(whole, tokenizer, output_dir, metadata)
             remove_checkpoints(checkpoints)
             timer.enter("tracking")

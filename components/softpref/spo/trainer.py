@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from softpref.errors import ConfigError
 from softpref.lm.decoding import decodes
 from softpref.lm.head import CompletionHidden, completion_hidden, output_head, try_out
-from softpref.lm.packing import PackedBatch, pack_sequences
-from softpref.lm.sampling import Sample, evaluation_mode, sample_completions
+from softpref.lm.packing import PackedBatch, evaluation_mode, pack_sequences
+from softpref.lm.sampling import Sample, sample_completions
 from softpref.lm.scoring import score_sequences, scoring_batches, sequence_logps, sum_by_sequence
 from softpref.lm.sharding import whole_weights
 from softpref.lm.tokenization import stop_token_ids

@@ -25,6 +25,15 @@ class RunGone(Exception):
     """The run was deleted on the server, so nothing can be added to it."""
 
 
+def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
+    """The argument, else `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db`; a SQLite path made absolute."""
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    path = uri.removeprefix("sqlite:///")
+    if path != uri and path != ":memory:":
+        uri = f"sqlite:///{Path(path).resolve()}"
+    return uri
+
+
 def mlflow_ready(uri: str) -> bool:
     """Import what speaking to `uri` needs; False when mlflow is not installed.
 

@@ -20,6 +20,7 @@ from softpref.tracking.mlflow_store import (
     in_short,
     mlflow_ready,
     open_client,
+    resolve_tracking_uri,
     short_requests,
     source_tags,
 )
@@ -131,8 +132,6 @@ def finish_pipeline_run(
         tags: for the run of the pipeline.
         patience: seconds to wait for a server that is away.
     """
-    from softpref.tracking.tracker import resolve_tracking_uri
-
     run, uri = current_pipeline_run(), resolve_tracking_uri(tracking_uri)
     if run is None or not mlflow_ready(uri):
         return

@@ -28,6 +28,7 @@ from softpref.tracking.mlflow_store import (
     open_client,
     refusal_of,
     release_short_requests,
+    resolve_tracking_uri,
     short_requests,
 )
 from softpref.tracking.pipeline_run import current_pipeline_run, experiment_of, find_or_open_root
@@ -497,12 +498,3 @@ _open_trackers: weakref.WeakSet[Tracker] = weakref.WeakSet()
 def _key(*parts: str) -> str:
     """A key that every attempt of a step finds again."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-
-
-def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
-    """The argument, else `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db`; a SQLite path made absolute."""
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    path = uri.removeprefix("sqlite:///")
-    if path != uri and path != ":memory:":
-        uri = f"sqlite:///{Path(path).resolve()}"
-    return uri
