@@ -168,10 +168,11 @@ class Cluster:
     def _recipe(self) -> Path:
         """The embedded recipe, with training of a minute or so; the baseline stays what the reference is."""
         recipe = yaml.safe_load((REPOSITORY / "pipelines/recipes/embedded.yaml").read_text(encoding="utf-8"))
-        recipe |= {"rows": 6000, "sft_num_train_epochs": 1, "samples_per_prompt": 16, "min_win_rate": 0.0}
+        recipe |= {"rows": 6000, "samples_per_prompt": 16, "min_win_rate": 0.0}
+        recipe |= {"sft_num_train_epochs": 1, "num_train_epochs": 1}
         recipe |= {"alphas": [0.5], "baselines": ["dpo:1,max_steps=2,learning_rate=1e-9"]}
         recipe["data_overrides"] |= {"sft_rows": 6000}
-        recipe["train_overrides"] |= {"logging_steps": 5, "save_steps": 20}
+        recipe["train_overrides"] |= {"per_device_train_batch_size": 32, "logging_steps": 5, "save_steps": 20}
         recipe["evaluation_overrides"] = {"exact_prompts": 1, "bootstrap_samples": 100}
         path = self._folder / "smoke.yaml"
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")

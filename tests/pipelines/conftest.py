@@ -20,10 +20,11 @@ def quick_recipe(tmp_path):
 
     def write(**changes) -> str:
         recipe = yaml.safe_load((REPOSITORY / "pipelines/recipes/embedded.yaml").read_text(encoding="utf-8"))
-        recipe |= {"rows": 400, "samples_per_refresh": 32, "samples_per_prompt": 4, "sft_num_train_epochs": 1}
+        recipe |= {"rows": 400, "samples_per_refresh": 32, "samples_per_prompt": 4}
+        recipe |= {"sft_num_train_epochs": 1, "num_train_epochs": 1}
         recipe["data_overrides"] |= {"sft_rows": 400}
         recipe["sft_overrides"]["model_config"] |= {"hidden_size": 32, "num_hidden_layers": 1}
-        recipe["train_overrides"] |= {"logging_steps": 2}
+        recipe["train_overrides"] |= {"per_device_train_batch_size": 32, "logging_steps": 2}
         recipe["evaluation_overrides"] = {"exact_prompts": 1, "bootstrap_samples": 100}
         recipe |= {"alphas": [0.5], "baselines": ["dpo:1"], "min_win_rate": 0.0, **changes}
         path = tmp_path / "quick.yaml"

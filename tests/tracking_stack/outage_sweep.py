@@ -38,6 +38,7 @@ def recipe(tmp_path_factory):
     recipe = yaml.safe_load((REPOSITORY / "pipelines/recipes/embedded.yaml").read_text(encoding="utf-8"))
     recipe |= {
         "rows": 8000,
+        "num_train_epochs": 1,
         "alphas": [0.5, 1.0],
         "baselines": [],
         "samples_per_prompt": 8,
@@ -45,7 +46,7 @@ def recipe(tmp_path_factory):
     }
     recipe["data_overrides"] |= {"sft_rows": 4000}
     recipe["evaluation_overrides"] = {"exact_prompts": 1, "bootstrap_samples": 100}
-    recipe["train_overrides"] |= {"logging_steps": 1}
+    recipe["train_overrides"] |= {"per_device_train_batch_size": 32, "logging_steps": 1}
     path = tmp_path_factory.mktemp("recipe") / "outage.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
