@@ -24,7 +24,7 @@ def layers(tmp_path):
         ({"beta": -0.1}, "beta must be"),
         ({"method": "dpo", "beta": 0.0}, "beta must be at least 0 for spo, above 0 for every other"),
         ({"method": "ppo"}, r"method must be 'spo' \| 'dpo'"),
-        ({"kl_gradient": "k3"}, "kl_gradient must be 'token' | 'full' or float"),
+        ({"kl_gradient": "k3"}, "kl_gradient must be token, full, or a number from 0"),
         ({"kl_gradient": 1.5}, "kl_gradient must be token, full, or a number from 0"),
         ({"kl_gradient": "nan"}, "kl_gradient must be token, full, or a number from 0"),
         ({"top_p": 0.9}, "top_p must be 1: .*own distribution"),

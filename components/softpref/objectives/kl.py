@@ -8,26 +8,28 @@ earlier state of it, at temperature 1 without any cut.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KLGradient = Literal["token", "full"] | float
+KLGradient = float | str | None
 """An estimator by its name, or by its λ."""
 
 _LAMBDAS = {"token": 0.0, "full": 1.0}
 
 
 def kl_lambda(kl_gradient: KLGradient) -> float:
-    """λ of an estimator of `kl_loss`: 0 of `token`, 1 of `full`, and a number in [0, 1] is its own.
+    """λ of an estimator of `kl_loss`: 0 of `token`, 1 of `full`, and a number in [0, 1], also as text, is its own.
 
     Raises:
         ValueError: anything else.
     """
-    value = _LAMBDAS.get(kl_gradient) if isinstance(kl_gradient, str) else kl_gradient
-    if value is None or not 0 <= value <= 1:
+    try:
+        value = float(_LAMBDAS.get(kl_gradient, kl_gradient))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 <= value <= 1:
         raise ValueError(f"kl_gradient must be 'token', 'full' or a number in [0, 1], got {kl_gradient!r}")
     return value
 

@@ -139,7 +139,8 @@ class SPOConfig(TrainingArguments):
     label_smoothing: float = 0.0
     tdpo_alpha: float = 0.5
     reference_cache: str = ""
-    kl_gradient: Literal["token", "full"] | float = "token"  # one option: the names are the ends of λ
+    # one option, whose names are the ends of λ; with None, for HfArgumentParser takes no other union with text
+    kl_gradient: float | str | None = "token"
     kl_prompts: Literal["auto", "preferences", "separate", "both"] = "auto"
     samples_per_refresh: int = 64
     sampling_interval: int = 8
