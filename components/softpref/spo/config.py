@@ -139,7 +139,7 @@ class SPOConfig(TrainingArguments):
     label_smoothing: float = 0.0
     tdpo_alpha: float = 0.5
     reference_cache: str = ""
-    # one option, whose names are the ends of λ; with None, for HfArgumentParser takes no other union with text
+    # one option, whose names are the ends of λ; None is there for HfArgumentParser
     kl_gradient: float | str | None = "token"
     kl_prompts: Literal["auto", "preferences", "separate", "both"] = "auto"
     samples_per_refresh: int = 64
