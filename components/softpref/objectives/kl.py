@@ -20,7 +20,7 @@ _LAMBDAS = {"token": 0.0, "full": 1.0}
 
 
 def kl_lambda(kl_gradient: KLGradient) -> float:
-    """λ of an estimator of `kl_loss`: 0 of `token`, 1 of `full`; a number in [0, 1], also as text, is its own.
+    """λ of an estimator of `kl_loss`: 0 of `token`, 1 of `full`; a number in [0, 1], text too, is its own.
 
     Raises:
         ValueError: anything else.
