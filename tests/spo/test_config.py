@@ -83,7 +83,7 @@ IDLE = [
     ({"method": "ipo"}, {"label_smoothing": 0.1}, "it is an option of dpo, rdpo"),
     ({"method": "sppo"}, {"soft_labels": "geometric"}, "it is an option of spo, dpo, rdpo, ipo, slic, tdpo"),
     ({"method": "tdpo"}, {"reference_cache": "c"}, "the loss takes no log-probabilities of the reference"),
-    ({"method": "dpo"}, {"kl_gradient": "full"}, "there is no KL term without a beta above 0"),
+    ({"beta": 0.0}, {"kl_gradient": "full"}, "there is no KL term without a beta above 0"),
     ({"beta": 0.0}, {"refresh": "adaptive"}, "there is no KL term without a beta above 0"),
     ({"beta": 0.0}, {"max_importance_ratio": 2.0}, "there is no KL term without a beta above 0"),
     ({"beta": 0.0}, {"kl_on": "data"}, "there is no KL term without a beta above 0"),
@@ -94,7 +94,7 @@ IDLE = [
     ({"kl_on": "data"}, {"kl_gradient": "full"}, "along the rows' own completions where kl_on is data"),
     ({"kl_on": "data"}, {"kl_prompts": "both"}, "along the rows' own completions where kl_on is data"),
     ({"kl_on": "data"}, {"sampling_engine": "vllm"}, "nothing is sampled"),
-    ({"method": "slic"}, {"kl_prompts": "both"}, "there is no KL term without a beta above 0"),
+    ({"beta": 0.0}, {"kl_prompts": "both"}, "there is no KL term without a beta above 0"),
     ({}, {"weight_scores": "token"}, "without a weight_exponent"),
     ({}, {"min_ess": 0.3}, "refresh is not adaptive"),
     ({}, {"judge": "expert"}, "no completion is drawn and judged"),
@@ -113,6 +113,8 @@ NEEDED = [
     {"method": "dpo", "kl_beta": 0.1, "kl_on": "data", "rounds": 2, "sampling_engine": "vllm"},
     {"kl_on": "none", "beta": 0.0},
     {"method": "dpo", "kl_on": "none"},
+    # of a sweep's recipe, for the models beside it
+    {"method": "dpo", "kl_gradient": "full", "kl_prompts": "both", "refresh": "adaptive", "min_ess": 0.3},
 ]
 
 
