@@ -335,7 +335,7 @@ class SPOConfig(TrainingArguments):
             idle.append(("kl_on", "samples", kl_term))
         else:
             kl_term = "the KL term goes along the rows' own completions where kl_on is data"
-        if self.method == "spo" and not self.samples_policy:  # a sweep's baselines have what its other models need
+        if self.method == "spo" and not self.samples_policy:  # a sweep's baselines have its other models'
             idle += [
                 ("kl_gradient", "token", kl_term),
                 ("kl_prompts", "auto", kl_term),
