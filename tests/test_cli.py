@@ -13,6 +13,7 @@ import softpref
 import yaml
 from softpref.cli import main
 from softpref.config import write_parameters
+from softpref.data.config import DataConfig
 from softpref.evaluation.config import EvaluationConfig
 from softpref.options import read_options
 
@@ -153,6 +154,15 @@ def test_a_datasets_parameters_are_taken_again_escapes_and_all(tmp_path, monkeyp
 
 
 def test_recorded_parameters_hold_no_password(tmp_path):
-    config = EvaluationConfig(tracking_uri="https://me:secret@host/mlflow")
-    write_parameters(config, tmp_path)
-    assert yaml.safe_load((tmp_path / "parameters.yaml").read_text())["tracking_uri"] == "https://host/mlflow"
+    def written(config):
+        write_parameters(config, tmp_path)
+        return yaml.safe_load((tmp_path / "parameters.yaml").read_text())
+
+    evaluation = EvaluationConfig(tracking_uri="https://me:secret@host/mlflow")
+    assert written(evaluation)["tracking_uri"] == "https://host/mlflow"
+    template = "https://forum/?thread={thread}"  # words of a prompt, and no address
+    data = DataConfig(
+        prompt_template=template, columns={"chosen": "https://me:secret@host/a?key=1", "rejected": "b"}
+    )
+    assert written(data)["prompt_template"] == template
+    assert written(data)["columns"]["chosen"] == "https://host/a"

@@ -32,6 +32,7 @@ REFUSED = {  # options of transformers that a stage settles by itself
 COMMIT = "commit "  # how the version of something on the Hub begins, as the plan settles it
 
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+_WORDS = ("prompt_template", "system_prompt", "implicit_prompt_end")  # parameters that are no addresses
 _MOST_VALUES = 100_000  # in one configuration, aliases of YAML expanded
 _BROKEN_JSON = (ValueError, RecursionError)  # also numbers of thousands of digits, and deep nesting
 _repr = reprlib.Repr()
@@ -226,7 +227,7 @@ def write_parameters(config: Any, folder: str | Path) -> None:
 
     values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
     kept = {
-        key: public_url(value) if isinstance(value, str) else value
+        key: value if key in _WORDS else without_secrets(value)
         for key, value in values.items()
         if key not in ("output_dir", *REFUSED)
         and value != f"<{key.upper()}>"  # transformers masks its tokens so
@@ -234,6 +235,18 @@ def write_parameters(config: Any, folder: str | Path) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     with (Path(folder) / PARAMETERS_FILE).open("w", encoding="utf-8") as file:
         yaml.safe_dump(json.loads(json.dumps(kept, default=str)), file, sort_keys=False, allow_unicode=True)
+
+
+def without_secrets(value: Any) -> Any:
+    """Parameters as they may be recorded: a URL, however deep, can hold a password or a signature."""
+    if isinstance(value, dict):
+        return {public_url(str(key)): without_secrets(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(one) for one in value]
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(*_BROKEN_JSON):  # a mapping within a text
+            return json.dumps(without_secrets(json.loads(value)))
+    return public_url(value) if isinstance(value, str) else value
 
 
 def convert(name: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+from softpref.config import without_secrets
 from softpref.errors import ConfigError
 from softpref.preflight import stage
 from softpref.preflight.stage import FurtherSource, further_sources, plan
@@ -97,9 +98,9 @@ def test_a_changed_source_changes_the_version_that_the_cache_goes_by(launch, swe
 
 def test_what_is_recorded_of_a_run_holds_no_secret_of_a_url():
     text = '{"https://me:word@host/b?key=1": 0.3}'
-    as_text = stage._without_secrets({"data_overrides": {"mixture": text}})
+    as_text = without_secrets({"data_overrides": {"mixture": text}})
     assert json.loads(as_text["data_overrides"]["mixture"]) == {"https://host/b": 0.3}
-    recorded = stage._without_secrets({"data_overrides": {"mixture": {"https://me:word@host/b?key=1": 0.3}}})
+    recorded = without_secrets({"data_overrides": {"mixture": {"https://me:word@host/b?key=1": 0.3}}})
     assert recorded == {"data_overrides": {"mixture": {"https://host/b": 0.3}}}
 
 

@@ -31,9 +31,9 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(launch, sweep):
     parameters = launch.pipeline_parameters(sweep, "embedded", {"beta": 0.3, "alphas": None})
     assert parameters["beta"] == 0.3
     assert parameters["alphas"] == [0.5, 1.0, 2.0]
-    assert parameters["learning_rate"] == 0.002
+    assert parameters["learning_rate"] == 0.0005
     assert parameters["prompt_template"] == ""
-    assert parameters["data_overrides"]["votes"] == 5
+    assert parameters["data_overrides"]["votes"] == 20
 
 
 def test_every_recipe_serves_both_pipelines(launch, sweep, single):
@@ -42,6 +42,13 @@ def test_every_recipe_serves_both_pipelines(launch, sweep, single):
     for recipe in recipes:
         for pipeline in (sweep, single):
             launch.pipeline_parameters(pipeline, recipe, {})
+
+
+@pytest.mark.parametrize("recipe", ["embedded", "storyteller", "own"])
+def test_no_recipe_sets_what_has_no_effect(launch, sweep, recipe, caplog):
+    source = {"source": "owner/name", "base_model": "owner/name"} if recipe == "own" else {}
+    assert plan(launch.pipeline_parameters(sweep, recipe, source))
+    assert "no effect" not in caplog.text.replace("softness has no effect", "")
 
 
 def test_embedded_recipe_plans_one_model_per_alpha_and_baseline(launch, sweep):
@@ -137,7 +144,7 @@ def test_recipes_for_natural_text_are_anchored_and_others_are_warned(launch, swe
         ({"baselines": ["sppo:1,rounds=0"]}, "rounds must be at least 1"),
         ({"train_overrides": {"alpha": 2}}, "use the parameter alpha"),
         (
-            {"source": "owner/name", "baselines": ["sppo:1,rounds=2,judge=expert"]},
+            {"source": "owner/name", "baselines": ["sppo:1,rounds=2,num_train_epochs=1,judge=expert"]},
             "sppo-beta-1: judge expert knows embedded sources alone",
         ),
         (

@@ -7,11 +7,10 @@ import importlib.metadata
 import json
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from softpref.config import COMMIT, build_config, closest, parse_overrides
+from softpref.config import COMMIT, build_config, closest, parse_overrides, without_secrets
 from softpref.errors import ConfigError
 from softpref.preflight.parameters import STAGES, TABLE, of_stage
 from softpref.remote import Pinned, public_url
@@ -79,7 +78,7 @@ def begin_run(parameters: Mapping[str, Any], record_dir: str) -> Begun:
     watch_termination(**where)
     if check_server(**where) or current_pipeline_run():
         with Tracker(record_dir, run_name=parameters["run_name"], root=True, **where) as tracker:
-            tracker.params(_without_secrets(values))
+            tracker.params(without_secrets(values))
             tracker.tags({"mlflow.runName": parameters["run_name"], "models": [one.name for one in members]})
     source = Pinned(values["source"], None, "")
     if not values["source"].startswith(ARTIFACT_SCHEME):  # KFP itself knows what has changed there
@@ -131,18 +130,6 @@ def outcome(
     tasks = (known.get("run_details") or {}).get("task_details") or []
     states = {one.get("state") for one in tasks if one.get("display_name") == task}
     return "FINISHED" if states and states <= _ENDED_WELL else "FAILED"
-
-
-def _without_secrets(value: Any) -> Any:
-    """Parameters as they may be recorded: a URL can hold a password or a signature."""
-    if isinstance(value, dict):
-        return {public_url(str(key)): _without_secrets(one) for key, one in value.items()}
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        with suppress(ValueError, RecursionError):  # a mapping within a text
-            return json.dumps(_without_secrets(json.loads(value)))
-    if isinstance(value, list):
-        return [_without_secrets(one) for one in value]
-    return public_url(value) if isinstance(value, str) else value
 
 
 class FurtherSource(NamedTuple):
