@@ -101,7 +101,7 @@ def test_help_and_refusals_load_no_training_library(arguments):
         ([*TRAIN, "--gradient-acumulation-steps", "8"], "did you mean 'gradient_accumulation_steps'"),
         ([*TRAIN, "--num_epochs", "2"], "did you mean 'num_train_epochs'"),
         ([*TRAIN, "--batch-size", "2"], "or 'per_device_train_batch_size'?"),  # not evaluate's 'batch_size'
-        ([*TRAIN, "--kl_coef", "2"], "no option 'kl_coef'; softpref train --help lists all"),
+        ([*TRAIN, "--vf_coef", "2"], "no option 'vf_coef'; softpref train --help lists all"),
         ([*TRAIN, "--tracking_url", "u"], "did you mean 'tracking_uri'"),
         ([*TRAIN, "--resume_from_checkpoint", "c"], "continues from its last complete checkpoint"),
         ([*TRAIN, "--lora-r", "eight"], "lora_r must be int, got 'eight'"),
@@ -161,8 +161,7 @@ def test_recorded_parameters_hold_no_password(tmp_path):
     evaluation = EvaluationConfig(tracking_uri="https://me:secret@host/mlflow")
     assert written(evaluation)["tracking_uri"] == "https://host/mlflow"
     template = "https://forum/?thread={thread}"  # words of a prompt, and no address
-    data = DataConfig(
-        prompt_template=template, columns={"chosen": "https://me:secret@host/a?key=1", "rejected": "b"}
-    )
+    columns = {"chosen": "https://me:secret@host/a?key=1", "rejected": "b"}
+    data = DataConfig(source="rows.jsonl", prompt_template=template, columns=columns)
     assert written(data)["prompt_template"] == template
     assert written(data)["columns"]["chosen"] == "https://host/a"

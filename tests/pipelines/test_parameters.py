@@ -92,13 +92,17 @@ def test_numbers_of_a_form_are_whole_again_where_they_were_written_so():
 def test_a_baseline_has_options_of_its_own_that_win_over_the_shared_ones(launch, sweep):
     changes = {
         "alphas": [],
-        "baselines": ["dpo:0.5, learning_rate=1e-4", "spo:0.1,alpha=2,rounds=2,name=online", "ipo"],
+        "baselines": [
+            "dpo:0.5, learning_rate=1e-4",
+            "spo:0.1,alpha=2,rounds=2,num_train_epochs=1,name=online",
+            "ipo",
+        ],
         "train_overrides": {"learning_rate": 0.3, "seed": 5},
     }
     members = plan(launch.pipeline_parameters(sweep, "embedded", changes))
     assert members == [
         ("dpo-beta-0.5", "dpo", 1.0, 0.5, {"learning_rate": "1e-4"}),
-        ("online", "spo", 2.0, 0.1, {"rounds": "2"}),
+        ("online", "spo", 2.0, 0.1, {"rounds": "2", "num_train_epochs": "1"}),
         ("ipo-beta-0.1", "ipo", 1.0, 0.1, {}),
     ]
     shared = {"learning_rate": 0.2, "overrides": changes["train_overrides"]}
