@@ -153,7 +153,7 @@ def test_paths_reach_into_nested_columns():
 def test_an_absent_column_is_refused_with_the_closest_and_all_present():
     with pytest.raises(ConfigError) as caught:
         check_present([("columns['chosen']", "argument_c")], ["argument_a", "stance"], "pairs.jsonl")
-    assert "'argument_c'; did you mean 'argument_a'?; it has 'argument_a', 'stance'" in str(caught.value)
+    assert "'argument_c'; it has 'argument_a', 'stance'; did you mean 'argument_a'?" in str(caught.value)
 
 
 def test_the_configuration_loads_without_heavy_libraries():
