@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 import typing
@@ -365,7 +366,7 @@ def _unknown(arguments: list[str], known: Collection[str]) -> str:
                 parameters += PLANNED.get(name, [])
             if not parameters and name in stages[one] and name not in HIDDEN:
                 overrides = next(key for key in TABLE if key.endswith("_overrides") and TABLE[key].key(one))
-                found.append(f"--{_dashed(overrides)} '{json.dumps({name: value})}'")
+                found.append(f"--{_dashed(overrides)} {shlex.quote(json.dumps({name: value}))}")
             found += [f"--{_dashed(other)}" for other in parameters if other in known]
         return list(dict.fromkeys(found))
 

@@ -146,7 +146,7 @@ def test_paths_reach_into_nested_columns():
     assert value_at(record, "j[].t") == ["w"]
     assert value_at({"l": {"t": ["u", "v"]}}, "l[].t") == ["u", "v"]  # as older `datasets` keep lists
     assert value_at(record, "m.x.y") is None
-    with pytest.raises(ConfigError, match=r"no column 'l\[\].s'; did you mean 'l\[\].t'"):
+    with pytest.raises(ConfigError, match=r"no column 'l\[\].s'; it has .*; did you mean 'l\[\].t'"):
         check_present([("columns['completions']", "l[].s")], paths_of(record), "rows.jsonl")
 
 
