@@ -21,7 +21,7 @@ from typing import Any, Literal
 from softpref.config import build_config, closest, read_mapping
 from softpref.distributed.config import TrainJobConfig
 from softpref.errors import ConfigError
-from softpref.preflight.parameters import TABLE, instead
+from softpref.preflight.parameters import TABLE
 from softpref.preflight.stage import ARTIFACT_SCHEME
 from softpref.tracking import KFP_UI, RUN_ID, RUN_NAME
 
@@ -330,7 +330,7 @@ def _quoted(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _known(values: Mapping[str, Any], known: Any, what: str) -> dict[str, Any]:
     for name in values:
         if name not in known and name != "all":
-            raise ConfigError(f"there is no {what} {name!r}{instead(name, known)}")
+            raise ConfigError(f"there is no {what} {name!r}{closest(name, known)}")
     return dict(values)
 
 

@@ -11,22 +11,26 @@ import ast
 import contextlib
 import dataclasses
 import inspect
+import io
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from clusters import STAGES, Profile, build, read_profile
 from local_run import run_here, task_server
+from softpref import __version__
 from softpref.config import NULL, closest, parse_overrides, read_mapping
 from softpref.data.config import EMBEDDED
 from softpref.errors import ConfigError, SoftprefError
-from softpref.preflight.parameters import SWEEP, TABLE, instead
+from softpref.options import CONFIGURATIONS, HIDDEN, instead, read_options
+from softpref.preflight.parameters import PLANNED, SWEEP, TABLE
 from softpref.preflight.stage import ARTIFACT_SCHEME, further_sources
 from submission import add_client_options, submit, ui_address
 
@@ -36,6 +40,8 @@ RECIPES, PACKAGES = _HERE / "recipes", _HERE / "packages"
 
 def main(pipeline: Any, arguments: list[str]) -> int:
     """Run the command line of one pipeline; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # texts hold characters that not every terminal knows
     options = _parse(pipeline, arguments)
     try:
         if options.command == "components":
@@ -142,7 +148,7 @@ def pipeline_parameters(pipeline: Any, recipe: str, given: Mapping[str, Any]) ->
                 mappings.add(name)
             parameters[name] = value
         elif name not in SWEEP:  # recipes are for single runs, too, and for clusters that fix their GPUs
-            raise ConfigError(f"recipe {path}: no parameter {name!r}{instead(name, inputs)}")
+            raise ConfigError(f"recipe {path}: no parameter {name!r}{closest(name, {*inputs, *SWEEP})}")
     for name, value in given.items():
         if value is not None:
             parameters[name] = {**parameters[name], **value} if name in mappings and value else value
@@ -251,10 +257,14 @@ def _argument_texts(function: Any) -> dict[str, str]:
 
 
 def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
+    name = f"{_name(pipeline)}.py"
     parser = argparse.ArgumentParser(
-        prog=f"{_name(pipeline)}.py",
+        prog=name,
+        usage=f"{name} [run|compile|components] [--recipe NAME] [--OPTION VALUE ...]",
         description=pipeline.component_spec.description,
+        allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"softpref {__version__}")
     parser.add_argument(
         "command",
         nargs="?",
@@ -264,7 +274,9 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
         "components: write every stage as a file for kfp.components.load_component_from_file",
     )
     parser.add_argument(
-        "--recipe", default="embedded", help="name in pipelines/recipes, or a YAML file (default: embedded)"
+        "--recipe",
+        default="embedded",
+        help="name in pipelines/recipes, or a YAML file of parameters, written a_b there (default: embedded)",
     )
     parser.add_argument(
         "--output",
@@ -302,7 +314,7 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     arguments = [re.sub("^--[^=]+", lambda option: _dashed(option[0]), argument) for argument in arguments]
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        parser.error(_unknown(arguments[arguments.index(unknown[0]) :], vars(options)))
+        parser.error(_unknown(arguments[arguments.index(unknown[0]) :], vars(options).keys() - {"command"}))
     if options.command not in ("run", "compile", "components"):
         parser.error(f"there is no command {options.command!r}: it is run, compile or components")
     to_cluster = options.command != "run" or options.runner == "cluster"
@@ -326,25 +338,42 @@ def _dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _unknown(arguments: list[str], known: Iterable[str]) -> str:
+def _unknown(arguments: list[str], known: Collection[str]) -> str:
     """What to write in place of the first argument, which nothing takes."""
     option, equals, value = arguments[0].partition("=")
     if not option.startswith("--"):
         return f"{option!r} belongs to no option"
-    stage, _, name = option[2:].replace("-", "_").rpartition(".")
-    if not stage and (instead_of_it := instead(name, known)):
-        return f"{option} is unknown{instead_of_it}"
     if not equals:
         value = next((one for one in arguments[1:2] if not one.startswith("--")), "true")
     with contextlib.suppress(ValueError):
         value = json.loads(value)
-    overrides = next(
-        (one for one in TABLE if TABLE[one].key(stage) == "overrides"), f"{stage or 'train'}_overrides"
-    )
-    return (
-        f"{option} is unknown; an option of a stage goes into its overrides, as --{_dashed(overrides)} "
-        f"'{json.dumps({name: value})}'"
-    )
+    stage, _, name = option[2:].replace("-", "_").rpartition(".")
+    stages = {one: read_options(*place) for one, place in CONFIGURATIONS.items()}
+    stages["compare"] = stages["register"]  # what is chosen must pass its gate
+    if stage and stage not in stages:
+        return f"{option} is unknown: there is no stage {stage!r}{closest(stage, stages)}"
+    meant = [stage] if stage else [*stages]
+    options = [other for one in meant for other in stages[one].values()]
+
+    def written(name: str) -> list[str]:
+        """As a parameter of the pipeline, else in the overrides of each stage that has it."""
+        if not stage and name in known:
+            return [f"--{_dashed(name)}"]
+        found = []
+        for one in meant:
+            parameters = [other.name for other in TABLE.values() if other.key(one) == name]
+            if one == "train":
+                parameters += PLANNED.get(name, [])
+            if not parameters and name in stages[one] and name not in HIDDEN:
+                overrides = next(key for key in TABLE if key.endswith("_overrides") and TABLE[key].key(one))
+                found.append(f"--{_dashed(overrides)} {shlex.quote(json.dumps({name: value}))}")
+            found += [f"--{_dashed(other)}" for other in parameters if other in known]
+        return list(dict.fromkeys(found))
+
+    own = {*(() if stage else known), *(other.name for other in options if not other.inherited)}
+    inherited = {other.name for other in options} - own
+    exact = f"; write {' or '.join(found)}" if (found := written(name)) else ""
+    return f"{option} is unknown{instead(name, exact, own, inherited, written)}"
 
 
 def _argument_type(name: str, annotation: Any) -> Any:
@@ -357,9 +386,8 @@ def _argument_type(name: str, annotation: Any) -> Any:
         return annotation
 
     def mapping(text: str) -> dict[str, Any]:
-        example = '{"chosen": "better"}' if name == "columns" else '{"logging_steps": 5}'
         try:
-            return parse_overrides(text, name, example)
+            return parse_overrides(text, name)
         except ConfigError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -3,10 +3,12 @@
 import dataclasses
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 import softpref
@@ -101,10 +103,19 @@ def test_help_and_refusals_load_no_training_library(arguments):
         ([*TRAIN, "--gradient-acumulation-steps", "8"], "did you mean 'gradient_accumulation_steps'"),
         ([*TRAIN, "--num_epochs", "2"], "did you mean 'num_train_epochs'"),
         ([*TRAIN, "--batch-size", "2"], "or 'per_device_train_batch_size'?"),  # not evaluate's 'batch_size'
-        ([*TRAIN, "--vf_coef", "2"], "no option 'vf_coef'; softpref train --help lists all"),
+        ([*TRAIN, "--strictness", "2"], "softpref train has no option 'strictness'; --help lists all"),
         ([*TRAIN, "--tracking_url", "u"], "did you mean 'tracking_uri'"),
+        (
+            [*TRAIN, "--resume_from_checkpoint", "c"],
+            "softpref train: resume_from_checkpoint must be left out",
+        ),
         ([*TRAIN, "--resume_from_checkpoint", "c"], "continues from its last complete checkpoint"),
-        ([*TRAIN, "--lora-r", "eight"], "lora_r must be int, got 'eight'"),
+        ([*TRAIN, "--lora-r", "eight"], "softpref train: lora_r must be int, got 'eight'"),
+        (["data", "--output", "x", "--columns", "a"], "softpref data: columns must be dict, got 'a'"),
+        (["sft", *TRAIN[1:3], "--output", "y", "--epochs", "3"], "did you mean 'num_train_epochs'"),
+        (["register", "--output", "x", "--model_name", "m"], "did you mean 'registered_model_name'"),
+        ([*TRAIN, "--recipe", "convarg"], "did you mean 'config'"),
+        ([*TRAIN, "--votes", "3"], "no option 'votes'; softpref data has it"),
         ([*TRAIN, "--alpha", "-1e-3"], "alpha must be at least 0"),
         (["data", "--output", "x", "--config", "none.yaml"], "does not exist"),
         (["sft", "--dataset", "x", "--output", "y"], "base_model"),
@@ -119,6 +130,41 @@ def test_mistakes_are_one_line_and_exit_2(arguments, says, capsys, tmp_path, mon
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert says in error
+
+
+def test_a_switch_leaves_the_next_word_alone(capsys):
+    for arguments, says in (
+        (["train", "--help", "lora_r"], "--lora_r"),
+        (["--version", "train"], "softpref "),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0
+        assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["-m", "softpref.cli", "train"], ["pipelines/spo_sweep.py"]])
+def test_help_is_printed_where_the_terminal_knows_few_characters(command):
+    result = subprocess.run(
+        [sys.executable, *command, "--help"],
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert b"--learning" in result.stdout
+
+
+def test_a_file_takes_underscores(tmp_path, capsys):
+    (tmp_path / "train.yaml").write_text("lora-r: 1")
+    assert main([*TRAIN, "--config", str(tmp_path / "train.yaml")]) == 2
+    assert "no option 'lora-r'; did you mean 'lora_r'" in capsys.readouterr().err
+
+
+def test_options_are_not_shortened(capsys):
+    with pytest.raises(SystemExit):
+        main(["track-sync", "folder", "--tracking", "u"])
+    assert "unknown arguments: --tracking=u" in capsys.readouterr().err
 
 
 def test_a_place_that_is_missing_is_named(capsys):

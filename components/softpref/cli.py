@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import json
 import logging
 import os
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref import __version__
-from softpref.config import REFUSED, build_config, closest, convert, holding, read_mapping
+from softpref.config import build_config, convert, holding, read_mapping
 from softpref.errors import ConfigError, SoftprefError
-from softpref.options import REQUIRED, Option, read_options
+from softpref.options import CONFIGURATIONS, HIDDEN, REQUIRED, Option, instead, read_options
 
 Values = dict[str, Any]
 
@@ -29,20 +30,14 @@ class Place(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A subcommand: what it is for, its places, its configuration's module and class, and what runs it."""
+    """A subcommand: what it is for, its places, and what runs it."""
 
     summary: str
     places: Mapping[str, Place]
-    module: str
-    config: str
     run: Callable[[Values, Any], Any]
-
-    def options(self) -> dict[str, Option]:
-        return read_options(self.module, self.config)
 
 
 _SWITCH: Values = {"nargs": "?", "const": "true"}  # may stand alone
-_HIDDEN = {"output_dir", *REFUSED}  # options of transformers that a stage has no use for
 _OF_THE_DISK = {
     errno.EACCES,
     errno.EDQUOT,
@@ -56,17 +51,20 @@ _OF_THE_DISK = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: 0, or 2 for an error that a person can mend."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # texts hold characters that not every terminal knows
     arguments = _joined(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="softpref",
         description="Soft preference optimization, stage by stage.",
         epilog="softpref STAGE --help lists every option of a stage.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"softpref {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
     for name, stage in _STAGES.items():
         _add_stage(commands, name, stage, listed=name in arguments)
-    sync = commands.add_parser("track-sync", help="Send what a tracking server missed.")
+    sync = commands.add_parser("track-sync", help="Send what a tracking server missed.", allow_abbrev=False)
     sync.add_argument("folder", help="output folder of a stage, with its tracking.jsonl")
     sync.add_argument("--tracking_uri", default="", help="MLflow server (default: the run's own)")
     options, rest = parser.parse_known_args(arguments)
@@ -85,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         folders, values = _settle(options, rest)
         if missing := [name for name, place in stage.places.items() if place.required and not folders[name]]:
             commands.choices[options.command].error(f"it needs {', '.join(f'--{one}' for one in missing)}")
-        config = getattr(importlib.import_module(stage.module), stage.config)
+        module, name = CONFIGURATIONS[options.command]
+        config = getattr(importlib.import_module(module), name)
         result = stage.run(folders, build_config(config, values))
         if not _is_first_process():
             return 0
@@ -108,7 +107,13 @@ def _joined(arguments: list[str]) -> list[str]:
         if argument.startswith("--"):
             key, equals, value = argument[2:].partition("=")
             joined.append(f"--{key.replace('-', '_')}{equals}{value}")
-        elif joined and joined[-1].startswith("--") and "=" not in joined[-1] and argument != "-h":
+        elif (
+            joined
+            and joined[-1].startswith("--")
+            and "=" not in joined[-1]
+            and joined[-1] not in ("--help", "--version")
+            and argument != "-h"
+        ):
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
@@ -122,8 +127,8 @@ def _add_stage(commands: Any, name: str, stage: Stage, *, listed: bool) -> None:
         name,
         help=stage.summary,
         usage=f"softpref {name} {required} [--config FILE] [--OPTION VALUE ...]",
-        description=f"{stage.summary} --a-b and --a_b are the same option; values that are dict or list are "
-        "written as JSON; what is given here wins over --config.",
+        description=f"{stage.summary} --a-b and --a_b are the same option, a_b in a file; values that are "
+        "dict or list are written as JSON; what is given here wins over --config.",
         allow_abbrev=False,
     )
     places = parser.add_argument_group("places")
@@ -140,8 +145,8 @@ def _add_stage(commands: Any, name: str, stage: Stage, *, listed: bool) -> None:
     )
     own = parser.add_argument_group("options of the stage")
     inherited = parser.add_argument_group("options of transformers.TrainingArguments")
-    for option in stage.options().values() if listed else ():
-        if option.name not in _HIDDEN:
+    for option in read_options(*CONFIGURATIONS[name]).values() if listed else ():
+        if option.name not in HIDDEN:
             (inherited if option.inherited else own).add_argument(
                 f"--{option.name}",
                 metavar=option.kind,
@@ -168,34 +173,35 @@ def _settle(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, str
         if not argument.startswith("--"):
             raise ConfigError(f"{argument!r} belongs to no option; write --OPTION VALUE")
     stage = _STAGES[options.command]
-    known = stage.options()
+    known = read_options(*CONFIGURATIONS[options.command])
     unknown = dict(argument[2:].partition("=")[::2] for argument in rest)
     given = {name: value for name, value in vars(options).items() if name in known}
     values = {**(read_mapping(options.config) if options.config else {}), **given, **unknown}
     folders = {name: getattr(options, name) or str(values.get(name) or "") for name in stage.places}
     values = {name: value for name, value in values.items() if name not in folders}
     for name in values:
-        if name == "output_dir":
-            raise ConfigError("output_dir is not an option here: --output names the folder to write")
-        if name not in known:
-            where = _whereabouts(name, stage) or f"; softpref {options.command} --help lists all"
+        if name not in known or name == "output_dir":
+            where = _whereabouts(name, options.command)
             raise ConfigError(f"softpref {options.command} has no option {name!r}{where}")
-    convert(stage.config, values, {one.name: one.hint for one in known.values()})
+    convert(f"softpref {options.command}: ", values, {one.name: one.hint for one in known.values()})
     return folders, values
 
 
-def _whereabouts(name: str, stage: Stage) -> str:
-    """Where an option is to be found that a stage does not have, or which is meant; empty if unknown."""
-    options = [option for option in stage.options().values() if option.name not in _HIDDEN]
-    own = [*stage.places, *(option.name for option in options if not option.inherited)]
-    inherited = [option.name for option in options if option.inherited]
+def _whereabouts(name: str, command: str) -> str:
+    """Where an option is to be found that a stage does not have, or which is meant."""
+    known = {one: read_options(*place).values() for one, place in CONFIGURATIONS.items()}
     having = [
-        f"softpref {one}" for one, other in _STAGES.items() if name in {*other.places, *other.options()}
+        f"softpref {one}"
+        for one, stage in _STAGES.items()
+        if name in {*stage.places, *(option.name for option in known[one])}
     ]
-    if having and not holding(name, [*own, *inherited]):
-        return f"; {', '.join(having)} {'has' if len(having) == 1 else 'have'} it"
-    hint = closest(name, own, inherited)
-    return hint if "did you mean" in hint else ""
+    options = [option for option in known[command] if option.name not in HIDDEN]
+    own = [*_STAGES[command].places, "config", *(one.name for one in options if not one.inherited)]
+    inherited = [one.name for one in options if one.inherited]
+    exact = f"; {', '.join(having)} {'has' if len(having) == 1 else 'have'} it" if having else ""
+    return instead(
+        name, "" if holding(name, [*own, *inherited]) else exact, own, inherited, lambda one: [repr(one)]
+    )
 
 
 def _refused(options: argparse.Namespace, message: str) -> int:
@@ -291,15 +297,11 @@ _STAGES = {
     "data": Stage(
         "Turn preferences of any source into a checked dataset.",
         {"output": _OUTPUT},
-        "softpref.data.config",
-        "DataConfig",
         _data,
     ),
     "sft": Stage(
         "Train the reference model.",
         {"dataset": _DATASET, "output": _OUTPUT, **_TRAINING},
-        "softpref.sft.config",
-        "SFTConfig",
         _sft,
     ),
     "train": Stage(
@@ -310,8 +312,6 @@ _STAGES = {
             "output": _OUTPUT,
             **_TRAINING,
         },
-        "softpref.spo.config",
-        "SPOConfig",
         _train,
     ),
     "evaluate": Stage(
@@ -322,8 +322,6 @@ _STAGES = {
             "policy": Place("the model to measure, likewise", True),
             "output": _OUTPUT,
         },
-        "softpref.evaluation.config",
-        "EvaluationConfig",
         _evaluate,
     ),
     "register": Stage(
@@ -334,8 +332,6 @@ _STAGES = {
             "comparison": Place("comparison folder of a sweep that chose it"),
             "output": _OUTPUT,
         },
-        "softpref.registry.config",
-        "RegistryConfig",
         _register,
     ),
 }

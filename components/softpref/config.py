@@ -29,6 +29,14 @@ REFUSED = {  # options of transformers that a stage settles by itself
     "resume_from_checkpoint": "a run that was cut off continues from its last complete checkpoint when the "
     "same command is given again",
 }
+RENAMED = {  # names that options had, or that the other console has
+    "epochs": "num_train_epochs",
+    "sft_epochs": "sft_num_train_epochs",
+    "rule": "selection_rule",
+    "model_name": "registered_model_name",
+    "config": "recipe",
+    "recipe": "config",
+}
 COMMIT = "commit "  # how the version of something on the Hub begins, as the plan settles it
 
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
@@ -83,15 +91,11 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def parse_overrides(
-    overrides: str | Mapping[str, Any] | None,
-    name: str = "overrides",
-    example: str = '{"logging_steps": 5}',
-) -> dict[str, Any]:
+def parse_overrides(overrides: str | Mapping[str, Any] | None, name: str = "overrides") -> dict[str, Any]:
     """Read a parameter that is a JSON object, by default `overrides`; an empty string or None means none.
 
     Args:
-        name, example: of the parameter, for messages.
+        name: of the parameter, for messages.
 
     Raises:
         ConfigError: the text is not JSON, or not a JSON object.
@@ -104,7 +108,8 @@ def parse_overrides(
         values = _from_json(overrides)
     except _BROKEN_JSON as error:
         raise ConfigError(
-            f"{name} is not JSON ({_in_words(error)}); write it like {example}, got {shown(overrides)}"
+            f"{name} is not JSON ({_in_words(error)}); write it like {_meant(overrides, dict)}, "
+            f"got {shown(overrides)}"
         ) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{name} must be a JSON object, got {shown(overrides)}")
@@ -197,7 +202,7 @@ def build_config(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
         if key not in fields:
             hint = closest(key, own & {*fields}, {*fields} - own)
             raise ConfigError(f"{cls.__name__} has no parameter {key!r}{hint}")
-    converted = convert(cls.__name__, values, typing.get_type_hints(cls))
+    converted = convert(f"{cls.__name__}.", values, typing.get_type_hints(cls))
     missing = [
         name
         for name, field in fields.items()
@@ -249,20 +254,21 @@ def without_secrets(value: Any) -> Any:
     return public_url(value) if isinstance(value, str) else value
 
 
-def convert(name: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as the types of their fields, of the configuration `name`.
+def convert(prefix: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as the types of their fields.
 
     Args:
+        prefix: what stands before a parameter's name in messages.
         hints: type of each field; `Any` takes a value as it is.
 
     Raises:
         ConfigError: names the parameter, and what would be right.
     """
     for key, value in values.items():
-        _check_values(value, f"{name}.{shown(key)}")
+        _check_values(value, f"{prefix}{shown(key)}")
         if key in REFUSED and value not in (None, ""):
-            raise ConfigError(f"{name}.{key} must be left out: {REFUSED[key]}")
-    return {key: _convert(f"{name}.{key}", value, hints[key]) for key, value in values.items()}
+            raise ConfigError(f"{prefix}{key} must be left out: {REFUSED[key]}")
+    return {key: _convert(f"{prefix}{key}", value, hints[key]) for key, value in values.items()}
 
 
 def closest(key: str, known: typing.Iterable[str], others: typing.Iterable[str] = ()) -> str:
@@ -271,15 +277,22 @@ def closest(key: str, known: typing.Iterable[str], others: typing.Iterable[str] 
     Args:
         others: names that are known too, but meant only with the key's words, or nearly its letters.
     """
-    known, others, key = sorted(known), sorted(others), str(key)
-    near = holding(key, [*known, *others])[:4]
-    if not near:
-        spelt = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        spelt += difflib.get_close_matches(key, others, n=1, cutoff=0.88)
-        near = difflib.get_close_matches(key, spelt, n=1, cutoff=0)
-    if near:
+    known = sorted(known)
+    if near := nearest(key, known, others):
         return f"; did you mean {' or '.join(map(repr, near))}?"
     return f"; known: {', '.join(known)}" if len(known) <= 40 else ""
+
+
+def nearest(key: str, known: typing.Iterable[str], others: typing.Iterable[str] = ()) -> list[str]:
+    """The names most like `key`, as `closest` has them: up to four, best first."""
+    known, others, key = sorted(known), sorted(others), str(key)
+    if RENAMED.get(key) in [*known, *others]:
+        return [RENAMED[key]]
+    if near := holding(key, [*known, *others])[:4]:
+        return near
+    spelt = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    spelt += difflib.get_close_matches(key, others, n=1, cutoff=0.88)
+    return difflib.get_close_matches(key, spelt, n=1, cutoff=0)
 
 
 def holding(key: str, names: typing.Iterable[str]) -> list[str]:
@@ -323,7 +336,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         elif option is str:
             if isinstance(value, str):
                 return value
-            if name.endswith(".fsdp") and isinstance(value, bool):  # transformers says str, and wants True
+            if name.endswith("fsdp") and isinstance(value, bool):  # transformers says str, and wants True
                 return value
         elif (origin or option) in (dict, list, tuple):
             container = origin or option

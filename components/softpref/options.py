@@ -13,11 +13,25 @@ import importlib.util
 import inspect
 import re
 import typing
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from softpref.config import REFUSED, nearest
+
 REQUIRED = dataclasses.MISSING  # the default of an option that has none
+CONFIGURATIONS = {  # module and class of each stage's
+    "data": ("softpref.data.config", "DataConfig"),
+    "sft": ("softpref.sft.config", "SFTConfig"),
+    "train": ("softpref.spo.config", "SPOConfig"),
+    "evaluate": ("softpref.evaluation.config", "EvaluationConfig"),
+    "register": ("softpref.registry.config", "RegistryConfig"),
+}
+HIDDEN = {  # options of transformers that no console has, and why
+    "output_dir": "--output names the folder to write",
+    **REFUSED,
+}
 
 
 class Option(typing.NamedTuple):
@@ -37,6 +51,26 @@ class Option(typing.NamedTuple):
     default: Any
     text: str
     inherited: bool = False
+
+
+def instead(
+    name: str,
+    exact: str,
+    own: Iterable[str],
+    inherited: Iterable[str],
+    written: Callable[[str], Iterable[str]],
+) -> str:
+    """What to write for an option that a console does not have, as the end of a sentence that says so.
+
+    Args:
+        exact: the answer where something else has an option of just this name; else empty.
+        own, inherited: the names that may be meant; see `closest`.
+        written: how one of them is written; empty if it is of no use here.
+    """
+    if name in HIDDEN:
+        return f"; {HIDDEN[name]}"
+    near = [text for one in nearest(name, own, inherited) for text in written(one)]
+    return exact or (near and f"; did you mean {' or '.join(near)}?") or "; --help lists all"
 
 
 @cache

@@ -146,14 +146,14 @@ def test_paths_reach_into_nested_columns():
     assert value_at(record, "j[].t") == ["w"]
     assert value_at({"l": {"t": ["u", "v"]}}, "l[].t") == ["u", "v"]  # as older `datasets` keep lists
     assert value_at(record, "m.x.y") is None
-    with pytest.raises(ConfigError, match=r"no column 'l\[\].s'; did you mean 'l\[\].t'"):
+    with pytest.raises(ConfigError, match=r"no column 'l\[\].s'; it has .*; did you mean 'l\[\].t'"):
         check_present([("columns['completions']", "l[].s")], paths_of(record), "rows.jsonl")
 
 
 def test_an_absent_column_is_refused_with_the_closest_and_all_present():
     with pytest.raises(ConfigError) as caught:
         check_present([("columns['chosen']", "argument_c")], ["argument_a", "stance"], "pairs.jsonl")
-    assert "'argument_c'; did you mean 'argument_a'?; it has 'argument_a', 'stance'" in str(caught.value)
+    assert "'argument_c'; it has 'argument_a', 'stance'; did you mean 'argument_a'?" in str(caught.value)
 
 
 def test_the_configuration_loads_without_heavy_libraries():

@@ -1,13 +1,16 @@
 """Recipes, the command line and the planning task: what is wrong is refused before anything runs."""
 
+import re
 import resource
 import subprocess
 import sys
 
 import pytest
+import softpref
 import yaml
 from softpref.config import build_config, parse_overrides
 from softpref.errors import ConfigError
+from softpref.preflight.parameters import SWEEP
 from softpref.preflight.stage import plan, training_layers
 from softpref.registry.config import RegistryConfig
 from softpref.spo.config import SPOConfig
@@ -141,6 +144,8 @@ def test_recipes_for_natural_text_are_anchored_and_others_are_warned(launch, swe
         ({"alphas": [1.0, 1.0]}, "names that differ"),
         ({"alphas": [], "baselines": []}, "nothing to train"),
         ({"baselines": ["dpp"]}, "did you mean 'dpo'"),
+        ({"baselines": ["ppo:0.1"]}, r"write METHOD:BETA, such as dpo:0.1; did you mean '\w+'\?$"),
+        ({"baselines": ["dpo=0.1"]}, r"write METHOD:BETA, such as dpo:0.1; did you mean 'dpo'\?$"),
         ({"baselines": ["dpo:0.1,learning_rat=1e-6"]}, "did you mean 'learning_rate'"),
         ({"baselines": ["dpo:0.1,1e-6"]}, "no OPTION=VALUE"),
         ({"baselines": ["dpo:0.1,beta=2"]}, "beta stands in front"),
@@ -219,14 +224,39 @@ def test_unknown_recipe_and_parameter_name_the_closest(launch, sweep, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--learning_rte", "1e-4"], "did you mean 'learning_rate'"),
-        (["--epochs", "2"], "it is called num_train_epochs now"),
+        (["--learning_rte", "1e-4"], "did you mean --learning-rate?"),
+        (["--epochs", "2"], "did you mean --num-train-epochs?"),
+        (["--rule", "win_rate"], "did you mean --selection-rule?"),
+        (["--model_name", "mine"], "did you mean --registered-model-name?"),
+        (["--config", "mine.yaml"], "did you mean --recipe?"),
+        (["--alpha", "0.5"], "write --alphas\n"),
         (["--lora-r", "8"], """--train-overrides '{"lora_r": 8}'"""),
-        (["--evaluate.max_rows=8", "--seed", "1"], """--evaluation-overrides '{"max_rows": 8}'"""),
-        (["--sft.use_peft", "--seed", "1"], """--sft-overrides '{"use_peft": true}'"""),
+        (
+            ["--lora_rank", "8"],
+            """did you mean --train-overrides '{"lora_r": 8}'?""",
+        ),
+        (["--train.lora_rank", "8"], """did you mean --train-overrides '{"lora_r": 8}'?"""),
+        (["--exact_prompts", "16"], """write --evaluation-overrides '{"exact_prompts": 16}'\n"""),
+        (["--votes", "5"], """write --data-overrides '{"votes": 5}'\n"""),
+        (["--compare_metric", "x"], """write --registry-overrides '{"compare_metric": "x"}'\n"""),
+        (["--warmup_steps", "5"], """write --sft-overrides '{"warmup_steps": 5}' or --train-overrides"""),
+        (["--resume_from_checkpoint", "X"], "is unknown; a run that was cut off continues"),
+        (["--train.output_dir", "X"], "--output names the folder to write"),
+        (["--train.alpha", "0.5"], "write --alphas\n"),
+        (["--train.method", "dpo"], "write --baselines\n"),
+        (["--train.trust_remote_code"], "write --trust-remote-code\n"),
+        (["--data.columns", "x"], "write --columns\n"),
+        (["--sft.learning_rate", "1"], "write --sft-learning-rate\n"),
+        (["--sft.learning_rte", "1"], "did you mean --sft-learning-rate?"),
+        (["--foo.x", "1"], "there is no stage 'foo'; known: compare, data, evaluate"),
+        (["--evaluation.x", "1"], "did you mean 'evaluate'?"),
+        (["--strictness", "1"], "--strictness is unknown; --help lists all"),
+        (["--evaluate.exact_prompts=8", "--seed", "1"], """--evaluation-overrides '{"exact_prompts": 8}'"""),
+        (["--sft.bf16", "--seed", "1"], """--sft-overrides '{"bf16": true}'"""),
         (["--alphas", "0.5,1,2"], "numbers with spaces between them, as in --alphas 0.5 1.0 2.0"),
         (["--columns", "chosen=better"], """write it like {"chosen": "better"}"""),
         (["--train-overrides", "{lora_r: 8}"], "train_overrides is not JSON"),
+        (["--train-overrides", "lora_r=8"], """write it like {"lora_r": "8"}"""),
         (["compil"], "it is run, compile or components"),
     ],
 )
@@ -235,7 +265,41 @@ def test_what_the_command_line_does_not_know_is_answered_with_what_to_write(
 ):
     with pytest.raises(SystemExit):
         launch.main(sweep, arguments)
-    assert says in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.startswith(
+        "usage: spo_sweep.py [run|compile|components] [--recipe NAME] [--OPTION VALUE ...]\n"
+    )
+    assert error.count("\n") == 2
+
+
+def test_what_is_advised_is_taken(launch, sweep, capsys):
+    for option in ("--votes", "--exact_prompts", "--lora_r", "--lora_rank"):
+        with pytest.raises(SystemExit):
+            launch.main(sweep, [option, "3"])
+        advised = re.findall(r"(--\S+) '(\{.*?\})'", capsys.readouterr().err)
+        assert advised
+        for name, value in advised:
+            given = vars(launch._parse(sweep, [name, value]))
+            plan(launch.pipeline_parameters(sweep, "embedded", {key: given[key] for key in SWEEP}))
+
+
+def test_a_single_run_is_told_of_its_own_parameters_alone(launch, single, capsys):
+    for arguments, says in (
+        (["--alphas", "0.5"], "did you mean --alpha?"),
+        (["--train.alpha", "0.5"], "write --alpha\n"),
+        (["--train.method", "dpo"], "--train.method is unknown; --help lists all"),
+    ):
+        with pytest.raises(SystemExit):
+            launch.main(single, arguments)
+        assert says in capsys.readouterr().err
+
+
+def test_version(launch, sweep, capsys):
+    with pytest.raises(SystemExit) as ended:
+        launch.main(sweep, ["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"softpref {softpref.__version__}\n"
 
 
 def test_options_are_written_with_dashes_or_with_underscores(launch, sweep):
@@ -247,7 +311,7 @@ def test_options_are_written_with_dashes_or_with_underscores(launch, sweep):
 def test_a_parameter_under_an_old_name_is_refused_with_the_new_one(launch, sweep, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("sft_epochs: 1", encoding="utf-8")
-    with pytest.raises(ConfigError, match="'sft_epochs'; it is called sft_num_train_epochs now"):
+    with pytest.raises(ConfigError, match="'sft_epochs'; did you mean 'sft_num_train_epochs'"):
         launch.pipeline_parameters(sweep, str(recipe), {})
     with pytest.raises(ConfigError, match="did you mean 'registered_model_name'"):
         build_config(RegistryConfig, {"model_name": "mine"})

@@ -370,5 +370,5 @@ def check_present(wanted: Iterable[tuple[str, Any]], known: Iterable[str], sourc
             hint = closest(column, known)
             hint = hint if "did you mean" in hint else ""
             raise ConfigError(
-                f"{asker}: {source} has no column {column!r}{hint}; it has {', '.join(map(repr, known))}"
+                f"{asker}: {source} has no column {column!r}; it has {', '.join(map(repr, known))}{hint}"
             )

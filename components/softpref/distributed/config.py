@@ -181,4 +181,4 @@ def parse_launcher(text: str) -> LauncherConfig:
     Raises:
         ConfigError: it is not a JSON object, or names what a launcher does not have.
     """
-    return build_config(LauncherConfig, parse_overrides(text, "launcher", '{"processes": 2}'))
+    return build_config(LauncherConfig, parse_overrides(text, "launcher"))

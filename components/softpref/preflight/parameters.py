@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, List  # noqa: UP035  # KFP reads the element type from typing.List
 
-from softpref.config import closest
-
 STAGES = ("data", "sft", "train", "evaluate", "compare", "register")
 
 
@@ -208,12 +206,8 @@ SWEEP, SINGLE = (
     {name: one for name, one in TABLE.items() if pipeline in one.pipelines}
     for pipeline in ("sweep", "single")
 )
-RENAMED = {"epochs": "num_train_epochs", "sft_epochs": "sft_num_train_epochs"}
-
-
-def instead(name: str, known: Iterable[str]) -> str:
-    """What to write for a name that is not known, as the end of a sentence that says so."""
-    return f"; it is called {RENAMED[name]} now" if name in RENAMED else closest(name, known)
+# what tells the models of the training stage from one another, and the parameters that they are planned from
+PLANNED = {"method": ["baselines"], "alpha": ["alpha", "alphas"], "beta": ["beta"], "anchor": ["anchor"]}
 
 
 def of_stage(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:

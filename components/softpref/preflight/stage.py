@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from softpref.config import COMMIT, build_config, closest, parse_overrides, without_secrets
 from softpref.errors import ConfigError
-from softpref.preflight.parameters import STAGES, TABLE, of_stage
+from softpref.preflight.parameters import PLANNED, STAGES, TABLE, of_stage
 from softpref.remote import Pinned, public_url
 
 logger = logging.getLogger(__name__)
@@ -279,10 +279,11 @@ def training_layers(shared: Mapping[str, Any], member: Member) -> list[Mapping[s
     """
     values = dict(shared)
     overrides = parse_overrides(values.pop("overrides", ""))
-    own_parameters = {"method": "baselines", "alpha": "alpha or alphas", "beta": "beta", "anchor": "anchor"}
-    for name, instead in own_parameters.items():
+    for name, parameters in PLANNED.items():
         if name in overrides:
-            raise ConfigError(f"train_overrides must not hold {name}; use the parameter {instead}")
+            raise ConfigError(
+                f"train_overrides must not hold {name}; use the parameter {' or '.join(parameters)}"
+            )
     own = {"method": member.method, "alpha": member.alpha, "beta": member.beta}
     return [values, overrides, own, member.options]
 
@@ -295,7 +296,7 @@ def _baseline(text: str, anchored: Mapping[str, str]) -> Member:
     method, _, beta_text = head.partition(":")
     if method not in METHODS:
         raise ConfigError(
-            f"baseline {text!r} is unknown{closest(method, METHODS)}; write METHOD:BETA, such as dpo:0.1"
+            f"baseline {text!r} is unknown: write METHOD:BETA, such as dpo:0.1{closest(method, METHODS)}"
         )
     try:
         beta = float(beta_text) if beta_text else DEFAULT_BASELINE_BETA
