@@ -371,7 +371,8 @@ def _meant(text: str, container: type) -> str:
     parts = [part.strip() for part in text.split(",")]
     if len(text) <= 200:
         with contextlib.suppress(Exception):
-            meant = yaml.safe_load(text)
+            # YAML takes `a:1` for one word; the colon of an address is none between key and value
+            meant = yaml.safe_load(re.sub(r"(?<=\w):(?=[^\s/])", ": ", text))
     if container is dict and all("=" in part for part in parts):
         meant = dict(part.partition("=")[::2] for part in parts)
     elif container is not dict and isinstance(meant, str):
