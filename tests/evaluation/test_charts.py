@@ -94,6 +94,18 @@ def test_labels_of_a_crowded_sweep_overlap_neither_each_other_nor_points(drawn, 
         assert not any(box.contains(*point) for box in boxes for point in points)
 
 
+def test_softness_beside_several_anchors_is_told_apart_by_name_and_look(drawn):
+    members = [
+        member(number, "spo", alpha, False, anchor=anchor)
+        for number, (alpha, anchor) in enumerate(itertools.product((0.5, 2.0), (1.0, 0.0)))
+    ]
+    figure, _ = drawn(members)
+    lines = figure.axes[-1].get_lines()
+    assert [line.get_label() for line in lines] == ["SPO, anchor 1, of samples", "SPO, anchor 0, of samples"]
+    assert lines[0].get_markerfacecolor() != lines[1].get_markerfacecolor()
+    assert lines[0].get_linestyle() != lines[1].get_linestyle()
+
+
 def test_each_method_has_a_colour_and_marker_and_its_variants_another_line(drawn):
     figure, _ = drawn(crowd())
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}

@@ -436,10 +436,10 @@ def _against_kl(axes: Any, drawn: Sequence[Curve], chosen: str | None, metric: s
 
 def _entropy_by_alpha(axes: Any, swept: Sequence[Curve]) -> None:
     """Entropy of SPO's members by softness, beside the exact optimum's where it is known."""
-    colour, marker = _METHODS["spo"]
     for curve in swept:
+        of = f"{curve.name}, " if len(swept) > 1 else ""
         for group, metric, label, style in (
-            ("metrics", "entropy_sequence", "of samples", {"linestyle": "-"}),
+            ("metrics", "entropy_sequence", "of samples", {}),
             ("exact", "entropy", "on the set, exact", {"linestyle": ":", "markerfacecolor": "none"}),
             (
                 "exact",
@@ -451,14 +451,13 @@ def _entropy_by_alpha(axes: Any, swept: Sequence[Curve]) -> None:
             known = [(m["alpha"], (m[group] or {}).get(metric, {}).get("value")) for m in curve.members]
             known = [(alpha, value) for alpha, value in known if value is not None]
             if known:
-                look = {"color": colour, "marker": marker, "markersize": 6, "linewidth": 1.4, **style}
-                axes.plot(*zip(*known, strict=True), label=label if curve is swept[0] else None, **look)
+                axes.plot(*zip(*known, strict=True), **{**_look(curve, swept), **style, "label": of + label})
     alphas = sorted({member["alpha"] for curve in swept for member in curve.members})
     if len(alphas) > 1 and alphas[0] > 0:
         axes.set_xscale("log")
         axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
         axes.minorticks_off()
-    axes.legend(frameon=False, loc="lower right", fontsize=8.5)
+    axes.legend(frameon=False, fontsize=8.5)
     axes.set_title("SPO's entropy by softness", loc="left")
     axes.set(xlabel="softness α", ylabel="entropy, nats")
 
