@@ -24,14 +24,20 @@ from softpref.lm.decoding import decodes
 from softpref.lm.head import CompletionHidden, completion_hidden, output_head, try_out
 from softpref.lm.packing import PackedBatch, evaluation_mode, pack_sequences
 from softpref.lm.sampling import Sample, sample_completions
-from softpref.lm.scoring import score_sequences, scoring_batches, sequence_logps, sum_by_sequence
+from softpref.lm.scoring import (
+    computing_precision,
+    score_sequences,
+    scoring_batches,
+    sequence_logps,
+    sum_by_sequence,
+)
 from softpref.lm.sharding import whole_weights
 from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import GuardedTrainer
 from softpref.objectives import TokenKL, kl_lambda, kl_loss, log_group_weights, prefix_ratios, reward_to_go
 from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
-from softpref.spo.engines import check_agreement, computing_precision, sampling_engine
+from softpref.spo.engines import check_agreement, sampling_engine
 from softpref.spo.gauges import Means, SamplingClock, WeightSums
 from softpref.spo.health import health_warnings
 from softpref.spo.losses import method_losses, preference_metrics
@@ -203,7 +209,7 @@ class SPOTrainer(GuardedTrainer):
         self._step_weights, self._log_weights = (WeightSums(self.args.device) for _ in range(2))
         self._steps_per_round = 1
         self._kept_reference: CompletionHidden | None = None  # how its kept hidden states become scores
-        if keeps_logps:
+        if args.takes_reference_logps:
             self._keep_reference_logps(train_rows, eval_rows, fingerprint)
         self.buffer: SampleBuffer | None = None
         if args.samples_policy and given is not None:
@@ -502,7 +508,7 @@ class SPOTrainer(GuardedTrainer):
     def _keep_reference_logps(
         self, train_rows: TrainingRows | RoundRows | None, eval_rows: PreferenceRows | None, model_hash: str
     ) -> None:
-        """Give rows the reference's log-probabilities once, so that no reference is needed in training."""
+        """Give rows the reference's log-probabilities once, if that is asked for or some brought theirs."""
         model = self.model if self.ref_model is None else self.ref_model
         without_adapter = self.ref_model is None and self._uses_adapter
 
@@ -523,8 +529,10 @@ class SPOTrainer(GuardedTrainer):
                     writes=self.is_world_process_zero(),
                     everywhere=lambda here: self._sum_over_processes(here) == self.args.world_size,
                 )
-            else:
-                set_reference_logps(rows.rows, score)
+                continue
+            lacking = [row for row in rows.rows if "ref_logps" not in row]
+            if lacking and (self.args.keeps_reference_logps or len(lacking) < len(rows.rows)):
+                set_reference_logps(lacking, score)
 
     def _score(self, sequences: list[tuple[list[int], list[int]]], model: Any = None) -> list[float]:
         """Sequence log-probabilities, nats, under `model` (the present policy), shared among processes."""
