@@ -1,0 +1,54 @@
+"""What mkdocs does not do by itself: the site has pages from outside docs/, and formulas without a script."""
+
+import html
+import posixpath
+import re
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File
+
+REPOSITORY = Path(__file__).parents[1]
+OUTSIDE = (
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "infra/README.md", "infra/kubeflow/*"),
+    *("pipelines/recipes/*", "pipelines/clusters/*.yaml", "tests/benchmarks/*.md", "tests/benchmarks/*.png"),
+    "tests/lm/ARCHITECTURES.md",
+)
+LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_files(files, config):
+    for pattern in OUTSIDE:
+        for path in sorted(REPOSITORY.glob(pattern)):
+            place = path.relative_to(REPOSITORY).as_posix()
+            files.append(File.generated(config, _in_site(place), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """In the repository links lead from file to file; here they lead from page to page."""
+    folder = Path(page.file.abs_src_path).relative_to(REPOSITORY).parent.as_posix()
+
+    def moved(link):
+        place = _in_site(posixpath.normpath(posixpath.join(folder, link[1])))
+        return "](" + posixpath.relpath(place, posixpath.dirname(page.file.src_uri) or ".")
+
+    if page.file.src_uri == "parameters.md":
+        markdown = markdown.replace("][", "]\\[")  # METHOD[:BETA][,OPTION=VALUE] is no link
+    return LINK.sub(moved, markdown)
+
+
+def on_page_content(content, page, config, files):
+    """LaTeX becomes MathML, which browsers draw themselves."""
+
+    def drawn(formula):
+        display = "block" if formula[1] == "div" else "inline"
+        return convert(html.unescape(formula[2].strip()), display=display)
+
+    return FORMULA.sub(drawn, content)
+
+
+def _in_site(place):
+    """Where a file of the repository stands in the site: docs/ is its root, README.md its first page."""
+    return "index.md" if place == "README.md" else place.removeprefix("docs/")
