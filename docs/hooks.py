@@ -44,7 +44,8 @@ def on_page_content(content, page, config, files):
 
     def drawn(formula):
         display = "block" if formula[1] == "div" else "inline"
-        return convert(html.unescape(formula[2].strip()), display=display)
+        mathml = convert(html.unescape(formula[2].strip()), display=display)
+        return mathml.replace("<mi>log</mi>", '<mi>log</mi><mspace width="0.17em"/>')
 
     return FORMULA.sub(drawn, content)
 
