@@ -1,12 +1,15 @@
 """The documentation builds without a warning, and what a reader's browser needs is in it."""
 
+import dataclasses
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from softpref.spo import SPOConfig
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -64,8 +67,8 @@ def test_formulas_are_mathml_and_none_is_left_as_latex(site):
         ("api/trainer.html", "sampling_interval"),
         ("api/stages.html", "registered_model_name"),
         ("parameters.html", "samples_per_refresh"),
-        ("examples/README.html", "PreTrainedTokenizerFast"),
-        ("infra/README.html", "CreateContainerConfigError"),
+        ("examples/index.html", "PreTrainedTokenizerFast"),
+        ("infra/index.html", "CreateContainerConfigError"),
     ],
 )
 def test_references_hold_the_words_of_the_code(site, page, what):
@@ -75,3 +78,10 @@ def test_references_hold_the_words_of_the_code(site, page, what):
 def test_files_that_a_page_offers_are_in_the_site(site):
     for file in ("examples/softness.ipynb", "examples/align_in_thirty_lines.py"):
         assert (site / file).read_bytes() == (REPOSITORY / "docs" / file).read_bytes()
+
+
+def test_an_option_that_the_page_of_methods_gives_a_value_is_one_of_training():
+    text = (REPOSITORY / "docs/methods.md").read_text(encoding="utf-8")
+    options = {name for code in re.findall(r"`[^`\n]+`", text) for name in re.findall(r"\b([a-z]\w*)=", code)}
+    assert {"kl_beta", "rounds", "extrapolation"} <= options
+    assert options <= {field.name for field in dataclasses.fields(SPOConfig)} | {"name"}  # name: of the model

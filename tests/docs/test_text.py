@@ -1,6 +1,5 @@
 """README.md and the pages of docs/ name commands, options, recipes and files that exist."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -58,12 +57,3 @@ def test_an_option_of_a_pipeline_is_a_parameter_or_one_of_the_launcher():
         options |= set(re.findall(r"--([a-z][\w-]*)", command))
     assert {"alphas", "source"} <= options
     assert {option.replace("-", "_") for option in options} <= launcher | set(TABLE)
-
-
-def test_an_option_that_the_page_of_methods_gives_a_value_is_one_of_training():
-    from softpref.spo import SPOConfig
-
-    text = (REPOSITORY / "docs/methods.md").read_text(encoding="utf-8")
-    options = {name for code in re.findall(r"`[^`\n]+`", text) for name in re.findall(r"\b([a-z]\w*)=", code)}
-    assert {"kl_beta", "rounds", "extrapolation"} <= options
-    assert options <= {field.name for field in dataclasses.fields(SPOConfig)} | {"name"}  # name: of the model
