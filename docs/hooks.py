@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 from latex2mathml.converter import convert
-from mkdocs.structure.files import File
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 REPOSITORY = Path(__file__).parents[1]
 OUTSIDE = (
@@ -18,7 +20,7 @@ LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
-def on_files(files, config):
+def on_files(files: Files, config: MkDocsConfig) -> Files:
     for pattern in OUTSIDE:
         for path in sorted(REPOSITORY.glob(pattern)):
             place = path.relative_to(REPOSITORY).as_posix()
@@ -26,11 +28,11 @@ def on_files(files, config):
     return files
 
 
-def on_page_markdown(markdown, page, config, files):
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """In the repository links lead from file to file; here they lead from page to page."""
-    folder = Path(page.file.abs_src_path).relative_to(REPOSITORY).parent.as_posix()
+    folder = Path(str(page.file.abs_src_path)).relative_to(REPOSITORY).parent.as_posix()
 
-    def moved(link):
+    def moved(link: re.Match[str]) -> str:
         place = _in_site(posixpath.normpath(posixpath.join(folder, link[1])))
         return "](" + posixpath.relpath(place, posixpath.dirname(page.file.src_uri) or ".")
 
@@ -39,10 +41,10 @@ def on_page_markdown(markdown, page, config, files):
     return LINK.sub(moved, markdown)
 
 
-def on_page_content(content, page, config, files):
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """LaTeX becomes MathML, which browsers draw themselves."""
 
-    def drawn(formula):
+    def drawn(formula: re.Match[str]) -> str:
         display = "block" if formula[1] == "div" else "inline"
         mathml = convert(html.unescape(formula[2].strip()), display=display)
         return mathml.replace("<mi>log</mi>", '<mi>log</mi><mspace width="0.17em"/>')
@@ -50,6 +52,6 @@ def on_page_content(content, page, config, files):
     return FORMULA.sub(drawn, content)
 
 
-def _in_site(place):
+def _in_site(place: str) -> str:
     """Where a file of the repository stands in the site: docs/ is its root, README.md its first page."""
     return "index.md" if place == "README.md" else place.removeprefix("docs/")
