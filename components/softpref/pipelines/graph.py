@@ -10,11 +10,20 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from clusters import Part, ended, launcher, models_at_once, place, run_name, source_artifact
 from kfp import dsl
 from kfp.dsl import Artifact, Input
+
 from softpref.data.component import prepare_data
 from softpref.evaluation.component import compare_models, evaluate_model
+from softpref.pipelines.placement import (
+    Part,
+    ended,
+    launcher,
+    models_at_once,
+    place,
+    run_name,
+    source_artifact,
+)
 from softpref.preflight.component import plan_run, plan_sweep
 from softpref.preflight.parameters import SINGLE, SWEEP, declared, of_stage
 from softpref.registry.component import register_model
@@ -127,3 +136,9 @@ def register_chosen(values: Values) -> None:
     # KFP looks `artifact_uri` up by this very name
     model = dsl.importer(artifact_uri=values["model_uri"], artifact_class=dsl.Model)
     _register(values, model=model.output, **inputs)
+
+
+spo_sweep = pipeline(
+    "spo-sweep", "Align a language model to preferences at several softness values.", sweep=True
+)
+spo_pipeline = pipeline("spo-pipeline", "Align a language model to preferences at one softness.", sweep=False)
