@@ -76,7 +76,7 @@ def test_a_right_one_is_planned_and_may_stand_beside_an_artifact(sweep, rows):
     ],
 )
 def test_no_further_source_of_this_machine_is_sent_to_a_cluster(sweep, rows, overrides, capsys):
-    arguments = ["compile", "--output", "package.yaml", "--source", "owner/name", "--judge", "bradley-terry"]
+    arguments = ["compile", "--recipe", "own", "--output", "package.yaml", "--source", "owner/name"]
     assert command.main(sweep, [*arguments, "--data-overrides", json.dumps(overrides)]) == 2
     assert "b.jsonl is on this machine, and no step of the cluster sees it" in capsys.readouterr().err
     assert not (rows / "package.yaml").exists()

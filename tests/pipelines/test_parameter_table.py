@@ -55,8 +55,10 @@ def test_a_plan_takes_texts_with_quotes_from_kfps_runner(sweep, tmp_path):
 
     source = tmp_path / """it's "mine".jsonl"""
     source.touch()  # the plan looks for it
-    given = {"source": str(source), "judge": "bradley-terry", "prompt_template": """Say "it's {topic}":\n"""}
+    text = """Say "it's {topic}":\n\\d"""
+    given = {"source": str(source), "judge": "bradley-terry", "prompt_template": text}
     values = pipeline_parameters(sweep, "embedded", given)
+    values["data_overrides"] = {"system_prompt": text, "as_messages": True}  # a struct of KFP
     local.init(
         local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "out"), raise_on_error=True
     )

@@ -131,7 +131,8 @@ def test_recipes_for_natural_text_are_anchored_and_others_are_warned(sweep, capl
     assert pipeline_parameters(sweep, "embedded", {})["anchor"] == 0
     plan(pipeline_parameters(sweep, "embedded", {}))
     assert "anchor" not in caplog.text
-    plan(pipeline_parameters(sweep, "embedded", {"source": "owner/name", "judge": "bradley-terry"}))
+    given = {"source": "owner/name", "judge": "bradley-terry", "data_overrides": {}}
+    plan(pipeline_parameters(sweep, "embedded", given))
     assert "softness has no effect then; set anchor to 1" in caplog.text
 
 
@@ -153,7 +154,11 @@ def test_recipes_for_natural_text_are_anchored_and_others_are_warned(sweep, capl
         ({"baselines": ["sppo:1,rounds=0"]}, "rounds must be at least 1"),
         ({"train_overrides": {"alpha": 2}}, "use the parameter alpha"),
         (
-            {"source": "owner/name", "baselines": ["sppo:1,rounds=2,num_train_epochs=1,judge=expert"]},
+            {
+                "source": "owner/name",
+                "data_overrides": {},
+                "baselines": ["sppo:1,rounds=2,num_train_epochs=1,judge=expert"],
+            },
             "sppo-beta-1: judge expert knows embedded sources alone",
         ),
         (
@@ -174,7 +179,11 @@ def test_recipes_for_natural_text_are_anchored_and_others_are_warned(sweep, capl
         ({"data_overrides": {"votse": 1}}, "did you mean 'votes'"),
         ({"samples_per_refresh": 4}, "samples_per_refresh"),
         ({"judge": "oracle"}, "judge"),
-        ({"source": "owner/name", "judge": "expert"}, "bradley-terry"),
+        ({"source": "owner/name", "data_overrides": {}, "judge": "expert"}, "bradley-terry"),
+        ({"source": "owner/name"}, "data_overrides has votes and story_kind.*--recipe own"),
+        ({"train_overrides": {"lora_r": 0}}, "SPOConfig.lora_r must be at least 1, got 0"),
+        ({"sft_overrides": {"vocab_size": 7}}, "SFTConfig.vocab_size must be at least 258, got 7"),
+        ({"learning_rate": -1.0}, "SPOConfig.learning_rate must be at least 0, got -1.0"),
         ({"source": ""}, "source is empty"),
         ({"selection_rule": "best"}, "win_rate"),
         ({"registered_model_name": "a/b"}, "model_name"),
@@ -326,11 +335,36 @@ def test_output_folder_with_content_is_not_touched(sweep, tmp_path, capsys):
 
 
 def test_checked_in_packages_are_what_the_pipelines_compile_to(sweep, single, tmp_path):
-    for pipeline in (sweep, single):
-        name = pipeline.name.replace("-", "_")
-        assert command.main(pipeline, ["compile", "--output", str(tmp_path / f"{name}.yaml")]) == 0
+    for pipeline, name, recipe in (
+        (sweep, "spo_sweep", "embedded"),
+        (single, "spo_pipeline", "embedded"),
+        (sweep, "spo_own", "own"),
+    ):
         fresh, kept = tmp_path / f"{name}.yaml", PACKAGES / f"{name}.yaml"
+        assert command.main(pipeline, ["compile", "--recipe", recipe, "--output", str(fresh)]) == 0
         assert fresh.read_text() == kept.read_text(), f"{kept.name} is out of date: run make packages"
+
+
+def test_the_package_for_data_of_ones_own_asks_for_them_and_has_no_setting_of_the_stories():
+    spec = next(yaml.safe_load_all((PACKAGES / "spo_own.yaml").read_text(encoding="utf-8")))
+    form = {
+        name: one.get("defaultValue") for name, one in spec["root"]["inputDefinitions"]["parameters"].items()
+    }
+    assert (form["source"], form["base_model"], form["data_overrides"]) == ("", "", {})
+    assert (form["anchor"], form["train_overrides"]["use_peft"]) == (1, True)
+    assert "model_config" not in form["sft_overrides"]
+
+
+def test_help_shows_the_defaults_of_the_chosen_recipe(sweep, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    for arguments, says in (
+        ([], "(recipe embedded: 0.0005)"),
+        (["--recipe", "own"], "(recipe own: 5e-05)"),
+        (["--recipe=own"], '(default: "auto"'),  # of the judge, where the recipe has another
+    ):
+        with pytest.raises(SystemExit):
+            command.main(sweep, [*arguments, "--help"])
+        assert (says in capsys.readouterr().out) is ("auto" not in says)
 
 
 @pytest.mark.parametrize("name", ["spo_sweep", "spo_pipeline"])

@@ -26,31 +26,36 @@ from softpref.config import closest, parse_overrides
 from softpref.data.config import EMBEDDED
 from softpref.errors import ConfigError, SoftprefError
 from softpref.options import CONFIGURATIONS, HIDDEN, instead, read_options
-from softpref.pipelines.local import run_here, task_server
+from softpref.pipelines.local import require_gpus, run_here, task_server
 from softpref.pipelines.packages import compile_components, compile_package, packages_folder
 from softpref.pipelines.placement import build
 from softpref.pipelines.profiles import read_profile
 from softpref.pipelines.recipes import inputs, pipeline_parameters, typed
 from softpref.pipelines.submission import add_client_options, submit, ui_address
 from softpref.preflight.parameters import PLANNED, TABLE
-from softpref.preflight.stage import ARTIFACT_SCHEME, further_sources
+from softpref.preflight.stage import ARTIFACT_SCHEME, check, further_sources, plan
 
 
-def main(pipeline: Any, arguments: list[str]) -> int:
-    """Run the command line of one pipeline; returns the exit status."""
+def main(pipeline: Any, arguments: list[str], name: str = "") -> int:
+    """Run the command line of one pipeline; returns the exit status.
+
+    Args:
+        name: of the command; by default the script's, such as spo_sweep.py.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # texts hold characters that not every terminal knows
-    options = _parse(pipeline, arguments)
     try:
+        options = _parse(pipeline, arguments, name)
         if options.command == "components":
             return _components(options)
         given = {name: getattr(options, name) for name in inputs(pipeline)}
         if options.command == "compile" or options.runner == "cluster":
             return _for_cluster(pipeline, given, options)
         parameters = pipeline_parameters(pipeline, options.recipe, given)
+        if options.runner == "local":
+            require_gpus(parameters["gpus"])
+        check(parameters)  # before anything is imported that takes seconds
         with task_server(parameters) if options.runner == "local" else contextlib.nullcontext() as tasks:
-            from softpref.preflight.stage import plan
-
             print(_planned(pipeline, options, plan(parameters)))
             return run_here(pipeline, parameters, options, tasks)
     except SoftprefError as error:
@@ -60,8 +65,6 @@ def main(pipeline: Any, arguments: list[str]) -> int:
 
 def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
     """Compile a package for a cluster, or submit a run to it."""
-    from softpref.preflight.stage import plan
-
     profile = read_profile(options.cluster)
     if not profile.kfp_ui and (ui := options.ui_host or options.endpoint):
         profile = dataclasses.replace(profile, kfp_ui=ui_address(ui))
@@ -83,7 +86,9 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
     for name in ("source", "base_model"):
         if parameters[name] not in ("", *EMBEDDED):
             _refuse_local(name, parameters[name])
-    members = plan(parameters, here=False)
+    checked = _filled(parameters) if options.command == "compile" else parameters
+    check(checked, here=False)  # before anything is imported that takes seconds
+    members = plan(checked, here=False)
     for further in further_sources(parameters["data_overrides"]):
         _refuse_local(further.name, further.place)
     if options.command == "compile":
@@ -100,6 +105,14 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
         package = compile_package(pipeline, Path(folder) / f"{_name(pipeline)}.yaml", profile, shown)
         models = [member.name for member in members]
         return submit(pipeline.name, package, parameters, profile, options, models)
+
+
+def _filled(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A form whose source and base model are left to whoever fills it, as if somebody had."""
+    left = [name for name in ("source", "base_model") if not parameters[name]]
+    if "model_config" in parameters["sft_overrides"]:  # a model from nothing
+        left = [name for name in left if name != "base_model"]
+    return {**parameters, **dict.fromkeys(left, "owner/name")}
 
 
 def _refuse_local(name: str, value: str) -> None:
@@ -128,8 +141,14 @@ def _planned(pipeline: Any, options: argparse.Namespace, members: Iterable[Any])
 # ---------------------------------------------------------------------- the command line
 
 
-def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
-    name = f"{_name(pipeline)}.py"
+def parser_of(pipeline: Any, name: str = "", recipe: str | None = None) -> argparse.ArgumentParser:
+    """All that the command line of a pipeline takes.
+
+    Args:
+        recipe: whose defaults `--help` shows.
+    """
+    name = name or f"{_name(pipeline)}.py"
+    defaults = pipeline_parameters(pipeline, recipe, {}) if recipe else {}
     parser = argparse.ArgumentParser(
         prog=name,
         usage=f"{name} [run|compile|components] [--recipe NAME] [--OPTION VALUE ...]",
@@ -161,7 +180,7 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
         default="local",
         help="where stages run: processes here (default), containers here, or Kubeflow Pipelines",
     )
-    cluster = parser.add_argument_group("compile, components, and --runner cluster")
+    cluster = parser.add_argument_group(_CLUSTER)
     cluster.add_argument(
         "--cluster",
         default="default",
@@ -169,20 +188,35 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     )
     add_client_options(cluster)
     group = parser.add_argument_group(
-        "pipeline parameters (they win over the recipe's, and those over the defaults)"
+        "pipeline parameters (they win over the recipe's, which --recipe chooses)"
     )
     for name, parameter in inputs(pipeline).items():
         many = typing.get_origin(parameter.annotation) is list
         kind = typing.get_args(parameter.annotation)[0] if many else parameter.annotation
-        shown = json.dumps(parameter.default)
+        default = defaults.get(name, parameter.default)
+        shown = json.dumps(default, ensure_ascii=False)
+        where = f"default: {shown}" if default == parameter.default else f"recipe {recipe}: {shown}"
         group.add_argument(
             f"--{_dashed(name)}",
             dest=name,
             type=_argument_type(name, parameter.annotation),
             nargs="*" if many else None,
             metavar="JSON" if kind is dict else kind.__name__.upper(),
-            help=f"{TABLE[name].text} (default: {shown})".replace("%", "%%"),
+            help=f"{TABLE[name].text} ({where})".replace("%", "%%"),
         )
+    return parser
+
+
+_CLUSTER = "compile, components, and --runner cluster"
+
+
+def _parse(pipeline: Any, arguments: list[str], name: str = "") -> argparse.Namespace:
+    recipe = None
+    if {"-h", "--help"} & {*arguments}:
+        chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        chosen.add_argument("--recipe", default="embedded")
+        recipe = chosen.parse_known_args(arguments)[0].recipe
+    parser = parser_of(pipeline, name, recipe)
     arguments = [re.sub("^--[^=]+", lambda option: _dashed(option[0]), argument) for argument in arguments]
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -190,6 +224,7 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     if options.command not in ("run", "compile", "components"):
         parser.error(f"there is no command {options.command!r}: it is run, compile or components")
     to_cluster = options.command != "run" or options.runner == "cluster"
+    (cluster,) = [group for group in parser._action_groups if group.title == _CLUSTER]
     for action in cluster._group_actions:
         if not to_cluster and getattr(options, action.dest) != action.default:
             parser.error(

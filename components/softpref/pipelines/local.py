@@ -43,6 +43,20 @@ def task_server(parameters: Mapping[str, Any]) -> contextlib.AbstractContextMana
     return TaskServer(resolve_tracking_uri(parameters["tracking_uri"] or None))
 
 
+def require_gpus(count: str) -> None:
+    """Refuse the parameter `gpus` on a Linux machine that has no device of a GPU; a stage counts them.
+
+    Raises:
+        ConfigError: says what would be right.
+    """
+    devices = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either in WSL
+    if count.strip() not in ("", "0") and sys.platform == "linux" and not any(map(os.path.exists, devices)):
+        raise ConfigError(
+            f"gpus is {count}, and this machine has none: leave it out to train on the CPU, or give "
+            "--runner cluster"
+        )
+
+
 def share_cores() -> None:
     """Two models are trained at a time: more threads than cores would slow both."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))

@@ -68,10 +68,6 @@ class SFTConfig(TrainingArguments):
                 'models:/NAME@ALIAS or a Hub id), or a model_config with at least "model_type" to train from '
                 "nothing"
             )
-        # 256 bytes, end and padding: with less, not every text could be written
-        for name, least in (("max_prompt_length", 1), ("max_completion_length", 1), ("vocab_size", 258)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"SFTConfig.{name} must be at least {least}, got {getattr(self, name)}")
         check_training_arguments(self)
         check_num_proc(self)
         if self.bf16 is None:
