@@ -32,8 +32,8 @@ MISTAKES = [
     (["sweep", "--recipe", "onw"], "did you mean 'own'?"),
     (["sweep", "--baselines", "dpo=0.1"], "write METHOD:BETA, such as dpo:0.1; did you mean 'dpo'?"),
     (["sweep", "--baselines", "ppo:0.1"], "write METHOD:BETA, such as dpo:0.1; did you mean "),
-    (["sweep", "--source", "owner/pairs"], "which is for the embedded stories"),
-    (["sweep", "--source", "owner/pairs"], "take the settings of the recipe own (--recipe own"),
+    (["sweep", "--source", "owner/pairs"], "data_overrides has votes and story_kind: settings"),
+    (["sweep", "--source", "owner/pairs"], "take those of the recipe own (--recipe own"),
     (["compile", "swep"], "did you mean 'sweep'?"),
     (["compare", "a", "--outptu", "o"], "--output"),
 ]

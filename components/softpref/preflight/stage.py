@@ -246,9 +246,9 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     stories = [name for name in _OF_STORIES if name in parse_overrides(parameters.get("data_overrides"))]
     if stories and not (data.embedded or source.startswith(ARTIFACT_SCHEME)):
         raise ConfigError(
-            f"source is {shown}, and data_overrides has {' and '.join(stories)}, which is for the embedded "
-            "stories: they do not suit data of your own; take the settings of the recipe own (--recipe own, "
-            "or the package spo_own.yaml), or leave it out"
+            f"source is {shown}, and data_overrides has {' and '.join(stories)}: settings of the embedded "
+            "stories do not suit data of your own; take those of the recipe own (--recipe own, or the "
+            "package spo_own.yaml), or leave them out (data_overrides {})"
         )
     for further in further_sources(parameters.get("data_overrides")):
         if further.place.startswith(ARTIFACT_SCHEME):
