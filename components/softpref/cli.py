@@ -144,8 +144,8 @@ def _pipeline(command: str, *arguments: str) -> int:
         known = closest(what, ("sweep", "run", "components"))
         print(f"error: softpref compile takes sweep, run or components, got {what!r}{known}", file=sys.stderr)
         return 2
-    pipeline = getattr(graph, _PIPELINES["sweep" if what == "components" else what][0])
-    return main(pipeline, ["components" if what == "components" else "compile", *rest], "softpref compile")
+    command, task = ("sweep", what) if what == "components" else (what, "compile")
+    return main(getattr(graph, _PIPELINES[command][0]), [task, *rest], f"softpref {command}")
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -5,8 +5,8 @@ import re
 
 import pytest
 import yaml
+from softpref.pipelines.graph import pipeline
 from softpref.pipelines.packages import compile_package
-from softpref.pipelines.placement import build
 from softpref.pipelines.profiles import read_profile
 
 PROFILE = """
@@ -339,7 +339,7 @@ def test_a_wrong_profile_is_refused_with_its_file_and_entry(sweep, tmp_path, old
     assert old in PROFILE
     file.write_text(PROFILE.replace(old, new))
     with pytest.raises(ConfigError, match=re.escape(complaint)):
-        build(sweep, read_profile(str(file)))
+        pipeline(sweep.name, read_profile(str(file)))
 
 
 def test_an_unknown_profile_names_the_closest():

@@ -26,11 +26,11 @@ from softpref.config import closest, parse_overrides
 from softpref.data.config import EMBEDDED
 from softpref.errors import ConfigError, SoftprefError
 from softpref.options import CONFIGURATIONS, HIDDEN, instead, read_options
+from softpref.pipelines import graph
 from softpref.pipelines.local import require_gpus, run_here, task_server
 from softpref.pipelines.packages import compile_components, compile_package, packages_folder
-from softpref.pipelines.placement import build
-from softpref.pipelines.profiles import read_profile
-from softpref.pipelines.recipes import inputs, pipeline_parameters, typed
+from softpref.pipelines.profiles import CLUSTERS, read_profile
+from softpref.pipelines.recipes import RECIPES, inputs, names_in, pipeline_parameters, typed
 from softpref.pipelines.submission import add_client_options, submit, ui_address
 from softpref.preflight.parameters import PLANNED, TABLE
 from softpref.preflight.stage import ARTIFACT_SCHEME, check, further_sources, plan
@@ -81,7 +81,7 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
             f"the cluster profile {options.cluster} gives a node {profile.trainjob.gpus_per_node} GPUs "
             "(trainjob.gpus_per_node); leave one of the two out"
         )
-    form = build(pipeline, profile)
+    form = graph.pipeline(pipeline.name, profile)
     parameters = pipeline_parameters(form, options.recipe, given)
     for name in ("source", "base_model"):
         if parameters[name] not in ("", *EMBEDDED):
@@ -167,7 +167,7 @@ def parser_of(pipeline: Any, name: str = "", recipe: str | None = None) -> argpa
     parser.add_argument(
         "--recipe",
         default="embedded",
-        help="name in pipelines/recipes, or a YAML file of parameters, written a_b there (default: embedded)",
+        help=f"{', '.join(names_in(RECIPES))}, or a YAML file of parameters, written a_b (default: embedded)",
     )
     parser.add_argument(
         "--output",
@@ -184,7 +184,7 @@ def parser_of(pipeline: Any, name: str = "", recipe: str | None = None) -> argpa
     cluster.add_argument(
         "--cluster",
         default="default",
-        help="profile in pipelines/clusters, or a YAML file (default: default)",
+        help=f"profile: {', '.join(names_in(CLUSTERS))}, or a YAML file (default: default)",
     )
     add_client_options(cluster)
     group = parser.add_argument_group(

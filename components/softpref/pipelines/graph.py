@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from kfp.dsl import Artifact, Input
 from softpref.data.component import prepare_data
 from softpref.evaluation.component import compare_models, evaluate_model
 from softpref.pipelines.placement import (
-    Part,
+    applied,
     ended,
     launcher,
     models_at_once,
@@ -24,8 +25,9 @@ from softpref.pipelines.placement import (
     run_name,
     source_artifact,
 )
+from softpref.pipelines.profiles import Profile, check_names
 from softpref.preflight.component import plan_run, plan_sweep
-from softpref.preflight.parameters import SINGLE, SWEEP, declared, of_stage
+from softpref.preflight.parameters import SINGLE, SWEEP, Parameter, declared, of_stage
 from softpref.registry.component import register_model
 from softpref.sft.component import train_reference
 from softpref.spo.component import train_policy
@@ -33,19 +35,64 @@ from softpref.spo.component import train_policy
 Values = Mapping[str, Any]  # of a pipeline's parameters, by name
 
 
-def pipeline(name: str, description: str, *, sweep: bool) -> Any:
-    """One of the two pipelines."""
+def pipeline(name: str, profile: Profile | None = None, defaults: Mapping[str, Any] | None = None) -> Any:
+    """One of the two pipelines.
 
-    @declared(description, (SWEEP if sweep else SINGLE).values())
-    def graph(values: Values) -> None:
-        with ended(**of_stage("finish", values)):
-            _steps(values, sweep)
+    Args:
+        name: spo-sweep or spo-pipeline.
+        profile: of the cluster that it is for; None: for this machine.
+        defaults: values that the parameters take when the form is left alone; they win over the profile's.
 
-    return dsl.pipeline(graph, name=name, description=description)
+    Returns:
+        A pipeline of KFP, without the parameter `gpus` where the profile fixes their number.
+
+    Raises:
+        ConfigError: the profile sets a parameter that the pipeline does not have.
+    """
+    sweep = name == "spo-sweep"
+    summary, parameters = (_SWEEP, SWEEP) if sweep else (_SINGLE, SINGLE)
+    description, fixed = summary, {}
+    shown = {one.name: one.default for one in parameters.values()}
+    if profile:
+        check_names(profile.parameters, parameters, "parameter")
+        shown |= profile.parameters
+        description = _explained(name, summary, parameters)
+        fixed = {} if profile.fixed_gpus is None else {"gpus": str(profile.fixed_gpus or "")}
+    shown |= defaults or {}
+    form = [
+        # a profile writes the text `gpus` as the number that it is
+        replace(one, default=str(shown[one.name]) if one.type is str else shown[one.name])
+        for one in parameters.values()
+        if one.name not in fixed
+    ]
+    with applied(profile, str(shown["source"])):
+        register_chosen = _register_chosen() if sweep else None
+
+        @declared(summary, form)
+        def graph(given: Values) -> None:
+            values = {**given, **fixed}
+            with ended(**of_stage("finish", values)):
+                _steps(values, register_chosen)
+
+        return dsl.pipeline(graph, name=name, description=description)
 
 
-def _steps(values: Values, sweep: bool) -> None:
-    step = partial(_step, values)
+_SWEEP = "Align a language model to preferences at several softness values."
+_SINGLE = "Align a language model to preferences at one softness."
+
+
+def _explained(name: str, summary: str, parameters: Mapping[str, Parameter]) -> str:
+    """The pipeline's description with the fields that most people fill: KFP's form shows no texts."""
+    fields = [f"- {one.name}: {one.text}" for one in parameters.values() if one.shown]
+    script = f"`python pipelines/{name.replace('-', '_')}.py --help`"
+    return "\n".join(
+        [summary, "The form's fields that matter most:", *fields, f"{script} explains them all."]
+    )
+
+
+def _steps(values: Values, register_chosen: Any) -> None:
+    """The steps of a sweep, or, without a part that registers what it has chosen, of a single run."""
+    sweep, step = register_chosen is not None, partial(_step, values)
     plan = (plan_sweep if sweep else plan_run)(**values, run_name=run_name())
     plan.set_display_name("Check, plan the sweep" if sweep else "Check every parameter")
     place(plan, "plan", cache=False)  # it opens the run's own in MLflow
@@ -119,26 +166,28 @@ def _register(values: Values, **inputs: Any) -> None:
 _AT_REGISTRATION = {name: one for name, one in SWEEP.items() if one.key("register")}
 
 
-@Part
-@declared(
-    "Register the model that a comparison chose.",
-    _AT_REGISTRATION.values(),
-    required=True,
-    model_uri=str,
-    evaluation=Input[Artifact],
-    comparison=Input[Artifact],
-    record=Input[Artifact],
-)
-def register_chosen(values: Values) -> None:
-    # A part of its own, for KFP's importer starts with the pipeline that it belongs to, and knows its inputs
-    # alone. A model from the cache lies outside of the run, where no output of a task may point.
-    inputs = {name: values[name] for name in ("evaluation", "comparison", "record")}
-    # KFP looks `artifact_uri` up by this very name
-    model = dsl.importer(artifact_uri=values["model_uri"], artifact_class=dsl.Model)
-    _register(values, model=model.output, **inputs)
+def _register_chosen() -> Any:
+    """A part of its own: KFP's importer starts with the pipeline it belongs to, and knows its inputs alone.
+
+    A model from the cache lies outside of the run, where no output of a task may point.
+    """
+
+    @declared(
+        "Register the model that a comparison chose.",
+        _AT_REGISTRATION.values(),
+        required=True,
+        model_uri=str,
+        evaluation=Input[Artifact],
+        comparison=Input[Artifact],
+        record=Input[Artifact],
+    )
+    def register_chosen(values: Values) -> None:
+        inputs = {name: values[name] for name in ("evaluation", "comparison", "record")}
+        # KFP looks `artifact_uri` up by this very name
+        model = dsl.importer(artifact_uri=values["model_uri"], artifact_class=dsl.Model)
+        _register(values, model=model.output, **inputs)
+
+    return dsl.pipeline(register_chosen, name="register-chosen")
 
 
-spo_sweep = pipeline(
-    "spo-sweep", "Align a language model to preferences at several softness values.", sweep=True
-)
-spo_pipeline = pipeline("spo-pipeline", "Align a language model to preferences at one softness.", sweep=False)
+spo_sweep, spo_pipeline = pipeline("spo-sweep"), pipeline("spo-pipeline")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from softpref.config import parse_overrides
-from softpref.pipelines.placement import build
+from softpref.pipelines import graph
 from softpref.pipelines.profiles import STAGES, Profile
 from softpref.pipelines.recipes import RECIPES
 
@@ -33,7 +33,7 @@ def compile_package(
     from kfp import compiler
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(build(pipeline, profile, parameters), str(path))
+    compiler.Compiler().compile(graph.pipeline(pipeline.name, profile, parameters), str(path))
     text = path.read_text(encoding="utf-8")
     path.write_text(_DEFAULT.sub(_in_order, text), encoding="utf-8")
     return path

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-from softpref.pipelines.profiles import STAGES, TRAINING, Profile, check_names, threads
-from softpref.preflight.parameters import TABLE
+from softpref.pipelines.profiles import STAGES, TRAINING, Profile, threads
 from softpref.preflight.stage import ARTIFACT_SCHEME
 from softpref.tracking import KFP_UI, RUN_ID, RUN_NAME
 
@@ -25,84 +22,15 @@ _LONG = 30 * 86400  # seconds within which a step without timeout is tried again
 _BACKOFF = 30
 
 
-def build(pipeline: Any, profile: Profile, defaults: Mapping[str, Any] | None = None) -> Any:
-    """The pipeline as it is on a cluster.
-
-    Args:
-        pipeline: of `@dsl.pipeline`; its function is traced anew.
-        defaults: values that the parameters take when the form is left alone; they win over the profile's.
-
-    Returns:
-        A pipeline without the parameter `gpus` where the profile fixes their number.
-
-    Raises:
-        ConfigError: the profile sets a parameter that the pipeline does not have.
-    """
-    from kfp import dsl
-
-    function = pipeline.pipeline_func
-    signature = inspect.signature(function)
-    check_names(profile.parameters, signature.parameters, "parameter")
-    values = {**profile.parameters, **(defaults or {})}
-    fixed = {} if profile.fixed_gpus is None else {"gpus": str(profile.fixed_gpus or "")}
-    form = [
-        parameter.replace(default=_shown(values.get(name, parameter.default), parameter.annotation))
-        for name, parameter in signature.parameters.items()
-        if name not in fixed
-    ]
-
-    @functools.wraps(function)
-    def traced(*given: Any, **named: Any) -> None:
-        function(**shown.bind(*given, **named).arguments, **fixed)
-
-    shown = signature.replace(parameters=form)
-    traced.__signature__ = shown  # type: ignore[attr-defined]
-    source = str(values.get("source", ""))
+@contextlib.contextmanager
+def applied(profile: Profile | None, source: str) -> Iterator[None]:
+    """Within it, a pipeline is traced for a cluster, and begins with the source where that is KFP's."""
     tokens = _profile.set(profile), _artifact.set(source if source.startswith(ARTIFACT_SCHEME) else "")
     try:
-        for part in _PARTS:
-            part.trace()
-        return dsl.pipeline(traced, name=pipeline.name, description=_explained(pipeline))
+        yield
     finally:
         _profile.reset(tokens[0])
         _artifact.reset(tokens[1])
-
-
-class Part:
-    """A part of a pipeline as a pipeline of its own, called like a component; a decorator.
-
-    It is traced anew with each profile that a pipeline is compiled for.
-    """
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
-        self.trace()
-        _PARTS.append(self)
-
-    def trace(self) -> None:
-        from kfp import dsl
-
-        self._pipeline = dsl.pipeline(self._function, name=self._function.__name__.replace("_", "-"))
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self._pipeline(**inputs)
-
-
-_PARTS: list[Part] = []
-
-
-def _explained(pipeline: Any) -> str:
-    """The pipeline's description with the fields that most people fill: KFP's form shows no texts."""
-    lines = [pipeline.component_spec.description, "The form's fields that matter most:"]
-    parameters = inspect.signature(pipeline.pipeline_func).parameters
-    lines += [f"- {name}: {one.text}" for name, one in TABLE.items() if one.shown and name in parameters]
-    script = pipeline.name.replace("-", "_")
-    return "\n".join([*lines, f"`python pipelines/{script}.py --help` explains them all."])
-
-
-def _shown(value: Any, annotation: Any) -> Any:
-    """A default as the form has it: a profile writes the text `gpus` as the number that it is."""
-    return str(value) if annotation is str else value
 
 
 def place(task: Any, stage: str, *, gpus: Any = 0, cache: bool = True) -> None:

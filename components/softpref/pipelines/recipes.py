@@ -15,6 +15,11 @@ from softpref.preflight.parameters import SWEEP
 RECIPES = Path(__file__).parent / "recipes"
 
 
+def names_in(folder: Path) -> list[str]:
+    """The recipes, or the cluster profiles, that a folder holds."""
+    return sorted(file.stem for file in folder.glob("*.yaml"))
+
+
 def inputs(pipeline: Any) -> Mapping[str, inspect.Parameter]:
     """The parameters of a pipeline of `@dsl.pipeline`, as its function has them."""
     return inspect.signature(pipeline.pipeline_func).parameters
@@ -33,8 +38,7 @@ def pipeline_parameters(pipeline: Any, recipe: str, given: Mapping[str, Any]) ->
     known = inputs(pipeline)
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
-        names = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-        raise ConfigError(f"there is no recipe {recipe!r}{closest(recipe, names)}")
+        raise ConfigError(f"there is no recipe {recipe!r}{closest(recipe, names_in(RECIPES))}")
     parameters = {name: spec.default for name, spec in known.items()}
     mappings = set()
     for name, value in read_mapping(path).items():
