@@ -60,6 +60,7 @@ bench: setup  ## speed and memory beside the peers, into tests/benchmarks/RESULT
 packages: setup  ## pipelines, components, list of parameters; tests compare the results with what is checked in
 	$(BIN)/python pipelines/spo_pipeline.py compile
 	$(BIN)/python pipelines/spo_sweep.py compile
+	$(BIN)/python pipelines/spo_sweep.py compile --recipe own --output pipelines/packages/spo_own.yaml
 	$(BIN)/python pipelines/spo_sweep.py components
 	$(BIN)/python -m softpref.preflight.parameters > docs/parameters.md
 

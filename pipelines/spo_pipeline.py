@@ -7,10 +7,8 @@ python pipelines/spo_pipeline.py compile                 # writes pipelines/pack
 
 import sys
 
-from graph import pipeline
-from launch import main
-
-spo_pipeline = pipeline("spo-pipeline", "Align a language model to preferences at one softness.", sweep=False)
+from softpref.pipelines.command import main
+from softpref.pipelines.graph import spo_pipeline
 
 if __name__ == "__main__":
     sys.exit(main(spo_pipeline, sys.argv[1:]))

@@ -8,12 +8,8 @@ python pipelines/spo_sweep.py compile                    # writes pipelines/pack
 
 import sys
 
-from graph import pipeline
-from launch import main
-
-spo_sweep = pipeline(
-    "spo-sweep", "Align a language model to preferences at several softness values.", sweep=True
-)
+from softpref.pipelines.command import main
+from softpref.pipelines.graph import spo_sweep
 
 if __name__ == "__main__":
     sys.exit(main(spo_sweep, sys.argv[1:]))

@@ -30,6 +30,7 @@ def test_imports_that_climb_or_close_a_circle_are_found(tmp_path):
         "lm/head.py": "from softpref.cli import main",
         "lm/padding.py": "from softpref.lm.head import try_out",
         "spo/buffer.py": "from softpref.sft import stage",
+        "data/texts.py": "from softpref.pipelines import recipes",
     }
     for file, line in added.items():
         with (tmp_path / "components/softpref" / file).open("a") as module:
@@ -39,3 +40,4 @@ def test_imports_that_climb_or_close_a_circle_are_found(tmp_path):
     assert "softpref.lm is not allowed to import softpref.cli" in result.stdout
     assert "No cycles are allowed in softpref.lm" in result.stdout
     assert "softpref.spo is not allowed to import softpref.sft" in result.stdout
+    assert "softpref.data is not allowed to import softpref.pipelines" in result.stdout

@@ -1,4 +1,4 @@
-"""The console command `softpref`: every stage without KFP. Imports a stage only when it is run."""
+"""The console command `softpref`: the pipelines, and every stage without KFP. Imports what is run alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref import __version__
-from softpref.config import build_config, convert, holding, read_mapping
+from softpref.config import build_config, closest, convert, holding, read_mapping
 from softpref.errors import ConfigError, SoftprefError
 from softpref.options import CONFIGURATIONS, HIDDEN, REQUIRED, Option, instead, read_options
+from softpref.preflight.early import check_early
 
 Values = dict[str, Any]
 
@@ -53,32 +54,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: 0, or 2 for an error that a person can mend."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # texts hold characters that not every terminal knows
-    arguments = _joined(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog="softpref",
-        description="Soft preference optimization, stage by stage.",
-        epilog="softpref STAGE --help lists every option of a stage.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"softpref {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
-    for name, stage in _STAGES.items():
-        _add_stage(commands, name, stage, listed=name in arguments)
-    sync = commands.add_parser("track-sync", help="Send what a tracking server missed.", allow_abbrev=False)
-    sync.add_argument("folder", help="output folder of a stage, with its tracking.jsonl")
-    sync.add_argument("--tracking_uri", default="", help="MLflow server (default: the run's own)")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in _PIPELINES:
+        return _pipeline(*arguments)
+    arguments = _joined(arguments)
+    parser, commands = _parser(arguments)
     options, rest = parser.parse_known_args(arguments)
     if not _is_first_process():  # whose warnings are everybody's
         logging.getLogger("softpref").setLevel(logging.ERROR)
     try:
-        if options.command == "track-sync":
+        if own := _OTHERS.get(options.command):
             if rest:
-                parser.error(f"unknown arguments: {' '.join(rest)}")
-            from softpref.tracking import sync as deliver
-
-            result = deliver(options.folder, options.tracking_uri or None)
-            print(f"delivered {result.delivered} records to run {result.run_id}")
-            return 0
+                name = rest[0].partition("=")[0].removeprefix("--")
+                near = closest(name, vars(options).keys() - {"command"})
+                commands.choices[options.command].error(f"unknown arguments: {' '.join(rest)}{near}")
+            return own(options)
         stage = _STAGES[options.command]
         folders, values = _settle(options, rest)
         if missing := [name for name, place in stage.places.items() if place.required and not folders[name]]:
@@ -98,6 +88,115 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno not in _OF_THE_DISK:
             raise
         return _refused(options, f"{error}; give a folder that can be written, on a disk with space")
+
+
+def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, Any]:
+    """The parser, and its commands; of stages, those that `arguments` name have all their options."""
+    parser = argparse.ArgumentParser(
+        prog="softpref",
+        description="Soft preference optimization: the pipelines, and their stages one by one.",
+        epilog="softpref COMMAND --help lists every option of a command.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"softpref {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, summary) in _PIPELINES.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    for name, stage in _STAGES.items():
+        _add_stage(commands, name, stage, listed=name in arguments)
+    compare = commands.add_parser(
+        "compare", help="Compare evaluated models and choose one.", allow_abbrev=False
+    )
+    compare.add_argument("evaluations", nargs="+", help="folders of `softpref evaluate`, one a model")
+    compare.add_argument("--output", required=True, help="folder to write: the report, its data and figures")
+    compare.add_argument(
+        "--selection_rule", default="expected_reward", help="what ranks models: expected_reward or win_rate"
+    )
+    for name, text in (
+        ("max_kl", "models further than this from the reference, in nats, are not chosen"),
+        ("min_win_rate", "the low end of a chosen model's win rate must be above this"),
+    ):
+        compare.add_argument(f"--{name}", type=float, help=f"{text} (default: no limit)")
+    sync = commands.add_parser("track-sync", help="Send what a tracking server missed.", allow_abbrev=False)
+    sync.add_argument("folder", help="output folder of a stage, with its tracking.jsonl")
+    sync.add_argument("--tracking_uri", default="", help="MLflow server (default: the run's own)")
+    commands.add_parser(
+        "completion",
+        help="Print what completes words in bash and zsh.",
+        description='eval "$(softpref completion)" in ~/.bashrc, or in ~/.zshrc after '
+        "`autoload -U bashcompinit && bashcompinit`.",
+        allow_abbrev=False,
+    )
+    return parser, commands
+
+
+def _pipeline(command: str, *arguments: str) -> int:
+    """Run a pipeline's command line; that of `compile` is of the one named first, by default the sweep."""
+    from softpref.pipelines import graph
+    from softpref.pipelines.command import main
+
+    if command != "compile":
+        return main(getattr(graph, _PIPELINES[command][0]), [*arguments], f"softpref {command}")
+    what, rest = "sweep", [*arguments]
+    if rest and not rest[0].startswith("-"):
+        what = rest.pop(0)
+    if what not in ("sweep", "run", "components"):
+        known = closest(what, ("sweep", "run", "components"))
+        print(f"error: softpref compile takes sweep, run or components, got {what!r}{known}", file=sys.stderr)
+        return 2
+    command, task = ("sweep", what) if what == "components" else (what, "compile")
+    return main(getattr(graph, _PIPELINES[command][0]), [task, *rest], f"softpref {command}")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from softpref.evaluation.compare import format_table, outcome_lines, run
+    from softpref.evaluation.stage import REPORT_FILE
+    from softpref.fitness import Limits
+
+    comparison = run(
+        options.evaluations,
+        options.output,
+        options.selection_rule,
+        options.max_kl,
+        limits=None if options.min_win_rate is None else Limits(options.min_win_rate),
+        required=False,
+    )
+    report = f"report:   {Path(options.output, REPORT_FILE)}"
+    print("\n".join([format_table(comparison["members"]), "", *outcome_lines(comparison), report]))
+    return 0
+
+
+def _track_sync(options: argparse.Namespace) -> int:
+    from softpref.tracking import sync
+
+    result = sync(options.folder, options.tracking_uri or None)
+    print(f"delivered {result.delivered} records to run {result.run_id}")
+    return 0
+
+
+def _completion(_: argparse.Namespace) -> int:
+    """Print a script of bash with all commands and options as they are now."""
+    from softpref.pipelines import graph
+    from softpref.pipelines.command import parser_of
+
+    parsers = {**_parser([*_STAGES])[1].choices}
+    parsers |= {name: parser_of(getattr(graph, place)) for name, (place, _) in _PIPELINES.items()}
+    cases = [f"{name}) words='{' '.join(one._option_string_actions)}' ;;" for name, one in parsers.items()]
+    lines = "\n    ".join([*cases, f"*) words='{' '.join(parsers)} --help --version' ;;"])
+    print(_COMPLETION.format(cases=lines))
+    return 0
+
+
+_COMPLETION = """\
+_softpref() {{
+  local words command=${{COMP_WORDS[1]}}
+  [ "$COMP_CWORD" -gt 1 ] || command=
+  case "$command" in
+    {cases}
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _softpref softpref"""
 
 
 def _joined(arguments: list[str]) -> list[str]:
@@ -184,6 +283,7 @@ def _settle(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, str
             where = _whereabouts(name, options.command)
             raise ConfigError(f"softpref {options.command} has no option {name!r}{where}")
     convert(f"softpref {options.command}: ", values, {one.name: one.hint for one in known.values()})
+    check_early(options.command, values)
     return folders, values
 
 
@@ -334,6 +434,13 @@ _STAGES = {
         },
         _register,
     ),
+}
+
+_OTHERS = {"compare": _compare, "track-sync": _track_sync, "completion": _completion}
+_PIPELINES = {
+    "sweep": ("spo_sweep", "Train, evaluate and compare models of several softness values."),
+    "run": ("spo_pipeline", "Train and evaluate a model of one softness value."),
+    "compile": ("spo_sweep", "Write a pipeline's package for Kubeflow Pipelines."),
 }
 
 

@@ -2,11 +2,10 @@
 
 import os
 import shlex
-import sys
 
 import pytest
 
-from .kubeflow import REPOSITORY, Cluster
+from .kubeflow import Cluster
 
 _ENDPOINT = "SOFTPREF_CLUSTER_ENDPOINT"
 
@@ -21,7 +20,6 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    sys.path.insert(0, str(REPOSITORY / "pipelines"))
     cluster = Cluster(
         os.environ[_ENDPOINT],
         os.environ["SOFTPREF_CLUSTER_NAMESPACE"],

@@ -94,8 +94,8 @@ class Cluster:
     """
 
     def __init__(self, endpoint: str, namespace: str, profile: str, options: list[str], folder: Path) -> None:
-        from clusters import CLUSTERS, read_profile
-        from submission import _client, _namespace, add_client_options
+        from softpref.pipelines.profiles import CLUSTERS, read_profile
+        from softpref.pipelines.submission import _client, _namespace, add_client_options
 
         self.namespace, self._folder = namespace, folder
         self._options = ["--endpoint", endpoint, "--namespace", namespace, *options]
@@ -180,7 +180,7 @@ class Cluster:
 
     def inputs(self, run_id: str, task: str) -> list[dict[str, dict[str, Any]]]:
         """The artifacts that each pod of a task was given, by name, as Kubeflow's metadata store had them."""
-        from waiting import _workflow
+        from softpref.pipelines.waiting import _workflow
 
         found = []
         for node in _workflow(self.client, run_id)["status"]["nodes"].values():

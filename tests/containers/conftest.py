@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from softpref.images import STAGES, image_name
 from tests.pipelines.conftest import quick_recipe  # noqa: F401
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY / "pipelines"))
 
 # they need images of two gigabytes and run whole sweeps: none of it belongs into the ordinary tests
 needs_containers = pytest.mark.skipif(

@@ -164,7 +164,7 @@ def test_an_interrupted_run_leaves_no_container(quick_recipe, tmp_path):
 
 
 def test_a_missing_image_is_said_with_the_command_that_builds_it():
-    from containers import engine, require_images
+    from softpref.pipelines.containers import engine, require_images
 
     with engine() as found:
         require_images([DATA_IMAGE], found)
@@ -174,7 +174,7 @@ def test_a_missing_image_is_said_with_the_command_that_builds_it():
 
 def test_a_container_is_confined_and_its_exit_status_is_the_tasks(tmp_path, capsys, monkeypatch):
     import docker
-    from containers import Containers
+    from softpref.pipelines.containers import Containers
 
     monkeypatch.setenv("HF_TOKEN", "token-of-the-hub")
     monkeypatch.setenv("UNRELATED_SECRET", "not for tasks")

@@ -6,6 +6,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from softpref.cli import main
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.choice import choose
 from softpref.evaluation.compare import (
@@ -203,6 +204,17 @@ def test_where_the_chosen_fails_the_gate_the_next_that_passes_is_chosen_and_it_i
     assert json.loads((tmp_path / "out" / "chosen" / "evaluation.json").read_text())["name"] == "sharp"
     assert run(folders, str(tmp_path / "open"), limits=Limits(min_win_rate=0.4))["chosen"] == "even"
     assert run(folders, str(tmp_path / "near"), limits=Limits(None, max_kl=1.5))["chosen"] == "soft"
+
+
+def test_the_console_compares_and_chooses_as_the_pipeline_does(tmp_path, capsys):
+    folders = save(tmp_path, SHARP, EVEN, SOFT)
+    options = ["--output", str(tmp_path / "out"), "--max-kl", "1.5", "--min_win_rate", "0.4"]
+    assert main(["compare", *folders, *options]) == 0
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert result == run(folders, str(tmp_path / "kept"), max_kl=1.5, limits=Limits(0.4))
+    printed = capsys.readouterr().out
+    assert f"chosen:   {result['chosen']}. " in printed
+    assert f"report:   {tmp_path / 'out' / 'report.html'}" in printed
 
 
 def test_where_none_passes_the_gate_the_run_fails_and_says_so_of_each(tmp_path):

@@ -1,17 +1,12 @@
 """The pipelines as a user imports them, and a recipe of the story world that takes seconds."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _pipelines_on_path():
-    sys.path.insert(0, str(REPOSITORY / "pipelines"))
+PACKAGES = REPOSITORY / "pipelines" / "packages"
 
 
 @pytest.fixture
@@ -35,21 +30,14 @@ def quick_recipe(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def launch():
-    import launch
-
-    return launch
-
-
-@pytest.fixture(scope="session")
 def sweep():
-    import spo_sweep
+    from softpref.pipelines.graph import spo_sweep
 
-    return spo_sweep.spo_sweep
+    return spo_sweep
 
 
 @pytest.fixture(scope="session")
 def single():
-    import spo_pipeline
+    from softpref.pipelines.graph import spo_pipeline
 
-    return spo_pipeline.spo_pipeline
+    return spo_pipeline

@@ -5,6 +5,9 @@ import re
 
 import pytest
 import yaml
+from softpref.pipelines.graph import pipeline
+from softpref.pipelines.packages import compile_package
+from softpref.pipelines.profiles import read_profile
 
 PROFILE = """
 images:
@@ -40,16 +43,12 @@ models_at_once: 3
 @pytest.fixture(scope="module")
 def compiled(sweep, tmp_path_factory):
     """Compiles the sweep with a profile's text; returns its pipeline and its Kubernetes part."""
-    import clusters
-    import launch
 
     def compiled(text, parameters=None):
         folder = tmp_path_factory.mktemp("profile")
         file = folder / "lab.yaml"
         file.write_text(text)
-        package = launch.compile_package(
-            sweep, folder / "package.yaml", clusters.read_profile(str(file)), parameters
-        )
+        package = compile_package(sweep, folder / "package.yaml", read_profile(str(file)), parameters)
         spec, platform = yaml.safe_load_all(package.read_text())
         return spec, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
@@ -334,29 +333,26 @@ def test_training_as_jobs_moves_gpus_and_secrets_to_the_nodes(compiled):
     ],
 )
 def test_a_wrong_profile_is_refused_with_its_file_and_entry(sweep, tmp_path, old, new, complaint):
-    import clusters
     from softpref.errors import ConfigError
 
     file = tmp_path / "lab.yaml"
     assert old in PROFILE
     file.write_text(PROFILE.replace(old, new))
     with pytest.raises(ConfigError, match=re.escape(complaint)):
-        clusters.build(sweep, clusters.read_profile(str(file)))
+        pipeline(sweep.name, read_profile(str(file)))
 
 
 def test_an_unknown_profile_names_the_closest():
-    import clusters
     from softpref.errors import ConfigError
 
     with pytest.raises(ConfigError, match="did you mean 'default'"):
-        clusters.read_profile("defualt")
+        read_profile("defualt")
 
 
 def test_the_default_profile_names_the_images_that_are_built_here():
-    import clusters
     from softpref import images
 
-    names = clusters.read_profile("default").images
+    names = read_profile("default").images
     assert names == {
         "data": images.DATA_IMAGE,
         "train": images.TRAIN_IMAGE,

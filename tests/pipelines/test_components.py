@@ -3,23 +3,27 @@
 import pytest
 import yaml
 from softpref.images import DATA_IMAGE, EVALUATE_IMAGE, TRAIN_IMAGE
+from softpref.pipelines import command
+from softpref.pipelines.profiles import CLUSTERS
+
+from tests.pipelines.conftest import PACKAGES
 
 MEMBER = '{"name": "mine", "method": "spo", "alpha": 0.5, "beta": 0.1, "options": {}}'
 
 
-def test_checked_in_components_are_what_the_stages_compile_to(launch, sweep, tmp_path):
-    assert launch.main(sweep, ["components", "--output", str(tmp_path)]) == 0
+def test_checked_in_components_are_what_the_stages_compile_to(sweep, tmp_path):
+    assert command.main(sweep, ["components", "--output", str(tmp_path)]) == 0
     fresh = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    kept = {path.name: path.read_text() for path in (launch.PACKAGES / "components").iterdir()}
+    kept = {path.name: path.read_text() for path in (PACKAGES / "components").iterdir()}
     assert fresh == kept, "the components are out of date: run make packages"
 
 
-def test_components_are_loaded_into_a_pipeline_of_somebody_elses(launch, tmp_path):
+def test_components_are_loaded_into_a_pipeline_of_somebody_elses(tmp_path):
     from kfp import compiler, components, dsl
 
     stage = {
         path.stem: components.load_component_from_file(str(path))
-        for path in (launch.PACKAGES / "components").iterdir()
+        for path in (PACKAGES / "components").iterdir()
     }
 
     @dsl.component
@@ -47,14 +51,13 @@ def test_components_are_loaded_into_a_pipeline_of_somebody_elses(launch, tmp_pat
     )
 
 
-def test_components_say_what_goes_in_and_comes_out_and_take_a_clusters_images(launch, sweep, tmp_path):
-    import clusters
+def test_components_say_what_goes_in_and_comes_out_and_take_a_clusters_images(sweep, tmp_path):
 
     profile = tmp_path / "lab.yaml"
-    text = (clusters.CLUSTERS / "default.yaml").read_text()
+    text = (CLUSTERS / "default.yaml").read_text()
     profile.write_text(text.replace("localhost/softpref-", "registry.example/softpref-"))
     assert (
-        launch.main(sweep, ["components", "--cluster", str(profile), "--output", str(tmp_path / "lab")]) == 0
+        command.main(sweep, ["components", "--cluster", str(profile), "--output", str(tmp_path / "lab")]) == 0
     )
     files = list((tmp_path / "lab").iterdir())
     assert len(files) == 6
@@ -68,8 +71,8 @@ def test_components_say_what_goes_in_and_comes_out_and_take_a_clusters_images(la
             assert given.get("description"), f"{file.stem} says nothing of {name}"
 
 
-def test_components_refuse_a_pipelines_parameters(launch, sweep, capsys):
+def test_components_refuse_a_pipelines_parameters(sweep, capsys):
     for option in (["--beta", "0.5"], ["--recipe", "own"]):
         with pytest.raises(SystemExit):
-            launch.main(sweep, ["components", *option])
+            command.main(sweep, ["components", *option])
     assert "--recipe is for pipelines" in capsys.readouterr().err

@@ -7,6 +7,8 @@ import datasets
 import pytest
 from softpref.config import without_secrets
 from softpref.errors import ConfigError
+from softpref.pipelines import command
+from softpref.pipelines.recipes import pipeline_parameters, typed
 from softpref.preflight import stage
 from softpref.preflight.stage import FurtherSource, further_sources, plan
 from softpref.remote import Pinned
@@ -22,9 +24,9 @@ def rows(tmp_path, monkeypatch):
     return tmp_path
 
 
-def parameters(launch, pipeline, **overrides):
+def parameters(pipeline, **overrides):
     given = {"source": "a.jsonl", "judge": "bradley-terry", "data_overrides": overrides}
-    return launch.pipeline_parameters(pipeline, "embedded", {}) | given
+    return pipeline_parameters(pipeline, "embedded", {}) | given
 
 
 def test_all_that_the_data_stage_reads_is_listed():
@@ -54,13 +56,13 @@ def test_all_that_the_data_stage_reads_is_listed():
         ({"story": 0.3}, "cannot be mixed"),
     ],
 )
-def test_a_wrong_mixture_is_refused_by_the_plan(launch, sweep, rows, mixture, says):
+def test_a_wrong_mixture_is_refused_by_the_plan(sweep, rows, mixture, says):
     with pytest.raises(ConfigError, match=says):
-        plan(parameters(launch, sweep, mixture=mixture))
+        plan(parameters(sweep, mixture=mixture))
 
 
-def test_a_right_one_is_planned_and_may_stand_beside_an_artifact(launch, sweep, rows):
-    given = parameters(launch, sweep, mixture={"b.jsonl": {"share": 0.3, "split": None}})
+def test_a_right_one_is_planned_and_may_stand_beside_an_artifact(sweep, rows):
+    given = parameters(sweep, mixture={"b.jsonl": {"share": 0.3, "split": None}})
     assert plan(given)
     assert plan({**given, "source": "minio://mlpipeline/v2/artifacts/dataset"}, here=False)
 
@@ -73,25 +75,25 @@ def test_a_right_one_is_planned_and_may_stand_beside_an_artifact(launch, sweep, 
         {"prompts_source": "b.jsonl"},
     ],
 )
-def test_no_further_source_of_this_machine_is_sent_to_a_cluster(launch, sweep, rows, overrides, capsys):
-    arguments = ["compile", "--output", "package.yaml", "--source", "owner/name", "--judge", "bradley-terry"]
-    assert launch.main(sweep, [*arguments, "--data-overrides", json.dumps(overrides)]) == 2
+def test_no_further_source_of_this_machine_is_sent_to_a_cluster(sweep, rows, overrides, capsys):
+    arguments = ["compile", "--recipe", "own", "--output", "package.yaml", "--source", "owner/name"]
+    assert command.main(sweep, [*arguments, "--data-overrides", json.dumps(overrides)]) == 2
     assert "b.jsonl is on this machine, and no step of the cluster sees it" in capsys.readouterr().err
     assert not (rows / "package.yaml").exists()
 
 
-def test_a_signed_url_is_no_file_of_this_machine(launch):
-    launch._refuse_local("source", f"https://host/a.jsonl?key={'x' * 600}")
+def test_a_signed_url_is_no_file_of_this_machine():
+    command._refuse_local("source", f"https://host/a.jsonl?key={'x' * 600}")
 
 
-def test_a_changed_source_changes_the_version_that_the_cache_goes_by(launch, sweep, rows, monkeypatch):
+def test_a_changed_source_changes_the_version_that_the_cache_goes_by(sweep, rows, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "softpref.data.sources.pin", lambda *of: seen.append(of) or Pinned(of[0], None, of[0])
     )
     monkeypatch.setattr("softpref.tracking.check_server", lambda **_: False)
     mixture = {"b.jsonl": 0.3, "owner/c": {"share": 0.1, "revision": "v2"}}
-    begun = stage.begin_run({**parameters(launch, sweep, mixture=mixture), "run_name": ""}, "record")
+    begun = stage.begin_run({**parameters(sweep, mixture=mixture), "run_name": ""}, "record")
     assert seen == [("a.jsonl", None), ("b.jsonl", None), ("owner/c", "v2")]
     assert begun.source_version == "a.jsonl; b.jsonl; owner/c"
 
@@ -105,7 +107,7 @@ def test_what_is_recorded_of_a_run_holds_no_secret_of_a_url():
 
 
 def test_containers_see_the_files_of_a_mixture(rows):
-    from containers import Containers
+    from softpref.pipelines.containers import Containers
 
     containers = Containers([])
     containers._engine = SimpleNamespace(rootless=True)
@@ -116,13 +118,13 @@ def test_containers_see_the_files_of_a_mixture(rows):
     assert readable >= {str(rows / "a.jsonl"), str(rows / "b.jsonl")}
 
 
-def test_the_data_step_of_a_run_mixes(launch, rows, monkeypatch):
+def test_the_data_step_of_a_run_mixes(rows, monkeypatch):
     """From the command line's text through KFP's own runner, which hands numbers over as floats."""
     from kfp import local
     from softpref.data.component import prepare_data
 
     text = json.dumps({"mixture": {"b.jsonl": {"share": 0.25, "group_size": 3, "split": None}}})
-    overrides = launch._typed("data_overrides", launch._argument_type("data_overrides", dict)(text), dict)
+    overrides = typed("data_overrides", command._argument_type("data_overrides", dict)(text), dict)
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(rows / "out"), raise_on_error=True)
     task = prepare_data(source="a.jsonl", overrides=overrides)
     saved = datasets.load_from_disk(task.outputs["dataset"].path)

@@ -6,6 +6,7 @@ import json
 import pytest
 from softpref.data.component import prepare_data
 from softpref.evaluation.component import compare_models, evaluate_model
+from softpref.pipelines.recipes import pipeline_parameters
 from softpref.preflight.component import plan_run, plan_sweep
 from softpref.preflight.parameters import SINGLE, STAGES, SWEEP, TABLE, reference
 from softpref.registry.component import register_model
@@ -49,13 +50,15 @@ def test_the_page_of_parameters_is_current():
     assert page == reference(), "docs/parameters.md is out of date: run make packages"
 
 
-def test_a_plan_takes_texts_with_quotes_from_kfps_runner(launch, sweep, tmp_path):
+def test_a_plan_takes_texts_with_quotes_from_kfps_runner(sweep, tmp_path):
     from kfp import local
 
     source = tmp_path / """it's "mine".jsonl"""
     source.touch()  # the plan looks for it
-    given = {"source": str(source), "judge": "bradley-terry", "prompt_template": """Say "it's {topic}":\n"""}
-    values = launch.pipeline_parameters(sweep, "embedded", given)
+    text = """Say "it's {topic}":\n\\d"""
+    given = {"source": str(source), "judge": "bradley-terry", "prompt_template": text}
+    values = pipeline_parameters(sweep, "embedded", given)
+    values["data_overrides"] = {"system_prompt": text, "as_messages": True}  # a struct of KFP
     local.init(
         local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "out"), raise_on_error=True
     )

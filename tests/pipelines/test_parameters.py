@@ -10,19 +10,21 @@ import softpref
 import yaml
 from softpref.config import build_config, parse_overrides
 from softpref.errors import ConfigError
+from softpref.pipelines import command
+from softpref.pipelines.recipes import RECIPES, pipeline_parameters
 from softpref.preflight.parameters import SWEEP
 from softpref.preflight.stage import plan, training_layers
 from softpref.registry.config import RegistryConfig
 from softpref.spo.config import SPOConfig
 
-from tests.pipelines.conftest import REPOSITORY
+from tests.pipelines.conftest import PACKAGES, REPOSITORY
 
 
 def test_help_answers_without_loading_a_training_library():
     script = (
-        "import sys; sys.path.insert(0, 'pipelines'); sys.argv = ['spo_sweep.py', '--help']\n"
-        "import spo_sweep\n"
-        "try: spo_sweep.main(spo_sweep.spo_sweep, ['--help'])\n"
+        "import sys; sys.argv = ['pipelines/spo_sweep.py', '--help']\n"
+        "import runpy\n"
+        "try: runpy.run_path('pipelines/spo_sweep.py', run_name='__main__')\n"
         "except SystemExit: print(sorted({'torch', 'transformers', 'mlflow', 'datasets'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
@@ -30,8 +32,8 @@ def test_help_answers_without_loading_a_training_library():
     assert "--alphas" in result.stdout
 
 
-def test_command_line_wins_over_recipe_and_recipe_over_default(launch, sweep):
-    parameters = launch.pipeline_parameters(sweep, "embedded", {"beta": 0.3, "alphas": None})
+def test_command_line_wins_over_recipe_and_recipe_over_default(sweep):
+    parameters = pipeline_parameters(sweep, "embedded", {"beta": 0.3, "alphas": None})
     assert parameters["beta"] == 0.3
     assert parameters["alphas"] == [0.5, 1.0, 2.0]
     assert parameters["learning_rate"] == 0.0005
@@ -39,23 +41,23 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(launch, sweep):
     assert parameters["data_overrides"]["votes"] == 20
 
 
-def test_every_recipe_serves_both_pipelines(launch, sweep, single):
-    recipes = [path.stem for path in launch.RECIPES.glob("*.yaml")]
+def test_every_recipe_serves_both_pipelines(sweep, single):
+    recipes = [path.stem for path in RECIPES.glob("*.yaml")]
     assert {"embedded", "own", "convarg", "smollm2"} <= set(recipes)
     for recipe in recipes:
         for pipeline in (sweep, single):
-            launch.pipeline_parameters(pipeline, recipe, {})
+            pipeline_parameters(pipeline, recipe, {})
 
 
 @pytest.mark.parametrize("recipe", ["embedded", "storyteller", "own"])
-def test_no_recipe_sets_what_has_no_effect(launch, sweep, recipe, caplog):
+def test_no_recipe_sets_what_has_no_effect(sweep, recipe, caplog):
     source = {"source": "owner/name", "base_model": "owner/name"} if recipe == "own" else {}
-    assert plan(launch.pipeline_parameters(sweep, recipe, source))
+    assert plan(pipeline_parameters(sweep, recipe, source))
     assert "no effect" not in caplog.text.replace("softness has no effect", "")
 
 
-def test_embedded_recipe_plans_one_model_per_alpha_and_baseline(launch, sweep):
-    members = plan(launch.pipeline_parameters(sweep, "embedded", {}))
+def test_embedded_recipe_plans_one_model_per_alpha_and_baseline(sweep):
+    members = plan(pipeline_parameters(sweep, "embedded", {}))
     assert [member.name for member in members] == [
         "spo-alpha-0.5",
         "spo-alpha-1",
@@ -66,9 +68,9 @@ def test_embedded_recipe_plans_one_model_per_alpha_and_baseline(launch, sweep):
     assert members[3].beta == 1.0
 
 
-def test_what_is_given_is_laid_over_a_recipes_mapping_key_by_key(launch, sweep):
+def test_what_is_given_is_laid_over_a_recipes_mapping_key_by_key(sweep):
     def overrides(given):
-        return launch.pipeline_parameters(sweep, "embedded", {"data_overrides": given})["data_overrides"]
+        return pipeline_parameters(sweep, "embedded", {"data_overrides": given})["data_overrides"]
 
     recipe = overrides(None)
     given = {"votes": 1, "story_kind": "ranking", "max_characters": None}
@@ -92,7 +94,7 @@ def test_numbers_of_a_form_are_whole_again_where_they_were_written_so():
     }
 
 
-def test_a_baseline_has_options_of_its_own_that_win_over_the_shared_ones(launch, sweep):
+def test_a_baseline_has_options_of_its_own_that_win_over_the_shared_ones(sweep):
     changes = {
         "alphas": [],
         "baselines": [
@@ -102,7 +104,7 @@ def test_a_baseline_has_options_of_its_own_that_win_over_the_shared_ones(launch,
         ],
         "train_overrides": {"learning_rate": 0.3, "seed": 5},
     }
-    members = plan(launch.pipeline_parameters(sweep, "embedded", changes))
+    members = plan(pipeline_parameters(sweep, "embedded", changes))
     assert members == [
         ("dpo-beta-0.5", "dpo", 1.0, 0.5, {"learning_rate": "1e-4"}),
         ("online", "spo", 2.0, 0.1, {"rounds": "2", "num_train_epochs": "1"}),
@@ -115,23 +117,22 @@ def test_a_baseline_has_options_of_its_own_that_win_over_the_shared_ones(launch,
     assert {config.seed for config in configs} == {5}
 
 
-def test_the_anchor_is_of_the_softness_values_alone(launch, sweep, caplog):
+def test_the_anchor_is_of_the_softness_values_alone(sweep, caplog):
     baselines = ["dpo:0.1", "spo:0.3,alpha=4", "spo:0.1,anchor=0,name=published"]
-    members = plan(launch.pipeline_parameters(sweep, "embedded", {"anchor": 0.5, "baselines": baselines}))
+    members = plan(pipeline_parameters(sweep, "embedded", {"anchor": 0.5, "baselines": baselines}))
     configs = [build_config(SPOConfig, *training_layers({}, member)) for member in members]
     assert [config.anchor for config in configs] == [0.5, 0.5, 0.5, 0.0, 0.5, 0.0]
     assert "no effect" not in caplog.text
 
 
-def test_recipes_for_natural_text_are_anchored_and_others_are_warned(launch, sweep, caplog):
-    known = {
-        name: launch.pipeline_parameters(sweep, name, {})["anchor"] for name in ("own", "convarg", "smollm2")
-    }
+def test_recipes_for_natural_text_are_anchored_and_others_are_warned(sweep, caplog):
+    known = {name: pipeline_parameters(sweep, name, {})["anchor"] for name in ("own", "convarg", "smollm2")}
     assert set(known.values()) == {1.0}
-    assert launch.pipeline_parameters(sweep, "embedded", {})["anchor"] == 0
-    plan(launch.pipeline_parameters(sweep, "embedded", {}))
+    assert pipeline_parameters(sweep, "embedded", {})["anchor"] == 0
+    plan(pipeline_parameters(sweep, "embedded", {}))
     assert "anchor" not in caplog.text
-    plan(launch.pipeline_parameters(sweep, "embedded", {"source": "owner/name", "judge": "bradley-terry"}))
+    given = {"source": "owner/name", "judge": "bradley-terry", "data_overrides": {}}
+    plan(pipeline_parameters(sweep, "embedded", given))
     assert "softness has no effect then; set anchor to 1" in caplog.text
 
 
@@ -153,7 +154,11 @@ def test_recipes_for_natural_text_are_anchored_and_others_are_warned(launch, swe
         ({"baselines": ["sppo:1,rounds=0"]}, "rounds must be at least 1"),
         ({"train_overrides": {"alpha": 2}}, "use the parameter alpha"),
         (
-            {"source": "owner/name", "baselines": ["sppo:1,rounds=2,num_train_epochs=1,judge=expert"]},
+            {
+                "source": "owner/name",
+                "data_overrides": {},
+                "baselines": ["sppo:1,rounds=2,num_train_epochs=1,judge=expert"],
+            },
             "sppo-beta-1: judge expert knows embedded sources alone",
         ),
         (
@@ -174,14 +179,18 @@ def test_recipes_for_natural_text_are_anchored_and_others_are_warned(launch, swe
         ({"data_overrides": {"votse": 1}}, "did you mean 'votes'"),
         ({"samples_per_refresh": 4}, "samples_per_refresh"),
         ({"judge": "oracle"}, "judge"),
-        ({"source": "owner/name", "judge": "expert"}, "bradley-terry"),
+        ({"source": "owner/name", "data_overrides": {}, "judge": "expert"}, "bradley-terry"),
+        ({"source": "owner/name"}, "data_overrides has votes and story_kind.*--recipe own"),
+        ({"train_overrides": {"lora_r": 0}}, "SPOConfig.lora_r must be at least 1, got 0"),
+        ({"sft_overrides": {"vocab_size": 7}}, "SFTConfig.vocab_size must be at least 258, got 7"),
+        ({"learning_rate": -1.0}, "SPOConfig.learning_rate must be at least 0, got -1.0"),
         ({"source": ""}, "source is empty"),
         ({"selection_rule": "best"}, "win_rate"),
         ({"registered_model_name": "a/b"}, "model_name"),
     ],
 )
-def test_wrong_parameter_is_refused_with_what_would_be_right(launch, sweep, changes, says):
-    parameters = launch.pipeline_parameters(sweep, "embedded", {}) | changes
+def test_wrong_parameter_is_refused_with_what_would_be_right(sweep, changes, says):
+    parameters = pipeline_parameters(sweep, "embedded", {}) | changes
     with pytest.raises(ConfigError, match=says):
         plan(parameters)
 
@@ -209,16 +218,16 @@ def test_refusal_reaches_the_user_as_one_line_and_leaves_nothing(tmp_path):
     assert after.ru_utime - before.ru_utime < 60  # seconds of CPU, not the minutes of a run
 
 
-def test_unknown_recipe_and_parameter_name_the_closest(launch, sweep, tmp_path):
+def test_unknown_recipe_and_parameter_name_the_closest(sweep, tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'embedded'"):
-        launch.pipeline_parameters(sweep, "embeded", {})
+        pipeline_parameters(sweep, "embeded", {})
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("learning_rat: 1", encoding="utf-8")
     with pytest.raises(ConfigError, match="did you mean 'learning_rate'"):
-        launch.pipeline_parameters(sweep, str(recipe), {})
+        pipeline_parameters(sweep, str(recipe), {})
     recipe.write_text("learning_rate: fast", encoding="utf-8")
     with pytest.raises(ConfigError, match="learning_rate must be a float"):
-        launch.pipeline_parameters(sweep, str(recipe), {})
+        pipeline_parameters(sweep, str(recipe), {})
 
 
 @pytest.mark.parametrize(
@@ -263,11 +272,9 @@ def test_unknown_recipe_and_parameter_name_the_closest(launch, sweep, tmp_path):
         (["compil"], "it is run, compile or components"),
     ],
 )
-def test_what_the_command_line_does_not_know_is_answered_with_what_to_write(
-    launch, sweep, capsys, arguments, says
-):
+def test_what_the_command_line_does_not_know_is_answered_with_what_to_write(sweep, capsys, arguments, says):
     with pytest.raises(SystemExit):
-        launch.main(sweep, arguments)
+        command.main(sweep, arguments)
     error = capsys.readouterr().err
     assert says in error
     assert error.startswith(
@@ -276,63 +283,88 @@ def test_what_the_command_line_does_not_know_is_answered_with_what_to_write(
     assert error.count("\n") == 2
 
 
-def test_what_is_advised_is_taken(launch, sweep, capsys):
+def test_what_is_advised_is_taken(sweep, capsys):
     for option in ("--votes", "--exact_prompts", "--lora_r", "--lora_rank"):
         with pytest.raises(SystemExit):
-            launch.main(sweep, [option, "3"])
+            command.main(sweep, [option, "3"])
         advised = re.findall(r"(--\S+) '(\{.*?\})'", capsys.readouterr().err)
         assert advised
         for name, value in advised:
-            given = vars(launch._parse(sweep, [name, value]))
-            plan(launch.pipeline_parameters(sweep, "embedded", {key: given[key] for key in SWEEP}))
+            given = vars(command._parse(sweep, [name, value]))
+            plan(pipeline_parameters(sweep, "embedded", {key: given[key] for key in SWEEP}))
 
 
-def test_a_single_run_is_told_of_its_own_parameters_alone(launch, single, capsys):
+def test_a_single_run_is_told_of_its_own_parameters_alone(single, capsys):
     for arguments, says in (
         (["--alphas", "0.5"], "did you mean --alpha?"),
         (["--train.alpha", "0.5"], "write --alpha\n"),
         (["--train.method", "dpo"], "--train.method is unknown; --help lists all"),
     ):
         with pytest.raises(SystemExit):
-            launch.main(single, arguments)
+            command.main(single, arguments)
         assert says in capsys.readouterr().err
 
 
-def test_version(launch, sweep, capsys):
+def test_version(sweep, capsys):
     with pytest.raises(SystemExit) as ended:
-        launch.main(sweep, ["--version"])
+        command.main(sweep, ["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"softpref {softpref.__version__}\n"
 
 
-def test_options_are_written_with_dashes_or_with_underscores(launch, sweep):
+def test_options_are_written_with_dashes_or_with_underscores(sweep):
     for option in ("--learning-rate", "--learning_rate"):
-        assert launch._parse(sweep, [option, "1e-4"]).learning_rate == 1e-4
-    assert launch._parse(sweep, ["--source=my_pairs.jsonl"]).source == "my_pairs.jsonl"
+        assert command._parse(sweep, [option, "1e-4"]).learning_rate == 1e-4
+    assert command._parse(sweep, ["--source=my_pairs.jsonl"]).source == "my_pairs.jsonl"
 
 
-def test_a_parameter_under_an_old_name_is_refused_with_the_new_one(launch, sweep, tmp_path):
+def test_a_parameter_under_an_old_name_is_refused_with_the_new_one(sweep, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("sft_epochs: 1", encoding="utf-8")
     with pytest.raises(ConfigError, match="'sft_epochs'; did you mean 'sft_num_train_epochs'"):
-        launch.pipeline_parameters(sweep, str(recipe), {})
+        pipeline_parameters(sweep, str(recipe), {})
     with pytest.raises(ConfigError, match="did you mean 'registered_model_name'"):
         build_config(RegistryConfig, {"model_name": "mine"})
 
 
-def test_output_folder_with_content_is_not_touched(launch, sweep, tmp_path, capsys):
+def test_output_folder_with_content_is_not_touched(sweep, tmp_path, capsys):
     (tmp_path / "precious.txt").write_text("mine", encoding="utf-8")
-    assert launch.main(sweep, ["--output", str(tmp_path)]) == 2
+    assert command.main(sweep, ["--output", str(tmp_path)]) == 2
     assert "not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
-def test_checked_in_packages_are_what_the_pipelines_compile_to(launch, sweep, single, tmp_path):
-    for pipeline in (sweep, single):
-        name = pipeline.name.replace("-", "_")
-        assert launch.main(pipeline, ["compile", "--output", str(tmp_path / f"{name}.yaml")]) == 0
-        fresh, kept = tmp_path / f"{name}.yaml", launch.PACKAGES / f"{name}.yaml"
+def test_checked_in_packages_are_what_the_pipelines_compile_to(sweep, single, tmp_path):
+    for pipeline, name, recipe in (
+        (sweep, "spo_sweep", "embedded"),
+        (single, "spo_pipeline", "embedded"),
+        (sweep, "spo_own", "own"),
+    ):
+        fresh, kept = tmp_path / f"{name}.yaml", PACKAGES / f"{name}.yaml"
+        assert command.main(pipeline, ["compile", "--recipe", recipe, "--output", str(fresh)]) == 0
         assert fresh.read_text() == kept.read_text(), f"{kept.name} is out of date: run make packages"
+
+
+def test_the_package_for_data_of_ones_own_asks_for_them_and_has_no_setting_of_the_stories():
+    spec = next(yaml.safe_load_all((PACKAGES / "spo_own.yaml").read_text(encoding="utf-8")))
+    form = {
+        name: one.get("defaultValue") for name, one in spec["root"]["inputDefinitions"]["parameters"].items()
+    }
+    assert (form["source"], form["base_model"], form["data_overrides"]) == ("", "", {})
+    assert (form["anchor"], form["train_overrides"]["use_peft"]) == (1, True)
+    assert "model_config" not in form["sft_overrides"]
+
+
+def test_help_shows_the_defaults_of_the_chosen_recipe(sweep, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    for arguments, says in (
+        ([], "(recipe embedded: 0.0005)"),
+        (["--recipe", "own"], "(recipe own: 5e-05)"),
+        (["--recipe=own"], '(default: "auto"'),  # of the judge, where the recipe has another
+    ):
+        with pytest.raises(SystemExit):
+            command.main(sweep, [*arguments, "--help"])
+        assert (says in capsys.readouterr().out) is ("auto" not in says)
 
 
 @pytest.mark.parametrize("name", ["spo_sweep", "spo_pipeline"])
@@ -348,8 +380,6 @@ def test_every_task_that_loads_a_model_takes_the_parameter(name):
 
 
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False)])
-def test_the_command_line_takes_true_and_false(launch, text, value):
-    from spo_pipeline import spo_pipeline
-
-    given = {"trust_remote_code": launch._argument_type("trust_remote_code", bool)(text)}
-    assert launch.pipeline_parameters(spo_pipeline, "embedded", given)["trust_remote_code"] is value
+def test_the_command_line_takes_true_and_false(single, text, value):
+    given = {"trust_remote_code": command._argument_type("trust_remote_code", bool)(text)}
+    assert pipeline_parameters(single, "embedded", given)["trust_remote_code"] is value

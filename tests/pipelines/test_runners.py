@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from softpref.pipelines import command, local
 
 
 class Container:
@@ -26,7 +27,7 @@ class Container:
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_exit_status_of_a_container_is_read_before_it_is_removed(status, capsys):
-    from containers import Containers
+    from softpref.pipelines.containers import Containers
 
     container = Container(status)
 
@@ -42,21 +43,19 @@ def test_exit_status_of_a_container_is_read_before_it_is_removed(status, capsys)
     assert "working" in capsys.readouterr().out
 
 
-def test_an_engine_that_does_not_answer_is_said_before_anything_starts(tmp_path, capsys, monkeypatch):
-    import launch
-    import spo_sweep
+def test_an_engine_that_does_not_answer_is_said_before_anything_starts(sweep, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path / 'nobody.sock'}")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     arguments = ["--runner", "docker", "--output", str(tmp_path / "out")]
-    assert launch.main(spo_sweep.spo_sweep, arguments) == 2
+    assert command.main(sweep, arguments) == 2
     assert "no container engine answers at DOCKER_HOST" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "mlflow.db").exists()
 
 
 def test_files_that_parameters_name_are_found_also_within_json(tmp_path):
-    from containers import _paths_in
+    from softpref.pipelines.containers import _paths_in
 
     rows, prompts = tmp_path / "rows.jsonl", tmp_path / "prompts.jsonl"
     for path in (rows, prompts):
@@ -68,7 +67,6 @@ def test_files_that_parameters_name_are_found_also_within_json(tmp_path):
 
 
 def test_the_summary_of_a_run_has_a_line_for_every_model(tmp_path, capsys):
-    import local_run
 
     names = {"evaluate-model": "even", "evaluate-model/evaluation/extrapolated-0.5": "even-expo-0.5"}
     names["evaluate-model-2"] = "sharp"
@@ -82,7 +80,7 @@ def test_the_summary_of_a_run_has_a_line_for_every_model(tmp_path, capsys):
         evaluation |= {"model_uri": f"models/{name}", "warnings": ["few prompts"]}
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
         (folder / "report.html").touch()
-    local_run._summarise(tmp_path, "sqlite:///store.db")
+    local._summarise(tmp_path, "sqlite:///store.db")
     printed = capsys.readouterr().out
     table = [line.split()[0] for line in printed.splitlines() if " 1 " in line and line.endswith("–")]
     assert sorted(table) == ["even", "even-expo-0.5", "sharp"]

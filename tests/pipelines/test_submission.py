@@ -6,7 +6,10 @@ import re
 
 import pytest
 from softpref.errors import ConfigError
+from softpref.pipelines import command, submission, waiting
+from softpref.pipelines.profiles import CLUSTERS, read_profile
 
+from tests.pipelines.conftest import PACKAGES
 from tests.pipelines.kfp_api import PipelinesApi, Workflow
 
 LOOP = "for-loop-2.iteration-iterations({0}:{0}).iteration-item."
@@ -18,14 +21,14 @@ def _no_credentials(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
 
 
-def submit(launch, sweep, server, *more):
-    return launch.main(sweep, ["--runner", "cluster", "--endpoint", server.url, *more])
+def submit(sweep, server, *more):
+    return command.main(sweep, ["--runner", "cluster", "--endpoint", server.url, *more])
 
 
-def test_a_version_and_a_run_in_an_experiment(launch, sweep, capsys):
+def test_a_version_and_a_run_in_an_experiment(sweep, capsys):
     with PipelinesApi() as server:
         on_gpus = [f"--{stage}-overrides={json.dumps({'use_cpu': False})}" for stage in ("sft", "train")]
-        assert submit(launch, sweep, server, "--alphas", "0.25", "--gpus", "2", *on_gpus) == 0
+        assert submit(sweep, server, "--alphas", "0.25", "--gpus", "2", *on_gpus) == 0
     (run,) = server.runs
     address = f"{server.url}/#/runs/details/{run.run_id}"
     printed = capsys.readouterr()
@@ -45,50 +48,47 @@ def test_a_version_and_a_run_in_an_experiment(launch, sweep, capsys):
     assert form["alphas"]["defaultValue"] == [0.5, 1, 2]  # the recipe's: the form is for every run
 
 
-def test_the_ui_gets_the_description_with_the_pipeline_and_its_version(launch, sweep):
+def test_the_ui_gets_the_description_with_the_pipeline_and_its_version(sweep):
     with PipelinesApi() as server:
-        assert submit(launch, sweep, server) == 0
+        assert submit(sweep, server) == 0
     for shown in (*server.pipelines, *server.versions):
         assert shown.description.startswith("Align a language model")
         assert "- alphas: Softness values" in shown.description
 
 
-def test_the_same_pipeline_is_not_uploaded_twice_and_a_changed_one_is_a_new_version(
-    launch, sweep, capsys, tmp_path
-):
-    import clusters
+def test_the_same_pipeline_is_not_uploaded_twice_and_a_changed_one_is_a_new_version(sweep, capsys, tmp_path):
 
     profile = tmp_path / "lab.yaml"
-    profile.write_text((clusters.CLUSTERS / "default.yaml").read_text().replace("retries: 2", "retries: 1"))
+    profile.write_text((CLUSTERS / "default.yaml").read_text().replace("retries: 2", "retries: 1"))
     with PipelinesApi() as server:
-        assert submit(launch, sweep, server) == 0
-        assert submit(launch, sweep, server, "--beta", "0.2") == 0
+        assert submit(sweep, server) == 0
+        assert submit(sweep, server, "--beta", "0.2") == 0
         first = {run.pipeline_version_reference["pipeline_version_id"] for run in server.runs}
         assert len(first) == 1
-        assert submit(launch, sweep, server, "--cluster", str(profile)) == 0
+        assert submit(sweep, server, "--cluster", str(profile)) == 0
     assert len(server.pipelines) == 1
     assert len(server.versions) == 2
     assert server.runs[2].pipeline_version_reference["pipeline_version_id"] not in first
     assert len({run.experiment_id for run in server.runs}) == 1
 
 
-def test_several_users_need_a_namespace(launch, sweep, capsys):
+def test_several_users_need_a_namespace(sweep, capsys):
     with PipelinesApi(multi_user=True) as server:
-        assert submit(launch, sweep, server) == 2
+        assert submit(sweep, server) == 2
         assert "--namespace" in capsys.readouterr().err
-        assert submit(launch, sweep, server, "--namespace", "team") == 0
-        assert submit(launch, sweep, server, "--namespace", "team") == 0
+        assert submit(sweep, server, "--namespace", "team") == 0
+        assert submit(sweep, server, "--namespace", "team") == 0
         assert len(server.pipelines) == 1
-        assert submit(launch, sweep, server, "--namespace", "others") == 0
+        assert submit(sweep, server, "--namespace", "others") == 0
     assert [one.namespace for one in server.pipelines] == ["team", "others"]
     assert server.experiments[0].namespace == "team"
     assert [one.pipeline_id for one in server.versions] == [one.pipeline_id for one in server.pipelines]
 
 
 @pytest.mark.parametrize("way", ["environment", "file"])
-def test_a_token_from_the_environment_or_a_file(launch, sweep, capsys, monkeypatch, tmp_path, way):
+def test_a_token_from_the_environment_or_a_file(sweep, capsys, monkeypatch, tmp_path, way):
     with PipelinesApi(token="secret") as server:
-        assert submit(launch, sweep, server) == 2
+        assert submit(sweep, server) == 2
         assert "KFP_TOKEN" in capsys.readouterr().err
         more = []
         if way == "environment":
@@ -96,27 +96,23 @@ def test_a_token_from_the_environment_or_a_file(launch, sweep, capsys, monkeypat
         else:
             (tmp_path / "token").write_text("secret")
             more = ["--token-file", str(tmp_path / "token")]
-        assert submit(launch, sweep, server, *more) == 0
+        assert submit(sweep, server, *more) == 0
     assert len(server.runs) == 1
     printed = capsys.readouterr()
     assert "secret" not in printed.out + printed.err
 
 
-def test_cookies_of_a_session(launch, sweep, monkeypatch):
+def test_cookies_of_a_session(sweep, monkeypatch):
     monkeypatch.setenv("KFP_COOKIES", "authservice_session=abc")
     with PipelinesApi() as server:
-        assert submit(launch, sweep, server) == 0
+        assert submit(sweep, server) == 0
     assert all(headers.get("Cookie") == "authservice_session=abc" for headers in server.headers)
 
 
 @pytest.fixture
-def wait(launch, capsys, monkeypatch):
+def wait(capsys, monkeypatch):
     """Submits the checked-in package of the sweep and waits; returns the status and what is printed then."""
     import argparse
-
-    import clusters
-    import submission
-    import waiting
 
     monkeypatch.setattr(waiting, "_SECONDS_BETWEEN_LOOKS", 0.01)
 
@@ -127,9 +123,9 @@ def wait(launch, capsys, monkeypatch):
         options.recipe = "embedded"
         status = submission.submit(
             "spo-sweep",
-            launch.PACKAGES / "spo_sweep.yaml",
+            PACKAGES / "spo_sweep.yaml",
             {"experiment": "softpref"},
-            clusters.read_profile("default"),
+            read_profile("default"),
             options,
             ["spo-alpha-0.5", "dpo-beta-1"],
         )
@@ -332,7 +328,6 @@ def test_an_api_that_is_away_for_a_while_is_mentioned_once(wait):
 
 
 def test_an_api_that_stays_away_ends_the_waiting_but_not_the_run(wait, monkeypatch):
-    import waiting
 
     monkeypatch.setattr(waiting, "_FAILED_LOOKS", 2)
     with PipelinesApi(states=["RUNNING"]) as server:
@@ -341,17 +336,16 @@ def test_an_api_that_stays_away_ends_the_waiting_but_not_the_run(wait, monkeypat
             wait(server)
 
 
-def test_requests_that_are_tried_again_are_not_warned_of(launch, sweep, capsys, caplog):
+def test_requests_that_are_tried_again_are_not_warned_of(sweep, capsys, caplog):
     with PipelinesApi() as server:
         gone = server.url
     with caplog.at_level(logging.WARNING):
-        assert launch.main(sweep, ["--runner", "cluster", "--endpoint", gone]) == 2
+        assert command.main(sweep, ["--runner", "cluster", "--endpoint", gone]) == 2
     assert not [record for record in caplog.records if "Retrying" in record.getMessage()]
     assert "Connection refused" in capsys.readouterr().err
 
 
 def test_interrupted_waiting_leaves_the_run(wait, monkeypatch):
-    import waiting
 
     def interrupt(seconds):
         raise KeyboardInterrupt
@@ -363,39 +357,38 @@ def test_interrupted_waiting_leaves_the_run(wait, monkeypatch):
     assert f"error: waiting was interrupted; the run goes on: {server.url}/#/runs/details/" in errors
 
 
-def test_what_is_wrong_is_said_before_anything_is_uploaded(launch, sweep, capsys):
+def test_what_is_wrong_is_said_before_anything_is_uploaded(sweep, capsys):
     with PipelinesApi() as server:
-        assert submit(launch, sweep, server, "--alphas", "-1") == 2
-        assert submit(launch, sweep, server, "--cluster", "nowhere") == 2
-        assert submit(launch, sweep, server, "--token-file", "/does/not/exist") == 2
-        assert submit(launch, sweep, server, "--gpus", "2") == 2
+        assert submit(sweep, server, "--alphas", "-1") == 2
+        assert submit(sweep, server, "--cluster", "nowhere") == 2
+        assert submit(sweep, server, "--token-file", "/does/not/exist") == 2
+        assert submit(sweep, server, "--gpus", "2") == 2
         assert "use_cpu" in capsys.readouterr().err
-        assert submit(launch, sweep, server, "--source", __file__) == 2
+        assert submit(sweep, server, "--source", __file__) == 2
         assert "no step of the cluster sees it" in capsys.readouterr().err
-        assert submit(launch, sweep, server, "--alphas", "-1") == 2
+        assert submit(sweep, server, "--alphas", "-1") == 2
     assert "alpha" in capsys.readouterr().err
     assert not server.pipelines
 
 
-def test_an_endpoint_is_asked_for_and_an_absent_server_named(launch, sweep, capsys):
-    assert launch.main(sweep, ["--runner", "cluster"]) == 2
+def test_an_endpoint_is_asked_for_and_an_absent_server_named(sweep, capsys):
+    assert command.main(sweep, ["--runner", "cluster"]) == 2
     assert "--endpoint" in capsys.readouterr().err
     with PipelinesApi() as server:
         gone = server.url
-    assert launch.main(sweep, ["--runner", "cluster", "--endpoint", gone]) == 2
+    assert command.main(sweep, ["--runner", "cluster", "--endpoint", gone]) == 2
     assert gone in capsys.readouterr().err
 
 
-def test_fixed_gpus_cannot_be_asked_otherwise(launch, sweep, capsys, tmp_path):
-    import clusters
+def test_fixed_gpus_cannot_be_asked_otherwise(sweep, capsys, tmp_path):
 
-    text = (clusters.CLUSTERS / "default.yaml").read_text().replace("gpus: parameter", "gpus: 4")
+    text = (CLUSTERS / "default.yaml").read_text().replace("gpus: parameter", "gpus: 4")
     profile = tmp_path / "lab.yaml"
     profile.write_text(text)
     with PipelinesApi() as server:
-        assert submit(launch, sweep, server, "--cluster", str(profile), "--gpus", "2") == 2
+        assert submit(sweep, server, "--cluster", str(profile), "--gpus", "2") == 2
         assert "4 GPUs" in capsys.readouterr().err
-        assert submit(launch, sweep, server, "--cluster", str(profile)) == 0
+        assert submit(sweep, server, "--cluster", str(profile)) == 0
     assert "gpus" not in server.runs[0].runtime_config["parameters"]
 
 
@@ -410,7 +403,7 @@ def test_fixed_gpus_cannot_be_asked_otherwise(launch, sweep, capsys, tmp_path):
         ),
     ],
 )
-def test_an_option_that_would_have_no_effect_is_refused(launch, sweep, capsys, arguments, complaint):
+def test_an_option_that_would_have_no_effect_is_refused(sweep, capsys, arguments, complaint):
     with pytest.raises(SystemExit):
-        launch.main(sweep, arguments)
+        command.main(sweep, arguments)
     assert complaint in capsys.readouterr().err

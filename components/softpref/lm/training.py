@@ -21,6 +21,7 @@ from transformers.trainer_utils import has_length
 
 from softpref.errors import ConfigError, SoftprefError
 from softpref.lm.head import try_out
+from softpref.lm.ranges import check_ranges
 from softpref.lm.sharding import shards, whole_copy, whole_head
 from softpref.progress import Lines, on_terminal
 
@@ -326,14 +327,7 @@ def check_training_arguments(args: TrainingArguments) -> None:
     Raises:
         ConfigError: names the parameter and what would be right.
     """
-    for name, (least, most, open_end) in _RANGES.items():
-        value = getattr(args, name, None)
-        if value is None:
-            continue
-        if not (isinstance(value, (int, float)) and least <= value <= most) or (open_end and value == most):
-            span = f"at least {least}" if math.isinf(most) else f"from {least} to {most}"
-            below = f", below {most}" if open_end and not math.isinf(most) else ""
-            raise ConfigError(f"{type(args).__name__}.{name} must be {span}{below}, got {value!r}")
+    check_ranges(args)
     _check_packages(args)
     if str(args.fsdp).lower() in ("true", "1", "yes"):  # as the console has it
         args.fsdp = True  # type: ignore[assignment]
@@ -343,22 +337,6 @@ def check_training_arguments(args: TrainingArguments) -> None:
         require_devices(0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-# of options of transformers: least and most, and whether the most itself is excluded
-_RANGES: dict[str, tuple[float, float, bool]] = {
-    **dict.fromkeys(("learning_rate", "num_train_epochs", "weight_decay"), (0, math.inf, True)),
-    **dict.fromkeys(("max_grad_norm", "warmup_steps", "warmup_ratio"), (0, math.inf, True)),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1, True)),
-    "adam_epsilon": (0, math.inf, True),
-    "max_steps": (-1, math.inf, True),
-    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1, False)),  # numpy takes no more
-    **dict.fromkeys(
-        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-        (1, math.inf, True),
-    ),
-    **dict.fromkeys(("dataloader_num_workers", "eval_delay"), (0, math.inf, True)),
-    "save_total_limit": (1, math.inf, True),
-    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (0, math.inf, True)),
-}
 # what a name of an optimizer holds, and the module that it needs; the first of a kind decides
 _OPTIMIZER_MODULES = {
     "torch_4bit": "torchao",

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 _DECIDE = ("torch", "transformers", "tokenizers", "datasets")  # packages whose versions decide results, too
 DEFAULT_BASELINE_BETA = 0.1
 _ENDED_WELL = {"COMPLETE", "CACHED", "SUCCEEDED"}  # states of KFP's metadata and of its API
+_OF_STORIES = ("votes", "story_kind")  # options of the data stage
 _FURTHER_SOURCES = ("sft_source", "prompts_source")
 ARTIFACT_SCHEME = "minio://"  # by which KFP addresses what its own store holds
 
@@ -181,12 +182,25 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     Raises:
         ConfigError: the first wrong parameter, with what would be right.
     """
+    from softpref.sft.config import SFTConfig
+    from softpref.spo.config import SPOConfig
+
+    members = check(parameters, here=here)
+    stages = _by_stage(parameters)
+    _build(SFTConfig, stages["sft"])
+    for member in members:
+        build_config(SPOConfig, *training_layers(stages["train"], member))
+    return members
+
+
+def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
+    """As `plan`, as far as it goes without importing a training library: in a fraction of a second."""
     from softpref.data.config import DataConfig
     from softpref.evaluation.choice import check_rule
     from softpref.evaluation.config import EvaluationConfig
+    from softpref.preflight.early import check_early
     from softpref.registry.config import RegistryConfig
-    from softpref.sft.config import SFTConfig
-    from softpref.spo.config import SPOConfig, member_name
+    from softpref.spo.checks import member_name
 
     if parameters.get("seed", 0) < 0:
         raise ConfigError(f"seed must be at least 0, got {parameters['seed']}")
@@ -224,12 +238,18 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
                 f"{name} must not hold trust_remote_code; "
                 "the pipeline's parameter of that name reaches every stage"
             )
-    given = {name: value for name, value in parameters.items() if name in TABLE and TABLE[name].given(value)}
-    stages = {stage: of_stage(stage, given) for stage in STAGES}
+    stages = _by_stage(parameters)
     data = _build(DataConfig, stages["data"])
     source, shown = data.source, public_url(data.source)
     if here:
         _check_local_source(source)
+    stories = [name for name in _OF_STORIES if name in parse_overrides(parameters.get("data_overrides"))]
+    if stories and not (data.embedded or source.startswith(ARTIFACT_SCHEME)):
+        raise ConfigError(
+            f"source is {shown}, and data_overrides has {' and '.join(stories)}: settings of the embedded "
+            "stories do not suit data of your own; take those of the recipe own (--recipe own, or the "
+            "package spo_own.yaml), or leave them out (data_overrides {})"
+        )
     for further in further_sources(parameters.get("data_overrides")):
         if further.place.startswith(ARTIFACT_SCHEME):
             raise ConfigError(
@@ -245,9 +265,9 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
             "tens of nats, softness has no effect then; set anchor to 1",
             ", ".join(bare),
         )
-    _build(SFTConfig, stages["sft"])
+    check_early("sft", *_layers(stages["sft"]))
     for member in members:
-        config = build_config(SPOConfig, *training_layers(stages["train"], member))
+        config = check_early("train", *training_layers(stages["train"], member))
         if config.uses_judge and config.judge == "expert" and not data.embedded:
             raise ConfigError(
                 f"{member.name}: judge expert knows embedded sources alone, and the source is {shown}; use "
@@ -266,6 +286,12 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     check_rule(stages["compare"].get("selection_rule", "expected_reward"), stages["compare"].get("max_kl"))
     _build(RegistryConfig, {"registered_model_name": "none", **stages["register"]})
     return members
+
+
+def _by_stage(parameters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each stage's configuration gets of a pipeline's parameters."""
+    given = {name: value for name, value in parameters.items() if name in TABLE and TABLE[name].given(value)}
+    return {stage: of_stage(stage, given) for stage in STAGES}
 
 
 def training_layers(shared: Mapping[str, Any], member: Member) -> list[Mapping[str, Any]]:
@@ -290,7 +316,7 @@ def training_layers(shared: Mapping[str, Any], member: Member) -> list[Mapping[s
 
 def _baseline(text: str, anchored: Mapping[str, str]) -> Member:
     """A further model; `spo` among them has the options of the softness values unless it names its own."""
-    from softpref.spo.config import METHODS, member_name
+    from softpref.spo.checks import METHODS, member_name
 
     head, *settings = [part.strip() for part in text.split(",")]
     method, _, beta_text = head.partition(":")
@@ -324,9 +350,14 @@ def _baseline(text: str, anchored: Mapping[str, str]) -> Member:
 
 
 def _build(cls: type, values: Mapping[str, Any]) -> Any:
+    return build_config(cls, *_layers(values))
+
+
+def _layers(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A stage's parameters, and the overrides among them, which win."""
     values = dict(values)
     overrides = parse_overrides(values.pop("overrides", ""))
-    return build_config(cls, values, overrides)
+    return values, overrides
 
 
 def _check_local_source(source: str, name: str = "source") -> None:

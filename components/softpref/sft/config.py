@@ -72,10 +72,6 @@ class SFTConfig(TrainingArguments):
                 'models:/NAME@ALIAS or a Hub id), or a model_config with at least "model_type" to train from '
                 "nothing"
             )
-        # 256 bytes, end and padding: with less, not every text could be written
-        for name, least in (("max_prompt_length", 1), ("max_completion_length", 1), ("vocab_size", 258)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"SFTConfig.{name} must be at least {least}, got {getattr(self, name)}")
         if self.keep_reference_logps and not self.keep_rows:
             raise ConfigError(
                 "SFTConfig.keep_reference_logps needs keep_rows: log-probabilities are kept with their rows"

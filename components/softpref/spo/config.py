@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
 from softpref.errors import ConfigError
-from softpref.lm.extrapolation import parse_weights
 from softpref.lm.tokenizing import check_num_proc
 from softpref.lm.training import check_sharding, check_training_arguments, device_has_bf16
-from softpref.objectives import kl_lambda
-
-logger = logging.getLogger(__name__)
-
-METHODS = ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo", "sppo")
-# Options that only some methods know: option, the value that does nothing, the methods.
-_ONLY_FOR = (
-    ("anchor", 0.0, ("spo",)),
-    ("weight_exponent", 0.0, ("spo",)),
-    ("tdpo_alpha", 0.5, ("tdpo",)),
-    ("label_smoothing", 0.0, ("dpo", "rdpo")),
-    ("soft_labels", "linear", ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo")),
-)
+from softpref.spo.checks import Derived, check_options, warn_of_idle_options
 
 
 @dataclass
-class SPOConfig(TrainingArguments):
+class SPOConfig(Derived, TrainingArguments):
     """Arguments of `SPOTrainer`.
 
     Args:
@@ -183,202 +167,17 @@ class SPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         check_training_arguments(self)
         check_num_proc(self)
-        self._check()
-        self._warn_of_idle_options()
+        self._check_choices()
+        check_options(self)
+        warn_of_idle_options(self)
         if self.bf16 is None:
             self.bf16 = device_has_bf16() and not self.fp16 and not self.use_cpu
         super().__post_init__()
         check_sharding(self)
 
-    @property
-    def samples_policy(self) -> bool:
-        """Whether the objective needs samples of the policy: it does where a KL term is taken on them."""
-        return self.kl_strength > 0 and self.kl_on == "samples"
-
-    @property
-    def regularises_rows(self) -> bool:
-        """Whether the KL term goes along the completions of the rows."""
-        return self.kl_strength > 0 and self.kl_on == "data"
-
-    @property
-    def kl_strength(self) -> float:
-        """What the KL regulariser is multiplied by; 0 where there is none."""
-        strength = self.beta if self.method == "spo" else self.kl_beta
-        return 0.0 if self.kl_on == "none" else strength
-
-    @property
-    def scores_reference(self) -> bool:
-        """Whether the preference loss needs the reference's log-probabilities of the rows."""
-        return self.method != "spo" or self.anchor > 0
-
-    @property
-    def takes_reference_logps(self) -> bool:
-        """Whether those of a whole row are enough, so that rows may bring them."""
-        return self.scores_reference and self.method != "tdpo"
-
-    @property
-    def keeps_reference_logps(self) -> bool:
-        """Whether rows are given those once, rather than computed with each batch."""
-        return self.takes_reference_logps and bool(self.reference_cache or self.refers_to_previous)
-
-    @property
-    def draws_rows(self) -> bool:
-        """Whether training rows are drawn from the policy, in some round at least."""
-        return self.rounds > 1 or self.train_on != "preferences"
-
-    @property
-    def uses_judge(self) -> bool:
-        """Whether somebody must judge what the policy draws."""
-        return self.draws_rows and self.train_on != "self_play"
-
-    @property
-    def refers_to_previous(self) -> bool:
-        """Whether the reference of a round is the policy that the round began with."""
-        wanted = self.round_reference == "previous" or (
-            self.round_reference == "auto" and self.method == "sppo"
-        )
-        return wanted and self.draws_rows
-
-    def _check(self) -> None:
-        def refuse(name: str, expected: str) -> None:
-            raise ConfigError(f"SPOConfig.{name} must be {expected}, got {getattr(self, name)!r}")
-
+    def _check_choices(self) -> None:
         for name, hint in get_type_hints(SPOConfig).items():
             closed = name in SPOConfig.__annotations__ and get_origin(hint) is Literal
             if closed and getattr(self, name) not in get_args(hint):
-                refuse(name, " or ".join(get_args(hint)))
-        if not (self.alpha >= 0 and math.isfinite(self.alpha)):
-            refuse("alpha", "at least 0 (softness α: optimum softmax(reward/α); 1 is the experts' own)")
-        if not (self.beta >= 0 and math.isfinite(self.beta)) or (self.method != "spo" and self.beta == 0):
-            refuse("beta", "at least 0 for spo, above 0 for every other method")
-        try:
-            kl_lambda(self.kl_gradient)
-        except ValueError:
-            refuse("kl_gradient", "token, full, or a number from 0 (token) to 1 (full)")
-        if not 0 <= self.label_smoothing < 0.5:
-            refuse("label_smoothing", "in [0, 0.5)")
-        for name in ("anchor", "kl_beta", "weight_exponent", "tdpo_alpha"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                refuse(name, "at least 0")
-        for name in (
-            "max_prompt_length",
-            "max_completion_length",
-            "sampling_interval",
-            "sampling_batch_size",
-            "lora_r",
-            "rounds",
-        ):
-            if getattr(self, name) < 1:
-                refuse(name, "at least 1")
-        if self.samples_per_refresh < self.sampling_interval:
-            refuse(
-                "samples_per_refresh",
-                f"at least sampling_interval ({self.sampling_interval}), for each optimizer step consumes a "
-                "slice of the samples",
-            )
-        if self.vllm_server and not self.vllm_server.startswith(("http://", "https://")):
-            refuse("vllm_server", "a URL like http://HOST:8021, or empty to run vLLM in the training process")
-        if self.vllm_server and self.sampling_engine != "vllm":
-            refuse("vllm_server", "empty unless sampling_engine is vllm")
-        if not 0 < self.min_ess < 1:
-            refuse("min_ess", "a fraction between 0 and 1")
-        smallest = self.samples_per_refresh // self.sampling_interval
-        if self.samples_policy and self.refresh == "adaptive" and smallest * self.min_ess <= 1:
-            refuse(
-                "min_ess",
-                f"above {1 / smallest:g} where a step's slice holds {smallest} samples: the effective sample "
-                "size never falls below one of them, and nothing would be drawn anew",
-            )
-        if self.max_importance_ratio is not None and not self.max_importance_ratio >= 1:
-            refuse("max_importance_ratio", "at least 1, or left out to leave stale samples unweighted")
-        if self.completions_per_prompt < 2:
-            refuse("completions_per_prompt", "at least 2, for one is judged against another")
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            refuse(
-                "train_sampling_strategy",
-                "random or sequential, for a row has no single length",
-            )
-        if self.remove_unused_columns:
-            refuse("remove_unused_columns", "false: SPOTrainer makes the columns that it needs")
-        self._check_rounds(refuse)
-        if parse_weights(self.extrapolation) and self.use_peft and not self.merge_adapter:
-            refuse("extrapolation", "empty where the adapter is not merged, or merge_adapter true")
-        for name, neutral in (("temperature", 1), ("top_p", 1), ("top_k", 0), ("repetition_penalty", 1)):
-            if getattr(self, name) != neutral:
-                refuse(
-                    name,
-                    f"{neutral}: the KL term weighs samples as draws of the policy's own distribution, and "
-                    "any other setting would bias it without a sign",
-                )
-
-    def _warn_of_idle_options(self) -> None:
-        """Say aloud which options were set that do nothing here."""
-        idle: list[tuple[str, Any, str]] = [
-            (option, neutral, f"it is an option of {', '.join(methods)}, and the method is {self.method}")
-            for option, neutral, methods in _ONLY_FOR
-            if self.method not in methods
-        ]
-        if self.method == "tdpo" or not self.scores_reference:
-            idle.append(
-                (
-                    "reference_cache",
-                    "",
-                    "the loss takes no log-probabilities of the reference that could be kept",
-                )
-            )
-        if self.method == "spo":
-            idle.append(("kl_beta", 0.0, "the KL term of spo has the strength beta"))
-        if self.kl_on == "none":
-            kl_term = "there is no KL term where kl_on is none"
-            if self.method != "spo":
-                idle.append(("kl_beta", 0.0, kl_term))
-            elif self.beta:
-                idle.append(("beta", SPOConfig.beta, kl_term))
-        elif self.kl_strength == 0:
-            kl_term = "there is no KL term without a beta above 0 (of baselines, a kl_beta)"
-            idle.append(("kl_on", "samples", kl_term))
-        else:
-            kl_term = "the KL term goes along the rows' own completions where kl_on is data"
-        if self.method == "spo" and not self.samples_policy:  # a sweep's baselines have its other models'
-            idle += [
-                ("kl_gradient", "token", kl_term),
-                ("kl_prompts", "auto", kl_term),
-                ("refresh", "fixed", kl_term),
-                ("max_importance_ratio", None, kl_term),
-            ]
-        if not (self.method == "spo" and self.weight_exponent):
-            idle.append(("weight_scores", "sequence", "rows have no weight without a weight_exponent"))
-        idle.append(("label_smoothing_factor", 0.0, "label_smoothing is what dpo and rdpo take"))
-        if self.refresh != "adaptive":
-            idle.append(("min_ess", 0.5, "refresh is not adaptive"))
-        if not (self.samples_policy or self.draws_rows):
-            idle.append(("sampling_engine", "transformers", "nothing is sampled"))
-        if not self.draws_rows:
-            idle.append(("round_reference", "auto", "no row is drawn from the policy"))
-        if not self.uses_judge:
-            nothing = "no completion is drawn and judged"
-            idle += [("completions_per_prompt", 2, nothing), ("judge", "auto", nothing)]
-        for option, neutral, reason in idle:
-            if getattr(self, option) != neutral:
-                logger.warning("%s=%r has no effect: %s", option, getattr(self, option), reason)
-
-    def _check_rounds(self, refuse: Callable[[str, str], None]) -> None:
-        if not self.draws_rows:
-            return
-        if self.rounds > 1 and self.num_train_epochs != int(self.num_train_epochs):
-            refuse("num_train_epochs", "a whole number where there are rounds: passes over each round's rows")
-        if self.reference_cache and self.scores_reference:
-            refuse("reference_cache", "empty where rows are drawn from the policy: no run meets them again")
-        if self.round_reference == "previous" and (self.method == "tdpo" or not self.scores_reference):
-            refuse(
-                "round_reference",
-                f"initial for {self.method}: previous is for losses that take a reference's "
-                "log-probabilities (of spo, with an anchor)",
-            )
-        if self.dataloader_persistent_workers:
-            refuse("dataloader_persistent_workers", "off with rounds: workers would keep the old rows")
-
-
-def member_name(method: str, alpha: float, beta: float) -> str:
-    """The name of one model of a sweep: what distinguishes it from the others, `spo-alpha-0.5`."""
-    return f"spo-alpha-{alpha:g}" if method == "spo" else f"{method}-beta-{beta:g}"
+                choices = " or ".join(get_args(hint))
+                raise ConfigError(f"SPOConfig.{name} must be {choices}, got {getattr(self, name)!r}")

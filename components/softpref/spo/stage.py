@@ -39,7 +39,8 @@ from softpref.lm.training import (
     stage_tracker,
 )
 from softpref.progress import settle_output
-from softpref.spo.config import SPOConfig, member_name
+from softpref.spo.checks import member_name
+from softpref.spo.config import SPOConfig
 from softpref.spo.rows import RowsWithTokens
 from softpref.spo.trainer import SPOTrainer
 from softpref.timings import PhaseTimer

@@ -44,7 +44,7 @@ def refusal(lines: Sequence[str]) -> str:
     return said[-1] if said else ""
 
 
-class Console:
+class Screen:
     """What a local run prints: everything goes to a log file, the course of events to the screen."""
 
     _EVENT = re.compile(r"^([\d:]+)\.\d+ - INFO - (Executing task|Task|Pipeline) '(.*?)'(.*)")
@@ -104,8 +104,9 @@ class Console:
 
 
 @contextlib.contextmanager
-def console(log_file: Path) -> Iterator[Console]:
+def log_and_screen(log_file: Path) -> Iterator[Screen]:
+    """What is printed within goes to the file, the course of events to the screen."""
     with log_file.open("w", encoding="utf-8") as log:
-        screen = Console(sys.stdout, log)
+        screen = Screen(sys.stdout, log)
         with contextlib.redirect_stdout(screen):  # type: ignore[type-var]
             yield screen

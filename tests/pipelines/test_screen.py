@@ -3,6 +3,7 @@
 import io
 
 import pytest
+from softpref.pipelines import screen
 
 pytestmark = pytest.mark.fast
 
@@ -10,11 +11,10 @@ pytestmark = pytest.mark.fast
 @pytest.fixture
 def console(monkeypatch):
     """A console whose clock stands at 100 s until `now[0]` is moved: `(console, now)`."""
-    import console
 
     now = [100.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    return console.Console(io.StringIO(), io.StringIO()), now
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
+    return screen.Screen(io.StringIO(), io.StringIO()), now
 
 
 def shown(console):
@@ -67,8 +67,8 @@ def test_events_and_trouble_are_shown_at_once(console):
 
 
 def test_what_a_step_says_of_its_outcome_is_kept_for_the_end(console, capsys):
-    from console import outcome
     from softpref.artifacts import say_outcome
+    from softpref.pipelines.screen import outcome
 
     console, _ = console
     say_outcome(["chosen:   soft", "warning:  few prompts"])

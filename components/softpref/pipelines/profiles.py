@@ -1,31 +1,19 @@
-"""What one cluster gives the stages: images, GPUs, secrets, limits. Read from a file of `clusters/`, checked,
-and applied to the tasks of a pipeline in `place`, the one function that knows Kubernetes.
-
-Runs on this machine apply no profile: they trace the pipelines without one.
-"""
+"""What one cluster gives the stages: images, GPUs, secrets, limits. Reads and checks `clusters/NAME.yaml`."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import inspect
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from softpref.config import build_config, closest, read_mapping
 from softpref.distributed.config import TrainJobConfig
 from softpref.errors import ConfigError
-from softpref.preflight.parameters import TABLE
-from softpref.preflight.stage import ARTIFACT_SCHEME
-from softpref.tracking import KFP_UI, RUN_ID, RUN_NAME
 
-CLUSTERS = Path(__file__).resolve().parent / "clusters"
+CLUSTERS = Path(__file__).parent / "clusters"
 STAGES = {  # of a pipeline, with the image that each runs in
     "plan": "train",
     "data": "data",
@@ -36,7 +24,7 @@ STAGES = {  # of a pipeline, with the image that each runs in
     "register": "evaluate",
     "finish": "train",
 }
-_TRAINING = ("sft", "train")
+TRAINING = ("sft", "train")
 _OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _TOLERATION = ("key", "operator", "value", "effect", "tolerationSeconds")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|[EPTGMK]i?)?")
@@ -167,12 +155,6 @@ class Profile:
         return None if gpus == "parameter" else int(gpus)
 
 
-_profile: ContextVar[Profile | None] = ContextVar("profile", default=None)
-_artifact: ContextVar[str] = ContextVar("artifact", default="")  # address of a KFP artifact to begin with
-_LONG = 30 * 86400  # seconds within which a step without timeout is tried again
-_BACKOFF = 30
-
-
 def read_profile(name: str) -> Profile:
     """Read and check a profile: the name of a file in `clusters/`, or the path of one.
 
@@ -195,7 +177,7 @@ def _profile_of(name: str, values: dict[str, Any]) -> Profile:
     stages = _mapping(entries, "stages")
     shared = _quoted(_mapping(stages, "all"))
     entries["stages"] = {
-        stage: build_config(Stage, shared, _quoted(_known(stages, STAGES, "stage").get(stage) or {}))
+        stage: build_config(Stage, shared, _quoted(check_names(stages, STAGES, "stage").get(stage) or {}))
         for stage in STAGES
     }
     entries["gpu"] = build_config(Gpu, _mapping(entries, "gpu"))
@@ -242,11 +224,11 @@ def _of_nodes(profile: Profile) -> dict[str, Any]:
         "pod_annotations": profile.annotations,
         "user": profile.user,
         "timeout": settings.timeout,
-        "env": {**_threads(settings), **profile.environment},
+        "env": {**threads(settings), **profile.environment},
     }
 
 
-def _threads(settings: Stage) -> dict[str, str]:
+def threads(settings: Stage) -> dict[str, str]:
     """As many threads as the limit has CPUs; libraries would count the node's."""
     if not settings.cpu:
         return {}
@@ -271,7 +253,7 @@ def _check(profile: Profile) -> None:
     wanted = set(STAGES.values())
     for image in sorted(wanted - set(profile.images)):
         raise ConfigError(f"images needs {image}, the full name of that image")
-    for image, full_name in _known(profile.images, wanted, "image").items():
+    for image, full_name in check_names(profile.images, wanted, "image").items():
         if not _PINNED.fullmatch(full_name):
             raise ConfigError(
                 f"images.{image} must end with a tag other than latest, or a digest, got {full_name!r}; a "
@@ -284,7 +266,7 @@ def _check(profile: Profile) -> None:
         for toleration in tolerations:
             if not isinstance(toleration, dict):
                 raise ConfigError(f"{name}.tolerations must be a list of mappings, got {toleration!r}")
-            _known(toleration, _TOLERATION, f"{name}.tolerations entry")
+            check_names(toleration, _TOLERATION, f"{name}.tolerations entry")
             if toleration.get("operator", "Equal") not in ("Equal", "Exists"):
                 raise ConfigError(
                     f"{name}.tolerations: operator must be Equal or Exists, got {toleration['operator']!r}"
@@ -298,7 +280,7 @@ def _check(profile: Profile) -> None:
         for key in ("timeout", "retries"):
             if getattr(stage, key) < 0:
                 raise ConfigError(f"stages.{name}.{key} must be at least 0, got {getattr(stage, key)}")
-        if stage.gpus == "parameter" and name not in _TRAINING:
+        if stage.gpus == "parameter" and name not in TRAINING:
             raise ConfigError(f"stages.{name}.gpus must be a number: the parameter is of the training stages")
         if stage.gpus != "parameter" and stage.gpus < 0:
             raise ConfigError(f"stages.{name}.gpus must be at least 0, got {stage.gpus}")
@@ -307,7 +289,7 @@ def _check(profile: Profile) -> None:
             raise ConfigError(f"volumes: claim must be an object's name, got {volume.claim!r}")
         if not volume.path.startswith("/"):
             raise ConfigError(f"volumes: path must begin with /, got {volume.path!r}")
-        _known(dict.fromkeys(volume.stages), STAGES, "stage")
+        check_names(dict.fromkeys(volume.stages), STAGES, "stage")
     if profile.stages["sft"].gpus != profile.stages["train"].gpus:
         raise ConfigError("stages.sft.gpus and stages.train.gpus must be the same: one parameter serves both")
 
@@ -327,223 +309,9 @@ def _quoted(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _known(values: Mapping[str, Any], known: Any, what: str) -> dict[str, Any]:
+def check_names(values: Mapping[str, Any], known: Any, what: str) -> dict[str, Any]:
+    """The values, of which each has a name that is `known`, or `all`."""
     for name in values:
         if name not in known and name != "all":
             raise ConfigError(f"there is no {what} {name!r}{closest(name, known)}")
     return dict(values)
-
-
-# ---------------------------------------------------------------------- applied to a pipeline
-
-
-def build(pipeline: Any, profile: Profile, defaults: Mapping[str, Any] | None = None) -> Any:
-    """The pipeline as it is on a cluster.
-
-    Args:
-        pipeline: of `@dsl.pipeline`; its function is traced anew.
-        defaults: values that the parameters take when the form is left alone; they win over the profile's.
-
-    Returns:
-        A pipeline without the parameter `gpus` where the profile fixes their number.
-
-    Raises:
-        ConfigError: the profile sets a parameter that the pipeline does not have.
-    """
-    from kfp import dsl
-
-    function = pipeline.pipeline_func
-    signature = inspect.signature(function)
-    _known(profile.parameters, signature.parameters, "parameter")
-    values = {**profile.parameters, **(defaults or {})}
-    fixed = {} if profile.fixed_gpus is None else {"gpus": str(profile.fixed_gpus or "")}
-    form = [
-        parameter.replace(default=_shown(values.get(name, parameter.default), parameter.annotation))
-        for name, parameter in signature.parameters.items()
-        if name not in fixed
-    ]
-
-    @functools.wraps(function)
-    def traced(*given: Any, **named: Any) -> None:
-        function(**shown.bind(*given, **named).arguments, **fixed)
-
-    shown = signature.replace(parameters=form)
-    traced.__signature__ = shown  # type: ignore[attr-defined]
-    source = str(values.get("source", ""))
-    tokens = _profile.set(profile), _artifact.set(source if source.startswith(ARTIFACT_SCHEME) else "")
-    try:
-        for part in _PARTS:
-            part.trace()
-        return dsl.pipeline(traced, name=pipeline.name, description=_explained(pipeline))
-    finally:
-        _profile.reset(tokens[0])
-        _artifact.reset(tokens[1])
-
-
-class Part:
-    """A part of a pipeline as a pipeline of its own, called like a component; a decorator.
-
-    It is traced anew with each profile that a pipeline is compiled for.
-    """
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
-        self.trace()
-        _PARTS.append(self)
-
-    def trace(self) -> None:
-        from kfp import dsl
-
-        self._pipeline = dsl.pipeline(self._function, name=self._function.__name__.replace("_", "-"))
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self._pipeline(**inputs)
-
-
-_PARTS: list[Part] = []
-
-
-def _explained(pipeline: Any) -> str:
-    """The pipeline's description with the fields that most people fill: KFP's form shows no texts."""
-    lines = [pipeline.component_spec.description, "The form's fields that matter most:"]
-    parameters = inspect.signature(pipeline.pipeline_func).parameters
-    lines += [f"- {name}: {one.text}" for name, one in TABLE.items() if one.shown and name in parameters]
-    script = pipeline.name.replace("-", "_")
-    return "\n".join([*lines, f"`python pipelines/{script}.py --help` explains them all."])
-
-
-def _shown(value: Any, annotation: Any) -> Any:
-    """A default as the form has it: a profile writes the text `gpus` as the number that it is."""
-    return str(value) if annotation is str else value
-
-
-def place(task: Any, stage: str, *, gpus: Any = 0, cache: bool = True) -> None:
-    """Give a task what the profile that is being compiled for says of its stage; nothing without a profile.
-
-    Args:
-        gpus: the pipeline's parameter, or its fixed number, for a training stage.
-        cache: False for a task that must run anew whatever the profile says.
-    """
-    profile = _profile.get()
-    if profile is None:
-        if not cache:
-            task.set_caching_options(False)
-        return
-    from kfp import kubernetes
-
-    settings = profile.stages[stage]
-    if profile.trainjob and stage in _TRAINING:  # the work is done by the job's nodes; the task waits
-        waiting = profile.stages["plan"]
-        settings = dataclasses.replace(
-            settings, cpu=waiting.cpu, memory=waiting.memory, gpus=0, node_selector={}, tolerations=[]
-        )
-    task.set_container_image(profile.images[STAGES[stage]])
-    task.set_caching_options(cache and settings.cache)
-    if settings.cpu:
-        task.set_cpu_request(settings.cpu).set_cpu_limit(settings.cpu)
-    if settings.memory:
-        task.set_memory_request(settings.memory).set_memory_limit(settings.memory)
-    if settings.retries:
-        # of all attempts together: an hour, unless it is given
-        whole = (settings.retries + 1) * settings.timeout + _BACKOFF * 2**settings.retries
-        task.set_retry(
-            settings.retries,
-            backoff_duration=f"{_BACKOFF}s",
-            backoff_factor=2.0,
-            backoff_max_duration=f"{whole if settings.timeout else _LONG}s",
-        )
-    if settings.timeout:
-        kubernetes.set_timeout(task, settings.timeout)
-    selector, tolerations = dict(settings.node_selector), list(settings.tolerations)
-    if settings.gpus:
-        count = gpus if settings.gpus == "parameter" else settings.gpus
-        task.set_accelerator_type(profile.gpu.resource).set_accelerator_limit(count)
-        selector |= profile.gpu.node_selector
-        tolerations += profile.gpu.tolerations
-        if profile.gpu.shared_memory:
-            kubernetes.empty_dir_mount(
-                task, "shared-memory", "/dev/shm", medium="Memory", size_limit=profile.gpu.shared_memory
-            )
-    for key, value in selector.items():
-        kubernetes.add_node_selector(task, key, value)
-    for toleration in tolerations:
-        given = dict(toleration)
-        kubernetes.add_toleration(task, toleration_seconds=given.pop("tolerationSeconds", None), **given)
-    shared = profile.trainjob or profile.checkpoints
-    if shared and stage in _TRAINING:
-        kubernetes.mount_pvc(task, shared.volume_claim, shared.mount_path)
-    for volume in profile.volumes:
-        if stage in (volume.stages or STAGES):
-            kubernetes.mount_pvc(task, volume.claim, volume.path, volume.sub_path)
-    kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
-    kubernetes.use_field_path_as_env(task, RUN_NAME, "metadata.labels['workflows.argoproj.io/workflow']")
-    for variable, source in profile.secrets.items():
-        kubernetes.use_secret_as_env(task, source.secret, {source.key: variable}, optional=source.optional)
-    told = {KFP_UI: profile.kfp_ui} if profile.kfp_ui else {}
-    for variable, value in {**told, **_threads(settings), **profile.environment}.items():
-        task.set_env_variable(variable, value)
-    for key, value in profile.labels.items():
-        kubernetes.add_pod_label(task, key, value)
-    for key, value in profile.annotations.items():
-        kubernetes.add_pod_annotation(task, key, value)
-    if profile.image_pull_policy:
-        kubernetes.set_image_pull_policy(task, profile.image_pull_policy)
-    if profile.image_pull_secrets:
-        kubernetes.set_image_pull_secrets(task, profile.image_pull_secrets)
-    kubernetes.set_security_context(
-        task, run_as_user=profile.user, run_as_group=profile.user, run_as_non_root=True
-    )
-
-
-def launcher() -> str:
-    """The training stages' parameter of that name on the cluster that is being compiled for."""
-    profile = _profile.get()
-    if profile and profile.trainjob:
-        return json.dumps({"trainjob": dataclasses.asdict(profile.trainjob)})
-    if profile and profile.checkpoints:
-        volume = profile.checkpoints
-        return json.dumps({"checkpoints": f"{volume.mount_path.rstrip('/')}/{volume.folder}"})
-    return ""
-
-
-@contextlib.contextmanager
-def ended(**where: Any) -> Iterator[None]:
-    """Steps after which, on a cluster, a last one ends the run in MLflow, however they have ended.
-
-    Args:
-        where: `experiment` and `tracking_uri`.
-    """
-    if _profile.get() is None:  # on this machine the runner does it
-        yield
-        return
-    from kfp import dsl
-    from softpref.preflight.component import finish_run
-
-    finish = finish_run(run_name=run_name(), **where)
-    finish.set_display_name("End the run in MLflow")
-    place(finish, "finish", cache=False)
-    with dsl.ExitHandler(finish, name="steps"):
-        yield
-
-
-def run_name() -> str:
-    """The name of the pipeline run, as KFP puts it in."""
-    from kfp import dsl
-
-    return dsl.PIPELINE_JOB_NAME_PLACEHOLDER if _profile.get() else ""
-
-
-def source_artifact() -> dict[str, Any]:
-    """The data stage's artifact, where the source is the address of one in KFP's own store."""
-    if not _artifact.get():
-        return {}
-    from kfp import dsl
-
-    dataset = dsl.importer(artifact_uri=_artifact.get(), artifact_class=dsl.Dataset)
-    return {"artifact": dataset.output}
-
-
-def models_at_once() -> int | None:
-    """How many models of a sweep train at the same time; None sets no limit."""
-    profile = _profile.get()
-    return (profile.models_at_once or None) if profile else None

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from console import outcome, plain_lines, refusal
+from softpref.pipelines.screen import outcome, plain_lines, refusal
 
 SUCCEEDED, FAILED = 0, 1  # exit statuses
 TERMINATED = 130  # as of a program that a person interrupted

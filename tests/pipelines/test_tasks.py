@@ -36,7 +36,7 @@ before = set(sys.modules)
 
 @pytest.fixture(scope="module")
 def server():
-    from forks import TaskServer
+    from softpref.pipelines.tasks import TaskServer
 
     with TaskServer("sqlite:///mlflow.db") as server:
         yield server
@@ -81,7 +81,7 @@ def test_the_end_of_a_task_is_told(run, how, status, told):
 
 
 def test_a_server_that_was_killed_fails_its_tasks(capsys):
-    from forks import TaskServer
+    from softpref.pipelines.tasks import TaskServer
 
     with TaskServer("sqlite:///mlflow.db") as server:
         server._process.kill()

@@ -20,10 +20,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clusters import Profile
 from softpref.errors import ConfigError
+from softpref.pipelines.profiles import Profile
+from softpref.pipelines.waiting import TERMINATED, display_names, wait_for
 from softpref.remote import public_url
-from waiting import TERMINATED, display_names, wait_for
 
 
 def add_client_options(group: Any) -> None:

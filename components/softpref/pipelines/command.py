@@ -1,4 +1,4 @@
-"""Compiles a pipeline, or runs it on this machine, in containers, or on a cluster. Knows no stage's logic.
+"""The command line of the pipelines: compiles one, or runs it here, in containers, or on a cluster.
 
 The graph and its parameters are the same in all cases: a recipe and the command line give the parameters,
 one planning function checks them before anything starts.
@@ -7,10 +7,8 @@ one planning function checks them before anything starts.
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import dataclasses
-import inspect
 import io
 import json
 import os
@@ -19,40 +17,45 @@ import shlex
 import sys
 import tempfile
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from clusters import STAGES, Profile, build, read_profile
-from local_run import run_here, task_server
 from softpref import __version__
-from softpref.config import NULL, closest, parse_overrides, read_mapping
+from softpref.config import closest, parse_overrides
 from softpref.data.config import EMBEDDED
 from softpref.errors import ConfigError, SoftprefError
 from softpref.options import CONFIGURATIONS, HIDDEN, instead, read_options
-from softpref.preflight.parameters import PLANNED, SWEEP, TABLE
-from softpref.preflight.stage import ARTIFACT_SCHEME, further_sources
-from submission import add_client_options, submit, ui_address
+from softpref.pipelines import graph
+from softpref.pipelines.local import require_gpus, run_here, task_server
+from softpref.pipelines.packages import compile_components, compile_package, packages_folder
+from softpref.pipelines.profiles import CLUSTERS, read_profile
+from softpref.pipelines.recipes import RECIPES, inputs, names_in, pipeline_parameters, typed
+from softpref.pipelines.submission import add_client_options, submit, ui_address
+from softpref.preflight.parameters import PLANNED, TABLE
+from softpref.preflight.stage import ARTIFACT_SCHEME, check, further_sources, plan
 
-_HERE = Path(__file__).resolve().parent
-RECIPES, PACKAGES = _HERE / "recipes", _HERE / "packages"
 
+def main(pipeline: Any, arguments: list[str], name: str = "") -> int:
+    """Run the command line of one pipeline; returns the exit status.
 
-def main(pipeline: Any, arguments: list[str]) -> int:
-    """Run the command line of one pipeline; returns the exit status."""
+    Args:
+        name: of the command; by default the script's, such as spo_sweep.py.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # texts hold characters that not every terminal knows
-    options = _parse(pipeline, arguments)
     try:
+        options = _parse(pipeline, arguments, name)
         if options.command == "components":
             return _components(options)
-        given = {name: getattr(options, name) for name in _inputs(pipeline)}
+        given = {name: getattr(options, name) for name in inputs(pipeline)}
         if options.command == "compile" or options.runner == "cluster":
             return _for_cluster(pipeline, given, options)
         parameters = pipeline_parameters(pipeline, options.recipe, given)
+        if options.runner == "local":
+            require_gpus(parameters["gpus"])
+        check(parameters)  # before anything is imported that takes seconds
         with task_server(parameters) if options.runner == "local" else contextlib.nullcontext() as tasks:
-            from softpref.preflight.stage import plan
-
             print(_planned(pipeline, options, plan(parameters)))
             return run_here(pipeline, parameters, options, tasks)
     except SoftprefError as error:
@@ -62,8 +65,6 @@ def main(pipeline: Any, arguments: list[str]) -> int:
 
 def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
     """Compile a package for a cluster, or submit a run to it."""
-    from softpref.preflight.stage import plan
-
     profile = read_profile(options.cluster)
     if not profile.kfp_ui and (ui := options.ui_host or options.endpoint):
         profile = dataclasses.replace(profile, kfp_ui=ui_address(ui))
@@ -71,26 +72,28 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
         given["gpus"] = ""  # KFP would write a limit of 0 into the pod
     if profile.fixed_gpus is not None and given.pop("gpus") not in (None, str(profile.fixed_gpus or "")):
         raise ConfigError(f"the cluster profile {options.cluster} gives every run {profile.fixed_gpus} GPUs")
-    shape = {name: parameter.annotation for name, parameter in _inputs(pipeline).items()}
+    shape = {name: parameter.annotation for name, parameter in inputs(pipeline).items()}
     for name, value in profile.parameters.items():
         if name in shape:
-            _typed(name, value, shape[name])
+            typed(name, value, shape[name])
     if profile.trainjob and profile.trainjob.gpus_per_node is not None and given.get("gpus") is not None:
         raise ConfigError(
             f"the cluster profile {options.cluster} gives a node {profile.trainjob.gpus_per_node} GPUs "
             "(trainjob.gpus_per_node); leave one of the two out"
         )
-    form = build(pipeline, profile)
+    form = graph.pipeline(pipeline.name, profile)
     parameters = pipeline_parameters(form, options.recipe, given)
     for name in ("source", "base_model"):
         if parameters[name] not in ("", *EMBEDDED):
             _refuse_local(name, parameters[name])
-    members = plan(parameters, here=False)
+    checked = _filled(parameters) if options.command == "compile" else parameters
+    check(checked, here=False)  # before anything is imported that takes seconds
+    members = plan(checked, here=False)
     for further in further_sources(parameters["data_overrides"]):
         _refuse_local(further.name, further.place)
     if options.command == "compile":
         suffix = "" if options.cluster == "default" else f"-{profile.name}"
-        path = Path(options.output or PACKAGES / f"{_name(pipeline)}{suffix}.yaml")
+        path = Path(options.output or packages_folder() / f"{_name(pipeline)}{suffix}.yaml")
         print(compile_package(pipeline, path, profile, parameters))
         return 0
     print(_planned(pipeline, options, members))
@@ -102,6 +105,14 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
         package = compile_package(pipeline, Path(folder) / f"{_name(pipeline)}.yaml", profile, shown)
         models = [member.name for member in members]
         return submit(pipeline.name, package, parameters, profile, options, models)
+
+
+def _filled(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A form whose source and base model are left to whoever fills it, as if somebody had."""
+    left = [name for name in ("source", "base_model") if not parameters[name]]
+    if "model_config" in parameters["sft_overrides"]:  # a model from nothing
+        left = [name for name in left if name != "base_model"]
+    return {**parameters, **dict.fromkeys(left, "owner/name")}
 
 
 def _refuse_local(name: str, value: str) -> None:
@@ -116,7 +127,9 @@ def _components(options: argparse.Namespace) -> int:
     """Write the stages' component files for a cluster."""
     profile = read_profile(options.cluster)
     suffix = "" if options.cluster == "default" else f"-{profile.name}"
-    for path in compile_components(Path(options.output or PACKAGES / f"components{suffix}"), profile):
+    for path in compile_components(
+        Path(options.output or packages_folder() / f"components{suffix}"), profile
+    ):
         print(path)
     return 0
 
@@ -125,139 +138,17 @@ def _planned(pipeline: Any, options: argparse.Namespace, members: Iterable[Any])
     return f"{_name(pipeline)}, recipe {options.recipe}: {', '.join(member.name for member in members)}"
 
 
-def pipeline_parameters(pipeline: Any, recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All parameters of a pipeline: its defaults, then the recipe's, then those given (None is not given).
-
-    Args:
-        recipe: name of a file in `recipes/`, or the path of one. A mapping given for one of the recipe's
-            (`train_overrides:` and the like) is laid over it, key by key; an empty one takes nothing of it.
-
-    Raises:
-        ConfigError: there is no such recipe, or it names a parameter that no pipeline has.
-    """
-    inputs = _inputs(pipeline)
-    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-        raise ConfigError(f"there is no recipe {recipe!r}{closest(recipe, known)}")
-    parameters = {name: spec.default for name, spec in inputs.items()}
-    mappings = set()
-    for name, value in read_mapping(path).items():
-        if name in inputs:
-            if isinstance(value, dict):
-                mappings.add(name)
-            parameters[name] = value
-        elif name not in SWEEP:  # recipes are for single runs, too, and for clusters that fix their GPUs
-            raise ConfigError(f"recipe {path}: no parameter {name!r}{closest(name, {*inputs, *SWEEP})}")
-    for name, value in given.items():
-        if value is not None:
-            parameters[name] = {**parameters[name], **value} if name in mappings and value else value
-    return {name: _typed(name, value, inputs[name].annotation) for name, value in parameters.items()}
-
-
-def _typed(name: str, value: Any, annotation: Any) -> Any:
-    """A value as KFP wants it: YAML's 1 is a float where the pipeline says float."""
-    many = typing.get_origin(annotation) is list
-    kind = typing.get_args(annotation)[0] if many else annotation
-    try:
-        if many and isinstance(value, list):
-            return [_typed(name, element, kind) for element in value]
-        if kind is dict and isinstance(value, dict):
-            return _without_nulls(value)
-        if kind is bool and isinstance(value, bool):
-            return value
-        if kind is str and isinstance(value, (str, int)):
-            return str(value)
-        if not many and kind in (int, float) and kind(value) == float(value):
-            return kind(value)
-    except (TypeError, ValueError):
-        pass
-    expected = f"list of {kind.__name__}" if many else kind.__name__
-    raise ConfigError(f"parameter {name} must be a {expected}, got {value!r}")
-
-
-def _without_nulls(value: Any) -> Any:
-    """KFP's structs on this machine bear no null: a text stands for it, which `parse_overrides` undoes."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_without_nulls(one) for one in value]
-    return NULL if value is None else value
-
-
-def compile_package(
-    pipeline: Any, path: Path, profile: Profile, parameters: Mapping[str, Any] | None = None
-) -> Path:
-    """Write the pipeline's package, the file to upload in the KFP UI.
-
-    Args:
-        parameters: what the form shows before anybody fills it.
-    """
-    from kfp import compiler
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(build(pipeline, profile, parameters), str(path))
-    text = path.read_text(encoding="utf-8")
-    path.write_text(_DEFAULT.sub(_in_order, text), encoding="utf-8")
-    return path
-
-
-_DEFAULT = re.compile(r"^(#.*\[Default: )(\{.*\})(?=\])", re.MULTILINE)
-
-
-def _in_order(match: re.Match[str]) -> str:
-    """KFP's comment on a mapping has its keys in another order each time."""
-    values = parse_overrides(ast.literal_eval(match[2]))
-    return match[1] + json.dumps(values, sort_keys=True)
-
-
-def compile_components(folder: Path, profile: Profile) -> list[Path]:
-    """Write each stage as a component of its own, to be loaded into other people's pipelines.
-
-    Args:
-        profile: names the images. What else a stage gets of a cluster is up to the pipeline that loads it.
-    """
-    from kfp import compiler, dsl
-    from softpref.data.component import prepare_data
-    from softpref.evaluation.component import compare_models, evaluate_model
-    from softpref.registry.component import register_model
-    from softpref.sft.component import train_reference
-    from softpref.spo.component import train_policy
-
-    faces = {
-        "data": prepare_data,
-        "sft": train_reference,
-        "train": train_policy,
-        "evaluate": evaluate_model,
-        "compare": compare_models,
-        "register": register_model,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for stage, face in faces.items():
-        image = profile.images[STAGES[stage]]
-        component = dsl.component(face.python_func, base_image=image, install_kfp_package=False)
-        texts = _argument_texts(face.python_func)  # KFP takes those of inputs alone
-        for name, output in component.component_spec.outputs.items():
-            output.description = texts.get(name, output.description)
-        written.append(folder / f"{face.python_func.__name__}.yaml")
-        compiler.Compiler().compile(component, str(written[-1]))
-    return written
-
-
-def _argument_texts(function: Any) -> dict[str, str]:
-    """What the docstring of a component says of each argument."""
-    import docstring_parser
-
-    parsed = docstring_parser.parse(inspect.getdoc(function) or "")
-    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parsed.params}
-
-
 # ---------------------------------------------------------------------- the command line
 
 
-def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
-    name = f"{_name(pipeline)}.py"
+def parser_of(pipeline: Any, name: str = "", recipe: str | None = None) -> argparse.ArgumentParser:
+    """All that the command line of a pipeline takes.
+
+    Args:
+        recipe: whose defaults `--help` shows.
+    """
+    name = name or f"{_name(pipeline)}.py"
+    defaults = pipeline_parameters(pipeline, recipe, {}) if recipe else {}
     parser = argparse.ArgumentParser(
         prog=name,
         usage=f"{name} [run|compile|components] [--recipe NAME] [--OPTION VALUE ...]",
@@ -276,7 +167,7 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--recipe",
         default="embedded",
-        help="name in pipelines/recipes, or a YAML file of parameters, written a_b there (default: embedded)",
+        help=f"{', '.join(names_in(RECIPES))}, or a YAML file of parameters, written a_b (default: embedded)",
     )
     parser.add_argument(
         "--output",
@@ -289,28 +180,43 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
         default="local",
         help="where stages run: processes here (default), containers here, or Kubeflow Pipelines",
     )
-    cluster = parser.add_argument_group("compile, components, and --runner cluster")
+    cluster = parser.add_argument_group(_CLUSTER)
     cluster.add_argument(
         "--cluster",
         default="default",
-        help="profile in pipelines/clusters, or a YAML file (default: default)",
+        help=f"profile: {', '.join(names_in(CLUSTERS))}, or a YAML file (default: default)",
     )
     add_client_options(cluster)
     group = parser.add_argument_group(
-        "pipeline parameters (they win over the recipe's, and those over the defaults)"
+        "pipeline parameters (they win over the recipe's, which --recipe chooses)"
     )
-    for name, parameter in _inputs(pipeline).items():
+    for name, parameter in inputs(pipeline).items():
         many = typing.get_origin(parameter.annotation) is list
         kind = typing.get_args(parameter.annotation)[0] if many else parameter.annotation
-        shown = json.dumps(parameter.default)
+        default = defaults.get(name, parameter.default)
+        shown = json.dumps(default, ensure_ascii=False)
+        where = f"default: {shown}" if default == parameter.default else f"recipe {recipe}: {shown}"
         group.add_argument(
             f"--{_dashed(name)}",
             dest=name,
             type=_argument_type(name, parameter.annotation),
             nargs="*" if many else None,
             metavar="JSON" if kind is dict else kind.__name__.upper(),
-            help=f"{TABLE[name].text} (default: {shown})".replace("%", "%%"),
+            help=f"{TABLE[name].text} ({where})".replace("%", "%%"),
         )
+    return parser
+
+
+_CLUSTER = "compile, components, and --runner cluster"
+
+
+def _parse(pipeline: Any, arguments: list[str], name: str = "") -> argparse.Namespace:
+    recipe = None
+    if {"-h", "--help"} & {*arguments}:
+        chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        chosen.add_argument("--recipe", default="embedded")
+        recipe = chosen.parse_known_args(arguments)[0].recipe
+    parser = parser_of(pipeline, name, recipe)
     arguments = [re.sub("^--[^=]+", lambda option: _dashed(option[0]), argument) for argument in arguments]
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -318,13 +224,14 @@ def _parse(pipeline: Any, arguments: list[str]) -> argparse.Namespace:
     if options.command not in ("run", "compile", "components"):
         parser.error(f"there is no command {options.command!r}: it is run, compile or components")
     to_cluster = options.command != "run" or options.runner == "cluster"
+    (cluster,) = [group for group in parser._action_groups if group.title == _CLUSTER]
     for action in cluster._group_actions:
         if not to_cluster and getattr(options, action.dest) != action.default:
             parser.error(
                 f"{action.option_strings[0]} is for --runner cluster, and this run is {options.runner}"
             )
     if options.command == "components":
-        for name in ("recipe", *_inputs(pipeline)):
+        for name in ("recipe", *inputs(pipeline)):
             if getattr(options, name) != parser.get_default(name):
                 parser.error(f"--{_dashed(name)} is for pipelines; components have all their inputs")
     if options.command == "run" and options.runner == "cluster" and options.output:
@@ -411,10 +318,6 @@ def _truth(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
     return text.lower() == "true"
-
-
-def _inputs(pipeline: Any) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(pipeline.pipeline_func).parameters
 
 
 def _name(pipeline: Any) -> str:

@@ -12,14 +12,16 @@ import shutil
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from console import console
-from containers import Containers
-from forks import TaskServer
 from softpref.errors import ConfigError
+from softpref.pipelines.containers import Containers
+from softpref.pipelines.screen import log_and_screen
+from softpref.pipelines.tasks import TaskServer
+from softpref.timings import TIMINGS_FILE
 from softpref.tracking import (
     RUN_ID,
     RUN_NAME,
@@ -29,7 +31,6 @@ from softpref.tracking import (
     sync_below,
     where_to_look,
 )
-from times import TaskTimes
 
 _BEGAN = time.time() - time.process_time()  # of this process, which has done nothing but compute so far
 
@@ -40,6 +41,20 @@ def task_server(parameters: Mapping[str, Any]) -> contextlib.AbstractContextMana
     if not sys.platform.startswith("linux"):  # elsewhere forks of a process with these libraries may crash
         return contextlib.nullcontext()
     return TaskServer(resolve_tracking_uri(parameters["tracking_uri"] or None))
+
+
+def require_gpus(count: str) -> None:
+    """Refuse the parameter `gpus` on a Linux machine that has no device of a GPU; a stage counts them.
+
+    Raises:
+        ConfigError: says what would be right.
+    """
+    devices = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either in WSL
+    if count.strip() not in ("", "0") and sys.platform == "linux" and not any(map(os.path.exists, devices)):
+        raise ConfigError(
+            f"gpus is {count}, and this machine has none: leave it out to train on the CPU, or give "
+            "--runner cluster"
+        )
 
 
 def share_cores() -> None:
@@ -65,14 +80,13 @@ def run_here(
         os.environ[RUN_ID], os.environ[RUN_NAME] = f"local-{uuid.uuid4().hex}", name
         root = check_server(parameters["experiment"], uri)
         print(f"output {output}, tracking {uri}")
-        times = TaskTimes(_BEGAN)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED"
         try:
-            with console(output / "pipeline.log") as screen:
+            with log_and_screen(output / "pipeline.log") as screen:
                 if containers:
                     share_cores()
                     parameters["tracking_uri"] = containers.open(output, parameters)
-                failure = _execute(pipeline, parameters, containers, output / "pipeline", tasks, times)
+                failure = _execute(pipeline, parameters, containers, output / "pipeline", tasks)
                 status = "FAILED" if failure else "FINISHED"
         except KeyboardInterrupt:
             print("\nerror: the pipeline was interrupted", file=sys.stderr)
@@ -98,7 +112,7 @@ def run_here(
         )
         return 1
     _summarise(output, uri, root)
-    print(times.in_words(time.time()))
+    print(_times(output / "pipeline"))
     if refusal:
         print(f"error: no model was registered: {refusal}", file=sys.stderr)
         return 1
@@ -117,7 +131,6 @@ def _execute(
     containers: Containers | None,
     root: Path,
     tasks: TaskServer | None,
-    times: TaskTimes,
 ) -> str | None:
     """Run the pipeline's tasks in the containers, or as processes; returns what failed."""
     import warnings
@@ -125,19 +138,10 @@ def _execute(
     from kfp import local
     from kfp.local import docker_task_handler, subprocess_task_handler
 
-    start = tasks.run if tasks else subprocess_task_handler.run_local_subprocess
-
-    def run_task(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
-        with times.task(full_command):
-            return start(full_command, env_vars)
-
-    def run_image(client: Any, image: str, command: list[str], volumes: dict[str, Any], **more: Any) -> int:
-        assert containers is not None  # KFP runs images for its DockerRunner alone
-        with times.task(command):
-            return containers.run(client, image, command, volumes, **more)
-
-    subprocess_task_handler.run_local_subprocess = run_task
-    docker_task_handler.run_docker_container = run_image
+    if tasks:
+        subprocess_task_handler.run_local_subprocess = tasks.run
+    if containers:
+        docker_task_handler.run_docker_container = containers.run
     warnings.filterwarnings("ignore", module="kfp")
     runner = containers.runner() if containers else local.SubprocessRunner(use_venv=False)
     local.init(runner=runner, pipeline_root=str(root.resolve()), raise_on_error=True)
@@ -160,6 +164,15 @@ def _refusal(tasks: Path) -> str:
             decision = json.loads(file.read_text(encoding="utf-8"))
             return "" if decision[decided] else decision["reason"].removeprefix("not registered: ")
     return ""
+
+
+def _times(tasks: Path) -> str:
+    """One line: how long it all took, and what the tasks' processes did for half a second or more."""
+    seconds: Counter[str] = Counter()
+    for file in tasks.rglob(TIMINGS_FILE):
+        seconds.update(json.loads(file.read_text(encoding="utf-8")))
+    spent = ", ".join(f"{phase} {value:.0f} s" for phase, value in seconds.most_common() if value >= 0.5)
+    return f"took {time.time() - _BEGAN:.0f} s; seconds of its processes: {spent}"
 
 
 def _summarise(output: Path, tracking_uri: str, run_id: str | None = None) -> None:

@@ -1,0 +1,232 @@
+"""What options of SPO training mean, and must be. Imports no training library: refusals come at once."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from softpref.errors import ConfigError
+from softpref.lm.extrapolation import parse_weights
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo", "sppo")
+# Options that only some methods know: option, the value that does nothing, the methods.
+_ONLY_FOR = (
+    ("anchor", 0.0, ("spo",)),
+    ("weight_exponent", 0.0, ("spo",)),
+    ("tdpo_alpha", 0.5, ("tdpo",)),
+    ("label_smoothing", 0.0, ("dpo", "rdpo")),
+    ("soft_labels", "linear", ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo")),
+)
+
+
+class Derived:
+    """What options of `SPOConfig` amount to."""
+
+    if TYPE_CHECKING:
+        method: Any
+        anchor: float
+        beta: float
+        kl_beta: float
+        kl_on: Any
+        reference_cache: str
+        rounds: int
+        train_on: Any
+        round_reference: Any
+
+    @property
+    def samples_policy(self) -> bool:
+        """Whether the objective needs samples of the policy: it does where a KL term is taken on them."""
+        return self.kl_strength > 0 and self.kl_on == "samples"
+
+    @property
+    def regularises_rows(self) -> bool:
+        """Whether the KL term goes along the completions of the rows."""
+        return self.kl_strength > 0 and self.kl_on == "data"
+
+    @property
+    def kl_strength(self) -> float:
+        """What the KL regulariser is multiplied by; 0 where there is none."""
+        strength = self.beta if self.method == "spo" else self.kl_beta
+        return 0.0 if self.kl_on == "none" else strength
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether the preference loss needs the reference's log-probabilities of the rows."""
+        return self.method != "spo" or self.anchor > 0
+
+    @property
+    def takes_reference_logps(self) -> bool:
+        """Whether those of a whole row are enough, so that rows may bring them."""
+        return self.scores_reference and self.method != "tdpo"
+
+    @property
+    def keeps_reference_logps(self) -> bool:
+        """Whether rows are given those once, rather than computed with each batch."""
+        return self.takes_reference_logps and bool(self.reference_cache or self.refers_to_previous)
+
+    @property
+    def draws_rows(self) -> bool:
+        """Whether training rows are drawn from the policy, in some round at least."""
+        return self.rounds > 1 or self.train_on != "preferences"
+
+    @property
+    def uses_judge(self) -> bool:
+        """Whether somebody must judge what the policy draws."""
+        return self.draws_rows and self.train_on != "self_play"
+
+    @property
+    def refers_to_previous(self) -> bool:
+        """Whether the reference of a round is the policy that the round began with."""
+        wanted = self.round_reference == "previous" or (
+            self.round_reference == "auto" and self.method == "sppo"
+        )
+        return wanted and self.draws_rows
+
+
+def check_options(args: Any) -> None:
+    """Refuse values outside their range, and values that do not go together.
+
+    Args:
+        args: an `SPOConfig`, or anything with its options and what is `Derived` of them.
+    """
+
+    def refuse(name: str, expected: str) -> None:
+        raise ConfigError(f"SPOConfig.{name} must be {expected}, got {getattr(args, name)!r}")
+
+    if not (args.alpha >= 0 and math.isfinite(args.alpha)):
+        refuse("alpha", "at least 0 (softness α: optimum softmax(reward/α); 1 is the experts' own)")
+    if not (args.beta >= 0 and math.isfinite(args.beta)) or (args.method != "spo" and args.beta == 0):
+        refuse("beta", "at least 0 for spo, above 0 for every other method")
+    if args.kl_gradient not in ("token", "full"):
+        from softpref.objectives import kl_lambda  # imports torch
+
+        try:
+            kl_lambda(args.kl_gradient)  # type: ignore[arg-type]
+        except ValueError:
+            refuse("kl_gradient", "token, full, or a number from 0 (token) to 1 (full)")
+    if not 0 <= args.label_smoothing < 0.5:
+        refuse("label_smoothing", "in [0, 0.5)")
+    for name in ("anchor", "kl_beta", "weight_exponent", "tdpo_alpha"):
+        if not (getattr(args, name) >= 0 and math.isfinite(getattr(args, name))):
+            refuse(name, "at least 0")
+    for name in ("sampling_interval", "sampling_batch_size", "lora_r", "rounds"):
+        if getattr(args, name) < 1:
+            refuse(name, "at least 1")
+    if args.samples_per_refresh < args.sampling_interval:
+        refuse(
+            "samples_per_refresh",
+            f"at least sampling_interval ({args.sampling_interval}), for each optimizer step consumes a "
+            "slice of the samples",
+        )
+    if args.vllm_server and not args.vllm_server.startswith(("http://", "https://")):
+        refuse("vllm_server", "a URL like http://HOST:8021, or empty to run vLLM in the training process")
+    if args.vllm_server and args.sampling_engine != "vllm":
+        refuse("vllm_server", "empty unless sampling_engine is vllm")
+    if not 0 < args.min_ess < 1:
+        refuse("min_ess", "a fraction between 0 and 1")
+    smallest = args.samples_per_refresh // args.sampling_interval
+    if args.samples_policy and args.refresh == "adaptive" and smallest * args.min_ess <= 1:
+        refuse(
+            "min_ess",
+            f"above {1 / smallest:g} where a step's slice holds {smallest} samples: the effective sample "
+            "size never falls below one of them, and nothing would be drawn anew",
+        )
+    if args.max_importance_ratio is not None and not args.max_importance_ratio >= 1:
+        refuse("max_importance_ratio", "at least 1, or left out to leave stale samples unweighted")
+    if args.completions_per_prompt < 2:
+        refuse("completions_per_prompt", "at least 2, for one is judged against another")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        refuse(
+            "train_sampling_strategy",
+            "random or sequential, for a row has no single length",
+        )
+    if args.remove_unused_columns:
+        refuse("remove_unused_columns", "false: SPOTrainer makes the columns that it needs")
+    _check_rounds(args, refuse)
+    if parse_weights(args.extrapolation) and args.use_peft and not args.merge_adapter:
+        refuse("extrapolation", "empty where the adapter is not merged, or merge_adapter true")
+    for name, neutral in (("temperature", 1), ("top_p", 1), ("top_k", 0), ("repetition_penalty", 1)):
+        if getattr(args, name) != neutral:
+            refuse(
+                name,
+                f"{neutral}: the KL term weighs samples as draws of the policy's own distribution, and "
+                "any other setting would bias it without a sign",
+            )
+
+
+def _check_rounds(args: Any, refuse: Callable[[str, str], None]) -> None:
+    if not args.draws_rows:
+        return
+    if args.rounds > 1 and args.num_train_epochs != int(args.num_train_epochs):
+        refuse("num_train_epochs", "a whole number where there are rounds: passes over each round's rows")
+    if args.reference_cache and args.scores_reference:
+        refuse("reference_cache", "empty where rows are drawn from the policy: no run meets them again")
+    if args.round_reference == "previous" and (args.method == "tdpo" or not args.scores_reference):
+        refuse(
+            "round_reference",
+            f"initial for {args.method}: previous is for losses that take a reference's "
+            "log-probabilities (of spo, with an anchor)",
+        )
+    if args.dataloader_persistent_workers:
+        refuse("dataloader_persistent_workers", "off with rounds: workers would keep the old rows")
+
+
+def warn_of_idle_options(args: Any) -> None:
+    """Say aloud which options were set that do nothing here."""
+    idle: list[tuple[str, Any, str]] = [
+        (option, neutral, f"it is an option of {', '.join(methods)}, and the method is {args.method}")
+        for option, neutral, methods in _ONLY_FOR
+        if args.method not in methods
+    ]
+    if args.method == "tdpo" or not args.scores_reference:
+        idle.append(
+            (
+                "reference_cache",
+                "",
+                "the loss takes no log-probabilities of the reference that could be kept",
+            )
+        )
+    if args.method == "spo":
+        idle.append(("kl_beta", 0.0, "the KL term of spo has the strength beta"))
+    if args.kl_on == "none":
+        kl_term = "there is no KL term where kl_on is none"
+        if args.method != "spo":
+            idle.append(("kl_beta", 0.0, kl_term))
+        elif args.beta:
+            idle.append(("beta", type(args).beta, kl_term))
+    elif args.kl_strength == 0:
+        kl_term = "there is no KL term without a beta above 0 (of baselines, a kl_beta)"
+        idle.append(("kl_on", "samples", kl_term))
+    else:
+        kl_term = "the KL term goes along the rows' own completions where kl_on is data"
+    if args.method == "spo" and not args.samples_policy:  # a sweep's baselines have its other models'
+        idle += [
+            ("kl_gradient", "token", kl_term),
+            ("kl_prompts", "auto", kl_term),
+            ("refresh", "fixed", kl_term),
+            ("max_importance_ratio", None, kl_term),
+        ]
+    if not (args.method == "spo" and args.weight_exponent):
+        idle.append(("weight_scores", "sequence", "rows have no weight without a weight_exponent"))
+    idle.append(("label_smoothing_factor", 0.0, "label_smoothing is what dpo and rdpo take"))
+    if args.refresh != "adaptive":
+        idle.append(("min_ess", 0.5, "refresh is not adaptive"))
+    if not (args.samples_policy or args.draws_rows):
+        idle.append(("sampling_engine", "transformers", "nothing is sampled"))
+    if not args.draws_rows:
+        idle.append(("round_reference", "auto", "no row is drawn from the policy"))
+    if not args.uses_judge:
+        nothing = "no completion is drawn and judged"
+        idle += [("completions_per_prompt", 2, nothing), ("judge", "auto", nothing)]
+    for option, neutral, reason in idle:
+        if getattr(args, option) != neutral:
+            logger.warning("%s=%r has no effect: %s", option, getattr(args, option), reason)
+
+
+def member_name(method: str, alpha: float, beta: float) -> str:
+    """The name of one model of a sweep: what distinguishes it from the others, `spo-alpha-0.5`."""
+    return f"spo-alpha-{alpha:g}" if method == "spo" else f"{method}-beta-{beta:g}"
