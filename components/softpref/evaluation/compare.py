@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from softpref.evaluation.curves import all_exact, equal_reward, position
 from softpref.evaluation.stage import EVALUATION_FILE, REPORT_FILE, SAMPLES_FILE
 from softpref.fitness import Limits, ailments
 from softpref.lm.extrapolation import extrapolated_folders
+from softpref.pages import render
 from softpref.tracking import current_pipeline_run
 
 COMPARISON_FILE, FRONTIER_FILE, CHOSEN_FOLDER = "comparison.json", "frontier.png", "chosen"
@@ -273,9 +273,8 @@ def _write_report(
     any_evaluation: Mapping[str, Any],
 ) -> None:
     from softpref.evaluation import charts
-    from softpref.evaluation.report import number, page, side_by_side, span, warning_box
 
-    members, chosen = comparison["members"], comparison["chosen"]
+    members = comparison["members"]
     columns = [
         ("Win rate", "metrics", "win_rate"),
         ("Expected reward", "metrics", "expected_reward"),
@@ -296,105 +295,34 @@ def _write_report(
             ("Optimum's KL, nats", "theory", "optimum_kl"),
             ("Effective share", "theory", "effective_sample_size"),
         ]
-    rows = []
-    for member in members:
-        cells = []
-        for _, group, metric in columns:
-            figure = (member.get(group) or {}).get(metric)
-            cells.append(
-                f"<td class=n>{number(figure['value'])}<br><small>{span(figure)}</small></td>"
-                if figure
-                else "<td class=n>–</td>"
-            )
-        alpha = f"{member['alpha']:g}" if member["method"] == "spo" and member["alpha"] is not None else "–"
-        rows.append(
-            f"<tr{' class=chosen' if member['name'] == chosen else ''}><td>{escape(member['name'])}"
-            f"{'<br><small>chosen</small>' if member['name'] == chosen else ''}</td>"
-            f"<td class=n>{alpha}</td>{''.join(cells)}</tr>"
-        )
-    settings = any_evaluation["settings"]
-    body = [
-        "<h1>Softness sweep</h1>",
-        f"<p>{escape(comparison['reason'])}</p>",
-        "<p class=dim>Softness α decides how much of the experts' diversity a model keeps: 1 is their own "
-        "distribution of answers, towards 0 their favourite alone, above 1 flatter than they are.</p>",
-        warning_box(gathered_warnings(members)),
-        '<div class="scroll"><table><tr><th>Model<th class=n>α',
-        "".join(f"<th class=n>{title}" for title, _, _ in columns),
-        "</tr>" + "".join(rows) + "</table></div>",
-        f"<p class=dim>Small: {settings['confidence']:.0%} bootstrap intervals over held-out prompts. Judge: "
-        f"{escape(any_evaluation['judge']['description'])}.</p>",
-        "<h2>The frontier</h2>",
-        "<p class=dim>A model that gains reward loses entropy: it keeps fewer answers alive. What tells "
-        "methods apart is how much entropy each keeps at the same expected reward. "
-        + (
-            "Every possible answer is known here, so both are exact, and the most that any model could keep "
-            "is softmax(reward / τ). They are given that a model answers within the set: what it says off "
-            "the set shows in the figures of its samples."
-            if all_exact(members)
-            else "Both are of samples, and a model that says nonsense has entropy too: look at its reward."
-        )
-        + "</p>",
-        charts.frontier(members, chosen, output / FRONTIER_FILE),
-        _equal_reward_table(comparison["equal_reward"]),
-        "<h2>The rule</h2>",
-        f"<p>{escape(comparison['rule'])}</p>",
-        _health_table(members, comparison["passed_over"]),
-    ]
     listed = [member["name"] for member in members if samples[member["name"]]]
-    if listed:
-        body.append(
-            "<h2>Samples</h2><p class=dim>The first drawn for each prompt, not the best, with the "
-            "judge's score."
-            "</p>"
-        )
-        first = samples[listed[0]]
-        for i, record in enumerate(first):
-            sides = {"Reference": record["reference"]}
-            sides |= {name: samples[name][i]["policy"] for name in listed if i < len(samples[name])}
-            body.append(side_by_side(record["prompt"], sides))
-    links = "".join(
-        f"<tr><td>{escape(m['name'])}</td><td><code>{escape(str(m['model_uri']))}</code></td>"
-        f"<td><code>{escape(str(m['run_id'] or '–'))}</code></td></tr>"
-        for m in members
+    page = render(
+        "comparison.html",
+        comparison=comparison,
+        warnings=gathered_warnings(members),
+        titles=[title for title, _, _ in columns],
+        rows=[
+            (member, [(member.get(group) or {}).get(metric) for _, group, metric in columns])
+            for member in members
+        ],
+        confidence=any_evaluation["settings"]["confidence"],
+        judge=any_evaluation["judge"],
+        exact=all_exact(members),
+        frontier=charts.frontier(members, comparison["chosen"], output / FRONTIER_FILE),
+        health_titles=list(_HEALTH),
+        health=[_health(member, comparison["passed_over"]) for member in members],
+        samples=[
+            (
+                record["prompt"],
+                [
+                    ("Reference", record["reference"]),
+                    *((name, samples[name][i]["policy"]) for name in listed if i < len(samples[name])),
+                ],
+            )
+            for i, record in enumerate(samples[listed[0]] if listed else ())
+        ],
     )
-    body.append(
-        f'<h2>Models</h2><div class="scroll"><table><tr><th>Model<th>Where<th>Run</tr>{links}</table></div>'
-    )
-    (output / REPORT_FILE).write_text(page("Softness sweep", body, wide=True), encoding="utf-8")
-
-
-def _equal_reward_table(compared: Mapping[str, Any] | None) -> str:
-    """Entropy of every curve at the expected reward of each SPO member, and how far from that member's."""
-    if compared is None:
-        return ""
-    titles = {"maximum": "Most possible"}
-    rows = []
-    for row in compared["rows"]:
-        own, cells = row["entropy"][row["curve"]], []
-        for name in compared["curves"]:
-            entropy = row["entropy"][name]
-            if entropy is None:
-                cells.append("<td class=n>–</td>")
-                continue
-            difference = "" if name == row["curve"] else f"<br><small>{entropy - own:+.3f}</small>"
-            cells.append(f"<td class=n>{entropy:.3f}{difference}</td>")
-        rows.append(
-            f"<tr><td>{escape(row['name'])}</td><td class=n>{row['expected_reward']:.3f}</td>"
-            f"{''.join(cells)}</tr>"
-        )
-    basis = "exact, on the set" if compared["basis"] == "exact" else "of samples"
-    return (
-        "<h2>Entropy at equal expected reward</h2>"
-        f"<p class=dim>In nats, {basis}. Each row takes the expected reward of an SPO model and reads every "
-        "method's entropy there, between the models of its own curve; a dash where the curve does not reach. "
-        "Small: more or less than the SPO model has.</p>"
-        '<div class="scroll"><table><tr><th>At the reward of<th class=n>Expected reward'
-        + "".join(f"<th class=n>{escape(titles.get(name, name))}" for name in compared["curves"])
-        + "</tr>"
-        + "".join(rows)
-        + "</table></div>"
-    )
+    (output / REPORT_FILE).write_text(page, encoding="utf-8")
 
 
 _HEALTH = {  # figures by which a broken model is told, each with its reference's
@@ -406,27 +334,17 @@ _HEALTH = {  # figures by which a broken model is told, each with its reference'
 }
 
 
-def _health_table(members: Sequence[Mapping[str, Any]], passed_over: Mapping[str, Sequence[str]]) -> str:
-    """The figures of health beside the reference's, and what keeps a member from being chosen."""
-    from softpref.evaluation.report import number
-
-    rows = []
-    for member in members:
-        known = {**member["metrics"], **(member["exact"] or {})}
-        cells = []
-        for name in _HEALTH.values():
-            ours, theirs = ((known.get(key) or {}).get("value") for key in (name, f"reference_{name}"))
-            beside = "" if theirs is None else f"<br><small>{number(theirs)}</small>"
-            cells.append(f"<td class=n>{number(ours)}{beside}</td>")
-        against = [f"it {ailment}" for ailment in ailments(member)] or passed_over.get(member["name"], [])
-        cells.append(f"<td>{escape('; '.join(against)) or '–'}</td>")
-        rows.append(f"<tr><td>{escape(member['name'])}</td>{''.join(cells)}</tr>")
-    titles = "".join(f"<th class=n>{title}" for title in _HEALTH)
-    return (
-        "<h2>Health</h2><p class=dim>Of each model's samples; small, of the reference's. What a model says "
-        "off the reference's ground counts as entropy, and a judge may like it.</p>"
-        f'<div class="scroll"><table><tr><th>Model{titles}<th>Against it</tr>{"".join(rows)}</table></div>'
-    )
+def _health(
+    member: Mapping[str, Any], passed_over: Mapping[str, Sequence[str]]
+) -> tuple[str, list[tuple[float | None, float | None]], str]:
+    """A member's name, its figures of health with the reference's, and what keeps it from being chosen."""
+    known = {**member["metrics"], **(member["exact"] or {})}
+    pairs = [
+        ((known.get(name) or {}).get("value"), (known.get(f"reference_{name}") or {}).get("value"))
+        for name in _HEALTH.values()
+    ]
+    against = [f"it {ailment}" for ailment in ailments(member)] or passed_over.get(member["name"], [])
+    return member["name"], pairs, "; ".join(against)
 
 
 def gathered_warnings(members: Sequence[Mapping[str, Any]]) -> list[str]:
