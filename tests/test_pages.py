@@ -1,4 +1,4 @@
-"""The pages' templates and style sheet: in the package that is installed, and strict about what they are given."""
+"""The pages' templates and style sheet: installed with the package, and strict about what they are given."""
 
 import tomllib
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from jinja2 import UndefinedError
 from softpref.pages import number, render, span
+from softpref.records import Figure
 
 pytestmark = pytest.mark.fast
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,5 +28,5 @@ def test_a_page_that_lacks_something_is_not_written():
 def test_what_is_not_known_is_a_dash():
     assert number(None) == "–"
     assert (number(0.12345), number(123.45)) == ("0.123", "123.5")
-    assert span({"low": None, "high": None}) == "–"
-    assert span({"low": 0.5, "high": 1}) == "0.500 … 1.000"
+    assert span(Figure(0.5)) == "–"
+    assert span(Figure(0.7, 0.5, 1)) == "0.500 … 1.000"

@@ -135,9 +135,9 @@ def test_a_step_that_is_stopped_takes_its_job_with_it_and_goes_on_when_it_is_run
     for sign in (signal.SIGTERM, signal.SIGKILL):
         begun = newest_checkpoint(tmp_path)
         step = start_step(tmp_path, launcher())
-        wait_for(lambda last=begun: newest_checkpoint(tmp_path) > last, 90)
+        wait_for(lambda last=begun: newest_checkpoint(tmp_path) > last, 300)
         step.send_signal(sign)
-        assert step.wait(40) == -sign
+        assert step.wait(120) == -sign
         jobs.append(set(cluster.jobs))
     assert not jobs[0]
     assert len(jobs[1]) == 1  # nobody was left to remove it

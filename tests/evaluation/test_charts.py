@@ -8,6 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from softpref.evaluation import charts
 from softpref.evaluation.exact import ExactPrompt, entropy, softmax_frontier
 
+from tests.evaluations import evaluations
+
 REWARDS = np.random.default_rng(0).normal(size=60)
 REFERENCE = np.log(np.full(60, 1 / 60))
 FRONTIER = softmax_frontier([ExactPrompt(REWARDS, REFERENCE, REFERENCE, REFERENCE, 1.0)])
@@ -69,7 +71,7 @@ def drawn(monkeypatch, tmp_path):
         kept = []
         save = charts._svg
         monkeypatch.setattr(charts, "_svg", lambda figure, **o: (kept.append(figure), save(figure, **o))[1])
-        svg = charts.frontier(members, chosen, tmp_path / "frontier.png")
+        svg = charts.frontier(evaluations(members), chosen, tmp_path / "frontier.png")
         assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
         return kept[0], svg
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from softpref import __version__
 from softpref.artifacts import readable
-from softpref.config import PARAMETERS_FILE, write_parameters
+from softpref.config import write_parameters
 from softpref.data import rows as row_reading
 from softpref.data import storyteller
 from softpref.data.columns import check_present
@@ -42,8 +42,16 @@ from softpref.data.story_world import StoryWorld
 from softpref.data.writing import EXAMPLES, SplitWriter, demonstration_features, hash_order, write_preferences
 from softpref.errors import ConfigError, DataError
 from softpref.progress import settle_output
+from softpref.records import (
+    OUTCOMES_FILE,
+    PAGE_FILE,
+    PARAMETERS_FILE,
+    REJECTED_FILE,
+    REWARD_FILE,
+    STATS_FILE,
+    TIMINGS_FILE,
+)
 from softpref.remote import is_url, public_url
-from softpref.rewards import REWARD_FILE
 from softpref.timings import PhaseTimer
 
 logger = logging.getLogger(__name__)
@@ -51,15 +59,15 @@ logger = logging.getLogger(__name__)
 _WRITTEN = {  # what a dataset folder holds; a run replaces them all
     *SPLITS,
     "dataset_dict.json",
-    "stats.json",
+    STATS_FILE,
     PARAMETERS_FILE,
-    "rejected.jsonl",
-    "page.html",
+    REJECTED_FILE,
+    PAGE_FILE,
     "sft",
     "prompts",
-    "outcomes.jsonl",
+    OUTCOMES_FILE,
     REWARD_FILE,
-    "timings.json",
+    TIMINGS_FILE,
 }
 _SOURCES = ("source", "sft_source", "prompts_source")
 
@@ -105,14 +113,14 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
         timer.write(partial)
         _replace(output, partial)
     except DataError:
-        if (partial / "rejected.jsonl").is_file():
-            os.replace(partial / "rejected.jsonl", listing)
+        if (partial / REJECTED_FILE).is_file():
+            os.replace(partial / REJECTED_FILE, listing)
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if page_path is not None:
         Path(page_path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(output / "page.html", page_path)
+        shutil.copyfile(output / PAGE_FILE, page_path)
     return stats
 
 
@@ -157,7 +165,7 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
         taken = take_over(place, config, folder)
         stats = {**taken.stats, "taken_over": config.source}
         split_of, examples = taken.split_of, _examples_of(taken.dataset["train"], config.seed)
-    rejections = RejectionLog(folder / "rejected.jsonl")
+    rejections = RejectionLog(folder / REJECTED_FILE)
     try:
         if not finished:
             stats, split_of, examples = _divide(config, parts, preferences, folder, rejections, listing)
@@ -166,10 +174,10 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
         )
     finally:
         rejections.close()
-    (folder / "stats.json").write_text(json.dumps(stats, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / STATS_FILE).write_text(json.dumps(stats, indent=2, ensure_ascii=False), encoding="utf-8")
     escaped = {name: getattr(config, name).replace("\\", "\\\\") for name in WITH_ESCAPES}
     write_parameters(_changed(config, escaped), folder)
-    (folder / "page.html").write_text(render_page(stats, examples), encoding="utf-8")
+    (folder / PAGE_FILE).write_text(render_page(stats, examples), encoding="utf-8")
     shutil.rmtree(work)
     return stats
 
@@ -397,7 +405,7 @@ def _write_extras(
         extras["extra_prompts"] = {**writer.counts, "held_out": held_out, "rejected": rejected}
     if config.source == "story":
         world = StoryWorld()
-        with (folder / "outcomes.jsonl").open("w", encoding="utf-8") as file:
+        with (folder / OUTCOMES_FILE).open("w", encoding="utf-8") as file:
             for prompt in world.prompts:
                 outcomes = world.outcomes(prompt)
                 line = {
@@ -469,7 +477,7 @@ def _refuse_foreign(output: Path) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     try:
-        ours = json.loads((output / "stats.json").read_text(encoding="utf-8"))["stage"] == "data"
+        ours = json.loads((output / STATS_FILE).read_text(encoding="utf-8"))["stage"] == "data"
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:

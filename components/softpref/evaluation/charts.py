@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from softpref.evaluation.curves import (
     optimum_point,
     parameter,
     point,
+    reference_point,
     shortfall,
     softmax_points,
     theory_point,
     theory_points,
 )
 from softpref.evaluation.exact import ExactPrompt, entropy
+from softpref.fitness import number
+from softpref.records import Evaluation, Figure
 
 POLICY, REFERENCE, OPTIMUM = "#2f7fc1", "#8c8c8c", "#e0822c"
 # Colours that the colour-blind tell apart, on light and dark pages (after Okabe and Ito), and markers.
@@ -127,7 +130,7 @@ def entropy_and_reward(exact: Sequence[ExactPrompt]) -> str:
     return _svg(figure)
 
 
-def frontier(members: Sequence[Mapping[str, Any]], chosen: str | None, png: Path) -> str:
+def frontier(members: Sequence[Evaluation], chosen: str | None, png: Path) -> str:
     """Draw a sweep's members against each other; write it to `png` and return it as inline SVG.
 
     Entropy against expected reward comes first, for that is what softness trades; where exact figures are
@@ -136,7 +139,6 @@ def frontier(members: Sequence[Mapping[str, Any]], chosen: str | None, png: Path
     by α.
 
     Args:
-        members: summaries, as `compare` gathers them.
         chosen: name of the member to ring.
     """
     plt = _pyplot()
@@ -283,8 +285,8 @@ def _curve(
         axes.plot(*zip(*places, strict=True), zorder=4, **_look(curve, drawn))
         labels.keep_clear(places)
     for member, place in known:
-        value, ringed = parameter(member), member["name"] == chosen
-        text = _literal(member["name"]) if value is None else f"{value:g}"
+        value, ringed = parameter(member), member.name == chosen
+        text = _literal(member.name) if value is None else f"{value:g}"
         labels.add(place, text, radius=8.5 if ringed else 4.0)
         if ringed:
             axes.plot(
@@ -316,11 +318,7 @@ def _entropy_and_reward(
                 colour = _look(curve, drawn)["color"]
                 axes.plot(*zip(ours, best, strict=True), color=colour, linewidth=0.9, zorder=2)
                 axes.plot(*best, color=colour, marker="_", markersize=11, markeredgewidth=2, zorder=2)
-    if exact and drawn:
-        figures = drawn[0].members[0]["exact"]
-        reference = Point(
-            figures["reference_expected_reward"]["value"], figures["reference_entropy"]["value"]
-        )
+    if exact and drawn and (reference := reference_point(drawn[0].members[0])):
         axes.plot(
             *reference, color=REFERENCE, marker="*", markersize=11, linestyle="", label="reference", zorder=3
         )
@@ -364,7 +362,7 @@ def _shortfall(axes: Any, drawn: Sequence[Curve], chosen: str | None, maximum: S
 
     labels = _Labels(axes)
 
-    def lacking(member: Mapping[str, Any]) -> Point | None:
+    def lacking(member: Evaluation) -> Point | None:
         ours = point(member, exact=True)
         return ours and Point(ours.reward, max(shortfall(ours, maximum), 1e-3))
 
@@ -384,8 +382,8 @@ def _against_kl(axes: Any, drawn: Sequence[Curve], chosen: str | None, metric: s
     """A figure of the samples against KL to the reference, with intervals, and theory's where known."""
     labels = _Labels(axes)
 
-    def place_of(member: Mapping[str, Any]) -> Point | None:
-        x, y = (member["metrics"][name]["value"] for name in ("kl_sequence", metric))
+    def place_of(member: Evaluation) -> Point | None:
+        x, y = (member.metrics[name].value for name in ("kl_sequence", metric))
         return None if x is None or y is None else Point(x, y)
 
     for curve in drawn:
@@ -394,8 +392,8 @@ def _against_kl(axes: Any, drawn: Sequence[Curve], chosen: str | None, metric: s
         if known:
             axes.errorbar(
                 *zip(*map(place_of, known), strict=True),
-                xerr=_arms([member["metrics"]["kl_sequence"] for member in known]),
-                yerr=_arms([member["metrics"][metric] for member in known]),
+                xerr=_arms([member.metrics["kl_sequence"] for member in known]),
+                yerr=_arms([member.metrics[metric] for member in known]),
                 ecolor=_look(curve, drawn)["color"] + "66",  # intervals step back behind the points
                 elinewidth=1.2,
                 linestyle="",
@@ -420,12 +418,13 @@ def _against_kl(axes: Any, drawn: Sequence[Curve], chosen: str | None, metric: s
             "Bars: the optimum of each one's own objective.",
             transform=axes.transAxes, fontsize=8.5, alpha=0.75, linespacing=1.5, ha="right",
         )  # fmt: skip
-    _spread(axes, [member["metrics"]["kl_sequence"]["value"] for member in members])
+    _spread(axes, [member.metrics["kl_sequence"].value for member in members])
     axes.set_title(f"{title.capitalize()} of samples", loc="left")
     axes.set(xlabel="KL to the reference, nats", ylabel=title if metric == "win_rate" else f"{title}, nats")
-    reference = [member["metrics"]["reference_expected_reward"]["value"] for member in members]
-    level = 0.5 if metric == "win_rate" else np.mean(reference) if None not in reference else None
-    if level is not None:
+    rewards = [number(member.metrics, "reference_expected_reward") for member in members]
+    known_rewards = [reward for reward in rewards if reward is not None]
+    level = 0.5 if metric == "win_rate" else float(np.mean(known_rewards or np.nan))
+    if len(known_rewards) == len(rewards) or metric == "win_rate":
         axes.axhline(level, color=REFERENCE, linewidth=0.9, linestyle=":", zorder=0)
         axes.annotate(
             "reference", (0.995, level), xycoords=("axes fraction", "data"), ha="right", va="bottom",
@@ -448,11 +447,11 @@ def _entropy_by_alpha(axes: Any, swept: Sequence[Curve]) -> None:
                 {"linestyle": "--", "color": _INK, "marker": "_", "markersize": 11},
             ),
         ):
-            known = [(m["alpha"], (m[group] or {}).get(metric, {}).get("value")) for m in curve.members]
+            known = [(m.alpha, number(getattr(m, group) or {}, metric)) for m in curve.members]
             known = [(alpha, value) for alpha, value in known if value is not None]
             if known:
                 axes.plot(*zip(*known, strict=True), **{**_look(curve, swept), **style, "label": of + label})
-    alphas = sorted({member["alpha"] for curve in swept for member in curve.members})
+    alphas = sorted({m.alpha for curve in swept for m in curve.members if m.alpha is not None})
     if len(alphas) > 1 and alphas[0] > 0:
         axes.set_xscale("log")
         axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
@@ -471,14 +470,12 @@ def _spread(axes: Any, values: Sequence[float | None]) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _arms(figures: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def _arms(figures: Sequence[Figure]) -> np.ndarray:
     """Lengths of error bars, `[2, n]`; 0 where there is no interval."""
-    return np.array(
-        [
-            [0.0 if f["low"] is None else max(0.0, f["value"] - f["low"]) for f in figures],
-            [0.0 if f["high"] is None else max(0.0, f["high"] - f["value"]) for f in figures],
-        ]
-    )
+    ends = [(f.value or 0.0, f.low, f.high) for f in figures]
+    below = [0.0 if low is None else max(0.0, value - low) for value, low, _ in ends]
+    above = [0.0 if high is None else max(0.0, high - value) for value, _, high in ends]
+    return np.array([below, above])
 
 
 def _log_bins(position: np.ndarray, mass: np.ndarray, bins: int = 24) -> tuple[np.ndarray, np.ndarray]:

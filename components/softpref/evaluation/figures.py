@@ -16,13 +16,13 @@ from softpref.errors import DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.judges import RewardJudge, as_text
 from softpref.progress import progress
+from softpref.records import DrawnText, Figure, PromptRecord
 
 if TYPE_CHECKING:
     import numpy as np
 
     from softpref.evaluation.exact import ExactPrompt
-    from softpref.evaluation.intervals import Bootstrap, Figure
-    from softpref.evaluation.measure import PromptRecord
+    from softpref.evaluation.intervals import Bootstrap
     from softpref.evaluation.theory import SampledPrompt
     from softpref.judges import Judge
     from softpref.lm.sampling import Sample
@@ -182,7 +182,7 @@ def draw_samples(
     tokenized: Sequence[TokenizedPrompt],
     judge: Judge,
     config: EvaluationConfig,
-) -> tuple[list[list[Sample]], list[list[dict[str, Any]]]]:
+) -> tuple[list[list[Sample]], list[list[DrawnText]]]:
     """Draw from one model for each prompt, let the judge score: what was drawn, and its texts and scores."""
     from softpref.evaluation import measure
     from softpref.evaluation.metrics import repetition
@@ -208,14 +208,14 @@ def draw_samples(
         scores = judge.scores([as_text(prompt, roles=True)] * count, completions).tolist()
         shown.append(
             [
-                {
-                    "text": completion,
-                    "score": score,
-                    "truncated": drawing.truncated,
-                    "tokens": len(drawing.completion),
-                    "repetition": repetition(drawing.completion),
-                    "surprisal": -sum(drawing.token_logps),  # under the model itself; see `sampled`
-                }
+                DrawnText(
+                    completion,
+                    score,
+                    drawing.truncated,
+                    len(drawing.completion),
+                    repetition(drawing.completion),
+                    -sum(drawing.token_logps),  # under the model itself; see `sampled`
+                )
                 for completion, score, drawing in zip(completions, scores, group, strict=True)
             ]
         )
@@ -226,7 +226,7 @@ def sampled(
     models: Models,
     prompts: Sequence[Any],
     tokenized: Sequence[TokenizedPrompt],
-    reference: Sequence[list[dict[str, Any]]],
+    reference: Sequence[list[DrawnText]],
     judge: Judge,
     config: EvaluationConfig,
     bootstrap: Bootstrap,
@@ -250,35 +250,38 @@ def sampled(
             progress=loop.update,
         )
     kl, entropy, surprisal = (values.reshape(-1, count).tolist() for values in divergences)
-    for lines, *values in zip(shown, kl, surprisal, strict=True):
-        for line, own_kl, own_surprisal in zip(lines, *values, strict=True):
-            line |= {"kl": own_kl, "surprisal": own_surprisal}
+    shown = [
+        [text._replace(kl=own, surprisal=under) for text, own, under in zip(*group, strict=True)]
+        for group in zip(shown, kl, surprisal, strict=True)
+    ]
     figures = WinRateMetric(keep_in_memory=True).compute(
-        policy=[[sample["score"] for sample in group] for group in shown],
-        reference=[[sample["score"] for sample in group] for group in reference],
+        policy=[[sample.score for sample in group] for group in shown],
+        reference=[[sample.score for sample in group] for group in reference],
         bootstrap=bootstrap,
     )
     figures |= SampleMetric(keep_in_memory=True).compute(
         kl=kl,
         entropy=entropy,
-        length=[[float(sample["tokens"]) for sample in group] for group in shown],
+        length=[[float(sample.tokens) for sample in group] for group in shown],
         bootstrap=bootstrap,
     )
     for prefix, side in (("", shown), ("reference_", reference)):
         health = HealthMetric(keep_in_memory=True).compute(
-            length=[[float(sample["tokens"]) for sample in group] for group in side],
             **{
-                name: [[float(sample[name]) for sample in group] for group in side]
-                for name in ("truncated", "repetition", "surprisal")
+                name: [[float(getattr(sample, part)) for sample in group] for group in side]
+                for name, part in (
+                    ("length", "tokens"),
+                    *((one, one) for one in ("truncated", "repetition", "surprisal")),
+                )
             },
             bootstrap=bootstrap,
         )
         figures |= {f"{prefix}{name}": figure for name, figure in health.items()}
     figures |= DiversityMetric(keep_in_memory=True).compute(
-        completions=[[sample["text"] for sample in group] for group in shown], bootstrap=bootstrap
+        completions=[[sample.text for sample in group] for group in shown], bootstrap=bootstrap
     )
     records = [
-        measure.PromptRecord(as_text(prompt, roles=True), theirs, ours)
+        PromptRecord(as_text(prompt, roles=True), theirs, ours)
         for prompt, theirs, ours in zip(prompts, reference, shown, strict=True)
     ]
     return figures, records
@@ -308,7 +311,7 @@ def theory_samples(
     for samples, texts in zip(drawn, shown, strict=True):
         sequences = [(sample.prompt, sample.completion) for sample in samples]
         logps = score_sequences(models.reference, sequences, **models.scoring).double().numpy()
-        found.append((np.array([text["score"] for text in texts]), logps))
+        found.append((np.array([text.score for text in texts]), logps))
     return found
 
 
@@ -384,8 +387,8 @@ def against_theory(
             rewards,
             logps,
             objective,
-            policy_reward=fmean(sample["score"] for sample in record.policy),
-            policy_kl=fmean(sample["kl"] for sample in record.policy),
+            policy_reward=fmean(sample.score for sample in record.policy),
+            policy_kl=fmean(sample.kl or 0.0 for sample in record.policy),
             seed=seed,
         )
         for (rewards, logps), record in zip(theory, records, strict=False)

@@ -17,21 +17,6 @@ Progress = Callable[[int], Any]
 Ids = Sequence[int]
 
 
-class PromptRecord(NamedTuple):
-    """Everything drawn for one prompt; a line of `samples.jsonl`.
-
-    Attributes:
-        prompt: the text shown to the models, messages flattened.
-        reference: reference samples: `text`, `score` (judge, nats), `truncated`, `tokens` (end included),
-            `repetition` (share of repeated 4-grams of tokens) and `surprisal`, −log π_ref in nats.
-        policy: policy samples: the same and `kl`, Σ KL_t to the reference in nats.
-    """
-
-    prompt: str
-    reference: list[dict[str, Any]]
-    policy: list[dict[str, Any]]
-
-
 class Divergences(NamedTuple):
     """What policy and reference say along policy samples.
 

@@ -16,7 +16,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, Figure, interval
+from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval
+from softpref.records import Figure
 
 _SMOOTHING = 0.1  # in place of a zero n-gram count in BLEU: Chen and Cherry (2014), method 1
 _BLEU_ORDER = 4

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from softpref.artifacts import strengths
 from softpref.pages import render
+from softpref.records import Evaluation, Figures, PromptRecord
 
 if TYPE_CHECKING:
     from softpref.evaluation.exact import ExactPrompt
-    from softpref.evaluation.measure import PromptRecord
 
 LABELS = {
     "win_rate": ("Win rate", "probability that the judge prefers its sample to the reference's"),
@@ -46,11 +47,11 @@ LABELS = {
 }
 
 
-def trust_sentence(theory: Mapping[str, Any]) -> str:
+def trust_sentence(theory: Figures) -> str:
     """How far the optimum's figures that rest on samples can be trusted."""
     from softpref.evaluation.theory import TRUSTED
 
-    share = theory["effective_sample_size"]["value"]
+    share = theory["effective_sample_size"].value
     if share is None:
         return "That minimiser is not known."
     if share < TRUSTED:
@@ -63,7 +64,7 @@ def trust_sentence(theory: Mapping[str, Any]) -> str:
 
 def write_report(
     path: Path,
-    evaluation: Mapping[str, Any],
+    evaluation: Evaluation,
     records: Sequence[PromptRecord],
     exact: Sequence[ExactPrompt] = (),
 ) -> None:
@@ -76,20 +77,18 @@ def write_report(
     """
     from softpref.evaluation import charts
 
-    scores = [
-        [sample["score"] for record in records for sample in getattr(record, side)]
-        for side in ("policy", "reference")
-    ]
-    drawings = {"scores": charts.reward_distribution(*scores, exact), "optimum": ""}
+    policy = [sample.score for record in records for sample in record.policy]
+    reference = [sample.score for record in records for sample in record.reference]
+    drawings = {"scores": charts.reward_distribution(policy, reference, exact), "optimum": ""}
     if exact:
-        if evaluation["exact"]["optimum_entropy"]["value"] is not None:
+        if evaluation.exact and evaluation.exact["optimum_entropy"].value is not None:
             drawings["optimum"] = charts.optimum_against_policy(exact)
         drawings["entropy"] = charts.entropy_and_reward(exact)
     page = render(
         "evaluation.html",
         evaluation=evaluation,
-        settings=evaluation["settings"],
-        metrics={name: evaluation["metrics"][name] for name in LABELS if name in evaluation["metrics"]},
+        settings=evaluation.settings,
+        metrics={name: evaluation.metrics[name] for name in LABELS if name in evaluation.metrics},
         labels=LABELS,
         records=records,
         drawings=drawings,
@@ -97,16 +96,15 @@ def write_report(
         set_size=len(exact[0].rewards) if exact else 0,
         chips=chips(evaluation),
         softness=softness_sentence(evaluation),
-        trust=trust_sentence(evaluation["theory"]) if evaluation["theory"] else "",
+        trust=trust_sentence(evaluation.theory) if evaluation.theory else "",
         provenance=provenance(evaluation),
     )
     path.write_text(page, encoding="utf-8")
 
 
-def softness_sentence(evaluation: Mapping[str, Any]) -> str:
+def softness_sentence(evaluation: Evaluation) -> str:
     """What this model's softness means, in one sentence."""
-    alpha, method = evaluation["alpha"], evaluation["method"]
-    anchor = evaluation.get("anchor")
+    alpha, method, anchor = evaluation.alpha, evaluation.method, evaluation.anchor
     if method == "spo" and alpha is not None and anchor:
         power = "" if anchor == 1 else f" to the power of {anchor:g}"
         return (
@@ -130,31 +128,30 @@ def softness_sentence(evaluation: Mapping[str, Any]) -> str:
     return "A model that softpref did not train."
 
 
-def chips(evaluation: Mapping[str, Any]) -> list[str]:
+def chips(evaluation: Evaluation) -> list[str]:
     """Method, α, anchor, β, what the KL term is taken on, extrapolation and judge as small labels."""
+    known = {"": evaluation.method, **strengths(vars(evaluation))}
+    symbols = {"alpha": "α", "beta": "β"}
     parts = [
-        f"{label} {evaluation[key]:g}" if isinstance(evaluation[key], float | int) else str(evaluation[key])
-        for key, label in (("method", ""), ("alpha", "α"), ("anchor", "anchor"), ("beta", "β"))
-        if evaluation.get(key) is not None
-        and not (key == "alpha" and evaluation["method"] != "spo")
-        and not (key == "anchor" and not evaluation[key])
+        f"{symbols.get(name, name)} {value:g}" if isinstance(value, float | int) else str(value)
+        for name, value in known.items()
+        if value is not None
     ]
-    if (evaluation.get("kl_on") or "samples") != "samples":
-        parts.append(f"KL on {evaluation['kl_on']}")
-    if evaluation.get("extrapolation"):
-        parts.append(f"extrapolated by {evaluation['extrapolation']:g}")
-    parts.append(f"judge: {evaluation['judge']['name']}")
-    return parts
+    if evaluation.kl_on != "samples":
+        parts.append(f"KL on {evaluation.kl_on}")
+    if evaluation.extrapolation:
+        parts.append(f"extrapolated by {evaluation.extrapolation:g}")
+    return [*parts, f"judge: {evaluation.judge.name}"]
 
 
-def provenance(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+def provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
     """Where the figures come from."""
     facts = {
-        "policy": evaluation["model_uri"],
-        "reference": evaluation["reference_uri"],
-        "run": evaluation["run_id"],
-        "data hash": evaluation["dataset_hash"],
-        "evaluation id": evaluation["evaluation_id"],
-        "settings": ", ".join(f"{key} {value}" for key, value in evaluation["settings"].items()),
+        "policy": evaluation.model_uri,
+        "reference": evaluation.reference_uri,
+        "run": evaluation.run_id,
+        "data hash": evaluation.dataset_hash,
+        "evaluation id": evaluation.evaluation_id,
+        "settings": ", ".join(f"{key} {value}" for key, value in evaluation.settings.items()),
     }
     return [(name, value) for name, value in facts.items() if value]

@@ -27,28 +27,34 @@ from softpref.evaluation.figures import (
     tokenize_prompts,
 )
 from softpref.fitness import MUCH_SATURATED, ailments, saturation_remedy, saturation_warning
-from softpref.judges import OUTCOMES_FILE, check_judge, load_judge, read_outcomes, text_rows
+from softpref.judges import check_judge, load_judge, read_outcomes, text_rows
 from softpref.lm.extrapolation import extrapolated_folders
-from softpref.lm.loading import (
-    METADATA_FILE,
-    check_model_source,
-    check_remote_code,
-    load_metadata,
-    local_source,
-    source_name,
-)
+from softpref.lm.loading import check_model_source, check_remote_code, local_source, source_name
 from softpref.progress import settle_output
+from softpref.records import (
+    EVALUATION_FILE,
+    METADATA_FILE,
+    OUTCOMES_FILE,
+    REPORT_FILE,
+    SAMPLES_FILE,
+    DrawnText,
+    Evaluation,
+    Figure,
+    JudgedBy,
+    PromptRecord,
+    load_metadata,
+    read_stats,
+    write_samples,
+)
 from softpref.timings import PhaseTimer
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from softpref.evaluation.intervals import Bootstrap, Figure
-    from softpref.evaluation.measure import PromptRecord
+    from softpref.evaluation.intervals import Bootstrap
     from softpref.judges import Judge, Outcomes
     from softpref.lm.tokenization import TokenizedPrompt
 
-EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl", "report.html"
 _FEW_PROMPTS = 20
 _HEADLINE = ("win_rate", "expected_reward", "kl_sequence", "entropy_sequence", "preference_accuracy")
 _EXACT_HEADLINE = ("exact/kl_optimum_to_policy", "exact/mass_on_set")
@@ -67,7 +73,7 @@ def run(
     output_dir: str,
     policy_uri: str = "",
     reference_uri: str = "",
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluate `policy_dir` against `reference_dir` on `dataset_dir`; write `output_dir`; return the figures.
 
     Writes `evaluation.json` (last, so that its presence means success), `samples.jsonl` and `report.html`,
@@ -132,14 +138,13 @@ def run(
             folder = output / member.subfolder
             folder.mkdir(exist_ok=True)
             evaluation = _evaluate(config, task, places, member, run_id, folder, timer)
-            text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
-            (folder / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
+            evaluation.write(folder)
             weight = member.metadata.get("extrapolation")
             prefix = f"eval/expo-{weight:g}/" if weight else "eval/"
-            tracker.metrics(flat_figures(evaluation, prefix=prefix), step=0)
+            tracker.metrics(evaluation.values(prefix), step=0)
             for file in (EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE):
                 tracker.artifact(folder / file, folder=f"evaluation/{member.subfolder}".rstrip("/"))
-        tracker.tags({"evaluation_id": evaluation["evaluation_id"]})
+        tracker.tags({"evaluation_id": evaluation.evaluation_id})
         timer.enter("tracking")
         tracker.metrics({f"{prefix}{name}": value for name, value in timer.metrics().items()}, step=0)
     write_parameters(config, output)
@@ -155,36 +160,21 @@ def by_prompt(records: Sequence[PromptRecord]) -> dict[str, list[float]]:
 
     values: dict[str, list[float]] = {"expected_reward": [], "win_rate": []}
     for record in records:
-        ours, theirs = (np.array([s["score"] for s in side]) for side in (record.policy, record.reference))
+        ours, theirs = (np.array([s.score for s in side]) for side in (record.policy, record.reference))
         values["expected_reward"].append(float(ours.mean()))
         values["win_rate"].append(float(sigmoid(ours[:, None] - theirs).mean()))
     return values
 
 
-def headline(evaluation: Mapping[str, Any]) -> dict[str, float]:
+def headline(evaluation: Evaluation) -> dict[str, float]:
     """α, β and the figures that tell the models of a sweep apart, few enough for one page of the UI's table.
 
     Where every outcome is known: how far the model is from the optimum, and what it keeps of the set; else
     how much its samples repeat each other, and how many met the length limit.
     """
-    shown = (*_HEADLINE, *(_EXACT_HEADLINE if evaluation["exact"] else _SAMPLED_HEADLINE))
-    figures = flat_figures(evaluation)
-    return readable({**strengths(evaluation), **{name: figures.get(name) for name in shown}})
-
-
-def flat_figures(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """`{NAME: value, exact/NAME: value, theory/NAME: value}` of the figures that have a value."""
-    groups = {
-        "": evaluation["metrics"],
-        "exact/": evaluation["exact"] or {},
-        "theory/": evaluation.get("theory") or {},
-    }
-    return {
-        f"{prefix}{group}{name}": figure["value"]
-        for group, figures in groups.items()
-        for name, figure in figures.items()
-        if figure["value"] is not None
-    }
+    shown = (*_HEADLINE, *(_EXACT_HEADLINE if evaluation.exact else _SAMPLED_HEADLINE))
+    figures = evaluation.values()
+    return readable({**strengths(vars(evaluation)), **{name: figures.get(name) for name in shown}})
 
 
 class _Member(NamedTuple):
@@ -225,7 +215,7 @@ class _Task(NamedTuple):
     judge_accuracy: Figure | None
     bootstrap: Bootstrap
     models: Models
-    reference: list[list[dict[str, Any]]]
+    reference: list[list[DrawnText]]
     theory: list[tuple[np.ndarray, np.ndarray]]
 
 
@@ -297,7 +287,7 @@ def _evaluate(
     run_id: str | None,
     output: Path,
     timer: PhaseTimer,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Measure one member, write its samples and report, return what `evaluation.json` will hold."""
     from softpref.evaluation.exact import exact_figures, softmax_frontier
     from softpref.evaluation.report import write_report
@@ -312,57 +302,43 @@ def _evaluate(
     figures, warnings = held_out(models, task.rows, bootstrap)
     of_samples, records = sampled(models, prompts, task.tokenized, task.reference, judge, config, bootstrap)
     figures |= of_samples
-    stats = _stats(places["dataset"])
+    stats = read_stats(places["dataset"])
     exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings)
     theory = against_theory(task.theory, records, metadata, stats, config.seed, warnings)
     warnings += _outside(judge, records)
     warnings += _warnings(config, figures, task.judge_accuracy, metadata, places["dataset"], len(prompts))
-    evaluation = {
-        "name": member.name,
-        "method": metadata.get("method"),
-        "alpha": metadata.get("alpha"),
-        "anchor": metadata.get("anchor") or 0.0,
-        "beta": metadata.get("beta"),
-        "kl_beta": metadata.get("kl_beta") or 0.0,
-        "kl_on": metadata.get("kl_on") or "samples",
-        "rounds": metadata.get("rounds") or 1,
-        "train_on": metadata.get("train_on") or "preferences",
-        "extrapolation": metadata.get("extrapolation") or 0.0,
-        "model_uri": member.uri,
-        "reference_uri": places["reference_uri"],
-        "run_id": run_id,
-        "dataset_hash": stats.get("dataset_hash"),
-        "evaluation_id": task.identity,
-        "evaluated_on": task.identity_parts,
-        "judge": {
-            "name": judge.name,
-            "description": judge.description,
-            "accuracy": task.judge_accuracy._asdict() if task.judge_accuracy else None,
-        },
-        "metrics": {key: figure._asdict() for key, figure in sorted(figures.items())},
-        "exact": (
-            {key: figure._asdict() for key, figure in exact_figures(exact, bootstrap).items()}
-            if exact
-            else None
-        ),
-        "softmax_frontier": softmax_frontier(exact) if exact else None,
-        "theory": (
-            {key: figure._asdict() for key, figure in sampled_figures(theory, bootstrap).items()}
-            if theory
-            else None
-        ),
-        "reward_frontier": reward_frontier(theory) if theory else None,
-        "by_prompt": by_prompt(records),
-        "settings": {key: getattr(config, key) for key in (*_DEFINING, *_SHOWN_SETTINGS)}
+    evaluation = Evaluation(
+        name=member.name,
+        method=metadata.get("method"),
+        alpha=metadata.get("alpha"),
+        anchor=metadata.get("anchor") or 0.0,
+        beta=metadata.get("beta"),
+        kl_beta=metadata.get("kl_beta") or 0.0,
+        kl_on=metadata.get("kl_on") or "samples",
+        rounds=metadata.get("rounds") or 1,
+        train_on=metadata.get("train_on") or "preferences",
+        extrapolation=metadata.get("extrapolation") or 0.0,
+        model_uri=member.uri,
+        reference_uri=places["reference_uri"],
+        run_id=run_id,
+        dataset_hash=stats.get("dataset_hash"),
+        evaluation_id=task.identity,
+        evaluated_on=task.identity_parts,
+        judge=JudgedBy(judge.name, judge.description, task.judge_accuracy),
+        metrics=dict(sorted(figures.items())),
+        exact=exact_figures(exact, bootstrap) if exact else None,
+        softmax_frontier=softmax_frontier(exact) if exact else None,
+        theory=sampled_figures(theory, bootstrap) if theory else None,
+        reward_frontier=reward_frontier(theory) if theory else None,
+        by_prompt=by_prompt(records),
+        settings={key: getattr(config, key) for key in (*_DEFINING, *_SHOWN_SETTINGS)}
         | {"max_new_tokens": models.max_new_tokens},
-        "warnings": warnings,
-    }
+        warnings=warnings,
+    )
     if ills := ailments(evaluation):
         warnings.append(f"The model is broken, and will not be registered: it {' and '.join(ills)}.")
     timer.enter("report")
-    with open(output / SAMPLES_FILE, "w", encoding="utf-8") as lines:
-        for record in records:
-            lines.write(json.dumps(record._asdict(), ensure_ascii=False) + "\n")
+    write_samples(output, records)
     write_report(output / REPORT_FILE, evaluation, records, exact)
     return evaluation
 
@@ -371,7 +347,7 @@ def _outside(judge: Judge, records: Sequence[PromptRecord]) -> list[str]:
     """A warning when policy samples left the set that an expert knows."""
     if not hasattr(judge, "outside"):
         return []
-    left = [judge.outside([r.prompt] * len(r.policy), [s["text"] for s in r.policy]).mean() for r in records]
+    left = [judge.outside([r.prompt] * len(r.policy), [s.text for s in r.policy]).mean() for r in records]
     share = sum(left) / len(left)
     if not share:
         return []
@@ -453,7 +429,7 @@ def _warnings(
             f"The judge's accuracy on the validation split ({judge_accuracy.value:.2f}) cannot be told from "
             "chance: do not rely on win rate and expected reward."
         )
-    ours, theirs = metadata.get("dataset_hash"), _stats(dataset_dir).get("dataset_hash")
+    ours, theirs = metadata.get("dataset_hash"), read_stats(dataset_dir).get("dataset_hash")
     if ours and theirs and ours != theirs:
         found.append(
             "The policy was trained on another dataset than this one; its training data may hold these "
@@ -506,11 +482,6 @@ def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> Any:
     if not len(dataset[split]):
         raise DataError(f"{path}: the split {split!r} is empty; hold out a fraction of the prompts for it")
     return dataset
-
-
-def _stats(dataset_dir: str) -> dict[str, Any]:
-    path = Path(dataset_dir) / "stats.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _choose(items: dict[Any, Any], most: int, seed: int) -> dict[Any, Any]:

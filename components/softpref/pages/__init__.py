@@ -10,6 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from softpref.records import Figure
+
 
 def number(value: float | None) -> str:
     """Three decimals, or a dash where nothing is known."""
@@ -18,9 +20,9 @@ def number(value: float | None) -> str:
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
 
 
-def span(figure: Any) -> str:
+def span(figure: Figure) -> str:
     """A figure's interval, or a dash."""
-    return "–" if figure["low"] is None else f"{number(figure['low'])} … {number(figure['high'])}"
+    return "–" if figure.low is None else f"{number(figure.low)} … {number(figure.high)}"
 
 
 def render(template: str, **values: Any) -> str:
