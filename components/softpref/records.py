@@ -174,7 +174,7 @@ class Evaluation:
             ConfigError: it is none.
         """
         path = Path(folder) / EVALUATION_FILE
-        return cls.of(_read(path, f"{folder} is no evaluation folder: it has no {EVALUATION_FILE}"), path)
+        return cls.of(_read(path, "an evaluation folder"), path)
 
     def write(self, folder: Path) -> None:
         _write(folder / EVALUATION_FILE, self.as_dict())
@@ -227,7 +227,7 @@ class Comparison:
             ConfigError: it is none.
         """
         path = Path(folder) / COMPARISON_FILE
-        known = _read(path, f"{path} does not exist; give a comparison folder")
+        known = _read(path, "a comparison folder")
         members = [Evaluation.of(member, path) for member in known.get("members", ())]
         others: dict[str, Any] = {name: known.get(name) for name in vars(cls)["__match_args__"]}
         return cls(**{**others, "members": members})
@@ -267,7 +267,7 @@ class Registration:
     @classmethod
     def read(cls, folder: str | Path) -> Registration:
         path = Path(folder) / REGISTRATION_FILE
-        return cls(**_read(path, f"{path} does not exist; give a registration folder"))
+        return cls(**_read(path, "a registration folder"))
 
     def write(self, folder: Path) -> None:
         _write(folder / REGISTRATION_FILE, asdict(self))
@@ -323,9 +323,9 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
-def _read(path: Path, absent: str) -> dict[str, Any]:
+def _read(path: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(absent)
+        raise ConfigError(f"{path} does not exist; give {what}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

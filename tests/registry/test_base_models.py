@@ -172,5 +172,5 @@ def test_the_champion_is_aligned_further_and_evaluated(register, store, tmp_path
         policy_dir=str(tmp_path / "policy"),
         output_dir=str(tmp_path / "evaluation"),
     )
-    assert found["reference_uri"] == "models:/story/1"
+    assert found.reference_uri == "models:/story/1"
     assert found.metrics["win_rate"].value is not None
