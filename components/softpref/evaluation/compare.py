@@ -141,7 +141,7 @@ def check_comparable(members: Sequence[Evaluation]) -> None:
 
 
 def _write_report(output: Path, comparison: Comparison, samples: Mapping[str, list[PromptRecord]]) -> None:
-    from softpref.evaluation import charts
+    from softpref.evaluation.frontier import frontier
 
     members = comparison.members
     shown = [*columns(members), *_ON_THE_PAGE]
@@ -155,7 +155,7 @@ def _write_report(output: Path, comparison: Comparison, samples: Mapping[str, li
         confidence=members[0].settings["confidence"],
         judge=members[0].judge,
         exact=all_exact(members),
-        frontier=charts.frontier(members, comparison.chosen, output / FRONTIER_FILE),
+        frontier=frontier(members, comparison.chosen, output / FRONTIER_FILE),
         health_titles=list(_HEALTH),
         health=[_health(member, comparison.passed_over) for member in members],
         samples=[
