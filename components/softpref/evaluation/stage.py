@@ -3,8 +3,6 @@ evaluation folder. Chooses between no models."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,20 +11,12 @@ from softpref.artifacts import readable, strengths
 from softpref.config import write_parameters
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
-from softpref.evaluation.figures import (
-    Models,
-    against_theory,
-    check_prompts,
-    draw_samples,
-    enumerated,
-    held_out,
-    load_policy,
-    load_reference,
-    sampled,
-    theory_samples,
-    tokenize_prompts,
-)
-from softpref.fitness import MUCH_SATURATED, ailments, saturation_remedy, saturation_warning
+from softpref.evaluation.doubts import doubts, outside_the_set
+from softpref.evaluation.identity import DEFINING, identify
+from softpref.evaluation.measure import draw_samples, held_out, sampled
+from softpref.evaluation.models import Models, check_prompts, load_policy, load_reference, tokenize_prompts
+from softpref.evaluation.optima import against_theory, enumerated, theory_samples
+from softpref.fitness import ailments
 from softpref.judges import check_judge, load_judge, read_outcomes, text_rows
 from softpref.lm.extrapolation import extrapolated_folders
 from softpref.lm.loading import check_model_source, check_remote_code, local_source, source_name
@@ -55,12 +45,9 @@ if TYPE_CHECKING:
     from softpref.judges import Judge, Outcomes
     from softpref.lm.tokenization import TokenizedPrompt
 
-_FEW_PROMPTS = 20
 _HEADLINE = ("win_rate", "expected_reward", "kl_sequence", "entropy_sequence", "preference_accuracy")
 _EXACT_HEADLINE = ("exact/kl_optimum_to_policy", "exact/mass_on_set")
 _SAMPLED_HEADLINE = ("self_bleu", "truncated_fraction")
-# what changes the meaning of a figure; batch sizes, devices and addresses do not
-_DEFINING = ("split", "max_prompts", "max_rows", "samples_per_prompt", "judge_max_rows", "seed")
 _SHOWN_SETTINGS = ("confidence", "bootstrap_samples", "theory_samples")
 
 
@@ -265,7 +252,7 @@ def _prepare(
     check_prompts(models.reference, models, tokenized)
     timer.enter("evaluation")
     return _Task(
-        *_identity(config, rows, judge, places["reference"], models.max_new_tokens),
+        *identify(config, rows, judge, places["reference"], models.max_new_tokens),
         prompts,
         tokenized,
         kept,
@@ -305,8 +292,8 @@ def _evaluate(
     stats = read_stats(places["dataset"])
     exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings)
     theory = against_theory(task.theory, records, metadata, stats, config.seed, warnings)
-    warnings += _outside(judge, records)
-    warnings += _warnings(config, figures, task.judge_accuracy, metadata, places["dataset"], len(prompts))
+    warnings += outside_the_set(judge, records)
+    warnings += doubts(config, figures, task.judge_accuracy, metadata, places["dataset"], len(prompts))
     evaluation = Evaluation(
         name=member.name,
         method=metadata.get("method"),
@@ -331,7 +318,7 @@ def _evaluate(
         theory=sampled_figures(theory, bootstrap) if theory else None,
         reward_frontier=reward_frontier(theory) if theory else None,
         by_prompt=by_prompt(records),
-        settings={key: getattr(config, key) for key in (*_DEFINING, *_SHOWN_SETTINGS)}
+        settings={key: getattr(config, key) for key in (*DEFINING, *_SHOWN_SETTINGS)}
         | {"max_new_tokens": models.max_new_tokens},
         warnings=warnings,
     )
@@ -341,21 +328,6 @@ def _evaluate(
     write_samples(output, records)
     write_report(output / REPORT_FILE, evaluation, records, exact)
     return evaluation
-
-
-def _outside(judge: Judge, records: Sequence[PromptRecord]) -> list[str]:
-    """A warning when policy samples left the set that an expert knows."""
-    if not hasattr(judge, "outside"):
-        return []
-    left = [judge.outside([r.prompt] * len(r.policy), [s.text for s in r.policy]).mean() for r in records]
-    share = sum(left) / len(left)
-    if not share:
-        return []
-    return [
-        f"{share:.1%} of the policy's samples lie outside the set that the experts know; each scores 1 "
-        f"nat below "
-        "the worst within."
-    ]
 
 
 def _judge(
@@ -391,81 +363,6 @@ def _judge(
         bootstrap=bootstrap,
     )["preference_accuracy"]
     return judge, accuracy
-
-
-def _warnings(
-    config: EvaluationConfig,
-    figures: Mapping[str, Any],
-    judge_accuracy: Any,
-    metadata: Mapping[str, Any],
-    dataset_dir: str,
-    prompts: int,
-) -> list[str]:
-    """What a reader should know before trusting the figures."""
-    from softpref.lm.tokenization import findings_text
-
-    found = []
-    if prompts < 2:
-        found.append("Only one held-out prompt: there are no intervals, and nothing generalises from it.")
-    elif prompts < _FEW_PROMPTS:
-        found.append(f"Only {prompts} held-out prompts: intervals are wide, and rough by nature.")
-    truncated = figures["truncated_fraction"].value
-    if truncated > 0.1:
-        found.append(
-            f"{truncated:.0%} of the policy's samples met the length limit: they are judged unfinished, "
-            f"and KL "
-            "and entropy count up to the cut."
-        )
-    counts = (metadata.get("row_counts") or {}).get("train", {})
-    left_out = ["identical", *(["cut_completion"] if metadata.get("cut_rows") == "leave_out" else [])]
-    found += findings_text(counts, "training rows", left_out)
-    if metadata.get("method") == "spo" and (metadata.get("saturated") or 0) > MUCH_SATURATED:
-        remedy = saturation_remedy(metadata.get("anchor") or 0.0)
-        found.append(f"In training {saturation_warning(metadata['saturated'])}; {remedy}.")
-    if config.samples_per_prompt < 2:
-        found.append("One sample per prompt: self-BLEU needs two.")
-    if judge_accuracy is not None and judge_accuracy.low is not None and judge_accuracy.low <= 0.5:
-        found.append(
-            f"The judge's accuracy on the validation split ({judge_accuracy.value:.2f}) cannot be told from "
-            "chance: do not rely on win rate and expected reward."
-        )
-    ours, theirs = metadata.get("dataset_hash"), read_stats(dataset_dir).get("dataset_hash")
-    if ours and theirs and ours != theirs:
-        found.append(
-            "The policy was trained on another dataset than this one; its training data may hold these "
-            "prompts."
-        )
-    return found
-
-
-def _identity(
-    config: EvaluationConfig, rows: Sequence[Mapping[str, Any]], judge: Any, reference_dir: str, max_new: int
-) -> tuple[str, dict[str, Any]]:
-    """`evaluation_id`, equal for two evaluations exactly when their figures can be compared, and its parts.
-
-    The reference belongs to it: win rate and KL are relative to it. The parts, `evaluated_on`, are what tells
-    two evaluations apart: hashes of the rows, the judge's scores and the reference's weights; the settings.
-    """
-    data = hashlib.sha256()
-    for row in rows:
-        part = {key: row[key] for key in ("prompt", "completions", "kind", "probability")}
-        data.update(json.dumps(part, sort_keys=True).encode())
-    settings = {key: getattr(config, key) for key in _DEFINING} | {"max_new_tokens": max_new}
-    weights = b""
-    for file in sorted(Path(reference_dir).glob("*.safetensors")):
-        with open(file, "rb") as content:
-            weights += hashlib.file_digest(content, "sha256").digest()
-    weights = weights or reference_dir.encode()
-    whole = data.copy()
-    whole.update(json.dumps([judge.name, judge.fingerprint, settings], sort_keys=True).encode())
-    whole.update(weights)
-    parts = {
-        "data": data.hexdigest()[:16],
-        "judge": f"{judge.name} {judge.fingerprint}",
-        "reference": hashlib.sha256(weights).hexdigest()[:16],
-        "settings": settings,
-    }
-    return whole.hexdigest()[:16], parts
 
 
 def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> Any:
