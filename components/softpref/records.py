@@ -229,7 +229,7 @@ class Comparison:
         path = Path(folder) / COMPARISON_FILE
         known = _read(path, "a comparison folder")
         members = [Evaluation.of(member, path) for member in known.get("members", ())]
-        others: dict[str, Any] = {name: known.get(name) for name in vars(cls)["__match_args__"]}
+        others: dict[str, Any] = {one.name: known.get(one.name) for one in fields(cls)}
         return cls(**{**others, "members": members})
 
     def write(self, folder: Path) -> None:

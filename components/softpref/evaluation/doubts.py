@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from softpref.evaluation.config import EvaluationConfig
-from softpref.fitness import MUCH_SATURATED, saturation_remedy, saturation_warning
-from softpref.records import PromptRecord, read_stats
+from softpref.fitness import MUCH_SATURATED, number, saturation_remedy, saturation_warning
+from softpref.records import Figure, Figures, PromptRecord, read_stats
 
 if TYPE_CHECKING:
     from softpref.judges import Judge
@@ -24,16 +24,15 @@ def outside_the_set(judge: Judge, records: Sequence[PromptRecord]) -> list[str]:
     if not share:
         return []
     return [
-        f"{share:.1%} of the policy's samples lie outside the set that the experts know; each scores 1 "
-        f"nat below "
-        "the worst within."
+        f"{share:.1%} of the policy's samples lie outside the set that the experts know; each scores 1 nat "
+        "below the worst within."
     ]
 
 
 def doubts(
     config: EvaluationConfig,
-    figures: Mapping[str, Any],
-    judge_accuracy: Any,
+    figures: Figures,
+    judge_accuracy: Figure | None,
     metadata: Mapping[str, Any],
     dataset_dir: str,
     prompts: int,
@@ -46,12 +45,11 @@ def doubts(
         found.append("Only one held-out prompt: there are no intervals, and nothing generalises from it.")
     elif prompts < _FEW_PROMPTS:
         found.append(f"Only {prompts} held-out prompts: intervals are wide, and rough by nature.")
-    truncated = figures["truncated_fraction"].value
+    truncated = number(figures, "truncated_fraction") or 0.0
     if truncated > 0.1:
         found.append(
-            f"{truncated:.0%} of the policy's samples met the length limit: they are judged unfinished, "
-            f"and KL "
-            "and entropy count up to the cut."
+            f"{truncated:.0%} of the policy's samples met the length limit: they are judged unfinished, and "
+            "KL and entropy count up to the cut."
         )
     counts = (metadata.get("row_counts") or {}).get("train", {})
     left_out = ["identical", *(["cut_completion"] if metadata.get("cut_rows") == "leave_out" else [])]

@@ -331,8 +331,12 @@ def _evaluate(
 
 
 def _judge(
-    config: EvaluationConfig, dataset: Any, dataset_dir: str, outcomes: dict[str, Any], bootstrap: Any
-) -> tuple[Any, Any]:
+    config: EvaluationConfig,
+    dataset: Any,
+    dataset_dir: str,
+    outcomes: dict[str, Outcomes],
+    bootstrap: Bootstrap,
+) -> tuple[Judge, Figure | None]:
     """The judge asked for, and the validation accuracy of a trained one (None where there is none)."""
     from softpref.evaluation.metrics import PreferenceMetric
 
@@ -349,14 +353,11 @@ def _judge(
     held_out = list(text_rows(dataset.get("validation", ())))
     if not held_out:
         return judge, None
-    sizes = [len(row["completions"]) for row in held_out]
-    flat = judge.scores(
-        [row["prompt"] for row in held_out for _ in row["completions"]],
-        [completion for row in held_out for completion in row["completions"]],
-    ).tolist()
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    prompts = [row["prompt"] for row in held_out for _ in row["completions"]]
+    completions = [completion for row in held_out for completion in row["completions"]]
+    flat = iter(judge.scores(prompts, completions).tolist())
     accuracy = PreferenceMetric(keep_in_memory=True).compute(
-        scores=[flat[start : start + size] for start, size in zip(starts, sizes, strict=True)],
+        scores=[[next(flat) for _ in row["completions"]] for row in held_out],
         kind=[row["kind"] for row in held_out],
         probability=[row["probability"] for row in held_out],
         prompt=[row["prompt"] for row in held_out],
