@@ -5,6 +5,8 @@ import math
 import pytest
 from softpref.fitness import Limits, ailments, gate_failures, judge_doubt
 
+from tests import evaluations
+
 pytestmark = pytest.mark.fast
 
 
@@ -26,7 +28,7 @@ def evaluation(exact=None, judge=None, **figures):
     usual |= {"repetition": 0.02, "reference_repetition": 0.02}
     usual |= {"cross_entropy": 2.5, "reference_cross_entropy": 2.5, **figures}
     metrics = {name: one if isinstance(one, dict) else figure(one) for name, one in usual.items()}
-    return {"metrics": metrics, "exact": exact, "judge": judge or {"name": "expert", "accuracy": None}}
+    return evaluations.evaluation(metrics=metrics, exact=exact, judge=judge or {"name": "expert"})
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_sharper_softer_and_short_models_are_healthy(healthy):
 
 
 def test_what_was_not_measured_is_not_held_against_a_model():
-    assert ailments({"metrics": {}, "exact": None}) == []
+    assert ailments(evaluations.evaluation()) == []
 
 
 @pytest.mark.parametrize(

@@ -196,17 +196,17 @@ def test_a_model_with_code_is_trained_measured_registered_and_served(
 
 
 def test_a_class_named_like_one_of_transformers_is_not_served_in_its_place(folder, tmp_path):
-    from softpref.registry.stage import _passed_over
+    from softpref.registry.served import passed_over
 
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = ["LlamaForCausalLM"]
     config["auto_map"]["AutoModelForCausalLM"] = "modeling_doubled.LlamaForCausalLM"
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="bears the name of one of transformers"):
-        _passed_over(folder)
+        passed_over(folder)
     config["model_type"] = "llama"
     (folder / "config.json").write_text(json.dumps(config))
-    assert "transformers' own LlamaForCausalLM" in _passed_over(folder)[0]
+    assert "transformers' own LlamaForCausalLM" in passed_over(folder)[0]
 
 
 @pytest.mark.parametrize("stage", ["sft", "train", "evaluation", "registry"])

@@ -67,7 +67,7 @@ def exact_figures(world):
                 policy_dir=str(world / name),
                 output_dir=str(world / f"{name}-evaluation"),
             )
-            figures = {key: figure["value"] for key, figure in result["exact"].items()}
+            figures = {key: figure.value for key, figure in result.exact.items()}
             known[alpha, beta, dataset] = figures
             print(name, json.dumps(figures))
         return known[alpha, beta, dataset]

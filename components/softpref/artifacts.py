@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from softpref.lm.loading import load_metadata
+from softpref.records import load_metadata
 
 OUTCOME_MARK = "[softpref] "
 

@@ -359,8 +359,9 @@ def _where(folders: Values) -> Values:
 
 
 def _evaluate(folders: Values, config: Any) -> Any:
-    from softpref.evaluation.stage import EVALUATION_FILE, run
+    from softpref.evaluation.stage import run
     from softpref.lm.extrapolation import extrapolated_folders
+    from softpref.records import Evaluation
 
     evaluation = run(
         config,
@@ -369,19 +370,23 @@ def _evaluate(folders: Values, config: Any) -> Any:
         policy_dir=folders["policy"],
         output_dir=folders["output"],
     )
-    result = {key: evaluation[key] for key in ("metrics", "exact")}
+    result = _figures(evaluation)
     for folder in extrapolated_folders(folders["output"]):
-        one = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
-        result[folder.name] = {key: one[key] for key in ("metrics", "exact")}
+        result[folder.name] = _figures(Evaluation.read(folder))
     return result
+
+
+def _figures(evaluation: Any) -> dict[str, Any]:
+    return {key: value for key, value in evaluation.as_dict().items() if key in ("metrics", "exact")}
 
 
 def _register(folders: Values, config: Any) -> Any:
     from softpref.registry.stage import run
 
-    return run(
+    decision = run(
         config, folders["policy"], folders["evaluation"], folders["output"], folders["comparison"] or None
     )
+    return vars(decision)
 
 
 _DATASET = Place("dataset folder of `softpref data`", required=True)

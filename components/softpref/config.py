@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from softpref.errors import ConfigError
+from softpref.records import PARAMETERS_FILE
 from softpref.remote import public_url
 
 Config = TypeVar("Config")
-PARAMETERS_FILE = "parameters.yaml"  # beside a stage's result
 NULL = "$null"  # stands for a null where KFP bears none
 REFUSED = {  # options of transformers that a stage settles by itself
     "resume_from_checkpoint": "a run that was cut off continues from its last complete checkpoint when the "

@@ -4,13 +4,9 @@ and the limits of the gate. Compares no model with another, and speaks to no ser
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Figure = Mapping[str, Any]
-"""One measured figure of `evaluation.json`: value, low, high, n, unit."""
-Evaluation = Mapping[str, Any]
-"""What `evaluation.json` or a member of `comparison.json` holds: of it `metrics`, `exact` and `judge`."""
+from softpref.records import Evaluation, Figure, Figures
 
 # Health: what a policy may have more, or less, than its reference. Softness moves a model along texts that
 # the reference writes too; none of this is its doing. Samples have more of something only where the intervals
@@ -54,7 +50,7 @@ class Limits(NamedTuple):
 
 def gate_failures(evaluation: Evaluation, limits: Limits) -> list[str]:
     """What keeps a model from being registered, one sentence each; empty when the gate is passed."""
-    metrics = evaluation["metrics"]
+    metrics = evaluation.metrics
     failures = [f"it {ailment}" for ailment in ailments(evaluation)]
     if limits.min_win_rate:
         if doubt := judge_doubt(evaluation):
@@ -88,19 +84,18 @@ def judge_doubt(evaluation: Evaluation) -> str:
     Experts know the reward. A judge that learned it must be right about held-out preferences more often than
     a coin, with its whole interval.
     """
-    judge = evaluation.get("judge") or {}
-    if judge.get("name", "expert") == "expert":
+    if evaluation.judge.name == "expert":
         return ""
-    accuracy = judge.get("accuracy") or {}
-    if accuracy.get("low") is None:
+    accuracy = evaluation.judge.accuracy
+    if accuracy is None or accuracy.low is None:
         return (
             "how often the judge agrees with held-out preferences is not known, so it cannot be told from a "
             "coin; hold out preferences of two prompts or more for validation"
         )
-    if accuracy["low"] > 0.5:
+    if accuracy.low > 0.5:
         return ""
     return (
-        f"the judge agrees with {accuracy['value']:.2f} [{accuracy['low']:.2f}, {accuracy['high']:.2f}] of "
+        f"the judge agrees with {accuracy.value:.2f} [{accuracy.low:.2f}, {accuracy.high:.2f}] of "
         "the held-out preferences, which cannot be told from a coin; give more preferences, or another judge"
     )
 
@@ -110,9 +105,9 @@ def ailments(evaluation: Evaluation) -> list[str]:
 
     What an evaluation does not know is not held against a model.
     """
-    metrics, exact = evaluation["metrics"], evaluation.get("exact") or {}
+    metrics, exact = evaluation.metrics, evaluation.exact or {}
     found = []
-    mass, usual = (number(exact, name, "value") for name in ("mass_on_set", "reference_mass_on_set"))
+    mass, usual = (number(exact, name) for name in ("mass_on_set", "reference_mass_on_set"))
     if mass is not None and usual is not None and mass < usual - LEAKED:
         found.append(f"has only {mass:.2f} of its probability on the known set, the reference {usual:.2f}")
     if _more(metrics, "truncated_fraction", MORE_TRUNCATED):
@@ -124,14 +119,14 @@ def ailments(evaluation: Evaluation) -> list[str]:
             f"repeats itself: {ours:.0%} of the 4-grams in its samples are not new, in the reference's "
             f"{theirs:.0%}"
         )
-    length = number(metrics, "completion_length", "value") or 0.0
+    length = number(metrics, "completion_length") or 0.0
     ours, theirs = _both(metrics, "cross_entropy")
     if _more(metrics, "cross_entropy", STRANGER) and (ours - theirs) * length > FAR_IN_ALL:
         found.append(
             f"writes what its reference would not: {ours:.2f} nats per token under it, the reference's own "
             f"samples {theirs:.2f}"
         )
-    kl = number(metrics, "kl_token", "value")
+    kl = number(metrics, "kl_token")
     if kl is not None and kl > theirs + FARTHER and kl * length > FAR_IN_ALL:
         found.append(f"is {kl:.2f} nats of KL per token from its reference, whose entropy is {theirs:.2f}")
     return found
@@ -139,25 +134,25 @@ def ailments(evaluation: Evaluation) -> list[str]:
 
 def figure_text(figure: Figure) -> str:
     """`0.712 [0.684, 0.741], n=400`, as far as the figure has these parts."""
-    text = f"{figure['value']:.4g}" if figure.get("value") is not None else "none"
-    if figure.get("low") is not None and figure.get("high") is not None:
-        text += f" [{figure['low']:.4g}, {figure['high']:.4g}]"
-    return text + (f", n={figure['n']:g}" if figure.get("n") is not None else "")
+    text = f"{figure.value:.4g}" if figure.value is not None else "none"
+    if figure.low is not None and figure.high is not None:
+        text += f" [{figure.low:.4g}, {figure.high:.4g}]"
+    return text + (f", n={figure.n:g}" if figure.n is not None else "")
 
 
-def number(figures: Mapping[str, Figure | None], name: str, part: str) -> float | None:
+def number(figures: Figures, name: str, part: str = "value") -> float | None:
     """A part of a figure, None where it is not known."""
-    value = (figures.get(name) or {}).get(part)
+    value = getattr(figures.get(name), part, None)
     return value if value is not None and math.isfinite(value) else None
 
 
-def _both(metrics: Mapping[str, Figure], name: str) -> tuple[float, float]:
+def _both(metrics: Figures, name: str) -> tuple[float, float]:
     """The policy's value and the reference's, NaN where unknown."""
-    ours, theirs = (number(metrics, key, "value") for key in (name, f"reference_{name}"))
+    ours, theirs = (number(metrics, key) for key in (name, f"reference_{name}"))
     return (math.nan if ours is None else ours), (math.nan if theirs is None else theirs)
 
 
-def _more(metrics: Mapping[str, Figure], name: str, allowed: float) -> bool:
+def _more(metrics: Figures, name: str, allowed: float) -> bool:
     """Whether the policy's figure exceeds the reference's by more than `allowed`, and by more than chance."""
     low, high = number(metrics, name, "low"), number(metrics, f"reference_{name}", "high")
     ours, theirs = _both(metrics, name)

@@ -17,10 +17,10 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import numpy as np
 
 from softpref.errors import ConfigError, DataError
-from softpref.rewards import REWARD_FILE, TextReward, read_reward
+from softpref.records import OUTCOMES_FILE, REWARD_FILE
+from softpref.rewards import TextReward, read_reward
 
 JudgeName = Literal["auto", "expert", "bradley-terry"]
-OUTCOMES_FILE = "outcomes.jsonl"
 _HASHES = 2**14
 _STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # inverse regularisation of the trained judge, tried in turn
 

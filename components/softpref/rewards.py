@@ -10,7 +10,6 @@ from pathlib import Path
 
 from softpref.errors import DataError
 
-REWARD_FILE = "reward.json"
 _WORD, _END = re.compile(r"[^\W\d_]+"), re.compile(r"[.!?]+")
 _FURTHEST = 5.0  # grades from `grade` that count, so that no text is good or bad without bounds
 

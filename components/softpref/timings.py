@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-TIMINGS_FILE = "timings.json"
+from softpref.records import TIMINGS_FILE
 
 
 class PhaseTimer:

@@ -76,6 +76,8 @@ class Cluster:
     def __init__(self, folder):
         self.folder, self.jobs, self.calls, self.posted, self.patched = folder, {}, [], [], []
         self.node_environment, self.held = {}, False  # held: a queue keeps nodes from starting
+        # what to run for a node's command with its variables: by itself the same, by this Python
+        self.started_as = lambda command, variables: [sys.executable, *command[1:]]
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -120,16 +122,15 @@ class Cluster:
         given = {each["name"]: each["value"] for each in trainer.get("env", [])}
         for rank in range(0 if self.held else trainer["numNodes"]):
             policy = {
-                "PET_NNODES": trainer["numNodes"],
+                "PET_NNODES": str(trainer["numNodes"]),
                 "PET_NPROC_PER_NODE": "auto",
-                "PET_NODE_RANK": rank,
+                "PET_NODE_RANK": str(rank),
                 "PET_MASTER_ADDR": "127.0.0.1",  # a cluster gives the name of the first pod
-                "PET_MASTER_PORT": port,
+                "PET_MASTER_PORT": str(port),
             }
             log = self.folder / f"{name}-{rank}-{len(self.posted)}.log"
-            command = [sys.executable if part == "python" else part for part in trainer["command"]]
             process = subprocess.Popen(
-                command,
+                self.started_as(trainer["command"], given | policy),
                 stdout=log.open("wb"),
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -137,7 +138,7 @@ class Cluster:
                     **os.environ,
                     **given,
                     **self.node_environment,
-                    **{key: str(value) for key, value in policy.items()},
+                    **policy,
                     "HOME": os.environ["HOME"],
                 },
             )

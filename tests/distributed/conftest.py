@@ -102,6 +102,31 @@ def train(tmp_path, folders, monkeypatch):
 
 
 @pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A cluster's API that runs what is submitted, and the kubeconfig that leads to it."""
+    from tests.distributed.cluster import Cluster
+
+    (tmp_path / "cluster").mkdir()
+    cluster = Cluster(tmp_path / "cluster")
+    monkeypatch.setenv("KUBECONFIG", cluster.kubeconfig())
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", cluster.kubeconfig())
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def launcher(tmp_path, monkeypatch):
+    """`launcher(**options)`: two nodes of the cluster; the shared volume is a folder, mounted in name."""
+    monkeypatch.setattr("os.path.ismount", lambda path: path == str(tmp_path / "shared"))
+
+    def make(**options):
+        defaults = {"volume_claim": "softpref-shared", "mount_path": str(tmp_path / "shared")}
+        return {"trainjob": {**defaults, "poll_interval": 0.3, **options}}
+
+    return make
+
+
+@pytest.fixture
 def train_reference(tmp_path, folders, monkeypatch):
     """`train_reference(name, processes, **options)`: the face of stage 2; its metrics and model folder."""
     from softpref.sft.component import train_reference

@@ -18,9 +18,9 @@ from softpref.distributed.config import TrainJobConfig
 from softpref.distributed.kubernetes_nodes import KubernetesNodes
 from softpref.distributed.processes import StageFailed
 from softpref.distributed.trainjob import node_environment
-from softpref.errors import ConfigError
+from softpref.errors import ConfigError, SoftprefError
 
-from tests.distributed.cluster import SCHEMA, Cluster
+from tests.distributed.cluster import SCHEMA
 
 FAULT = """
 import os, pathlib
@@ -38,28 +38,6 @@ if os.environ.get("RANK") == "1" and mark.parent.is_dir() and not mark.exists():
 
 
 @pytest.fixture
-def cluster(tmp_path, monkeypatch):
-    (tmp_path / "cluster").mkdir()
-    cluster = Cluster(tmp_path / "cluster")
-    monkeypatch.setenv("KUBECONFIG", cluster.kubeconfig())
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", cluster.kubeconfig())
-    yield cluster
-    cluster.close()
-
-
-@pytest.fixture
-def launcher(tmp_path, monkeypatch):
-    """`launcher(**options)`: two nodes of the cluster; the shared volume is a folder, mounted in name."""
-    monkeypatch.setattr("os.path.ismount", lambda path: path == str(tmp_path / "shared"))
-
-    def make(**options):
-        defaults = {"volume_claim": "softpref-shared", "mount_path": str(tmp_path / "shared")}
-        return {"trainjob": {**defaults, "poll_interval": 0.3, **options}}
-
-    return make
-
-
-@pytest.fixture
 def faulty(tmp_path, cluster):
     """Has the second node fail once, at its fifth step."""
     (tmp_path / "fault").mkdir()
@@ -73,12 +51,15 @@ def test_two_nodes_take_the_steps_of_one_process(
 ):
     monkeypatch.setenv("KFP_POD_NAME", "step-1")
     monkeypatch.setenv("KFP_POD_UID", "1234")
-    _, single = train("policy")
+    one, single = train("policy")
     single = single.rename(tmp_path / "single")
-    _, double = train("policy", launcher(), world_size=2)
+    two, double = train("policy", launcher(), world_size=2)
     same_trajectory(single, double)
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
+    assert sorted(path.name for path in double.iterdir()) == sorted(path.name for path in single.iterdir())
     printed = capfd.readouterr().out
     assert printed.count("node 0 of 2: 1 processes") == 1  # the log is passed on, and no line twice
+    assert printed.count("'train_runtime'") == 2  # the one process's, and the first node's
     assert "'rewards/margins'" in printed
     [job] = cluster.posted
     assert job["spec"]["trainer"]["numNodes"] == 2
@@ -117,6 +98,25 @@ def test_a_job_that_fails_fails_the_step_with_the_last_lines_of_the_node(
     assert not (tmp_path / "policy").exists()
 
 
+def test_a_refusal_on_the_nodes_is_the_faces_own_and_is_not_repeated(cluster, train, launcher):
+    with pytest.raises(SoftprefError, match="did you mean 'kl_gradient'"):
+        train("policy", launcher(retries=2), world_size=2, kl_gradent="full")
+    assert len(cluster.posted) == 1
+    assert not cluster.jobs
+
+
+def test_a_refusal_ends_a_job_that_its_runtime_would_start_again(cluster, train, launcher):
+    refuse = """
+import pathlib, sys, time
+pathlib.Path(sys.argv[-1], "result.json").write_text('{"error": "alpha must be at least 0"}')
+time.sleep(600)
+"""
+    cluster.started_as = lambda command, variables: [sys.executable, "-c", refuse, command[-1]]
+    with pytest.raises(SoftprefError, match="alpha must be at least 0"):
+        train("policy", launcher(), world_size=2)
+    assert not cluster.jobs
+
+
 def test_a_step_that_is_stopped_takes_its_job_with_it_and_goes_on_when_it_is_run_again(
     cluster, train, launcher, same_trajectory, folders, tmp_path, monkeypatch
 ):
@@ -135,9 +135,9 @@ def test_a_step_that_is_stopped_takes_its_job_with_it_and_goes_on_when_it_is_run
     for sign in (signal.SIGTERM, signal.SIGKILL):
         begun = newest_checkpoint(tmp_path)
         step = start_step(tmp_path, launcher())
-        wait_for(lambda last=begun: newest_checkpoint(tmp_path) > last, 90)
+        wait_for(lambda last=begun: newest_checkpoint(tmp_path) > last, 300)
         step.send_signal(sign)
-        assert step.wait(40) == -sign
+        assert step.wait(120) == -sign
         jobs.append(set(cluster.jobs))
     assert not jobs[0]
     assert len(jobs[1]) == 1  # nobody was left to remove it

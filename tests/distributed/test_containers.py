@@ -1,16 +1,12 @@
-"""A training face as a TrainJob whose nodes are containers of the training image, by the SDK's backend."""
+"""A training face as a TrainJob whose nodes are containers of the training image, started by Podman."""
 
 import os
-import shutil
-import subprocess
-import time
 
 import pytest
 from softpref.images import TRAIN_IMAGE
 
-from tests.containers.conftest import needs_containers
+from tests.containers.conftest import needs_containers, podman
 
-docker = pytest.importorskip("docker", reason="the extra cluster is not installed")
 pytest.importorskip("kubeflow.trainer", reason="the extra cluster is not installed")
 
 pytestmark = needs_containers
@@ -18,48 +14,23 @@ pytestmark = needs_containers
 IMAGE = os.environ.get("TRAIN_IMAGE_UNDER_TEST", TRAIN_IMAGE)
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    """The address of an engine that has the training image: the named one, or Podman's, started here."""
-    service = None
-    address = os.environ.get("DOCKER_HOST", "")
-    if not address:
-        assert shutil.which("podman"), "there is no podman, and DOCKER_HOST names no engine"
-        assert shutil.which("iptables"), "podman needs iptables for a network of containers"
-        socket = tmp_path_factory.mktemp("podman") / "podman.sock"
-        address = f"unix://{socket}"
-        service = subprocess.Popen(["podman", "system", "service", "--time=0", address])
-        until = time.monotonic() + 30
-        while not socket.exists():
-            assert time.monotonic() < until
-            assert service.poll() is None
-            time.sleep(0.1)
-    client = docker.DockerClient(base_url=address)
-    try:
-        assert client.images.list(name=IMAGE), f"{IMAGE} is not built; make images builds it"
-        yield address
-    finally:
-        client.close()
-        if service is not None:
-            service.terminate()
-            service.wait()
-
-
 def test_two_containers_take_the_steps_of_one_process(
-    engine, train, same_trajectory, capfd, tmp_path, monkeypatch
+    cluster, train, launcher, same_trajectory, capfd, tmp_path
 ):
-    monkeypatch.setenv("DOCKER_HOST", engine)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # the SDK keeps the job's folder there
+    assert not podman("image", "exists", IMAGE, check=False).returncode, f"{IMAGE} is not built: make images"
+    volume = f"{tmp_path / 'shared'}:{tmp_path / 'shared'}"
+
+    def in_container(command, variables):
+        options = [f"--env={name}={value}" for name, value in variables.items()]
+        where = ["--rm", "--user=0", "--network=host", f"--volume={volume}"]
+        return ["podman", "run", *where, *options, IMAGE, *command]
+
+    cluster.started_as = in_container
     _, single = train("policy")
     single = single.rename(tmp_path / "single")
     # the tracking store of this test is a file, which containers do not see
-    monkeypatch.setattr("softpref.distributed.trainjob._FORWARDED", ())
-    job = {"backend": "container", "image": IMAGE, "nodes": 2, "poll_interval": 1.0}
-    job["env"] = {"MLFLOW_TRACKING_URI": "sqlite:////tmp/mlflow.db", "OMP_NUM_THREADS": "1"}
-    _, double = train("policy", {"trainjob": job}, world_size=2)
+    job = {"image": IMAGE, "env": {"MLFLOW_TRACKING_URI": "sqlite:////tmp/mlflow.db", "OMP_NUM_THREADS": "1"}}
+    _, double = train("policy", launcher(**job), world_size=2)
     same_trajectory(single, double)
-    # the one process's, and each node's once: the backend passes on the log of one after the other
-    assert capfd.readouterr().out.count("'train_runtime'") == 3
-    client = docker.DockerClient(base_url=engine)
-    assert not client.containers.list(all=True, filters={"name": "train-policy-"})
-    assert not client.networks.list(filters={"name": "train-policy-"})
+    assert capfd.readouterr().out.count("'train_runtime'") == 2  # the one process's, and the first node's
+    assert not cluster.jobs

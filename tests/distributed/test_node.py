@@ -1,9 +1,6 @@
 """What a node of a TrainJob finds out before it starts its processes, and what the configuration refuses."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from softpref.config import build_config
@@ -40,7 +37,6 @@ def test_a_node_waits_for_the_name_of_the_first(tmp_path, monkeypatch, capsys):
     policy = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a-node-0-0.a", "MASTER_PORT": "29500"}
     for key, value in policy.items():
         monkeypatch.setenv(f"PET_{key}", value)
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setattr(node.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(node.socket, "getaddrinfo", resolve)
     monkeypatch.setattr(node, "run_watched", lambda command, **options: started.append(command))
@@ -79,20 +75,6 @@ def test_a_node_that_starts_again_after_the_end_leaves_things_alone(tmp_path):
     assert main([str(tmp_path)]) == 0  # without a rendezvous, too
 
 
-def test_a_node_that_another_launcher_made_part_of_a_run_becomes_the_stage(tmp_path):
-    NodeTask("sft", {"dataset": "dataset", "output": "output"}, {}, processes=1, gpus=0).write(tmp_path)
-    (tmp_path / "parameters.json").write_text('{"vocab_sise": 300}')
-    node = subprocess.run(
-        [sys.executable, "-m", "softpref.distributed.node", str(tmp_path)],
-        env={**os.environ, "TORCHELASTIC_RUN_ID": "job"},
-        capture_output=True,
-        text=True,
-    )
-    assert (node.returncode, node.stdout) == (2, "")
-    assert "did you mean 'vocab_size'" in node.stderr
-    assert "did you mean 'vocab_size'" in json.loads((tmp_path / "result.json").read_text())["error"]
-
-
 def test_an_empty_launcher_is_this_machine():
     assert parse_launcher("") == LauncherConfig(processes=0, trainjob=None)
     assert parse_launcher('{"processes": 2.0}').processes == 2  # KFP hands integers over as floats
@@ -128,7 +110,7 @@ def test_a_launcher_that_is_none_is_refused_with_what_would_be_right(launcher, s
         ("runtime", "Torch Distributed", "name of a Kubernetes object"),
         ("secrets", {"HF_TOKEN": "hub-token"}, "SECRET/KEY"),
         ("env", {"A-B": "1"}, "environment variables with text"),
-        ("backend", "slurm", "kubernetes"),
+        ("volume_claim", "", "ReadWriteMany claim"),
     ],
 )
 def test_a_job_that_cannot_be_is_refused(option, value, says):

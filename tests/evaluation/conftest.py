@@ -150,17 +150,20 @@ def recorded(monkeypatch):
 
 
 def evaluate(world, output, *, dataset=None, policy=None, reference=None, **options):
-    """Run the stage with few samples."""
+    """Run the stage with few samples; what it wrote into evaluation.json."""
     from softpref.evaluation.config import EvaluationConfig
     from softpref.evaluation.stage import run
 
-    return run(
+    found = run(
         EvaluationConfig(**({"samples_per_prompt": 6, "bootstrap_samples": 200} | options)),
         dataset_dir=str(dataset or world.dataset),
         reference_dir=str(reference or world.reference),
         policy_dir=str(policy or world.policy),
         output_dir=str(output),
     )
+    written = json.loads((Path(output) / "evaluation.json").read_text())
+    assert written == found.as_dict()
+    return written
 
 
 @pytest.fixture(scope="session")

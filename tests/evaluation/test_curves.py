@@ -4,8 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-from softpref.evaluation.curves import Point, curves, entropy_at, equal_reward, most_entropy, shortfall
+from softpref.evaluation import curves as module
+from softpref.evaluation.curves import Point, entropy_at, most_entropy, shortfall
 from softpref.evaluation.exact import ExactPrompt, entropy, softmax_frontier
+
+from tests.evaluations import evaluations
 
 pytestmark = pytest.mark.fast
 
@@ -13,6 +16,14 @@ REWARDS = np.random.default_rng(0).normal(size=40)
 NOTHING = np.zeros(40)
 FRONTIER = softmax_frontier([ExactPrompt(REWARDS, NOTHING, NOTHING, NOTHING, 1.0)])
 MAXIMUM = [Point(*pair) for pair in FRONTIER]
+
+
+def curves(members):
+    return module.curves(evaluations(members))
+
+
+def equal_reward(members):
+    return module.equal_reward(evaluations(members))
 
 
 def softmax(values):
@@ -65,8 +76,8 @@ def test_members_of_one_method_are_a_curve_by_their_parameter():
         ("DPO", "β"),
         ("IPO", "β"),
     ]
-    assert [one["alpha"] for one in found[0].members] == [0.5, 1.0, 2.0]
-    assert [one["beta"] for one in found[3].members] == [0.3, 4.0]
+    assert [one.alpha for one in found[0].members] == [0.5, 1.0, 2.0]
+    assert [one.beta for one in found[3].members] == [0.3, 4.0]
     assert [curve.plain for curve in found] == [True, False, False, True, True]
 
 

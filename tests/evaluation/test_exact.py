@@ -19,7 +19,8 @@ from softpref.evaluation.exact import (
     trained_objective,
     why_unknown,
 )
-from softpref.evaluation.measure import check_same_vocabulary, divergences, draw
+from softpref.evaluation.measure import divergences, draw
+from softpref.evaluation.models import check_same_vocabulary
 from softpref.judges import Outcomes
 from softpref.lm.sampling import Sample
 from softpref.lm.scoring import score_sequences

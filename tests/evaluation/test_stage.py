@@ -15,6 +15,7 @@ from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.stage import headline
 from softpref.fitness import ailments
 from softpref.lm.loading import load_metadata, save_metadata
+from softpref.records import Evaluation
 
 METRICS = {
     "preference_accuracy", "preference_margin", "win_rate", "expected_reward", "reference_expected_reward",
@@ -65,13 +66,13 @@ def test_evaluation_says_what_the_comparison_of_methods_needs(evaluation):
 
 
 def test_the_headline_tells_models_apart_on_one_page(evaluation):
-    found = headline(evaluation)
+    found = headline(Evaluation.of(evaluation))
     assert (found["alpha"], found["beta"]) == (evaluation["alpha"], evaluation["beta"])
     mass = evaluation["exact"]["mass_on_set"]["value"]
     assert found["exact/mass_on_set"] == pytest.approx(mass, rel=1e-5)
     assert len(found) == 9
 
-    baseline = headline(evaluation | {"method": "dpo", "exact": None})
+    baseline = headline(Evaluation.of(evaluation | {"method": "dpo", "exact": None}))
     assert "alpha" not in baseline
     assert "beta" in baseline
     assert {"self_bleu", "truncated_fraction", "expected_reward"} <= set(baseline)
@@ -82,7 +83,9 @@ def test_the_headline_holds_finite_numbers_alone(evaluation):
     broken = {"value": float("nan"), "low": None, "high": None, "n": 1, "prompts": 1, "unit": ""}
     absent = broken | {"value": None}
     metrics = evaluation["metrics"] | {"kl_sequence": broken, "entropy_sequence": absent}
-    assert set(headline(evaluation)) - set(headline(evaluation | {"metrics": metrics})) == {
+    assert set(headline(Evaluation.of(evaluation))) - set(
+        headline(Evaluation.of(evaluation | {"metrics": metrics}))
+    ) == {
         "kl_sequence",
         "entropy_sequence",
     }
@@ -423,7 +426,7 @@ def test_component_writes_artifacts_and_tracks_to_a_real_store(world, extrapolat
     written = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert written["model_uri"] == "s3://models/spo-1"
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
-    assert logged == headline(written)
+    assert logged == headline(Evaluation.of(written))
     assert logged["win_rate"] == float(f"{written['metrics']['win_rate']['value']:.6g}")
     assert metrics.metadata["model"] == evaluation.metadata["name"] == written["name"]
     assert len(logged) + len({*metrics.metadata} - {"display_name"}) <= 10  # one page of the UI's table
@@ -501,9 +504,12 @@ def test_models_that_were_broken_on_purpose_are_told_from_sharper_and_softer_one
         metrics["sharper"]["kl_sequence"]["value"] / metrics["sharper"]["completion_length"]["value"]
     )
     result = compare.run([str(tmp_path / f"{name}-evaluation") for name in members], str(tmp_path / "out"))
-    assert result["chosen"] in ("sharper", "softer")
-    assert [name for name, evaluation in found.items() if ailments(evaluation)] == ["repeating", "random"]
+    assert result.chosen in ("sharper", "softer")
+    assert [name for name, evaluation in found.items() if ailments(Evaluation.of(evaluation))] == [
+        "repeating",
+        "random",
+    ]
     assert "repeats itself: " in found["repeating"]["warnings"][-1]
     assert "writes what its reference would not: " in found["random"]["warnings"][-1]
     for name in ("repeating", "random"):
-        assert f"{name} " in result["reason"].partition("Never chosen: ")[2]
+        assert f"{name} " in result.reason.partition("Never chosen: ")[2]

@@ -30,7 +30,7 @@ def register(tmp_path, store, cache, write_model, write_evaluation):
         )
         config = RegistryConfig("story", tracking_uri=store, min_win_rate=0.5)
         decision = run(config, folder, evaluation, tmp_path / f"registration-{seed}")
-        assert decision["champion"]
+        assert decision.champion
         return folder
 
     return put
@@ -172,5 +172,5 @@ def test_the_champion_is_aligned_further_and_evaluated(register, store, tmp_path
         policy_dir=str(tmp_path / "policy"),
         output_dir=str(tmp_path / "evaluation"),
     )
-    assert found["reference_uri"] == "models:/story/1"
-    assert found["metrics"]["win_rate"]["value"] is not None
+    assert found.reference_uri == "models:/story/1"
+    assert found.metrics["win_rate"].value is not None

@@ -3,8 +3,12 @@
 import pytest
 from softpref.errors import ConfigError
 from softpref.fitness import gate_failures
+from softpref.records import figures_of
+from softpref.registry import gate
 from softpref.registry.config import RegistryConfig
-from softpref.registry.gate import Champion, challenge
+from softpref.registry.gate import challenge
+
+from tests.evaluations import evaluation
 
 pytestmark = pytest.mark.fast
 
@@ -30,7 +34,7 @@ def scores(**figures):
     ],
 )
 def test_gate_looks_at_the_cautious_end_of_the_interval(limits, failing):
-    failures = gate_failures({"metrics": scores()}, RegistryConfig("story", **limits).limits)
+    failures = gate_failures(evaluation(metrics=scores()), RegistryConfig("story", **limits).limits)
     assert len(failures) == (failing is not None)
     if failing:
         import re
@@ -41,12 +45,16 @@ def test_gate_looks_at_the_cautious_end_of_the_interval(limits, failing):
 @pytest.mark.parametrize("missing", [{}, figure(None), figure(float("nan"), float("nan"), float("nan"))])
 def test_figure_that_was_not_measured_fails_the_gate(missing):
     limits = RegistryConfig("story", max_kl=3).limits
-    assert "win_rate" in gate_failures({"metrics": scores(win_rate=missing)}, limits)[0]
-    assert "kl_sequence" in gate_failures({"metrics": scores(kl_sequence=missing)}, limits)[0]
+    assert "win_rate" in gate_failures(evaluation(metrics=scores(win_rate=missing)), limits)[0]
+    assert "kl_sequence" in gate_failures(evaluation(metrics=scores(kl_sequence=missing)), limits)[0]
 
 
 def evaluated(metrics, evaluation_id="e", **more):
-    return {"metrics": metrics, "evaluation_id": evaluation_id, **more}
+    return evaluation(metrics=metrics, evaluation_id=evaluation_id, **more)
+
+
+def Champion(version, evaluation_id, metrics, evaluated_on=None):
+    return gate.Champion(version, evaluation_id, figures_of(metrics), evaluated_on)
 
 
 def test_first_model_through_the_gate_becomes_champion():

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from softpref.errors import ConfigError, DataError
+from softpref.records import Registration
 from softpref.registry.config import RegistryConfig
-from softpref.registry.stage import decision_markdown, model_hash, run
+from softpref.registry.served import model_hash
+from softpref.registry.stage import decision_markdown, run
 from softpref.tracking import Tracker
 
 
@@ -48,9 +50,9 @@ def test_registered_version_says_where_it_comes_from_and_how_good_it_is(
         tmp_path / "registration",
         tmp_path / "comparison",
     )
-    assert decision == json.loads((tmp_path / "registration" / "registration.json").read_text())
-    assert (decision["registered"], decision["champion"], decision["version"]) == (True, True, "1")
-    assert decision["aliases"] == ["challenger", "champion"]
+    assert vars(decision) == json.loads((tmp_path / "registration" / "registration.json").read_text())
+    assert (decision.registered, decision.champion, decision.version) == (True, True, "1")
+    assert decision.aliases == ["challenger", "champion"]
     (version,) = versions(client)
     assert version.run_id == tracker.run_id
     assert version.tags["alpha"] == "0.5"
@@ -83,10 +85,10 @@ def test_champion_changes_only_for_a_better_model_on_the_same_evaluation(
     assert register(1, (0.7, 0.65, 0.75))[1] == {"challenger": 1, "champion": 1}
     decision, aliases = register(2, (0.6, 0.55, 0.65))
     assert aliases == {"challenger": 2, "champion": 1}
-    assert "does not beat" in decision["reason"]
+    assert "does not beat" in decision.reason
     decision, aliases = register(3, (0.9, 0.85, 0.95), evaluation_id="another")
     assert aliases == {"challenger": 3, "champion": 1}
-    assert "not comparable" in decision["reason"]
+    assert "not comparable" in decision.reason
     assert register(4, (0.8, 0.75, 0.85))[1] == {"challenger": 4, "champion": 4}
     with pytest.raises(DataError, match=r"not registered: win_rate is 0\.5"):
         register(5, (0.5, 0.45, 0.55))
@@ -105,7 +107,7 @@ def test_what_keeps_two_models_from_being_compared_is_in_their_versions(
         evaluation = write_evaluation(tmp_path / f"evaluation-{number}", **identity)
         decision = run(config(store), model, evaluation, tmp_path / f"registration-{number}")
         assert json.loads(client.get_model_version("story", str(number)).tags["evaluated_on"]) == evaluated_on
-    assert "version 1, was evaluated against another reference (its weights differ)" in decision["reason"]
+    assert "version 1, was evaluated against another reference (its weights differ)" in decision.reason
     assert client.get_registered_model("story").aliases == {"challenger": 2, "champion": 1}
 
 
@@ -120,11 +122,11 @@ def test_an_older_version_registered_again_takes_no_newer_ones_place(
     assert client.get_registered_model("story").aliases == {"challenger": 3, "champion": 1}
 
     second = run(config(store), models[1], evaluations[1], tmp_path / "again")
-    assert (second["reused"], second["version"], second["aliases"]) == (True, "2", [])
-    assert "challenger stays at version 3, which is newer" in second["reason"]
+    assert (second.reused, second.version, second.aliases) == (True, "2", [])
+    assert "challenger stays at version 3, which is newer" in second.reason
     assert "mlflow models serve -m models:/story/2 " in decision_markdown(second)
     first = run(config(store), models[0], evaluations[0], tmp_path / "once more")
-    assert (first["reused"], first["champion"], first["aliases"]) == (True, True, ["champion"])
+    assert (first.reused, first.champion, first.aliases) == (True, True, ["champion"])
     assert client.get_registered_model("story").aliases == {"challenger": 3, "champion": 1}
 
 
@@ -132,9 +134,9 @@ def test_failed_gate_needs_no_server(tmp_path, model, write_evaluation):
     evaluation = write_evaluation(tmp_path / "evaluation", win_rate=(0.5, 0.5, 0.5))
     with pytest.raises(DataError, match=r"alpha-0\.5 is not registered: .*not above min_win_rate = 0\.5"):
         run(config("http://127.0.0.1:1"), model, evaluation, tmp_path / "out")
-    decision = json.loads((tmp_path / "out" / "registration.json").read_text())
-    assert not decision["registered"]
-    assert "min_win_rate" in decision["reason"]
+    decision = Registration.read(tmp_path / "out")
+    assert not decision.registered
+    assert "min_win_rate" in decision.reason
 
 
 def test_a_coin_promotes_nobody_and_registers_nobody_that_the_gate_asks_for_a_win_rate(
@@ -146,8 +148,8 @@ def test_a_coin_promotes_nobody_and_registers_nobody_that_the_gate_asks_for_a_wi
         run(config(store), model, coin, tmp_path / "out")
     assert versions(client) == []
     decision = run(config(store, min_win_rate=None), model, coin, tmp_path / "out")
-    assert (decision["aliases"], decision["champion"]) == (["challenger"], False)
-    assert "nobody becomes champion by this judge" in decision["reason"]
+    assert (decision.aliases, decision.champion) == (["challenger"], False)
+    assert "nobody becomes champion by this judge" in decision.reason
 
 
 def test_the_next_that_passes_the_gate_is_registered_and_its_version_says_why(
@@ -168,7 +170,7 @@ def test_the_next_that_passes_the_gate_is_registered_and_its_version_says_why(
         metrics["win_rate"] = {"value": value, "low": low, "high": high, "n": 400, "unit": "probability"}
         written = write_evaluation(tmp_path / f"e-{name}", metrics=metrics, **rates, **identity)
         evaluations.append(str(written))
-    assert compare.run(evaluations, str(tmp_path / "any"), "win_rate")["chosen"] == "soft"
+    assert compare.run(evaluations, str(tmp_path / "any"), "win_rate").chosen == "soft"
     limits = config(store).limits
     compare.run(evaluations, str(tmp_path / "comparison"), "win_rate", limits=limits)
 
@@ -179,7 +181,7 @@ def test_the_next_that_passes_the_gate_is_registered_and_its_version_says_why(
         tmp_path / "out",
         tmp_path / "comparison",
     )
-    assert (decision["registered"], decision["champion"]) == (True, True)
+    assert (decision.registered, decision.champion) == (True, True)
     (version,) = versions(client)
     assert version.tags["name"] == "sharp"
     why = "Before it by the rule, but for the gate, would come soft (win_rate is 0.6 [0.5, 0.7], n=400"
@@ -202,9 +204,9 @@ def test_retry_after_a_crash_registers_nothing_twice(
             run(config(store), model, evaluation, tmp_path / "out")
     decision = run(config(store), model, evaluation, tmp_path / "out")
     again = run(config(store), model, evaluation, tmp_path / "out")
-    assert decision["reused"] is (crash != "register_model")
-    assert again["reused"]
-    assert again["reason"] == "this version is the champion already"
+    assert decision.reused is (crash != "register_model")
+    assert again.reused
+    assert again.reason == "this version is the champion already"
     (version,) = versions(client)
     assert client.get_registered_model("story").aliases == {"challenger": 1, "champion": 1}
     experiment = client.get_experiment_by_name("softpref").experiment_id
@@ -242,7 +244,7 @@ def test_adapter_is_merged_before_it_is_registered(tmp_path, store, write_model,
     decision = run(config(store), adapter, write_evaluation(tmp_path / "evaluation"), tmp_path / "out")
 
     mlflow.set_tracking_uri(store)
-    registered = mlflow.transformers.load_model(decision["model_uri"], return_type="components")["model"]
+    registered = mlflow.transformers.load_model(decision.model_uri, return_type="components")["model"]
     ids = torch.tensor([[0, 5, 9]])
     with torch.no_grad():
         torch.testing.assert_close(registered(ids).logits, adapted.eval()(ids).logits)
@@ -278,12 +280,12 @@ def test_an_extrapolated_model_is_registered_as_itself_and_only_with_its_own_eva
         run(config(store), model, other, tmp_path / "out")
 
     decision = run(config(store), model, evaluation, tmp_path / "registration", tmp_path)
-    assert decision["registered"]
+    assert decision.registered
     (version,) = versions(client)
     assert (version.tags["name"], version.tags["extrapolation"]) == (own["name"], "0.5")
-    assert decision["model_hash"] != model_hash(policy)
+    assert decision.model_hash != model_hash(policy)
     (policy / "extrapolated-0.5").rename(tmp_path / "apart")
-    assert model_hash(tmp_path / "apart") == decision["model_hash"]
+    assert model_hash(tmp_path / "apart") == decision.model_hash
 
 
 def test_folders_that_do_not_belong_together_are_refused(

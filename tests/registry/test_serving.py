@@ -91,14 +91,14 @@ def test_model_answers_at_temperature_one_whatever_its_generation_config_says(
 
     model = write_model(tmp_path / "model", generation=generation, max_completion_length=1)
     decision = registered(tmp_path, store, model, write_evaluation)
-    assert "generation_config.json says" in " ".join(decision["warnings"])
+    assert "generation_config.json says" in " ".join(decision.warnings)
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(model)(tokenizer("afo", return_tensors="pt").input_ids)
     odds = logits.logits[0, -1].double()
     mlflow.set_tracking_uri(store)
-    served = mlflow.pyfunc.load_model(decision["model_uri"])._model_impl
+    served = mlflow.pyfunc.load_model(decision.model_uri)._model_impl
     torch.manual_seed(0)
     settings = served.model_config
     drawn = served.pipeline(["afo"] * 1500, **settings, return_tensors=True)
@@ -118,7 +118,7 @@ def test_chat_prompts_get_one_start_token(tmp_path, store, write_model, write_ev
     model = write_model(tmp_path / "model", chat=True)
     decision = registered(tmp_path, store, model, write_evaluation)
     mlflow.set_tracking_uri(store)
-    served = mlflow.pyfunc.load_model(decision["model_uri"])
+    served = mlflow.pyfunc.load_model(decision.model_uri)
     pipeline, seen = served._model_impl.pipeline, []
     forward = pipeline.model.generate
     pipeline.model.generate = lambda input_ids, **options: (

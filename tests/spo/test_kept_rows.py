@@ -294,10 +294,10 @@ def test_rows_that_cannot_be_tokenized_are_for_the_training_to_say(
 
 
 def test_they_are_no_part_of_the_model_that_is_registered(copies):
-    from softpref.registry.stage import _whole_checkpoint, model_hash
+    from softpref.registry.served import model_hash, whole_checkpoint
 
     _, reference = copies
-    with _whole_checkpoint(reference, False) as checkpoint:
+    with whole_checkpoint(reference, False) as checkpoint:
         assert "rows" not in {path.name for path in checkpoint.iterdir()}
     before = model_hash(reference)
     shutil.rmtree(reference / "rows")

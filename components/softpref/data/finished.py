@@ -13,11 +13,12 @@ from softpref.data.config import DataConfig
 from softpref.data.rows import Preference
 from softpref.data.splits import SPLITS, prompt_key
 from softpref.errors import ConfigError, DataError
+from softpref.records import OUTCOMES_FILE, REWARD_FILE, STATS_FILE
 
 logger = logging.getLogger(__name__)
 
 _COLUMNS = {*Preference._fields, "source_row"}
-_TAKEN = (*SPLITS, "dataset_dict.json", "sft", "prompts", "outcomes.jsonl", "reward.json")
+_TAKEN = (*SPLITS, "dataset_dict.json", "sft", "prompts", OUTCOMES_FILE, REWARD_FILE)
 # the parameters that choose or change preferences while they are read
 _OF_READING = (
     *("columns", "preference_values", "score_scale", "implicit_prompt", "implicit_prompt_end"),
@@ -44,7 +45,7 @@ class Finished(NamedTuple):
 def is_finished(folder: Path) -> bool:
     """Whether a folder is a dataset that this stage wrote."""
     try:
-        stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+        stats = json.loads((folder / STATS_FILE).read_text(encoding="utf-8"))
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         return stats["stage"] == "data" and sorted(splits) == sorted(SPLITS)
     except (OSError, ValueError, KeyError, TypeError):
@@ -62,7 +63,7 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
     """
     import datasets
 
-    stats = json.loads((source / "stats.json").read_text(encoding="utf-8"))
+    stats = json.loads((source / STATS_FILE).read_text(encoding="utf-8"))
     _check_unchanged_reading(config, sum(stats["rows"].values()))
     replaced = {
         name for name, given in (("sft", config.sft_source), ("prompts", config.prompts_source)) if given

@@ -1,15 +1,21 @@
-"""Several sources with shares in one dataset: how many rows each gives, what is recorded. Reads no data."""
+"""Which of the accepted rows a dataset holds; of several sources with shares, how many of each."""
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from softpref.data.config import Part
+from softpref.data.config import DataConfig, Part
+from softpref.data.intake import Intake
+from softpref.data.writing import hash_order
 from softpref.errors import DataError
 from softpref.remote import public_url
+
+logger = logging.getLogger(__name__)
 
 
 class Draw(NamedTuple):
@@ -66,6 +72,54 @@ def _rounded(parts: Sequence[Part], total: int) -> list[int]:
     for index in by_rest[: total - sum(counts)]:
         counts[index] += 1
     return counts
+
+
+def choose_rows(
+    intake: Intake, config: DataConfig, parts: Sequence[Part]
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """Indices of the accepted rows to keep, without contradictions and down to a sample, as asked.
+
+    Of a mixture also how many rows each source had, and gave.
+    """
+    kept = [
+        index
+        for index, set_id in enumerate(intake.set_ids)
+        if config.contradictions == "keep" or set_id not in intake.contradictory
+    ]
+    left = {intake.sources[index] for index in kept}
+    for index, part in enumerate(parts):
+        if index not in left:
+            raise DataError(f"every row of {part.name} contradicts another; contradictions='keep' keeps them")
+    if config.mixture:
+        return _mix(kept, intake, config, parts)
+    if config.rows is not None and config.rows < len(kept) and not config.embedded:
+        kept = sorted(hash_order(kept, config.seed)[: config.rows])
+    return kept, []
+
+
+def _mix(
+    kept: list[int], intake: Intake, config: DataConfig, parts: Sequence[Part]
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """A seeded sample with the shares of the mixture, and how many rows each source had, and gave."""
+    by_source: list[list[int]] = [[] for _ in parts]
+    for index in kept:
+        by_source[intake.sources[index]].append(index)
+    draw = divide_rows(parts, [len(rows) for rows in by_source], config.rows)
+    logger.warning(
+        "mixture of %d rows: %s",
+        sum(draw.counts),
+        "; ".join(
+            f"{part.name} {count} of {len(rows)}, share {float(part.share):g}" + ", which bounds it" * binds
+            for part, count, rows, binds in zip(parts, draw.counts, by_source, draw.binding, strict=True)
+        ),
+    )
+    chosen = [
+        hash_order(rows, config.seed)[:count] for rows, count in zip(by_source, draw.counts, strict=True)
+    ]
+    return sorted(itertools.chain.from_iterable(chosen)), [
+        {"usable": len(rows), "rows": count, "not_sampled": len(rows) - count, "binding": binds}
+        for rows, count, binds in zip(by_source, draw.counts, draw.binding, strict=True)
+    ]
 
 
 def public_mixture(mixture: Mapping[str, Any]) -> dict[str, Any]:

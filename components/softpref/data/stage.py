@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import json
 import logging
 import os
@@ -19,31 +18,29 @@ from typing import Any
 
 from softpref import __version__
 from softpref.artifacts import readable
-from softpref.config import PARAMETERS_FILE, write_parameters
-from softpref.data import rows as row_reading
-from softpref.data import storyteller
-from softpref.data.columns import check_present
-from softpref.data.config import (
-    EMBEDDED,
-    STORY_ROWS,
-    STORY_SFT_ROWS,
-    WITH_ESCAPES,
-    DataConfig,
-    Part,
-    parts_of,
-)
+from softpref.config import write_parameters
+from softpref.data.config import EMBEDDED, WITH_ESCAPES, DataConfig, Part, parts_of
+from softpref.data.embedded import embedded_preferences, write_known_answers
+from softpref.data.extras import write_extras
 from softpref.data.finished import is_finished, take_over
-from softpref.data.intake import Intake, RejectionLog, Source, check_alike, check_rejections, peek_columns
-from softpref.data.mixture import divide_rows, label, public_mixture
+from softpref.data.intake import Intake, RejectionLog, Source, check_alike, check_rejections
+from softpref.data.mixture import choose_rows, label, public_mixture
 from softpref.data.page import render_page
 from softpref.data.sources import SourceRow, fetch, open_source
-from softpref.data.splits import SPLITS, assign_splits, prompt_key
-from softpref.data.story_world import StoryWorld
-from softpref.data.writing import EXAMPLES, SplitWriter, demonstration_features, hash_order, write_preferences
+from softpref.data.splits import SPLITS, assign_splits
+from softpref.data.writing import EXAMPLES, hash_order, write_preferences
 from softpref.errors import ConfigError, DataError
 from softpref.progress import settle_output
+from softpref.records import (
+    OUTCOMES_FILE,
+    PAGE_FILE,
+    PARAMETERS_FILE,
+    REJECTED_FILE,
+    REWARD_FILE,
+    STATS_FILE,
+    TIMINGS_FILE,
+)
 from softpref.remote import is_url, public_url
-from softpref.rewards import REWARD_FILE
 from softpref.timings import PhaseTimer
 
 logger = logging.getLogger(__name__)
@@ -51,15 +48,15 @@ logger = logging.getLogger(__name__)
 _WRITTEN = {  # what a dataset folder holds; a run replaces them all
     *SPLITS,
     "dataset_dict.json",
-    "stats.json",
+    STATS_FILE,
     PARAMETERS_FILE,
-    "rejected.jsonl",
-    "page.html",
+    REJECTED_FILE,
+    PAGE_FILE,
     "sft",
     "prompts",
-    "outcomes.jsonl",
+    OUTCOMES_FILE,
     REWARD_FILE,
-    "timings.json",
+    TIMINGS_FILE,
 }
 _SOURCES = ("source", "sft_source", "prompts_source")
 
@@ -105,14 +102,14 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
         timer.write(partial)
         _replace(output, partial)
     except DataError:
-        if (partial / "rejected.jsonl").is_file():
-            os.replace(partial / "rejected.jsonl", listing)
+        if (partial / REJECTED_FILE).is_file():
+            os.replace(partial / REJECTED_FILE, listing)
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if page_path is not None:
         Path(page_path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(output / "page.html", page_path)
+        shutil.copyfile(output / PAGE_FILE, page_path)
     return stats
 
 
@@ -157,19 +154,18 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
         taken = take_over(place, config, folder)
         stats = {**taken.stats, "taken_over": config.source}
         split_of, examples = taken.split_of, _examples_of(taken.dataset["train"], config.seed)
-    rejections = RejectionLog(folder / "rejected.jsonl")
+    rejections = RejectionLog(folder / REJECTED_FILE)
     try:
         if not finished:
             stats, split_of, examples = _divide(config, parts, preferences, folder, rejections, listing)
-        stats |= _write_extras(
-            config, stats["conversational"], split_of, streams, folder, rejections, listing
-        )
+        stats |= write_extras(config, stats["conversational"], split_of, streams, folder, rejections, listing)
+        write_known_answers(config, folder)
     finally:
         rejections.close()
-    (folder / "stats.json").write_text(json.dumps(stats, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / STATS_FILE).write_text(json.dumps(stats, indent=2, ensure_ascii=False), encoding="utf-8")
     escaped = {name: getattr(config, name).replace("\\", "\\\\") for name in WITH_ESCAPES}
     write_parameters(_changed(config, escaped), folder)
-    (folder / "page.html").write_text(render_page(stats, examples), encoding="utf-8")
+    (folder / PAGE_FILE).write_text(render_page(stats, examples), encoding="utf-8")
     shutil.rmtree(work)
     return stats
 
@@ -204,7 +200,7 @@ def _divide(
     for source in sources:
         taken.append(intake.take(source))
         check_rejections(taken[-1], source.name, config, listing)
-    kept, mixed = _choose_rows(intake, config, parts)
+    kept, mixed = choose_rows(intake, config, parts)
     keys = intake.prompt_keys
     split_of = assign_splits(
         {keys[intake.prompt_ids[index]] for index in kept},
@@ -272,13 +268,7 @@ def _examples_of(rows: Any, seed: int) -> list[dict[str, Any]]:
 
 def _preference_rows(config: DataConfig, fetched: Path | None) -> Iterator[SourceRow]:
     if config.embedded:
-        world, rows = _world(config), config.rows or STORY_ROWS
-        if config.story_kind == "pairwise":
-            draws = world.preferences(rows, config.seed, config.votes)
-        else:
-            only_best = config.story_kind == "best_of_n"
-            draws = world.rankings(rows, config.seed, config.group_size, only_best=only_best)
-        return (SourceRow(number, f"draw {number}", record) for number, record in enumerate(draws, start=1))
+        return embedded_preferences(config)
     return open_source(
         config.source,
         format=config.format,
@@ -289,187 +279,12 @@ def _preference_rows(config: DataConfig, fetched: Path | None) -> Iterator[Sourc
     )
 
 
-def _choose_rows(
-    intake: Intake, config: DataConfig, parts: Sequence[Part]
-) -> tuple[list[int], list[dict[str, Any]]]:
-    """Indices of the accepted rows to keep, without contradictions and down to a sample, as asked.
-
-    Of a mixture also how many rows each source had, and gave.
-    """
-    kept = [
-        index
-        for index, set_id in enumerate(intake.set_ids)
-        if config.contradictions == "keep" or set_id not in intake.contradictory
-    ]
-    left = {intake.sources[index] for index in kept}
-    for index, part in enumerate(parts):
-        if index not in left:
-            raise DataError(f"every row of {part.name} contradicts another; contradictions='keep' keeps them")
-    if config.mixture:
-        return _mix(kept, intake, config, parts)
-    if config.rows is not None and config.rows < len(kept) and not config.embedded:
-        kept = sorted(hash_order(kept, config.seed)[: config.rows])
-    return kept, []
-
-
-def _mix(
-    kept: list[int], intake: Intake, config: DataConfig, parts: Sequence[Part]
-) -> tuple[list[int], list[dict[str, Any]]]:
-    """A seeded sample with the shares of the mixture, and how many rows each source had, and gave."""
-    by_source: list[list[int]] = [[] for _ in parts]
-    for index in kept:
-        by_source[intake.sources[index]].append(index)
-    draw = divide_rows(parts, [len(rows) for rows in by_source], config.rows)
-    logger.warning(
-        "mixture of %d rows: %s",
-        sum(draw.counts),
-        "; ".join(
-            f"{part.name} {count} of {len(rows)}, share {float(part.share):g}" + ", which bounds it" * binds
-            for part, count, rows, binds in zip(parts, draw.counts, by_source, draw.binding, strict=True)
-        ),
-    )
-    chosen = [
-        hash_order(rows, config.seed)[:count] for rows, count in zip(by_source, draw.counts, strict=True)
-    ]
-    return sorted(itertools.chain.from_iterable(chosen)), [
-        {"usable": len(rows), "rows": count, "not_sampled": len(rows) - count, "binding": binds}
-        for rows, count, binds in zip(by_source, draw.counts, draw.binding, strict=True)
-    ]
-
-
-def _write_extras(
-    config: DataConfig,
-    conversational: bool,
-    split_of: Mapping[bytes, str],
-    streams: Mapping[str, Iterator[SourceRow]],
-    folder: Path,
-    rejections: RejectionLog,
-    listing: Path,
-) -> dict[str, Any]:
-    """`sft/`, `prompts/`, `outcomes.jsonl` and `reward.json`, where the configuration gives them a source.
-
-    Args:
-        streams: the rows of the further sources `sft` and `prompts`.
-    """
-    extras: dict[str, Any] = {}
-    if config.embedded or "sft" in streams:
-        demonstrations = streams.get("sft") or _story_demonstrations(config)
-        columns = {"prompt": "prompt", "completion": "completion", **config.sft_columns}
-        splits = ("train", "validation")
-        writer = SplitWriter(folder / "work", splits, demonstration_features(conversational), "sft-")
-        held_out = 0
-        for record in _extra_rows(
-            demonstrations, columns, config, "sft", conversational, rejections, listing
-        ):
-            split = split_of.get(prompt_key(record["prompt"]), "train")
-            if split == "test":  # the reference model must not have seen what it is judged on
-                held_out += 1
-                continue
-            writer.write(split, record)
-            if not config.embedded and sum(writer.counts.values()) == config.sft_rows:
-                break
-        if not writer.counts["train"]:
-            raise DataError(
-                f"{config.sft_source or config.source} gave no demonstration outside the held-out prompts"
-            )
-        writer.save(folder / "sft", skip_empty=True)
-        rejected = dict(rejections.extras["sft"])
-        extras["sft"] = {**writer.counts, "held_out": held_out, "rejected": rejected}
-    if "prompts" in streams:
-        columns = {"prompt": "prompt", **config.prompts_columns}
-        features = {"prompt": demonstration_features(conversational)["prompt"]}
-        writer = SplitWriter(folder / "work", ("train",), features, "prompts-")
-        seen: set[bytes] = set()
-        held_out = 0
-        for record in _extra_rows(
-            streams["prompts"], columns, config, "prompts", conversational, rejections, listing
-        ):
-            key = prompt_key(record["prompt"])
-            if split_of.get(key, "train") != "train":
-                held_out += 1
-            elif key not in seen:
-                seen.add(key)
-                writer.write("train", record)
-        if not writer.counts["train"]:
-            raise DataError(f"{config.prompts_source} gave no prompt outside the held-out prompts")
-        writer.dataset("train").save_to_disk(str(folder / "prompts"))
-        rejected = dict(rejections.extras["prompts"])
-        extras["extra_prompts"] = {**writer.counts, "held_out": held_out, "rejected": rejected}
-    if config.source == "story":
-        world = StoryWorld()
-        with (folder / "outcomes.jsonl").open("w", encoding="utf-8") as file:
-            for prompt in world.prompts:
-                outcomes = world.outcomes(prompt)
-                line = {
-                    "prompt": prompt,
-                    "completions": outcomes.completions,
-                    "rewards": outcomes.rewards.tolist(),
-                    "weights": outcomes.weights.tolist(),
-                }
-                file.write(json.dumps(line) + "\n")
-    elif config.source == "storyteller":
-        storyteller.REWARD.write(folder / REWARD_FILE)
-    return extras
-
-
-def _world(config: DataConfig) -> StoryWorld | storyteller.Storyteller:
-    return StoryWorld() if config.source == "story" else storyteller.Storyteller()
-
-
-def _story_demonstrations(config: DataConfig) -> Iterator[SourceRow]:
-    # Another seed than the preferences', so that the two draws do not repeat each other's stories.
-    draws = _world(config).demonstrations(config.sft_rows or STORY_SFT_ROWS, config.seed + 1)
-    return (SourceRow(number, f"draw {number}", record) for number, record in enumerate(draws, start=1))
-
-
-def _extra_rows(
-    stream: Iterator[SourceRow],
-    columns: dict[str, str],
-    config: DataConfig,
-    name: str,
-    conversational: bool,
-    rejections: RejectionLog,
-    listing: Path,
-) -> Iterator[dict[str, Any]]:
-    """Demonstrations or prompts as records; what cannot be used goes to the rejection log under `name`."""
-    source = (config.sft_source if name == "sft" else config.prompts_source) or config.source
-    stream, known, _ = peek_columns(stream, source)
-    fields = config.template_fields
-    if fields and "prompt" not in (config.sft_columns if name == "sft" else config.prompts_columns):
-        columns = {role: column for role, column in columns.items() if role != "prompt"}
-        check_present([("prompt_template", field) for field in fields], known, source)
-    check_present([(f"{name}_columns[{role!r}]", column) for role, column in columns.items()], known, source)
-    read = refused = taken = 0
-    for row in stream:
-        read += 1
-        try:
-            if row.record is None:
-                raise row_reading.Refused("row cannot be read", row.fault)
-            record: dict[str, Any]
-            if name == "sft":
-                record = row_reading.read_demonstration(row.record, columns, config)._asdict()
-            else:
-                record = {"prompt": row_reading.read_prompt(row.record, columns, config)}
-            if isinstance(record["prompt"], list) is not conversational:
-                raise row_reading.Refused("plain text and conversations are mixed", "with the preferences")
-            taken += 1
-            yield record
-        except row_reading.Refused as reason:
-            refused += not isinstance(reason, row_reading.LeftOut)
-            rejections.add(row.number, row.place, reason, source=name)
-    if not taken or refused > config.max_rejected_fraction * read:
-        raise DataError(
-            f"{refused} of the {read} rows of {source} ({name}) were refused, max_rejected_fraction is "
-            f"{config.max_rejected_fraction}; they are listed in {listing}"
-        )
-
-
 def _refuse_foreign(output: Path) -> None:
     """Refuse an output folder with something in it that an earlier run of this stage did not write."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     try:
-        ours = json.loads((output / "stats.json").read_text(encoding="utf-8"))["stage"] == "data"
+        ours = json.loads((output / STATS_FILE).read_text(encoding="utf-8"))["stage"] == "data"
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from softpref.errors import ConfigError, SoftprefError
+from softpref.records import METADATA_FILE, STATS_FILE
 from softpref.tracking.pipeline_run import current_pipeline_run
 
 Stage = Literal["sft", "train"]
@@ -63,8 +64,8 @@ def job_name(
         "name": where.get("name", ""),
         # one run of a pipeline, or without tracking the one place that the model goes to
         "run": run.id if (run := current_pipeline_run()) else where.get("parent_run_id") or folders["output"],
-        "dataset": _stamp(Path(folders["dataset"]) / "stats.json"),
-        "reference": _stamp(Path(folders["reference"]) / "softpref.json") if "reference" in folders else "",
+        "dataset": _stamp(Path(folders["dataset"]) / STATS_FILE),
+        "reference": _stamp(Path(folders["reference"]) / METADATA_FILE) if "reference" in folders else "",
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
     words = re.sub(r"[^a-z0-9]+", "-", f"{stage}-{where.get('name', '')}".lower()).strip("-")

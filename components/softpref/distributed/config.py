@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from softpref.config import build_config, parse_overrides
 from softpref.errors import ConfigError
@@ -27,8 +27,6 @@ class TrainJobConfig:
     the job's namespace, and read TrainingRuntimes and ClusterTrainingRuntimes.
 
     Args:
-        backend: `kubernetes`; or, to try the same path on one machine, `container` (each node a container of
-            `image`, through Docker or Podman) or `local` (each node a process of this environment).
         runtime: name of a TrainingRuntime or ClusterTrainingRuntime whose policy is torch, and whose job and
             container are called `node`, as those that come with Kubeflow Trainer do.
         namespace: where the job runs; empty: the namespace of the step that submits it.
@@ -38,9 +36,8 @@ class TrainJobConfig:
         processes_per_node: processes of a node without GPUs.
         image: the training image; empty: the one that this version of softpref is built into.
         volume_claim: PersistentVolumeClaim (ReadWriteMany) for data, checkpoints and results, in the job's
-            namespace. Of the backend `kubernetes`, and needed there.
-        mount_path: where the claim is mounted, in the nodes and in the step that submits; of the backend
-            `local`, any folder. Containers have a folder of their own from the SDK.
+            namespace; needed.
+        mount_path: where the claim is mounted, in the nodes and in the step that submits.
         folder: folder of the volume under which each job has one of its own.
         cpu, memory: what each node requests and is limited to, as Kubernetes writes it (`8`, `64Gi`). Empty:
             as the runtime says.
@@ -64,7 +61,6 @@ class TrainJobConfig:
         poll_interval: seconds between two looks at the job.
     """
 
-    backend: Literal["kubernetes", "container", "local"] = "kubernetes"
     runtime: str = "torch-distributed"
     namespace: str = ""
     nodes: int = 2
@@ -97,9 +93,7 @@ class TrainJobConfig:
         def refuse(name: str, expected: str) -> None:
             raise ConfigError(f"TrainJobConfig.{name} must be {expected}, got {getattr(self, name)!r}")
 
-        if self.backend not in ("kubernetes", "container", "local"):
-            refuse("backend", "kubernetes, container or local")
-        if self.backend == "kubernetes" and not self.volume_claim:
+        if not self.volume_claim:
             refuse("volume_claim", "the name of a ReadWriteMany claim that the nodes and this step mount")
         for name in ("runtime", "volume_claim", "namespace", "service_account"):
             if (name == "runtime" or getattr(self, name)) and not _DNS_NAME.fullmatch(getattr(self, name)):

@@ -8,11 +8,10 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from softpref.distributed.config import TrainJobConfig
 from softpref.distributed.node import SECRETS_VARIABLE
-from softpref.distributed.nodes import State
 from softpref.errors import ConfigError
 from softpref.images import TRAIN_IMAGE
 
@@ -32,38 +31,52 @@ _HOMES = {
 }
 
 
+class State(NamedTuple):
+    """What is known of a job.
+
+    Attributes:
+        status: `waiting` until all nodes have run, `running`, `complete`, `failed`, or `gone` if somebody
+            has removed it.
+        nodes: the state of each node that there is, by its name, as the SDK calls it.
+    """
+
+    status: str
+    nodes: dict[str, str]
+
+
 class KubernetesNodes:
-    """The pods of a TrainJob; see `softpref.distributed.trainjob.Nodes`.
+    """The pods of a TrainJob, in the cluster that this step runs in, or of the kubeconfig's current context.
 
     Args:
         gpus: of each node.
-        client: a `kubeflow.trainer.TrainerClient`; by default of the cluster that this step runs in, or of
-            the kubeconfig's current context.
+
+    Raises:
+        ConfigError: the SDK is not installed, or no cluster is known.
     """
 
-    def __init__(self, job: TrainJobConfig, gpus: int, client: Any = None) -> None:
-        from kubeflow.common.types import KubernetesBackendConfig
-        from kubeflow.trainer import TrainerClient
-        from kubernetes.config import ConfigException
-
+    def __init__(self, job: TrainJobConfig, gpus: int) -> None:
+        try:
+            from kubeflow.common.types import KubernetesBackendConfig
+            from kubeflow.trainer import TrainerClient
+            from kubernetes.config import ConfigException
+        except ImportError as error:
+            raise ConfigError("a TrainJob needs the Kubeflow SDK: pip install 'softpref[cluster]'") from error
         self._job, self._gpus = job, gpus
         try:
-            config = KubernetesBackendConfig(namespace=job.namespace or None)
-            self._client = client or TrainerClient(config)
+            self._client = TrainerClient(KubernetesBackendConfig(namespace=job.namespace or None))
         except ConfigException as error:
             raise ConfigError(
-                f"a TrainJob needs a cluster, and none is known here ({error}); run the step in one, give a "
-                "kubeconfig, or try backend local"
+                f"a TrainJob needs a cluster, and none is known here ({error}); run the step in one, or "
+                "give a kubeconfig"
             ) from error
         self._printed: dict[tuple[str, int], int] = {}  # lines of each start of a pod that were passed on
 
     def folder(self, name: str) -> Path:
+        """The job's folder on the shared volume, as this step and its nodes see it."""
         return Path(self._job.mount_path) / self._job.folder / name
 
-    def node_folder(self, name: str) -> str:
-        return str(self.folder(name))
-
     def submit(self, name: str, env: Mapping[str, str]) -> None:
+        """Start the job's nodes; each runs `softpref.distributed.node` with `env` in its environment."""
         try:
             self._client.train(**self.request(name, env))
         except (RuntimeError, TimeoutError) as error:
@@ -129,7 +142,7 @@ class KubernetesNodes:
         options: list[Any] = [
             sdk.Name(name),
             sdk.Labels({"app.kubernetes.io/part-of": "softpref", **job.labels}),
-            sdk.TrainerCommand(["python", "-m", "softpref.distributed.node", self.node_folder(name)]),
+            sdk.TrainerCommand(["python", "-m", "softpref.distributed.node", str(self.folder(name))]),
             sdk.RuntimePatch(training_runtime_spec=patch),
         ]
         if job.timeout:
@@ -185,6 +198,7 @@ class KubernetesNodes:
             logger.warning("TrainJob %s is not owned by this step's pod: %s", name, _reason(error))
 
     def state(self, name: str) -> State:
+        """How the job stands; raises OSError while that cannot be found out."""
         try:
             job = self._client.get_job(name)
         except (RuntimeError, TimeoutError) as error:
@@ -198,6 +212,7 @@ class KubernetesNodes:
         return State("running" if len(going) == self._job.nodes else "waiting", steps)
 
     def output(self, name: str) -> Iterator[str]:
+        """What the first node prints, from its beginning, as it comes, until it ends or the stream breaks."""
         try:
             pods = [step.pod_name for step in self._client.get_job(name).steps if step.name == "node-0"]
             if not pods:
@@ -222,6 +237,7 @@ class KubernetesNodes:
         return sum(each.restart_count for each in found.status.container_statuses or ())
 
     def failure(self, name: str) -> list[str]:
+        """Last lines of the nodes that failed, and what the cluster says about them."""
         lines: list[str] = []
         try:
             job = self._client.get_job(name)
@@ -238,6 +254,7 @@ class KubernetesNodes:
         return lines
 
     def delete(self, name: str) -> None:
+        """Remove the job and its nodes, if they are there; returns when they are gone."""
         from kubernetes.client import ApiException
 
         try:

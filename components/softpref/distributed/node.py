@@ -1,8 +1,7 @@
 """One node of a TrainJob: reads what to train from the shared volume, and starts this node's processes.
 
 Run as `python -m softpref.distributed.node FOLDER` in every node. The runtime's variables (`PET_NNODES` and
-its kin, as Kubeflow Trainer's torch policy sets them) say which node this is. Where another launcher has made
-this process one of a distributed run already, the stage runs right here.
+its kin, as Kubeflow Trainer's torch policy sets them) say which node this is.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from typing import Literal
 
 from softpref.distributed.command import stage_arguments
 from softpref.distributed.processes import (
-    MODULES,
     Rendezvous,
     StageFailed,
     launch_command,
@@ -92,8 +90,6 @@ def run_node(folder: Path) -> int:
         return 0
     paths = {name: str(folder / path) for name, path in task.folders.items()}
     arguments = stage_arguments(paths, task.where, config=folder / PARAMETERS_FILE, result=result)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        os.execv(sys.executable, [sys.executable, "-m", MODULES[task.stage], *arguments])
     if task.gpus:
         from softpref.lm.training import require_devices
 

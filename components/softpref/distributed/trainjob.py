@@ -21,8 +21,8 @@ from typing import Any
 
 from softpref.distributed.command import Stage, job_name, make_on_volume, read_result
 from softpref.distributed.config import TrainJobConfig
+from softpref.distributed.kubernetes_nodes import KubernetesNodes, State
 from softpref.distributed.node import CHECKPOINTS, OUTPUT, PARAMETERS_FILE, RESULT_FILE, NodeTask, finished
-from softpref.distributed.nodes import Nodes, State
 from softpref.distributed.processes import StageFailed, cancellable
 from softpref.errors import ConfigError
 from softpref.tracking.pipeline_run import RUN_ID, RUN_NAME
@@ -51,13 +51,11 @@ def run_trainjob(
     *,
     folders: Mapping[str, str],
     where: Mapping[str, str],
-    nodes: Nodes | None = None,
 ) -> dict[str, float]:
     """Run a training stage as a TrainJob and wait for its end.
 
     Args:
         values, folders, where: see `softpref.distributed.launch.run_stage`.
-        nodes: where they run, in place of what `job.backend` names.
 
     Returns:
         The stage's final metrics; its model is in `folders["output"]`.
@@ -69,7 +67,7 @@ def run_trainjob(
     folders = {name: os.path.abspath(path) for name, path in folders.items()}
     gpus = int(job.gpus_per_node if job.gpus_per_node is not None else values.get("gpus") or 0)
     values = {**values, "gpus": gpus}
-    nodes = nodes or _nodes(job, gpus)
+    nodes = KubernetesNodes(job, gpus)
     name = job_name(stage, values, folders, where)
     folder = nodes.folder(name)
     task = NodeTask(
@@ -103,23 +101,9 @@ def node_environment(job: TrainJobConfig) -> dict[str, str]:
     return {key: os.environ[key] for key in _FORWARDED if os.environ.get(key)} | job.env
 
 
-def _nodes(job: TrainJobConfig, gpus: int) -> Nodes:
-    try:
-        import kubeflow.trainer  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("a TrainJob needs the Kubeflow SDK: pip install 'softpref[cluster]'") from error
-    if job.backend == "kubernetes":
-        from softpref.distributed.kubernetes_nodes import KubernetesNodes
-
-        return KubernetesNodes(job, gpus)
-    from softpref.distributed.local_nodes import ContainerNodes, ProcessNodes
-
-    return ContainerNodes(job, gpus) if job.backend == "container" else ProcessNodes(job)
-
-
 def _require_volume(job: TrainJobConfig, folder: Path) -> None:
     """Refuse a volume that is not mounted here: data would be copied to where no node finds them."""
-    if job.backend == "kubernetes" and not os.path.ismount(job.mount_path):
+    if not os.path.ismount(job.mount_path):
         raise ConfigError(
             f"nothing is mounted at {job.mount_path} in this step; mount the claim {job.volume_claim} there, "
             "as the cluster profile does for steps that submit TrainJobs"
@@ -142,7 +126,7 @@ def _prepare(folder: Path, task: NodeTask, values: Mapping[str, Any], folders: M
     task.write(folder)
 
 
-def _attempts(job: TrainJobConfig, nodes: Nodes, name: str, folder: Path) -> None:
+def _attempts(job: TrainJobConfig, nodes: KubernetesNodes, name: str, folder: Path) -> None:
     """Submit the job until it completes, as often as is allowed."""
     env = node_environment(job)
     for attempt in range(job.retries + 1):
@@ -165,7 +149,7 @@ def _attempts(job: TrainJobConfig, nodes: Nodes, name: str, folder: Path) -> Non
     raise StageFailed("\n".join([f"{what} ({kept}); last lines of its nodes:", *lines]))
 
 
-def _watch(job: TrainJobConfig, nodes: Nodes, name: str, result: Path) -> State:
+def _watch(job: TrainJobConfig, nodes: KubernetesNodes, name: str, result: Path) -> State:
     """Wait for the job's end, its output passed on meanwhile.
 
     Args:
@@ -216,7 +200,7 @@ def _watch(job: TrainJobConfig, nodes: Nodes, name: str, result: Path) -> State:
         over.set()
 
 
-def _print_output(nodes: Nodes, name: str, over: threading.Event) -> None:
+def _print_output(nodes: KubernetesNodes, name: str, over: threading.Event) -> None:
     """Pass on what the first node prints; a stream that breaks is taken up where it broke."""
     printed: deque[str] = deque(maxlen=1)
     while True:

@@ -1,4 +1,4 @@
-"""The figures of the reports, drawn with matplotlib. Returns drawings; writes no page and decides nothing.
+"""Drawings of one model for its report, and how all drawings look. Writes no page and decides nothing.
 
 Inline drawings are SVG with a transparent ground whose ink follows the page's text colour, light or dark.
 """
@@ -7,47 +7,22 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from softpref.evaluation.curves import (
-    Curve,
-    Point,
-    all_exact,
-    curves,
-    most_entropy,
-    optimum_point,
-    parameter,
-    point,
-    shortfall,
-    softmax_points,
-    theory_point,
-    theory_points,
-)
 from softpref.evaluation.exact import ExactPrompt, entropy
 
 POLICY, REFERENCE, OPTIMUM = "#2f7fc1", "#8c8c8c", "#e0822c"
-# Colours that the colour-blind tell apart, on light and dark pages (after Okabe and Ito), and markers.
-_METHODS = {
-    "spo": ("#0072b2", "o"),
-    "dpo": ("#d55e00", "s"),
-    "ipo": ("#009e73", "D"),
-    "rdpo": ("#e69f00", "^"),
-    "slic": ("#cc79a7", "v"),
-    "tdpo": ("#56b4e9", "P"),
-    "sppo": ("#8a8325", "X"),
-}
-_INK = "#0a0b0c"  # stands for the page's text colour in inline drawings
+INK = "#0a0b0c"  # stands for the page's text colour in inline drawings
 
 
 def reward_distribution(
     policy: Sequence[float], reference: Sequence[float], exact: Sequence[ExactPrompt] = ()
 ) -> str:
     """SVG of the judge's scores of policy and reference samples, with the exact optimum's where known."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 2.9))
     values = np.concatenate(
         [np.asarray(policy), np.asarray(reference), *(prompt.rewards for prompt in exact)]
@@ -68,12 +43,12 @@ def reward_distribution(
     axes.set_xlabel("judge's score, nats")
     axes.set_ylabel("share of samples")
     axes.legend(frameon=False, loc="upper left")
-    return _svg(figure)
+    return svg(figure)
 
 
 def optimum_against_policy(exact: Sequence[ExactPrompt]) -> str:
     """SVG: probabilities by rank, and policy against optimum for every completion, on log axes."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (ranks, scatter) = plt.subplots(1, 2, figsize=(9.2, 3.6))
     shortest = min(len(prompt.rewards) for prompt in exact)
     order = [np.argsort(-prompt.optimum)[:shortest] for prompt in exact]
@@ -102,12 +77,12 @@ def optimum_against_policy(exact: Sequence[ExactPrompt]) -> str:
         xlabel="probability under the optimum",
         ylabel="under the policy",
     )
-    return _svg(figure)
+    return svg(figure)
 
 
 def entropy_and_reward(exact: Sequence[ExactPrompt]) -> str:
     """SVG: exact entropy and expected reward of reference, policy and optimum, means over prompts."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 1.8))
     sides = [("optimum", OPTIMUM), ("policy", POLICY), ("reference", REFERENCE)]
     sides = [side for side in sides if np.isfinite(getattr(exact[0], side[0])).all()]
@@ -119,366 +94,12 @@ def entropy_and_reward(exact: Sequence[ExactPrompt]) -> str:
         bars = panel.barh(
             [side for side, _ in sides], means, color=[colour for _, colour in sides], alpha=0.8, height=0.6
         )
-        panel.bar_label(bars, fmt="%.2f", padding=4, color=_INK)
+        panel.bar_label(bars, fmt="%.2f", padding=4, color=INK)
         panel.set_title(title, loc="left")
         panel.margins(x=0.15)
         panel.spines["bottom"].set_visible(False)
         panel.tick_params(bottom=False, labelbottom=False, left=False)
-    return _svg(figure)
-
-
-def frontier(members: Sequence[Mapping[str, Any]], chosen: str | None, png: Path) -> str:
-    """Draw a sweep's members against each other; write it to `png` and return it as inline SVG.
-
-    Entropy against expected reward comes first, for that is what softness trades; where exact figures are
-    known they are shown there, beside theory. Where theory is known by samples, expected reward against KL
-    takes that place. Then win rate and expected reward against KL, and SPO's entropy
-    by α.
-
-    Args:
-        members: summaries, as `compare` gathers them.
-        chosen: name of the member to ring.
-    """
-    plt = _pyplot()
-    drawn = curves(members)
-    exact = all_exact(members)
-    maximum = softmax_points(members) if exact else []
-    swept = [curve for curve in drawn if curve.method == "spo" and curve.plain]
-    figure = plt.figure(figsize=(11.6, 9.6))
-    grid = figure.add_gridspec(2, 12, height_ratios=(1.3, 1))
-    upper = [figure.add_subplot(grid[0, :7] if maximum else grid[0, :])]
-    theory = not maximum and bool(theory_points(members))
-    if theory:
-        panels = [_against_kl(upper[0], drawn, chosen, "expected_reward", "expected reward")]
-    else:
-        panels = [_entropy_and_reward(upper[0], drawn, chosen, maximum, exact)]
-    if maximum:
-        panels.append(_shortfall(figure.add_subplot(grid[0, 7:]), drawn, chosen, maximum))
-    wide = 4 if swept else 6
-    for place, (metric, title) in enumerate(
-        (("win_rate", "win rate"), ("expected_reward", "expected reward"))
-    ):
-        axes = figure.add_subplot(grid[1, wide * place : wide * (place + 1)])
-        if theory and metric == "expected_reward":  # it is above, and large
-            panels.append(_entropy_and_reward(axes, drawn, chosen, maximum, exact, noted=False))
-        else:
-            panels.append(_against_kl(axes, drawn, chosen, metric, title))
-    handles = {
-        label: handle
-        for axes in figure.axes
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    if "chosen" in handles:
-        handles["chosen"] = handles.pop("chosen")  # last, behind the methods
-    if swept:
-        _entropy_by_alpha(figure.add_subplot(grid[1, 8:]), swept)
-    columns = min(5, len(handles))
-    figure.legend(
-        handles.values(),
-        handles,
-        loc="upper center",
-        ncols=columns,
-        frameon=False,
-        bbox_to_anchor=(0.5, 1.0),
-        columnspacing=1.6,
-        handlelength=2.6,
-    )
-    figure.tight_layout(rect=(0, 0, 1, 0.985 - 0.021 * -(-len(handles) // columns)), h_pad=1.8)
-    for labels in panels:
-        labels.place(figure)
-    figure.savefig(png, dpi=140, facecolor="white")
-    return _svg(figure, tight=False)
-
-
-class _Labels:
-    """The points of one panel, and short labels that cover neither them nor each other."""
-
-    _PLACES = ((0, 1), (1, 0), (0, -1), (-1, 0), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))
-
-    def __init__(self, axes: Any) -> None:
-        self._axes = axes
-        self._labels: list[tuple[Point, str, float]] = []
-        self._lines: list[Sequence[Point]] = []
-
-    def add(self, place: Point, text: str = "", radius: float = 4.0) -> None:
-        """A point of `radius` in typographic points, and what to write beside it."""
-        self._labels.append((place, text, radius))
-
-    def keep_clear(self, line: Sequence[Point]) -> None:
-        """A line that labels cover only where there is no other place."""
-        self._lines.append(line)
-
-    def place(self, figure: Any) -> None:
-        """Write the labels. One that finds no place is left out: the table names every member."""
-        renderer = figure.canvas.get_renderer()
-        unit = figure.dpi / 72
-        left, bottom, right, top = self._axes.get_window_extent(renderer).extents
-        points = [_square(self._pixels(place), radius * unit) for place, _, radius in self._labels]
-        strokes = [
-            _square(start + share * (end - start), unit)
-            for line in self._lines
-            for start, end in itertools.pairwise(map(self._pixels, line))
-            for share in np.linspace(0, 1, 40)
-        ]
-        written: list[Any] = []
-        for place, text, radius in self._labels:
-            if not text:
-                continue
-            note = self._axes.annotate(
-                text, place, xytext=(0, 0), textcoords="offset points", ha="center", va="center",
-                fontsize=8.5, color=_INK, zorder=6,
-            )  # fmt: skip
-            box = note.get_window_extent(renderer)
-            offsets = [
-                np.array([x * (box.width / 2 + far * unit), y * (box.height / 2 + far * unit)])
-                for far in (radius + 1.5, radius + 7, radius + 13)
-                for x, y in self._PLACES
-            ]
-            for offset, avoided in itertools.chain(
-                ((offset, [*points, *written, *strokes]) for offset in offsets),
-                ((offset, [*points, *written]) for offset in offsets),
-            ):
-                moved = box.translated(*offset)
-                inside = moved.x0 > left and moved.y0 > bottom
-                inside &= moved.x1 < right + 10 * unit and moved.y1 < top + 10 * unit
-                if inside and not moved.count_overlaps(avoided):
-                    note.set_position(tuple(offset / unit))
-                    written.append(moved)
-                    break
-            else:
-                note.remove()
-
-    def _pixels(self, place: Point) -> np.ndarray:
-        return self._axes.transData.transform(place)
-
-
-def _square(centre: np.ndarray, radius: float) -> Any:
-    from matplotlib.transforms import Bbox
-
-    return Bbox([centre - radius, centre + radius])
-
-
-def _look(curve: Curve, drawn: Sequence[Curve]) -> dict[str, Any]:
-    """Colour and marker by method; variants of it are hollow, with dashes of their own."""
-    colour, marker = _METHODS.get(curve.method, (REFERENCE, "h"))
-    variant = [one for one in drawn if one.method == curve.method].index(curve)
-    return {
-        "color": colour,
-        "marker": marker,
-        "linestyle": ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))[variant % 5],
-        "markerfacecolor": colour if variant == 0 else "none",
-        "markersize": 6.5,
-        "linewidth": 1.5,
-        "label": f"{curve.name} ({curve.symbol})",
-    }
-
-
-def _curve(
-    labels: _Labels, axes: Any, curve: Curve, drawn: Sequence[Curve], chosen: str | None, place_of: Any
-) -> list[Point]:
-    """Draw one curve where `place_of` puts its members, the chosen ringed; labels say the parameter."""
-    known = [(member, place) for member in curve.members if (place := place_of(member))]
-    places = [place for _, place in known]
-    if places:
-        axes.plot(*zip(*places, strict=True), zorder=4, **_look(curve, drawn))
-        labels.keep_clear(places)
-    for member, place in known:
-        value, ringed = parameter(member), member["name"] == chosen
-        text = _literal(member["name"]) if value is None else f"{value:g}"
-        labels.add(place, text, radius=8.5 if ringed else 4.0)
-        if ringed:
-            axes.plot(
-                *place, "o", markersize=15, markerfacecolor="none", markeredgecolor=_INK, markeredgewidth=1.6,
-                label="chosen", zorder=5,
-            )  # fmt: skip
-    return places
-
-
-def _entropy_and_reward(
-    axes: Any,
-    drawn: Sequence[Curve],
-    chosen: str | None,
-    maximum: Sequence[Point],
-    exact: bool,
-    *,
-    noted: bool = True,
-) -> _Labels:
-    """Entropy against expected reward, the reference, each exact optimum, and what is possible at all."""
-    labels = _Labels(axes)
-    places: list[Point] = []
-    optima = 0
-    for curve in drawn:
-        places += _curve(labels, axes, curve, drawn, chosen, lambda member: point(member, exact))
-        for member in curve.members if exact else ():
-            ours, best = point(member, exact), optimum_point(member)
-            if ours and best:
-                optima += 1
-                colour = _look(curve, drawn)["color"]
-                axes.plot(*zip(ours, best, strict=True), color=colour, linewidth=0.9, zorder=2)
-                axes.plot(*best, color=colour, marker="_", markersize=11, markeredgewidth=2, zorder=2)
-    if exact and drawn:
-        figures = drawn[0].members[0]["exact"]
-        reference = Point(
-            figures["reference_expected_reward"]["value"], figures["reference_entropy"]["value"]
-        )
-        axes.plot(
-            *reference, color=REFERENCE, marker="*", markersize=11, linestyle="", label="reference", zorder=3
-        )
-        labels.add(reference, radius=5.5)
-        places.append(reference)
-    if maximum and places:
-        x, y = np.array(places).T
-        rewards = np.linspace(maximum[0].reward, maximum[-1].reward, 400)
-        most = most_entropy(rewards, maximum)
-        axes.plot(
-            rewards, most, color=_INK, linewidth=1.0, alpha=0.55, zorder=1,
-            label="softmax(reward / τ), the most possible",
-        )  # fmt: skip
-        labels.keep_clear(list(map(Point, rewards, most))[::8])
-        top = max(y.max(), np.interp(x.min(), rewards, most))
-        for (low, high), limit in (((x.min(), x.max()), axes.set_xlim), ((y.min(), top), axes.set_ylim)):
-            margin = max(0.06 * (high - low), 0.02)
-            limit(low - margin, high + margin)
-    notes = ["Numbers beside points: α of SPO, β of the others."]
-    if optima:
-        notes.append("Bars: the exact optimum that a point should reach.")
-    axes.text(
-        0.02,
-        0.03,
-        "\n".join(notes if noted else []),
-        transform=axes.transAxes,
-        fontsize=8.5,
-        alpha=0.75,
-        linespacing=1.5,
-    )
-    axes.set_title(
-        f"Entropy kept at each expected reward, {'on the set, exact' if exact else 'of samples'}", loc="left"
-    )
-    axes.set(xlabel="expected reward, nats", ylabel="entropy, nats")
-    return labels
-
-
-def _shortfall(axes: Any, drawn: Sequence[Curve], chosen: str | None, maximum: Sequence[Point]) -> _Labels:
-    """The same, magnified: what each member lacks of the most entropy that its reward allows."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    labels = _Labels(axes)
-
-    def lacking(member: Mapping[str, Any]) -> Point | None:
-        ours = point(member, exact=True)
-        return ours and Point(ours.reward, max(shortfall(ours, maximum), 1e-3))
-
-    for curve in drawn:
-        _curve(labels, axes, curve, drawn, chosen, lacking)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.margins(0.09)
-    axes.set_title("Entropy short of the most possible", loc="left")
-    axes.set(xlabel="expected reward, nats", ylabel="nats; lower is better")
-    return labels
-
-
-def _against_kl(axes: Any, drawn: Sequence[Curve], chosen: str | None, metric: str, title: str) -> _Labels:
-    """A figure of the samples against KL to the reference, with intervals, and theory's where known."""
-    labels = _Labels(axes)
-
-    def place_of(member: Mapping[str, Any]) -> Point | None:
-        x, y = (member["metrics"][name]["value"] for name in ("kl_sequence", metric))
-        return None if x is None or y is None else Point(x, y)
-
-    for curve in drawn:
-        _curve(labels, axes, curve, drawn, chosen, place_of)
-        known = [member for member in curve.members if place_of(member)]
-        if known:
-            axes.errorbar(
-                *zip(*map(place_of, known), strict=True),
-                xerr=_arms([member["metrics"]["kl_sequence"] for member in known]),
-                yerr=_arms([member["metrics"][metric] for member in known]),
-                ecolor=_look(curve, drawn)["color"] + "66",  # intervals step back behind the points
-                elinewidth=1.2,
-                linestyle="",
-                zorder=2,
-            )
-    members = [member for curve in drawn for member in curve.members]
-    if metric == "expected_reward" and (most := theory_points(members)):
-        axes.plot(
-            *zip(*most, strict=True), color=_INK, linewidth=1.0, alpha=0.55, zorder=1,
-            label="π_ref · exp(reward / τ), the most possible",
-        )  # fmt: skip
-        labels.keep_clear([Point(*pair) for pair in most])
-        for curve in drawn:
-            for member in curve.members:
-                ours, best = place_of(member), theory_point(member)
-                if ours and best:
-                    look = {"color": _look(curve, drawn)["color"], "zorder": 2}
-                    axes.plot(*zip(ours, best, strict=True), linewidth=0.9, **look)
-                    axes.plot(*best, marker="_", markersize=11, markeredgewidth=2, **look)
-        axes.text(
-            0.98, 0.12, "Numbers beside points: α of SPO, β of the others.\n"
-            "Bars: the optimum of each one's own objective.",
-            transform=axes.transAxes, fontsize=8.5, alpha=0.75, linespacing=1.5, ha="right",
-        )  # fmt: skip
-    _spread(axes, [member["metrics"]["kl_sequence"]["value"] for member in members])
-    axes.set_title(f"{title.capitalize()} of samples", loc="left")
-    axes.set(xlabel="KL to the reference, nats", ylabel=title if metric == "win_rate" else f"{title}, nats")
-    reference = [member["metrics"]["reference_expected_reward"]["value"] for member in members]
-    level = 0.5 if metric == "win_rate" else np.mean(reference) if None not in reference else None
-    if level is not None:
-        axes.axhline(level, color=REFERENCE, linewidth=0.9, linestyle=":", zorder=0)
-        axes.annotate(
-            "reference", (0.995, level), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-            color=REFERENCE, fontsize=8,
-        )  # fmt: skip
-    return labels
-
-
-def _entropy_by_alpha(axes: Any, swept: Sequence[Curve]) -> None:
-    """Entropy of SPO's members by softness, beside the exact optimum's where it is known."""
-    for curve in swept:
-        of = f"{curve.name}, " if len(swept) > 1 else ""
-        for group, metric, label, style in (
-            ("metrics", "entropy_sequence", "of samples", {}),
-            ("exact", "entropy", "on the set, exact", {"linestyle": ":", "markerfacecolor": "none"}),
-            (
-                "exact",
-                "optimum_entropy",
-                "exact optimum",
-                {"linestyle": "--", "color": _INK, "marker": "_", "markersize": 11},
-            ),
-        ):
-            known = [(m["alpha"], (m[group] or {}).get(metric, {}).get("value")) for m in curve.members]
-            known = [(alpha, value) for alpha, value in known if value is not None]
-            if known:
-                axes.plot(*zip(*known, strict=True), **{**_look(curve, swept), **style, "label": of + label})
-    alphas = sorted({member["alpha"] for curve in swept for member in curve.members})
-    if len(alphas) > 1 and alphas[0] > 0:
-        axes.set_xscale("log")
-        axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
-        axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=8.5)
-    axes.set_title("SPO's entropy by softness", loc="left")
-    axes.set(xlabel="softness α", ylabel="entropy, nats")
-
-
-def _spread(axes: Any, values: Sequence[float | None]) -> None:
-    """A log axis where values differ by more than a factor of ten, so that one does not squeeze the rest."""
-    known = [value for value in values if value is not None and value > 0]
-    if len(known) == len(values) and known and max(known) > 10 * min(known):
-        axes.set_xscale("log")
-        axes.set_xlim(min(known) / 2, max(known) * 3)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-
-
-def _arms(figures: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Lengths of error bars, `[2, n]`; 0 where there is no interval."""
-    return np.array(
-        [
-            [0.0 if f["low"] is None else max(0.0, f["value"] - f["low"]) for f in figures],
-            [0.0 if f["high"] is None else max(0.0, f["high"] - f["value"]) for f in figures],
-        ]
-    )
+    return svg(figure)
 
 
 def _log_bins(position: np.ndarray, mass: np.ndarray, bins: int = 24) -> tuple[np.ndarray, np.ndarray]:
@@ -490,12 +111,7 @@ def _log_bins(position: np.ndarray, mass: np.ndarray, bins: int = 24) -> tuple[n
     )
 
 
-def _literal(text: str) -> str:
-    """Text that matplotlib must not read as mathematics."""
-    return text.replace("$", r"\$")
-
-
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -510,20 +126,20 @@ def _pyplot() -> Any:
             "svg.fonttype": "none",
             "font.family": "sans-serif",
             **dict.fromkeys(
-                ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
+                ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
             ),
         }
     )
     return plt
 
 
-def _svg(figure: Any, *, tight: bool = True) -> str:
+def svg(figure: Any, *, tight: bool = True) -> str:
     """The figure as an inline SVG element; closes it."""
     if tight:
         figure.tight_layout()
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, dpi=150, metadata={"Date": None})
-    _pyplot().close(figure)
+    pyplot().close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    return text.replace(_INK, "currentColor").replace("<svg ", '<svg class="chart" ', 1)
+    return text.replace(INK, "currentColor").replace("<svg ", '<svg class="chart" ', 1)

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from softpref.errors import ConfigError
-from softpref.fitness import Limits, ailments, gate_failures, judge_doubt
+from softpref.fitness import Limits, ailments, gate_failures, judge_doubt, number
+from softpref.records import Evaluation
 
 METRIC_NAMES = {"expected_reward": "expected reward", "win_rate": "win rate"}
 """The metrics that may rank members, as people read them."""
@@ -45,7 +46,7 @@ def check_rule(rule: str, max_kl: float | None) -> None:
 
 
 def choose(
-    members: Sequence[Mapping[str, Any]], rule: str, max_kl: float | None = None, limits: Limits | None = None
+    members: Sequence[Evaluation], rule: str, max_kl: float | None = None, limits: Limits | None = None
 ) -> Choice:
     """Choose by the rule, and if that member does not pass the gate, by the rule among the others, and so on.
 
@@ -56,7 +57,7 @@ def choose(
     left, passed_over = list(members), dict[str, list[str]]()
     choice = choose_healthy(left, rule, max_kl)
     while limits and choice.name is not None:
-        (chosen,) = (member for member in left if member["name"] == choice.name)
+        (chosen,) = (member for member in left if member.name == choice.name)
         if not (failures := gate_failures(chosen, limits)):
             break
         passed_over[choice.name] = failures
@@ -72,7 +73,7 @@ def choose(
     return Choice(choice.name, f"{choice.reason} {before}", passed_over)
 
 
-def choose_healthy(members: Sequence[Mapping[str, Any]], rule: str, max_kl: float | None = None) -> Choice:
+def choose_healthy(members: Sequence[Evaluation], rule: str, max_kl: float | None = None) -> Choice:
     """Of the healthy members within `max_kl`, the softest that is not inferior to the best.
 
     Not inferior is a member whose paired difference to the best, prompt by prompt, lies above −δ with its
@@ -80,53 +81,54 @@ def choose_healthy(members: Sequence[Mapping[str, Any]], rule: str, max_kl: floa
     no reason to take a model. Softness is α; models of other methods have none, and come behind by the rule.
 
     Args:
-        members: summaries with `name`, `method`, `alpha`, `metrics`, `exact`, `by_prompt` and `judge`.
+        members: all evaluated alike.
         rule: the metric that ranks.
         max_kl: nats; None sets no limit.
     """
     label = METRIC_NAMES[rule]
-    valued = [member for member in members if _value(member, rule) is not None]
+    scores = {member.name: value for member in members if (value := number(member.metrics, rule)) is not None}
+    valued = [member for member in members if member.name in scores]
     if not valued:
         return Choice(None, f"No member has a value of {label}.")
     if doubt := judge_doubt(valued[0]):
         return Choice(None, f"Nothing is chosen: {doubt}.")
-    ills = {member["name"]: ailments(member) for member in valued}
+    ills = {member.name: ailments(member) for member in valued}
     unfit = "; ".join(f"{name} {' and '.join(ailing)}" for name, ailing in ills.items() if ailing)
-    allowed = [member for member in valued if not ills[member["name"]]]
+    allowed = [member for member in valued if not ills[member.name]]
     if not allowed:
         return Choice(None, f"No member may be chosen: {unfit}.")
     left_out = f" Never chosen: {unfit}." if unfit else ""
     if max_kl is not None:
-        near = [member for member in allowed if (_value(member, "kl_sequence") or 0.0) <= max_kl]
+        near = [member for member in allowed if (number(member.metrics, "kl_sequence") or 0.0) <= max_kl]
         if not near:
-            least = min(_value(member, "kl_sequence") or 0.0 for member in allowed)
+            least = min(number(member.metrics, "kl_sequence") or 0.0 for member in allowed)
             return Choice(
                 None,
                 f"Every member exceeds the limit of {max_kl:g} nats of KL; the nearest has {least:.2f}. "
                 f"Raise max_kl, or train with a larger beta.{left_out}",
             )
         allowed = near
-    best = max(allowed, key=lambda member: member["metrics"][rule]["value"])
-    margin = NON_INFERIORITY * max(0.0, _gain(best, rule))
+    best = max(allowed, key=lambda member: scores[member.name])
+    margin = NON_INFERIORITY * max(0.0, scores[best.name] - _level(best, rule, scores[best.name]))
     kept = [member for member in allowed if member is best or _not_inferior(member, best, rule, margin)]
-    softest = max(kept, key=lambda member: (_softness(member), member["metrics"][rule]["value"]))
+    softest = max(kept, key=lambda member: (_softness(member), scores[member.name]))
     within = f" among the members within {max_kl:g} nats of KL" if max_kl is not None else ""
-    stated = f"{_value(best, rule):.3f}"
+    stated = f"{scores[best.name]:.3f}"
     if len(allowed) == 1:
-        alone = f"{best['name']} is the only one to choose{within} ({label} {stated})."
-        return Choice(best["name"], alone + left_out)
+        alone = f"{best.name} is the only one to choose{within} ({label} {stated})."
+        return Choice(best.name, alone + left_out)
     if softest is best:
         others = "no softer one keeps" if len(kept) > 1 else "no other is sure to keep"
         return Choice(
-            best["name"],
-            f"{best['name']} has the best {label}{within} ({stated}), and {others} nine tenths of its gain "
+            best.name,
+            f"{best.name} has the best {label}{within} ({stated}), and {others} nine tenths of its gain "
             f"over the reference.{left_out}",
         )
     return Choice(
-        softest["name"],
-        f"{best['name']} has the best {label}{within} ({stated}); {softest['name']} with "
-        f"{softest['metrics'][rule]['value']:.3f} is softer and not inferior by more than "
-        f"{margin:.3g} {best['metrics'][rule].get('unit') or ''}, a tenth of the best's gain over the "
+        softest.name,
+        f"{best.name} has the best {label}{within} ({stated}); {softest.name} with "
+        f"{scores[softest.name]:.3f} is softer and not inferior by more than "
+        f"{margin:.3g} {best.metrics[rule].unit}, a tenth of the best's gain over the "
         f"reference.{left_out}",
     )
 
@@ -154,17 +156,13 @@ def rule_in_words(rule: str, max_kl: float | None, limits: Limits | None = None)
     )
 
 
-def _value(member: Mapping[str, Any], metric: str) -> float | None:
-    return (member["metrics"].get(metric) or {}).get("value")
+def _level(member: Evaluation, rule: str, unknown: float) -> float:
+    """What the reference has of the metric that ranks."""
+    level = 0.5 if rule == "win_rate" else number(member.metrics, "reference_expected_reward")
+    return unknown if level is None else level
 
 
-def _gain(member: Mapping[str, Any], rule: str) -> float:
-    """What a member gains over the reference, in the metric's unit."""
-    level = 0.5 if rule == "win_rate" else _value(member, "reference_expected_reward")
-    return 0.0 if level is None else member["metrics"][rule]["value"] - level
-
-
-def _not_inferior(member: Mapping[str, Any], best: Mapping[str, Any], rule: str, margin: float) -> bool:
+def _not_inferior(member: Evaluation, best: Evaluation, rule: str, margin: float) -> bool:
     """Whether `member` falls short of `best` by less than `margin`; unknown, so no, with a single prompt.
 
     All members answer the same prompts, and prompts differ more than members do: only paired differences
@@ -172,11 +170,11 @@ def _not_inferior(member: Mapping[str, Any], best: Mapping[str, Any], rule: str,
     """
     from softpref.evaluation.intervals import interval
 
-    pairs = zip(member["by_prompt"][rule], best["by_prompt"][rule], strict=True)
+    pairs = zip(member.by_prompt[rule], best.by_prompt[rule], strict=True)
     differences = [ours - theirs for ours, theirs in pairs]
     low = interval(differences, range(len(differences))).low
     return low is not None and low > -margin
 
 
-def _softness(member: Mapping[str, Any]) -> float:
-    return member["alpha"] if member["method"] == "spo" and member["alpha"] is not None else -1.0
+def _softness(member: Evaluation) -> float:
+    return member.alpha if member.method == "spo" and member.alpha is not None else -1.0

@@ -55,7 +55,8 @@ def evaluate_model(
     from softpref.config import build_config, parse_overrides
     from softpref.evaluation.compare import warning_lines
     from softpref.evaluation.config import EvaluationConfig
-    from softpref.evaluation.stage import REPORT_FILE, headline, run
+    from softpref.evaluation.stage import headline, run
+    from softpref.records import REPORT_FILE
     from softpref.tracking import deliver_missed, watch_termination
 
     watch_termination(experiment, tracking_uri or None)
@@ -85,16 +86,16 @@ def evaluate_model(
         reference_uri=reference.uri,
     )
     shutil.copyfile(f"{evaluation.path}/{REPORT_FILE}", report.path)
-    model = result["name"]
+    model = result.name
     describe(
         evaluation,
         f"{model}: evaluation",
         name=model,
-        evaluation_id=result["evaluation_id"],
-        method=result["method"],
-        **strengths(result),
-        judge=result["judge"]["name"],
-        model_uri=result["model_uri"],
+        evaluation_id=result.evaluation_id,
+        method=result.method,
+        **strengths(vars(result)),
+        judge=result.judge.name,
+        model_uri=result.model_uri,
     )
     describe(report, f"{model}: report", title=f"Evaluation of {model}")
     describe(metrics, f"{model}: evaluation", model=model)
@@ -148,8 +149,9 @@ def compare_models(
     from softpref.artifacts import describe, plain, say_outcome
     from softpref.config import build_config, parse_overrides
     from softpref.errors import DataError
-    from softpref.evaluation.compare import format_table, markdown_table, outcome_lines, run
-    from softpref.evaluation.stage import REPORT_FILE
+    from softpref.evaluation.compare import outcome_lines, run
+    from softpref.evaluation.tables import format_table, markdown_table
+    from softpref.records import CHOSEN_FOLDER, REPORT_FILE
     from softpref.registry.config import RegistryConfig
     from softpref.tracking import deliver_missed, resolve_tracking_uri, watch_termination, where_to_look
 
@@ -171,29 +173,28 @@ def compare_models(
     )
     shutil.copyfile(f"{comparison.path}/{REPORT_FILE}", report.path)
     with open(summary.path, "w", encoding="utf-8") as file:
-        table = markdown_table(result["members"], result["chosen"])
-        file.write(f"{table}\n\n**Chosen:** {plain(result['reason'])}\n\n**Rule:** {result['rule']}\n")
+        table = markdown_table(result.members, result.chosen)
+        file.write(f"{table}\n\n**Chosen:** {plain(result.reason)}\n\n**Rule:** {result.rule}\n")
     os.makedirs(chosen.path, exist_ok=True)
-    address, name = "", result["chosen"] or ""
-    models = ", ".join(member["name"] for member in result["members"])
+    address, name = "", result.chosen or ""
+    models = ", ".join(member.name for member in result.members)
     describe(comparison, "comparison of models", chosen=name, rule=selection_rule, models=models)
     describe(report, "comparison: report", title=f"Comparison of {models}")
     describe(summary, "comparison: summary", title=f"Chosen: {name or 'none'}")
-    for member in result["members"]:
-        if member["name"] == name:
-            shutil.copytree(f"{comparison.path}/chosen", chosen.path, dirs_exist_ok=True)
-            describe(chosen, f"{name}: chosen", name=name, evaluation_id=member["evaluation_id"])
-            address = member["model_uri"]
-    looked_at = where_to_look(resolve_tracking_uri(tracking_uri or None), result["members"][0]["run_id"])
+    if member := result.chosen_member:
+        shutil.copytree(f"{comparison.path}/{CHOSEN_FOLDER}", chosen.path, dirs_exist_ok=True)
+        describe(chosen, f"{name}: chosen", name=name, evaluation_id=member.evaluation_id)
+        address = member.model_uri
+    looked_at = where_to_look(resolve_tracking_uri(tracking_uri or None), result.members[0].run_id)
     say_outcome(
         [
-            *format_table(result["members"]).splitlines(),
+            *format_table(result.members).splitlines(),
             *outcome_lines(result),
             f"report:   {report.uri}",
             f"tracking: {looked_at}",
         ]
     )
     if gate and not name:
-        raise DataError(result["reason"])
+        raise DataError(result.reason)
     Outputs = namedtuple("Outputs", ["model_uri", "name"])
     return Outputs(address, name)

@@ -6,14 +6,14 @@ Works on summaries of evaluations; draws nothing and chooses nothing.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from softpref.evaluation.theory import TRUSTED
-
-Member = Mapping[str, Any]
+from softpref.fitness import number
+from softpref.records import Evaluation, Figures
 
 
 class Curve(NamedTuple):
@@ -23,13 +23,13 @@ class Curve(NamedTuple):
         name: what a reader calls them, like `SPO` or `SPO, 3 rounds on samples`.
         method: as the training stage names it.
         symbol: of the parameter, `α` or `β`.
-        members: their summaries, by that parameter.
+        members: by that parameter.
     """
 
     name: str
     method: str
     symbol: str
-    members: list[Member]
+    members: list[Evaluation]
 
     @property
     def plain(self) -> bool:
@@ -44,22 +44,18 @@ class Point(NamedTuple):
     entropy: float
 
 
-def curves(members: Sequence[Member]) -> list[Curve]:
-    """Sort members into curves: SPO by α first, then other methods by β, variants of each behind it.
-
-    Args:
-        members: summaries with `name`, `method`, `alpha`, `beta`, `rounds`, `train_on` and `extrapolation`.
-    """
-    spo = [member for member in members if member["method"] == "spo"]
-    several_betas = len({member["beta"] for member in spo}) > 1
-    several_anchors = len({_anchor(member) for member in spo}) > 1
-    groups: dict[tuple, list[Member]] = {}
+def curves(members: Sequence[Evaluation]) -> list[Curve]:
+    """Sort members into curves: SPO by α first, then other methods by β, variants of each behind it."""
+    spo = [member for member in members if member.method == "spo"]
+    several_betas = len({member.beta for member in spo}) > 1
+    several_anchors = len({member.anchor for member in spo}) > 1
+    groups: dict[tuple, list[Evaluation]] = {}
     for member in sorted(members, key=position):
         # SPO's base measure and the strength of its regulariser are worth a word where there are several
-        ours = member["method"] == "spo"
-        anchor = f"anchor {_anchor(member):g}" if ours and several_anchors else ""
-        beta = f"β = {member['beta']:g}" if ours and several_betas else ""
-        key = (member["method"] or "", anchor, beta, *_variant(member))
+        ours = member.method == "spo"
+        anchor = f"anchor {member.anchor:g}" if ours and several_anchors else ""
+        beta = f"β = {member.beta:g}" if ours and several_betas else ""
+        key = (member.method or "", anchor, beta, *_variant(member))
         groups.setdefault(key, []).append(member)
     found = []
     for (method, *notes), group in groups.items():
@@ -68,56 +64,62 @@ def curves(members: Sequence[Member]) -> list[Curve]:
     return found
 
 
-def position(member: Member) -> tuple:
+def position(member: Evaluation) -> tuple:
     """Sorts members: SPO before other methods, each before its variants, by parameter."""
-    method = member["method"] or ""
+    method = member.method or ""
     value = parameter(member)
     known = value is not None, value or 0.0
-    return method != "spo", method, _variant(member), -_anchor(member), *known, member["name"]
+    return method != "spo", method, _variant(member), -member.anchor, *known, member.name
 
 
-def parameter(member: Member) -> float | None:
+def parameter(member: Evaluation) -> float | None:
     """What orders a member within its curve: α of SPO, β of other methods; None where there is none."""
-    return member["alpha"] if member["method"] == "spo" else member["beta"]
+    return member.alpha if member.method == "spo" else member.beta
 
 
-def all_exact(members: Sequence[Member]) -> bool:
+def all_exact(members: Sequence[Evaluation]) -> bool:
     """Whether exact figures are known of every member, so that all can be shown by these."""
-    return bool(members) and all(member["exact"] for member in members)
+    return bool(members) and all(member.exact for member in members)
 
 
-def point(member: Member, exact: bool) -> Point | None:
+def point(member: Evaluation, exact: bool) -> Point | None:
     """Where a member stands: exactly, given that it stays on the set, or by its samples; None if unknown."""
     group, entropy = ("exact", "entropy") if exact else ("metrics", "entropy_sequence")
-    return _point(member[group], "expected_reward", entropy)
+    return _point(getattr(member, group) or {}, "expected_reward", entropy)
 
 
-def optimum_point(member: Member) -> Point | None:
+def optimum_point(member: Evaluation) -> Point | None:
     """Where the exact optimum of a member's objective stands; None where it is not known."""
-    return _point(member["exact"] or {}, "optimum_expected_reward", "optimum_entropy")
+    return _point(member.exact or {}, "optimum_expected_reward", "optimum_entropy")
 
 
-def theory_point(member: Member) -> tuple[float, float] | None:
+def reference_point(member: Evaluation) -> Point | None:
+    """Where the reference stands, exactly; None where that is not known."""
+    return _point(member.exact or {}, "reference_expected_reward", "reference_entropy")
+
+
+def theory_point(member: Evaluation) -> tuple[float, float] | None:
     """KL and expected reward of the optimum of a member's objective, where samples tell them well enough."""
-    figures = {name: figure["value"] for name, figure in (member.get("theory") or {}).items()}
-    if (figures.get("effective_sample_size") or 0.0) < TRUSTED:
+    figures = member.theory or {}
+    if (number(figures, "effective_sample_size") or 0.0) < TRUSTED:
         return None
-    return figures["optimum_kl"], figures["optimum_expected_reward"]
+    kl, reward = (number(figures, name) for name in ("optimum_kl", "optimum_expected_reward"))
+    return None if kl is None or reward is None else (kl, reward)
 
 
-def theory_points(members: Sequence[Member]) -> list[tuple[float, float]]:
+def theory_points(members: Sequence[Evaluation]) -> list[tuple[float, float]]:
     """KL and the most expected reward there, from the first member that knows it; else empty."""
-    known = [pairs for member in members if len(pairs := member.get("reward_frontier") or ()) > 1]
-    return [tuple(pair) for pair in known[0]] if known else []
+    known = [pairs for member in members if len(pairs := member.reward_frontier or []) > 1]
+    return [(kl, reward) for kl, reward in known[0]] if known else []
 
 
-def softmax_points(members: Sequence[Member]) -> list[Point]:
+def softmax_points(members: Sequence[Evaluation]) -> list[Point]:
     """The most entropy at each expected reward, from the first member that knows it; else empty."""
-    known = [pairs for member in members if len(pairs := member["softmax_frontier"] or ()) > 1]
+    known = [pairs for member in members if len(pairs := member.softmax_frontier or []) > 1]
     return [Point(*pair) for pair in known[0]] if known else []
 
 
-def equal_reward(members: Sequence[Member]) -> dict[str, Any] | None:
+def equal_reward(members: Sequence[Evaluation]) -> dict[str, Any] | None:
     """Entropy of every curve at the expected rewards of the SPO members, interpolated within it.
 
     Exact figures where every member has them, samples' otherwise.
@@ -136,7 +138,7 @@ def equal_reward(members: Sequence[Member]) -> dict[str, Any] | None:
         for curve in drawn
         if (points := [place for member in curve.members if (place := point(member, exact))])
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
     for curve in drawn:
         for member in curve.members if curve.method == "spo" and curve.plain else ():
             if (place := point(member, exact)) is None:
@@ -147,7 +149,7 @@ def equal_reward(members: Sequence[Member]) -> dict[str, Any] | None:
             entropies |= {name: entropy_at(points, place.reward, maximum) for name, points in lines.items()}
             rows.append(
                 {
-                    "name": member["name"],
+                    "name": member.name,
                     "curve": curve.name,
                     "expected_reward": place.reward,
                     "entropy": entropies,
@@ -192,27 +194,22 @@ def most_entropy(rewards: np.ndarray, maximum: Sequence[Point]) -> np.ndarray:
     return PchipInterpolator(x, y)(rewards.clip(x[0], x[-1]))
 
 
-def _anchor(member: Member) -> float:
-    return float(member.get("anchor") or 0.0)
-
-
-def _variant(member: Member) -> tuple[str, ...]:
+def _variant(member: Evaluation) -> tuple[str, ...]:
     """What sets a member apart from one trained once on the preferences, in words."""
     notes = []
-    strength = member["beta"] if member["method"] == "spo" else member.get("kl_beta")
-    kl_on = member.get("kl_on") or "samples"
-    if member.get("kl_beta") and kl_on != "none":
-        notes.append(f"KL β = {member['kl_beta']:g}")
-    if strength and kl_on != "samples":
-        notes.append("no KL term" if kl_on == "none" else f"KL on {kl_on}")
-    if member["rounds"] != 1 or member["train_on"] != "preferences":
-        times = f"{member['rounds']} round{'s' if member['rounds'] != 1 else ''}"
-        notes.append(f"{times} on {member['train_on'].replace('_', '-')}")
-    if member["extrapolation"]:
-        notes.append(f"extrapolated by {member['extrapolation']:g}")
+    strength = member.beta if member.method == "spo" else member.kl_beta
+    if member.kl_beta and member.kl_on != "none":
+        notes.append(f"KL β = {member.kl_beta:g}")
+    if strength and member.kl_on != "samples":
+        notes.append("no KL term" if member.kl_on == "none" else f"KL on {member.kl_on}")
+    if member.rounds != 1 or member.train_on != "preferences":
+        times = f"{member.rounds} round{'s' if member.rounds != 1 else ''}"
+        notes.append(f"{times} on {member.train_on.replace('_', '-')}")
+    if member.extrapolation:
+        notes.append(f"extrapolated by {member.extrapolation:g}")
     return tuple(notes)
 
 
-def _point(figures: Mapping[str, Any], reward: str, entropy: str) -> Point | None:
-    x, y = ((figures.get(name) or {}).get("value") for name in (reward, entropy))
+def _point(figures: Figures, reward: str, entropy: str) -> Point | None:
+    x, y = (number(figures, name) for name in (reward, entropy))
     return None if x is None or y is None else Point(x, y)

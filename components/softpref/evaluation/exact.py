@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, Figure, interval
+from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval
 from softpref.judges import Outcomes
+from softpref.records import Figure
 
 # Sets drawn in place of all that there are: so many that the optimum is within some 0.001 nats (KL) of the
 # true one, unless sets are so large that every order of each would cost too much.

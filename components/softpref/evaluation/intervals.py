@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from softpref.records import Figure
+
 
 class Bootstrap(NamedTuple):
     """How intervals are made: number of resamples, coverage, seed."""
@@ -17,25 +19,6 @@ class Bootstrap(NamedTuple):
 
 
 DEFAULT_BOOTSTRAP = Bootstrap()
-
-
-class Figure(NamedTuple):
-    """One measured value.
-
-    Attributes:
-        value: the estimate, None where it cannot be had.
-        low, high: ends of its interval, None with fewer than two prompts.
-        n: observations behind it: preference pairs, sampled completions or prompts.
-        prompts: distinct prompts among them, the independent units.
-        unit: `nats`, `probability`, `tokens` …
-    """
-
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-    prompts: int
-    unit: str
 
 
 def interval(

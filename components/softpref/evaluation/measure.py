@@ -1,35 +1,195 @@
-"""Draws from models, and compares policy and reference along samples. Turns nothing into figures."""
+"""What a policy does on held-out prompts, in figures: of preferences and of its samples. Loads no model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
-import torch
+from softpref.errors import DataError
+from softpref.evaluation.config import EvaluationConfig
+from softpref.evaluation.models import Models
+from softpref.judges import as_text
+from softpref.progress import progress
+from softpref.records import DrawnText, Figure, PromptRecord
 
-from softpref.errors import ConfigError
-from softpref.lm.head import completion_hidden
-from softpref.lm.sampling import Sample, sample_completions, sampling_noise
-from softpref.lm.scoring import scoring_batches, sum_by_sequence
+if TYPE_CHECKING:
+    import numpy as np
+
+    from softpref.evaluation.intervals import Bootstrap
+    from softpref.judges import Judge
+    from softpref.lm.sampling import Sample
+    from softpref.lm.tokenization import TokenizedPrompt
 
 Progress = Callable[[int], Any]
 Ids = Sequence[int]
 
 
-class PromptRecord(NamedTuple):
-    """Everything drawn for one prompt; a line of `samples.jsonl`.
+def held_out(
+    models: Models, rows: Sequence[Mapping[str, Any]], bootstrap: Bootstrap
+) -> tuple[dict[str, Figure], list[str]]:
+    """Score the held-out preferences under the policy: its figures, and warnings about rows."""
+    from softpref.evaluation.metrics import PerplexityMetric, PreferenceMetric, prompt_key
+    from softpref.lm.scoring import score_sequences
+    from softpref.lm.tokenization import findings_text, row_findings, stop_token_ids, tokenize_row
 
-    Attributes:
-        prompt: the text shown to the models, messages flattened.
-        reference: reference samples: `text`, `score` (judge, nats), `truncated`, `tokens` (end included),
-            `repetition` (share of repeated 4-grams of tokens) and `surprisal`, −log π_ref in nats.
-        policy: policy samples: the same and `kl`, Σ KL_t to the reference in nats.
+    options: dict[str, Any] = {
+        "stop_ids": stop_token_ids(models.tokenizer, models.policy),
+        "max_prompt_length": models.max_prompt_length,
+        "max_completion_length": models.max_new_tokens,
+    }
+    used, tokens = [], []
+    for row in rows:
+        try:
+            tokens.append(tokenize_row(models.tokenizer, row["prompt"], row["completions"], **options))
+        except DataError:  # a text that this tokenizer cannot express; counted below
+            continue
+        used.append(row)
+    if not used:
+        raise DataError("no held-out row can be tokenized with the policy's tokenizer")
+    sequences = [sequence for group in tokens for sequence in group]
+    with progress("held-out preferences", total=len(sequences), unit="sequence") as loop:
+        flat = iter(
+            score_sequences(
+                models.policy,
+                [(sequence.prompt, sequence.completion) for sequence in sequences],
+                **models.scoring,
+                progress=loop.update,
+            ).tolist()
+        )
+    logps = [[next(flat) for _ in group] for group in tokens]
+    keys = [prompt_key(row["prompt"]) for row in used]
+    figures = PreferenceMetric(keep_in_memory=True).compute(
+        scores=logps,
+        kind=[row["kind"] for row in used],
+        probability=[row["probability"] for row in used],
+        prompt=keys,
+        bootstrap=bootstrap,
+    ) | PerplexityMetric(keep_in_memory=True).compute(
+        logp=[group[0] for group in logps],
+        tokens=[len(group[0].completion) for group in tokens],
+        prompt=keys,
+        bootstrap=bootstrap,
+    )
+    warnings = []
+    if len(used) < len(rows):
+        warnings.append(
+            f"{len(rows) - len(used)} of {len(rows)} held-out rows cannot be tokenized and were left out."
+        )
+    counts = Counter({"given": len(tokens)}) + Counter(
+        name for group in tokens for name in row_findings(group)
+    )
+    return figures, warnings + findings_text(counts, "held-out rows")
+
+
+def draw_samples(
+    models: Models,
+    side: Literal["policy", "reference"],
+    prompts: Sequence[Any],
+    tokenized: Sequence[TokenizedPrompt],
+    judge: Judge,
+    config: EvaluationConfig,
+) -> tuple[list[list[Sample]], list[list[DrawnText]]]:
+    """Draw from one model for each prompt, let the judge score: what was drawn, and its texts and scores."""
+    from softpref.evaluation.metrics import repetition
+    from softpref.lm.tokenization import decode_completion, stop_token_ids
+
+    ids = [prompt.ids for prompt in tokenized]
+    count = config.samples_per_prompt
+    model = getattr(models, side)
+    with progress(f"{side} samples", total=len(ids) * count, unit="sample") as loop:
+        drawn = draw(
+            model,
+            ids,
+            count,
+            max_new_tokens=models.max_new_tokens,
+            stop_ids=stop_token_ids(models.tokenizer, model),
+            seed=2 * config.seed + (side == "reference"),  # independent streams of one seed
+            batch_size=config.batch_size,
+            progress=loop.update,
+        )
+    shown = []
+    for prompt, own, group in zip(prompts, ids, drawn, strict=True):
+        completions = [decode_completion(models.tokenizer, prompt, own, each.completion) for each in group]
+        scores = judge.scores([as_text(prompt, roles=True)] * count, completions).tolist()
+        shown.append(
+            [
+                DrawnText(
+                    completion,
+                    score,
+                    drawing.truncated,
+                    len(drawing.completion),
+                    repetition(drawing.completion),
+                    -sum(drawing.token_logps),  # under the model itself; see `sampled`
+                )
+                for completion, score, drawing in zip(completions, scores, group, strict=True)
+            ]
+        )
+    return drawn, shown
+
+
+def sampled(
+    models: Models,
+    prompts: Sequence[Any],
+    tokenized: Sequence[TokenizedPrompt],
+    reference: Sequence[list[DrawnText]],
+    judge: Judge,
+    config: EvaluationConfig,
+    bootstrap: Bootstrap,
+) -> tuple[dict[str, Figure], list[PromptRecord]]:
+    """Draw from the policy on the prompts that the reference answered: figures, and what was drawn.
+
+    Args:
+        reference: the reference's samples of each prompt, as `draw_samples` shows them.
     """
+    from softpref.evaluation.metrics import DiversityMetric, HealthMetric, SampleMetric, WinRateMetric
 
-    prompt: str
-    reference: list[dict[str, Any]]
-    policy: list[dict[str, Any]]
+    count = config.samples_per_prompt
+    drawn, shown = draw_samples(models, "policy", prompts, tokenized, judge, config)
+    with progress("KL and entropy", total=len(drawn) * count, unit="sample") as loop:
+        along = divergences(
+            models.policy,
+            models.reference,
+            [sample for group in drawn for sample in group],
+            **models.scoring,
+            progress=loop.update,
+        )
+    kl, entropy, surprisal = (values.reshape(-1, count).tolist() for values in along)
+    shown = [
+        [text._replace(kl=own, surprisal=under) for text, own, under in zip(*group, strict=True)]
+        for group in zip(shown, kl, surprisal, strict=True)
+    ]
+    figures = WinRateMetric(keep_in_memory=True).compute(
+        policy=[[sample.score for sample in group] for group in shown],
+        reference=[[sample.score for sample in group] for group in reference],
+        bootstrap=bootstrap,
+    )
+    figures |= SampleMetric(keep_in_memory=True).compute(
+        kl=kl,
+        entropy=entropy,
+        length=[[float(sample.tokens) for sample in group] for group in shown],
+        bootstrap=bootstrap,
+    )
+    for prefix, side in (("", shown), ("reference_", reference)):
+        health = HealthMetric(keep_in_memory=True).compute(
+            **{
+                name: [[float(getattr(sample, part)) for sample in group] for group in side]
+                for name, part in (
+                    ("length", "tokens"),
+                    *((one, one) for one in ("truncated", "repetition", "surprisal")),
+                )
+            },
+            bootstrap=bootstrap,
+        )
+        figures |= {f"{prefix}{name}": figure for name, figure in health.items()}
+    figures |= DiversityMetric(keep_in_memory=True).compute(
+        completions=[[sample.text for sample in group] for group in shown], bootstrap=bootstrap
+    )
+    records = [
+        PromptRecord(as_text(prompt, roles=True), theirs, ours)
+        for prompt, theirs, ours in zip(prompts, reference, shown, strict=True)
+    ]
+    return figures, records
 
 
 class Divergences(NamedTuple):
@@ -46,20 +206,6 @@ class Divergences(NamedTuple):
     surprisal: np.ndarray
 
 
-def check_same_vocabulary(policy: Any, reference: Any) -> None:
-    """Refuse two models whose next-token distributions cannot be compared.
-
-    Raises:
-        ConfigError: their vocabularies differ in size.
-    """
-    ours, theirs = policy.config.vocab_size, reference.config.vocab_size
-    if ours != theirs:
-        raise ConfigError(
-            f"the policy has {ours} tokens, the reference {theirs}; "
-            "give the reference that the policy was trained from"
-        )
-
-
 def draw(
     model: Any,
     prompts: Sequence[Ids],
@@ -72,6 +218,8 @@ def draw(
     progress: Progress | None = None,
 ) -> list[list[Sample]]:
     """Samples from exactly the model's own distribution, `samples_per_prompt` for each prompt, by seed."""
+    from softpref.lm.sampling import sample_completions, sampling_noise
+
     noise = sampling_noise(len(prompts) * samples_per_prompt, max_new_tokens, seed)
     flat = sample_completions(
         model,
@@ -84,7 +232,6 @@ def draw(
     return [flat[i : i + samples_per_prompt] for i in range(0, len(flat), samples_per_prompt)]
 
 
-@torch.no_grad()
 def divergences(
     policy: Any,
     reference: Any,
@@ -99,14 +246,21 @@ def divergences(
     The first two are whole-vocabulary sums at each sampled prefix: the same expectation as log-ratios of the
     sampled tokens, with less variance.
     """
+    import numpy as np
+    import torch
+
+    from softpref.lm.head import completion_hidden
+    from softpref.lm.scoring import scoring_batches, sum_by_sequence
+
     kl, entropy, surprisal = (np.empty(len(samples)) for _ in range(3))
     sequences = [(sample.prompt, sample.completion) for sample in samples]
-    for rows, batch in scoring_batches(policy, sequences, batch_size=batch_size, plain=plain):
-        states, theirs = (completion_hidden(model, batch, plain=plain) for model in (policy, reference))
-        found = states.kl(theirs)
-        kl[rows] = sum_by_sequence(found.kl, batch.lengths).cpu().numpy()
-        entropy[rows] = sum_by_sequence(found.entropy, batch.lengths).cpu().numpy()
-        surprisal[rows] = -sum_by_sequence(found.ref_logps, batch.lengths).cpu().numpy()
-        if progress:
-            progress(len(rows))
+    with torch.no_grad():
+        for rows, batch in scoring_batches(policy, sequences, batch_size=batch_size, plain=plain):
+            states, theirs = (completion_hidden(model, batch, plain=plain) for model in (policy, reference))
+            found = states.kl(theirs)
+            kl[rows] = sum_by_sequence(found.kl, batch.lengths).cpu().numpy()
+            entropy[rows] = sum_by_sequence(found.entropy, batch.lengths).cpu().numpy()
+            surprisal[rows] = -sum_by_sequence(found.ref_logps, batch.lengths).cpu().numpy()
+            if progress:
+                progress(len(rows))
     return Divergences(kl, entropy, surprisal)

@@ -10,20 +10,38 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import evaluate
 import numpy as np
 
-from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, Figure, interval
+from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval
+from softpref.records import Figure
 
 _SMOOTHING = 0.1  # in place of a zero n-gram count in BLEU: Chen and Cherry (2014), method 1
 _BLEU_ORDER = 4
 _REPEATED_ORDER = 4
+_TEXT, _NUMBER = datasets.Value("string"), datasets.Value("float64")
+_NUMBERS = datasets.Sequence(_NUMBER)
 
 
-class PreferenceMetric(evaluate.Metric):
+class _Metric(evaluate.Metric):
+    """What all metrics here tell `evaluate` of themselves."""
+
+    _inputs: ClassVar[str]
+    _features: ClassVar[dict[str, Any]]
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__ or "",
+            citation="",
+            inputs_description=self._inputs,
+            features=datasets.Features(self._features),
+        )
+
+
+class PreferenceMetric(_Metric):
     """Does the policy rank held-out completions as people did?
 
     `preference_accuracy` is the share of ordered pairs whose preferred completion has the higher
@@ -32,19 +50,11 @@ class PreferenceMetric(evaluate.Metric):
     majority's side, with the same weight as any other; a label of exactly ½ has no side and is left out.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(
-            self,
-            {
-                "scores": datasets.Sequence(datasets.Value("float64")),
-                "kind": datasets.Value("string"),
-                "probability": datasets.Value("float64"),
-                "prompt": datasets.Value("string"),
-            },
-            "scores: log-probabilities of a row's completions, best first. kind: pairwise, ranking or "
-            "best_of_n. "
-            "probability: soft label or None. prompt: identifies the prompt.",
-        )
+    _inputs = (
+        "scores: log-probabilities of a row's completions, best first. kind: pairwise, ranking or best_of_n. "
+        "probability: soft label or None. prompt: identifies the prompt."
+    )
+    _features: ClassVar = {"scores": _NUMBERS, "kind": _TEXT, "probability": _NUMBER, "prompt": _TEXT}
 
     def _compute(self, *, scores, kind, probability, prompt, bootstrap=DEFAULT_BOOTSTRAP):
         margins: list[float] = []
@@ -71,7 +81,7 @@ class PreferenceMetric(evaluate.Metric):
         }
 
 
-class WinRateMetric(evaluate.Metric):
+class WinRateMetric(_Metric):
     """Does a judge prefer the policy's completions to the reference's, and how highly does it rate both?
 
     `win_rate` is the probability that the judge prefers a policy sample to a reference sample of the same
@@ -80,13 +90,8 @@ class WinRateMetric(evaluate.Metric):
     `reference_expected_reward` are mean scores in nats, fixed up to a constant only.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        sequence = datasets.Sequence(datasets.Value("float64"))
-        return _info(
-            self,
-            {"policy": sequence, "reference": sequence},
-            "policy, reference: one row per prompt, the judge's scores of the samples.",
-        )
+    _inputs = "policy, reference: one row per prompt, the judge's scores of the samples."
+    _features = dict.fromkeys(("policy", "reference"), _NUMBERS)
 
     def _compute(self, *, policy, reference, bootstrap=DEFAULT_BOOTSTRAP):
         wins, pairs = [], []
@@ -104,7 +109,7 @@ class WinRateMetric(evaluate.Metric):
         }
 
 
-class SampleMetric(evaluate.Metric):
+class SampleMetric(_Metric):
     """Means over the policy's own samples.
 
     `kl_sequence` estimates KL(policy ‖ reference) by Σ_t KL_t, and `entropy_sequence` the policy's entropy by
@@ -112,13 +117,8 @@ class SampleMetric(evaluate.Metric):
     token; `completion_length` counts tokens, end token included.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        sequence = datasets.Sequence(datasets.Value("float64"))
-        return _info(
-            self,
-            dict.fromkeys(("kl", "entropy", "length"), sequence),
-            "One row per prompt, one value per sample: Σ KL_t, Σ H_t, tokens.",
-        )
+    _inputs = "One row per prompt, one value per sample: Σ KL_t, Σ H_t, tokens."
+    _features = dict.fromkeys(("kl", "entropy", "length"), _NUMBERS)
 
     def _compute(self, *, kl, entropy, length, bootstrap=DEFAULT_BOOTSTRAP):
         return {
@@ -129,7 +129,7 @@ class SampleMetric(evaluate.Metric):
         }
 
 
-class HealthMetric(evaluate.Metric):
+class HealthMetric(_Metric):
     """Does a model still write whole, plausible texts? Of the policy's samples, and again of the reference's.
 
     `truncated_fraction` is the share that met the length limit before an end; `repetition` how much of a
@@ -137,14 +137,11 @@ class HealthMetric(evaluate.Metric):
     token, in nats: the logarithm of their perplexity. Of the reference's own samples it is its entropy.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        sequence = datasets.Sequence(datasets.Value("float64"))
-        return _info(
-            self,
-            dict.fromkeys(("length", "truncated", "repetition", "surprisal"), sequence),
-            "One row per prompt, one value per sample: tokens, 1 when truncated else 0, share of repeated "
-            "4-grams, −log π_ref.",
-        )
+    _inputs = (
+        "One row per prompt, one value per sample: tokens, 1 when truncated else 0, share of repeated "
+        "4-grams, −log π_ref."
+    )
+    _features = dict.fromkeys(("length", "truncated", "repetition", "surprisal"), _NUMBERS)
 
     def _compute(self, *, length, truncated, repetition, surprisal, bootstrap=DEFAULT_BOOTSTRAP):
         return {
@@ -154,7 +151,7 @@ class HealthMetric(evaluate.Metric):
         }
 
 
-class DiversityMetric(evaluate.Metric):
+class DiversityMetric(_Metric):
     """How different are the completions of one prompt? Words and marks are compared, in lower case.
 
     Per prompt, then averaged: `distinct_1` and `distinct_2` are the distinct n-grams over all n-grams of its
@@ -162,12 +159,8 @@ class DiversityMetric(evaluate.Metric):
     al. 2018), 1 when all are equal. All depend on how many completions a prompt has.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(
-            self,
-            {"completions": datasets.Sequence(datasets.Value("string"))},
-            "completions: one row per prompt, its sampled texts.",
-        )
+    _inputs = "completions: one row per prompt, its sampled texts."
+    _features: ClassVar = {"completions": datasets.Sequence(_TEXT)}
 
     def _compute(self, *, completions, bootstrap=DEFAULT_BOOTSTRAP):
         rows = [[words(text) for text in texts] for texts in completions]
@@ -182,19 +175,11 @@ class DiversityMetric(evaluate.Metric):
         return figures
 
 
-class PerplexityMetric(evaluate.Metric):
+class PerplexityMetric(_Metric):
     """Perplexity per token of the policy on the best held-out completions: exp(−Σ logp / Σ tokens)."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(
-            self,
-            {
-                "logp": datasets.Value("float64"),
-                "tokens": datasets.Value("int64"),
-                "prompt": datasets.Value("string"),
-            },
-            "logp: log-probability of a completion. tokens: its length. prompt: identifies the prompt.",
-        )
+    _inputs = "logp: log-probability of a completion. tokens: its length. prompt: identifies the prompt."
+    _features: ClassVar = {"logp": _NUMBER, "tokens": datasets.Value("int64"), "prompt": _TEXT}
 
     def _compute(self, *, logp, tokens, prompt, bootstrap=DEFAULT_BOOTSTRAP):
         figure = interval(
@@ -299,12 +284,3 @@ def sigmoid(values: np.ndarray) -> np.ndarray:
 
 def _ngrams(tokens: Sequence[Any], order: int) -> list[tuple[Any, ...]]:
     return [tuple(tokens[i : i + order]) for i in range(len(tokens) - order + 1)]
-
-
-def _info(metric: evaluate.Metric, features: dict[str, Any], inputs: str) -> evaluate.MetricInfo:
-    return evaluate.MetricInfo(
-        description=metric.__doc__ or "",
-        citation="",
-        inputs_description=inputs,
-        features=datasets.Features(features),
-    )

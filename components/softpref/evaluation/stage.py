@@ -3,8 +3,6 @@ evaluation folder. Chooses between no models."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,48 +11,43 @@ from softpref.artifacts import readable, strengths
 from softpref.config import write_parameters
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
-from softpref.evaluation.figures import (
-    Models,
-    against_theory,
-    check_prompts,
-    draw_samples,
-    enumerated,
-    held_out,
-    load_policy,
-    load_reference,
-    sampled,
-    theory_samples,
-    tokenize_prompts,
-)
-from softpref.fitness import MUCH_SATURATED, ailments, saturation_remedy, saturation_warning
-from softpref.judges import OUTCOMES_FILE, check_judge, load_judge, read_outcomes, text_rows
+from softpref.evaluation.doubts import doubts, outside_the_set
+from softpref.evaluation.identity import DEFINING, identify
+from softpref.evaluation.measure import draw_samples, held_out, sampled
+from softpref.evaluation.models import Models, check_prompts, load_policy, load_reference, tokenize_prompts
+from softpref.evaluation.optima import against_theory, enumerated, theory_samples
+from softpref.fitness import ailments
+from softpref.judges import check_judge, load_judge, read_outcomes, text_rows
 from softpref.lm.extrapolation import extrapolated_folders
-from softpref.lm.loading import (
-    METADATA_FILE,
-    check_model_source,
-    check_remote_code,
-    load_metadata,
-    local_source,
-    source_name,
-)
+from softpref.lm.loading import check_model_source, check_remote_code, local_source, source_name
 from softpref.progress import settle_output
+from softpref.records import (
+    EVALUATION_FILE,
+    METADATA_FILE,
+    OUTCOMES_FILE,
+    REPORT_FILE,
+    SAMPLES_FILE,
+    DrawnText,
+    Evaluation,
+    Figure,
+    JudgedBy,
+    PromptRecord,
+    load_metadata,
+    read_stats,
+    write_samples,
+)
 from softpref.timings import PhaseTimer
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from softpref.evaluation.intervals import Bootstrap, Figure
-    from softpref.evaluation.measure import PromptRecord
+    from softpref.evaluation.intervals import Bootstrap
     from softpref.judges import Judge, Outcomes
     from softpref.lm.tokenization import TokenizedPrompt
 
-EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl", "report.html"
-_FEW_PROMPTS = 20
 _HEADLINE = ("win_rate", "expected_reward", "kl_sequence", "entropy_sequence", "preference_accuracy")
 _EXACT_HEADLINE = ("exact/kl_optimum_to_policy", "exact/mass_on_set")
 _SAMPLED_HEADLINE = ("self_bleu", "truncated_fraction")
-# what changes the meaning of a figure; batch sizes, devices and addresses do not
-_DEFINING = ("split", "max_prompts", "max_rows", "samples_per_prompt", "judge_max_rows", "seed")
 _SHOWN_SETTINGS = ("confidence", "bootstrap_samples", "theory_samples")
 
 
@@ -67,7 +60,7 @@ def run(
     output_dir: str,
     policy_uri: str = "",
     reference_uri: str = "",
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluate `policy_dir` against `reference_dir` on `dataset_dir`; write `output_dir`; return the figures.
 
     Writes `evaluation.json` (last, so that its presence means success), `samples.jsonl` and `report.html`,
@@ -132,14 +125,13 @@ def run(
             folder = output / member.subfolder
             folder.mkdir(exist_ok=True)
             evaluation = _evaluate(config, task, places, member, run_id, folder, timer)
-            text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
-            (folder / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
+            evaluation.write(folder)
             weight = member.metadata.get("extrapolation")
             prefix = f"eval/expo-{weight:g}/" if weight else "eval/"
-            tracker.metrics(flat_figures(evaluation, prefix=prefix), step=0)
+            tracker.metrics(evaluation.values(prefix), step=0)
             for file in (EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE):
                 tracker.artifact(folder / file, folder=f"evaluation/{member.subfolder}".rstrip("/"))
-        tracker.tags({"evaluation_id": evaluation["evaluation_id"]})
+        tracker.tags({"evaluation_id": evaluation.evaluation_id})
         timer.enter("tracking")
         tracker.metrics({f"{prefix}{name}": value for name, value in timer.metrics().items()}, step=0)
     write_parameters(config, output)
@@ -155,36 +147,21 @@ def by_prompt(records: Sequence[PromptRecord]) -> dict[str, list[float]]:
 
     values: dict[str, list[float]] = {"expected_reward": [], "win_rate": []}
     for record in records:
-        ours, theirs = (np.array([s["score"] for s in side]) for side in (record.policy, record.reference))
+        ours, theirs = (np.array([s.score for s in side]) for side in (record.policy, record.reference))
         values["expected_reward"].append(float(ours.mean()))
         values["win_rate"].append(float(sigmoid(ours[:, None] - theirs).mean()))
     return values
 
 
-def headline(evaluation: Mapping[str, Any]) -> dict[str, float]:
+def headline(evaluation: Evaluation) -> dict[str, float]:
     """α, β and the figures that tell the models of a sweep apart, few enough for one page of the UI's table.
 
     Where every outcome is known: how far the model is from the optimum, and what it keeps of the set; else
     how much its samples repeat each other, and how many met the length limit.
     """
-    shown = (*_HEADLINE, *(_EXACT_HEADLINE if evaluation["exact"] else _SAMPLED_HEADLINE))
-    figures = flat_figures(evaluation)
-    return readable({**strengths(evaluation), **{name: figures.get(name) for name in shown}})
-
-
-def flat_figures(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """`{NAME: value, exact/NAME: value, theory/NAME: value}` of the figures that have a value."""
-    groups = {
-        "": evaluation["metrics"],
-        "exact/": evaluation["exact"] or {},
-        "theory/": evaluation.get("theory") or {},
-    }
-    return {
-        f"{prefix}{group}{name}": figure["value"]
-        for group, figures in groups.items()
-        for name, figure in figures.items()
-        if figure["value"] is not None
-    }
+    shown = (*_HEADLINE, *(_EXACT_HEADLINE if evaluation.exact else _SAMPLED_HEADLINE))
+    figures = evaluation.values()
+    return readable({**strengths(vars(evaluation)), **{name: figures.get(name) for name in shown}})
 
 
 class _Member(NamedTuple):
@@ -225,7 +202,7 @@ class _Task(NamedTuple):
     judge_accuracy: Figure | None
     bootstrap: Bootstrap
     models: Models
-    reference: list[list[dict[str, Any]]]
+    reference: list[list[DrawnText]]
     theory: list[tuple[np.ndarray, np.ndarray]]
 
 
@@ -275,7 +252,7 @@ def _prepare(
     check_prompts(models.reference, models, tokenized)
     timer.enter("evaluation")
     return _Task(
-        *_identity(config, rows, judge, places["reference"], models.max_new_tokens),
+        *identify(config, rows, judge, places["reference"], models.max_new_tokens),
         prompts,
         tokenized,
         kept,
@@ -297,7 +274,7 @@ def _evaluate(
     run_id: str | None,
     output: Path,
     timer: PhaseTimer,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Measure one member, write its samples and report, return what `evaluation.json` will hold."""
     from softpref.evaluation.exact import exact_figures, softmax_frontier
     from softpref.evaluation.report import write_report
@@ -312,79 +289,54 @@ def _evaluate(
     figures, warnings = held_out(models, task.rows, bootstrap)
     of_samples, records = sampled(models, prompts, task.tokenized, task.reference, judge, config, bootstrap)
     figures |= of_samples
-    stats = _stats(places["dataset"])
+    stats = read_stats(places["dataset"])
     exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings)
     theory = against_theory(task.theory, records, metadata, stats, config.seed, warnings)
-    warnings += _outside(judge, records)
-    warnings += _warnings(config, figures, task.judge_accuracy, metadata, places["dataset"], len(prompts))
-    evaluation = {
-        "name": member.name,
-        "method": metadata.get("method"),
-        "alpha": metadata.get("alpha"),
-        "anchor": metadata.get("anchor") or 0.0,
-        "beta": metadata.get("beta"),
-        "kl_beta": metadata.get("kl_beta") or 0.0,
-        "kl_on": metadata.get("kl_on") or "samples",
-        "rounds": metadata.get("rounds") or 1,
-        "train_on": metadata.get("train_on") or "preferences",
-        "extrapolation": metadata.get("extrapolation") or 0.0,
-        "model_uri": member.uri,
-        "reference_uri": places["reference_uri"],
-        "run_id": run_id,
-        "dataset_hash": stats.get("dataset_hash"),
-        "evaluation_id": task.identity,
-        "evaluated_on": task.identity_parts,
-        "judge": {
-            "name": judge.name,
-            "description": judge.description,
-            "accuracy": task.judge_accuracy._asdict() if task.judge_accuracy else None,
-        },
-        "metrics": {key: figure._asdict() for key, figure in sorted(figures.items())},
-        "exact": (
-            {key: figure._asdict() for key, figure in exact_figures(exact, bootstrap).items()}
-            if exact
-            else None
-        ),
-        "softmax_frontier": softmax_frontier(exact) if exact else None,
-        "theory": (
-            {key: figure._asdict() for key, figure in sampled_figures(theory, bootstrap).items()}
-            if theory
-            else None
-        ),
-        "reward_frontier": reward_frontier(theory) if theory else None,
-        "by_prompt": by_prompt(records),
-        "settings": {key: getattr(config, key) for key in (*_DEFINING, *_SHOWN_SETTINGS)}
+    warnings += outside_the_set(judge, records)
+    warnings += doubts(config, figures, task.judge_accuracy, metadata, places["dataset"], len(prompts))
+    evaluation = Evaluation(
+        name=member.name,
+        method=metadata.get("method"),
+        alpha=metadata.get("alpha"),
+        anchor=metadata.get("anchor") or 0.0,
+        beta=metadata.get("beta"),
+        kl_beta=metadata.get("kl_beta") or 0.0,
+        kl_on=metadata.get("kl_on") or "samples",
+        rounds=metadata.get("rounds") or 1,
+        train_on=metadata.get("train_on") or "preferences",
+        extrapolation=metadata.get("extrapolation") or 0.0,
+        model_uri=member.uri,
+        reference_uri=places["reference_uri"],
+        run_id=run_id,
+        dataset_hash=stats.get("dataset_hash"),
+        evaluation_id=task.identity,
+        evaluated_on=task.identity_parts,
+        judge=JudgedBy(judge.name, judge.description, task.judge_accuracy),
+        metrics=dict(sorted(figures.items())),
+        exact=exact_figures(exact, bootstrap) if exact else None,
+        softmax_frontier=softmax_frontier(exact) if exact else None,
+        theory=sampled_figures(theory, bootstrap) if theory else None,
+        reward_frontier=reward_frontier(theory) if theory else None,
+        by_prompt=by_prompt(records),
+        settings={key: getattr(config, key) for key in (*DEFINING, *_SHOWN_SETTINGS)}
         | {"max_new_tokens": models.max_new_tokens},
-        "warnings": warnings,
-    }
+        warnings=warnings,
+    )
     if ills := ailments(evaluation):
         warnings.append(f"The model is broken, and will not be registered: it {' and '.join(ills)}.")
     timer.enter("report")
-    with open(output / SAMPLES_FILE, "w", encoding="utf-8") as lines:
-        for record in records:
-            lines.write(json.dumps(record._asdict(), ensure_ascii=False) + "\n")
+    write_samples(output, records)
     write_report(output / REPORT_FILE, evaluation, records, exact)
     return evaluation
 
 
-def _outside(judge: Judge, records: Sequence[PromptRecord]) -> list[str]:
-    """A warning when policy samples left the set that an expert knows."""
-    if not hasattr(judge, "outside"):
-        return []
-    left = [judge.outside([r.prompt] * len(r.policy), [s["text"] for s in r.policy]).mean() for r in records]
-    share = sum(left) / len(left)
-    if not share:
-        return []
-    return [
-        f"{share:.1%} of the policy's samples lie outside the set that the experts know; each scores 1 "
-        f"nat below "
-        "the worst within."
-    ]
-
-
 def _judge(
-    config: EvaluationConfig, dataset: Any, dataset_dir: str, outcomes: dict[str, Any], bootstrap: Any
-) -> tuple[Any, Any]:
+    config: EvaluationConfig,
+    dataset: Any,
+    dataset_dir: str,
+    outcomes: dict[str, Outcomes],
+    bootstrap: Bootstrap,
+) -> tuple[Judge, Figure | None]:
     """The judge asked for, and the validation accuracy of a trained one (None where there is none)."""
     from softpref.evaluation.metrics import PreferenceMetric
 
@@ -401,95 +353,17 @@ def _judge(
     held_out = list(text_rows(dataset.get("validation", ())))
     if not held_out:
         return judge, None
-    sizes = [len(row["completions"]) for row in held_out]
-    flat = judge.scores(
-        [row["prompt"] for row in held_out for _ in row["completions"]],
-        [completion for row in held_out for completion in row["completions"]],
-    ).tolist()
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    prompts = [row["prompt"] for row in held_out for _ in row["completions"]]
+    completions = [completion for row in held_out for completion in row["completions"]]
+    flat = iter(judge.scores(prompts, completions).tolist())
     accuracy = PreferenceMetric(keep_in_memory=True).compute(
-        scores=[flat[start : start + size] for start, size in zip(starts, sizes, strict=True)],
+        scores=[[next(flat) for _ in row["completions"]] for row in held_out],
         kind=[row["kind"] for row in held_out],
         probability=[row["probability"] for row in held_out],
         prompt=[row["prompt"] for row in held_out],
         bootstrap=bootstrap,
     )["preference_accuracy"]
     return judge, accuracy
-
-
-def _warnings(
-    config: EvaluationConfig,
-    figures: Mapping[str, Any],
-    judge_accuracy: Any,
-    metadata: Mapping[str, Any],
-    dataset_dir: str,
-    prompts: int,
-) -> list[str]:
-    """What a reader should know before trusting the figures."""
-    from softpref.lm.tokenization import findings_text
-
-    found = []
-    if prompts < 2:
-        found.append("Only one held-out prompt: there are no intervals, and nothing generalises from it.")
-    elif prompts < _FEW_PROMPTS:
-        found.append(f"Only {prompts} held-out prompts: intervals are wide, and rough by nature.")
-    truncated = figures["truncated_fraction"].value
-    if truncated > 0.1:
-        found.append(
-            f"{truncated:.0%} of the policy's samples met the length limit: they are judged unfinished, "
-            f"and KL "
-            "and entropy count up to the cut."
-        )
-    counts = (metadata.get("row_counts") or {}).get("train", {})
-    left_out = ["identical", *(["cut_completion"] if metadata.get("cut_rows") == "leave_out" else [])]
-    found += findings_text(counts, "training rows", left_out)
-    if metadata.get("method") == "spo" and (metadata.get("saturated") or 0) > MUCH_SATURATED:
-        remedy = saturation_remedy(metadata.get("anchor") or 0.0)
-        found.append(f"In training {saturation_warning(metadata['saturated'])}; {remedy}.")
-    if config.samples_per_prompt < 2:
-        found.append("One sample per prompt: self-BLEU needs two.")
-    if judge_accuracy is not None and judge_accuracy.low is not None and judge_accuracy.low <= 0.5:
-        found.append(
-            f"The judge's accuracy on the validation split ({judge_accuracy.value:.2f}) cannot be told from "
-            "chance: do not rely on win rate and expected reward."
-        )
-    ours, theirs = metadata.get("dataset_hash"), _stats(dataset_dir).get("dataset_hash")
-    if ours and theirs and ours != theirs:
-        found.append(
-            "The policy was trained on another dataset than this one; its training data may hold these "
-            "prompts."
-        )
-    return found
-
-
-def _identity(
-    config: EvaluationConfig, rows: Sequence[Mapping[str, Any]], judge: Any, reference_dir: str, max_new: int
-) -> tuple[str, dict[str, Any]]:
-    """`evaluation_id`, equal for two evaluations exactly when their figures can be compared, and its parts.
-
-    The reference belongs to it: win rate and KL are relative to it. The parts, `evaluated_on`, are what tells
-    two evaluations apart: hashes of the rows, the judge's scores and the reference's weights; the settings.
-    """
-    data = hashlib.sha256()
-    for row in rows:
-        part = {key: row[key] for key in ("prompt", "completions", "kind", "probability")}
-        data.update(json.dumps(part, sort_keys=True).encode())
-    settings = {key: getattr(config, key) for key in _DEFINING} | {"max_new_tokens": max_new}
-    weights = b""
-    for file in sorted(Path(reference_dir).glob("*.safetensors")):
-        with open(file, "rb") as content:
-            weights += hashlib.file_digest(content, "sha256").digest()
-    weights = weights or reference_dir.encode()
-    whole = data.copy()
-    whole.update(json.dumps([judge.name, judge.fingerprint, settings], sort_keys=True).encode())
-    whole.update(weights)
-    parts = {
-        "data": data.hexdigest()[:16],
-        "judge": f"{judge.name} {judge.fingerprint}",
-        "reference": hashlib.sha256(weights).hexdigest()[:16],
-        "settings": settings,
-    }
-    return whole.hexdigest()[:16], parts
 
 
 def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> Any:
@@ -506,11 +380,6 @@ def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> Any:
     if not len(dataset[split]):
         raise DataError(f"{path}: the split {split!r} is empty; hold out a fraction of the prompts for it")
     return dataset
-
-
-def _stats(dataset_dir: str) -> dict[str, Any]:
-    path = Path(dataset_dir) / "stats.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _choose(items: dict[Any, Any], most: int, seed: int) -> dict[Any, Any]:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from softpref.evaluation.exact import Objective, optimum
-from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, Figure, interval
+from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval
+from softpref.records import Figure
 
 TRUSTED = 0.1
 """Effective share of the samples from which on the optimum's figures are worth a comparison."""

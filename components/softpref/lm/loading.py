@@ -5,7 +5,6 @@ Weights are read from safetensors (or GGUF) only, and code from a checkpoint is 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from softpref.lm.sources import (
     pin_model,
     source_name,
 )
+from softpref.records import METADATA_FILE, load_metadata, save_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ __all__ = [
     "source_name",
 ]
 
-METADATA_FILE = "softpref.json"
 _IN_PROGRESS = (
     "checkpoints",
     "tracking",
@@ -133,17 +132,6 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, revision: st
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def save_metadata(folder: str | Path, values: dict[str, Any]) -> None:
-    """Write what later stages need to know of a model folder (`softpref.json`)."""
-    (Path(folder) / METADATA_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def load_metadata(folder: str | Path) -> dict[str, Any]:
-    """Read `softpref.json` of a model folder; empty for a model that softpref did not write."""
-    path = Path(folder) / METADATA_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def save_model_folder(

@@ -177,27 +177,26 @@ def _times(tasks: Path) -> str:
 
 def _summarise(output: Path, tracking_uri: str, run_id: str | None = None) -> None:
     """Bring the results to the top of the output folder and say what they are and where."""
-    from softpref.evaluation.compare import evaluation_folders, format_table, outcome_lines, warning_lines
+    from softpref.evaluation.compare import evaluation_folders, outcome_lines, warning_lines
+    from softpref.evaluation.tables import format_table
+    from softpref.records import Comparison, Evaluation, Registration
     from softpref.registry import stage as registry
 
     tasks = output / "pipeline"
     found = sorted(path.parent for path in tasks.rglob("evaluation/evaluation.json"))
-    evaluations = [
-        json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        for folder in evaluation_folders(found)
-    ]
+    evaluations = [Evaluation.read(folder) for folder in evaluation_folders(found)]
     lines = [f"\n{format_table(evaluations)}\n"]
     comparison = next(tasks.rglob("comparison.json"), None)
     if comparison:
         shutil.copytree(comparison.parent, output / "comparison", dirs_exist_ok=True)
-        lines += outcome_lines(json.loads(comparison.read_text(encoding="utf-8")))
+        lines += outcome_lines(Comparison.read(comparison.parent))
     else:
-        lines += [f"model:    {evaluation['model_uri']}" for evaluation in evaluations]
+        lines += [f"model:    {evaluation.model_uri}" for evaluation in evaluations]
         lines += warning_lines(evaluations)
     registration = next(tasks.rglob("registration.json"), None)
     if registration:
         shutil.copy(registration, output / "registration.json")
-        lines += registry.outcome_lines(json.loads(registration.read_text(encoding="utf-8")), tracking_uri)
+        lines += registry.outcome_lines(Registration.read(registration.parent), tracking_uri)
     reports = [output / "comparison" / "report.html"] if comparison else tasks.rglob("report.html")
     lines += [f"report:   {report}" for report in reports]
     print("\n".join([*lines, f"tracking: {where_to_look(tracking_uri, run_id)}"]))

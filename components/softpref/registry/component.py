@@ -68,17 +68,17 @@ def register_model(
     )
     Path(decision.path).parent.mkdir(parents=True, exist_ok=True)
     Path(decision.path).write_text(decision_markdown(outcome), encoding="utf-8")
-    metrics.log_metric("champion", int(outcome["champion"]))
-    metrics.log_metric("version", int(outcome["version"]))
-    title = f"{registered_model_name}, version {outcome['version']}"
+    metrics.log_metric("champion", int(outcome.champion))
+    metrics.log_metric("version", int(outcome.version or 0))
+    title = f"{registered_model_name}, version {outcome.version}"
     describe(
         registered,
         f"registration: {title}",
-        model_uri=outcome["model_uri"],
+        model_uri=outcome.model_uri,
         model_name=registered_model_name,
-        version=outcome["version"],
-        aliases=", ".join(outcome["aliases"]),
-        mlflow_run_id=outcome["run_id"],
+        version=outcome.version,
+        aliases=", ".join(outcome.aliases),
+        mlflow_run_id=outcome.run_id,
     )
     describe(decision, f"decision: {title}", title=title)
     describe(metrics, f"registration: {title}")

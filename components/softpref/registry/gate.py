@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from softpref.fitness import Evaluation, Figure, figure_text, judge_doubt, number
+from softpref.fitness import figure_text, judge_doubt, number
+from softpref.records import Evaluation, Figures
 from softpref.registry.config import RegistryConfig
 
 _JUDGED = ("win_rate", "expected_reward")  # metrics that are worth what the judge is
@@ -21,7 +22,7 @@ class Champion(NamedTuple):
 
     version: str
     evaluation_id: str | None
-    metrics: Mapping[str, Figure]
+    metrics: Figures
     evaluated_on: Mapping[str, Any] | None = None
 
 
@@ -37,7 +38,7 @@ def challenge(evaluation: Evaluation, champion: Champion | None, config: Registr
 
     Nobody is promoted by a judge that cannot be told from a coin, nor by a figure without an interval.
     """
-    metrics, name = evaluation["metrics"], config.compare_metric
+    metrics, name = evaluation.metrics, config.compare_metric
     if name in _JUDGED and (doubt := judge_doubt(evaluation)):
         return Verdict(False, f"nobody becomes champion by this judge: {doubt}")
     if number(metrics, name, "low") is None:
@@ -47,14 +48,14 @@ def challenge(evaluation: Evaluation, champion: Champion | None, config: Registr
     if champion is None:
         return Verdict(True, "there was no champion yet and the gate is passed")
     held = f"the champion, version {champion.version},"
-    if champion.evaluation_id != evaluation["evaluation_id"]:
+    if champion.evaluation_id != evaluation.evaluation_id:
         return Verdict(
             False,
             f"not comparable: {held} was evaluated "
-            f"{_difference(champion.evaluated_on or {}, evaluation.get('evaluated_on') or {})}; "
+            f"{_difference(champion.evaluated_on or {}, evaluation.evaluated_on or {})}; "
             "evaluate the champion as this model was, or move the alias by hand",
         )
-    mine, theirs = number(metrics, name, "value"), number(champion.metrics, name, "value")
+    mine, theirs = number(metrics, name), number(champion.metrics, name)
     if mine is None or theirs is None:
         return Verdict(False, f"not comparable: {'this model' if mine is None else held} has no {name}")
     against = f"{name} {figure_text(metrics[name])} against {figure_text(champion.metrics[name])} of {held}"

@@ -5,8 +5,10 @@ import itertools
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from softpref.evaluation import charts
+from softpref.evaluation import frontier as module
 from softpref.evaluation.exact import ExactPrompt, entropy, softmax_frontier
+
+from tests.evaluations import evaluations
 
 REWARDS = np.random.default_rng(0).normal(size=60)
 REFERENCE = np.log(np.full(60, 1 / 60))
@@ -67,9 +69,9 @@ def drawn(monkeypatch, tmp_path):
 
     def draw(members, chosen=None):
         kept = []
-        save = charts._svg
-        monkeypatch.setattr(charts, "_svg", lambda figure, **o: (kept.append(figure), save(figure, **o))[1])
-        svg = charts.frontier(members, chosen, tmp_path / "frontier.png")
+        save = module.svg
+        monkeypatch.setattr(module, "svg", lambda figure, **o: (kept.append(figure), save(figure, **o))[1])
+        svg = module.frontier(evaluations(members), chosen, tmp_path / "frontier.png")
         assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
         return kept[0], svg
 

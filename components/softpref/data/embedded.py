@@ -1,0 +1,55 @@
+"""The sources that need no file, as rows, and what is known of their answers. Draws nothing itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from softpref.data import storyteller
+from softpref.data.config import STORY_ROWS, STORY_SFT_ROWS, DataConfig
+from softpref.data.sources import SourceRow
+from softpref.data.story_world import StoryWorld
+from softpref.records import OUTCOMES_FILE, REWARD_FILE
+
+
+def embedded_preferences(config: DataConfig) -> Iterator[SourceRow]:
+    """What experts of the world say of its stories."""
+    world, rows = _world(config), config.rows or STORY_ROWS
+    if config.story_kind == "pairwise":
+        return _numbered(world.preferences(rows, config.seed, config.votes))
+    only_best = config.story_kind == "best_of_n"
+    return _numbered(world.rankings(rows, config.seed, config.group_size, only_best=only_best))
+
+
+def embedded_demonstrations(config: DataConfig) -> Iterator[SourceRow]:
+    """Stories as writers write them."""
+    # Another seed than the preferences', so that the two draws do not repeat each other's stories.
+    return _numbered(_world(config).demonstrations(config.sft_rows or STORY_SFT_ROWS, config.seed + 1))
+
+
+def write_known_answers(config: DataConfig, folder: Path) -> None:
+    """Write `outcomes.jsonl` of the story world, `reward.json` of the storyteller, and nothing of others."""
+    if config.source == "story":
+        world = StoryWorld()
+        with (folder / OUTCOMES_FILE).open("w", encoding="utf-8") as file:
+            for prompt in world.prompts:
+                outcomes = world.outcomes(prompt)
+                line = {
+                    "prompt": prompt,
+                    "completions": outcomes.completions,
+                    "rewards": outcomes.rewards.tolist(),
+                    "weights": outcomes.weights.tolist(),
+                }
+                file.write(json.dumps(line) + "\n")
+    elif config.source == "storyteller":
+        storyteller.REWARD.write(folder / REWARD_FILE)
+
+
+def _world(config: DataConfig) -> StoryWorld | storyteller.Storyteller:
+    return StoryWorld() if config.source == "story" else storyteller.Storyteller()
+
+
+def _numbered(draws: Iterable[dict[str, Any]]) -> Iterator[SourceRow]:
+    return (SourceRow(number, f"draw {number}", record) for number, record in enumerate(draws, start=1))

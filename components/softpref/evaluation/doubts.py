@@ -1,0 +1,73 @@
+"""What a reader should know before trusting an evaluation's figures, in sentences. Measures nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from softpref.evaluation.config import EvaluationConfig
+from softpref.fitness import MUCH_SATURATED, number, saturation_remedy, saturation_warning
+from softpref.records import Figure, Figures, PromptRecord, read_stats
+
+if TYPE_CHECKING:
+    from softpref.judges import Judge
+
+_FEW_PROMPTS = 20
+
+
+def outside_the_set(judge: Judge, records: Sequence[PromptRecord]) -> list[str]:
+    """A warning when policy samples left the set that an expert knows."""
+    if not hasattr(judge, "outside"):
+        return []
+    left = [judge.outside([r.prompt] * len(r.policy), [s.text for s in r.policy]).mean() for r in records]
+    share = sum(left) / len(left)
+    if not share:
+        return []
+    return [
+        f"{share:.1%} of the policy's samples lie outside the set that the experts know; each scores 1 nat "
+        "below the worst within."
+    ]
+
+
+def doubts(
+    config: EvaluationConfig,
+    figures: Figures,
+    judge_accuracy: Figure | None,
+    metadata: Mapping[str, Any],
+    dataset_dir: str,
+    prompts: int,
+) -> list[str]:
+    """What a reader should know before trusting the figures."""
+    from softpref.lm.tokenization import findings_text
+
+    found = []
+    if prompts < 2:
+        found.append("Only one held-out prompt: there are no intervals, and nothing generalises from it.")
+    elif prompts < _FEW_PROMPTS:
+        found.append(f"Only {prompts} held-out prompts: intervals are wide, and rough by nature.")
+    truncated = number(figures, "truncated_fraction") or 0.0
+    if truncated > 0.1:
+        found.append(
+            f"{truncated:.0%} of the policy's samples met the length limit: they are judged unfinished, and "
+            "KL and entropy count up to the cut."
+        )
+    counts = (metadata.get("row_counts") or {}).get("train", {})
+    left_out = ["identical", *(["cut_completion"] if metadata.get("cut_rows") == "leave_out" else [])]
+    found += findings_text(counts, "training rows", left_out)
+    if metadata.get("method") == "spo" and (metadata.get("saturated") or 0) > MUCH_SATURATED:
+        remedy = saturation_remedy(metadata.get("anchor") or 0.0)
+        found.append(f"In training {saturation_warning(metadata['saturated'])}; {remedy}.")
+    if config.samples_per_prompt < 2:
+        found.append("One sample per prompt: self-BLEU needs two.")
+    if judge_accuracy is not None and judge_accuracy.low is not None and judge_accuracy.low <= 0.5:
+        found.append(
+            f"The judge's accuracy on the validation split ({judge_accuracy.value:.2f}) cannot be told from "
+            "chance: do not rely on win rate and expected reward."
+        )
+    ours, theirs = metadata.get("dataset_hash"), read_stats(dataset_dir).get("dataset_hash")
+    if ours and theirs and ours != theirs:
+        found.append(
+            "The policy was trained on another dataset than this one; its training data may hold these "
+            "prompts."
+        )
+    return found

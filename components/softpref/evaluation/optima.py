@@ -1,0 +1,133 @@
+"""Where the optimum of a policy's own objective lies: by every outcome, or by samples of the reference.
+
+Scores with the models; the mathematics is in `exact` and `theory`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from softpref.evaluation.config import EvaluationConfig
+from softpref.evaluation.measure import draw_samples
+from softpref.evaluation.models import Models
+from softpref.judges import RewardJudge
+from softpref.progress import progress
+from softpref.records import PromptRecord
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from softpref.evaluation.exact import ExactPrompt
+    from softpref.evaluation.theory import SampledPrompt
+    from softpref.judges import Judge
+    from softpref.lm.tokenization import TokenizedPrompt
+
+
+def theory_samples(
+    models: Models,
+    prompts: Sequence[Any],
+    tokenized: Sequence[TokenizedPrompt],
+    judge: Judge,
+    config: EvaluationConfig,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What samples of the reference earn, and their log-probabilities, for the first `exact_prompts` prompts.
+
+    Empty unless the judge is an expert that knows the reward of any text.
+    """
+    import numpy as np
+
+    from softpref.lm.scoring import score_sequences
+
+    if not isinstance(judge, RewardJudge) or not config.theory_samples or not config.exact_prompts:
+        return []
+    count = config.exact_prompts
+    many = dataclasses.replace(config, samples_per_prompt=config.theory_samples)
+    drawn, shown = draw_samples(models, "reference", prompts[:count], tokenized[:count], judge, many)
+    found = []
+    for samples, texts in zip(drawn, shown, strict=True):
+        sequences = [(sample.prompt, sample.completion) for sample in samples]
+        logps = score_sequences(models.reference, sequences, **models.scoring).double().numpy()
+        found.append((np.array([text.score for text in texts]), logps))
+    return found
+
+
+def enumerated(
+    models: Models,
+    outcomes: Mapping[str, Any],
+    prompts: Sequence[Any],
+    config: EvaluationConfig,
+    metadata: Mapping[str, Any],
+    stats: Mapping[str, Any],
+    warnings: list[str],
+) -> list[ExactPrompt]:
+    """Score every outcome of the first `exact_prompts` prompts whose outcomes are known."""
+    from softpref.evaluation.exact import exact_prompt, trained_objective, why_unknown
+    from softpref.lm.scoring import check_positions, score_sequences
+    from softpref.lm.tokenization import stop_token_ids, tokenize_row
+
+    known = [prompt for prompt in prompts if isinstance(prompt, str) and prompt in outcomes]
+    known = known[: config.exact_prompts]
+    if not known:
+        return []
+    objective = trained_objective(metadata, stats)
+    if reason := why_unknown(objective):
+        warnings.append(f"The exact optimum is not known: {reason}.")
+    found = []
+    total = 2 * sum(len(outcomes[prompt].completions) for prompt in known)
+    with progress("every outcome", total=total, unit="sequence") as loop:
+        for prompt in known:
+            entry = outcomes[prompt]
+            tokenized = tokenize_row(
+                models.tokenizer,
+                prompt,
+                entry.completions,
+                stop_ids=stop_token_ids(models.tokenizer, models.policy),
+                max_prompt_length=models.max_prompt_length,
+            )
+            sequences = [(each.prompt, each.completion) for each in tokenized]
+            longest = max(len(completion) for _, completion in sequences)
+            scores = []
+            for model in (models.policy, models.reference):
+                check_positions(model, len(sequences[0][0]), longest, "set exact_prompts to 0")
+                found_scores = score_sequences(model, sequences, **models.scoring, progress=loop.update)
+                scores.append(found_scores.double().numpy())
+            policy, reference = scores
+            found.append(exact_prompt(entry, policy, reference, objective, seed=config.seed))
+    return found
+
+
+def against_theory(
+    theory: Sequence[tuple[np.ndarray, np.ndarray]],
+    records: Sequence[PromptRecord],
+    metadata: Mapping[str, Any],
+    stats: Mapping[str, Any],
+    seed: int,
+    warnings: list[str],
+) -> list[SampledPrompt]:
+    """Set the policy's samples beside the optimum over those of the reference, prompt by prompt.
+
+    Args:
+        theory: of `theory_samples`; records: of all prompts, in the same order.
+        warnings: what a reader should know of the optimum is added.
+    """
+    from statistics import fmean
+
+    from softpref.evaluation.exact import trained_objective, why_unknown
+    from softpref.evaluation.theory import sampled_prompt
+
+    objective = trained_objective(metadata, stats)
+    if theory and (reason := why_unknown(objective)):
+        warnings.append(f"The optimum is not known: {reason}.")
+    return [
+        sampled_prompt(
+            rewards,
+            logps,
+            objective,
+            policy_reward=fmean(sample.score for sample in record.policy),
+            policy_kl=fmean(sample.kl or 0.0 for sample in record.policy),
+            seed=seed,
+        )
+        for (rewards, logps), record in zip(theory, records, strict=False)
+    ]

@@ -1,0 +1,45 @@
+"""The HTML pages: their templates, the one style sheet, how numbers stand in them. Gathers nothing to show.
+
+A page is one file that loads nothing from a network. Templates escape what they are given; drawings alone,
+which this package makes itself, are marked `safe` there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from softpref.records import Figure
+
+
+def number(value: float | None) -> str:
+    """Three decimals, or a dash where nothing is known."""
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
+
+
+def span(figure: Figure) -> str:
+    """A figure's interval, or a dash."""
+    return "–" if figure.low is None else f"{number(figure.low)} … {number(figure.high)}"
+
+
+def render(template: str, **values: Any) -> str:
+    """A whole HTML document of one of the templates beside this file."""
+    return _environment.get_template(template).render(values)
+
+
+_environment = Environment(
+    loader=PackageLoader("softpref", "pages"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
+)
+_environment.filters |= {
+    "number": number,
+    "span": span,
+    "thousands": "{:,.0f}".format,
+    "percent": "{:.0%}".format,
+}

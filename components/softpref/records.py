@@ -1,0 +1,337 @@
+"""What the stages leave on disk for one another: names of files, typed records, and what is whole.
+
+The file that tells what a folder holds is written last, so a folder that has it is whole:
+
+| folder | told by | beside it |
+| :-- | :-- | :-- |
+| dataset | `stats.json` | splits, `sft/`, `prompts/`, `rejected.jsonl`, `page.html`, what experts know |
+| model | `softpref.json` | safetensors, tokenizer, model card, `extrapolated-W/` |
+| evaluation | `evaluation.json` | `samples.jsonl`, `report.html`, `extrapolated-W/` |
+| comparison | `comparison.json` | `report.html`, `frontier.png`, `chosen/evaluation.json` |
+| registration | `registration.json` | |
+
+Each has `parameters.yaml`, which `--config` takes again, and `timings.json` where the stage takes long.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from softpref.errors import ConfigError, DataError
+
+STATS_FILE, REJECTED_FILE, PAGE_FILE = "stats.json", "rejected.jsonl", "page.html"
+OUTCOMES_FILE, REWARD_FILE = "outcomes.jsonl", "reward.json"
+METADATA_FILE = "softpref.json"
+EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl", "report.html"
+COMPARISON_FILE, FRONTIER_FILE, CHOSEN_FOLDER = "comparison.json", "frontier.png", "chosen"
+REGISTRATION_FILE = "registration.json"
+PARAMETERS_FILE, TIMINGS_FILE = "parameters.yaml", "timings.json"
+
+
+class Figure(NamedTuple):
+    """One measured value.
+
+    Attributes:
+        value: the estimate, None where it cannot be had.
+        low, high: ends of its interval, None with fewer than two prompts.
+        n: observations behind it: preference pairs, sampled completions or prompts.
+        prompts: distinct prompts among them, the independent units.
+        unit: `nats`, `probability`, `tokens` …
+    """
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    prompts: int | None = None
+    unit: str = ""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Figure:
+        return cls(**{name: values[name] for name in cls._fields if name in values})
+
+
+Figures = Mapping[str, Figure]
+
+
+def figures_of(values: Mapping[str, Mapping[str, Any]] | None) -> Figures | None:
+    """Figures by name, from JSON; None stays."""
+    return None if values is None else {name: Figure.of(one) for name, one in values.items()}
+
+
+class JudgedBy(NamedTuple):
+    """Who gave the scores: a judge's name, what it is, and how often it is right, where that was measured."""
+
+    name: str
+    description: str = ""
+    accuracy: Figure | None = None
+
+
+class DrawnText(NamedTuple):
+    """A sample of a model.
+
+    Attributes:
+        score: the judge's, nats.
+        truncated: whether it met the length limit.
+        tokens: its length, end included.
+        repetition: share of its 4-grams of tokens that it has had before.
+        surprisal: −log π_ref, nats.
+        kl: Σ KL_t to the reference, nats; of policy samples alone.
+    """
+
+    text: str
+    score: float
+    truncated: bool
+    tokens: int = 0
+    repetition: float = 0.0
+    surprisal: float = 0.0
+    kl: float | None = None
+
+
+class PromptRecord(NamedTuple):
+    """Everything drawn for one prompt, messages flattened; a line of `samples.jsonl`."""
+
+    prompt: str
+    reference: list[DrawnText]
+    policy: list[DrawnText]
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """What stage 4 found out about a model: `evaluation.json`, and a member of `comparison.json`.
+
+    Attributes:
+        method, alpha, anchor, beta, kl_beta, kl_on, rounds, train_on, extrapolation: as the training stage
+            names them.
+        evaluation_id, evaluated_on: equal for evaluations whose figures can be compared; what it is made of.
+        metrics: every figure of samples and held-out rows.
+        exact, softmax_frontier: figures of enumerated sets, and the most entropy at each expected reward;
+            None where sets are not known.
+        theory, reward_frontier: the optimum told by samples of the reference, and the most expected reward at
+            each KL; None where rewards are not known.
+        by_prompt: expected reward and win rate of each prompt, for paired comparisons.
+        settings: those that change a figure's meaning.
+    """
+
+    name: str
+    method: str | None
+    alpha: float | None
+    anchor: float = 0.0
+    beta: float | None
+    kl_beta: float = 0.0
+    kl_on: str = "samples"
+    rounds: int
+    train_on: str
+    extrapolation: float
+    model_uri: str
+    reference_uri: str = ""
+    run_id: str | None
+    dataset_hash: str | None = None
+    evaluation_id: str
+    evaluated_on: dict[str, Any] | None = None
+    judge: JudgedBy
+    metrics: Figures
+    exact: Figures | None
+    softmax_frontier: list[list[float]] | None
+    theory: Figures | None = None
+    reward_frontier: list[list[float]] | None = None
+    by_prompt: dict[str, list[float]]
+    settings: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str | Path = "an evaluation") -> Evaluation:
+        """From JSON; keys that older evaluations lack have the value that was then the only one.
+
+        Raises:
+            DataError: other keys are missing.
+        """
+        needed = [one.name for one in fields(cls) if one.default is one.default_factory is MISSING]
+        if missing := [name for name in needed if name not in values]:
+            raise DataError(
+                f"{where} lacks {', '.join(missing)}; was it written by this version's evaluation?"
+            )
+        known: dict[str, Any] = {one.name: values[one.name] for one in fields(cls) if one.name in values}
+        judge = known["judge"]
+        accuracy = judge.get("accuracy")
+        known["judge"] = JudgedBy(
+            judge["name"], judge.get("description", ""), Figure.of(accuracy) if accuracy else None
+        )
+        for group in ("metrics", "exact", "theory"):
+            known[group] = figures_of(known.get(group))
+        return cls(**known)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Evaluation:
+        """Of an evaluation folder.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        path = Path(folder) / EVALUATION_FILE
+        return cls.of(_read(path, "an evaluation folder"), path)
+
+    def write(self, folder: Path) -> None:
+        _write(folder / EVALUATION_FILE, self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
+
+    def values(self, prefix: str = "") -> dict[str, float]:
+        """`{NAME: value, exact/NAME: value, theory/NAME: value}` of the figures that have a value."""
+        groups = {"": self.metrics, "exact/": self.exact or {}, "theory/": self.theory or {}}
+        return {
+            f"{prefix}{group}{name}": figure.value
+            for group, figures in groups.items()
+            for name, figure in figures.items()
+            if figure.value is not None
+        }
+
+
+_OF_ONE_MODEL = ("reference_uri", "dataset_hash", "evaluated_on", "settings")  # no part of a comparison
+
+
+@dataclass
+class Comparison:
+    """Which member of a sweep was chosen and why: `comparison.json`.
+
+    Attributes:
+        rule: in words.
+        chosen: a member's name; None where none may be chosen.
+        passed_over: members that come before it by the rule, with what keeps each from passing the gate.
+        equal_reward: see `softpref.evaluation.curves.equal_reward`.
+    """
+
+    rule: str
+    chosen: str | None
+    reason: str
+    passed_over: dict[str, list[str]]
+    equal_reward: dict[str, Any] | None
+    members: list[Evaluation]
+
+    @property
+    def chosen_member(self) -> Evaluation | None:
+        return next((member for member in self.members if member.name == self.chosen), None)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Comparison:
+        """Of a comparison folder.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        path = Path(folder) / COMPARISON_FILE
+        known = _read(path, "a comparison folder")
+        members = [Evaluation.of(member, path) for member in known.get("members", ())]
+        others: dict[str, Any] = {one.name: known.get(one.name) for one in fields(cls)}
+        return cls(**{**others, "members": members})
+
+    def write(self, folder: Path) -> None:
+        members = [
+            {name: value for name, value in member.as_dict().items() if name not in _OF_ONE_MODEL}
+            for member in self.members
+        ]
+        _write(folder / COMPARISON_FILE, {**vars(self), "members": members})
+
+
+@dataclass(kw_only=True)
+class Registration:
+    """What was decided about a model: `registration.json`.
+
+    Attributes:
+        reason: in words.
+        champion: whether this version is the champion now.
+        reused: whether an earlier attempt had registered it.
+    """
+
+    registered: bool = False
+    reason: str = ""
+    model_name: str
+    version: str | None = None
+    aliases: list[str] = field(default_factory=list)
+    champion: bool = False
+    reused: bool = False
+    model_uri: str | None = None
+    run_id: str | None = None
+    tracking_uri: str
+    model_hash: str | None = None
+    gate_failures: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Registration:
+        path = Path(folder) / REGISTRATION_FILE
+        return cls(**_read(path, "a registration folder"))
+
+    def write(self, folder: Path) -> None:
+        _write(folder / REGISTRATION_FILE, asdict(self))
+
+
+def write_samples(folder: Path, records: Iterable[PromptRecord]) -> None:
+    """Write `samples.jsonl`."""
+    with open(folder / SAMPLES_FILE, "w", encoding="utf-8") as lines:
+        for record in records:
+            lines.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
+
+
+def read_samples(folder: str | Path, most: int) -> list[PromptRecord]:
+    """The first `most` prompts of `samples.jsonl`; empty where it is absent."""
+    path = Path(folder) / SAMPLES_FILE
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8") as lines:
+        found = [json.loads(line) for line in itertools.islice(lines, most)]
+    return [
+        PromptRecord(
+            one["prompt"], *([DrawnText(**text) for text in one[side]] for side in ("reference", "policy"))
+        )
+        for one in found
+    ]
+
+
+def read_stats(folder: str | Path) -> dict[str, Any]:
+    """What `stats.json` says of a dataset; empty where it is absent."""
+    path = Path(folder) / STATS_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def save_metadata(folder: str | Path, values: dict[str, Any]) -> None:
+    """Write what later stages need to know of a model folder (`softpref.json`)."""
+    (Path(folder) / METADATA_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def load_metadata(folder: str | Path) -> dict[str, Any]:
+    """Read `softpref.json` of a model folder; empty for a model that softpref did not write."""
+    path = Path(folder) / METADATA_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _plain(value: Any) -> Any:
+    """Named tuples as dictionaries; a sample without KL has none."""
+    if isinstance(value, DrawnText):
+        return {name: part for name, part in value._asdict().items() if name != "kl" or part is not None}
+    if hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
+
+
+def _read(path: Path, what: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; give {what}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,85 @@
+"""What a version in the registry says of itself, and how the champion's is read again. Speaks to no server
+but to look the champion up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from softpref.artifacts import plain
+from softpref.fitness import figure_text
+from softpref.records import Comparison, Evaluation, figures_of
+from softpref.registry.gate import Champion
+
+HASH_TAG = "model_hash"
+_SCORES_TAG, _EVALUATED_ON_TAG = "scores", "evaluated_on"
+_DESCRIBED = ("win_rate", "expected_reward", "kl_sequence", "entropy_sequence", "preference_accuracy")
+
+
+def version_tags(
+    metadata: Mapping[str, Any],
+    evaluation: Evaluation,
+    comparison: Comparison | None,
+    digest: str,
+) -> dict[str, str]:
+    """What a version says of itself: origin, hyperparameters, and every figure with its interval."""
+    known: dict[str, Any] = {HASH_TAG: digest, "evaluation_id": evaluation.evaluation_id}
+    for key in ("name", "method", "alpha", "anchor", "beta", "extrapolation", "dataset_hash"):
+        known[key] = metadata.get(key) if metadata.get(key) is not None else getattr(evaluation, key)
+    for key in ("base_model", "code_version"):
+        known[key] = metadata.get(key)
+    known["judge"] = evaluation.judge.name
+    if comparison is not None:
+        known["chosen_by"] = comparison.rule
+        known["chosen_because"] = comparison.reason
+    known[_SCORES_TAG] = json.dumps({name: figure._asdict() for name, figure in evaluation.metrics.items()})
+    if evaluation.evaluated_on:
+        known[_EVALUATED_ON_TAG] = json.dumps(evaluation.evaluated_on)
+    for group, figures in {"": evaluation.metrics, "exact.": evaluation.exact or {}}.items():
+        for name, figure in figures.items():
+            if figure.value is not None:
+                known[group + name] = figure_text(figure)
+    return {key: str(value) for key, value in known.items() if value is not None and value != ""}
+
+
+def version_description(
+    metadata: Mapping[str, Any], evaluation: Evaluation, comparison: Comparison | None
+) -> str:
+    """What a version is, for its page in the registry: method, softness, why it was chosen, its figures."""
+    known = {
+        key: metadata.get(key, getattr(evaluation, key, None))
+        for key in ("alpha", "anchor", "beta", "base_model")
+    }
+    told = [
+        f"{key.replace('_', ' ')} {plain(str(value))}"
+        for key, value in known.items()
+        if value not in (None, "")
+    ]
+    method = plain(metadata.get("method") or evaluation.method or "")
+    lines = [f"**{plain(evaluation.name)}**: {', '.join(filter(None, [method, *told]))}", ""]
+    if comparison is not None and comparison.reason:
+        lines += [plain(comparison.reason), ""]
+    shown = {name: evaluation.metrics[name] for name in _DESCRIBED if name in evaluation.metrics}
+    lines += ["| figure | value [95% interval] |", "| :-- | :-- |"]
+    lines += [
+        f"| {name} ({figure.unit}) | {figure_text(figure)} |"
+        for name, figure in shown.items()
+        if figure.value is not None
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def find_champion(client: Any, name: str, version: str | None, candidate: str) -> Champion | None:
+    """The present champion's version, where there is one and it is another than the candidate."""
+    if version is None or version == candidate:
+        return None
+    tags = client.get_model_version(name, version).tags
+    parts = []
+    for tag in (_SCORES_TAG, _EVALUATED_ON_TAG):
+        try:
+            parts.append(json.loads(tags.get(tag, "{}")))
+        except json.JSONDecodeError:
+            parts.append({})
+    metrics, evaluated_on = parts
+    return Champion(str(version), tags.get("evaluation_id"), figures_of(metrics) or {}, evaluated_on or None)
