@@ -21,6 +21,7 @@ from transformers.trainer_utils import has_length
 
 from softpref.errors import ConfigError, SoftprefError
 from softpref.lm.head import try_out
+from softpref.lm.loading import settle_generation_config
 from softpref.lm.sharding import shards, whole_copy, whole_head
 from softpref.progress import Lines, on_terminal
 
@@ -54,7 +55,12 @@ class GuardedTrainer(Trainer):
                 f"{type(config).__name__}.fsdp divides weights among processes, and this is the only one; "
                 "leave it out, or set gpus"
             )
-        settle_router(options["model"])
+        settle_model(options["model"])
+        if config.eval_strategy != "no" and options.get("eval_dataset") is None:
+            raise ConfigError(
+                f"{type(config).__name__}.eval_strategy is {config.eval_strategy.value}, and there are no "
+                "validation rows; set it to no, or give some"
+            )
         rows = options.get("train_dataset")
         at_once = config.per_device_train_batch_size * config.world_size
         if config.dataloader_drop_last and rows is not None and len(rows) < at_once:
@@ -75,6 +81,34 @@ class GuardedTrainer(Trainer):
             ):  # gradients are summed in fp32
                 policy = plugin.mixed_precision_policy
                 plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
+        """As in the base class; `True` takes the newest checkpoint that was written to its end.
+
+        Raises:
+            ConfigError: there is no such checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ConfigError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
+        elif resume_from_checkpoint and not (Path(resume_from_checkpoint) / "trainer_state.json").is_file():
+            raise ConfigError(
+                f"{resume_from_checkpoint} is no checkpoint that was written to its end; name another, or "
+                "set resume_from_checkpoint to True for the newest that was"
+            )
+        return super().train(resume_from_checkpoint or None, *args, **options)
+
+    def init_hf_repo(self, token: str | None = None) -> None:
+        """As in the base class, before training; a Hub that does not answer is said with what to do."""
+        try:
+            super().init_hf_repo(token)
+        except Exception as error:  # the Hub client raises a dozen unrelated types
+            reason = "".join(str(error).strip().splitlines()[:1])
+            raise ConfigError(
+                f"push_to_hub: the Hub makes no repository ({type(error).__name__}: {reason}); log in with "
+                "`hf auth login`, check hub_model_id and the network, or leave push_to_hub out"
+            ) from error
 
     def whole_model(self) -> Any:
         """The model as it can be saved: without wrappers, its weights not in shards.
@@ -140,6 +174,12 @@ class GuardedTrainer(Trainer):
             f"{what} became {float(value)} at optimizer step {step + 1}; {kept}, the batch in {batch_file}. "
             f"{_REMEDIES}"
         )
+
+
+def settle_model(model: Any) -> None:
+    """Change in a model's configuration what would fail in training, each with a line in the log."""
+    settle_router(model)
+    settle_generation_config(model)
 
 
 def settle_router(model: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
+from softpref.config import check_names
 from softpref.errors import ConfigError
 from softpref.lm.extrapolation import parse_weights
 from softpref.lm.tokenizing import check_num_proc
@@ -113,10 +114,13 @@ class SPOConfig(TrainingArguments):
             preference loss, for what is cut has no end and teaches the policy not to stop; or `keep`.
         dataset_num_proc: processes that tokenize rows. By default as many as suit: none but this one for some
             thousands of rows, else one for each CPU, four at most (each takes some 100 MB).
+        model_init_kwargs: further arguments of `from_pretrained`, such as
+            `{"attn_implementation": "sdpa", "dtype": "bfloat16"}`, for the model to train, where it is loaded
+            from its name.
         use_peft: train a LoRA adapter; the reference is then the model with the adapter off.
         lora_r, lora_alpha, lora_target_modules: the adapter's rank, scale, and layers (comma-separated, or
             `all-linear`).
-        merge_adapter: save the merged model rather than the adapter alone.
+        merge_adapter: whether the training stage saves the merged model rather than the adapter alone.
         plain_forward: pad every completion with a prompt of its own and compute full logits, as anybody
             would; otherwise a row's completions share their prompt's work, nothing is padded, and logits
             exist for a few hundred tokens at a time. The same numbers up to rounding, slower and larger: for
@@ -164,6 +168,7 @@ class SPOConfig(TrainingArguments):
     round_reference: Literal["auto", "initial", "previous"] = "auto"
     judge: Literal["auto", "expert", "bradley-terry"] = "auto"
     extrapolation: str = ""
+    model_init_kwargs: dict | str | None = None
     use_peft: bool = False
     lora_r: int = 16
     lora_alpha: int = 32
@@ -179,6 +184,12 @@ class SPOConfig(TrainingArguments):
     remove_unused_columns: bool = False
     bf16: bool | None = field(default=None)  # type: ignore[assignment]
     save_total_limit: int | None = 2
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    def __new__(cls, *arguments: Any, **options: Any) -> SPOConfig:
+        check_names(cls, options)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_training_arguments(self)
@@ -294,6 +305,8 @@ class SPOConfig(TrainingArguments):
                 "train_sampling_strategy",
                 "random or sequential, for a row has no single length",
             )
+        if "inputs" in self.include_for_metrics:
+            refuse("include_for_metrics", "without inputs: a batch is packed, and holds no rows of ids")
         if self.remove_unused_columns:
             refuse("remove_unused_columns", "false: SPOTrainer makes the columns that it needs")
         self._check_rounds(refuse)

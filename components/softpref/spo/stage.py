@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,14 +13,13 @@ import torch
 import softpref
 from softpref.artifacts import readable, strengths
 from softpref.config import write_parameters
-from softpref.errors import ConfigError, DataError
+from softpref.errors import DataError
 from softpref.judges import as_text, check_judge, load_judge
 from softpref.lm.extrapolation import parse_weights, write_extrapolations
 from softpref.lm.kept_rows import kept_rows
 from softpref.lm.loading import (
     check_remote_code,
     load_metadata,
-    load_model,
     load_tokenizer,
     local_source,
     require_new_folder,
@@ -39,6 +37,7 @@ from softpref.lm.training import (
 )
 from softpref.progress import settle_output
 from softpref.spo.config import SPOConfig, member_name
+from softpref.spo.given import loaded
 from softpref.spo.rows import RowsWithTokens
 from softpref.spo.trainer import SPOTrainer
 from softpref.timings import PhaseTimer
@@ -75,6 +74,7 @@ _TRACKED = (
     "max_prompt_length",
     "max_completion_length",
     "cut_rows",
+    "model_init_kwargs",
     "learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
@@ -170,7 +170,7 @@ def run(
     }
     checkpoint = claim_checkpoints(checkpoints, identity)
     tokenizer = load_tokenizer(reference_dir, trust_remote_code=config.trust_remote_code)
-    model = load_model(reference_dir, trust_remote_code=config.trust_remote_code)
+    model = loaded(reference_dir, config)
     kept = kept_rows(
         dataset_dir,
         reference_dir,
@@ -190,7 +190,6 @@ def run(
         eval_dataset=splits["validation"],
         processing_class=tokenizer,
         prompt_dataset=prompts,
-        peft_config=_lora(config, model) if config.use_peft else None,
         judge=judge,
     )
     timer.enter("tracking")
@@ -302,31 +301,3 @@ def _training_rows(config: SPOConfig, dataset_dir: str, preferences: dict[str, A
     if not len(demonstrations):
         raise DataError(f"{folder} holds no training demonstration, which self-play learns from")
     return demonstrations
-
-
-def _lora(config: SPOConfig, model: Any) -> Any:
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ConfigError("use_peft needs the package peft: pip install 'softpref[peft]'") from error
-    targets: Any = config.lora_target_modules
-    if targets != "all-linear":
-        targets = [name.strip() for name in targets.split(",") if name.strip()]
-        _check_targets(targets, model)
-    return LoraConfig(
-        r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
-    )
-
-
-def _check_targets(targets: list[str], model: Any) -> None:
-    """Refuse a list of LoRA targets of which one is no module: peft passes it over where another one is."""
-    modules = [f".{name}" for name, _ in model.named_modules() if name]
-    unknown = [target for target in targets if not any(name.endswith(f".{target}") for name in modules)]
-    if unknown:
-        known = {name.rpartition(".")[2] for name in modules}
-        known = {name for name in known if not name.isdecimal()}
-        near = {close for target in unknown for close in difflib.get_close_matches(target, known)}
-        raise ConfigError(
-            f"lora_target_modules names {', '.join(unknown)}, which the model does not have; "
-            f"{'nearest' if near else 'it has'}: {', '.join(sorted(near or known))}"
-        )

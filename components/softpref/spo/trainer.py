@@ -6,6 +6,7 @@ and one optimizer step is scaled so that it does not depend on how it is cut int
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -13,11 +14,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_utils import PredictionOutput
 
 from softpref.errors import ConfigError
 from softpref.lm.decoding import decodes
@@ -27,14 +31,24 @@ from softpref.lm.sampling import Sample, sample_completions
 from softpref.lm.scoring import score_sequences, scoring_batches, sequence_logps, sum_by_sequence
 from softpref.lm.sharding import whole_weights
 from softpref.lm.tokenization import stop_token_ids
-from softpref.lm.training import GuardedTrainer
+from softpref.lm.training import GuardedTrainer, settle_model
 from softpref.objectives import TokenKL, kl_lambda, kl_loss, log_group_weights, prefix_ratios, reward_to_go
 from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
 from softpref.spo.engines import check_agreement, computing_precision, sampling_engine
 from softpref.spo.gauges import Means, SamplingClock, WeightSums
+from softpref.spo.given import (
+    check_optimizer,
+    check_reference,
+    loaded,
+    refuse_arguments,
+    settled_arguments,
+    switch_dropout_off,
+    tokenizer_of,
+    with_adapter,
+)
 from softpref.spo.health import health_warnings
-from softpref.spo.losses import method_losses, preference_metrics
+from softpref.spo.losses import implicit_rewards, method_losses, preference_metrics
 from softpref.spo.reference import (
     adapter_off,
     add_reference_logps,
@@ -42,12 +56,22 @@ from softpref.spo.reference import (
     set_reference_logps,
 )
 from softpref.spo.rounds import RoundRows
-from softpref.spo.rows import AnswerRows, PreferenceRows, TrainingRows, check_lengths, collate, kl_prompts
+from softpref.spo.rows import (
+    AnswerRows,
+    PreferenceRows,
+    TrainingRows,
+    check_lengths,
+    collate,
+    kl_prompts,
+    rows_of,
+)
 
 if TYPE_CHECKING:
     from softpref.judges import Judge
 
 logger = logging.getLogger(__name__)
+
+AnyRows = TypeVar("AnyRows", bound=TrainingRows)
 
 
 class SPOTrainer(GuardedTrainer):
@@ -55,22 +79,28 @@ class SPOTrainer(GuardedTrainer):
 
     Args:
         model: the policy to train, as it was before training, also when a run is resumed: the reference is
-            copied from it.
-        args: see `SPOConfig`; `args.method` picks the objective.
+            copied from it. A causal language model of transformers or peft, or the Hub id, folder or URL of
+            one, which is loaded in fp32 (see `SPOConfig.model_init_kwargs`).
+        args: see `SPOConfig`; `args.method` picks the objective. By default its defaults.
         train_dataset: rows with `prompt`, `completions` (best first) and optionally `probability`
             (P(first beats second), None for a hard label), `kind` and `weight` (≥ 0, how much a row counts
-            beside the others); also rows with `prompt`, `chosen` and `rejected`. Text or messages. Any
-            sequence of mappings, such as a `datasets.Dataset`. With `train_on=samples` only `prompt` is read;
-            with `self_play`, `prompt` and `completion` will do.
-        eval_dataset: rows alike.
-        processing_class: the tokenizer.
-        ref_model: the frozen reference; by default the model as handed in (with an adapter: the adapter off).
+            beside the others); also rows with `chosen` and `rejected`, whose `prompt` may be what both begin
+            with. Text or messages. Any sequence of mappings, such as a `datasets.Dataset`; an iterable is
+            read to its end. With `train_on=samples` only the prompt is read; with `self_play`, `prompt` and
+            `completion` will do.
+        eval_dataset: rows alike, or a dict of several sets of them, whose metrics bear their names.
+        processing_class: the tokenizer; by default that of the model's name.
+        ref_model: the frozen reference, a model or its name; by default the model as handed in (with an
+            adapter: the adapter off).
         prompt_dataset: rows with `prompt` from which the KL term draws (see `SPOConfig.kl_prompts`); by
             default the training prompts.
-        peft_config: a `peft.LoraConfig`, to train an adapter.
+        peft_config: a `peft.LoraConfig`, to train an adapter; by default what `SPOConfig.use_peft` says.
         callbacks: as in `transformers.Trainer`.
         judge: who judges completions drawn in rounds: anything with
             `probabilities(prompts, first, second) -> P(first beats second)` of texts, see `softpref.judges`.
+        model_init: makes the model in its place, anew for each call of `train`.
+        compute_metrics: as in `transformers.Trainer`; what it is given is what `predict` returns.
+        optimizers: optimizer and scheduler, made of the model's own parameters.
 
     Metrics, averaged over all rows or samples since the last log: `loss/preference`; `logps/chosen`,
     `logps/rejected`, `logps/accuracies` (chosen likelier than rejected) and `logps/end` (of the end token
@@ -93,134 +123,184 @@ class SPOTrainer(GuardedTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module,
-        args: SPOConfig,
-        train_dataset: Sequence[Mapping[str, Any]] | None = None,
-        eval_dataset: Sequence[Mapping[str, Any]] | None = None,
+        model: str | PreTrainedModel | nn.Module | None = None,
+        args: SPOConfig | None = None,
+        train_dataset: Iterable[Mapping[str, Any]] | None = None,
+        eval_dataset: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        ref_model: PreTrainedModel | nn.Module | None = None,
+        ref_model: str | PreTrainedModel | nn.Module | None = None,
         prompt_dataset: Iterable[Mapping[str, Any]] | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         judge: Judge | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, LRScheduler | None] = (None, None),
+        **unknown: Any,
     ) -> None:
-        if processing_class is None:
-            raise ConfigError("SPOTrainer needs processing_class, the tokenizer of the model")
-        if ref_model is not None and ref_model is model:
-            raise ConfigError(
-                "ref_model is the model to train itself, and would move with it; leave ref_model out, then a "
-                "frozen copy is made"
-            )
-        if args.samples_policy and args.samples_per_refresh < args.sampling_interval * args.world_size:
-            raise ConfigError(
-                "SPOConfig.samples_per_refresh must be at least sampling_interval times the number of "
-                f"processes ({args.sampling_interval} × {args.world_size}), for every process takes part in "
-                f"every step's slice; got {args.samples_per_refresh}"
-            )
-        passes = args.sampling_interval * args.world_size * args.gradient_accumulation_steps
-        if args.fsdp and args.samples_policy and args.samples_per_refresh < passes:
-            raise ConfigError(
-                "with fsdp every process must run as many passes as the others, so each micro-batch needs a "
-                "sample: SPOConfig.samples_per_refresh must be at least sampling_interval × processes × "
-                f"gradient_accumulation_steps, {passes}; got {args.samples_per_refresh}"
-            )
-        self._uses_adapter = peft_config is not None or hasattr(model, "peft_config")
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            try:
-                model = get_peft_model(model, peft_config)
-            except ValueError as error:  # layers that the model does not have, a rank that is none
-                raise ConfigError(f"peft_config does not fit the model: {error}") from error
-        _switch_dropout_off(model)
+        refuse_arguments(unknown, inspect.signature(SPOTrainer.__init__).parameters)
+        self.args = args = settled_arguments(args, model)
+        if train_dataset is not None:
+            train_dataset = rows_of(train_dataset, "train_dataset")
+        self._check_course(model, model_init, judge)
+        self._peft_config = peft_config
+        self.ref_model = None if ref_model is None else loaded(ref_model, args)
+        self._copies_policy = ref_model is None
+        set_seed(args.seed)  # an adapter's weights are drawn
+        named = model
+        if model_init is None:
+            model = self._ready(loaded(model, args))
+        else:
+            self.model_init = model_init
+            model = self.call_model_init()
+        check_optimizer(optimizers[0], model)
         # before anything costly: an engine may not be installed, or its server be away
         self._engine = sampling_engine(args, model) if args.samples_policy or args.draws_rows else None
-        keeps_logps = args.keeps_reference_logps
-        needs_model = args.kl_strength > 0 or (args.scores_reference and not keeps_logps)
         fingerprint = ""
-        if keeps_logps and args.reference_cache:
-            fingerprint = scorer_fingerprint(model if ref_model is None else ref_model, args)
-        if ref_model is None and needs_model and not self._uses_adapter:
-            ref_model = deepcopy(model)
+        if args.keeps_reference_logps and args.reference_cache:
+            fingerprint = scorer_fingerprint(model if self.ref_model is None else self.ref_model, args)
+        self.processing_class = tokenizer_of(processing_class, named or model, args)
+        self._stop_ids = stop_token_ids(self.processing_class, model)
+        self._means: dict[str, Means] = {"train": Means(), "eval": Means()}
+        self._clock = SamplingClock()
+        self._kept_reference: CompletionHidden | None = None  # how its kept hidden states become scores
+        self._steps_per_round = 1
+        self._most_completions = 0
+        given = self._training_rows(train_dataset, model)
+        evaluated = self._evaluation_sets(eval_dataset, model)
+        self.row_counts: dict[str, dict[str, int]] = {
+            name: dict(rows.counts)
+            for name, rows in (("train", given), *evaluated.items())
+            if rows is not None
+        }
+        """Of each set: rows `given`, of those `left_out`, and what was found of them (`row_findings`)."""
+        self.rounds = self._round_rows(given, train_dataset, judge)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=self.rounds or given,
+            eval_dataset=evaluated if isinstance(eval_dataset, dict) else evaluated.get("validation"),
+            processing_class=self.processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=[*(callbacks or []), *([_RoundCallback(self._begin_round)] if self.rounds else [])],
+            optimizers=optimizers,
+        )
+        self.model_init = model_init
+        self.model_accepts_loss_kwargs = False  # losses are scaled here, over the global batch
+        if self._engine is sample_completions:
+            decodes(self.model)  # whether with a cache is found out, and said, before training
+        self._step_weights, self._log_weights = (WeightSums(args.device) for _ in range(2))
+        if args.keeps_reference_logps:
+            self._keep_reference_logps([given, *evaluated.values()], fingerprint)
+        self.buffer = self._sample_buffer(given, prompt_dataset)
+
+    # ------------------------------------------------------------------ what is handed over
+
+    def _check_course(self, model: Any, model_init: Any, judge: Judge | None) -> None:
+        """Refuse what cannot be trained with, whatever the model and the rows are."""
+        args = self.args
+        if model is not None and model_init is not None:
+            raise ConfigError("SPOTrainer takes a model or a model_init that makes it, not both")
+        if model_init is not None and args.reference_cache:
+            raise ConfigError(
+                "a model_init makes a new model, and reference, for each training: leave "
+                "SPOConfig.reference_cache out"
+            )
         if args.uses_judge and judge is None:
             raise ConfigError(
                 f"rounds={args.rounds}, train_on={args.train_on} draw completions that somebody must judge: "
                 "give SPOTrainer a judge (see softpref.judges)"
             )
-        self._stop_ids = stop_token_ids(processing_class, model)
-        options: dict[str, Any] = {"tokenizer": processing_class, "args": args, "stop_ids": self._stop_ids}
-        train_rows: TrainingRows | RoundRows | None = None
-        given: TrainingRows | None = None
-        if train_dataset is not None:
-            kind = PreferenceRows if args.train_on == "preferences" else AnswerRows
-            train_rows = given = kind(train_dataset, name="training row", **options)
-            check_lengths(model, given.rows, args, sampled=args.samples_policy or args.draws_rows)
-        eval_rows: PreferenceRows | None = None
-        if eval_dataset is not None:
-            eval_rows = PreferenceRows(eval_dataset, name="validation row", **options)
-            check_lengths(model, eval_rows.rows, args, sampled=False)
-        self.row_counts = {
-            split: dict(rows.counts)
-            for split, rows in (("train", given), ("validation", eval_rows))
-            if rows is not None
-        }
-        """Of each split: rows `given`, of those `left_out`, and what was found of them (`row_findings`)."""
-        self.rounds: RoundRows | None = None
-        if args.draws_rows and train_dataset is not None and given is not None:
-            train_rows = self.rounds = RoundRows(
-                given.rows,
-                [train_dataset[number]["prompt"] for number in given.numbers],
-                args,
-                tokenizer=processing_class,
-                stop_ids=self._stop_ids,
-                judge=judge if args.uses_judge else None,
-                draw=self._draw,
-                score=self._score,
-                shares=self._shares,
-                rank=args.process_index,
-                world_size=args.world_size,
-            )
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=collate,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            processing_class=processing_class,
-            callbacks=[*(callbacks or []), *([_RoundCallback(self._begin_round)] if self.rounds else [])],
-        )
-        self.model_accepts_loss_kwargs = False  # losses are scaled here, over the global batch
-        self.ref_model = ref_model
-        if ref_model is not None:
-            ref_model.requires_grad_(False)
-            ref_model.to(self.args.device).eval()
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """A fresh model as it is trained, and its reference."""
+        model = self._ready(super().call_model_init(trial))
+        if not self.args.plain_forward:
+            try_out(model)
+        return model
+
+    def _ready(self, model: Any) -> Any:
+        """A model as it is trained; the reference too, where it is a copy of that."""
+        args = self.args
+        model = with_adapter(model, self._peft_config, args)
+        self._uses_adapter = hasattr(model, "peft_config")
+        switch_dropout_off(model)
+        settle_model(model)
+        if self._copies_policy:
+            needed = args.kl_strength > 0 or (args.scores_reference and not args.keeps_reference_logps)
+            self.ref_model = deepcopy(model) if needed and not self._uses_adapter else None
+        if self.ref_model is not None:
+            check_reference(self.ref_model, model, args)
+            settle_model(self.ref_model)
+            self.ref_model.requires_grad_(False).to(args.device).eval()
             if not args.plain_forward:
-                try_out(ref_model)
-        if self._engine is sample_completions:
-            decodes(self.model)  # whether with a cache is found out, and said, before training
-        self._means: dict[str, Means] = {"train": Means(), "eval": Means()}
-        self._clock = SamplingClock()
-        self._step_weights, self._log_weights = (WeightSums(self.args.device) for _ in range(2))
-        self._steps_per_round = 1
-        self._kept_reference: CompletionHidden | None = None  # how its kept hidden states become scores
-        if keeps_logps:
-            self._keep_reference_logps(train_rows, eval_rows, fingerprint)
-        self.buffer: SampleBuffer | None = None
-        if args.samples_policy and given is not None:
-            prompts = kl_prompts(args, given.prompts, prompt_dataset, processing_class)
-            asked = [{"prompt": prompt, "completions": [[]]} for prompt in prompts]
-            check_lengths(model, asked, args, sampled=True)
-            self.buffer = SampleBuffer(
-                prompts,
-                size=args.samples_per_refresh,
-                interval=args.sampling_interval,
-                max_new_tokens=args.max_completion_length,
-                seed=args.seed,
-                draw=self._draw,
-                annotate=self._reference_states,
-                rank=args.process_index,
-                world_size=args.world_size,
-            )
+                try_out(self.ref_model)
+        return model
+
+    def _training_rows(self, given: Any, model: Any) -> TrainingRows | None:
+        if given is None:
+            return None
+        args = self.args
+        kind = PreferenceRows if args.train_on == "preferences" else AnswerRows
+        sampled = args.samples_policy or args.draws_rows
+        return self._rows(kind, given, "training row", model, sampled=sampled)
+
+    def _evaluation_sets(self, given: Any, model: Any) -> dict[str, PreferenceRows]:
+        """Sets of evaluation rows by name; `validation` is the name of a single one."""
+        if isinstance(given, dict):
+            return {
+                name: self._rows(PreferenceRows, rows, f"{name} row", model) for name, rows in given.items()
+            }
+        if given is None:
+            return {}
+        return {"validation": self._rows(PreferenceRows, given, "validation row", model)}
+
+    def _rows(
+        self, kind: type[AnyRows], given: Any, name: str, model: Any, *, sampled: bool = False
+    ) -> AnyRows:
+        rows = kind(given, self.processing_class, self.args, stop_ids=self._stop_ids, name=name)
+        check_lengths(model, rows.rows, self.args, sampled=sampled)
+        return rows
+
+    def _round_rows(self, given: TrainingRows | None, rows: Any, judge: Judge | None) -> RoundRows | None:
+        """Rows that change with each round, made of those that were given."""
+        args = self.args
+        if given is None or not args.draws_rows:
+            return None
+        return RoundRows(
+            given.rows,
+            [given.text(rows[number]).prompt for number in given.numbers],
+            args,
+            tokenizer=self.processing_class,
+            stop_ids=self._stop_ids,
+            judge=judge if args.uses_judge else None,
+            draw=self._draw,
+            score=self._score,
+            shares=self._shares,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+
+    def _sample_buffer(self, given: TrainingRows | None, prompt_dataset: Any) -> SampleBuffer | None:
+        """What holds the policy's samples between refreshes, where the objective needs any."""
+        args = self.args
+        if given is None or not args.samples_policy:
+            return None
+        prompts = kl_prompts(args, given.prompts, prompt_dataset, self.processing_class)
+        asked = [{"prompt": prompt, "completions": [[]]} for prompt in prompts]
+        check_lengths(self.accelerator.unwrap_model(self.model), asked, args, sampled=True)
+        return SampleBuffer(
+            prompts,
+            size=args.samples_per_refresh,
+            interval=args.sampling_interval,
+            max_new_tokens=args.max_completion_length,
+            seed=args.seed,
+            draw=self._draw,
+            annotate=self._reference_states,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
 
     # ------------------------------------------------------------------ one optimizer step
 
@@ -294,21 +374,30 @@ class SPOTrainer(GuardedTrainer):
 
         Sums are divided by the step's row and sample counts over all micro-batches and processes, then
         multiplied by what the trainer and DDP divide by afterwards.
+
+        Args:
+            return_outputs: whether `logps` and `rewards` of the completions come with it, `[rows, most]`, not
+                a number beyond the end of a row.
         """
         mode = "train" if model.training else "eval"
-        losses, row_kl = self._row_losses(model, inputs, self._means[mode])
+        losses, row_kl, outputs = self._row_losses(model, inputs, self._means[mode])
         if num_items_in_batch is None:
-            return losses.mean()
+            loss = losses.mean()
+            return (loss, outputs) if return_outputs else loss
         loss = losses.sum() / num_items_in_batch
         if row_kl is not None:
             loss = loss + self.args.kl_strength * row_kl.sum() / num_items_in_batch
         if "sample_lengths" in inputs:
             kl = self._kl_losses(model, inputs, self._means[mode])
             loss = loss + self.args.kl_strength * kl.sum() / inputs["samples_in_step"]
-        return loss * self.current_gradient_accumulation_steps * self.args.world_size
+        loss = loss * self.current_gradient_accumulation_steps * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
 
-    def _row_losses(self, model, inputs, means: Means) -> tuple[Tensor, Tensor | None]:
-        """The preference loss of each row, and where the KL term is one of rows, in training, its KL."""
+    def _row_losses(self, model, inputs, means: Means) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """The preference loss of each row, and where the KL term is one of rows, in training, its KL.
+
+        With them `logps` and `rewards` of the completions, `[rows, most]`.
+        """
         args, sizes = self.args, inputs["group_sizes"]
         batch = _packed(inputs)
         states = self._completion_hidden(model, batch)
@@ -352,7 +441,13 @@ class SPOTrainer(GuardedTrainer):
         means.add("loss/preference", losses)
         for name, values in figures.items():
             means.add(name, values)
-        return losses, row_kl
+        rewards = implicit_rewards(args, logps, ref_logps)
+        most = max(self._most_completions, int(sizes.max()))
+        outputs = {
+            name: _by_row(values.detach(), sizes, most)
+            for name, values in (("logps", logps), ("rewards", rewards))
+        }
+        return losses, row_kl, outputs
 
     def _weight_scores(self, logps: Tensor, batch: PackedBatch) -> Tensor:
         return logps / batch.lengths if self.args.weight_scores == "token" else logps
@@ -499,9 +594,7 @@ class SPOTrainer(GuardedTrainer):
         assert self.rounds is not None
         self.rounds.begin(min(step // self._steps_per_round, self.args.rounds - 1))
 
-    def _keep_reference_logps(
-        self, train_rows: TrainingRows | RoundRows | None, eval_rows: PreferenceRows | None, model_hash: str
-    ) -> None:
+    def _keep_reference_logps(self, sets: Sequence[TrainingRows | None], model_hash: str) -> None:
         """Give rows the reference's log-probabilities once, so that no reference is needed in training."""
         model = self.model if self.ref_model is None else self.ref_model
         without_adapter = self.ref_model is None and self._uses_adapter
@@ -510,7 +603,7 @@ class SPOTrainer(GuardedTrainer):
             with adapter_off(self.model) if without_adapter else nullcontext(model) as reference:
                 return self._score(sequences, reference)
 
-        for rows in (train_rows, eval_rows):
+        for rows in sets:
             if not isinstance(rows, PreferenceRows):
                 continue
             if self.args.reference_cache:
@@ -565,16 +658,59 @@ class SPOTrainer(GuardedTrainer):
 
     # ------------------------------------------------------------------ evaluation, logs, checkpoints
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in the base class; rows may come as they are handed to the constructor."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        return self.get_test_dataloader(eval_dataset)  # which no persistent workers of another set serve
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As in the base class; rows may come as they are handed to the constructor."""
+        return super().get_test_dataloader(self._evaluated_rows(test_dataset))
+
+    def _evaluated_rows(self, given: Any) -> TrainingRows | RoundRows:
+        if isinstance(given, (TrainingRows, RoundRows)):
+            return given
+        return self._rows(PreferenceRows, given, "evaluation row", self.accelerator.unwrap_model(self.model))
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """What the policy makes of rows, which come as they are handed to the constructor.
+
+        Returns:
+            `predictions`: `logps` and `rewards` (the method's own, see the metrics) of each row's completions
+            in their order, `[rows, most]`; not a number beyond a row's last, and for rows that take no part
+            (see `SPOConfig.cut_rows`). `label_ids`: `[rows]`, P(first beats second). `metrics` as `evaluate`
+            has them.
+        """
+        rows = self._evaluated_rows(test_dataset)
+        output: Any = super().predict(rows, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
+        if not isinstance(rows, PreferenceRows) or len(rows) == rows.counts["given"]:
+            return output
+        whole = {
+            name: _spread(one, rows.numbers, rows.counts["given"]) for name, one in output.predictions.items()
+        }
+        labels = _spread(output.label_ids, rows.numbers, rows.counts["given"])
+        return output._replace(predictions=whole, label_ids=labels)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss and metrics of an evaluation batch; no predictions are collected."""
+        """Loss and metrics of an evaluation batch; unless the loss is all, what `predict` returns of it."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), evaluation_mode(model), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return (
+            (loss.detach(), None, None)
+            if prediction_loss_only
+            else (loss.detach(), outputs, inputs["probabilities"])
+        )
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """As in the base class; what it returns and logs has the metrics of `SPOTrainer` too."""
+        rows = getattr(getattr(dataloader, "dataset", None), "rows", ())
+        self._most_completions = max((len(row["completions"]) for row in rows), default=0)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
@@ -626,18 +762,24 @@ class SPOTrainer(GuardedTrainer):
         return self.accelerator.reduce(total, reduction="sum").item()
 
 
-def _switch_dropout_off(model: nn.Module) -> None:
-    """Preference training runs without dropout: in modules, and where layers keep its rate as a number."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name:
-                setattr(module, name, 0.0)
-
-
 def _packed(inputs: Mapping[str, Any], prefix: str = "") -> PackedBatch:
     return PackedBatch(*(inputs[f"{prefix}{name}"] for name in PackedBatch._fields))
+
+
+def _by_row(values: Tensor, sizes: Tensor, most: int) -> Tensor:
+    """A value of each completion as a line of each row: `[sequences] -> [rows, most]`, the rest NaN."""
+    lines = [
+        nn.functional.pad(line, (0, most - len(line)), value=torch.nan)
+        for line in values.split(sizes.tolist())
+    ]
+    return torch.stack(lines)
+
+
+def _spread(values: np.ndarray, places: Sequence[int], count: int) -> np.ndarray:
+    """Lines at their places among `count`, the others NaN."""
+    whole = np.full((count, *values.shape[1:]), np.nan, dtype=values.dtype)
+    whole[list(places)] = values
+    return whole
 
 
 class _RoundCallback(TrainerCallback):
