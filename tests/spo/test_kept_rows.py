@@ -2,15 +2,19 @@
 
 import json
 import logging
+import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import load_from_disk
 from safetensors.torch import load_file
-from softpref.errors import DataError
+from softpref.errors import ConfigError, DataError
 from softpref.lm import kept_rows as module
 from softpref.lm import tokenizing
 from softpref.lm.kept_rows import keep_rows, kept_rows
@@ -303,7 +307,7 @@ def test_they_are_no_part_of_the_model_that_is_registered(copies):
 def test_the_description_names_hashes_and_no_place(made):
     dataset, reference = made
     text = (Path(reference) / "rows" / "rows.json").read_text()
-    assert set(json.loads(text)) == {"tokenizer", "end tokens", "code", "splits"}
+    assert set(json.loads(text)) == {"tokenizer", "end tokens", "scored", "code", "splits"}
     assert str(Path(dataset).parent) not in text
 
 
@@ -316,6 +320,127 @@ def test_they_are_not_kept_where_nobody_wants_them(made, tmp_path, monkeypatch, 
     places = ["--dataset", made[0], "--output", str(tmp_path / "reference")]
     assert main(["sft", *places, "--config", str(tmp_path / "sft.json")]) == 0
     assert not (tmp_path / "reference" / "rows").exists()
+
+
+@pytest.fixture(scope="module")
+def scored(made, tmp_path_factory, reference_folder):
+    """The dataset, and a reference that kept its log-probabilities, too, up to a length."""
+    from softpref.cli import main
+
+    folder = tmp_path_factory.mktemp("scored")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("softpref.tracking.tracker.mlflow_ready", lambda uri: False)
+        assert main(["sft", *keeping_logps(folder, made[0], reference_folder)]) == 0
+    return made[0], str(folder / "reference")
+
+
+def keeping_logps(folder, dataset, base, **options):
+    config = {"base_model": base, "num_train_epochs": 0, "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    limits = {"max_prompt_length": 8, "max_completion_length": 4}
+    config |= {"keep_reference_logps": True, "learning_rate": 0.1, **limits, **options}
+    (folder / "sft.json").write_text(json.dumps(config))
+    places = ["--dataset", dataset, "--output", str(folder / "reference")]
+    return [*places, "--config", str(folder / "sft.json")]
+
+
+def logps_kept(dataset, reference, precision="float32"):
+    """Every row's, in order."""
+    tokenizer, model = load_tokenizer(str(reference)), load_model(str(reference))
+    rows = kept_rows(dataset, reference, tokenizer, stop_token_ids(tokenizer, model), precision=precision)
+    return [list(row) for row in rows["train"]]
+
+
+def test_the_references_log_probabilities_are_those_of_transformers_up_to_the_lengths(scored):
+    model = load_model(scored[1]).eval()
+    lengths = set()
+    for row in logps_kept(*scored):
+        for prompt, completion, *_, logp in row:
+            fits = len(prompt) <= 8 and len(completion) <= 4
+            lengths.add(fits)
+            assert (logp is not None) == fits
+            if fits:
+                logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+                own = logits.log_softmax(-1)[range(len(completion)), completion].sum()
+                assert logp == pytest.approx(own.item(), abs=1e-4)
+    assert lengths == {True, False}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"anchor": 1.0}, {"method": "dpo", "beta": 0.5}, {"anchor": 1.0, "max_completion_length": 4}],
+    ids=["anchor", "dpo", "cut"],
+)
+def test_a_training_takes_them_and_ends_where_it_would_without(
+    command, scored, tmp_path, monkeypatch, caplog, options
+):
+    from softpref.spo.trainer import SPOTrainer
+
+    caplog.set_level(logging.INFO)
+    asked = []
+    own = SPOTrainer._reference_hidden
+    monkeypatch.setattr(SPOTrainer, "_reference_hidden", lambda self, *a: asked.append(1) or own(self, *a))
+    settings = {**QUICK, "max_prompt_length": 512, **options}
+    dataset, reference = scored[0], shutil.copytree(scored[1], tmp_path / "reference")
+    assert command("with", dataset, "--reference", str(reference), **settings) == 0
+    assert "rows, and the reference's log-probabilities" in caplog.text
+    assert not asked
+    shutil.rmtree(reference / "rows")
+    assert command("without", dataset, "--reference", str(reference), **settings) == 0
+    assert asked
+    taken, computed = (load_file(tmp_path / name / "model.safetensors") for name in ("with", "without"))
+    begun = load_file(reference / "model.safetensors")
+    moved = max((computed[name] - begun[name]).abs().max() for name in begun)
+    assert max((taken[name] - computed[name]).abs().max() for name in begun) < 1e-3 * moved
+
+
+def test_those_of_other_weights_or_precision_are_not_taken(scored, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    assert any(one.reference_logp is not None for row in logps_kept(*scored) for one in row)
+    for precision, said in (("bfloat16", "in float32 and not bfloat16"), ("", "")):
+        caplog.clear()
+        rows = logps_kept(*scored, precision)
+        assert all(one.reference_logp is None for row in rows for one in row)
+        assert said in caplog.text
+    reference = shutil.copytree(scored[1], tmp_path / "reference")
+    model = load_model(str(reference))
+    model.get_output_embeddings().weight.data[0, 0] += 1e-3
+    model.save_pretrained(reference)
+    rows = logps_kept(scored[0], reference)
+    assert rows
+    assert all(one.reference_logp is None for row in rows for one in row)
+    assert "its log-probabilities are of other weights" in caplog.text
+
+
+def test_two_processes_keep_what_one_keeps(scored, reference_folder, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*launch, "-m", "softpref.sft", *keeping_logps(tmp_path, scored[0], reference_folder)]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    for one, two in zip(logps_kept(*scored), logps_kept(scored[0], tmp_path / "reference"), strict=True):
+        for single, double in zip(one, two, strict=True):
+            assert double[:-1] == single[:-1]
+            assert double.reference_logp == pytest.approx(single.reference_logp, abs=1e-4)
+
+
+def test_what_cannot_be_scored_is_left_to_the_trainings(scored, copies):
+    def score(sequences):
+        return [math.nan if len(ids) > 2 else 0.0 for _, ids in sequences]
+
+    dataset, reference = copies
+    limits = {"max_prompt_length": 8, "max_completion_length": 4}
+    args = SPOConfig(output_dir=str(reference), use_cpu=True, bf16=False, disable_tqdm=True, **limits)
+    keep_rows(dataset, reference, load_model(str(reference)), args, score)
+    known = [one for row in logps_kept(dataset, reference) for one in row if one.reference_logp is not None]
+    assert known
+    assert all(one.reference_logp == 0 and len(one.completion) <= 2 for one in known)
+
+
+def test_log_probabilities_without_rows_are_refused(tmp_path):
+    from softpref.sft.config import SFTConfig
+
+    with pytest.raises(ConfigError, match="keep_reference_logps needs keep_rows"):
+        SFTConfig(str(tmp_path), base_model="owner/name", keep_rows=False, keep_reference_logps=True)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

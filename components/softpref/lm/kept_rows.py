@@ -2,7 +2,8 @@
 
 They are kept without length limits, so that no setting of a training decides them. The data, the tokenizer,
 the ids that end a completion and the code do; all of that stands beside them, and what differs in any of it
-is not taken.
+is not taken. The reference's log-probabilities of the completions can be kept with them; its weights and the
+precision decide those, too.
 
     rows/rows.json      what the rows were made from, and the hash of every file; written last
     rows/SPLIT/part-…   see `softpref.lm.row_files`
@@ -13,10 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from softpref.errors import DataError, SoftprefError
 from softpref.lm import tokenization
 from softpref.lm.loading import load_tokenizer
 from softpref.lm.row_files import part_files, prompt_lengths, read_rows, write_rows
+from softpref.lm.scoring import computing_precision
 from softpref.lm.tokenization import TokenizedSequence, stop_token_ids
 from softpref.lm.tokenizing import RowText, tokenize_here
 from softpref.progress import follow
@@ -41,31 +45,47 @@ _NO_TOKENIZER = (
     "timings*",
     ".*",
 )  # of a model's files
+_SCORED_AT_ONCE = 4_096  # rows: enough for batches of equal lengths, few enough to hold
 _DECIDE = ("transformers", "tokenizers", "jinja2")  # packages whose versions decide tokens, too
+
+
+Scorer = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[float]]
+"""`(prompt ids, completion ids)` pairs to sequence log-probabilities, nats; not a number: cannot be had."""
 
 
 @dataclass(frozen=True)
 class KeptRows:
-    """A split's rows in tokens, without length limits, in the order of the dataset's rows."""
+    """A split's rows in tokens, without length limits, in the order of the dataset's rows.
+
+    Attributes:
+        folder: where they are.
+        scored: whether the reference's log-probabilities are taken, too, where they are known.
+    """
 
     folder: Path
+    scored: bool = False
 
     def __iter__(self) -> Iterator[list[TokenizedSequence]]:
-        return read_rows(self.folder)
+        for row in read_rows(self.folder):
+            yield row if self.scored else [one._replace(reference_logp=None) for one in row]
 
     def longer_prompts(self, limit: int) -> int:
         """How many prompts are longer than that."""
         return sum(length > limit for length in prompt_lengths(self.folder))
 
 
-def keep_rows(dataset_dir: str | Path, model_dir: str | Path, model: Any, args: Any) -> None:
+def keep_rows(
+    dataset_dir: str | Path, model_dir: str | Path, model: Any, args: Any, score: Scorer | None = None
+) -> None:
     """Write a dataset folder's preference rows in tokens into the folder of a model that is whole already.
 
     Where a row cannot be tokenized nothing is kept: that is for the trainings to say, which may not need it.
 
     Args:
         model: that of the folder; its tokenizer is loaded as trainings will load it.
-        args: `TrainingArguments` with `dataset_num_proc` and `trust_remote_code`.
+        args: `TrainingArguments` with `dataset_num_proc` and `trust_remote_code`; to score, also with
+            `max_prompt_length` and `max_completion_length`, beyond which a completion is not scored.
+        score: gives the model's log-probabilities, where they are to be kept, too.
     """
     from datasets import load_from_disk
 
@@ -77,9 +97,11 @@ def keep_rows(dataset_dir: str | Path, model_dir: str | Path, model: Any, args: 
         tokenizer = load_tokenizer(str(model_dir), trust_remote_code=args.trust_remote_code)
         stop_ids = stop_token_ids(tokenizer, model)
         for split in splits:
-            write_rows(folder / split, _tokenized(preferences[split], split, tokenizer, stop_ids, args))
+            rows = _tokenized(preferences[split], split, tokenizer, stop_ids, args)
+            write_rows(folder / split, _scored(rows, score, args) if score else rows)
         description = {
             **_identity(model_dir, tokenizer, stop_ids),
+            "scored": _scoring(model_dir, computing_precision(args, model)) if score else None,
             "splits": {
                 split: {"data": _data_hash(dataset_dir, split), "files": _hashes(folder / split)}
                 for split in splits
@@ -98,6 +120,7 @@ def kept_rows(
     tokenizer: Any,
     stop_ids: Sequence[int],
     *,
+    precision: str = "",
     quiet: bool = False,
 ) -> dict[str, KeptRows]:
     """The rows of a dataset's splits that are kept beside a model, where they are what tokenizing would give.
@@ -105,6 +128,8 @@ def kept_rows(
     Args:
         tokenizer: the model's.
         stop_ids: see `softpref.lm.tokenization.stop_token_ids`.
+        precision: in which log-probabilities of the model are wanted, too (`computing_precision`); empty if
+            they are not.
         quiet: whether the log is not told which way was taken, and why.
 
     Returns:
@@ -113,29 +138,40 @@ def kept_rows(
     folder = Path(model_dir) / ROWS_FOLDER
     if not folder.exists():
         level, text = logging.INFO, f"tokenizing the rows here, for {model_dir} holds none"
-        splits: dict[str, Any] = {}
+        splits, scored = [], False
     else:
-        splits, fault = _usable(folder, dataset_dir, _identity(model_dir, tokenizer, stop_ids))
+        splits, scoring, fault = _usable(folder, dataset_dir, _identity(model_dir, tokenizer, stop_ids))
         level = logging.WARNING if fault else logging.INFO
         text = f"tokenizing the rows here, for {fault}" if fault else f"taking the rows' tokens from {folder}"
+        scored = bool(precision and scoring) and scoring == _scoring(model_dir, precision)
+        if scored:
+            text += ", and the reference's log-probabilities"
+        elif precision and scoring:
+            text += (
+                "; its log-probabilities are of other weights, or in "
+                f"{scoring.get('precision')} and not {precision}: they are computed here"
+            )
     if not quiet:
         logger.log(level, "%s", text)
-    return {split: KeptRows(folder / split) for split in splits}
+    return {split: KeptRows(folder / split, scored) for split in splits}
 
 
-def _usable(folder: Path, dataset_dir: str | Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The splits in a folder of rows, all of them, or none and the reason."""
+def _usable(
+    folder: Path, dataset_dir: str | Path, identity: Mapping[str, Any]
+) -> tuple[list[str], dict[str, str], str]:
+    """The splits in a folder of rows and what they were scored with, or nothing and the reason."""
     try:
         found = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
         splits = {split: (made["data"], made["files"]) for split, made in found["splits"].items()}
+        scoring = dict(found["scored"] or {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, f"{folder / _DESCRIPTION} cannot be read ({error!r})"
+        return [], {}, f"{folder / _DESCRIPTION} cannot be read ({error!r})"
     differing = [name for name in identity if found.get(name) != identity[name]]
     differing += [f"{split} rows" for split in splits if splits[split][0] != _data_hash(dataset_dir, split)]
     if differing:
-        return {}, f"those in {folder} were made from other {', '.join(differing)}"
+        return [], {}, f"those in {folder} were made from other {', '.join(differing)}"
     damaged = [str(folder / split) for split in splits if splits[split][1] != _hashes(folder / split)]
-    return ({}, f"{', '.join(damaged)} is damaged") if damaged else (splits, "")
+    return ([], {}, f"{', '.join(damaged)} is damaged") if damaged else (list(splits), scoring, "")
 
 
 def _tokenized(
@@ -150,6 +186,31 @@ def _tokenized(
         if isinstance(found, SoftprefError):
             raise type(found)(f"{split} preference {number}: {found}")
         yield found
+
+
+def _scored(
+    rows: Iterator[list[TokenizedSequence]], score: Scorer, args: Any
+) -> Iterator[list[TokenizedSequence]]:
+    """The same rows with the log-probabilities of completions that are not longer than `args` has them."""
+    while part := list(islice(rows, _SCORED_AT_ONCE)):
+        fits = [
+            len(one.prompt) <= args.max_prompt_length and len(one.completion) <= args.max_completion_length
+            for row in part
+            for one in row
+        ]
+        sequences = [(one.prompt, one.completion) for row in part for one in row]
+        logps = iter(score(list(compress(sequences, fits))))
+        known = iter([next(logps) if fit else math.nan for fit in fits])
+        for row in part:
+            yield [
+                one._replace(reference_logp=None if math.isnan(logp) else logp)
+                for one, logp in zip(row, islice(known, len(row)), strict=True)
+            ]
+
+
+def _scoring(model_dir: str | Path, precision: str) -> dict[str, str]:
+    """What decides log-probabilities besides tokens."""
+    return {"weights": _digest(sorted(Path(model_dir).glob("*.safetensors"))), "precision": precision}
 
 
 def _identity(model_dir: str | Path, tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:

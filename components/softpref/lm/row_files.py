@@ -2,13 +2,16 @@
 
 A part is a safetensors file of flat arrays: `ids` of every row's prompt and then its completions, and what
 divides them: `prompts` (a length a row), `completions` (how many a row has), `lengths` (of each completion);
-with the flags of `TokenizedSequence`, `cut_prompts` and `moved_borders` a row, `cut_completions` one each.
+with the flags of `TokenizedSequence`, `cut_prompts` and `moved_borders` a row, `cut_completions` one each,
+and so `reference_logps`, not a number where it is unknown.
 """
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from softpref.lm.tokenization import TokenizedSequence
@@ -18,6 +21,7 @@ _COLUMNS = {
     "ids": "I",
     **dict.fromkeys(("prompts", "completions", "lengths"), "I"),
     **dict.fromkeys(("cut_prompts", "moved_borders", "cut_completions"), "B"),
+    "reference_logps": "f",
 }
 
 
@@ -37,6 +41,8 @@ def write_rows(folder: Path, rows: Iterable[Sequence[TokenizedSequence]]) -> Non
             columns["ids"].extend(sequence.completion)
             columns["lengths"].append(len(sequence.completion))
             columns["cut_completions"].append(sequence.truncated)
+            logp = sequence.reference_logp
+            columns["reference_logps"].append(math.nan if logp is None else logp)
         if len(columns["prompts"]) == _PART_ROWS:
             _write(folder, parts, columns)
             parts += 1
@@ -51,16 +57,19 @@ def read_rows(folder: Path) -> Iterator[list[TokenizedSequence]]:
     for file in part_files(folder):
         columns = load_file(file)
         ids = columns["ids"]
-        lengths, cut = iter(columns["lengths"].tolist()), iter(columns["cut_completions"].tolist())
+        each = zip(
+            *(columns[name].tolist() for name in ("lengths", "cut_completions", "reference_logps")),
+            strict=True,
+        )
         rows = (columns[name].tolist() for name in ("prompts", "completions", "cut_prompts", "moved_borders"))
         end = 0
         for length, count, cut_prompt, moved in zip(*rows, strict=True):
             prompt = ids[end : (end := end + length)].tolist()
             row = []
-            for _ in range(count):
-                completion = ids[end : (end := end + next(lengths))].tolist()
-                flags = (bool(next(cut)), bool(cut_prompt), bool(moved))
-                row.append(TokenizedSequence(prompt, completion, *flags))
+            for tokens, cut, logp in islice(each, count):
+                completion = ids[end : (end := end + tokens)].tolist()
+                flags = (bool(cut), bool(cut_prompt), bool(moved))
+                row.append(TokenizedSequence(prompt, completion, *flags, None if math.isnan(logp) else logp))
             yield row
 
 

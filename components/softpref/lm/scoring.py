@@ -6,6 +6,8 @@ gives tensors over T = Σ l_i tokens in order, so that no statistic can average 
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +18,8 @@ from softpref.errors import ConfigError
 from softpref.lm.head import completion_hidden, output_head
 from softpref.lm.packing import PackedBatch, evaluation_mode, pack_sequences
 from softpref.lm.padding import PaddedBatch
+
+logger = logging.getLogger(__name__)
 
 _LOGITS_AT_ONCE = 2**26  # of a model whose full logits are needed: 256 MB in fp32
 
@@ -133,3 +137,70 @@ def scoring_batches(
             rows = rows[: max(1, _LOGITS_AT_ONCE // (longest * model.config.vocab_size))]
         yield rows, pack_sequences([sequences[i] for i in rows]).to(device)
         start += len(rows)
+
+
+def computing_precision(args: Any, model: Any) -> str:
+    """The precision that a trainer computes in: `float32`, `bfloat16` or `float16`.
+
+    Args:
+        args: its `TrainingArguments`.
+    """
+    weights = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else weights
+
+
+class TeamScorer:
+    """Scores sequences on all processes of a run for the first of them, which alone knows the sequences.
+
+    The first calls it, any number of times, and then `dismiss`; meanwhile the others are in `help`.
+
+    Args:
+        compute: sequence log-probabilities of `(prompt ids, completion ids)` pairs, nats.
+        rank, world_size: of this process, and how many there are.
+    """
+
+    def __init__(
+        self, compute: Callable[[list[tuple[Ids, Ids]]], list[float]], rank: int, world_size: int
+    ) -> None:
+        self._compute, self._rank, self._size = compute, rank, world_size
+
+    def __call__(self, sequences: Sequence[tuple[Ids, Ids]]) -> list[float]:
+        """Log-probabilities in the order given, not a number where they could not be computed."""
+        self._deal([list(sequences[rank :: self._size]) for rank in range(self._size)])
+        parts = self._answers
+        return [parts[i % self._size][i // self._size] for i in range(len(sequences))]
+
+    def help(self) -> None:
+        """Compute this process's shares until the first process needs no more."""
+        while self._deal(None):
+            pass
+
+    def dismiss(self) -> None:
+        """Let the others go on."""
+        self._deal([None] * self._size)
+
+    def _deal(self, shares: list[Any] | None) -> bool:
+        """Compute a share on every process and have all answers on each; whether there was one."""
+        mine: list[Any] = [None]
+        if self._size == 1:
+            mine = shares or mine
+        else:
+            torch.distributed.scatter_object_list(mine, shares, src=0)
+        if mine[0] is None:
+            return False
+        self._answers: list[Any] = [None] * self._size
+        answer = self._scored(mine[0])
+        if self._size == 1:
+            self._answers = [answer]
+        else:
+            torch.distributed.all_gather_object(self._answers, answer)
+        return True
+
+    def _scored(self, sequences: list[tuple[Ids, Ids]]) -> list[float]:
+        try:
+            return self._compute(sequences)
+        except Exception as error:  # all must answer, or the others would wait for ever
+            logger.warning(
+                "%d sequences cannot be scored by process %d: %s", len(sequences), self._rank, error
+            )
+            return [math.nan] * len(sequences)

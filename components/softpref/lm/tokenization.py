@@ -41,6 +41,7 @@ class TokenizedSequence(NamedTuple):
         truncated: the completion was cut at the length limit and therefore carries no end token.
         prompt_truncated: the prompt lost its beginning.
         border_moved: a token stood across the border, so the prompt ends before the prompt's text does.
+        reference_logp: nats, of the completion under a reference that is known to have scored it.
     """
 
     prompt: list[int]
@@ -48,6 +49,7 @@ class TokenizedSequence(NamedTuple):
     truncated: bool
     prompt_truncated: bool = False
     border_moved: bool = False
+    reference_logp: float | None = None
 
 
 class TokenizedPrompt(NamedTuple):

@@ -31,6 +31,9 @@ class SFTConfig(TrainingArguments):
             thousands of rows, else one for each CPU, four at most (each takes some 100 MB).
         keep_rows: whether the dataset's preferences are kept in tokens beside the model (`rows/`), so that
             the trainings that start from it need not tokenize them each. The folder then holds the data.
+        keep_reference_logps: whether the model's log-probabilities of those preferences are kept with them,
+            so that trainings whose loss is relative to the reference (`spo` with an `anchor`, `dpo` and most
+            others) need not compute them each.
         plain_forward: pad every demonstration and compute full logits: the same numbers up to rounding,
             slower and larger, for a model whose fast path you doubt.
         gpus: GPUs the job asked for; training refuses to start with fewer. 0 asks for none.
@@ -48,6 +51,7 @@ class SFTConfig(TrainingArguments):
     max_completion_length: int = 512
     dataset_num_proc: int | None = None
     keep_rows: bool = True
+    keep_reference_logps: bool = False
     plain_forward: bool = False
     gpus: int = 0
     trust_remote_code: bool = False
@@ -72,6 +76,10 @@ class SFTConfig(TrainingArguments):
         for name, least in (("max_prompt_length", 1), ("max_completion_length", 1), ("vocab_size", 258)):
             if getattr(self, name) < least:
                 raise ConfigError(f"SFTConfig.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.keep_reference_logps and not self.keep_rows:
+            raise ConfigError(
+                "SFTConfig.keep_reference_logps needs keep_rows: log-probabilities are kept with their rows"
+            )
         check_training_arguments(self)
         check_num_proc(self)
         if self.bf16 is None:

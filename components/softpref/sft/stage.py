@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from softpref.lm.loading import (
     source_name,
 )
 from softpref.lm.packing import PackedBatch, pack_sequences
-from softpref.lm.scoring import check_ids, check_positions
+from softpref.lm.scoring import Ids, TeamScorer, check_ids, check_positions, score_sequences
+from softpref.lm.sharding import whole_weights
 from softpref.lm.tokenization import TokenizedSequence, log_findings, row_findings, stop_token_ids
 from softpref.lm.tokenizing import RowText, tokenize_rows
 from softpref.lm.training import (
@@ -90,6 +92,26 @@ class SFTTrainer(GuardedTrainer):
             return losses.mean()
         scale = self.current_gradient_accumulation_steps * self.args.world_size
         return losses.sum() / num_items_in_batch * scale
+
+    @contextmanager
+    def scoring_team(self) -> Iterator[TeamScorer]:
+        """All processes score sequences under the model for the first, while that one is within."""
+        model = self.accelerator.unwrap_model(self.model)
+
+        def compute(sequences: list[tuple[Ids, Ids]]) -> list[float]:
+            size = self.args.per_device_train_batch_size
+            return score_sequences(model, sequences, batch_size=size, plain=self.args.plain_forward).tolist()
+
+        with whole_weights(model), self.compute_loss_context_manager():
+            team = TeamScorer(compute, self.args.process_index, self.args.world_size)
+            if self.args.process_index:
+                team.help()
+                yield team
+                return
+            try:
+                yield team
+            finally:
+                team.dismiss()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of an evaluation batch; no predictions are collected."""
@@ -228,9 +250,12 @@ def run(
                     "adapter": False,
                 },
             )
-            if config.keep_rows:
-                timer.enter("tokenizing")
-                keep_rows(dataset_dir, output_dir, reference, config)
+        if config.keep_rows:
+            with trainer.scoring_team() if config.keep_reference_logps else nullcontext() as team:
+                if trainer.is_world_process_zero():
+                    timer.enter("tokenizing")
+                    keep_rows(dataset_dir, output_dir, reference, config, team)
+        if trainer.is_world_process_zero():
             remove_checkpoints(checkpoints)
             timer.enter("tracking")
             tracker.metrics(timer.metrics(), step=trainer.state.global_step)

@@ -223,10 +223,14 @@ class SPOConfig(TrainingArguments):
         return self.method != "spo" or self.anchor > 0
 
     @property
+    def takes_reference_logps(self) -> bool:
+        """Whether those of a whole row are enough, so that rows may bring them."""
+        return self.scores_reference and self.method != "tdpo"
+
+    @property
     def keeps_reference_logps(self) -> bool:
         """Whether rows are given those once, rather than computed with each batch."""
-        kept = bool(self.reference_cache or self.refers_to_previous)
-        return kept and self.scores_reference and self.method != "tdpo"
+        return self.takes_reference_logps and bool(self.reference_cache or self.refers_to_previous)
 
     @property
     def draws_rows(self) -> bool:

@@ -27,7 +27,7 @@ from softpref.errors import ConfigError, SoftprefError
 from softpref.lm.head import completion_hidden
 from softpref.lm.packing import evaluation_mode
 from softpref.lm.sampling import Sample, sample_completions
-from softpref.lm.scoring import scoring_batches
+from softpref.lm.scoring import computing_precision, scoring_batches
 from softpref.spo.config import SPOConfig
 from softpref.spo.vllm_core import Drawn, EngineSpec, shared_core
 
@@ -90,12 +90,6 @@ def engine_spec(args: SPOConfig, model: Any) -> EngineSpec:
     longest = args.max_prompt_length + args.max_completion_length
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or longest
     return EngineSpec(config, dtype, min(longest, positions), args.sampling_batch_size)
-
-
-def computing_precision(args: SPOConfig, model: Any) -> str:
-    """The precision that the trainer computes in: `float32`, `bfloat16` or `float16`."""
-    weights = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return "bfloat16" if args.bf16 else "float16" if args.fp16 else weights
 
 
 class VLLMEngine:

@@ -150,7 +150,9 @@ class TrainingRows(Dataset, ABC):
             return text
         limit = self._options["max_completion_length"]
         return [
-            one._replace(completion=one.completion[:limit], truncated=len(one.completion) > limit)
+            one._replace(completion=one.completion[:limit], truncated=True, reference_logp=None)
+            if len(one.completion) > limit
+            else one._replace(truncated=False)
             for one in tokens
         ]
 
@@ -179,6 +181,9 @@ class PreferenceRows(TrainingRows):
             "kind": kind,
             "weight": _weight(row),
         }
+        logps = [sequence.reference_logp for sequence in sequences]
+        if None not in logps:
+            made["ref_logps"] = logps
         if self._args.method == "sppo":
             made["win_probabilities"] = _win_probabilities(kind, len(sequences), probability)
         return made

@@ -26,6 +26,7 @@ from softpref.lm.loading import (
     save_model_folder,
     source_name,
 )
+from softpref.lm.scoring import computing_precision
 from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import (
     add_stage_callbacks,
@@ -176,6 +177,7 @@ def run(
         reference_dir,
         tokenizer,
         stop_token_ids(tokenizer, model),
+        precision=computing_precision(config, model) if config.takes_reference_logps else "",
         quiet=config.process_index > 0,
     )
     splits = {"train": training_rows, "validation": preferences.get("validation")}

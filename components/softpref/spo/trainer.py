@@ -28,14 +28,20 @@ from softpref.lm.decoding import decodes
 from softpref.lm.head import CompletionHidden, completion_hidden, output_head, try_out
 from softpref.lm.packing import PackedBatch, evaluation_mode, pack_sequences
 from softpref.lm.sampling import Sample, sample_completions
-from softpref.lm.scoring import score_sequences, scoring_batches, sequence_logps, sum_by_sequence
+from softpref.lm.scoring import (
+    computing_precision,
+    score_sequences,
+    scoring_batches,
+    sequence_logps,
+    sum_by_sequence,
+)
 from softpref.lm.sharding import whole_weights
 from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import GuardedTrainer, settle_model
 from softpref.objectives import TokenKL, kl_lambda, kl_loss, log_group_weights, prefix_ratios, reward_to_go
 from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
-from softpref.spo.engines import check_agreement, computing_precision, sampling_engine
+from softpref.spo.engines import check_agreement, sampling_engine
 from softpref.spo.gauges import Means, SamplingClock, WeightSums
 from softpref.spo.given import (
     check_optimizer,
@@ -179,7 +185,7 @@ class SPOTrainer(GuardedTrainer):
             model=model,
             args=args,
             data_collator=collate,
-            train_dataset=self.rounds or given,
+            train_dataset=given if self.rounds is None else self.rounds,
             eval_dataset=evaluated if isinstance(eval_dataset, dict) else evaluated.get("validation"),
             processing_class=self.processing_class,
             compute_metrics=compute_metrics,
@@ -191,8 +197,8 @@ class SPOTrainer(GuardedTrainer):
         if self._engine is sample_completions:
             decodes(self.model)  # whether with a cache is found out, and said, before training
         self._step_weights, self._log_weights = (WeightSums(args.device) for _ in range(2))
-        if args.keeps_reference_logps:
-            self._keep_reference_logps([given, *evaluated.values()], fingerprint)
+        if args.takes_reference_logps:
+            self._keep_reference_logps([self.train_dataset, *evaluated.values()], fingerprint)
         self.buffer = self._sample_buffer(given, prompt_dataset)
 
     # ------------------------------------------------------------------ what is handed over
@@ -594,8 +600,8 @@ class SPOTrainer(GuardedTrainer):
         assert self.rounds is not None
         self.rounds.begin(min(step // self._steps_per_round, self.args.rounds - 1))
 
-    def _keep_reference_logps(self, sets: Sequence[TrainingRows | None], model_hash: str) -> None:
-        """Give rows the reference's log-probabilities once, so that no reference is needed in training."""
+    def _keep_reference_logps(self, sets: Sequence[Any], model_hash: str) -> None:
+        """Give rows the reference's log-probabilities once, if that is asked for or some brought theirs."""
         model = self.model if self.ref_model is None else self.ref_model
         without_adapter = self.ref_model is None and self._uses_adapter
 
@@ -616,8 +622,10 @@ class SPOTrainer(GuardedTrainer):
                     writes=self.is_world_process_zero(),
                     everywhere=lambda here: self._sum_over_processes(here) == self.args.world_size,
                 )
-            else:
-                set_reference_logps(rows.rows, score)
+                continue
+            lacking = [row for row in rows.rows if "ref_logps" not in row]
+            if lacking and (self.args.keeps_reference_logps or len(lacking) < len(rows.rows)):
+                set_reference_logps(lacking, score)
 
     def _score(self, sequences: list[tuple[list[int], list[int]]], model: Any = None) -> list[float]:
         """Sequence log-probabilities, nats, under `model` (the present policy), shared among processes."""
