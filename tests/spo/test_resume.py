@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 from softpref.lm.loading import load_model, load_tokenizer
-from softpref.lm.training import last_checkpoint
+from softpref.lm.checkpoints import last_checkpoint
 from softpref.spo import SPOConfig, SPOTrainer
 
 

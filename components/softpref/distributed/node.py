@@ -95,7 +95,7 @@ def run_node(folder: Path) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         os.execv(sys.executable, [sys.executable, "-m", MODULES[task.stage], *arguments])
     if task.gpus:
-        from softpref.lm.training import require_devices
+        from softpref.lm.arguments import require_devices
 
         require_devices(task.gpus, task.processes)
     meet = rendezvous(os.environ)

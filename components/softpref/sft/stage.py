@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,18 +11,16 @@ from typing import Any
 
 import torch
 
-import softpref
 from softpref.artifacts import readable
-from softpref.config import closest, write_parameters
+from softpref.config import closest
 from softpref.errors import ConfigError, DataError, SoftprefError
+from softpref.lm.course import TRAINING_OPTIONS, Course, dataset_stats
 from softpref.lm.head import completion_hidden
 from softpref.lm.kept_rows import keep_rows
 from softpref.lm.loading import (
     load_model,
     load_tokenizer,
     local_source,
-    require_new_folder,
-    save_model_folder,
     source_name,
 )
 from softpref.lm.packing import PackedBatch, pack_sequences
@@ -33,37 +30,11 @@ from softpref.lm.tokenization import TokenizedSequence, log_findings, row_findin
 from softpref.lm.tokenizing import RowText, tokenize_rows
 from softpref.lm.training import (
     GuardedTrainer,
-    add_stage_callbacks,
-    checkpoint_step,
-    claim_checkpoints,
-    remove_checkpoints,
-    require_devices,
-    stage_tracker,
 )
-from softpref.progress import follow, settle_output
+from softpref.progress import follow
 from softpref.sft.config import SFTConfig
-from softpref.timings import PhaseTimer
 
-_TRACKED = (
-    "max_prompt_length",
-    "max_completion_length",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "optim",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "bf16",
-    "fp16",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-)
+_TRACKED = ("max_prompt_length", "max_completion_length", *TRAINING_OPTIONS)
 _LOSS_LIMIT = 700.0  # whose exponential is still a number
 
 
@@ -149,13 +120,17 @@ def run(
     Raises:
         ConfigError, DataError: before training.
     """
-    timer = PhaseTimer("loading")
-    settle_output()
-    require_devices(config.gpus)
-    require_new_folder(output_dir)
-    checkpoints = Path(checkpoint_dir or Path(output_dir) / "checkpoints")
-    config.output_dir = str(checkpoints)
-    torch.manual_seed(config.seed)
+    course = Course(
+        "sft",
+        config,
+        output_dir,
+        name=name,
+        experiment=experiment,
+        parent_run_id=parent_run_id,
+        tracking_uri=tracking_uri,
+        checkpoint_dir=checkpoint_dir,
+    )
+    dataset_hash = dataset_stats(dataset_dir).get("dataset_hash", "")
     demonstrations = _load_demonstrations(dataset_dir)
     if config.base_model:
         options: dict[str, Any] = {
@@ -169,7 +144,7 @@ def run(
     else:
         tokenizer = build_tokenizer(_texts(demonstrations["train"]), vocab_size=config.vocab_size)
         model = build_model(config.model_config, tokenizer)
-    timer.enter("tokenizing")
+    course.timer.enter("tokenizing")
     stop_ids = stop_token_ids(tokenizer, model)
     splits = {
         split: _Demonstrations(rows, tokenizer, config, stop_ids, f"{split} demonstration")
@@ -180,88 +155,36 @@ def run(
     remedy = "lower max_prompt_length or max_completion_length"
     check_positions(model, len(longest.prompt), len(longest.completion), remedy)
     check_ids(model, (ids for row in sequences for ids in (row.prompt, row.completion)))
-    stats = json.loads((Path(dataset_dir) / "stats.json").read_text(encoding="utf-8"))
-    identity = {
-        "dataset_hash": stats.get("dataset_hash", ""),
-        "base_model": config.base_model or "from nothing",
-        **(
-            {}
-            if config.base_model
-            else {"model_config": config.model_config, "vocab_size": config.vocab_size}
-        ),
-        **{key: getattr(config, key) for key in _TRACKED},
-    }
-    checkpoint = claim_checkpoints(checkpoints, identity)
-    timer.enter("tracking")
-    with stage_tracker(
-        config,
-        output_dir,
-        experiment=experiment,
-        run_name=name,
-        parent_run_id=parent_run_id or None,
-        tracking_uri=tracking_uri or None,
-    ) as tracker:
-        tracker.params(
-            {
-                "stage": "sft",
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                **identity,
-            }
-        )
-        trainer = SFTTrainer(
-            model=model,
-            args=config,
-            train_dataset=splits["train"],
-            eval_dataset=splits.get("validation"),
-            data_collator=collate,
-            processing_class=tokenizer,
-        )
-        add_stage_callbacks(trainer, name, tracker)
-        metrics: dict[str, float] = {}
-        if config.num_train_epochs > 0 or config.max_steps > 0:
-            if checkpoint:
-                tracker.rewind(checkpoint_step(checkpoint))
-            timer.enter("training")
-            metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
-        metrics.update({f"rows/{name}": float(n) for name, n in splits["train"].counts.items()})
-        timer.enter("evaluation")
-        if "validation" in splits:
-            metrics.update(trainer.evaluate())
-        reference = trainer.whole_model()
-        if trainer.is_world_process_zero():
-            timer.enter("tracking")
-            tracker.flush(timeout=10)  # the run's id is part of what is saved
-            timer.enter("saving")
-            write_parameters(config, output_dir)
-            save_model_folder(
-                reference,
-                tokenizer,
-                output_dir,
-                {
-                    "stage": "sft",
-                    "name": name,
-                    "base_model": config.base_model,
-                    "dataset_hash": stats.get("dataset_hash", ""),
-                    "code_version": softpref.__version__,
-                    "run_id": tracker.run_id,
-                    "max_prompt_length": config.max_prompt_length,
-                    "max_completion_length": config.max_completion_length,
-                    "row_counts": {split: dict(rows.counts) for split, rows in splits.items()},
-                    "adapter": False,
-                },
-            )
+    from_nothing = {"model_config": config.model_config, "vocab_size": config.vocab_size}
+    course.claim(
+        {
+            "dataset_hash": dataset_hash,
+            "base_model": config.base_model or "from nothing",
+            **({} if config.base_model else from_nothing),
+            **{key: getattr(config, key) for key in _TRACKED},
+        }
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
+        data_collator=collate,
+        processing_class=tokenizer,
+    )
+    row_counts = {split: dict(rows.counts) for split, rows in splits.items()}
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    with course.trained(trainer, row_counts, parameters=weights) as trained:
+        if trained.model is not None:
+            description = course.description(trained, base_model=config.base_model, dataset_hash=dataset_hash)
+            description |= {"row_counts": row_counts, "adapter": False}
+            course.save(trained.model, tokenizer, description)
         if config.keep_rows:
             with trainer.scoring_team() if config.keep_reference_logps else nullcontext() as team:
-                if trainer.is_world_process_zero():
-                    timer.enter("tokenizing")
-                    keep_rows(dataset_dir, output_dir, reference, config, team)
-        if trainer.is_world_process_zero():
-            remove_checkpoints(checkpoints)
-            timer.enter("tracking")
-            tracker.metrics(timer.metrics(), step=trainer.state.global_step)
-    if trainer.is_world_process_zero():
-        timer.write(output_dir)
-    return metrics
+                if trained.model is not None:
+                    course.timer.enter("tokenizing")
+                    keep_rows(dataset_dir, output_dir, trained.model, config, team)
+    return trained.metrics
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -405,9 +328,6 @@ def _load_demonstrations(dataset_dir: str) -> dict[str, Any]:
     from datasets import load_from_disk
 
     folder = Path(dataset_dir)
-    for file in ("stats.json", "dataset_dict.json"):
-        if not (folder / file).is_file():
-            raise DataError(f"{folder} is not a dataset folder of the data stage: it holds no {file}")
     if (folder / "sft").is_dir():
         splits = {split: rows for split, rows in load_from_disk(str(folder / "sft")).items() if len(rows)}
     else:

@@ -12,9 +12,9 @@ from transformers import TrainingArguments
 
 from softpref.config import check_names
 from softpref.errors import ConfigError
+from softpref.lm.arguments import check_sharding, check_training_arguments, device_has_bf16
 from softpref.lm.extrapolation import parse_weights
 from softpref.lm.tokenizing import check_num_proc
-from softpref.lm.training import check_sharding, check_training_arguments, device_has_bf16
 from softpref.objectives import kl_lambda
 
 logger = logging.getLogger(__name__)
