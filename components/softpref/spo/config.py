@@ -202,6 +202,12 @@ class SPOConfig(TrainingArguments):
         check_sharding(self)
 
     @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """`model_init_kwargs` as they are handed on."""
+        assert not isinstance(self.model_init_kwargs, str)  # which the base class has read
+        return dict(self.model_init_kwargs or {})
+
+    @property
     def samples_policy(self) -> bool:
         """Whether the objective needs samples of the policy: it does where a KL term is taken on them."""
         return self.kl_strength > 0 and self.kl_on == "samples"

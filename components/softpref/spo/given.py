@@ -90,7 +90,7 @@ def loaded(model: Any, args: SPOConfig) -> Any:
         ConfigError: it is none, or cannot be loaded.
     """
     if isinstance(model, str):
-        options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        options = {"trust_remote_code": args.trust_remote_code, **args.init_kwargs}
         return load_model(model, **options)
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -113,7 +113,7 @@ def tokenizer_of(processing_class: Any, model: Any, args: SPOConfig) -> PreTrain
                 "SPOTrainer needs processing_class, the tokenizer of the model: the model bears no name from "
                 "which it could be loaded"
             )
-        revision = (args.model_init_kwargs or {}).get("revision")
+        revision = args.init_kwargs.get("revision")
         return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         inner = ", its tokenizer is processor.tokenizer" if hasattr(processing_class, "tokenizer") else ""

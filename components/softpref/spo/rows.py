@@ -301,7 +301,7 @@ def _probability(row: Mapping[str, Any], count: int) -> float:
     probability = row.get("probability")
     if probability is None:
         return 1.0
-    if isinstance(probability, bool) or not isinstance(probability, Real) or not 0 <= probability <= 1:
+    if isinstance(probability, bool) or not isinstance(probability, Real) or not 0 <= float(probability) <= 1:
         raise DataError(f"probability must be a number in [0, 1], or null, got {probability!r}")
     if count > 2 and probability != 1:
         raise DataError(
@@ -315,7 +315,7 @@ def _weight(row: Mapping[str, Any]) -> float:
     weight = row.get("weight")
     if weight is None:
         return 1.0
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) < math.inf:
         raise DataError(f"weight must be a number of at least 0, or null, got {weight!r}")
     return float(weight)
 

@@ -25,24 +25,21 @@ from transformers.trainer_utils import PredictionOutput
 
 from softpref.errors import ConfigError
 from softpref.lm.decoding import decodes
-from softpref.lm.head import CompletionHidden, completion_hidden, output_head, try_out
-from softpref.lm.packing import PackedBatch, evaluation_mode, pack_sequences
+from softpref.lm.head import try_out
+from softpref.lm.packing import evaluation_mode
 from softpref.lm.sampling import Sample, sample_completions
 from softpref.lm.scoring import (
     computing_precision,
     score_sequences,
-    scoring_batches,
-    sequence_logps,
-    sum_by_sequence,
 )
 from softpref.lm.sharding import whole_weights
 from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import GuardedTrainer, settle_model
-from softpref.objectives import TokenKL, kl_lambda, kl_loss, log_group_weights, prefix_ratios, reward_to_go
+from softpref.objectives import kl_lambda
 from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
 from softpref.spo.engines import check_agreement, sampling_engine
-from softpref.spo.gauges import Means, SamplingClock, WeightSums
+from softpref.spo.gauges import SamplingClock
 from softpref.spo.given import (
     check_optimizer,
     check_reference,
@@ -54,7 +51,7 @@ from softpref.spo.given import (
     with_adapter,
 )
 from softpref.spo.health import health_warnings
-from softpref.spo.losses import implicit_rewards, method_losses, preference_metrics
+from softpref.spo.objective import Objective, sample_tensors
 from softpref.spo.reference import (
     adapter_off,
     add_reference_logps,
@@ -153,27 +150,21 @@ class SPOTrainer(GuardedTrainer):
         self.ref_model = None if ref_model is None else loaded(ref_model, args)
         self._copies_policy = ref_model is None
         set_seed(args.seed)  # an adapter's weights are drawn
-        named = model
-        if model_init is None:
-            model = self._ready(loaded(model, args))
-        else:
-            self.model_init = model_init
-            model = self.call_model_init()
-        check_optimizer(optimizers[0], model)
+        self.model_init: Any = model_init
+        policy = self.call_model_init() if model_init else self._ready(loaded(model, args))
+        check_optimizer(optimizers[0], policy)
         # before anything costly: an engine may not be installed, or its server be away
-        self._engine = sampling_engine(args, model) if args.samples_policy or args.draws_rows else None
+        self._engine = sampling_engine(args, policy) if args.samples_policy or args.draws_rows else None
         fingerprint = ""
         if args.keeps_reference_logps and args.reference_cache:
-            fingerprint = scorer_fingerprint(model if self.ref_model is None else self.ref_model, args)
-        self.processing_class = tokenizer_of(processing_class, named or model, args)
-        self._stop_ids = stop_token_ids(self.processing_class, model)
-        self._means: dict[str, Means] = {"train": Means(), "eval": Means()}
+            fingerprint = scorer_fingerprint(policy if self.ref_model is None else self.ref_model, args)
+        self.processing_class = tokenizer_of(processing_class, model or policy, args)
+        self._stop_ids = stop_token_ids(self.processing_class, policy)
+        self._objective = Objective(args, self._reference, self._stop_ids)
         self._clock = SamplingClock()
-        self._kept_reference: CompletionHidden | None = None  # how its kept hidden states become scores
         self._steps_per_round = 1
-        self._most_completions = 0
-        given = self._training_rows(train_dataset, model)
-        evaluated = self._evaluation_sets(eval_dataset, model)
+        given = self._training_rows(train_dataset, policy)
+        evaluated = self._evaluation_sets(eval_dataset, policy)
         self.row_counts: dict[str, dict[str, int]] = {
             name: dict(rows.counts)
             for name, rows in (("train", given), *evaluated.items())
@@ -182,7 +173,7 @@ class SPOTrainer(GuardedTrainer):
         """Of each set: rows `given`, of those `left_out`, and what was found of them (`row_findings`)."""
         self.rounds = self._round_rows(given, train_dataset, judge)
         super().__init__(
-            model=model,
+            model=policy,
             args=args,
             data_collator=collate,
             train_dataset=given if self.rounds is None else self.rounds,
@@ -196,7 +187,6 @@ class SPOTrainer(GuardedTrainer):
         self.model_accepts_loss_kwargs = False  # losses are scaled here, over the global batch
         if self._engine is sample_completions:
             decodes(self.model)  # whether with a cache is found out, and said, before training
-        self._step_weights, self._log_weights = (WeightSums(args.device) for _ in range(2))
         if args.takes_reference_logps:
             self._keep_reference_logps([self.train_dataset, *evaluated.values()], fingerprint)
         self.buffer = self._sample_buffer(given, prompt_dataset)
@@ -322,9 +312,10 @@ class SPOTrainer(GuardedTrainer):
             samples = self.buffer.slice_for(self.state.global_step)
             states = self.buffer.annotations_for(self.state.global_step)
             size = self.buffer.slice_size(self.state.global_step)
+            age = self.state.global_step - (self.buffer.policy_step or 0)
             for i, batch in enumerate(batches):
                 share = slice(len(samples) * i // len(batches), len(samples) * (i + 1) // len(batches))
-                batch.update(self._sample_tensors(samples[share], states[share]))
+                batch.update(sample_tensors(samples[share], states[share], age))
                 batch["samples_in_step"] = size
             if cut and kl_lambda(self.args.kl_gradient) > 0:
                 total = self._to_go_total(batches)
@@ -345,17 +336,8 @@ class SPOTrainer(GuardedTrainer):
             if "sample_lengths" in batch:
                 inputs = self._prepare_inputs(batch)
                 with evaluation_mode(policy), self.compute_loss_context_manager():
-                    found = self._token_kl(policy, inputs)
-                token_kl, lengths = found.kl, inputs["sample_lengths"]
-                if self.args.max_importance_ratio is not None:
-                    token_kl = token_kl * prefix_ratios(
-                        found.logps,
-                        inputs["sample_token_logps"],
-                        lengths,
-                        max_ratio=self.args.max_importance_ratio,
-                    )
-                to_go = reward_to_go(token_kl, lengths, kl_lambda(self.args.kl_gradient))
-                total[: to_go.shape[1]] += to_go.sum(0)
+                    to_go = self._objective.to_go(policy, inputs)
+                total[: len(to_go)] += to_go
         return self.accelerator.reduce(total, reduction="sum")
 
     @torch.no_grad()
@@ -366,12 +348,7 @@ class SPOTrainer(GuardedTrainer):
         for batch in batches:
             inputs = self._prepare_inputs(batch)
             with evaluation_mode(policy), self.compute_loss_context_manager():
-                rows_batch = _packed(inputs)
-                logps = sequence_logps(policy, rows_batch, plain=self.args.plain_forward)
-                scores = self._weight_scores(logps, rows_batch)
-            log_weights.append(
-                log_group_weights(scores, inputs["group_sizes"], weight_exponent=self.args.weight_exponent)
-            )
+                log_weights.append(self._objective.row_log_weights(policy, inputs))
         total = torch.cat(log_weights).logsumexp(0)
         return self.accelerator.gather(total[None]).logsumexp(0) - math.log(rows)
 
@@ -385,8 +362,7 @@ class SPOTrainer(GuardedTrainer):
             return_outputs: whether `logps` and `rewards` of the completions come with it, `[rows, most]`, not
                 a number beyond the end of a row.
         """
-        mode = "train" if model.training else "eval"
-        losses, row_kl, outputs = self._row_losses(model, inputs, self._means[mode])
+        losses, row_kl, outputs = self._objective.row_losses(model, inputs)
         if num_items_in_batch is None:
             loss = losses.mean()
             return (loss, outputs) if return_outputs else loss
@@ -394,135 +370,10 @@ class SPOTrainer(GuardedTrainer):
         if row_kl is not None:
             loss = loss + self.args.kl_strength * row_kl.sum() / num_items_in_batch
         if "sample_lengths" in inputs:
-            kl = self._kl_losses(model, inputs, self._means[mode])
+            kl = self._objective.sample_losses(model, inputs)
             loss = loss + self.args.kl_strength * kl.sum() / inputs["samples_in_step"]
         loss = loss * self.current_gradient_accumulation_steps * self.args.world_size
         return (loss, outputs) if return_outputs else loss
-
-    def _row_losses(self, model, inputs, means: Means) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """The preference loss of each row, and where the KL term is one of rows, in training, its KL.
-
-        With them `logps` and `rewards` of the completions, `[rows, most]`.
-        """
-        args, sizes = self.args, inputs["group_sizes"]
-        batch = _packed(inputs)
-        states = self._completion_hidden(model, batch)
-        ref_logps, divergences, row_kl = inputs.get("ref_logps"), None, None
-        regularises = args.regularises_rows and model.training
-        lacks_logps = args.scores_reference and ref_logps is None
-        theirs: Any = None  # what the reference knows of the rows, and how far it lies from the policy
-        found: Any = None
-        if regularises or lacks_logps or args.method == "tdpo":
-            theirs = self._reference_hidden(model, batch)
-        if args.method == "tdpo":
-            found = states.kl(theirs, reverse=True)
-            divergences = sum_by_sequence(found.kl, batch.lengths)
-        if regularises:
-            found = states.kl(theirs)
-            row_kl = sum_by_sequence(sum_by_sequence(found.kl, batch.lengths), sizes) / sizes
-            means.add("kl/data", row_kl)
-        token_logps = states.logps() if found is None else found.logps
-        if lacks_logps:
-            ref_token_logps = theirs.logps() if found is None else found.ref_logps
-            ref_logps = sum_by_sequence(ref_token_logps, batch.lengths)
-        logps = sum_by_sequence(token_logps, batch.lengths)
-        losses = method_losses(
-            args,
-            logps,
-            inputs,
-            ref_logps=ref_logps,
-            divergences=divergences,
-            weight_scores=self._weight_scores(logps, batch),
-            weighted=model.training,  # weights have mean 1 over a step; an evaluation has none
-        )
-        figures = preference_metrics(args, logps, inputs, ref_logps)
-        last = (batch.lengths.cumsum(0) - 1)[sizes.cumsum(0) - sizes]  # token of each row's chosen completion
-        ended = torch.isin(batch.targets[last], torch.tensor(self._stop_ids, device=last.device))
-        if "row_weights" in inputs:
-            weights = inputs["row_weights"]
-            losses = losses * weights
-            figures = {name: values[weights > 0] for name, values in figures.items()}
-            ended &= weights > 0
-        figures["logps/end"] = token_logps[last[ended]]
-        means.add("loss/preference", losses)
-        for name, values in figures.items():
-            means.add(name, values)
-        rewards = implicit_rewards(args, logps, ref_logps)
-        most = max(self._most_completions, int(sizes.max()))
-        outputs = {
-            name: _by_row(values.detach(), sizes, most)
-            for name, values in (("logps", logps), ("rewards", rewards))
-        }
-        return losses, row_kl, outputs
-
-    def _weight_scores(self, logps: Tensor, batch: PackedBatch) -> Tensor:
-        return logps / batch.lengths if self.args.weight_scores == "token" else logps
-
-    def _kl_losses(self, model, inputs, means: Means) -> Tensor:
-        found = self._token_kl(model, inputs)
-        lengths = inputs["sample_lengths"]
-        losses = kl_loss(
-            found.kl,
-            found.logps,
-            lengths,
-            kl_gradient=self.args.kl_gradient,
-            old_token_logps=None if self.args.max_importance_ratio is None else inputs["sample_token_logps"],
-            max_importance_ratio=self.args.max_importance_ratio,
-            to_go_total=inputs.get("to_go_total"),
-            sequences=inputs["samples_in_step"],
-        )
-        with torch.no_grad():
-            log_weights = sum_by_sequence(found.logps - inputs["sample_token_logps"], lengths)
-            means.add("kl/sequence", losses)
-            means.add("kl/token", found.kl)
-            means.add("entropy", found.entropy)
-            means.add("completions/mean_length", lengths.float())
-            means.add("completions/truncated_fraction", inputs["sample_truncated"])
-            self._step_weights.add(log_weights)
-            self._log_weights.add(log_weights)
-            means.add("sampling/age", inputs["sample_age"])
-        return losses
-
-    def _token_kl(self, model, inputs) -> TokenKL:
-        """KL to the reference at each token of a batch's samples."""
-        batch = _packed(inputs, "sample_")
-        states = self._completion_hidden(model, batch)
-        if "sample_ref_hidden" not in inputs:
-            return states.kl(self._reference_hidden(model, batch))
-        assert self._kept_reference is not None
-        kept = self._kept_reference._replace(hidden=inputs["sample_ref_hidden"], targets=batch.targets)
-        return states.kl(kept)
-
-    def _completion_hidden(self, model, batch: PackedBatch) -> CompletionHidden:
-        return completion_hidden(model, batch, plain=self.args.plain_forward)
-
-    @torch.no_grad()
-    def _reference_hidden(self, model, batch: PackedBatch) -> CompletionHidden:
-        with self._reference(model) as reference:
-            return self._completion_hidden(reference, batch)
-
-    @torch.no_grad()
-    def _reference_states(self, samples: list[Sample]) -> list[Tensor | None]:
-        """The reference's hidden states at each sample's tokens, on the CPU: it runs once a refresh.
-
-        Where it has no known head, full logits would have to be kept; it then runs with each batch.
-        """
-        states: list[Tensor | None] = [None] * len(samples)
-        sequences = [(sample.prompt, sample.completion) for sample in samples]
-        size = self.args.sampling_batch_size
-        with (
-            whole_weights(self.model) if self.ref_model is None else nullcontext(),
-            self.compute_loss_context_manager(),
-            self._reference(self.model) as reference,
-        ):
-            if self.args.plain_forward or output_head(reference) is None:
-                return states
-            for rows, batch in scoring_batches(reference, sequences, batch_size=size):
-                found = self._completion_hidden(reference, batch)
-                self._kept_reference = found._replace(hidden=found.hidden[:0], targets=found.targets[:0])
-                for row, hidden in zip(rows, found.hidden.cpu().split(batch.lengths.tolist()), strict=True):
-                    states[row] = hidden.clone()  # not a view that would keep the whole batch
-        return states
 
     def _reference(self, model):
         """Context that gives the reference: a model of its own, or the policy with its adapter off."""
@@ -559,14 +410,22 @@ class SPOTrainer(GuardedTrainer):
                 precision=computing_precision(self.args, policy),
                 plain=self.args.plain_forward,
             )
-            self._means["train"].add("sampling/logps_difference", torch.tensor([found.mean]))
+            self._objective.means["train"].add("sampling/logps_difference", torch.tensor([found.mean]))
         return samples
+
+    def _reference_states(self, samples: list[Sample]) -> list[Tensor | None]:
+        """See `Objective.reference_states`; where the reference is the policy, its weights whole."""
+        with (
+            whole_weights(self.model) if self.ref_model is None else nullcontext(),
+            self.compute_loss_context_manager(),
+        ):
+            return self._objective.reference_states(self.model, samples)
 
     def _expire_samples(self) -> None:
         """Under adaptive refresh, give up samples whose last slice has drifted too far from the policy."""
         if self.args.refresh != "adaptive" or self.buffer is None:
             return
-        size = self._step_weights.take(self.accelerator.gather)
+        size = self._objective.step_weights.take(self.accelerator.gather)
         if size is not None and size < self.args.min_ess:
             self.buffer.expire()
 
@@ -648,22 +507,6 @@ class SPOTrainer(GuardedTrainer):
         torch.distributed.all_gather_object(parts, mine)
         return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
 
-    def _sample_tensors(self, samples: list[Sample], states: list[Tensor | None]) -> dict[str, Any]:
-        if not samples:
-            return {}
-        batch = pack_sequences([(sample.prompt, sample.completion) for sample in samples])
-        assert self.buffer is not None
-        assert self.buffer.policy_step is not None
-        age = self.state.global_step - self.buffer.policy_step
-        kept = [each for each in states if each is not None]
-        return {
-            **{f"sample_{name}": value for name, value in batch._asdict().items()},
-            **({"sample_ref_hidden": torch.cat(kept)} if len(kept) == len(samples) else {}),
-            "sample_token_logps": torch.tensor([logp for sample in samples for logp in sample.token_logps]),
-            "sample_truncated": torch.tensor([float(sample.truncated) for sample in samples]),
-            "sample_age": torch.full((len(samples),), float(age)),
-        }
-
     # ------------------------------------------------------------------ evaluation, logs, checkpoints
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -718,20 +561,20 @@ class SPOTrainer(GuardedTrainer):
     ):
         """As in the base class; what it returns and logs has the metrics of `SPOTrainer` too."""
         rows = getattr(getattr(dataloader, "dataset", None), "rows", ())
-        self._most_completions = max((len(row["completions"]) for row in rows), default=0)
+        self._objective.most_completions = max((len(row["completions"]) for row in rows), default=0)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        means = self._means["eval"].take(self._sum_over_processes)
+        means = self._objective.means["eval"].take(self._sum_over_processes)
         named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training metrics gathered since the last log; the last steps' go with the summary."""
         if "loss" in logs or "train_loss" in logs:
-            means = self._means["train"].take(self._sum_over_processes)
+            means = self._objective.means["train"].take(self._sum_over_processes)
             if self.buffer is not None:
-                size = self._log_weights.take(self.accelerator.gather)
+                size = self._objective.log_weights.take(self.accelerator.gather)
                 means.update({} if size is None else {"sampling/ess": size})
             if self.buffer is not None or self.rounds is not None:
                 means.update(self._clock.take())
@@ -768,19 +611,6 @@ class SPOTrainer(GuardedTrainer):
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.args.device)
         return self.accelerator.reduce(total, reduction="sum").item()
-
-
-def _packed(inputs: Mapping[str, Any], prefix: str = "") -> PackedBatch:
-    return PackedBatch(*(inputs[f"{prefix}{name}"] for name in PackedBatch._fields))
-
-
-def _by_row(values: Tensor, sizes: Tensor, most: int) -> Tensor:
-    """A value of each completion as a line of each row: `[sequences] -> [rows, most]`, the rest NaN."""
-    lines = [
-        nn.functional.pad(line, (0, most - len(line)), value=torch.nan)
-        for line in values.split(sizes.tolist())
-    ]
-    return torch.stack(lines)
 
 
 def _spread(values: np.ndarray, places: Sequence[int], count: int) -> np.ndarray:
