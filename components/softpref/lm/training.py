@@ -111,6 +111,21 @@ class GuardedTrainer(Trainer):
         weights = self.accelerator.get_state_dict(self.model)
         return whole_copy(self.model, weights) if self.is_world_process_zero() else None
 
+    def sum_over_processes(self, value: float) -> float:
+        """The sum of what each process has."""
+        if self.args.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.args.device)
+        return self.accelerator.reduce(total, reduction="sum").item()
+
+    def whole_list(self, mine: list[Any], total: int) -> list[Any]:
+        """The whole of a list of which part r of w, dealt round robin, lies on process r."""
+        if self.args.world_size == 1:
+            return mine
+        parts: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(parts, mine)
+        return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
+
     def compute_loss_context_manager(self):
         """Autocast around all that is computed here.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,21 @@ from softpref.spo.gauges import Means, WeightSums
 from softpref.spo.losses import implicit_rewards, method_losses, preference_metrics
 
 
+class RowLosses(NamedTuple):
+    """Of a batch's rows.
+
+    Attributes:
+        losses: the preference loss of each row, `[rows]`.
+        kl: where the KL term is one of rows, in training, that of each, `[rows]`.
+        logps, rewards: of each completion, `[sequences]`, without gradient.
+    """
+
+    losses: Tensor
+    kl: Tensor | None
+    logps: Tensor
+    rewards: Tensor
+
+
 class Objective:
     """Losses of batches as `SPOConfig` wants them.
 
@@ -34,7 +49,6 @@ class Objective:
     Attributes:
         means: of training and of evaluation, what `SPOTrainer` says of its metrics.
         step_weights, log_weights: importance weights since they were last taken, for two who take them.
-        most_completions: how many a row has at most, where more than the batch at hand is known of.
     """
 
     def __init__(
@@ -47,19 +61,13 @@ class Objective:
         self._reference, self._stop_ids = reference, list(stop_ids)
         self.means = {"train": Means(), "eval": Means()}
         self.step_weights, self.log_weights = (WeightSums(args.device) for _ in range(2))
-        self.most_completions = 0
         self._kept_head: CompletionHidden | None = None  # how the reference's kept states become scores
 
     def means_of(self, model: Any) -> Means:
         return self.means["train" if model.training else "eval"]
 
-    def row_losses(
-        self, model: Any, inputs: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """The preference loss of each row, and where the KL term is one of rows, in training, its KL.
-
-        With them `logps` and `rewards` of the completions, `[rows, most]`.
-        """
+    def row_losses(self, model: Any, inputs: Mapping[str, Any]) -> RowLosses:
+        """What a batch's rows cost, and what the policy makes of them."""
         means = self.means_of(model)
         args, sizes = self.args, inputs["group_sizes"]
         batch = packed(inputs)
@@ -104,13 +112,7 @@ class Objective:
         means.add("loss/preference", losses)
         for name, values in figures.items():
             means.add(name, values)
-        rewards = implicit_rewards(args, logps, ref_logps)
-        most = max(self.most_completions, int(sizes.max()))
-        outputs = {
-            name: _by_row(values.detach(), sizes, most)
-            for name, values in (("logps", logps), ("rewards", rewards))
-        }
-        return losses, row_kl, outputs
+        return RowLosses(losses, row_kl, logps.detach(), implicit_rewards(args, logps.detach(), ref_logps))
 
     def sample_losses(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """The KL term's loss of each of a batch's samples, `[samples]`."""
@@ -225,10 +227,8 @@ def packed(inputs: Mapping[str, Any], prefix: str = "") -> PackedBatch:
     return PackedBatch(*(inputs[f"{prefix}{name}"] for name in PackedBatch._fields))
 
 
-def _by_row(values: Tensor, sizes: Tensor, most: int) -> Tensor:
-    """A value of each completion as a line of each row: `[sequences] -> [rows, most]`, the rest NaN."""
-    lines = [
-        nn.functional.pad(line, (0, most - len(line)), value=torch.nan)
-        for line in values.split(sizes.tolist())
-    ]
-    return torch.stack(lines)
+def by_row(values: Tensor, sizes: Tensor, most: int) -> Tensor:
+    """Values of completions as a line of each row: `[sequences] -> [rows, at least most]`, the rest NaN."""
+    lines = values.split(sizes.tolist())
+    width = max(most, *map(len, lines))
+    return torch.stack([nn.functional.pad(one, (0, width - len(one)), value=torch.nan) for one in lines])

@@ -14,31 +14,27 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_utils import PredictionOutput
 
 from softpref.errors import ConfigError
 from softpref.lm.decoding import decodes
 from softpref.lm.head import try_out
 from softpref.lm.packing import evaluation_mode
 from softpref.lm.sampling import Sample, sample_completions
-from softpref.lm.scoring import (
-    computing_precision,
-    score_sequences,
-)
+from softpref.lm.scoring import computing_precision, score_sequences
 from softpref.lm.sharding import whole_weights
 from softpref.lm.tokenization import stop_token_ids
-from softpref.lm.training import GuardedTrainer, settle_model
+from softpref.lm.training import settle_model
 from softpref.objectives import kl_lambda
 from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
 from softpref.spo.engines import check_agreement, sampling_engine
+from softpref.spo.evaluating import RowsTrainer
 from softpref.spo.gauges import SamplingClock
 from softpref.spo.given import (
     check_optimizer,
@@ -74,10 +70,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-AnyRows = TypeVar("AnyRows", bound=TrainingRows)
 
-
-class SPOTrainer(GuardedTrainer):
+class SPOTrainer(RowsTrainer):
     """Train a policy on preferences by soft preference optimization, or by a baseline on the same rows.
 
     Args:
@@ -145,7 +139,7 @@ class SPOTrainer(GuardedTrainer):
         self.args = args = settled_arguments(args, model)
         if train_dataset is not None:
             train_dataset = rows_of(train_dataset, "train_dataset")
-        self._check_course(model, model_init, judge)
+        self._check_choices(model, model_init, judge)
         self._peft_config = peft_config
         self.ref_model = None if ref_model is None else loaded(ref_model, args)
         self._copies_policy = ref_model is None
@@ -159,15 +153,15 @@ class SPOTrainer(GuardedTrainer):
         if args.keeps_reference_logps and args.reference_cache:
             fingerprint = scorer_fingerprint(policy if self.ref_model is None else self.ref_model, args)
         self.processing_class = tokenizer_of(processing_class, model or policy, args)
-        self._stop_ids = stop_token_ids(self.processing_class, policy)
-        self._objective = Objective(args, self._reference, self._stop_ids)
+        self.stop_ids = stop_token_ids(self.processing_class, policy)
+        self.objective = Objective(args, self._reference, self.stop_ids)
         self._clock = SamplingClock()
         self._steps_per_round = 1
         given = self._training_rows(train_dataset, policy)
-        evaluated = self._evaluation_sets(eval_dataset, policy)
+        evaluated = self.evaluation_sets(eval_dataset, policy)
         self.row_counts: dict[str, dict[str, int]] = {
             name: dict(rows.counts)
-            for name, rows in (("train", given), *evaluated.items())
+            for name, rows in (*evaluated.items(), ("train", given))
             if rows is not None
         }
         """Of each set: rows `given`, of those `left_out`, and what was found of them (`row_findings`)."""
@@ -183,7 +177,7 @@ class SPOTrainer(GuardedTrainer):
             callbacks=[*(callbacks or []), *([_RoundCallback(self._begin_round)] if self.rounds else [])],
             optimizers=optimizers,
         )
-        self.model_init = model_init
+        self.model_init = model_init  # which the base class takes in place of a model alone
         self.model_accepts_loss_kwargs = False  # losses are scaled here, over the global batch
         if self._engine is sample_completions:
             decodes(self.model)  # whether with a cache is found out, and said, before training
@@ -193,7 +187,7 @@ class SPOTrainer(GuardedTrainer):
 
     # ------------------------------------------------------------------ what is handed over
 
-    def _check_course(self, model: Any, model_init: Any, judge: Judge | None) -> None:
+    def _check_choices(self, model: Any, model_init: Any, judge: Judge | None) -> None:
         """Refuse what cannot be trained with, whatever the model and the rows are."""
         args = self.args
         if model is not None and model_init is not None:
@@ -240,24 +234,7 @@ class SPOTrainer(GuardedTrainer):
         args = self.args
         kind = PreferenceRows if args.train_on == "preferences" else AnswerRows
         sampled = args.samples_policy or args.draws_rows
-        return self._rows(kind, given, "training row", model, sampled=sampled)
-
-    def _evaluation_sets(self, given: Any, model: Any) -> dict[str, PreferenceRows]:
-        """Sets of evaluation rows by name; `validation` is the name of a single one."""
-        if isinstance(given, dict):
-            return {
-                name: self._rows(PreferenceRows, rows, f"{name} row", model) for name, rows in given.items()
-            }
-        if given is None:
-            return {}
-        return {"validation": self._rows(PreferenceRows, given, "validation row", model)}
-
-    def _rows(
-        self, kind: type[AnyRows], given: Any, name: str, model: Any, *, sampled: bool = False
-    ) -> AnyRows:
-        rows = kind(given, self.processing_class, self.args, stop_ids=self._stop_ids, name=name)
-        check_lengths(model, rows.rows, self.args, sampled=sampled)
-        return rows
+        return self.rows_for(kind, given, "training row", model, sampled=sampled)
 
     def _round_rows(self, given: TrainingRows | None, rows: Any, judge: Judge | None) -> RoundRows | None:
         """Rows that change with each round, made of those that were given."""
@@ -269,11 +246,11 @@ class SPOTrainer(GuardedTrainer):
             [given.text(rows[number]).prompt for number in given.numbers],
             args,
             tokenizer=self.processing_class,
-            stop_ids=self._stop_ids,
+            stop_ids=self.stop_ids,
             judge=judge if args.uses_judge else None,
             draw=self._draw,
             score=self._score,
-            shares=self._shares,
+            shares=self.whole_list,
             rank=args.process_index,
             world_size=args.world_size,
         )
@@ -303,7 +280,7 @@ class SPOTrainer(GuardedTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, each with its share of the policy's samples."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        rows = self._sum_over_processes(sum(len(batch["group_sizes"]) for batch in batches))
+        rows = self.sum_over_processes(sum(len(batch["group_sizes"]) for batch in batches))
         if not batches:
             return batches, rows
         cut = len(batches) > 1 or self.args.world_size > 1
@@ -336,7 +313,7 @@ class SPOTrainer(GuardedTrainer):
             if "sample_lengths" in batch:
                 inputs = self._prepare_inputs(batch)
                 with evaluation_mode(policy), self.compute_loss_context_manager():
-                    to_go = self._objective.to_go(policy, inputs)
+                    to_go = self.objective.to_go(policy, inputs)
                 total[: len(to_go)] += to_go
         return self.accelerator.reduce(total, reduction="sum")
 
@@ -348,7 +325,7 @@ class SPOTrainer(GuardedTrainer):
         for batch in batches:
             inputs = self._prepare_inputs(batch)
             with evaluation_mode(policy), self.compute_loss_context_manager():
-                log_weights.append(self._objective.row_log_weights(policy, inputs))
+                log_weights.append(self.objective.row_log_weights(policy, inputs))
         total = torch.cat(log_weights).logsumexp(0)
         return self.accelerator.gather(total[None]).logsumexp(0) - math.log(rows)
 
@@ -359,10 +336,10 @@ class SPOTrainer(GuardedTrainer):
         multiplied by what the trainer and DDP divide by afterwards.
 
         Args:
-            return_outputs: whether `logps` and `rewards` of the completions come with it, `[rows, most]`, not
-                a number beyond the end of a row.
+            return_outputs: whether `logps` and `rewards` of the completions come with it, `[sequences]`.
         """
-        losses, row_kl, outputs = self._objective.row_losses(model, inputs)
+        losses, row_kl, logps, rewards = self.objective.row_losses(model, inputs)
+        outputs = {"logps": logps, "rewards": rewards}
         if num_items_in_batch is None:
             loss = losses.mean()
             return (loss, outputs) if return_outputs else loss
@@ -370,7 +347,7 @@ class SPOTrainer(GuardedTrainer):
         if row_kl is not None:
             loss = loss + self.args.kl_strength * row_kl.sum() / num_items_in_batch
         if "sample_lengths" in inputs:
-            kl = self._objective.sample_losses(model, inputs)
+            kl = self.objective.sample_losses(model, inputs)
             loss = loss + self.args.kl_strength * kl.sum() / inputs["samples_in_step"]
         loss = loss * self.current_gradient_accumulation_steps * self.args.world_size
         return (loss, outputs) if return_outputs else loss
@@ -399,7 +376,7 @@ class SPOTrainer(GuardedTrainer):
                 policy,
                 prompts,
                 noise=noise,
-                stop_ids=self._stop_ids,
+                stop_ids=self.stop_ids,
                 batch_size=self.args.sampling_batch_size,
                 progress=progress,
             )
@@ -410,7 +387,7 @@ class SPOTrainer(GuardedTrainer):
                 precision=computing_precision(self.args, policy),
                 plain=self.args.plain_forward,
             )
-            self._objective.means["train"].add("sampling/logps_difference", torch.tensor([found.mean]))
+            self.objective.means["train"].add("sampling/logps_difference", torch.tensor([found.mean]))
         return samples
 
     def _reference_states(self, samples: list[Sample]) -> list[Tensor | None]:
@@ -419,13 +396,13 @@ class SPOTrainer(GuardedTrainer):
             whole_weights(self.model) if self.ref_model is None else nullcontext(),
             self.compute_loss_context_manager(),
         ):
-            return self._objective.reference_states(self.model, samples)
+            return self.objective.reference_states(self.model, samples)
 
     def _expire_samples(self) -> None:
         """Under adaptive refresh, give up samples whose last slice has drifted too far from the policy."""
         if self.args.refresh != "adaptive" or self.buffer is None:
             return
-        size = self._objective.step_weights.take(self.accelerator.gather)
+        size = self.objective.step_weights.take(self.accelerator.gather)
         if size is not None and size < self.args.min_ess:
             self.buffer.expire()
 
@@ -479,7 +456,7 @@ class SPOTrainer(GuardedTrainer):
                     model_hash,
                     score,
                     writes=self.is_world_process_zero(),
-                    everywhere=lambda here: self._sum_over_processes(here) == self.args.world_size,
+                    everywhere=lambda here: self.sum_over_processes(here) == self.args.world_size,
                 )
                 continue
             lacking = [row for row in rows.rows if "ref_logps" not in row]
@@ -497,84 +474,16 @@ class SPOTrainer(GuardedTrainer):
                 batch_size=self.args.per_device_eval_batch_size,
                 plain=self.args.plain_forward,
             )
-        return self._shares(logps.tolist(), len(sequences))
-
-    def _shares(self, mine: list[Any], total: int) -> list[Any]:
-        """The whole of a list of which part r of w, dealt round robin, lies on process r."""
-        if self.args.world_size == 1:
-            return mine
-        parts: list[Any] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(parts, mine)
-        return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
+        return self.whole_list(logps.tolist(), len(sequences))
 
     # ------------------------------------------------------------------ evaluation, logs, checkpoints
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As in the base class; rows may come as they are handed to the constructor."""
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            return super().get_eval_dataloader(eval_dataset)
-        return self.get_test_dataloader(eval_dataset)  # which no persistent workers of another set serve
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As in the base class; rows may come as they are handed to the constructor."""
-        return super().get_test_dataloader(self._evaluated_rows(test_dataset))
-
-    def _evaluated_rows(self, given: Any) -> TrainingRows | RoundRows:
-        if isinstance(given, (TrainingRows, RoundRows)):
-            return given
-        return self._rows(PreferenceRows, given, "evaluation row", self.accelerator.unwrap_model(self.model))
-
-    def predict(
-        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
-    ) -> PredictionOutput:
-        """What the policy makes of rows, which come as they are handed to the constructor.
-
-        Returns:
-            `predictions`: `logps` and `rewards` (the method's own, see the metrics) of each row's completions
-            in their order, `[rows, most]`; not a number beyond a row's last, and for rows that take no part
-            (see `SPOConfig.cut_rows`). `label_ids`: `[rows]`, P(first beats second). `metrics` as `evaluate`
-            has them.
-        """
-        rows = self._evaluated_rows(test_dataset)
-        output: Any = super().predict(rows, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
-        if not isinstance(rows, PreferenceRows) or len(rows) == rows.counts["given"]:
-            return output
-        whole = {
-            name: _spread(one, rows.numbers, rows.counts["given"]) for name, one in output.predictions.items()
-        }
-        labels = _spread(output.label_ids, rows.numbers, rows.counts["given"])
-        return output._replace(predictions=whole, label_ids=labels)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss and metrics of an evaluation batch; unless the loss is all, what `predict` returns of it."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), evaluation_mode(model), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return (
-            (loss.detach(), None, None)
-            if prediction_loss_only
-            else (loss.detach(), outputs, inputs["probabilities"])
-        )
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        """As in the base class; what it returns and logs has the metrics of `SPOTrainer` too."""
-        rows = getattr(getattr(dataloader, "dataset", None), "rows", ())
-        self._objective.most_completions = max((len(row["completions"]) for row in rows), default=0)
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        means = self._objective.means["eval"].take(self._sum_over_processes)
-        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        return output._replace(metrics={**(output.metrics or {}), **named})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training metrics gathered since the last log; the last steps' go with the summary."""
         if "loss" in logs or "train_loss" in logs:
-            means = self._objective.means["train"].take(self._sum_over_processes)
+            means = self.objective.means["train"].take(self.sum_over_processes)
             if self.buffer is not None:
-                size = self._objective.log_weights.take(self.accelerator.gather)
+                size = self.objective.log_weights.take(self.accelerator.gather)
                 means.update({} if size is None else {"sampling/ess": size})
             if self.buffer is not None or self.rounds is not None:
                 means.update(self._clock.take())
@@ -605,19 +514,6 @@ class SPOTrainer(GuardedTrainer):
             self.buffer.load(checkpoint)
         if checkpoint is not None and self.rounds is not None:
             self.rounds.load(checkpoint)
-
-    def _sum_over_processes(self, value: float) -> float:
-        if self.args.world_size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.args.device)
-        return self.accelerator.reduce(total, reduction="sum").item()
-
-
-def _spread(values: np.ndarray, places: Sequence[int], count: int) -> np.ndarray:
-    """Lines at their places among `count`, the others NaN."""
-    whole = np.full((count, *values.shape[1:]), np.nan, dtype=values.dtype)
-    whole[list(places)] = values
-    return whole
 
 
 class _RoundCallback(TrainerCallback):
