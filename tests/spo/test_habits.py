@@ -96,6 +96,7 @@ def test_a_model_is_loaded_with_options_from_the_command_line_too(layers_of):
         ("made", {"processing_class": "folder"}, "processing_class must be a tokenizer, got str; left out"),
         ("made", {"ref_model": "itself"}, "would move with it"),
         ("made", {"ref_model": "other"}, "vocabulary of 15 tokens, the model one of 13"),
+        ("made", {"judge": "expert"}, "judge must have a method probabilities.* got 'expert'"),
         ("made", {"model_init": lambda: None}, "a model or a model_init that makes it, not both"),
         (
             "made",

@@ -202,6 +202,11 @@ class SPOTrainer(RowsTrainer):
                 f"rounds={args.rounds}, train_on={args.train_on} draw completions that somebody must judge: "
                 "give SPOTrainer a judge (see softpref.judges)"
             )
+        if judge is not None and not hasattr(judge, "probabilities"):
+            raise ConfigError(
+                f"judge must have a method probabilities(prompts, first, second), got {judge!r:.60}; "
+                "softpref.judges has some"
+            )
 
     def call_model_init(self, trial: Any = None) -> Any:
         """A fresh model as it is trained, and its reference."""
