@@ -41,7 +41,7 @@ def logps(tokenizer, direct):
             [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
             for text in row["completions"]
         ]
-        return [float(direct.token_logps(model, prompt, end).sum()) for end in ends]
+        return [direct.token_logps(model, prompt, end).sum().item() for end in ends]
 
     return each
 
