@@ -92,6 +92,7 @@ class RowsTrainer(GuardedTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss and metrics of an evaluation batch; unless the loss is all, what `predict` returns of it."""
         inputs = self._prepare_inputs(inputs)
+        inputs["own_rows"] = self._own_rows(len(inputs["group_sizes"]))
         with torch.no_grad(), evaluation_mode(model), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
@@ -100,6 +101,16 @@ class RowsTrainer(GuardedTrainer):
             name: by_row(one, inputs["group_sizes"], self._most_completions) for name, one in outputs.items()
         }
         return loss.detach(), lines, inputs["probabilities"]
+
+    def _own_rows(self, count: int) -> int:
+        """How many of a batch's rows, the first ones, are counted nowhere else.
+
+        Where several processes evaluate, their last batches are filled up with rows from the beginning.
+        """
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return count
+        return min(max(state.remainder - count * self.args.process_index, 0), count)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"

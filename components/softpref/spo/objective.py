@@ -100,16 +100,19 @@ class Objective:
             weight_scores=self._weight_scores(logps, batch),
             weighted=model.training,  # weights have mean 1 over a step; an evaluation has none
         )
-        figures = preference_metrics(args, logps, inputs, ref_logps)
+        own = inputs.get("own_rows", len(sizes))  # those behind them are counted in another batch
+        figures = {
+            name: values[:own] for name, values in preference_metrics(args, logps, inputs, ref_logps).items()
+        }
         last = (batch.lengths.cumsum(0) - 1)[sizes.cumsum(0) - sizes]  # token of each row's chosen completion
         ended = torch.isin(batch.targets[last], torch.tensor(self._stop_ids, device=last.device))
         if "row_weights" in inputs:
             weights = inputs["row_weights"]
             losses = losses * weights
-            figures = {name: values[weights > 0] for name, values in figures.items()}
+            figures = {name: values[weights[:own] > 0] for name, values in figures.items()}
             ended &= weights > 0
-        figures["logps/end"] = token_logps[last[ended]]
-        means.add("loss/preference", losses)
+        figures["logps/end"] = token_logps[last[:own][ended[:own]]]
+        means.add("loss/preference", losses[:own])
         for name, values in figures.items():
             means.add(name, values)
         return RowLosses(losses, row_kl, logps.detach(), implicit_rewards(args, logps.detach(), ref_logps))

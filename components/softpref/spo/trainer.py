@@ -346,7 +346,7 @@ class SPOTrainer(RowsTrainer):
         losses, row_kl, logps, rewards = self.objective.row_losses(model, inputs)
         outputs = {"logps": logps, "rewards": rewards}
         if num_items_in_batch is None:
-            loss = losses.mean()
+            loss = losses[: inputs.get("own_rows")].mean()
             return (loss, outputs) if return_outputs else loss
         loss = losses.sum() / num_items_in_batch
         if row_kl is not None:
