@@ -1,11 +1,14 @@
-# make sweep | make test | make bench | make lint: each sets up what it needs in .venv first.
+# make sweep | make test | make docs | make bench | make lint: each sets up what it needs in .venv first.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 # the environment must be on PATH: `mlflow models serve` calls uvicorn by name
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup sweep test test-fast test-vllm lint bench packages check-infra test-tracking images test-containers test-cluster
+# mkdocs-material's announcement of its successor is no warning about the pages
+export NO_MKDOCS_2_WARNING := 1
+
+.PHONY: setup sweep test test-fast test-vllm lint docs bench packages check-infra test-tracking images test-containers test-cluster
 
 setup: $(VENV)/.ready
 
@@ -47,6 +50,9 @@ test-vllm: .venv-vllm/.ready  ## the tests of sampling with vLLM, on the CPU
 		"transformers>=5.16.1,<5.20" "accelerate>=1.15,<2" "peft>=0.21,<1" "datasets>=5.2,<6" pytest scipy tqdm
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
+
+docs: setup  ## the documentation as a site, into site/
+	$(BIN)/python -m mkdocs build --strict
 
 bench: setup  ## speed and memory beside the peers, into tests/benchmarks/RESULTS.md; nothing else should run
 	$(BIN)/python tests/benchmarks/run.py

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.fast
 REPOSITORY = Path(__file__).parents[1]
 TEXT = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PATHS = sorted(
-    set(re.findall(r"`((?:components|tests|pipelines|images)/[\w./-]+|[\w-]+\.(?:toml|txt|md))`", TEXT))
+    set(re.findall(r"`((?:components|tests|pipelines|images|docs)/[\w./-]+|[\w-]+\.(?:toml|txt|md))`", TEXT))
 )
 
 

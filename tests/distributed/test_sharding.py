@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from softpref.distributed.processes import StageFailed
 from softpref.errors import ConfigError
+from softpref.lm.row_files import read_rows
 
 ON_CPU = """
 import os
@@ -79,14 +80,20 @@ def test_other_ways_of_training_with_sharded_weights(train, same_trajectory, on_
 
 
 def test_the_reference_is_trained_in_shards_too(train_reference, on_cpu):
-    one, whole = train_reference("whole")
-    two, sharded = train_reference("sharded", 2, fsdp=True)
+    one, whole = train_reference("whole", keep_reference_logps=True)
+    two, sharded = train_reference("sharded", 2, fsdp=True, keep_reference_logps=True)
     assert on_cpu() == ["in shards"] * 2
     assert two == pytest.approx(one, rel=1e-4)
     weights, others = load_file(whole / "model.safetensors"), load_file(sharded / "model.safetensors")
     assert weights.keys() == others.keys()
     for key, tensor in weights.items():
         torch.testing.assert_close(others[key], tensor, rtol=0, atol=1e-5, msg=key)
+    kept, shared = (
+        [one for row in read_rows(folder / "rows" / "train") for one in row] for folder in (whole, sharded)
+    )
+    assert [one[:-1] for one in kept] == [one[:-1] for one in shared]
+    logps = [[one.reference_logp for one in sequences] for sequences in (kept, shared)]
+    assert logps[1] == pytest.approx(logps[0], abs=1e-3)
 
 
 def test_a_tied_head_in_shards(train, same_trajectory, on_cpu, folders, monkeypatch, tmp_path, make_model):
