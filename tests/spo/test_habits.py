@@ -77,10 +77,17 @@ def test_a_loaded_model_brings_its_tokenizer_and_without_arguments_the_output_is
     assert trainer.args.output_dir == f"{Path(reference_folder).name}-SPO"
 
 
-def test_a_model_is_loaded_with_options_from_the_command_line_too(layers_of):
+def test_options_of_loading_may_come_from_the_command_line(layers_of, reference_folder):
     assert SPOConfig(**layers_of, model_init_kwargs='{"dtype": "bfloat16"}').model_init_kwargs == {
         "dtype": "bfloat16"
     }
+    assert SPOConfig(**layers_of).model_init_kwargs is None
+    with pytest.raises(
+        ConfigError, match=r"SPOConfig.model_init_kwargs is not JSON .* write it like \{\"dtype"
+    ):
+        SPOConfig(**layers_of, model_init_kwargs="dtype=bfloat16")
+    with pytest.raises(ConfigError, match=r"cannot be loaded: .*no_such_option"):
+        SPOTrainer(reference_folder, SPOConfig(**layers_of, model_init_kwargs={"no_such_option": 1}))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
-from softpref.config import check_names
+from softpref.config import check_names, parse_overrides
 from softpref.errors import ConfigError
 from softpref.lm.arguments import check_sharding, check_training_arguments, device_has_bf16
 from softpref.lm.extrapolation import parse_weights
@@ -185,13 +185,14 @@ class SPOConfig(TrainingArguments):
     bf16: bool | None = field(default=None)  # type: ignore[assignment]
     save_total_limit: int | None = 2
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
-
     def __new__(cls, *arguments: Any, **options: Any) -> SPOConfig:
         check_names(cls, options)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        self.model_init_kwargs = (
+            parse_overrides(self.model_init_kwargs, "SPOConfig.model_init_kwargs") or None
+        )
         check_training_arguments(self)
         check_num_proc(self)
         self._check()
@@ -204,8 +205,7 @@ class SPOConfig(TrainingArguments):
     @property
     def init_kwargs(self) -> dict[str, Any]:
         """`model_init_kwargs` as they are handed on."""
-        assert not isinstance(self.model_init_kwargs, str)  # which the base class has read
-        return dict(self.model_init_kwargs or {})
+        return self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
 
     @property
     def samples_policy(self) -> bool:
