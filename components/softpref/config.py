@@ -36,6 +36,12 @@ RENAMED = {  # names that options had, or that the other console has
     "model_name": "registered_model_name",
     "config": "recipe",
     "recipe": "config",
+    # as TRL's trainers have them
+    "loss_type": "method",
+    "precompute_ref_log_probs": "reference_cache",
+    "use_weighting": "weight_exponent",
+    "model_kwargs": "model_init_kwargs",
+    "num_generations": "completions_per_prompt",
 }
 COMMIT = "commit "  # how the version of something on the Hub begins, as the plan settles it
 
@@ -191,17 +197,7 @@ def build_config(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
     values: dict[str, Any] = {}
     for layer in layers:
         values.update(layer)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    own = {
-        name
-        for base in cls.__mro__
-        if not base.__module__.startswith("transformers.")
-        for name in inspect.get_annotations(base)
-    }
-    for key in values:
-        if key not in fields:
-            hint = closest(key, own & {*fields}, {*fields} - own)
-            raise ConfigError(f"{cls.__name__} has no parameter {key!r}{hint}")
+    fields = check_names(cls, values)
     converted = convert(f"{cls.__name__}.", values, typing.get_type_hints(cls))
     missing = [
         name
@@ -218,6 +214,26 @@ def build_config(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{cls.__name__}: {error}") from error
+
+
+def check_names(cls: type, names: typing.Iterable[str]) -> dict[str, dataclasses.Field]:
+    """The fields of a dataclass by name, which are all that its constructor takes.
+
+    Raises:
+        ConfigError: one of `names` is none of them; the closest is named.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    own = {
+        name
+        for base in cls.__mro__
+        if not base.__module__.startswith("transformers.")
+        for name in inspect.get_annotations(base)
+    }
+    for name in names:
+        if name not in fields:
+            hint = closest(name, own & {*fields}, {*fields} - own)
+            raise ConfigError(f"{cls.__name__} has no parameter {name!r}{hint}")
+    return fields
 
 
 def write_parameters(config: Any, folder: str | Path) -> None:

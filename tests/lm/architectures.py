@@ -453,11 +453,11 @@ def training_difference(model: Any, tokenizer: Any) -> float:
     """(a) How far the product's sequence log-probabilities lie from the plain ones, at most, nats."""
     from softpref.lm.packing import pack_sequences
     from softpref.lm.scoring import score_sequences, sequence_logps
-    from softpref.spo.trainer import _switch_dropout_off
+    from softpref.spo.given import switch_dropout_off
 
     sequences = sequences_of(tokenizer)
     expected = plain_logps(model, sequences)
-    _switch_dropout_off(model)
+    switch_dropout_off(model)
     model.train()  # as in a training step
     stepped = sequence_logps(model, pack_sequences(sequences)).detach()
     model.eval()

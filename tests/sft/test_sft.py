@@ -12,15 +12,9 @@ from softpref.lm.sampling import sample_completions, sampling_noise
 from softpref.lm.scoring import score_sequences
 from softpref.lm.tokenization import decode, tokenize_prompt, tokenize_sequence
 from softpref.sft.config import SFTConfig
-from softpref.sft.stage import (
-    SFTTrainer,
-    _Demonstrations,
-    build_model,
-    build_tokenizer,
-    collate,
-    headline,
-    run,
-)
+from softpref.sft.scratch import build_model, build_tokenizer
+from softpref.sft.stage import headline, run
+from softpref.sft.trainer import Demonstrations, SFTTrainer, collate
 
 SMALL = {
     "model_type": "llama",
@@ -344,14 +338,14 @@ def test_demonstrations_are_the_same_whatever_the_processes(make_tokenizer, sett
             dataset_num_proc=processes,
         )
         made.append(
-            _Demonstrations(rows * 20, tokenizer, config, [tokenizer.eos_token_id], "train demonstration")
+            Demonstrations(rows * 20, tokenizer, config, [tokenizer.eos_token_id], "train demonstration")
         )
     expected = [tokenize_sequence(tokenizer, row["prompt"], row["completion"], **limits) for row in rows * 20]
     assert made[0].rows == made[1].rows == expected
     assert made[0].counts == made[1].counts
     wrong = [*rows, {"prompt": "fox", "completion": ""}]
     with pytest.raises(DataError, match=f"train demonstration {len(rows)}: .* has no token"):
-        _Demonstrations(wrong, tokenizer, config, [tokenizer.eos_token_id], "train demonstration")
+        Demonstrations(wrong, tokenizer, config, [tokenizer.eos_token_id], "train demonstration")
 
 
 def test_less_than_one_process_is_refused(settings):

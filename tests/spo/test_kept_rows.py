@@ -373,12 +373,12 @@ def test_the_references_log_probabilities_are_those_of_transformers_up_to_the_le
 def test_a_training_takes_them_and_ends_where_it_would_without(
     command, scored, tmp_path, monkeypatch, caplog, options
 ):
-    from softpref.spo.trainer import SPOTrainer
+    from softpref.spo.objective import Objective
 
     caplog.set_level(logging.INFO)
     asked = []
-    own = SPOTrainer._reference_hidden
-    monkeypatch.setattr(SPOTrainer, "_reference_hidden", lambda self, *a: asked.append(1) or own(self, *a))
+    own = Objective._reference_hidden
+    monkeypatch.setattr(Objective, "_reference_hidden", lambda self, *a: asked.append(1) or own(self, *a))
     settings = {**QUICK, "max_prompt_length": 512, **options}
     dataset, reference = scored[0], shutil.copytree(scored[1], tmp_path / "reference")
     assert command("with", dataset, "--reference", str(reference), **settings) == 0

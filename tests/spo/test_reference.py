@@ -3,8 +3,8 @@
 import pytest
 import torch
 from softpref.errors import ConfigError, DataError
+from softpref.lm.checkpoints import last_checkpoint
 from softpref.lm.scoring import score_sequences
-from softpref.lm.training import last_checkpoint
 from softpref.spo import reference
 from softpref.spo.reference import add_reference_logps, model_fingerprint
 

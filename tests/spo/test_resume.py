@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 from softpref.lm.loading import load_model, load_tokenizer
-from softpref.lm.training import last_checkpoint
+from softpref.lm.checkpoints import last_checkpoint
 from softpref.spo import SPOConfig, SPOTrainer
 
 
@@ -54,10 +55,14 @@ def train(output, start, dies_at, rows, options):
     if trainer.is_world_process_zero():
         trainer.add_callback(Steps(output, dies_at))
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    found = trainer.predict(rows[:5]) if trainer.ref_model is not None else None
     if trainer.is_world_process_zero():
         trainer.model.save_pretrained(output + "/final")
         trainer.state.save_to_json(output + "/final/state.json")
         Path(output, "final/rows.json").write_text(json.dumps([row for row in trainer.train_dataset.rows]))
+        if found is not None:
+            np.save(output + "/final/logps.npy", found.predictions["logps"])
+            Path(output, "final/predicted.json").write_text(json.dumps(found.metrics))
 
 
 if __name__ == "__main__":
@@ -138,6 +143,7 @@ SHARED = {
     "save_strategy": "no",
     "samples_per_refresh": 27,  # slices of 9: the processes take turns at the odd one
     "sampling_interval": 3,
+    "per_device_eval_batch_size": 2,  # of five rows, so that the last is filled up where processes are two
 }
 RUNS = {
     "spo": {"num_train_epochs": 2, "kl_gradient": "full", "weight_exponent": 0.5},
@@ -188,6 +194,14 @@ def test_two_processes_train_as_one(tmp_path, launch, make_rows, start):
         for one, other in zip(*logs, strict=True):
             for key in one.keys() - {"epoch", "sampling/time_fraction", "sampling/tokens_per_second"}:
                 assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4), (name, key)
+        if name in ("spo", "rounds", "on data"):
+            np.testing.assert_allclose(
+                *(np.load(folder / "logps.npy") for folder in (ours, theirs)), atol=1e-3
+            )
+            one, other = (json.loads((folder / "predicted.json").read_text()) for folder in (ours, theirs))
+            for key in one.keys() & {f"test_{key}" for key in logs[0][0]}:
+                assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4), (name, key)
+            assert "test_logps/chosen" in one
         for one, other in zip(*rows, strict=True):
             assert other["completions"] == one["completions"]
             assert other["probability"] == pytest.approx(one["probability"])

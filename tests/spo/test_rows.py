@@ -197,7 +197,7 @@ def test_a_first_round_without_an_ended_sample_is_refused(make_trainer):
         max_completion_length=1,
         beta=0.0,
     )
-    trainer._stop_ids, trainer.rounds._stop_ids = [], frozenset()
+    trainer.stop_ids, trainer.rounds._stop_ids = [], frozenset()
     with pytest.raises(ConfigError, match="first round a completion reached max_completion_length=1"):
         trainer.train()
 

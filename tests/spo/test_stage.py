@@ -63,7 +63,7 @@ def test_a_run_in_rounds_has_its_judge_from_the_dataset_and_says_what_it_is(
 def test_a_prompt_that_the_judge_does_not_know_is_refused_before_a_model_is_loaded(
     tmp_path, write_dataset, command, capsys, monkeypatch
 ):
-    monkeypatch.setattr("softpref.spo.stage.load_model", lambda *arguments, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("softpref.spo.stage.loaded", lambda *arguments, **options: pytest.fail("loaded"))
     dataset = write_dataset(tmp_path / "data", {"train": pairs()}, outcomes=outcomes(PROMPTS[:2]))
     assert command("policy", dataset, **QUICK, rounds=3) == 2  # it would be asked in round 2
     assert "has no prompt 'ef'; use the judge 'bradley-terry'" in capsys.readouterr().err

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from softpref.errors import ConfigError, DataError, SoftprefError
+from softpref.lm.checkpoints import last_checkpoint
 from softpref.lm.scoring import score_sequences
 from softpref.lm.tokenization import tokenize_sequence
-from softpref.lm.training import last_checkpoint
 from softpref.objectives import preference_loss
 
 SPO_METRICS = {

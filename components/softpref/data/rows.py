@@ -21,7 +21,6 @@ from softpref.data.texts import (
     cut_common_prefix,
     describe,
     is_list_of_texts,
-    is_transcript,
     normalised,
     read_field,
     read_list,
@@ -31,6 +30,7 @@ from softpref.data.texts import (
     short,
 )
 from softpref.errors import ConfigError
+from softpref.lm.implicit import is_transcript
 
 _MEANINGS = {
     "preference": {

@@ -14,6 +14,8 @@ from typing import Any
 
 from softpref.data.columns import is_message, value_at
 from softpref.data.config import DataConfig
+from softpref.lm import implicit
+from softpref.lm.implicit import is_transcript
 
 Message = dict[str, str]
 Text = str | list[Message]  # plain text, or a conversation
@@ -107,10 +109,6 @@ def normalised(value: Any, transcripts: bool) -> tuple[Any, str]:
     return value, form
 
 
-def is_transcript(text: str) -> bool:
-    return text.lstrip("\n ").startswith("Human:") and "\n\nAssistant:" in text
-
-
 def is_list_of_texts(value: Any) -> bool:
     """Whether a value is several completions, not the messages of one."""
     return isinstance(value, list) and not any(isinstance(item, Mapping) for item in value)
@@ -179,52 +177,28 @@ def short(value: Any) -> str:
 
 
 def cut_common_prefix(texts: Sequence[str], end: str = "") -> tuple[str, list[str]]:
-    """Split texts that share their beginning into that prompt and what differs.
-
-    The cut falls where a word ends in every text, so the completions keep their leading white space and
-    `prompt + completion` is the text again; or behind the last common `end` when it is given.
+    """See `softpref.lm.implicit`.
 
     Raises:
-        Refused: no such place leaves a prompt and every completion.
+        Refused: no place leaves a prompt and every completion.
     """
-    shared = texts[0][: _shared_length(texts)]
-    if end:
-        places = [shared.rfind(end) + len(end)] if end in shared else []
-    else:
-        places = [
-            place
-            for place in range(len(shared), 0, -1)
-            if all(place < len(text) and text[place].isspace() for text in texts)
-            and not shared[place - 1].isspace()
-        ]
-    for place in places:
-        if all(text[place:].strip() for text in texts):
-            return shared[:place], [text[place:] for text in texts]
-    sought = f"the text {end!r}" if end else "a whole first word and something behind it"
-    raise Refused("no prompt found", f"there is no prompt column, and the texts do not share {sought}")
+    found = implicit.cut_common_prefix(texts, end)
+    if found is None:
+        sought = f"the text {end!r}" if end else "a whole first word and something behind it"
+        raise Refused("no prompt found", f"there is no prompt column, and the texts do not share {sought}")
+    return found
 
 
 def cut_common_messages(conversations: Sequence[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
-    """Split conversations that share their beginning into that prompt and the answers.
+    """See `softpref.lm.implicit`.
 
     Raises:
         Refused: they share no beginning that ends with a user message.
     """
-    shared = _shared_length(conversations)
-    for place in range(min(shared, min(map(len, conversations)) - 1), 0, -1):
-        if conversations[0][place - 1]["role"] == "user":
-            return conversations[0][:place], [messages[place:] for messages in conversations]
-    raise Refused("no prompt found", "the conversations share no beginning that ends with a user message")
-
-
-def _shared_length(sequences: Sequence[Sequence[Any]]) -> int:
-    """How many leading items all sequences have in common."""
-    length = 0
-    for items in zip(*sequences, strict=False):
-        if any(item != items[0] for item in items):
-            break
-        length += 1
-    return length
+    found = implicit.cut_common_messages(conversations)
+    if found is None:
+        raise Refused("no prompt found", "the conversations share no beginning that ends with a user message")
+    return found
 
 
 def characters(text: Text) -> int:

@@ -63,7 +63,7 @@ def run_stage(
     if processes == 1:
         paths = {f"{name}_dir": path for name, path in folders.items()}
         return run(build_config(config_class, values), **paths, **where)
-    from softpref.lm.training import require_devices
+    from softpref.lm.arguments import require_devices
 
     gpus = _count(values.get("gpus", 0))
     use_cpu = str(values.get("use_cpu", "")).lower() in ("true", "1", "yes", "on")

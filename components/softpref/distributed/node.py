@@ -91,7 +91,7 @@ def run_node(folder: Path) -> int:
     paths = {name: str(folder / path) for name, path in task.folders.items()}
     arguments = stage_arguments(paths, task.where, config=folder / PARAMETERS_FILE, result=result)
     if task.gpus:
-        from softpref.lm.training import require_devices
+        from softpref.lm.arguments import require_devices
 
         require_devices(task.gpus, task.processes)
     meet = rendezvous(os.environ)

@@ -35,6 +35,7 @@ __all__ = [
     "sampling_generation_config",
     "save_metadata",
     "save_model_folder",
+    "settle_generation_config",
     "source_name",
 ]
 
@@ -51,6 +52,7 @@ def load_model(
     trust_remote_code: bool = False,
     device: str | None = None,
     revision: str | None = None,
+    **options: Any,
 ) -> Any:
     """Load a causal language model from a checkpoint folder (an adapter is merged) or a GGUF file.
 
@@ -59,6 +61,7 @@ def load_model(
         dtype: `float32`, `bfloat16`, or `auto` for the checkpoint's own.
         trust_remote_code: run model code that comes with it.
         device: moved there when given.
+        options: more of `from_pretrained`, such as `attn_implementation`.
 
     Raises:
         ConfigError: the model is absent or cannot be read; the message says what was tried.
@@ -75,13 +78,13 @@ def load_model(
         _check_hub_model(source, revision)
     try:
         if source.endswith(".gguf"):
-            model = _load_gguf(path, dtype)
+            model = _load_gguf(path, dtype, **options)
         elif (path / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM
 
             # merged, for with its adapter apart it would train nothing, and be its own base as a reference
             adapted = AutoPeftModelForCausalLM.from_pretrained(
-                source, dtype=dtype, trust_remote_code=trust_remote_code
+                source, dtype=dtype, trust_remote_code=trust_remote_code, **options
             )
             model = adapted.merge_and_unload().requires_grad_(True)
         else:
@@ -93,11 +96,12 @@ def load_model(
                 revision=revision or "main",
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 output_loading_info=True,
+                **options,
             )
             _check_weights(source, found)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, TypeError) as error:
         raise ConfigError(f"base model {source} cannot be loaded: {error}") from error
-    _settle_generation_config(model)
+    settle_generation_config(model)
     return model.to(device) if device else model
 
 
@@ -240,7 +244,7 @@ def _check_weights(source: str, found: Mapping[str, Any]) -> None:
         logger.warning("base model %s holds weights that are not used: %s", source, some(unexpected))
 
 
-def _settle_generation_config(model: Any) -> None:
+def settle_generation_config(model: Any) -> None:
     """Replace a generation config that cannot be saved, which would end a training at its first checkpoint.
 
     Only what ends and pads a text is kept of it: nothing else of it is used here.
@@ -284,7 +288,7 @@ def _check_hub_model(source: str, revision: str | None) -> None:
         ) from error
 
 
-def _load_gguf(path: Path, dtype: str) -> Any:
+def _load_gguf(path: Path, dtype: str, **options: Any) -> Any:
     """Dequantize a GGUF file into an ordinary model: one loaded directly refuses to be saved."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -299,7 +303,7 @@ def _load_gguf(path: Path, dtype: str) -> Any:
     config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=target)
+    model = AutoModelForCausalLM.from_config(config, dtype=target, **options)
     model.load_state_dict(quantized.state_dict())
     model.tie_weights()
     model.generation_config = quantized.generation_config

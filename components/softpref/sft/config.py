@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from softpref.errors import ConfigError
+from softpref.lm.arguments import check_sharding, check_training_arguments, device_has_bf16
 from softpref.lm.loading import check_model_source, check_remote_code
 from softpref.lm.tokenizing import check_num_proc
-from softpref.lm.training import check_sharding, check_training_arguments, device_has_bf16
 
 
 @dataclass

@@ -144,6 +144,8 @@ def check_options(args: Any) -> None:
             "train_sampling_strategy",
             "random or sequential, for a row has no single length",
         )
+    if "inputs" in args.include_for_metrics:
+        refuse("include_for_metrics", "without inputs: a batch is packed, and holds no rows of ids")
     if args.remove_unused_columns:
         refuse("remove_unused_columns", "false: SPOTrainer makes the columns that it needs")
     _check_rounds(args, refuse)

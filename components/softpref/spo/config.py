@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
+from softpref.config import check_names, parse_overrides
 from softpref.errors import ConfigError
+from softpref.lm.arguments import check_sharding, check_training_arguments, device_has_bf16
 from softpref.lm.tokenizing import check_num_proc
-from softpref.lm.training import check_sharding, check_training_arguments, device_has_bf16
 from softpref.spo.checks import Derived, check_options, warn_of_idle_options
 
 
@@ -97,10 +98,13 @@ class SPOConfig(Derived, TrainingArguments):
             preference loss, for what is cut has no end and teaches the policy not to stop; or `keep`.
         dataset_num_proc: processes that tokenize rows. By default as many as suit: none but this one for some
             thousands of rows, else one for each CPU, four at most (each takes some 100 MB).
+        model_init_kwargs: further arguments of `from_pretrained`, such as
+            `{"attn_implementation": "sdpa", "dtype": "bfloat16"}`, for the model to train, where it is loaded
+            from its name.
         use_peft: train a LoRA adapter; the reference is then the model with the adapter off.
         lora_r, lora_alpha, lora_target_modules: the adapter's rank, scale, and layers (comma-separated, or
             `all-linear`).
-        merge_adapter: save the merged model rather than the adapter alone.
+        merge_adapter: whether the training stage saves the merged model rather than the adapter alone.
         plain_forward: pad every completion with a prompt of its own and compute full logits, as anybody
             would; otherwise a row's completions share their prompt's work, nothing is padded, and logits
             exist for a few hundred tokens at a time. The same numbers up to rounding, slower and larger: for
@@ -148,6 +152,7 @@ class SPOConfig(Derived, TrainingArguments):
     round_reference: Literal["auto", "initial", "previous"] = "auto"
     judge: Literal["auto", "expert", "bradley-terry"] = "auto"
     extrapolation: str = ""
+    model_init_kwargs: dict | str | None = None
     use_peft: bool = False
     lora_r: int = 16
     lora_alpha: int = 32
@@ -164,7 +169,14 @@ class SPOConfig(Derived, TrainingArguments):
     bf16: bool | None = field(default=None)  # type: ignore[assignment]
     save_total_limit: int | None = 2
 
+    def __new__(cls, *arguments: Any, **options: Any) -> SPOConfig:
+        check_names(cls, options)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        self.model_init_kwargs = (
+            parse_overrides(self.model_init_kwargs, "SPOConfig.model_init_kwargs") or None
+        )
         check_training_arguments(self)
         check_num_proc(self)
         self._check_choices()
@@ -174,6 +186,11 @@ class SPOConfig(Derived, TrainingArguments):
             self.bf16 = device_has_bf16() and not self.fp16 and not self.use_cpu
         super().__post_init__()
         check_sharding(self)
+
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """`model_init_kwargs` as they are handed on."""
+        return self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
 
     def _check_choices(self) -> None:
         for name, hint in get_type_hints(SPOConfig).items():

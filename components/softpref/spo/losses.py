@@ -85,17 +85,25 @@ def method_losses(
     return _group_means(losses, groups, len(sizes))
 
 
+def implicit_rewards(args: SPOConfig, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
+    """What the policy implies of each completion, up to a constant of the prompt: `[sequences]`.
+
+    It is α·(logp − anchor·logp_ref) for `spo`, β·(logp − logp_ref) for the others.
+    """
+    scale, anchor = (args.alpha, args.anchor) if args.method == "spo" else (args.beta, 1.0)
+    return scale * (logps - (torch.zeros_like(logps) if ref_logps is None else anchor * ref_logps))
+
+
 @torch.no_grad()
 def preference_metrics(
     args: SPOConfig, logps: Tensor, rows: Mapping[str, Any], ref_logps: Tensor | None
 ) -> dict[str, Tensor]:
     """`logps/*` and `rewards/*` of each row of a batch, `[groups]` each.
 
-    A reward is what the policy implies, up to a constant of the prompt: α·(logp − anchor·logp_ref), or
-    β·(logp − logp_ref). `rewards/saturated` is the share of margins beyond 5, where a logistic loss has no
-    curvature left: softness has no effect there. `logps/accuracies` compares bare log-probabilities. Rejected
-    is the last of a row, or in a best-of-n row, which tells the others not apart, all of them: the metrics
-    are then means over these.
+    For rewards see `implicit_rewards`. `rewards/saturated` is the share of margins beyond 5, where a logistic
+    loss has no curvature left: softness has no effect there. `logps/accuracies` compares bare
+    log-probabilities. Rejected is the last of a row, or in a best-of-n row, which tells the others not apart,
+    all of them: the metrics are then means over these.
 
     Args:
         logps, rows, ref_logps: as in `method_losses`.
@@ -103,7 +111,7 @@ def preference_metrics(
     sizes, kinds = rows["group_sizes"], rows["kinds"]
     scale, anchor = (args.alpha, args.anchor) if args.method == "spo" else (args.beta, 1.0)
     base = torch.zeros_like(logps) if ref_logps is None else anchor * ref_logps
-    rewards = scale * (logps - base)
+    rewards = implicit_rewards(args, logps, ref_logps)
     chosen, rejected, groups = _chosen_and_rejected(sizes, kinds)
     margins = rewards[chosen] - rewards[rejected]
     # where policy and reference are one model, a margin is what rounding left of the log-probabilities: a tie

@@ -1,7 +1,7 @@
 """Preference rows as training sees them: tokenized, checked, collated. Everything unusable is refused here.
 
-Rows are `prompt` and `completions` (best first), as the data stage writes them, or `prompt`, `chosen` and
-`rejected`. Computes no loss.
+Rows are `prompt` and `completions` (best first), as the data stage writes them, or `chosen` and `rejected`
+with a `prompt` or with one that both begin with. Computes no loss.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
-from itertools import repeat
+from itertools import islice, repeat
+from numbers import Real
 from typing import Any, get_args
 
 import torch
 from torch.utils.data import Dataset
 
 from softpref.errors import ConfigError, DataError, SoftprefError
+from softpref.lm.implicit import cut_common_messages, cut_common_prefix, is_transcript
 from softpref.lm.kept_rows import KeptRows
 from softpref.lm.packing import pack_sequences
 from softpref.lm.scoring import check_ids, check_positions
@@ -125,7 +127,7 @@ class TrainingRows(Dataset, ABC):
         self, given: Iterable[Mapping[str, Any]], name: str
     ) -> Iterator[tuple[Mapping[str, Any], Found]]:
         """Rows and their sequences."""
-        rows = _counted(given)
+        rows = rows_of(given, f"the {name}s")
         known, count = None, len(rows)
         if isinstance(given, RowsWithTokens):
             known, count = given.tokens, given.tokens.longer_prompts(self._options["max_prompt_length"])
@@ -140,7 +142,7 @@ class TrainingRows(Dataset, ABC):
     def _job(self, row: Mapping[str, Any], tokens: Sequence[TokenizedSequence] | None) -> Job:
         """The row's text, its known tokens within the limits, or why it has none."""
         try:
-            text = self._text(row)
+            text = self.text(row)
         except DataError as error:
             return error
         # a longer prompt may need its text: a chat loses whole turns
@@ -155,7 +157,7 @@ class TrainingRows(Dataset, ABC):
         ]
 
     @abstractmethod
-    def _text(self, row: Mapping[str, Any]) -> RowText:
+    def text(self, row: Mapping[str, Any]) -> RowText:
         """What of a row is tokenized."""
 
     @abstractmethod
@@ -166,7 +168,7 @@ class TrainingRows(Dataset, ABC):
 class PreferenceRows(TrainingRows):
     """Rows of completions, best first, with what their order means."""
 
-    def _text(self, row: Mapping[str, Any]) -> RowText:
+    def text(self, row: Mapping[str, Any]) -> RowText:
         return RowText(*_columns(row))
 
     def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> dict[str, Any]:
@@ -190,13 +192,14 @@ class PreferenceRows(TrainingRows):
 class AnswerRows(TrainingRows):
     """What rounds that draw their rows need: prompts, and for self-play the best completion of each."""
 
-    def _text(self, row: Mapping[str, Any]) -> RowText:
+    def text(self, row: Mapping[str, Any]) -> RowText:
+        answers = self._args.train_on == "self_play"
+        if _implies_prompt(_mapping(row)) or (answers and row.get("completion") is None):
+            prompt, completions = _columns(row)
+            return RowText(prompt, completions[:1] if answers else ())
         if "prompt" not in row:
             raise DataError(f"needs prompt; has {', '.join(sorted(row))}")
-        if self._args.train_on != "self_play":
-            return RowText(row["prompt"])
-        answer = row["completion"] if row.get("completion") is not None else _columns(row)[1][0]
-        return RowText(row["prompt"], [answer])
+        return RowText(row["prompt"], [row["completion"]] if answers else ())
 
     def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> dict[str, Any]:
         [sequence] = sequences
@@ -222,36 +225,83 @@ def _quiet(args: SPOConfig) -> bool:
     return bool(args.disable_tqdm) or args.process_index > 0
 
 
-def _counted(rows: Iterable[Mapping[str, Any]]) -> Collection[Mapping[str, Any]]:
-    """The rows, as what can be counted and taken twice."""
-    return rows if isinstance(rows, Sized) else list(rows)  # type: ignore[return-value]
+def rows_of(given: Iterable[Mapping[str, Any]], name: str) -> Collection[Mapping[str, Any]]:
+    """The rows, as what can be counted and taken twice; an iterable is read to its end.
+
+    Args:
+        name: what a message calls them.
+
+    Raises:
+        ConfigError: they are no rows, but several sets of them, or text.
+    """
+    if isinstance(given, Mapping):
+        some, first = ", ".join(map(str, given)) or "nothing", next(iter(given), "train")
+        remedy = f"hand over one of its sets, data[{first!r}]"
+        if not any(isinstance(row, Mapping) for value in given.values() for row in islice(value, 1)):
+            remedy = "datasets.Dataset.from_dict makes rows of a dict of columns"
+        raise ConfigError(f"{name} must be rows, got a {type(given).__name__} of {some}; {remedy}")
+    if isinstance(given, str):
+        raise ConfigError(f"{name} must be rows, got the text {given!r}; datasets.load_dataset reads a file")
+    if not hasattr(given, "__iter__") and not hasattr(given, "__getitem__"):
+        raise ConfigError(f"{name} must be rows, got {type(given).__name__}")
+    return given if isinstance(given, Sized) else list(given)  # type: ignore[return-value]
+
+
+def _mapping(row: Any) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f"a row must be a mapping from column to value, got {row!r:.60}; of a table, "
+            "datasets.Dataset.from_pandas makes such rows"
+        )
+    return row
 
 
 def _columns(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
-    if "completions" in row:
+    if "completions" in _mapping(row):
         if isinstance(row["completions"], str) or not isinstance(row["completions"], Sequence):
             raise DataError(f"completions must be a list, best first, got {row['completions']!r}")
         completions = list(row["completions"])
     elif "chosen" in row and "rejected" in row:
         completions = [row["chosen"], row["rejected"]]
+        if _implies_prompt(row) and (found := _implicit_prompt(completions)):
+            return found
     else:
         raise DataError(f"needs completions, or chosen and rejected; has {', '.join(sorted(row))}")
     if "prompt" not in row:
-        raise DataError(f"needs prompt; has {', '.join(sorted(row))}")
+        raise DataError(
+            f"needs prompt, or chosen and rejected that both begin with it; has {', '.join(sorted(row))}"
+        )
     if len(completions) < 2:
         raise DataError(f"needs at least two completions, got {len(completions)}")
     return row["prompt"], completions
+
+
+def _implies_prompt(row: Mapping[str, Any]) -> bool:
+    """Whether the prompt is what chosen and rejected begin with.
+
+    It is where no column holds it, or a text beside conversations, which only repeats their question.
+    """
+    repeats = isinstance(row.get("prompt"), str) and not isinstance(row.get("chosen"), str)
+    return "chosen" in row and "rejected" in row and ("prompt" not in row or repeats)
+
+
+def _implicit_prompt(completions: list[Any]) -> tuple[Any, list[Any]] | None:
+    """The prompt that texts or conversations begin with, as the data stage finds it, and what follows."""
+    if all(isinstance(text, str) for text in completions):
+        return cut_common_prefix(
+            completions, "\n\nAssistant:" if all(map(is_transcript, completions)) else ""
+        )
+    try:
+        return cut_common_messages(completions)
+    except (TypeError, KeyError):  # neither texts nor messages, which tokenizing says
+        return None
 
 
 def _probability(row: Mapping[str, Any], count: int) -> float:
     probability = row.get("probability")
     if probability is None:
         return 1.0
-    if (
-        isinstance(probability, bool)
-        or not isinstance(probability, (int, float))
-        or not 0 <= probability <= 1
-    ):
+    if isinstance(probability, bool) or not isinstance(probability, Real) or not 0 <= float(probability) <= 1:
         raise DataError(f"probability must be a number in [0, 1], or null, got {probability!r}")
     if count > 2 and probability != 1:
         raise DataError(
@@ -265,7 +315,7 @@ def _weight(row: Mapping[str, Any]) -> float:
     weight = row.get("weight")
     if weight is None:
         return 1.0
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) < math.inf:
         raise DataError(f"weight must be a number of at least 0, or null, got {weight!r}")
     return float(weight)
 
@@ -321,14 +371,17 @@ def _win_probabilities(kind: PreferenceKind, count: int, probability: float) -> 
 
 
 def tokenize_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConfig) -> list[list[int]]:
-    rows = _counted(rows)
+    rows = rows_of(rows, "prompt_dataset")
     prompts: list[list[int]] = []
     counts: Counter[str] = Counter()
 
     def jobs() -> Iterator[tuple[None, Job]]:
         for row in rows:
-            lacks = DataError(f"needs prompt; has {', '.join(sorted(row))}")
-            yield None, RowText(row["prompt"]) if "prompt" in row else lacks
+            try:
+                lacks = DataError(f"needs prompt; has {', '.join(sorted(_mapping(row)))}")
+                yield None, RowText(row["prompt"]) if "prompt" in row else lacks
+            except DataError as error:
+                yield None, error
 
     limit = args.max_prompt_length
     made = tokenize_rows(jobs, tokenizer, args, name="prompt row", count=len(rows), max_prompt_length=limit)

@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import softpref
 from softpref.artifacts import readable, strengths
-from softpref.config import write_parameters
-from softpref.errors import ConfigError, DataError
+from softpref.errors import DataError
 from softpref.judges import as_text, check_judge, load_judge
+from softpref.lm.course import TRAINING_OPTIONS, Course, dataset_stats
 from softpref.lm.extrapolation import parse_weights, write_extrapolations
 from softpref.lm.kept_rows import kept_rows
 from softpref.lm.loading import (
     check_remote_code,
     load_metadata,
-    load_model,
     load_tokenizer,
     local_source,
-    require_new_folder,
-    save_model_folder,
     source_name,
 )
 from softpref.lm.scoring import computing_precision
 from softpref.lm.tokenization import stop_token_ids
-from softpref.lm.training import (
-    add_stage_callbacks,
-    checkpoint_step,
-    claim_checkpoints,
-    remove_checkpoints,
-    require_devices,
-    stage_tracker,
-)
-from softpref.progress import settle_output
 from softpref.spo.checks import member_name
 from softpref.spo.config import SPOConfig
+from softpref.spo.given import loaded
 from softpref.spo.rows import RowsWithTokens
 from softpref.spo.trainer import SPOTrainer
-from softpref.timings import PhaseTimer
 
 # What the model is: the objective, for a reader and for the exact optimum.
 _DEFINING = (
@@ -77,22 +60,8 @@ _TRACKED = (
     "max_prompt_length",
     "max_completion_length",
     "cut_rows",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "optim",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "bf16",
-    "fp16",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "seed",
+    "model_init_kwargs",
+    *TRAINING_OPTIONS,
     "use_peft",
     "lora_r",
     "lora_alpha",
@@ -142,16 +111,19 @@ def run(
     Raises:
         ConfigError, DataError: before training.
     """
-    timer = PhaseTimer("loading")
-    settle_output()
-    require_devices(config.gpus)
-    require_new_folder(output_dir)
     check_remote_code(reference_dir, config.trust_remote_code)
-    name = name or member_name(config.method, config.alpha, config.beta)
-    checkpoints = Path(checkpoint_dir or Path(output_dir) / "checkpoints")
-    config.output_dir = str(checkpoints)
-    torch.manual_seed(config.seed)
-    preferences, prompts, dataset_hash = _load_preferences(dataset_dir)
+    course = Course(
+        "train",
+        config,
+        output_dir,
+        name=name or member_name(config.method, config.alpha, config.beta),
+        experiment=experiment,
+        parent_run_id=parent_run_id,
+        tracking_uri=tracking_uri,
+        checkpoint_dir=checkpoint_dir,
+    )
+    dataset_hash = dataset_stats(dataset_dir).get("dataset_hash", "")
+    preferences, prompts = _load_preferences(dataset_dir)
     training_rows = _training_rows(config, dataset_dir, preferences)
     judge = None
     if config.uses_judge:
@@ -164,15 +136,16 @@ def run(
     reference_metadata = load_metadata(reference_dir)
     # of a folder, what it was made from; of another's model, that model
     base_model = reference_metadata.get("base_model", reference) if reference == reference_dir else reference
-    identity = {
-        "dataset_hash": dataset_hash,
-        "reference": reference,
-        "reference_run_id": reference_metadata.get("run_id") or "",
-        **{key: getattr(config, key) for key in _TRACKED},
-    }
-    checkpoint = claim_checkpoints(checkpoints, identity)
+    course.claim(
+        {
+            "dataset_hash": dataset_hash,
+            "reference": reference,
+            "reference_run_id": reference_metadata.get("run_id") or "",
+            **{key: getattr(config, key) for key in _TRACKED},
+        }
+    )
     tokenizer = load_tokenizer(reference_dir, trust_remote_code=config.trust_remote_code)
-    model = load_model(reference_dir, trust_remote_code=config.trust_remote_code)
+    model = loaded(reference_dir, config)
     kept = kept_rows(
         dataset_dir,
         reference_dir,
@@ -185,7 +158,7 @@ def run(
     for split, tokens in kept.items():
         if split == "validation" or config.train_on == "preferences":  # else of a row not all is read
             splits[split] = RowsWithTokens(splits[split], tokens)
-    timer.enter("reading" if kept else "tokenizing")
+    course.timer.enter("reading" if kept else "tokenizing")
     trainer = SPOTrainer(
         model,
         config,
@@ -193,50 +166,20 @@ def run(
         eval_dataset=splits["validation"],
         processing_class=tokenizer,
         prompt_dataset=prompts,
-        peft_config=_lora(config, model) if config.use_peft else None,
         judge=judge,
     )
-    timer.enter("tracking")
-    with stage_tracker(
-        config,
-        output_dir,
-        experiment=experiment,
-        run_name=name,
-        parent_run_id=parent_run_id or None,
-        tracking_uri=tracking_uri or None,
-    ) as tracker:
-        tracker.params({"stage": "train", **identity})
-        add_stage_callbacks(trainer, name, tracker)
-        if checkpoint:
-            tracker.rewind(checkpoint_step(checkpoint))
-        timer.enter("training")
-        trained = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        last: dict[str, float] = {}
-        for logged in trainer.state.log_history:
-            last.update({name: logged[name] for name in _OF_STEPS if name in logged})
-        counts = trainer.row_counts["train"]
-        metrics = {**last, **trained, **{f"rows/{name}": float(count) for name, count in counts.items()}}
-        timer.enter("evaluation")
-        if "validation" in preferences:
-            metrics.update(trainer.evaluate())
-        policy = trainer.whole_model()
-        if trainer.is_world_process_zero():
-            timer.enter("tracking")
-            tracker.flush(timeout=10)  # the run's id is part of what is saved
-            timer.enter("saving")
+    with course.trained(trainer, trainer.row_counts) as trained:
+        if trained.model is not None:
             merged = config.use_peft and config.merge_adapter
-            whole = policy.merge_and_unload() if merged else policy
-            metadata = {
-                "stage": "train",
-                "name": name,
+            whole = trained.model.merge_and_unload() if merged else trained.model
+            description = course.description(
+                trained,
                 **{key: getattr(config, key) for key in _DEFINING},
-                "extrapolation": 0.0,
-                "base_model": base_model,
-                "dataset_hash": dataset_hash,
-                "code_version": softpref.__version__,
-                "run_id": tracker.run_id,
-                "max_prompt_length": config.max_prompt_length,
-                "max_completion_length": config.max_completion_length,
+                extrapolation=0.0,
+                base_model=base_model,
+                dataset_hash=dataset_hash,
+            )
+            description |= {
                 "cut_rows": config.cut_rows,
                 "row_counts": trainer.row_counts,
                 "saturated": _mean_saturated(trainer.state.log_history),
@@ -248,18 +191,13 @@ def run(
                     reference_dir,
                     tokenizer,
                     output_dir,
-                    metadata,
+                    description,
                     weights,
                     trust_remote_code=config.trust_remote_code,
                 )
-            write_parameters(config, output_dir)
-            save_model_folder(whole, tokenizer, output_dir, metadata)
-            remove_checkpoints(checkpoints)
-            timer.enter("tracking")
-            tracker.metrics(timer.metrics(), step=trainer.state.global_step)
-    if trainer.is_world_process_zero():
-        timer.write(output_dir)
-    return metrics
+            course.save(whole, tokenizer, description)
+    last = {what: log[what] for log in trainer.state.log_history for what in _OF_STEPS if what in log}
+    return {**last, **trained.metrics}
 
 
 def headline(metadata: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -278,20 +216,16 @@ def _mean_saturated(logged: Sequence[Mapping[str, float]]) -> float | None:
     return statistics.fmean(found) if found else None
 
 
-def _load_preferences(dataset_dir: str) -> tuple[dict[str, Any], Any, str]:
-    """Preference splits that hold rows, the separate prompts if any, and the data's hash."""
+def _load_preferences(dataset_dir: str) -> tuple[dict[str, Any], Any]:
+    """Preference splits that hold rows, and the separate prompts if any."""
     from datasets import load_from_disk
 
     folder = Path(dataset_dir)
-    for file in ("stats.json", "dataset_dict.json"):
-        if not (folder / file).is_file():
-            raise DataError(f"{folder} is not a dataset folder of the data stage: it holds no {file}")
     splits = {split: rows for split, rows in load_from_disk(str(folder)).items() if len(rows)}
     if "train" not in splits:
         raise DataError(f"{folder} holds no training preferences")
     prompts = load_from_disk(str(folder / "prompts")) if (folder / "prompts").is_dir() else None
-    stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
-    return splits, prompts, stats.get("dataset_hash", "")
+    return splits, prompts
 
 
 def _training_rows(config: SPOConfig, dataset_dir: str, preferences: dict[str, Any]) -> Any:
@@ -305,31 +239,3 @@ def _training_rows(config: SPOConfig, dataset_dir: str, preferences: dict[str, A
     if not len(demonstrations):
         raise DataError(f"{folder} holds no training demonstration, which self-play learns from")
     return demonstrations
-
-
-def _lora(config: SPOConfig, model: Any) -> Any:
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ConfigError("use_peft needs the package peft: pip install 'softpref[peft]'") from error
-    targets: Any = config.lora_target_modules
-    if targets != "all-linear":
-        targets = [name.strip() for name in targets.split(",") if name.strip()]
-        _check_targets(targets, model)
-    return LoraConfig(
-        r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
-    )
-
-
-def _check_targets(targets: list[str], model: Any) -> None:
-    """Refuse a list of LoRA targets of which one is no module: peft passes it over where another one is."""
-    modules = [f".{name}" for name, _ in model.named_modules() if name]
-    unknown = [target for target in targets if not any(name.endswith(f".{target}") for name in modules)]
-    if unknown:
-        known = {name.rpartition(".")[2] for name in modules}
-        known = {name for name in known if not name.isdecimal()}
-        near = {close for target in unknown for close in difflib.get_close_matches(target, known)}
-        raise ConfigError(
-            f"lora_target_modules names {', '.join(unknown)}, which the model does not have; "
-            f"{'nearest' if near else 'it has'}: {', '.join(sorted(near or known))}"
-        )

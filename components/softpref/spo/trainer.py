@@ -6,6 +6,7 @@ and one optimizer step is scaled so that it does not depend on how it is cut int
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -17,30 +18,36 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from softpref.errors import ConfigError
 from softpref.lm.decoding import decodes
-from softpref.lm.head import CompletionHidden, completion_hidden, output_head, try_out
-from softpref.lm.packing import PackedBatch, evaluation_mode, pack_sequences
+from softpref.lm.head import try_out
+from softpref.lm.packing import evaluation_mode
 from softpref.lm.sampling import Sample, sample_completions
-from softpref.lm.scoring import (
-    computing_precision,
-    score_sequences,
-    scoring_batches,
-    sequence_logps,
-    sum_by_sequence,
-)
+from softpref.lm.scoring import computing_precision, score_sequences
 from softpref.lm.sharding import whole_weights
 from softpref.lm.tokenization import stop_token_ids
-from softpref.lm.training import GuardedTrainer
-from softpref.objectives import TokenKL, kl_lambda, kl_loss, log_group_weights, prefix_ratios, reward_to_go
+from softpref.lm.training import settle_model
+from softpref.objectives import kl_lambda
 from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
 from softpref.spo.engines import check_agreement, sampling_engine
-from softpref.spo.gauges import Means, SamplingClock, WeightSums
+from softpref.spo.evaluating import RowsTrainer
+from softpref.spo.gauges import SamplingClock
+from softpref.spo.given import (
+    check_optimizer,
+    check_reference,
+    loaded,
+    refuse_arguments,
+    settled_arguments,
+    switch_dropout_off,
+    tokenizer_of,
+    with_adapter,
+)
 from softpref.spo.health import health_warnings
-from softpref.spo.losses import method_losses, preference_metrics
+from softpref.spo.objective import Objective, sample_tensors
 from softpref.spo.reference import (
     adapter_off,
     add_reference_logps,
@@ -48,7 +55,15 @@ from softpref.spo.reference import (
     set_reference_logps,
 )
 from softpref.spo.rounds import RoundRows
-from softpref.spo.rows import AnswerRows, PreferenceRows, TrainingRows, check_lengths, collate, kl_prompts
+from softpref.spo.rows import (
+    AnswerRows,
+    PreferenceRows,
+    TrainingRows,
+    check_lengths,
+    collate,
+    kl_prompts,
+    rows_of,
+)
 
 if TYPE_CHECKING:
     from softpref.judges import Judge
@@ -56,27 +71,33 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class SPOTrainer(GuardedTrainer):
+class SPOTrainer(RowsTrainer):
     """Train a policy on preferences by soft preference optimization, or by a baseline on the same rows.
 
     Args:
         model: the policy to train, as it was before training, also when a run is resumed: the reference is
-            copied from it.
-        args: see `SPOConfig`; `args.method` picks the objective.
+            copied from it. A causal language model of transformers or peft, or the Hub id, folder or URL of
+            one, which is loaded in fp32 (see `SPOConfig.model_init_kwargs`).
+        args: see `SPOConfig`; `args.method` picks the objective. By default its defaults.
         train_dataset: rows with `prompt`, `completions` (best first) and optionally `probability`
             (P(first beats second), None for a hard label), `kind` and `weight` (≥ 0, how much a row counts
-            beside the others); also rows with `prompt`, `chosen` and `rejected`. Text or messages. Any
-            sequence of mappings, such as a `datasets.Dataset`. With `train_on=samples` only `prompt` is read;
-            with `self_play`, `prompt` and `completion` will do.
-        eval_dataset: rows alike.
-        processing_class: the tokenizer.
-        ref_model: the frozen reference; by default the model as handed in (with an adapter: the adapter off).
+            beside the others); also rows with `chosen` and `rejected`, whose `prompt` may be what both begin
+            with. Text or messages. Any sequence of mappings, such as a `datasets.Dataset`; an iterable is
+            read to its end. With `train_on=samples` only the prompt is read; with `self_play`, `prompt` and
+            `completion` will do.
+        eval_dataset: rows alike, or a dict of several sets of them, whose metrics bear their names.
+        processing_class: the tokenizer; by default that of the model's name.
+        ref_model: the frozen reference, a model or its name; by default the model as handed in (with an
+            adapter: the adapter off).
         prompt_dataset: rows with `prompt` from which the KL term draws (see `SPOConfig.kl_prompts`); by
             default the training prompts.
-        peft_config: a `peft.LoraConfig`, to train an adapter.
+        peft_config: a `peft.LoraConfig`, to train an adapter; by default what `SPOConfig.use_peft` says.
         callbacks: as in `transformers.Trainer`.
         judge: who judges completions drawn in rounds: anything with
             `probabilities(prompts, first, second) -> P(first beats second)` of texts, see `softpref.judges`.
+        model_init: makes the model in its place, anew for each call of `train`.
+        compute_metrics: as in `transformers.Trainer`; what it is given is what `predict` returns.
+        optimizers: optimizer and scheduler, made of the model's own parameters.
 
     Metrics, averaged over all rows or samples since the last log: `loss/preference`; `logps/chosen`,
     `logps/rejected`, `logps/accuracies` (chosen likelier than rejected) and `logps/end` (of the end token
@@ -99,141 +120,172 @@ class SPOTrainer(GuardedTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module,
-        args: SPOConfig,
-        train_dataset: Sequence[Mapping[str, Any]] | None = None,
-        eval_dataset: Sequence[Mapping[str, Any]] | None = None,
+        model: str | PreTrainedModel | nn.Module | None = None,
+        args: SPOConfig | None = None,
+        train_dataset: Iterable[Mapping[str, Any]] | None = None,
+        eval_dataset: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        ref_model: PreTrainedModel | nn.Module | None = None,
+        ref_model: str | PreTrainedModel | nn.Module | None = None,
         prompt_dataset: Iterable[Mapping[str, Any]] | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         judge: Judge | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, LRScheduler | None] = (None, None),
+        **unknown: Any,
     ) -> None:
-        if processing_class is None:
-            raise ConfigError("SPOTrainer needs processing_class, the tokenizer of the model")
-        if ref_model is not None and ref_model is model:
-            raise ConfigError(
-                "ref_model is the model to train itself, and would move with it; leave ref_model out, then a "
-                "frozen copy is made"
-            )
-        if args.samples_policy and args.samples_per_refresh < args.sampling_interval * args.world_size:
-            raise ConfigError(
-                "SPOConfig.samples_per_refresh must be at least sampling_interval times the number of "
-                f"processes ({args.sampling_interval} × {args.world_size}), for every process takes part in "
-                f"every step's slice; got {args.samples_per_refresh}"
-            )
-        passes = args.sampling_interval * args.world_size * args.gradient_accumulation_steps
-        if args.fsdp and args.samples_policy and args.samples_per_refresh < passes:
-            raise ConfigError(
-                "with fsdp every process must run as many passes as the others, so each micro-batch needs a "
-                "sample: SPOConfig.samples_per_refresh must be at least sampling_interval × processes × "
-                f"gradient_accumulation_steps, {passes}; got {args.samples_per_refresh}"
-            )
-        self._uses_adapter = peft_config is not None or hasattr(model, "peft_config")
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            try:
-                model = get_peft_model(model, peft_config)
-            except ValueError as error:  # layers that the model does not have, a rank that is none
-                raise ConfigError(f"peft_config does not fit the model: {error}") from error
-        _switch_dropout_off(model)
+        refuse_arguments(unknown, inspect.signature(SPOTrainer.__init__).parameters)
+        self.args = args = settled_arguments(args, model)
+        if train_dataset is not None:
+            train_dataset = rows_of(train_dataset, "train_dataset")
+        self._check_choices(model, model_init, judge)
+        self._peft_config = peft_config
+        self.ref_model = None if ref_model is None else loaded(ref_model, args)
+        self._copies_policy = ref_model is None
+        set_seed(args.seed)  # an adapter's weights are drawn
+        self.model_init: Any = model_init
+        policy = self.call_model_init() if model_init else self._ready(loaded(model, args))
+        check_optimizer(optimizers[0], policy)
         # before anything costly: an engine may not be installed, or its server be away
-        self._engine = sampling_engine(args, model) if args.samples_policy or args.draws_rows else None
-        keeps_logps = args.keeps_reference_logps
-        needs_model = args.kl_strength > 0 or (args.scores_reference and not keeps_logps)
+        self._engine = sampling_engine(args, policy) if args.samples_policy or args.draws_rows else None
         fingerprint = ""
-        if keeps_logps and args.reference_cache:
-            fingerprint = scorer_fingerprint(model if ref_model is None else ref_model, args)
-        if ref_model is None and needs_model and not self._uses_adapter:
-            ref_model = deepcopy(model)
+        if args.keeps_reference_logps and args.reference_cache:
+            fingerprint = scorer_fingerprint(policy if self.ref_model is None else self.ref_model, args)
+        self.processing_class = tokenizer_of(processing_class, model or policy, args)
+        self.stop_ids = stop_token_ids(self.processing_class, policy)
+        self.objective = Objective(args, self._reference, self.stop_ids)
+        self._clock = SamplingClock()
+        self._steps_per_round = 1
+        given = self._training_rows(train_dataset, policy)
+        evaluated = self.evaluation_sets(eval_dataset, policy)
+        self.row_counts: dict[str, dict[str, int]] = {
+            name: dict(rows.counts)
+            for name, rows in (*evaluated.items(), ("train", given))
+            if rows is not None
+        }
+        """Of each set: rows `given`, of those `left_out`, and what was found of them (`row_findings`)."""
+        self.rounds = self._round_rows(given, train_dataset, judge)
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=collate,
+            train_dataset=given if self.rounds is None else self.rounds,
+            eval_dataset=evaluated if isinstance(eval_dataset, dict) else evaluated.get("validation"),
+            processing_class=self.processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=[*(callbacks or []), *([_RoundCallback(self._begin_round)] if self.rounds else [])],
+            optimizers=optimizers,
+        )
+        self.model_init = model_init  # which the base class takes in place of a model alone
+        self.model_accepts_loss_kwargs = False  # losses are scaled here, over the global batch
+        if self._engine is sample_completions:
+            decodes(self.model)  # whether with a cache is found out, and said, before training
+        if args.takes_reference_logps:
+            self._keep_reference_logps([self.train_dataset, *evaluated.values()], fingerprint)
+        self.buffer = self._sample_buffer(given, prompt_dataset)
+
+    # ------------------------------------------------------------------ what is handed over
+
+    def _check_choices(self, model: Any, model_init: Any, judge: Judge | None) -> None:
+        """Refuse what cannot be trained with, whatever the model and the rows are."""
+        args = self.args
+        if model is not None and model_init is not None:
+            raise ConfigError("SPOTrainer takes a model or a model_init that makes it, not both")
+        if model_init is not None and args.reference_cache:
+            raise ConfigError(
+                "a model_init makes a new model, and reference, for each training: leave "
+                "SPOConfig.reference_cache out"
+            )
         if args.uses_judge and judge is None:
             raise ConfigError(
                 f"rounds={args.rounds}, train_on={args.train_on} draw completions that somebody must judge: "
                 "give SPOTrainer a judge (see softpref.judges)"
             )
-        self._stop_ids = stop_token_ids(processing_class, model)
-        options: dict[str, Any] = {"tokenizer": processing_class, "args": args, "stop_ids": self._stop_ids}
-        train_rows: TrainingRows | RoundRows | None = None
-        given: TrainingRows | None = None
-        if train_dataset is not None:
-            kind = PreferenceRows if args.train_on == "preferences" else AnswerRows
-            train_rows = given = kind(train_dataset, name="training row", **options)
-            check_lengths(model, given.rows, args, sampled=args.samples_policy or args.draws_rows)
-        eval_rows: PreferenceRows | None = None
-        if eval_dataset is not None:
-            eval_rows = PreferenceRows(eval_dataset, name="validation row", **options)
-            check_lengths(model, eval_rows.rows, args, sampled=False)
-        self.row_counts = {
-            split: dict(rows.counts)
-            for split, rows in (("train", given), ("validation", eval_rows))
-            if rows is not None
-        }
-        """Of each split: rows `given`, of those `left_out`, and what was found of them (`row_findings`)."""
-        self.rounds: RoundRows | None = None
-        if args.draws_rows and train_dataset is not None and given is not None:
-            train_rows = self.rounds = RoundRows(
-                given.rows,
-                [train_dataset[number]["prompt"] for number in given.numbers],
-                args,
-                tokenizer=processing_class,
-                stop_ids=self._stop_ids,
-                judge=judge if args.uses_judge else None,
-                draw=self._draw,
-                score=self._score,
-                shares=self._shares,
-                rank=args.process_index,
-                world_size=args.world_size,
+        if judge is not None and not hasattr(judge, "probabilities"):
+            raise ConfigError(
+                f"judge must have a method probabilities(prompts, first, second), got {judge!r:.60}; "
+                "softpref.judges has some"
             )
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=collate,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            processing_class=processing_class,
-            callbacks=[*(callbacks or []), *([_RoundCallback(self._begin_round)] if self.rounds else [])],
-        )
-        self.model_accepts_loss_kwargs = False  # losses are scaled here, over the global batch
-        self.ref_model = ref_model
-        if ref_model is not None:
-            ref_model.requires_grad_(False)
-            ref_model.to(self.args.device).eval()
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """A fresh model as it is trained, and its reference."""
+        model = self._ready(super().call_model_init(trial))
+        if not self.args.plain_forward:
+            try_out(model)
+        return model
+
+    def _ready(self, model: Any) -> Any:
+        """A model as it is trained; the reference too, where it is a copy of that."""
+        args = self.args
+        model = with_adapter(model, self._peft_config, args)
+        self._uses_adapter = hasattr(model, "peft_config")
+        switch_dropout_off(model)
+        settle_model(model)
+        if self._copies_policy:
+            needed = args.kl_strength > 0 or (args.scores_reference and not args.keeps_reference_logps)
+            self.ref_model = deepcopy(model) if needed and not self._uses_adapter else None
+        if self.ref_model is not None:
+            check_reference(self.ref_model, model, args)
+            settle_model(self.ref_model)
+            self.ref_model.requires_grad_(False).to(args.device).eval()
             if not args.plain_forward:
-                try_out(ref_model)
-        if self._engine is sample_completions:
-            decodes(self.model)  # whether with a cache is found out, and said, before training
-        self._means: dict[str, Means] = {"train": Means(), "eval": Means()}
-        self._clock = SamplingClock()
-        self._step_weights, self._log_weights = (WeightSums(self.args.device) for _ in range(2))
-        self._steps_per_round = 1
-        self._kept_reference: CompletionHidden | None = None  # how its kept hidden states become scores
-        if args.takes_reference_logps:
-            self._keep_reference_logps(train_rows, eval_rows, fingerprint)
-        self.buffer: SampleBuffer | None = None
-        if args.samples_policy and given is not None:
-            prompts = kl_prompts(args, given.prompts, prompt_dataset, processing_class)
-            asked = [{"prompt": prompt, "completions": [[]]} for prompt in prompts]
-            check_lengths(model, asked, args, sampled=True)
-            self.buffer = SampleBuffer(
-                prompts,
-                size=args.samples_per_refresh,
-                interval=args.sampling_interval,
-                max_new_tokens=args.max_completion_length,
-                seed=args.seed,
-                draw=self._draw,
-                annotate=self._reference_states,
-                rank=args.process_index,
-                world_size=args.world_size,
-            )
+                try_out(self.ref_model)
+        return model
+
+    def _training_rows(self, given: Any, model: Any) -> TrainingRows | None:
+        if given is None:
+            return None
+        args = self.args
+        kind = PreferenceRows if args.train_on == "preferences" else AnswerRows
+        sampled = args.samples_policy or args.draws_rows
+        return self.rows_for(kind, given, "training row", model, sampled=sampled)
+
+    def _round_rows(self, given: TrainingRows | None, rows: Any, judge: Judge | None) -> RoundRows | None:
+        """Rows that change with each round, made of those that were given."""
+        args = self.args
+        if given is None or not args.draws_rows:
+            return None
+        return RoundRows(
+            given.rows,
+            [given.text(rows[number]).prompt for number in given.numbers],
+            args,
+            tokenizer=self.processing_class,
+            stop_ids=self.stop_ids,
+            judge=judge if args.uses_judge else None,
+            draw=self._draw,
+            score=self._score,
+            shares=self.whole_list,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+
+    def _sample_buffer(self, given: TrainingRows | None, prompt_dataset: Any) -> SampleBuffer | None:
+        """What holds the policy's samples between refreshes, where the objective needs any."""
+        args = self.args
+        if given is None or not args.samples_policy:
+            return None
+        prompts = kl_prompts(args, given.prompts, prompt_dataset, self.processing_class)
+        asked = [{"prompt": prompt, "completions": [[]]} for prompt in prompts]
+        check_lengths(self.accelerator.unwrap_model(self.model), asked, args, sampled=True)
+        return SampleBuffer(
+            prompts,
+            size=args.samples_per_refresh,
+            interval=args.sampling_interval,
+            max_new_tokens=args.max_completion_length,
+            seed=args.seed,
+            draw=self._draw,
+            annotate=self._reference_states,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
 
     # ------------------------------------------------------------------ one optimizer step
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, each with its share of the policy's samples."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        rows = self._sum_over_processes(sum(len(batch["group_sizes"]) for batch in batches))
+        rows = self.sum_over_processes(sum(len(batch["group_sizes"]) for batch in batches))
         if not batches:
             return batches, rows
         cut = len(batches) > 1 or self.args.world_size > 1
@@ -242,9 +294,10 @@ class SPOTrainer(GuardedTrainer):
             samples = self.buffer.slice_for(self.state.global_step)
             states = self.buffer.annotations_for(self.state.global_step)
             size = self.buffer.slice_size(self.state.global_step)
+            age = self.state.global_step - (self.buffer.policy_step or 0)
             for i, batch in enumerate(batches):
                 share = slice(len(samples) * i // len(batches), len(samples) * (i + 1) // len(batches))
-                batch.update(self._sample_tensors(samples[share], states[share]))
+                batch.update(sample_tensors(samples[share], states[share], age))
                 batch["samples_in_step"] = size
             if cut and kl_lambda(self.args.kl_gradient) > 0:
                 total = self._to_go_total(batches)
@@ -265,17 +318,8 @@ class SPOTrainer(GuardedTrainer):
             if "sample_lengths" in batch:
                 inputs = self._prepare_inputs(batch)
                 with evaluation_mode(policy), self.compute_loss_context_manager():
-                    found = self._token_kl(policy, inputs)
-                token_kl, lengths = found.kl, inputs["sample_lengths"]
-                if self.args.max_importance_ratio is not None:
-                    token_kl = token_kl * prefix_ratios(
-                        found.logps,
-                        inputs["sample_token_logps"],
-                        lengths,
-                        max_ratio=self.args.max_importance_ratio,
-                    )
-                to_go = reward_to_go(token_kl, lengths, kl_lambda(self.args.kl_gradient))
-                total[: to_go.shape[1]] += to_go.sum(0)
+                    to_go = self.objective.to_go(policy, inputs)
+                total[: len(to_go)] += to_go
         return self.accelerator.reduce(total, reduction="sum")
 
     @torch.no_grad()
@@ -286,12 +330,7 @@ class SPOTrainer(GuardedTrainer):
         for batch in batches:
             inputs = self._prepare_inputs(batch)
             with evaluation_mode(policy), self.compute_loss_context_manager():
-                rows_batch = _packed(inputs)
-                logps = sequence_logps(policy, rows_batch, plain=self.args.plain_forward)
-                scores = self._weight_scores(logps, rows_batch)
-            log_weights.append(
-                log_group_weights(scores, inputs["group_sizes"], weight_exponent=self.args.weight_exponent)
-            )
+                log_weights.append(self.objective.row_log_weights(policy, inputs))
         total = torch.cat(log_weights).logsumexp(0)
         return self.accelerator.gather(total[None]).logsumexp(0) - math.log(rows)
 
@@ -300,134 +339,23 @@ class SPOTrainer(GuardedTrainer):
 
         Sums are divided by the step's row and sample counts over all micro-batches and processes, then
         multiplied by what the trainer and DDP divide by afterwards.
+
+        Args:
+            return_outputs: whether `logps` and `rewards` of the completions come with it, `[sequences]`.
         """
-        mode = "train" if model.training else "eval"
-        losses, row_kl = self._row_losses(model, inputs, self._means[mode])
+        losses, row_kl, logps, rewards = self.objective.row_losses(model, inputs)
+        outputs = {"logps": logps, "rewards": rewards}
         if num_items_in_batch is None:
-            return losses.mean()
+            loss = losses[: inputs.get("own_rows")].mean()
+            return (loss, outputs) if return_outputs else loss
         loss = losses.sum() / num_items_in_batch
         if row_kl is not None:
             loss = loss + self.args.kl_strength * row_kl.sum() / num_items_in_batch
         if "sample_lengths" in inputs:
-            kl = self._kl_losses(model, inputs, self._means[mode])
+            kl = self.objective.sample_losses(model, inputs)
             loss = loss + self.args.kl_strength * kl.sum() / inputs["samples_in_step"]
-        return loss * self.current_gradient_accumulation_steps * self.args.world_size
-
-    def _row_losses(self, model, inputs, means: Means) -> tuple[Tensor, Tensor | None]:
-        """The preference loss of each row, and where the KL term is one of rows, in training, its KL."""
-        args, sizes = self.args, inputs["group_sizes"]
-        batch = _packed(inputs)
-        states = self._completion_hidden(model, batch)
-        ref_logps, divergences, row_kl = inputs.get("ref_logps"), None, None
-        regularises = args.regularises_rows and model.training
-        lacks_logps = args.scores_reference and ref_logps is None
-        theirs: Any = None  # what the reference knows of the rows, and how far it lies from the policy
-        found: Any = None
-        if regularises or lacks_logps or args.method == "tdpo":
-            theirs = self._reference_hidden(model, batch)
-        if args.method == "tdpo":
-            found = states.kl(theirs, reverse=True)
-            divergences = sum_by_sequence(found.kl, batch.lengths)
-        if regularises:
-            found = states.kl(theirs)
-            row_kl = sum_by_sequence(sum_by_sequence(found.kl, batch.lengths), sizes) / sizes
-            means.add("kl/data", row_kl)
-        token_logps = states.logps() if found is None else found.logps
-        if lacks_logps:
-            ref_token_logps = theirs.logps() if found is None else found.ref_logps
-            ref_logps = sum_by_sequence(ref_token_logps, batch.lengths)
-        logps = sum_by_sequence(token_logps, batch.lengths)
-        losses = method_losses(
-            args,
-            logps,
-            inputs,
-            ref_logps=ref_logps,
-            divergences=divergences,
-            weight_scores=self._weight_scores(logps, batch),
-            weighted=model.training,  # weights have mean 1 over a step; an evaluation has none
-        )
-        figures = preference_metrics(args, logps, inputs, ref_logps)
-        last = (batch.lengths.cumsum(0) - 1)[sizes.cumsum(0) - sizes]  # token of each row's chosen completion
-        ended = torch.isin(batch.targets[last], torch.tensor(self._stop_ids, device=last.device))
-        if "row_weights" in inputs:
-            weights = inputs["row_weights"]
-            losses = losses * weights
-            figures = {name: values[weights > 0] for name, values in figures.items()}
-            ended &= weights > 0
-        figures["logps/end"] = token_logps[last[ended]]
-        means.add("loss/preference", losses)
-        for name, values in figures.items():
-            means.add(name, values)
-        return losses, row_kl
-
-    def _weight_scores(self, logps: Tensor, batch: PackedBatch) -> Tensor:
-        return logps / batch.lengths if self.args.weight_scores == "token" else logps
-
-    def _kl_losses(self, model, inputs, means: Means) -> Tensor:
-        found = self._token_kl(model, inputs)
-        lengths = inputs["sample_lengths"]
-        losses = kl_loss(
-            found.kl,
-            found.logps,
-            lengths,
-            kl_gradient=self.args.kl_gradient,
-            old_token_logps=None if self.args.max_importance_ratio is None else inputs["sample_token_logps"],
-            max_importance_ratio=self.args.max_importance_ratio,
-            to_go_total=inputs.get("to_go_total"),
-            sequences=inputs["samples_in_step"],
-        )
-        with torch.no_grad():
-            log_weights = sum_by_sequence(found.logps - inputs["sample_token_logps"], lengths)
-            means.add("kl/sequence", losses)
-            means.add("kl/token", found.kl)
-            means.add("entropy", found.entropy)
-            means.add("completions/mean_length", lengths.float())
-            means.add("completions/truncated_fraction", inputs["sample_truncated"])
-            self._step_weights.add(log_weights)
-            self._log_weights.add(log_weights)
-            means.add("sampling/age", inputs["sample_age"])
-        return losses
-
-    def _token_kl(self, model, inputs) -> TokenKL:
-        """KL to the reference at each token of a batch's samples."""
-        batch = _packed(inputs, "sample_")
-        states = self._completion_hidden(model, batch)
-        if "sample_ref_hidden" not in inputs:
-            return states.kl(self._reference_hidden(model, batch))
-        assert self._kept_reference is not None
-        kept = self._kept_reference._replace(hidden=inputs["sample_ref_hidden"], targets=batch.targets)
-        return states.kl(kept)
-
-    def _completion_hidden(self, model, batch: PackedBatch) -> CompletionHidden:
-        return completion_hidden(model, batch, plain=self.args.plain_forward)
-
-    @torch.no_grad()
-    def _reference_hidden(self, model, batch: PackedBatch) -> CompletionHidden:
-        with self._reference(model) as reference:
-            return self._completion_hidden(reference, batch)
-
-    @torch.no_grad()
-    def _reference_states(self, samples: list[Sample]) -> list[Tensor | None]:
-        """The reference's hidden states at each sample's tokens, on the CPU: it runs once a refresh.
-
-        Where it has no known head, full logits would have to be kept; it then runs with each batch.
-        """
-        states: list[Tensor | None] = [None] * len(samples)
-        sequences = [(sample.prompt, sample.completion) for sample in samples]
-        size = self.args.sampling_batch_size
-        with (
-            whole_weights(self.model) if self.ref_model is None else nullcontext(),
-            self.compute_loss_context_manager(),
-            self._reference(self.model) as reference,
-        ):
-            if self.args.plain_forward or output_head(reference) is None:
-                return states
-            for rows, batch in scoring_batches(reference, sequences, batch_size=size):
-                found = self._completion_hidden(reference, batch)
-                self._kept_reference = found._replace(hidden=found.hidden[:0], targets=found.targets[:0])
-                for row, hidden in zip(rows, found.hidden.cpu().split(batch.lengths.tolist()), strict=True):
-                    states[row] = hidden.clone()  # not a view that would keep the whole batch
-        return states
+        loss = loss * self.current_gradient_accumulation_steps * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
 
     def _reference(self, model):
         """Context that gives the reference: a model of its own, or the policy with its adapter off."""
@@ -453,7 +381,7 @@ class SPOTrainer(GuardedTrainer):
                 policy,
                 prompts,
                 noise=noise,
-                stop_ids=self._stop_ids,
+                stop_ids=self.stop_ids,
                 batch_size=self.args.sampling_batch_size,
                 progress=progress,
             )
@@ -464,14 +392,22 @@ class SPOTrainer(GuardedTrainer):
                 precision=computing_precision(self.args, policy),
                 plain=self.args.plain_forward,
             )
-            self._means["train"].add("sampling/logps_difference", torch.tensor([found.mean]))
+            self.objective.means["train"].add("sampling/logps_difference", torch.tensor([found.mean]))
         return samples
+
+    def _reference_states(self, samples: list[Sample]) -> list[Tensor | None]:
+        """See `Objective.reference_states`; where the reference is the policy, its weights whole."""
+        with (
+            whole_weights(self.model) if self.ref_model is None else nullcontext(),
+            self.compute_loss_context_manager(),
+        ):
+            return self.objective.reference_states(self.model, samples)
 
     def _expire_samples(self) -> None:
         """Under adaptive refresh, give up samples whose last slice has drifted too far from the policy."""
         if self.args.refresh != "adaptive" or self.buffer is None:
             return
-        size = self._step_weights.take(self.accelerator.gather)
+        size = self.objective.step_weights.take(self.accelerator.gather)
         if size is not None and size < self.args.min_ess:
             self.buffer.expire()
 
@@ -505,9 +441,7 @@ class SPOTrainer(GuardedTrainer):
         assert self.rounds is not None
         self.rounds.begin(min(step // self._steps_per_round, self.args.rounds - 1))
 
-    def _keep_reference_logps(
-        self, train_rows: TrainingRows | RoundRows | None, eval_rows: PreferenceRows | None, model_hash: str
-    ) -> None:
+    def _keep_reference_logps(self, sets: Sequence[Any], model_hash: str) -> None:
         """Give rows the reference's log-probabilities once, if that is asked for or some brought theirs."""
         model = self.model if self.ref_model is None else self.ref_model
         without_adapter = self.ref_model is None and self._uses_adapter
@@ -516,7 +450,7 @@ class SPOTrainer(GuardedTrainer):
             with adapter_off(self.model) if without_adapter else nullcontext(model) as reference:
                 return self._score(sequences, reference)
 
-        for rows in (train_rows, eval_rows):
+        for rows in sets:
             if not isinstance(rows, PreferenceRows):
                 continue
             if self.args.reference_cache:
@@ -527,7 +461,7 @@ class SPOTrainer(GuardedTrainer):
                     model_hash,
                     score,
                     writes=self.is_world_process_zero(),
-                    everywhere=lambda here: self._sum_over_processes(here) == self.args.world_size,
+                    everywhere=lambda here: self.sum_over_processes(here) == self.args.world_size,
                 )
                 continue
             lacking = [row for row in rows.rows if "ref_logps" not in row]
@@ -545,57 +479,16 @@ class SPOTrainer(GuardedTrainer):
                 batch_size=self.args.per_device_eval_batch_size,
                 plain=self.args.plain_forward,
             )
-        return self._shares(logps.tolist(), len(sequences))
-
-    def _shares(self, mine: list[Any], total: int) -> list[Any]:
-        """The whole of a list of which part r of w, dealt round robin, lies on process r."""
-        if self.args.world_size == 1:
-            return mine
-        parts: list[Any] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(parts, mine)
-        return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
-
-    def _sample_tensors(self, samples: list[Sample], states: list[Tensor | None]) -> dict[str, Any]:
-        if not samples:
-            return {}
-        batch = pack_sequences([(sample.prompt, sample.completion) for sample in samples])
-        assert self.buffer is not None
-        assert self.buffer.policy_step is not None
-        age = self.state.global_step - self.buffer.policy_step
-        kept = [each for each in states if each is not None]
-        return {
-            **{f"sample_{name}": value for name, value in batch._asdict().items()},
-            **({"sample_ref_hidden": torch.cat(kept)} if len(kept) == len(samples) else {}),
-            "sample_token_logps": torch.tensor([logp for sample in samples for logp in sample.token_logps]),
-            "sample_truncated": torch.tensor([float(sample.truncated) for sample in samples]),
-            "sample_age": torch.full((len(samples),), float(age)),
-        }
+        return self.whole_list(logps.tolist(), len(sequences))
 
     # ------------------------------------------------------------------ evaluation, logs, checkpoints
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss and metrics of an evaluation batch; no predictions are collected."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), evaluation_mode(model), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        """As in the base class; what it returns and logs has the metrics of `SPOTrainer` too."""
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        means = self._means["eval"].take(self._sum_over_processes)
-        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        return output._replace(metrics={**(output.metrics or {}), **named})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training metrics gathered since the last log; the last steps' go with the summary."""
         if "loss" in logs or "train_loss" in logs:
-            means = self._means["train"].take(self._sum_over_processes)
+            means = self.objective.means["train"].take(self.sum_over_processes)
             if self.buffer is not None:
-                size = self._log_weights.take(self.accelerator.gather)
+                size = self.objective.log_weights.take(self.accelerator.gather)
                 means.update({} if size is None else {"sampling/ess": size})
             if self.buffer is not None or self.rounds is not None:
                 means.update(self._clock.take())
@@ -626,26 +519,6 @@ class SPOTrainer(GuardedTrainer):
             self.buffer.load(checkpoint)
         if checkpoint is not None and self.rounds is not None:
             self.rounds.load(checkpoint)
-
-    def _sum_over_processes(self, value: float) -> float:
-        if self.args.world_size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.args.device)
-        return self.accelerator.reduce(total, reduction="sum").item()
-
-
-def _switch_dropout_off(model: nn.Module) -> None:
-    """Preference training runs without dropout: in modules, and where layers keep its rate as a number."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name:
-                setattr(module, name, 0.0)
-
-
-def _packed(inputs: Mapping[str, Any], prefix: str = "") -> PackedBatch:
-    return PackedBatch(*(inputs[f"{prefix}{name}"] for name in PackedBatch._fields))
 
 
 class _RoundCallback(TrainerCallback):

@@ -1,0 +1,132 @@
+"""Training on demonstrations: their rows, their loss."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from softpref.errors import DataError, SoftprefError
+from softpref.lm.head import completion_hidden
+from softpref.lm.packing import PackedBatch, pack_sequences
+from softpref.lm.scoring import Ids, TeamScorer, score_sequences
+from softpref.lm.sharding import whole_weights
+from softpref.lm.tokenization import TokenizedSequence, log_findings, row_findings
+from softpref.lm.tokenizing import RowText, tokenize_rows
+from softpref.lm.training import GuardedTrainer
+from softpref.progress import follow
+from softpref.sft.config import SFTConfig
+
+
+class SFTTrainer(GuardedTrainer):
+    """A trainer whose loss is the mean negative log-probability of completion tokens, in nats.
+
+    The mean is over all completion tokens of an optimizer step, however it is cut.
+    """
+
+    args: SFTConfig
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.model_accepts_loss_kwargs = False  # losses are scaled here, over the global batch
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, and how many completion tokens all processes have."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tokens = torch.tensor(float(sum(len(batch["targets"]) for batch in batches)), device=device)
+        return batches, self.accelerator.reduce(tokens, reduction="sum")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        batch = PackedBatch(*(inputs[name] for name in PackedBatch._fields))
+        losses = -completion_hidden(model, batch, plain=self.args.plain_forward).logps()
+        if num_items_in_batch is None:
+            return losses.mean()
+        scale = self.current_gradient_accumulation_steps * self.args.world_size
+        return losses.sum() / num_items_in_batch * scale
+
+    @contextmanager
+    def scoring_team(self) -> Iterator[TeamScorer]:
+        """All processes score sequences under the model for the first, while that one is within."""
+        model = self.accelerator.unwrap_model(self.model)
+
+        def compute(sequences: list[tuple[Ids, Ids]]) -> list[float]:
+            size = self.args.per_device_train_batch_size
+            return score_sequences(model, sequences, batch_size=size, plain=self.args.plain_forward).tolist()
+
+        with whole_weights(model), self.compute_loss_context_manager():
+            team = TeamScorer(compute, self.args.process_index, self.args.world_size)
+            if self.args.process_index:
+                team.help()
+                yield team
+                return
+            try:
+                yield team
+            finally:
+                team.dismiss()
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss of an evaluation batch; no predictions are collected."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+
+class Demonstrations(torch.utils.data.Dataset):
+    """Tokenized demonstrations, and what was counted of them.
+
+    Args:
+        rows: `prompt` and `completion`, text or messages.
+        stop_ids: see `softpref.lm.tokenization.stop_token_ids`.
+        name: what messages call one of them.
+
+    Raises:
+        DataError: names the row and what is wrong with it.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        tokenizer: Any,
+        config: SFTConfig,
+        stop_ids: Sequence[int],
+        name: str,
+    ) -> None:
+        self.rows: list[TokenizedSequence] = []
+        self.counts: Counter[str] = Counter()
+        quiet = bool(config.disable_tqdm) or config.process_index > 0
+
+        def jobs() -> Iterator[tuple[int, RowText]]:
+            for number, row in enumerate(follow(rows, f"tokenizing {name}s", disable=quiet)):
+                yield number, RowText(row["prompt"], [row["completion"]])
+
+        for number, found in tokenize_rows(
+            jobs,
+            tokenizer,
+            config,
+            name=name,
+            count=len(rows),
+            stop_ids=stop_ids,
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=config.max_completion_length,
+        ):
+            if isinstance(found, DataError):
+                raise DataError(f"{name} {number}: {found}") from found
+            if isinstance(found, SoftprefError):
+                raise found
+            self.rows += found
+            self.counts.update(["given", *row_findings(found)])
+        if config.process_index == 0:
+            log_findings(self.counts, f"{name}s")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TokenizedSequence:
+        return self.rows[index]
+
+
+def collate(rows: list[TokenizedSequence]) -> dict[str, Any]:
+    return pack_sequences([(row.prompt, row.completion) for row in rows])._asdict()

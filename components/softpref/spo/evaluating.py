@@ -1,0 +1,133 @@
+"""A trainer of preference rows as far as it reads, evaluates and predicts them. Trains on none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from transformers.trainer_utils import PredictionOutput
+
+from softpref.lm.packing import evaluation_mode
+from softpref.lm.training import GuardedTrainer
+from softpref.spo.config import SPOConfig
+from softpref.spo.objective import Objective, by_row
+from softpref.spo.rounds import RoundRows
+from softpref.spo.rows import PreferenceRows, TrainingRows, check_lengths
+
+AnyRows = TypeVar("AnyRows", bound=TrainingRows)
+
+
+class RowsTrainer(GuardedTrainer):
+    """What `SPOTrainer` does with rows to evaluate, whenever they are handed over.
+
+    Attributes:
+        objective: the losses of a batch.
+        stop_ids: ids that end a completion.
+    """
+
+    args: SPOConfig
+    objective: Objective
+    stop_ids: list[int]
+    _most_completions = 0  # of a row among those that are evaluated
+
+    def rows_for(
+        self, kind: type[AnyRows], given: Any, name: str, model: Any, *, sampled: bool = False
+    ) -> AnyRows:
+        """Rows made of those that were handed over, which the model has positions and embeddings for."""
+        rows = kind(given, self.processing_class, self.args, stop_ids=self.stop_ids, name=name)
+        check_lengths(model, rows.rows, self.args, sampled=sampled)
+        return rows
+
+    def evaluation_sets(self, given: Any, model: Any) -> dict[str, PreferenceRows]:
+        """Sets of evaluation rows by name; `validation` is the name of a single one."""
+        if isinstance(given, dict):
+            return {
+                name: self.rows_for(PreferenceRows, rows, f"{name} row", model)
+                for name, rows in given.items()
+            }
+        if given is None:
+            return {}
+        return {"validation": self.rows_for(PreferenceRows, given, "validation row", model)}
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in the base class; rows may come as they are handed to the constructor."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        return self.get_test_dataloader(eval_dataset)  # which no persistent workers of another set serve
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As in the base class; rows may come as they are handed to the constructor."""
+        return super().get_test_dataloader(self._evaluated_rows(test_dataset))
+
+    def _evaluated_rows(self, given: Any) -> TrainingRows | RoundRows:
+        if isinstance(given, (TrainingRows, RoundRows)):
+            return given
+        return self.rows_for(
+            PreferenceRows, given, "evaluation row", self.accelerator.unwrap_model(self.model)
+        )
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """What the policy makes of rows, which come as they are handed to the constructor.
+
+        Returns:
+            `predictions`: `logps` and `rewards` (the method's own, see the metrics) of each row's completions
+            in their order, `[rows, most]`; not a number beyond a row's last, and for rows that take no part
+            (see `SPOConfig.cut_rows`). `label_ids`: `[rows]`, P(first beats second). `metrics` as `evaluate`
+            has them.
+        """
+        rows = self._evaluated_rows(test_dataset)
+        output: Any = super().predict(rows, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
+        if not isinstance(rows, PreferenceRows) or len(rows) == rows.counts["given"]:
+            return output
+        whole = {
+            name: _spread(one, rows.numbers, rows.counts["given"]) for name, one in output.predictions.items()
+        }
+        labels = _spread(output.label_ids, rows.numbers, rows.counts["given"])
+        return output._replace(predictions=whole, label_ids=labels)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss and metrics of an evaluation batch; unless the loss is all, what `predict` returns of it."""
+        inputs = self._prepare_inputs(inputs)
+        inputs["own_rows"] = self._own_rows(len(inputs["group_sizes"]))
+        with torch.no_grad(), evaluation_mode(model), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        lines = {
+            name: by_row(one, inputs["group_sizes"], self._most_completions) for name, one in outputs.items()
+        }
+        return loss.detach(), lines, inputs["probabilities"]
+
+    def _own_rows(self, count: int) -> int:
+        """How many of a batch's rows, the first ones, are counted nowhere else.
+
+        Where several processes evaluate, their last batches are filled up with rows from the beginning.
+        """
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return count
+        return min(max(state.remainder - count * self.args.process_index, 0), count)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """As in the base class; what it returns and logs has the metrics of `SPOTrainer` too."""
+        rows = getattr(getattr(dataloader, "dataset", None), "rows", ())
+        self._most_completions = max((len(row["completions"]) for row in rows), default=0)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        means = self.objective.means["eval"].take(self.sum_over_processes)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics={**(output.metrics or {}), **named})
+
+
+def _spread(values: np.ndarray, places: Sequence[int], count: int) -> np.ndarray:
+    """Lines at their places among `count`, the others NaN."""
+    whole = np.full((count, *values.shape[1:]), np.nan, dtype=values.dtype)
+    whole[list(places)] = values
+    return whole
