@@ -32,17 +32,23 @@ DATA: dict[str, dict[str, Any]] = {
         "as_messages": True,
         "system_prompt": "Answer briefly.",
         "validation_fraction": 0,
-        "test_fraction": 0.4,
+        "test_fraction": 0.3,
+        "rows": 250,
     },
 }
 TRAIN: dict[str, dict[str, Any]] = {
     "story": {},
     "storyteller": {"per_device_train_batch_size": 16},
-    "real": {"per_device_train_batch_size": 4, "samples_per_refresh": 32, "max_completion_length": 64},
+    "real": {
+        "learning_rate": 0.0002,
+        "per_device_train_batch_size": 2,
+        "samples_per_refresh": 32,
+        "sampling_interval": 32,
+        "max_completion_length": 64,
+    },
 }
 # Short texts alone: a step of training is then some seconds on one core.
 REAL: dict[str, dict[str, Any]] = {
-    "convarg": {"max_characters": 280, "rows": 300},
     "pandalm": {
         "max_characters": 350,
         "min_votes": 1,
@@ -55,6 +61,7 @@ REAL: dict[str, dict[str, Any]] = {
             "votes": ["annotator1", "annotator2", "annotator3"],
         },
     },
+    "convarg": {"max_characters": 280},
 }
 # Of each part: heading, figure of a run, digits.
 COLUMNS: dict[str, list[tuple[str, str, int]]] = {
@@ -150,8 +157,8 @@ def plan(part: str, seed: int, real: Sequence[str] = tuple(REAL)) -> list[Run]:
     if part == "real":
         return [
             Run(World(part, dataset, seed), loss, softness, kl_on)
-            for softness in (0.5, 0.1, 2.0)
             for dataset in real
+            for softness in (0.5, 0.1, 2.0)
             for loss in ("spo 0", "spo 1", "dpo")
             for kl_on in ("samples", "none")
         ]
@@ -189,6 +196,8 @@ def keep(run: Run, options: argparse.Namespace) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     names = "learning_rate", "num_train_epochs", "samples_per_refresh", "sampling_interval"
     asked = {name: recipe[name] for name in names} | recipe["train_overrides"] | TRAIN[run.world.part]
+    if run.loss != "spo 0":  # else the reference's log-probabilities are not asked for
+        asked["reference_cache"] = str(dataset.parent / "reference-logps")
     asked |= parse_overrides(options.train_overrides) | run.options(recipe["beta"])
     started = time.perf_counter()
     folders = {"dataset_dir": str(dataset), "reference_dir": str(reference)}

@@ -24,7 +24,7 @@ from softpref.lm.sampling import Sample
 from softpref.lm.scoring import scoring_batches, sum_by_sequence
 from softpref.lm.tokenization import stop_token_ids, tokenize_row
 
-SAMPLES = 32  # of a real model, on the held-out prompts in turn
+SAMPLES = 24  # of a real model, on the held-out prompts in turn
 LONGEST = 64  # tokens of such a sample
 
 
