@@ -66,30 +66,23 @@ REAL: dict[str, dict[str, Any]] = {
 # Of each part: heading, figure of a run, digits.
 COLUMNS: dict[str, list[tuple[str, str, int]]] = {
     "story": [
-        ("expected reward on set", "expected_reward", 2),
-        ("optimum's", "optimum_expected_reward", 2),
-        ("KL to the reference on set", "kl", 2),
+        ("expected reward on set", "expected_reward", 2), ("optimum's", "optimum_expected_reward", 2),
+        ("KL to the reference on set", "kl", 2), ("most reward at this KL", "most_reward", 2),
         ("KL(optimum‖policy)", "kl_optimum_to_policy", 3),
         ("least mass of a prompt on the set", "least_mass_on_set", 3),
     ],
     "storyteller": [
-        ("expected reward", "expected_reward", 2),
-        ("theory's", "optimum_expected_reward", 2),
-        ("KL to the reference", "kl", 2),
-        ("theory's", "optimum_kl", 2),
-        ("effective share", "effective_sample_size", 2),
+        ("expected reward", "expected_reward", 2), ("theory's", "optimum_expected_reward", 2),
+        ("KL to the reference", "kl", 2), ("theory's", "optimum_kl", 2),
+        ("most reward at this KL", "most_reward", 2), ("effective share", "effective_sample_size", 2),
         ("truncated", "truncated_fraction", 2),
     ],
     "real": [
-        ("accuracy of logp − logp_ref", "implicit", 2),
-        ("accuracy of logp", "absolute", 2),
-        ("saturated", "saturated", 2),
-        ("KL to the reference", "kl", 1),
-        ("log P(end)", "end", 1),
-        ("sampled length", "length", 0),
-        ("truncated", "truncated", 2),
+        ("accuracy of logp − logp_ref", "implicit", 2), ("accuracy of logp", "absolute", 2),
+        ("saturated", "saturated", 2), ("KL to the reference", "kl", 1), ("log P(end)", "end", 1),
+        ("sampled length", "length", 0), ("truncated", "truncated", 2),
     ],
-}
+}  # fmt: skip
 
 
 class World(NamedTuple):
@@ -190,7 +183,8 @@ def keep(run: Run, options: argparse.Namespace) -> None:
     from softpref.spo.config import SPOConfig
     from softpref.spo.stage import run as train
 
-    recipe = read_recipe(run.world.part)
+    file = ROOT / "pipelines" / "recipes" / f"{RECIPES[run.world.part]}.yaml"
+    recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
     dataset, reference = prepare(run.world, recipe, options)
     partial = dataset.parent / f".{run.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -240,11 +234,6 @@ def prepare(world: World, recipe: Mapping[str, Any], options: argparse.Namespace
         config = build_config(SFTConfig, asked)
         reference_stage.run(config, dataset_dir=str(dataset), output_dir=str(reference))
     return dataset, reference
-
-
-def read_recipe(part: str) -> dict[str, Any]:
-    file = ROOT / "pipelines" / "recipes" / f"{RECIPES[part]}.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 def table(part: str, runs: Sequence[Run], output: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from datasets import load_from_disk
 from softpref.evaluation.config import EvaluationConfig
-from softpref.evaluation.exact import exact_figures
+from softpref.evaluation.exact import ExactPrompt, exact_figures
 from softpref.evaluation.figures import enumerated, load_policy, load_reference
 from softpref.evaluation.measure import divergences, draw
 from softpref.evaluation.metrics import PreferenceMetric, prompt_key
@@ -39,7 +40,23 @@ def exactly(policy: Path, reference: Path, dataset: Path) -> dict[str, Any]:
     outcomes = read_outcomes(dataset / "outcomes.jsonl")
     found = enumerated(models, outcomes, prompts, config, metadata, stats, [])
     kl = statistics.fmean(float(np.exp(one.policy) @ (one.policy - one.reference)) for one in found)
-    return {**{name: figure.value for name, figure in exact_figures(found).items()}, "kl": kl}
+    figures = {name: figure.value for name, figure in exact_figures(found).items()}
+    return {**figures, "kl": kl, "most_reward": float(np.interp(kl, *frontier(found)))}
+
+
+def frontier(prompts: Sequence[ExactPrompt]) -> tuple[list[float], list[float]]:
+    """The most expected reward that policies on the set can have at each KL to the reference: KLs, rewards.
+
+    It is reached by π_ref · exp(reward / τ) with one τ for all prompts.
+    """
+    kls, rewards = [], []
+    for sharpness in (0.0, *np.geomspace(0.05, 30.0, 100)):
+        tilted = [one.reference + sharpness * one.rewards for one in prompts]
+        logps = [values - np.logaddexp.reduce(values) for values in tilted]
+        pairs = list(zip(logps, prompts, strict=True))
+        kls.append(statistics.fmean(float(np.exp(logp) @ (logp - one.reference)) for logp, one in pairs))
+        rewards.append(statistics.fmean(float(np.exp(logp) @ one.rewards) for logp, one in pairs))
+    return kls, rewards
 
 
 def beside_theory(policy: Path, reference: Path, dataset: Path) -> dict[str, Any]:
@@ -47,7 +64,10 @@ def beside_theory(policy: Path, reference: Path, dataset: Path) -> dict[str, Any
     config = EvaluationConfig(samples_per_prompt=32, max_prompts=32, exact_prompts=32, theory_samples=192)
     folders = {"dataset_dir": str(dataset), "reference_dir": str(reference), "policy_dir": str(policy)}
     found = evaluate(config, **folders, output_dir=str(policy / "evaluation"))
-    return {name: figure["value"] for name, figure in (found["metrics"] | found["theory"]).items()}
+    figures = {name: figure["value"] for name, figure in (found["metrics"] | found["theory"]).items()}
+    kls, rewards = zip(*found["reward_frontier"], strict=True)
+    reached = figures["kl"] <= kls[-1]  # beyond, too few samples of the reference tell
+    return {**figures, "most_reward": float(np.interp(figures["kl"], kls, rewards)) if reached else None}
 
 
 def on_preferences(policy: Path, reference: Path, dataset: Path) -> dict[str, Any]:

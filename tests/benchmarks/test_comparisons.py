@@ -4,12 +4,15 @@ import argparse
 import json
 import sys
 
+import numpy as np
 import pytest
 from softpref.config import build_config
+from softpref.evaluation.exact import ExactPrompt
 from softpref.spo.config import SPOConfig
 
 from tests.benchmarks import comparisons
 from tests.benchmarks.comparisons import COLUMNS, Run, World, plan, result_file, table
+from tests.benchmarks.measures import frontier
 
 
 def planted(run, output, **figures):
@@ -29,7 +32,7 @@ def test_seeds_of_a_model_are_one_line_with_their_range(tmp_path):
     first, _, head, rule, line = lines("story", runs, tmp_path)
     assert first == "2 of 3 runs."
     assert head.count("|") == rule.count("|") == line.count("|") == 6 + len(COLUMNS["story"])
-    assert line == "| pairwise | spo, anchor 0 | 0.5 | samples | 1 | 1.50 to 1.75 | – | 0.25 | – | – |"
+    assert line == "| pairwise | spo, anchor 0 | 0.5 | samples | 1 | 1.50 to 1.75 | – | 0.25 | – | – | – |"
 
 
 def test_real_models_stand_below_their_reference_with_intervals(tmp_path):
@@ -79,3 +82,13 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "story.md").read_text()
     assert text.startswith(f"{len(made) + 1} of {len(made) + 1} runs.")
     assert text in capsys.readouterr().out
+
+
+def test_no_policy_has_more_reward_at_its_kl_than_the_frontier():
+    reference, rewards = np.log(np.array([0.7, 0.2, 0.1])), np.array([0.0, 1.0, 2.0])
+    kls, most = frontier([ExactPrompt(rewards, reference, reference, reference, 1.0)])
+    assert (kls[0], most[0]) == pytest.approx((0.0, 0.4))
+    assert (kls[-1], most[-1]) == pytest.approx((np.log(10), 2.0))  # the best one alone
+    for policy in np.random.default_rng(0).dirichlet(np.ones(3), 200):
+        kl = float(policy @ (np.log(policy) - reference))
+        assert policy @ rewards <= np.interp(kl, kls, most) + 1e-3
