@@ -17,7 +17,7 @@ def test_every_file_beside_the_code_is_installed_with_it():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     installed = {file for pattern in patterns["softpref"] for file in package.glob(pattern)}
     there = {file for file in package.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
-    assert there == installed
+    assert there <= installed  # and what lies behind links: recipes and cluster profiles
 
 
 def test_a_page_that_lacks_something_is_not_written():

@@ -14,9 +14,10 @@ import torch
 from datasets import load_from_disk
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.exact import ExactPrompt, exact_figures
-from softpref.evaluation.figures import enumerated, load_policy, load_reference
 from softpref.evaluation.measure import divergences, draw
 from softpref.evaluation.metrics import PreferenceMetric, prompt_key
+from softpref.evaluation.models import load_policy, load_reference
+from softpref.evaluation.optima import enumerated
 from softpref.evaluation.stage import run as evaluate
 from softpref.judges import read_outcomes
 from softpref.lm.head import completion_hidden
