@@ -143,7 +143,8 @@ class Course:
             model = trainer.whole_model()
             if first:
                 self.timer.enter("tracking")
-                tracker.flush(timeout=10)  # the run's id is part of what is saved
+                # the run's id is part of what is saved; a file answers in the end, busy as the machine may be
+                tracker.flush(timeout=60 if tracker.tracking_uri.startswith("sqlite:") else 10)
                 self.timer.enter("saving")
             yield Trained(metrics, model if first else None, tracker.run_id)
             if first:
