@@ -149,9 +149,10 @@ def _pipeline(command: str, *arguments: str) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from softpref.evaluation.compare import format_table, outcome_lines, run
-    from softpref.evaluation.stage import REPORT_FILE
+    from softpref.evaluation.compare import outcome_lines, run
+    from softpref.evaluation.tables import format_table
     from softpref.fitness import Limits
+    from softpref.records import REPORT_FILE
 
     comparison = run(
         options.evaluations,
@@ -162,7 +163,7 @@ def _compare(options: argparse.Namespace) -> int:
         required=False,
     )
     report = f"report:   {Path(options.output, REPORT_FILE)}"
-    print("\n".join([format_table(comparison["members"]), "", *outcome_lines(comparison), report]))
+    print("\n".join([format_table(comparison.members), "", *outcome_lines(comparison), report]))
     return 0
 
 

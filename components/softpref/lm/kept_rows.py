@@ -138,7 +138,8 @@ def kept_rows(
     folder = Path(model_dir) / ROWS_FOLDER
     if not folder.exists():
         level, text = logging.INFO, f"tokenizing the rows here, for {model_dir} holds none"
-        splits, scored = [], False
+        splits: list[str] = []
+        scored = False
     else:
         splits, scoring, fault = _usable(folder, dataset_dir, _identity(model_dir, tokenizer, stop_ids))
         level = logging.WARNING if fault else logging.INFO

@@ -28,7 +28,7 @@ _COLUMNS = {
 def write_rows(folder: Path, rows: Iterable[Sequence[TokenizedSequence]]) -> None:
     """Write rows, each the sequences of one prompt, into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    columns = {name: array(kind) for name, kind in _COLUMNS.items()}
+    columns: dict[str, array] = {name: array(kind) for name, kind in _COLUMNS.items()}
     parts = 0
     for row in rows:
         first = row[0]
