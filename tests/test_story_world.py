@@ -9,6 +9,7 @@ from softpref.config import build_config
 from softpref.data.config import DataConfig
 from softpref.evaluation.config import EvaluationConfig
 from softpref.fitness import ailments
+from softpref.records import Evaluation
 from softpref.sft.config import SFTConfig
 from softpref.spo.config import SPOConfig
 
@@ -111,8 +112,7 @@ def test_without_the_regulariser_probability_leaks_off_the_set(exact_figures):
 def test_no_softness_is_taken_for_a_breakage_and_what_leaked_is(world, exact_figures):
     def found(alpha, beta):
         exact_figures(alpha, beta)
-        file = world / f"{alpha}-{beta}-dataset-evaluation" / "evaluation.json"
-        return ailments(json.loads(file.read_text(encoding="utf-8")))
+        return ailments(Evaluation.read(world / f"{alpha}-{beta}-dataset-evaluation"))
 
     assert [found(alpha, RECIPE["beta"]) for alpha in (0.5, 1.0, 2.0)] == [[], [], []]
     assert any("on the known set" in ailment for ailment in found(1.0, 0.0))

@@ -77,7 +77,8 @@ def test_the_summary_of_a_run_has_a_line_for_every_model(tmp_path, capsys):
         weight = 0.5 if "extrapolated" in place else 0.0
         evaluation = {"name": name, "method": "spo", "alpha": 1.0, "beta": 0.1, "metrics": {}, "exact": None}
         evaluation |= {"rounds": 1, "train_on": "preferences", "extrapolation": weight}
-        evaluation |= {"model_uri": f"models/{name}", "warnings": ["few prompts"]}
+        evaluation |= {"model_uri": f"models/{name}", "warnings": ["few prompts"], "evaluation_id": "abc"}
+        evaluation |= {"judge": {"name": "expert"}, "run_id": None, "softmax_frontier": None, "by_prompt": {}}
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
         (folder / "report.html").touch()
     local._summarise(tmp_path, "sqlite:///store.db")

@@ -37,7 +37,12 @@ def test_it_holds_every_module_recipe_and_profile_and_nothing_else(wheel):
         for folder in ("recipes", "clusters")
         for path in (REPOSITORY / "pipelines" / folder).glob("*.yaml")
     }
-    assert names == modules | data | {"softpref/py.typed"}
+    pages = {
+        str(path.relative_to(package))
+        for path in (package / "softpref/pages").iterdir()
+        if path.suffix in (".html", ".css")
+    }
+    assert names == modules | data | pages | {"softpref/py.typed"}
     recipe = zipfile.ZipFile(wheel).read("softpref/pipelines/recipes/own.yaml")
     assert recipe == (REPOSITORY / "pipelines/recipes/own.yaml").read_bytes()
 
