@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import load_from_disk
 from safetensors.torch import load_file
-from softpref.errors import ConfigError, DataError
+from softpref.errors import DataError
 from softpref.lm import kept_rows as module
 from softpref.lm import tokenizing
 from softpref.lm.kept_rows import keep_rows, kept_rows
@@ -436,11 +436,35 @@ def test_what_cannot_be_scored_is_left_to_the_trainings(scored, copies):
     assert all(one.reference_logp == 0 and len(one.completion) <= 2 for one in known)
 
 
-def test_log_probabilities_without_rows_are_refused(tmp_path):
-    from softpref.sft.config import SFTConfig
+def test_a_row_that_the_model_has_no_positions_for_costs_the_others_nothing(copies, make_model):
+    dataset, reference = copies
+    tokenizer = load_tokenizer(str(reference))
+    model = make_model(tokenizer)
+    model.config.max_position_embeddings = 6
+    asked = []
 
-    with pytest.raises(ConfigError, match="keep_reference_logps needs keep_rows"):
-        SFTConfig(str(tmp_path), base_model="owner/name", keep_rows=False, keep_reference_logps=True)
+    def score(sequences):
+        asked.extend(sequences)
+        return [0.0] * len(sequences)
+
+    args = SPOConfig(output_dir=str(reference), use_cpu=True, bf16=False, disable_tqdm=True)
+    keep_rows(dataset, reference, model, args, score)
+    lengths = [len(one.prompt) + len(one.completion) for row in logps_kept(dataset, reference) for one in row]
+    assert max(lengths) > 6
+    assert {len(prompt) + len(completion) <= 6 for prompt, completion in asked} == {True}
+    assert all(
+        (one.reference_logp == 0) == (len(one.prompt) + len(one.completion) <= 6)
+        for row in logps_kept(dataset, reference)
+        for one in row
+    )
+
+
+def test_a_reference_that_is_loaded_as_another_model_is_computed_anew(command, scored, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    made = {"model_init_kwargs": {"rms_norm_eps": 0.5}, "anchor": 1.0}
+    assert command("policy", scored[0], "--reference", scored[1], **QUICK, **made) == 0
+    assert "taking the rows' tokens" in caplog.text
+    assert "the reference's log-probabilities" not in caplog.text
 
 
 @pytest.mark.parametrize("processes", [1, 2])

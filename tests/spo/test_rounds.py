@@ -328,6 +328,19 @@ def test_a_checkpoint_holds_what_the_data_do_not(rounds, tmp_path):
         assert trainer.rounds.rows == trainer.train_dataset.rows
 
 
+def test_a_drawn_row_takes_no_log_probabilities_of_the_given_one_from_a_checkpoint(rounds, tmp_path):
+    trainer, _ = rounds(method="dpo", round_reference="initial", trains=False)
+    for row in trainer.rounds._given:  # as rows of a reference that kept them bring them
+        row["ref_logps"] = [-1.0] * len(row["completions"])
+    trainer.rounds.begin(1)
+    assert not any("ref_logps" in row for row in trainer.rounds.rows)
+    drawn = trainer.rounds.rows
+    trainer.rounds.save(tmp_path)
+    trainer.rounds.forget()
+    trainer.rounds.load(tmp_path)
+    assert trainer.rounds.rows == drawn
+
+
 def test_a_checkpoint_of_another_kind_of_run_is_refused(rounds, make_rows, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 4, "beta": 0.0}
     rounds(rounds=1, train_on="samples", num_train_epochs=4, **options)

@@ -152,7 +152,7 @@ def _write_report(output: Path, comparison: Comparison, samples: Mapping[str, li
         warnings=gathered_warnings(members),
         titles=[column.title for column in shown],
         rows=[(member, softness(member), [column.of(member) for column in shown]) for member in members],
-        confidence=members[0].settings["confidence"],
+        confidence=members[0].settings.get("confidence", 0.95),
         judge=members[0].judge,
         exact=all_exact(members),
         frontier=frontier(members, comparison.chosen, output / FRONTIER_FILE),

@@ -98,7 +98,7 @@ def keep_rows(
         stop_ids = stop_token_ids(tokenizer, model)
         for split in splits:
             rows = _tokenized(preferences[split], split, tokenizer, stop_ids, args)
-            write_rows(folder / split, _scored(rows, score, args) if score else rows)
+            write_rows(folder / split, _scored(rows, score, model, args) if score else rows)
         description = {
             **_identity(model_dir, tokenizer, stop_ids),
             "scored": _scoring(model_dir, computing_precision(args, model)) if score else None,
@@ -190,15 +190,26 @@ def _tokenized(
 
 
 def _scored(
-    rows: Iterator[list[TokenizedSequence]], score: Scorer, args: Any
+    rows: Iterator[list[TokenizedSequence]], score: Scorer, model: Any, args: Any
 ) -> Iterator[list[TokenizedSequence]]:
-    """The same rows with the log-probabilities of completions that are not longer than `args` has them."""
+    """The same rows with log-probabilities, where lengths and ids suit `args` and the model.
+
+    What does not is for the trainings to refuse, which may cut it shorter.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    size = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+
+    def suits(one: TokenizedSequence) -> bool:
+        lengths = len(one.prompt), len(one.completion)
+        return (
+            lengths[0] <= args.max_prompt_length
+            and lengths[1] <= args.max_completion_length
+            and sum(lengths) <= positions
+            and max(max(one.prompt, default=0), max(one.completion, default=0)) < size
+        )
+
     while part := list(islice(rows, _SCORED_AT_ONCE)):
-        fits = [
-            len(one.prompt) <= args.max_prompt_length and len(one.completion) <= args.max_completion_length
-            for row in part
-            for one in row
-        ]
+        fits = [suits(one) for row in part for one in row]
         sequences = [(one.prompt, one.completion) for row in part for one in row]
         logps = iter(score(list(compress(sequences, fits))))
         known = iter([next(logps) if fit else math.nan for fit in fits])

@@ -68,10 +68,9 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
     profile = read_profile(options.cluster)
     if not profile.kfp_ui and (ui := options.ui_host or options.endpoint):
         profile = dataclasses.replace(profile, kfp_ui=ui_address(ui))
-    if given.get("gpus") == "0":
-        given["gpus"] = ""  # KFP would write a limit of 0 into the pod
-    if profile.fixed_gpus is not None and given.pop("gpus") not in (None, str(profile.fixed_gpus or "")):
-        raise ConfigError(f"the cluster profile {options.cluster} gives every run {profile.fixed_gpus} GPUs")
+    fixed = profile.fixed_gpus
+    if fixed is not None and given.pop("gpus") not in (None, str(fixed), str(fixed or "")):
+        raise ConfigError(f"the cluster profile {options.cluster} gives every run {fixed} GPUs")
     shape = {name: parameter.annotation for name, parameter in inputs(pipeline).items()}
     for name, value in profile.parameters.items():
         if name in shape:
@@ -83,6 +82,8 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
         )
     form = graph.pipeline(pipeline.name, profile)
     parameters = pipeline_parameters(form, options.recipe, given)
+    if parameters.get("gpus") == "0":
+        parameters["gpus"] = ""  # KFP would write a limit of 0 into the pod
     for name in ("source", "base_model"):
         if parameters[name] not in ("", *EMBEDDED):
             _refuse_local(name, parameters[name])

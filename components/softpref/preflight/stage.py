@@ -153,7 +153,7 @@ def further_sources(data_overrides: str | Mapping[str, Any] | None) -> list[Furt
 
 
 def code_version() -> str:
-    """What this installation computes with: the package's version and a hash of its code and main packages.
+    """What this installation computes with: the package's version and a hash of its stages and main packages.
 
     Part of the key of KFP's cache, so that an image built anew under an old tag is not taken for the old one.
     """
@@ -161,7 +161,8 @@ def code_version() -> str:
 
     digest = hashlib.sha256()
     folder = Path(softpref.__file__).parent
-    for file in sorted(folder.rglob("*.py")):
+    files = [*folder.rglob("*.py"), *(folder / "pages").iterdir()]
+    for file in sorted(file for file in files if file.is_file() and file.parent != folder / "pipelines"):
         digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
     for package in _DECIDE:
         digest.update(f"{package} {importlib.metadata.version(package)}\0".encode())

@@ -31,9 +31,9 @@ class SFTConfig(TrainingArguments):
             thousands of rows, else one for each CPU, four at most (each takes some 100 MB).
         keep_rows: whether the dataset's preferences are kept in tokens beside the model (`rows/`), so that
             the trainings that start from it need not tokenize them each. The folder then holds the data.
-        keep_reference_logps: whether the model's log-probabilities of those preferences are kept with them,
-            so that trainings whose loss is relative to the reference (`spo` with an `anchor`, `dpo` and most
-            others) need not compute them each.
+        keep_reference_logps: whether the model's log-probabilities of the kept rows are kept with them. Then
+            trainings whose loss is relative to the reference (`spo` with an `anchor`, `dpo` and most others)
+            need not compute them each.
         plain_forward: pad every demonstration and compute full logits: the same numbers up to rounding,
             slower and larger, for a model whose fast path you doubt.
         gpus: GPUs the job asked for; training refuses to start with fewer. 0 asks for none.
@@ -71,10 +71,6 @@ class SFTConfig(TrainingArguments):
                 "SFTConfig needs base_model (a checkpoint folder, a .gguf file, a URL of one, "
                 'models:/NAME@ALIAS or a Hub id), or a model_config with at least "model_type" to train from '
                 "nothing"
-            )
-        if self.keep_reference_logps and not self.keep_rows:
-            raise ConfigError(
-                "SFTConfig.keep_reference_logps needs keep_rows: log-probabilities are kept with their rows"
             )
         check_training_arguments(self)
         check_num_proc(self)

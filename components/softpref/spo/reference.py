@@ -90,7 +90,8 @@ def model_fingerprint(model: Any) -> str:
 def scorer_fingerprint(model: Any, args: SPOConfig) -> str:
     """SHA-256 of a reference and of the precision in which `args` have it computed."""
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    return hashlib.sha256(f"{model_fingerprint(model)} in {precision}".encode()).hexdigest()
+    made = f" with {sorted(args.init_kwargs.items())}" if args.init_kwargs else ""
+    return hashlib.sha256(f"{model_fingerprint(model)} in {precision}{made}".encode()).hexdigest()
 
 
 def set_reference_logps(rows: Sequence[dict[str, Any]], score: Scorer) -> None:

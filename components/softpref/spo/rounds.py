@@ -101,7 +101,13 @@ class RoundRows(Dataset):
             {name: value for name, value in row.items() if value != given.get(name)}
             for row, given in zip(self.rows, self._given, strict=True)
         ]
-        state = {"round": self.number, "left_out": self.left_out, "rows": rows}
+        lacks = [
+            [
+                name for name in given if name not in row
+            ]  # a drawn row has no log-probabilities of the given one
+            for row, given in zip(self.rows, self._given, strict=True)
+        ]
+        state = {"round": self.number, "left_out": self.left_out, "rows": rows, "lacks": lacks}
         (Path(folder) / _FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: str | Path) -> None:
@@ -123,7 +129,11 @@ class RoundRows(Dataset):
                 f"{len(self)}; resume with the data that it was saved with"
             )
         self.number, self.left_out = state["round"], state.get("left_out", 0.0)
-        self.rows = [{**given, **row} for given, row in zip(self._given, state["rows"], strict=True)]
+        lacks = state.get("lacks") or [[]] * len(self)
+        self.rows = [
+            {**{name: value for name, value in given.items() if name not in lacking}, **row}
+            for given, row, lacking in zip(self._given, state["rows"], lacks, strict=True)
+        ]
 
     def _drawn(self, number: int) -> list[dict[str, Any]]:
         count = 1 if self._judge is None else self._args.completions_per_prompt

@@ -146,12 +146,15 @@ def run(
     )
     tokenizer = load_tokenizer(reference_dir, trust_remote_code=config.trust_remote_code)
     model = loaded(reference_dir, config)
+    other_model = config.init_kwargs.keys() - {"dtype", "attn_implementation"}  # such as a quantized one
     kept = kept_rows(
         dataset_dir,
         reference_dir,
         tokenizer,
         stop_token_ids(tokenizer, model),
-        precision=computing_precision(config, model) if config.takes_reference_logps else "",
+        precision=""
+        if not config.takes_reference_logps or other_model
+        else computing_precision(config, model),
         quiet=config.process_index > 0,
     )
     splits = {"train": training_rows, "validation": preferences.get("validation")}
