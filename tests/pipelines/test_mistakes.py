@@ -34,6 +34,8 @@ MISTAKES = [
     (["sweep", "--baselines", "ppo:0.1"], "write METHOD:BETA, such as dpo:0.1; did you mean "),
     (["sweep", "--source", "owner/pairs"], "data_overrides has votes and story_kind: settings"),
     (["sweep", "--source", "owner/pairs"], "take those of the recipe own (--recipe own"),
+    (["sweep", "--precompute-ref-log-probs", "true"], """--train-overrides '{"reference_cache": "…"}'"""),
+    (["sweep", "--use_weighting", "true"], """--train-overrides '{"weight_exponent": "…"}'"""),
     (["compile", "swep"], "did you mean 'sweep'?"),
     (["compare", "a", "--outptu", "o"], "--output"),
 ]

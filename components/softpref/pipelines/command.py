@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from softpref import __version__
-from softpref.config import closest, parse_overrides
+from softpref.config import closest, convert, parse_overrides
 from softpref.data.config import EMBEDDED
 from softpref.errors import ConfigError, SoftprefError
 from softpref.options import CONFIGURATIONS, HIDDEN, instead, read_options
@@ -274,7 +274,8 @@ def _unknown(arguments: list[str], known: Collection[str]) -> str:
                 parameters += PLANNED.get(name, [])
             if not parameters and name in stages[one] and name not in HIDDEN:
                 overrides = next(key for key in TABLE if key.endswith("_overrides") and TABLE[key].key(one))
-                found.append(f"--{_dashed(overrides)} {shlex.quote(json.dumps({name: value}))}")
+                given = {name: _fitting(value, stages[one][name])}
+                found.append(f"--{_dashed(overrides)} {shlex.quote(json.dumps(given, ensure_ascii=False))}")
             found += [f"--{_dashed(other)}" for other in parameters if other in known]
         return list(dict.fromkeys(found))
 
@@ -282,6 +283,15 @@ def _unknown(arguments: list[str], known: Collection[str]) -> str:
     inherited = {other.name for other in options} - own
     exact = f"; write {' or '.join(found)}" if (found := written(name)) else ""
     return f"{option} is unknown{instead(name, exact, own, inherited, written)}"
+
+
+def _fitting(value: Any, option: Any) -> Any:
+    """The value, or a mark of something to fill in where yes or no is no answer to this option."""
+    try:
+        convert("", {option.name: value}, {option.name: option.hint})
+    except ConfigError:
+        return "…" if isinstance(value, bool) else value
+    return value
 
 
 def _argument_type(name: str, annotation: Any) -> Any:
