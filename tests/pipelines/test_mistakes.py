@@ -57,6 +57,13 @@ def test_a_mistake_is_answered_with_what_to_write(arguments, says, capsys, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_warning_of_the_parameters_is_said_once(capsys, caplog, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = ["--source", "owner/pairs", "--base-model", "owner/name", "--output", "own.yaml"]
+    assert main(["compile", "sweep", "--recipe", "own", "--anchor", "0", *own]) == 0
+    assert (caplog.text + capsys.readouterr().err).count("anchor is 0, the method as published") == 1
+
+
 def test_gpus_that_this_machine_lacks_are_refused_at_once(capsys, monkeypatch):
     monkeypatch.setattr("softpref.pipelines.local.os.path.exists", lambda path: not path.startswith("/dev/"))
     monkeypatch.setattr("sys.platform", "linux")

@@ -54,9 +54,9 @@ def main(pipeline: Any, arguments: list[str], name: str = "") -> int:
         parameters = pipeline_parameters(pipeline, options.recipe, given)
         if options.runner == "local":
             require_gpus(parameters["gpus"])
-        check(parameters)  # before anything is imported that takes seconds
+        members = check(parameters)  # before anything is imported that takes seconds
         with task_server(parameters) if options.runner == "local" else contextlib.nullcontext() as tasks:
-            print(_planned(pipeline, options, plan(parameters)))
+            print(_planned(pipeline, options, plan(parameters, checked=members)))
             return run_here(pipeline, parameters, options, tasks)
     except SoftprefError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -88,8 +88,8 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
         if parameters[name] not in ("", *EMBEDDED):
             _refuse_local(name, parameters[name])
     checked = _filled(parameters) if options.command == "compile" else parameters
-    check(checked, here=False)  # before anything is imported that takes seconds
-    members = plan(checked, here=False)
+    members = check(checked, here=False)  # before anything is imported that takes seconds
+    plan(checked, here=False, checked=members)
     for further in further_sources(parameters["data_overrides"]):
         _refuse_local(further.name, further.place)
     if options.command == "compile":

@@ -169,7 +169,9 @@ def code_version() -> str:
     return f"{softpref.__version__}+{digest.hexdigest()[:12]}"
 
 
-def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
+def plan(
+    parameters: Mapping[str, Any], *, here: bool = True, checked: list[Member] | None = None
+) -> list[Member]:
     """Build every stage's configuration, so that a wrong parameter fails here, and list the models to train.
 
     Args:
@@ -179,6 +181,7 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
             or `sppo:1,train_on=samples,rounds=3`, options being those of `SPOConfig`, and `name`.
 
         here: whether the stages will see the files that this process sees.
+        checked: what `check` returned for them, where it was called before: its warnings are said once.
 
     Raises:
         ConfigError: the first wrong parameter, with what would be right.
@@ -186,7 +189,7 @@ def plan(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     from softpref.sft.config import SFTConfig
     from softpref.spo.config import SPOConfig
 
-    members = check(parameters, here=here)
+    members = check(parameters, here=here) if checked is None else checked
     stages = _by_stage(parameters)
     _build(SFTConfig, stages["sft"])
     for member in members:
