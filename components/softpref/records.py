@@ -20,7 +20,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from softpref.errors import ConfigError, DataError
 
@@ -31,6 +31,24 @@ EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl",
 COMPARISON_FILE, FRONTIER_FILE, CHOSEN_FOLDER = "comparison.json", "frontier.png", "chosen"
 REGISTRATION_FILE = "registration.json"
 PARAMETERS_FILE, TIMINGS_FILE = "parameters.yaml", "timings.json"
+
+
+Message = dict[str, str]
+"""A message of a conversation: `role` and `content`."""
+Text = str | list[Message]
+"""A prompt or a completion: plain text, or a conversation."""
+
+
+class PreferenceRow(TypedDict):
+    """A row of the dataset: completions best first, the probability of a pair with a soft label."""
+
+    prompt: Text
+    completions: list[Text]
+    kind: str
+    probability: float | None
+    source_row: NotRequired[int]
+    weight: NotRequired[float | None]
+    source: NotRequired[str]
 
 
 class Figure(NamedTuple):

@@ -503,9 +503,9 @@ def test_thumbs_up_are_paired_with_thumbs_down_of_the_same_prompt():
         read_candidate({"prompt": "q", "completion": text, "label": label}, layout, config)
         for text, label in labels.items()
     ]
-    pairs = pair_thumbs(read_ones, config)
+    pairs = pair_thumbs(read_ones)
     assert [row.completions for row in pairs] == [["a", "b"], ["a", "c"], ["a", "d"]]
     with pytest.raises(LeftOut, match="one label only: 0 true and 3 false"):
-        pair_thumbs(read_ones[1:], config)
+        pair_thumbs(read_ones[1:])
     with pytest.raises(Refused, match="neither true nor false"):
         read_candidate({"prompt": "q", "completion": "a", "label": "good"}, layout, config)

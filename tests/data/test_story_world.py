@@ -12,8 +12,9 @@ from scipy.stats import chisquare
 from softpref.config import build_config
 from softpref.data.config import DataConfig
 from softpref.data.stage import run
-from softpref.data.story_world import STORIES, Outcomes, StoryWorld
+from softpref.data.story_world import STORIES, StoryWorld
 from softpref.errors import ConfigError
+from softpref.judges import Outcomes
 
 REWARDS = np.array([1.2, -0.4, 0.3, 0.0, -1.0])
 WEIGHTS = np.array([0.1, 0.4, 0.2, 0.05, 0.25])
@@ -22,7 +23,8 @@ WEIGHTS = np.array([0.1, 0.4, 0.2, 0.05, 0.25])
 class FiveStories(StoryWorld):
     """A world of one prompt and five stories, called 0 to 4."""
 
-    prompts = ("tell\n",)
+    def __init__(self):
+        self.prompts = ["tell\n"]
 
     def outcomes(self, prompt):
         return Outcomes([str(story) for story in range(5)], REWARDS, WEIGHTS)

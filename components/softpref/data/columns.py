@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeGuard
 
 from softpref.config import closest
 from softpref.errors import ConfigError
 
 Form = Literal["pair", "candidates", "list", "single"]
 Names = tuple[str, ...]
+Column = str | list[str]  # or path; several where a role takes them
 
 # What a row of each form must have, and the ways to say which completion is better.
 _NEEDED: dict[Form, Names] = {
@@ -70,6 +71,16 @@ _AMBIGUOUS = {
 }
 
 
+_READ_AS = {  # what a reader should know of a role
+    "verdicts": "each judged pair of completions is a row of its own, its probability the share of wins",
+    "label": "completions with label true are paired with those of the same prompt with label false",
+    "system": "a system text becomes a conversation's system message, or a paragraph before a plain prompt",
+    "weight": "weights are kept in the dataset's column weight",
+    "input": "where there is an input, the prompt is the instruction, a line break and the input",
+    "strength": "a strength of -3 means that the first is much better, 3 that the second is",
+}
+
+
 class Layout(NamedTuple):
     """The roles of a source's columns.
 
@@ -83,7 +94,7 @@ class Layout(NamedTuple):
 
     form: Form
     label: Names
-    columns: dict[str, Any]
+    columns: dict[str, Column]
     guessed: bool = False
     implicit: bool = False
     unused: tuple[str, ...] = ()
@@ -91,7 +102,7 @@ class Layout(NamedTuple):
 
 
 def settle_layout(
-    columns: Mapping[str, Any],
+    columns: Mapping[str, object],
     known: Sequence[str],
     template: Sequence[str] = (),
     *,
@@ -111,7 +122,7 @@ def settle_layout(
     Raises:
         ConfigError: roles that do not go together, absent columns, or names that can mean two things.
     """
-    given = dict(columns) or _guess(known, bool(template), scaled)
+    given: dict[str, object] = {**(columns or _guess(known, bool(template), scaled))}
     taken = {root(column) for column in _flat(given.values())}
     free = [name for name in known if root(name) not in {*taken, *template}]
     for role in _FOUND:
@@ -126,58 +137,44 @@ def settle_layout(
         raise ConfigError("rows with one completion each are grouped by prompt: name a prompt column")
     named = {name for option in _KNOWN_AS.values() for names in option for name in names} | ROLES
     alone = layout.form == "pair" and not set(unused) - named
-    return layout._replace(
-        implicit=implicit or alone, unused=unused, notes=_notes(layout, columns, bool(template))
-    )
+    return layout._replace(implicit=implicit or alone, unused=unused, notes=_notes(layout, columns))
 
 
-def _notes(layout: Layout, asked: Mapping[str, Any], has_template: bool) -> tuple[str, ...]:
+def _notes(layout: Layout, asked: Mapping[str, object]) -> tuple[str, ...]:
     notes = []
-    recognised = {
-        role: column
+    recognised = [
+        f"{role} ← {column}"
         for role, column in layout.columns.items()
         if role not in asked and (column != role or asked or role in ("input", "system", "weight"))
-    }
+    ]
     if recognised:
-        told = ", ".join(f"{role} ← {column}" for role, column in recognised.items())
-        notes.append(f"recognised by the columns' names: {told}")
+        notes.append(f"recognised by the columns' names: {', '.join(recognised)}")
     if layout.form == "list" and not layout.label:
-        notes.append(
-            "nothing says which completion of a list is better: each list is assumed to stand best first"
-        )
-    if layout.form == "list" and layout.label == ("verdicts",):
-        notes.append("each judged pair of completions is a row of its own, its probability the share of wins")
-    if layout.label == ("label",):
-        notes.append("completions with label true are paired with those of the same prompt with label false")
-    if "system" in layout.columns:
-        notes.append(
-            "a system text is the system message of a conversation, and stands before a plain prompt with an "
-            "empty line between"
-        )
-    if "weight" in layout.columns:
-        notes.append("weights are kept as the dataset's column weight")
-    if "input" in layout.columns:
-        notes.append("where there is an input, the prompt is the instruction, a line break and the input")
-    if layout.label == ("strength",):
-        notes.append("a strength of -3 is read as the first being much better, 3 as the second being so")
-    return tuple(notes)
+        notes.append("nothing says which completion is better: each list is assumed to stand best first")
+    return *notes, *(note for role, note in _READ_AS.items() if role in layout.columns)
 
 
-def check_roles(columns: Mapping[str, Any], has_template: bool, guessed: bool = False) -> Layout:
-    """Check that a column mapping describes one kind of preference row.
+def check_roles(columns: Mapping[str, object], has_template: bool, guessed: bool = False) -> Layout:
+    """Check that a column mapping describes one kind of preference row; the layout that it gives.
 
     Raises:
         ConfigError: an unknown role (the closest is named), roles that do not go together, or missing ones.
     """
-    columns = {role: column for role, column in columns.items() if column is not None or role not in _FOUND}
+    checked: dict[str, Column] = {}
     for role, column in columns.items():
+        if column is None and role in _FOUND:
+            continue
         if role not in ROLES:
             raise ConfigError(f"columns has no role {role!r}{closest(role, ROLES)}")
-        names = column if isinstance(column, list) and role in _SEVERAL_COLUMNS else [column]
-        if not names or not all(isinstance(name, str) and name for name in names):
-            kind = "a column name or a list of them" if role in _SEVERAL_COLUMNS else "one column name"
+        several = role in _SEVERAL_COLUMNS
+        if (isinstance(column, str) and column) or (
+            several and isinstance(column, list) and column and all(n and isinstance(n, str) for n in column)
+        ):
+            checked[role] = column
+        else:
+            kind = "a column name or a list of them" if several else "one column name"
             raise ConfigError(f"columns[{role!r}] must be {kind}, got {column!r}")
-    given = set(columns)
+    given = set(checked)
     if has_template and "prompt" in given:
         raise ConfigError("give either a prompt column or prompt_template, not both")
     if has_template and "input" in given:
@@ -187,7 +184,7 @@ def check_roles(columns: Mapping[str, Any], has_template: bool, guessed: bool = 
         found = " and ".join("/".join(_NEEDED[form]) for form in forms) or "none of them"
         raise ConfigError(
             "columns must name chosen/rejected, or completion_a/completion_b, or completions, or completion; "
-            f"got {found} in {dict(columns)}"
+            f"got {found} in {checked}"
         )
     form = forms[0]
     for role in _NEEDED[form]:
@@ -200,7 +197,7 @@ def check_roles(columns: Mapping[str, Any], has_template: bool, guessed: bool = 
         rest -= {"votes_equal"}
     for label in _LABELS[form]:
         if rest == set(label):
-            return Layout(form, label, columns, guessed)
+            return Layout(form, label, checked, guessed)
     choices = ", or ".join(" and ".join(label) if label else "nothing" for label in _LABELS[form])
     raise ConfigError(
         f"{'/'.join(_NEEDED[form])} go with exactly one of: {choices}; "
@@ -208,15 +205,15 @@ def check_roles(columns: Mapping[str, Any], has_template: bool, guessed: bool = 
     )
 
 
-def _guess(known: Sequence[str], has_template: bool, scaled: bool) -> dict[str, Any]:
+def _guess(known: Sequence[str], has_template: bool, scaled: bool) -> dict[str, Column]:
     """Roles of columns that bear a role's own name (TRL's names among them) or one that is well known."""
     for form, needed in _NEEDED.items():
-        completions: Sequence[Any] | None = _find(needed, known)
+        completions: Sequence[Column] | None = _find(needed, known)
         if form == "list" and completions is None and (numbered := _numbered(known)):
             completions = [numbered]
         if completions is None:
             continue
-        roles: dict[str, Any] = dict(zip(needed, completions, strict=True))
+        roles: dict[str, Column] = dict(zip(needed, completions, strict=True))
         for label in _LABELS[form]:
             if form == "pair" and label in _SCALED and not scaled:
                 continue
@@ -267,7 +264,7 @@ def _numbered(known: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: int(re.sub(r"\D", "", name)))
 
 
-def _refuse_ambiguous(known: Sequence[str], roles: Mapping[str, Any]) -> None:
+def _refuse_ambiguous(known: Sequence[str], roles: Mapping[str, Column]) -> None:
     """Refuse a list with a column whose name has two meanings, and numbered columns that nothing orders."""
     for name, meanings in _AMBIGUOUS.items():
         if name in known:
@@ -285,7 +282,7 @@ def _refuse_ambiguous(known: Sequence[str], roles: Mapping[str, Any]) -> None:
 # Paths into nested columns
 
 
-def paths_of(record: Mapping[str, Any]) -> Iterator[str]:
+def paths_of(record: Mapping[str, object]) -> Iterator[str]:
     """A record's columns, and the paths to what lies in them: `meta.score`, and `answers[].text` of a list.
 
     Messages are values, not nests.
@@ -298,7 +295,7 @@ def paths_of(record: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{name}{mark}.{path}"
 
 
-def is_message(value: Any) -> bool:
+def is_message(value: object) -> TypeGuard[Mapping[str, object]]:
     """Whether a value is a message of a conversation, as `role` and `content` or as `from` and `value`."""
     return isinstance(value, Mapping) and (
         {"role", "content"} <= set(value) or {"from", "value"} <= set(value)
@@ -310,30 +307,27 @@ def root(path: str) -> str:
     return re.split(r"\.|\[\]", path, maxsplit=1)[0]
 
 
-def value_at(record: Mapping[str, Any], path: str) -> Any:
+def value_at(record: Mapping[str, object], path: Column) -> object:
     """What lies at a path: of `answers[].text` the list of texts; None where something on the way is missing.
 
-    Text on the way that holds JSON is decoded.
+    JSON text on the way is decoded. Of several paths, the list of what lies there.
     """
+    if isinstance(path, list):
+        return [value_at(record, one) for one in path]
     if path in record:
         return record[path]
-    value: Any = record
-    steps = path.split(".")
-    for place, step in enumerate(steps):
-        name = step.removesuffix("[]")
+    name, _, rest = path.partition(".")
+    value = record.get(name.removesuffix("[]"))
+    if rest or name.endswith("[]"):
         value = _decoded(value)
-        value = value.get(name) if isinstance(value, Mapping) else None
-        if name != step and isinstance(value := _decoded(value), list):
-            rest = ".".join(steps[place + 1 :])
-            return (
-                [value_at(item, rest) if isinstance(item, Mapping) else None for item in value]
-                if rest
-                else value
-            )
-    return value
+    if not rest:
+        return value
+    if name.endswith("[]") and isinstance(value, list):
+        return [value_at(item, rest) if isinstance(item, Mapping) else None for item in value]
+    return value_at(value, rest) if isinstance(value, Mapping) else None
 
 
-def _decoded(value: Any) -> Any:
+def _decoded(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
@@ -342,18 +336,18 @@ def _decoded(value: Any) -> Any:
         return None
 
 
-def _flat(columns: Iterable[Any]) -> list[str]:
+def _flat(columns: Iterable[object]) -> list[str]:
     lists = [column if isinstance(column, list) else [column] for column in columns]
     return [name for names in lists for name in names if isinstance(name, str)]
 
 
-def check_present(wanted: Iterable[tuple[str, Any]], known: Iterable[str], source: str) -> None:
+def check_present(wanted: Iterable[tuple[str, Column]], known: Iterable[str], source: str) -> None:
     """Refuse a mapping to columns that the source does not have.
 
     Args:
-        wanted: what asks for the column, and its name (or a list of names).
-        known: the columns of the source and paths into them, as far as its first rows show.
-        source: how to call the source in the message.
+        wanted: what asks for a column or several, and their names.
+        known: the columns of the source and paths into them, as its first rows show.
+        source: what messages call the source.
 
     Raises:
         ConfigError: names the absent column, the closest present one, and all present ones.

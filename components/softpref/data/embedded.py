@@ -10,7 +10,7 @@ from typing import Any
 from softpref.data import storyteller
 from softpref.data.config import STORY_ROWS, STORY_SFT_ROWS, DataConfig
 from softpref.data.sources import SourceRow
-from softpref.data.story_world import StoryWorld
+from softpref.data.story_world import StoryWorld, World
 from softpref.records import OUTCOMES_FILE, REWARD_FILE
 
 
@@ -47,7 +47,7 @@ def write_known_answers(config: DataConfig, folder: Path) -> None:
         storyteller.REWARD.write(folder / REWARD_FILE)
 
 
-def _world(config: DataConfig) -> StoryWorld | storyteller.Storyteller:
+def _world(config: DataConfig) -> World:
     return StoryWorld() if config.source == "story" else storyteller.Storyteller()
 
 

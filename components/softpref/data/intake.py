@@ -350,7 +350,7 @@ class Intake:
                         places.append((number, place))
                     try:
                         if layout.label == ("label",):
-                            made = pair_thumbs(candidates, config)
+                            made = pair_thumbs(candidates)
                         else:
                             made = [rank_candidates(candidates, config)]
                         for row in made:

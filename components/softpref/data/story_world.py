@@ -11,30 +11,23 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
-# Where a hero is at home (an option of the second slot); experts like to see it there.
-_HOME = {
-    "crow": 0,
-    "goat": 0,
-    "eagle": 0,
-    "otter": 1,
-    "heron": 1,
-    "beaver": 1,
-    "owl": 2,
-    "bear": 2,
-    "wolf": 2,
-    "seal": 3,
-    "crab": 3,
-    "fox": 4,
-    "mouse": 4,
-    "rabbit": 4,
-    "cat": 5,
-    "dog": 5,
-}
+from softpref.judges import Outcomes
+
+# Heroes by where they are at home, an option of the second slot each; experts like to see them there.
+_HEROES = (
+    ("crow", "goat", "eagle"),
+    ("otter", "heron", "beaver"),
+    ("owl", "bear", "wolf"),
+    ("seal", "crab"),
+    ("fox", "mouse", "rabbit"),
+    ("cat", "dog"),
+)
+_HOME = {hero: place for place, heroes in enumerate(_HEROES) for hero in heroes}
 _SLOTS: tuple[tuple[str, ...], ...] = (
     ("One morning", "At dusk", "On a rainy day", "In deep winter", "Long ago", "Under a full moon"),
     (
@@ -99,22 +92,86 @@ _HOME_BONUS = 0.5
 _SECRET_AT_NIGHT = 0.6
 
 
-class Outcomes(NamedTuple):
-    """Every story of one prompt.
+class World(ABC):
+    """Draws of preferences and demonstrations whose expert reward is known.
 
     Attributes:
-        completions: the texts, `N` of them.
-        rewards: `[N]`, the expert's reward in nats: P(a beats b) = σ(r_a − r_b).
-        weights: `[N]`, the probability that one candidate of a pair, or a demonstration, is this story.
+        prompts: each is drawn equally often.
     """
 
-    completions: list[str]
-    rewards: np.ndarray
-    weights: np.ndarray
+    prompts: list[str]
+
+    @abstractmethod
+    def story(self, prompt: str, random: np.random.Generator) -> str:
+        """Draw a completion as writers write."""
+
+    @abstractmethod
+    def _candidates(
+        self, prompt: str, count: int, random: np.random.Generator
+    ) -> tuple[list[str], np.ndarray]:
+        """Draw distinct completions, one after another as writers write, with their rewards in nats."""
+
+    def _pair(self, prompt: str, random: np.random.Generator) -> tuple[list[str], np.ndarray]:
+        return self._candidates(prompt, 2, random)
+
+    def preferences(self, rows: int, seed: int, votes: int = 1) -> Iterator[dict[str, object]]:
+        """Draw pairs of distinct completions, judged by experts under Bradley-Terry.
+
+        Args:
+            rows: how many pairs.
+            votes: experts per pair; 1 gives hard labels, more give vote shares, 0 gives the exact
+                `probability` that the first wins in place of votes.
+        """
+        random = np.random.default_rng(seed)
+        for _ in range(rows):
+            prompt = self._prompt(random)
+            (a, b), rewards = self._pair(prompt, random)
+            row = {"prompt": prompt, "completion_a": a, "completion_b": b}
+            probability = 1.0 / (1.0 + np.exp(-(rewards[0] - rewards[1])))
+            if votes:
+                votes_a = int(random.binomial(votes, probability))
+                yield {**row, "votes_a": votes_a, "votes_b": votes - votes_a}
+            else:
+                yield {**row, "probability": float(probability)}
+
+    def rankings(
+        self, rows: int, seed: int, size: int, *, only_best: bool = False
+    ) -> Iterator[dict[str, object]]:
+        """Draw sets of distinct completions, ordered by one expert: `prompt` and `completions`, best first.
+
+        The expert orders them by Plackett-Luce: the first is a completion with probability in proportion to
+        exp(reward), the next likewise among the rest. For two completions, this is Bradley-Terry.
+
+        Args:
+            rows: how many sets.
+            size: completions per set.
+            only_best: give the expert's favourite alone; the others follow as they were drawn, and `best`
+                is 0.
+        """
+        random = np.random.default_rng(seed)
+        for _ in range(rows):
+            prompt = self._prompt(random)
+            completions, rewards = self._candidates(prompt, size, random)
+            # rewards with Gumbel noise, sorted, are in Plackett-Luce order
+            order = np.argsort(-(rewards + random.gumbel(size=size))).tolist()
+            if only_best:
+                order = [order[0], *(place for place in range(size) if place != order[0])]
+            row = {"prompt": prompt, "completions": [completions[place] for place in order]}
+            yield {**row, "best": 0} if only_best else row
+
+    def demonstrations(self, rows: int, seed: int) -> Iterator[dict[str, object]]:
+        """Draw completions as writers write them, as SFT data: `prompt` and `completion`."""
+        random = np.random.default_rng(seed)
+        for _ in range(rows):
+            prompt = self._prompt(random)
+            yield {"prompt": prompt, "completion": self.story(prompt, random)}
+
+    def _prompt(self, random: np.random.Generator) -> str:
+        return self.prompts[random.integers(len(self.prompts))]
 
 
-class StoryWorld:
-    """Prompts, their stories, and draws of preferences and demonstrations."""
+class StoryWorld(World):
+    """Prompts, one for each hero and trait, and their stories."""
 
     def __init__(self) -> None:
         self._subjects = {
@@ -122,11 +179,7 @@ class StoryWorld:
             for hero, trait in itertools.product(_HOME, _TASTE)
         }
         self._outcomes: dict[str, Outcomes] = {}
-
-    @property
-    def prompts(self) -> list[str]:
-        """All prompts, one for each hero and trait."""
-        return list(self._subjects)
+        self.prompts = list(self._subjects)
 
     def outcomes(self, prompt: str) -> Outcomes:
         """Every story of `prompt` with its reward and the probability of being drawn."""
@@ -142,70 +195,23 @@ class StoryWorld:
             )
         return self._outcomes[prompt]
 
-    def preferences(self, rows: int, seed: int, votes: int = 1) -> Iterator[dict]:
-        """Draw pairs of stories, judged by experts.
+    def story(self, prompt: str, random: np.random.Generator) -> str:
+        completions, _, weights = self.outcomes(prompt)
+        return completions[random.choice(len(weights), p=weights)]
 
-        A pair is two distinct stories, each drawn as writers write, for a prompt drawn uniformly.
+    def _candidates(
+        self, prompt: str, count: int, random: np.random.Generator
+    ) -> tuple[list[str], np.ndarray]:
+        completions, rewards, weights = self.outcomes(prompt)
+        drawn = random.choice(len(weights), count, replace=False, p=weights)
+        return [completions[story] for story in drawn], rewards[drawn]
 
-        Args:
-            rows: how many pairs.
-            votes: experts per pair; 1 gives hard labels, more give vote shares, 0 gives the exact
-                Bradley-Terry probability as `probability` in place of votes.
-        """
-        random = np.random.default_rng(seed)
-        for _ in range(rows):
-            prompt = self.prompts[random.integers(len(self.prompts))]
-            completions, rewards, weights = self.outcomes(prompt)
-            a = b = random.choice(len(weights), p=weights)
-            while a == b:
-                b = random.choice(len(weights), p=weights)
-            row = {"prompt": prompt, "completion_a": completions[a], "completion_b": completions[b]}
-            yield {**row, **judgement(rewards[a] - rewards[b], votes, random)}
-
-    def rankings(self, rows: int, seed: int, size: int, *, only_best: bool = False) -> Iterator[dict]:
-        """Draw sets of stories, ordered by one expert: `prompt` and `completions`, best first.
-
-        A set is `size` distinct stories, drawn one after another as writers write, for a prompt drawn
-        uniformly. The expert orders them by Plackett-Luce: the first is a story with probability in
-        proportion to exp(reward), the next likewise among the rest. Of two stories, this is Bradley-Terry.
-
-        Args:
-            rows: how many sets.
-            size: stories per set, at most `STORIES`.
-            only_best: tell the expert's first alone; the others follow as they were drawn, and `best` is 0.
-        """
-        random = np.random.default_rng(seed)
-        for _ in range(rows):
-            prompt = self.prompts[random.integers(len(self.prompts))]
-            completions, rewards, weights = self.outcomes(prompt)
-            drawn = random.choice(len(weights), size, replace=False, p=weights)
-            # rewards with Gumbel noise, sorted, are in Plackett-Luce order
-            ranked = drawn[np.argsort(-(rewards[drawn] + random.gumbel(size=size)))]
-            if only_best:
-                ranked = np.concatenate([ranked[:1], drawn[drawn != ranked[0]]])
-            row = {"prompt": prompt, "completions": [completions[story] for story in ranked]}
-            yield {**row, "best": 0} if only_best else row
-
-    def demonstrations(self, rows: int, seed: int) -> Iterator[dict]:
-        """Draw stories as writers write them, as SFT data: `prompt` and `completion`."""
-        random = np.random.default_rng(seed)
-        for _ in range(rows):
-            prompt = self.prompts[random.integers(len(self.prompts))]
-            completions, _, weights = self.outcomes(prompt)
-            yield {"prompt": prompt, "completion": completions[random.choice(len(weights), p=weights)]}
-
-
-def judgement(margin: float, votes: int, random: np.random.Generator) -> dict[str, int | float]:
-    """What experts say of a pair of which the first is worth `margin` nats more, under Bradley-Terry.
-
-    Args:
-        votes: how many are asked; 0 gives the exact `probability` that the first wins in place of votes.
-    """
-    probability = 1.0 / (1.0 + np.exp(-margin))
-    if not votes:
-        return {"probability": float(probability)}
-    votes_a = int(random.binomial(votes, probability))
-    return {"votes_a": votes_a, "votes_b": votes - votes_a}
+    def _pair(self, prompt: str, random: np.random.Generator) -> tuple[list[str], np.ndarray]:
+        completions, rewards, weights = self.outcomes(prompt)
+        a = b = random.choice(len(weights), p=weights)
+        while a == b:
+            b = random.choice(len(weights), p=weights)
+        return [completions[a], completions[b]], rewards[[a, b]]
 
 
 def _story(hero: str, choice: tuple[int, ...]) -> str:

@@ -10,15 +10,13 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
-from softpref.data.columns import is_message, value_at
+from softpref.data.columns import Column, is_message, value_at
 from softpref.data.config import DataConfig
 from softpref.lm import implicit
 from softpref.lm.implicit import is_transcript
-
-Message = dict[str, str]
-Text = str | list[Message]  # plain text, or a conversation
+from softpref.records import Message, Text
 
 _ROLES = ("system", "user", "assistant")
 _ROLES_AS = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
@@ -38,28 +36,30 @@ class LeftOut(Refused):
     """A sound row that the configuration asked to leave out."""
 
 
-def read_field(record: Mapping[str, Any], column: str) -> Any:
+def read_field(record: Mapping[str, object], column: Column) -> object:
+    """The value of a column, or those of several."""
+    if isinstance(column, list):
+        return [read_field(record, one) for one in column]
     value = value_at(record, column)
     if value is None:
         raise Refused("field is missing", repr(column))
     return value
 
 
-def read_list(record: Mapping[str, Any], role: str, columns: str | list[str]) -> list[Any]:
-    if isinstance(columns, list):
-        return [read_field(record, column) for column in columns]
-    value = read_field(record, columns)
-    if isinstance(value, str):  # a list inside a CSV cell
+def read_list(record: Mapping[str, object], role: str, column: Column) -> list[Any]:
+    """The list that a column holds, perhaps as JSON text in a CSV cell, or the values of several columns."""
+    value = read_field(record, column)
+    if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise Refused(f"{role} is not a list", f"{columns!r} is the text {short(value)}") from None
+            raise Refused(f"{role} is not a list", f"{column!r} is the text {short(value)}") from None
     if not isinstance(value, list):
-        raise Refused(f"{role} is not a list", f"{columns!r} is {describe(value)}")
+        raise Refused(f"{role} is not a list", f"{column!r} is {describe(value)}")
     return value
 
 
-def read_text(value: Any, noun: str, where: str, config: DataConfig) -> Text:
+def read_text(value: object, noun: str, where: str, config: DataConfig) -> Text:
     """`value` when it is text or messages. Other types are refused, because `str(True)` is no answer."""
     value, _ = normalised(value, reads_transcripts(config))
     if isinstance(value, list):
@@ -73,7 +73,7 @@ def reads_transcripts(config: DataConfig) -> bool:
     return config.transcripts == "messages" and not config.implicit_prompt_end
 
 
-def normalised(value: Any, transcripts: bool) -> tuple[Any, str]:
+def normalised(value: object, transcripts: bool) -> tuple[object, str]:
     """A value in one of the forms of public data as text or `role` and `content`; and the form, or ''."""
     form = ""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
@@ -109,7 +109,7 @@ def normalised(value: Any, transcripts: bool) -> tuple[Any, str]:
     return value, form
 
 
-def is_list_of_texts(value: Any) -> bool:
+def is_list_of_texts(value: object) -> TypeGuard[list[object]]:
     """Whether a value is several completions, not the messages of one."""
     return isinstance(value, list) and not any(isinstance(item, Mapping) for item in value)
 
@@ -124,7 +124,7 @@ def check_text(value: str, noun: str, where: str) -> str:
     return value
 
 
-def _messages(value: list[Any], noun: str, where: str) -> list[Message]:
+def _messages(value: Sequence[object], noun: str, where: str) -> list[Message]:
     if not value:
         raise Refused(f"{noun} is empty", f"{where} has no messages")
     messages: list[Message] = []
@@ -147,7 +147,7 @@ def _messages(value: list[Any], noun: str, where: str) -> list[Message]:
     return messages
 
 
-def read_number(value: Any, role: str) -> float:
+def read_number(value: object, role: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise Refused(f"{role} is not a number", describe(value))
     try:
@@ -159,7 +159,7 @@ def read_number(value: Any, role: str) -> float:
     return number
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     if isinstance(value, str):
         return f"the text {short(value)}"
     kind = "boolean" if isinstance(value, bool) else "number" if isinstance(value, (int, float)) else None
@@ -168,7 +168,7 @@ def describe(value: Any) -> str:
     return "missing" if value is None else f"a {type(value).__name__}"
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     text = ascii(value) if not isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
