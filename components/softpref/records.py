@@ -51,6 +51,104 @@ class PreferenceRow(TypedDict):
     source: NotRequired[str]
 
 
+class ColumnMapping(TypedDict):
+    """How the columns of a source are read."""
+
+    form: str
+    columns: dict[str, str | list[str]]
+    guessed: bool
+    unused: list[str]
+    notes: list[str]
+    prompt_template: str | None
+
+
+class MixtureCounts(TypedDict):
+    """Rows that a source had for a mixture, gave, and kept; `binding` where it had none left to give."""
+
+    usable: int
+    rows: int
+    not_sampled: int
+    binding: bool
+
+
+class MixedSource(MixtureCounts):
+    """What became of the rows of one source of a mixture."""
+
+    name: str
+    source: str
+    share: float
+    rows_read: int
+    rejected: dict[str, int]
+    left_out: dict[str, int]
+    mapping: ColumnMapping
+
+
+class DatasetStats(TypedDict, total=False):
+    """What a dataset holds and what became of its source's rows: `stats.json`.
+
+    Counts are by split (`rows`, `prompts`, `sft`, `extra_prompts`), by reason (`rejected`, `left_out`), by
+    kind of row or label, or by number of completions.
+    """
+
+    stage: str
+    code_version: str
+    source: str
+    config: dict[str, Any]
+    mapping: ColumnMapping
+    conversational: bool
+    rows_read: int
+    duplicates: int
+    contradictions: dict[str, int]
+    rejected: dict[str, int]
+    left_out: dict[str, int]
+    not_sampled: int
+    rows: dict[str, int]
+    prompts: dict[str, int]
+    kinds: dict[str, int]
+    completions_per_row: dict[str, int]
+    labels: dict[str, int]
+    confidence: dict[str, list[float]]
+    characters: dict[str, dict[str, Any]]
+    dataset_hash: str
+    test_hash: str
+    mixture: list[MixedSource]
+    sft: dict[str, Any]
+    extra_prompts: dict[str, Any]
+    taken_over: str
+
+
+class ModelMetadata(TypedDict, total=False):
+    """What later stages read of a model folder: `softpref.json`. Options are named as in training.
+
+    Attributes:
+        row_counts: what was counted of the rows of each split.
+        saturated: share of saturated margins at the end of training.
+    """
+
+    name: str
+    stage: str
+    base_model: str
+    run_id: str | None
+    dataset_hash: str
+    code_version: str
+    method: str
+    alpha: float
+    anchor: float
+    beta: float
+    kl_beta: float
+    kl_on: str
+    rounds: int
+    train_on: str
+    preference_kind: str
+    extrapolation: float
+    adapter: bool
+    cut_rows: str
+    row_counts: dict[str, dict[str, int]]
+    saturated: float | None
+    max_prompt_length: int | None
+    max_completion_length: int
+
+
 class Figure(NamedTuple):
     """One measured value.
 
@@ -174,12 +272,10 @@ class Evaluation:
             raise DataError(
                 f"{where} lacks {', '.join(missing)}; was it written by this version's evaluation?"
             )
-        known: dict[str, Any] = {one.name: values[one.name] for one in fields(cls) if one.name in values}
+        known = {one.name: values[one.name] for one in fields(cls) if one.name in values}
         judge = known["judge"]
         accuracy = judge.get("accuracy")
-        known["judge"] = JudgedBy(
-            judge["name"], judge.get("description", ""), Figure.of(accuracy) if accuracy else None
-        )
+        known["judge"] = JudgedBy(**{**judge, "accuracy": Figure.of(accuracy) if accuracy else None})
         for group in ("metrics", "exact", "theory"):
             known[group] = figures_of(known.get(group))
         return cls(**known)
@@ -197,7 +293,7 @@ class Evaluation:
     def write(self, folder: Path) -> None:
         _write(folder / EVALUATION_FILE, self.as_dict())
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """As JSON has it."""
         return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
 
@@ -313,28 +409,32 @@ def read_samples(folder: str | Path, most: int) -> list[PromptRecord]:
     ]
 
 
-def read_stats(folder: str | Path) -> dict[str, Any]:
+def read_stats(folder: str | Path) -> DatasetStats:
     """What `stats.json` says of a dataset; empty where it is absent."""
-    path = Path(folder) / STATS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    stats: DatasetStats = _read_if_there(Path(folder) / STATS_FILE)
+    return stats
 
 
-def save_metadata(folder: str | Path, values: dict[str, Any]) -> None:
+def save_metadata(folder: str | Path, values: Mapping[str, object]) -> None:
     """Write what later stages need to know of a model folder (`softpref.json`)."""
     (Path(folder) / METADATA_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def load_metadata(folder: str | Path) -> dict[str, Any]:
+def load_metadata(folder: str | Path) -> ModelMetadata:
     """Read `softpref.json` of a model folder; empty for a model that softpref did not write."""
-    path = Path(folder) / METADATA_FILE
+    metadata: ModelMetadata = _read_if_there(Path(folder) / METADATA_FILE)
+    return metadata
+
+
+def _read_if_there(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Named tuples as dictionaries; a sample without KL has none."""
     if isinstance(value, DrawnText):
         return {name: part for name, part in value._asdict().items() if name != "kl" or part is not None}
-    if hasattr(value, "_asdict"):
+    if isinstance(value, (Figure, JudgedBy, PromptRecord)):
         return _plain(value._asdict())
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}
@@ -345,11 +445,12 @@ def _read(path: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; give {what}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
+    return values
 
 
-def _write(path: Path, values: Mapping[str, Any]) -> None:
+def _write(path: Path, values: Mapping[str, object]) -> None:
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")

@@ -466,7 +466,7 @@ def test_rows_that_this_stage_wrote_keep_their_labels_when_they_are_mixed(here, 
         ({"b.jsonl": [0.3]}, "needs its share"),
         (
             {"b.jsonl": 0.5, "c.jsonl": 0.5},
-            "add up to 1; their sum must stay below 1, for source has the rest",
+            "add up to 1; their sum must stay below 1, since source has the rest",
         ),
         ({"a.jsonl": 0.5}, "a.jsonl and a.jsonl are one source; give each once"),
         ({"./a.jsonl": 0.5}, "./a.jsonl and a.jsonl are one source"),

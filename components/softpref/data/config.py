@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -10,7 +11,7 @@ import re
 import string
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from softpref.config import build_config, closest, shown
 from softpref.data.columns import check_roles
@@ -33,8 +34,8 @@ _OF_A_ROW = (
     *("labels", "ties", "min_votes", "max_source_rows"),
 )
 _STORY = (
-    "mixture: story and storyteller cannot be mixed, for what is known of an embedded source holds for its "
-    "own rows alone; write it with `softpref data` first, and give that folder with one of its splits"
+    "mixture: story and storyteller cannot be mixed, since their known rewards hold only for their own rows; "
+    "write the source with `softpref data` first, and give that folder with one of its splits"
 )
 _OPTIONS = {"share", "source", *_OF_A_PLACE, *_OF_A_ROW}
 
@@ -44,122 +45,115 @@ class DataConfig:
     """Parameters of the data stage.
 
     Args:
-        source (`str`, defaults to `"story"`): `"story"` (the embedded story world, which can be enumerated),
-            `"storyteller"` (embedded too: natural language, with a known reward), a local file, a folder of
-            files, a saved `datasets` folder, the URL of one of them (`s3://`, `gs://`, `abfs://`, `https://`,
-            `hf://`, any that fsspec knows; credentials from the environment), or a Hugging Face Hub dataset
-            id such as `"owner/name"`. The splits of a dataset folder of this stage are taken over as they
-            are, unless `split` asks for one of them.
-        mixture (`dict`, defaults to `{}`): further sources and their shares of the dataset, above 0 and in
-            sum below 1; `source` has the rest: `{"b.parquet": 0.3}`, or `{"b.parquet": {"share": 0.3,
-            "columns": {"chosen": "better", "rejected": "worse"}}}`. The dataset is the largest seeded sample
-            with these shares, each exact up to one row, or has `rows` rows with them. Each further source has
-            `format`, `subset`, `split` and `revision` of its own; how its rows are read (`columns` to
-            `system_prompt`, `list_kind` to `min_votes`, `max_source_rows`) is as given here, unless it has
-            that of its own, too. With `source` among its options its key is a mere name, so that two splits
-            of one source can be mixed. Splits go by prompt across all sources, and so do duplicates, of which
-            the first source keeps its own, and contradictions. Beside rows with weights those of a source
-            without any weigh 1. Not for embedded sources.
-        subset (`str`, *optional*): configuration name of a Hub dataset, or of a folder whose dataset card
-            (`README.md`) names several.
-        split (`str`, *optional*): which split to read of a Hub dataset, a saved `DatasetDict`, or a folder
-            that its dataset card or its files' names divide as one of the Hub (`train-….parquet`,
-            `test/….jsonl`); `"train"` or the only one when not given.
-        revision (`str`, *optional*): branch, tag or commit of a Hub dataset.
-        format (`str`, defaults to `"auto"`): `"jsonl"`, `"json"` (one array), `"csv"`, `"tsv"` or
-            `"parquet"`; `"auto"` goes by the file's suffix (also under `.gz`), or where it tells nothing by
-            the first bytes (not CSV).
-        columns (`dict`, defaults to `{}`): our role to the source's column, for example `{"chosen":
-            "better"}`. Roles: `prompt`; `chosen`, `rejected` (one, or a list of which none is the best),
-            alone or with `probability` (that chosen beats rejected), `score_chosen` and `score_rejected`, or
-            `margin` (how much better); `completion_a`, `completion_b` with `votes_a`, `votes_b` and perhaps
-            `votes_equal`, or `votes` (a list of columns, one vote each), or `probability` (that A beats B),
-            or `preference` (a label), or `strength` (-3 where A is much better, to 3 where B is), or
-            `score_a` and `score_b`, or `margin` (of A over B); `completions` with `scores` (higher is
-            better), `ranks` (lower is better), `order` (indices from 0, the best one's first), `best` (index
-            of the best, from 0), `verdicts` (a matrix of how often i won over j, or labels for the pairs (1,
-            2), (1, 3), … (2, 3), …; each judged pair becomes a row), `probability` (of a pair) and `kind` as
-            this stage writes them, or with none when already best first;
-            `completion` with `score` or `rank`, or with `label` (true or false; a prompt's true ones are
-            paired with its false ones), one candidate per row, grouped by prompt. With each `input` (put
-            behind the prompt, on a line of its own, where there is one) and `system` (the system message of a
-            conversation; before a plain prompt, with an empty line between), and with all but `completion`
-            `weight` (at least 0, kept as a column of the dataset). `completions`, `scores`, `ranks`,
+        source: `"story"` (the embedded story world, which can be enumerated), `"storyteller"` (embedded too:
+            natural language, with a known reward), a local file, a folder of files, a saved `datasets`
+            folder, the URL of one of them (`s3://`, `gs://`, `abfs://`, `https://`, `hf://`, any that fsspec
+            knows; credentials from the environment), or a Hugging Face Hub dataset id such as `"owner/name"`.
+            The splits of a dataset folder of this stage are taken over as they are, unless `split` asks for
+            one of them.
+        mixture: further sources and their shares of the dataset, above 0 and in sum below 1; `source` has the
+            rest: `{"b.parquet": 0.3}`, or `{"b.parquet": {"share": 0.3, "columns": {"chosen": "better",
+            "rejected": "worse"}}}`. The dataset is the largest seeded sample with these shares, each exact to
+            one row, or has `rows` rows with them. Each further source has its own `format`, `subset`, `split`
+            and `revision`; how its rows are read (`columns` to `system_prompt`, `list_kind` to `min_votes`,
+            `max_source_rows`) is as given here, unless it has its own. With `source` among its options its
+            key is only a name, so that two splits of one source can be mixed. Splits go by prompt across all
+            sources, and so do contradictions and duplicates, of which the first source keeps its own. Where
+            some rows have weights, rows of a source without any weigh 1. Not for embedded sources.
+        subset: configuration name of a Hub dataset, or of a folder whose dataset card (`README.md`) names
+            several.
+        split: which split to read of a Hub dataset, a saved `DatasetDict`, or a folder that its dataset card
+            or its files' names divide as on the Hub (`train-….parquet`, `test/….jsonl`); by default `"train"`
+            or the only one.
+        revision: branch, tag or commit of a Hub dataset.
+        format: `"jsonl"`, `"json"` (one array), `"csv"`, `"tsv"` or `"parquet"`; `"auto"` goes by the file's
+            suffix (also under `.gz`), or without a known one by the first bytes (not CSV).
+        columns: from role to column of the source, such as `{"chosen": "better"}`. Roles: `prompt`; `chosen`,
+            `rejected` (one, or a list of which none is the best), alone or with `probability` (that chosen
+            beats rejected), `score_chosen` and `score_rejected`, or `margin` (how much better);
+            `completion_a`, `completion_b` with `votes_a`, `votes_b` and perhaps `votes_equal`, or `votes` (a
+            list of columns, one vote each), or `probability` (that A beats B), or `preference` (a label), or
+            `strength` (-3 where A is much better, to 3 where B is), or `score_a` and `score_b`, or `margin`
+            (of A over B); `completions` with `scores` (higher is better), `ranks` (lower is better), `order`
+            (indices from 0, the best one's first), `best` (index of the best, from 0), `verdicts` (a matrix
+            of how often i won over j, or labels for the pairs (1, 2), (1, 3), … (2, 3), …; each judged pair
+            becomes a row), `probability` (of a pair) and `kind` as this stage writes them, or alone when
+            already best first; `completion` with `score` or `rank`, or with `label` (true or false; a
+            prompt's true ones are paired with its false ones), one candidate per row, grouped by prompt. Any
+            of them goes with `input` (appended to the prompt on a line of its own) and `system` (a
+            conversation's system message, or a paragraph before a plain prompt), and all but `completion`
+            with `weight` (at least 0, kept as a column of the dataset). `completions`, `scores`, `ranks`,
             `verdicts` and `votes` take one list column or a list of columns. A path such as `answers[].text`
-            or `meta.score` reaches into nested columns. Empty: columns that bear a role's name or a
-            well-known one are used, and log, page and `stats.json` say which. Prompt, system and weight
-            columns are found by their names in either case; `{"prompt": null}` forbids it.
-        preference_values (`dict`, defaults to `{}`): what the labels of `preference`, `votes` or
-            a list of `verdicts` mean: value to `"a"`, `"b"` or `"tie"`. Empty: `a`, `b`, `tie`, also 1, 2 and
-            `model_a`, `model_b`; and for `votes` 0 is a tie.
-        score_scale (`float`, *optional*): makes probabilities of scores of both sides, margins and strengths:
-            P(first beats second) = σ(score_scale · difference); 1 when not given, so that a strength of 1,
-            2, 3 is a probability of 0.73, 0.88, 0.95. Scores and margins that the source has beside `chosen`
-            and `rejected` are used when this is given or `columns` names them.
-        prompt_template (`str`, defaults to `""`): builds the prompt from `{column}` fields instead of a
-            prompt column. In it and in `implicit_prompt_end`, `\\n`, `\\t` and `\\\\` stand for a line break,
-            a tab and a backslash, for neither a shell nor a form takes the first two.
-        implicit_prompt (`bool`, defaults to `False`): for plain texts without a prompt column, take the
-            words that all completions of a row begin with as the prompt. Without it that is done only where a
-            source has `chosen` and `rejected` alone, TRL's implicit format, and other rows are refused.
-        implicit_prompt_end (`str`, defaults to `""`): with plain texts without a prompt column, the prompt
-            ends behind the last common occurrence of this text (for example `"\\n\\nAnswer:"`); empty cuts at
-            the last word boundary that all completions share.
-        transcripts (`str`, defaults to `"messages"`): texts that begin with `Human:` and have turns
-            `\\n\\nHuman:` and `\\n\\nAssistant:` become messages; `"text"` keeps them as text, whose prompt
-            ends behind the last `\\n\\nAssistant:` that they share.
-        as_messages (`bool`, defaults to `False`): turn plain prompts and completions into user and assistant
-            messages, for models with a chat template.
-        system_prompt (`str`, defaults to `""`): put in front of conversational prompts that have none.
-        list_kind (`str`, defaults to `"ranking"`): `"ranking"` trusts the whole order of a list,
-            `"best_of_n"` only its best.
-        group_size (`int`, defaults to `4`): the most completions in a ranking made from one-candidate rows;
-            the stories of a row of the story world when `story_kind` is not `"pairwise"`.
-        labels (`str`, defaults to `"soft"`): `"soft"` keeps the share of votes as a probability (a single
-            vote is a hard label), `"hard"` keeps the winner alone.
-        ties (`str`, defaults to `"half"`): `"half"` counts a tie as half a vote for each (and refuses
-            rankings of three or more with equal scores); `"drop"` ignores tied votes, leaves out rows that
-            stay even, and leaves out all but the first of equally scored completions.
-        min_votes (`int`, defaults to `1`): rows with fewer counted votes are left out.
-        duplicates (`str`, defaults to `"auto"`): `"drop"` keeps the first of equal rows, `"keep"` all;
-            `"auto"` keeps them for the story world, whose repeated draws are independent, and drops them
-            elsewhere.
-        contradictions (`str`, defaults to `"keep"`): the same completions of the same prompt with another
-            winner are counted, and kept or all dropped.
-        max_characters (`int`, *optional*): rows whose prompt and longest completion exceed this together are
-            left out.
-        rows (`int`, *optional*): preference rows to draw from the story world (4000 when not given), or the
-            size of a seeded sample of the accepted rows of any other source (all when not given, or of a
-            mixture as many as have its shares).
-        max_source_rows (`int`, *optional*): stop reading the source after this many rows.
-        max_rejected_fraction (`float`, defaults to `0.5`): a larger share of refused rows is an error.
-        validation_fraction (`float`, defaults to `0.1`): share of the distinct prompts held out for
-            validation.
-        test_fraction (`float`, defaults to `0.1`): share of the distinct prompts held out for the test.
-        seed (`int`, defaults to `0`): of the splits, of samples and of the story world's draws.
-        votes (`int`, defaults to `1`): votes per pair of the story world: 1 gives hard labels, more gives
-            shares of votes, 0 the experts' exact probability.
-        story_kind (`str`, defaults to `"pairwise"`): what experts of the story world judge: `"pairwise"` two
-            stories; `"ranking"` `group_size` stories, which one expert orders by Plackett-Luce;
-            `"best_of_n"` as many, of which the expert names the best alone.
-        sft_rows (`int`, *optional*): demonstrations to draw from the story world (4000 when not given), or
-            the most to take from `sft_source`.
-        sft_source (`str`, *optional*): demonstrations for the reference model, read like `source`.
-        sft_columns (`dict`, defaults to `{}`): `prompt` and `completion` to the columns of `sft_source`.
-        prompts_source (`str`, *optional*): further prompts to sample from in training, read like `source`.
-        prompts_columns (`dict`, defaults to `{}`): `prompt` to the column of `prompts_source`.
+            or `meta.score` reaches into nested columns. Empty: columns named like a role, or by a well-known
+            name, are used; log, page and `stats.json` say which. Prompt, system and weight columns are found
+            by their names in either case; `{"prompt": null}` forbids it.
+        preference_values: what the labels of `preference`, `votes` or a list of `verdicts` mean, from value
+            to `"a"`, `"b"` or `"tie"`. Empty: `a`, `b`, `tie`, also 1, 2 and `model_a`, `model_b`; for
+            `votes` 0 is a tie.
+        score_scale: makes probabilities of two scores, margins and strengths: P(first beats second) =
+            σ(score_scale · difference); 1 by default, which makes a strength of 1, 2, 3 a probability of
+            0.73, 0.88, 0.95. Scores and margins beside `chosen` and `rejected` are used only when this is
+            given or `columns` names them.
+        prompt_template: builds the prompt from `{column}` fields instead of a prompt column. In it and in
+            `implicit_prompt_end`, `\\n`, `\\t` and `\\\\` stand for a line break, a tab and a backslash: a
+            shell or a form takes neither of the first two.
+        implicit_prompt: for plain texts without a prompt column, take the words that all completions of a row
+            begin with as the prompt. Otherwise this is done only where a source has `chosen` and `rejected`
+            alone, TRL's implicit format, and other rows are refused.
+        implicit_prompt_end: asks for the same, with a prompt that ends behind the last common occurrence of
+            this text (for example `"\\n\\nAnswer:"`). Otherwise it ends at the last word boundary that all
+            completions share.
+        transcripts: `"messages"` makes messages of texts that begin with `Human:` and have turns
+            `\\n\\nHuman:` and `\\n\\nAssistant:`; `"text"` keeps them as text, whose prompt ends behind the
+            last `\\n\\nAssistant:` that they share.
+        as_messages: turn plain prompts and completions into user and assistant messages, for models with a
+            chat template.
+        system_prompt: put in front of conversational prompts that have none.
+        list_kind: `"ranking"` trusts the whole order of a list, `"best_of_n"` only its best.
+        group_size: the most completions in a ranking made from one-candidate rows; the stories of a row of
+            the story world when `story_kind` is not `"pairwise"`.
+        labels: `"soft"` keeps the share of votes as a probability (a single vote is a hard label), `"hard"`
+            keeps only the winner.
+        ties: `"half"` counts a tie as half a vote for each (and refuses rankings of three or more with equal
+            scores); `"drop"` ignores tied votes, leaves out rows that stay even, and keeps only the first of
+            equally scored completions.
+        min_votes: rows with fewer counted votes are left out.
+        duplicates: `"drop"` keeps the first of equal rows, `"keep"` all; `"auto"` keeps them for the story
+            world, whose repeated draws are independent, and drops them elsewhere.
+        contradictions: whether to keep or drop all rows whose completions another row of the same prompt
+            orders differently. They are counted in any case.
+        max_characters: rows whose prompt and longest completion together exceed this are left out.
+        rows: preference rows to draw from the story world (4000 by default), or the size of a seeded sample
+            of the accepted rows of any other source (all by default; of a mixture, as many as its shares
+            allow).
+        max_source_rows: stop reading the source after this many rows.
+        max_rejected_fraction: a larger share of refused rows is an error.
+        validation_fraction: share of the distinct prompts held out for validation.
+        test_fraction: share of the distinct prompts held out for the test.
+        seed: of the splits, of samples and of the story world's draws.
+        votes: votes per pair of the story world: 1 gives hard labels, more give shares of votes, 0 the
+            experts' exact probability.
+        story_kind: what experts of the story world judge: `"pairwise"` two stories; `"ranking"` `group_size`
+            stories, which one expert orders by Plackett-Luce; `"best_of_n"` as many, of which the expert
+            names only the best.
+        sft_rows: demonstrations to draw from the story world (4000 by default), or the most to take from
+            `sft_source`.
+        sft_source: demonstrations for the reference model, read like `source`.
+        sft_columns: from `prompt` and `completion` to the columns of `sft_source`.
+        prompts_source: further prompts to sample from in training, read like `source`.
+        prompts_columns: from `prompt` to the column of `prompts_source`.
 
     Raises:
         ConfigError: a value outside its range, an unknown role, or values that do not go together.
     """
 
     source: str = "story"
-    mixture: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mixture: dict[str, object] = dataclasses.field(default_factory=dict)
     subset: str | None = None
     split: str | None = None
     revision: str | None = None
     format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet"] = "auto"
-    columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+    columns: dict[str, object] = dataclasses.field(default_factory=dict)
     preference_values: dict[str, str] = dataclasses.field(default_factory=dict)
     score_scale: float | None = None
     prompt_template: str = ""
@@ -186,9 +180,9 @@ class DataConfig:
     story_kind: Literal["pairwise", "best_of_n", "ranking"] = "pairwise"
     sft_rows: int | None = None
     sft_source: str | None = None
-    sft_columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sft_columns: dict[str, str] = dataclasses.field(default_factory=dict)
     prompts_source: str | None = None
-    prompts_columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prompts_columns: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in WITH_ESCAPES:
@@ -235,15 +229,16 @@ class DataConfig:
         fields = self.template_fields
         if self.prompt_template and not fields:
             raise ConfigError(
-                f"prompt_template {self.prompt_template!r} has no {{column}} field, so prompts were equal"
+                f"prompt_template {self.prompt_template!r} has no {{column}} field, so all prompts are equal"
             )
         if self.columns:
             check_roles(self.columns, has_template=bool(fields))
         for name, allowed in (("sft_columns", {"prompt", "completion"}), ("prompts_columns", {"prompt"})):
-            if unknown := set(getattr(self, name)) - allowed:
-                raise ConfigError(
-                    f"{name} has the role {min(unknown)!r}; known: {', '.join(sorted(allowed))}"
-                )
+            for role, column in getattr(self, name).items():
+                if role not in allowed:
+                    raise ConfigError(f"{name} has the role {role!r}; known: {', '.join(sorted(allowed))}")
+                if not isinstance(column, str) or not column:
+                    raise ConfigError(f"{name}[{role!r}] must be one column name, got {column!r}")
         if self.embedded:
             for name in ("columns", "prompt_template", "as_messages", "system_prompt", "sft_source"):
                 if getattr(self, name):
@@ -257,23 +252,18 @@ class DataConfig:
         kind = f"story_kind {self.story_kind!r}"
         if not self.embedded:
             raise ConfigError(
-                f'{kind} goes with source "story" or "storyteller", got {self.source!r}; list_kind says '
-                "how its lists are read"
+                f'{kind} goes with source "story" or "storyteller", got {self.source!r}; list_kind says how '
+                "its lists are read"
             )
         if self.votes != 1:
-            raise ConfigError(
-                f"{kind} goes with votes 1, got {self.votes}: a row holds one order of its stories, so one "
-                "expert gives it, and there are no shares of votes"
-            )
+            raise ConfigError(f"{kind} goes with votes 1, got {self.votes}: each row has one expert")
         if not 3 <= self.group_size <= STORIES:
             raise ConfigError(
-                f"{kind} needs a group_size of 3 to {STORIES:,} stories, all of a prompt, got "
-                f"{self.group_size}; for two, take story_kind 'pairwise'"
+                f"{kind} needs a group_size of 3 to {STORIES:,}, got {self.group_size}; for two stories, take "
+                "story_kind 'pairwise'"
             )
         if self.list_kind == "best_of_n" and self.story_kind == "ranking":
-            raise ConfigError(
-                f"{kind} and list_kind 'best_of_n' contradict each other; take story_kind 'best_of_n'"
-            )
+            raise ConfigError(f"{kind} contradicts list_kind 'best_of_n'; take story_kind 'best_of_n'")
 
     @property
     def embedded(self) -> bool:
@@ -328,30 +318,30 @@ def parts_of(config: DataConfig) -> list[Part]:
     rest = Fraction(1) - sum(part.share for part in others)
     if rest <= 0:
         raise ConfigError(
-            f"the shares of mixture add up to {float(1 - rest):g}; their sum must stay below 1, for source "
+            f"the shares of mixture add up to {float(1 - rest):g}; their sum must stay below 1, since source "
             "has the rest"
         )
     first = copy.copy(config)
     first.mixture = {}
     parts = [Part(public_url(config.source), rest, first), *others]
-    names: dict[str, str] = {}
-    places: dict[Any, str] = {}
+    names: set[str] = set()
+    places: dict[tuple[str | None, ...], str] = {}
     for part in parts:
         place = _identity(part.config)
-        if part.name in names or place in places:
-            other = places.get(place) or part.name
+        other = places.setdefault(place, part.name)
+        if part.name in names or other != part.name:
             raise ConfigError(
                 f"mixture: {part.name} and {other} are one source; give each once. Another split or subset "
                 f'of it needs a name: {{"NAME": {{"source": "{public_url(part.config.source)}", "split": …, '
                 '"share": …}}'
             )
-        names[part.name] = places[place] = part.name
+        names.add(part.name)
     return parts
 
 
-def _part(config: DataConfig, name: str, given: Any) -> Part:
+def _part(config: DataConfig, name: str, given: object) -> Part:
     where = f"mixture[{public_url(name)!r}]"
-    options = dict(given) if isinstance(given, Mapping) else {"share": given}
+    options: dict[str, object] = dict(given) if isinstance(given, Mapping) else {"share": given}
     share = _share(options.pop("share", None), where)
     for option in options:
         if option not in _OPTIONS:
@@ -370,11 +360,11 @@ def _part(config: DataConfig, name: str, given: Any) -> Part:
     return Part(public_url(name), share, part)
 
 
-def _share(value: Any, where: str) -> Fraction:
-    try:
-        number = float("nan" if isinstance(value, bool) else value)
-    except (TypeError, ValueError, OverflowError):
-        number = float("nan")
+def _share(value: object, where: str) -> Fraction:
+    number = math.nan
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
     if not 0 < number < 1:
         raise ConfigError(
             f"{where} needs its share of the dataset, a number between 0 and 1, as in 0.3 or "
@@ -383,7 +373,7 @@ def _share(value: Any, where: str) -> Fraction:
     return Fraction(repr(number))  # 0.3 as it is written, so that sums and counts are exact
 
 
-def _identity(config: DataConfig) -> tuple[Any, ...]:
+def _identity(config: DataConfig) -> tuple[str | None, ...]:
     """What is the same for two spellings of one source."""
     place = re.sub("^(file|local)://", "", config.source)
     place = os.path.realpath(place) if os.path.exists(place) else place

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from softpref.data import storyteller
 from softpref.data.config import STORY_ROWS, STORY_SFT_ROWS, DataConfig
-from softpref.data.sources import SourceRow
+from softpref.data.sources import Record, SourceRow
 from softpref.data.story_world import StoryWorld, World
 from softpref.records import OUTCOMES_FILE, REWARD_FILE
 
@@ -51,5 +50,5 @@ def _world(config: DataConfig) -> World:
     return StoryWorld() if config.source == "story" else storyteller.Storyteller()
 
 
-def _numbered(draws: Iterable[dict[str, Any]]) -> Iterator[SourceRow]:
+def _numbered(draws: Iterable[Record]) -> Iterator[SourceRow]:
     return (SourceRow(number, f"draw {number}", record) for number, record in enumerate(draws, start=1))

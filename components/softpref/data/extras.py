@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from softpref.data import rows as row_reading
 from softpref.data.columns import check_present
 from softpref.data.config import DataConfig
 from softpref.data.embedded import embedded_demonstrations
-from softpref.data.intake import RejectionLog, peek_columns
+from softpref.data.intake import RejectionLog, peek
+from softpref.data.rows import Demonstration, read_demonstration, read_prompt
 from softpref.data.sources import SourceRow
 from softpref.data.splits import prompt_key
+from softpref.data.texts import LeftOut, Refused
 from softpref.data.writing import SplitWriter, demonstration_features
 from softpref.errors import DataError
+from softpref.records import DatasetStats
 
 
 def write_extras(
@@ -25,27 +26,25 @@ def write_extras(
     folder: Path,
     rejections: RejectionLog,
     listing: Path,
-) -> dict[str, Any]:
+) -> DatasetStats:
     """`sft/` and `prompts/`, where the configuration gives them a source; what `stats.json` says of them.
 
     Args:
         streams: the rows of the further sources `sft` and `prompts`.
     """
-    extras: dict[str, Any] = {}
+    extras: DatasetStats = {}
+    features = demonstration_features(conversational)
     if config.embedded or "sft" in streams:
         demonstrations = streams.get("sft") or embedded_demonstrations(config)
         columns = {"prompt": "prompt", "completion": "completion", **config.sft_columns}
-        splits = ("train", "validation")
-        writer = SplitWriter(folder / "work", splits, demonstration_features(conversational), "sft-")
+        writer = SplitWriter(folder / "work", ("train", "validation"), features, "sft-")
         held_out = 0
-        for record in _extra_rows(
-            demonstrations, columns, config, "sft", conversational, rejections, listing
-        ):
-            split = split_of.get(prompt_key(record["prompt"]), "train")
+        for row in _extra_rows(demonstrations, columns, config, "sft", conversational, rejections, listing):
+            split = split_of.get(prompt_key(row.prompt), "train")
             if split == "test":  # the reference model must not have seen what it is judged on
                 held_out += 1
                 continue
-            writer.write(split, record)
+            writer.write(split, row._asdict())
             if not config.embedded and sum(writer.counts.values()) == config.sft_rows:
                 break
         if not writer.counts["train"]:
@@ -57,19 +56,18 @@ def write_extras(
         extras["sft"] = {**writer.counts, "held_out": held_out, "rejected": rejected}
     if "prompts" in streams:
         columns = {"prompt": "prompt", **config.prompts_columns}
-        features = {"prompt": demonstration_features(conversational)["prompt"]}
-        writer = SplitWriter(folder / "work", ("train",), features, "prompts-")
+        writer = SplitWriter(folder / "work", ("train",), {"prompt": features["prompt"]}, "prompts-")
         seen: set[bytes] = set()
         held_out = 0
-        for record in _extra_rows(
+        for row in _extra_rows(
             streams["prompts"], columns, config, "prompts", conversational, rejections, listing
         ):
-            key = prompt_key(record["prompt"])
+            key = prompt_key(row.prompt)
             if split_of.get(key, "train") != "train":
                 held_out += 1
             elif key not in seen:
                 seen.add(key)
-                writer.write("train", record)
+                writer.write("train", {"prompt": row.prompt})
         if not writer.counts["train"]:
             raise DataError(f"{config.prompts_source} gave no prompt outside the held-out prompts")
         writer.dataset("train").save_to_disk(str(folder / "prompts"))
@@ -86,10 +84,10 @@ def _extra_rows(
     conversational: bool,
     rejections: RejectionLog,
     listing: Path,
-) -> Iterator[dict[str, Any]]:
-    """Demonstrations or prompts as records; what cannot be used goes to the rejection log under `name`."""
+) -> Iterator[Demonstration]:
+    """Demonstrations, or prompts with an empty completion; what cannot be used is listed under `name`."""
     source = (config.sft_source if name == "sft" else config.prompts_source) or config.source
-    stream, known, _ = peek_columns(stream, source)
+    _, stream, known, _ = peek(stream, source)
     fields = config.template_fields
     if fields and "prompt" not in (config.sft_columns if name == "sft" else config.prompts_columns):
         columns = {role: column for role, column in columns.items() if role != "prompt"}
@@ -99,19 +97,16 @@ def _extra_rows(
     for row in stream:
         read += 1
         try:
-            if row.record is None:
-                raise row_reading.Refused("row cannot be read", row.fault)
-            record: dict[str, Any]
             if name == "sft":
-                record = row_reading.read_demonstration(row.record, columns, config)._asdict()
+                record = read_demonstration(row.readable, columns, config)
             else:
-                record = {"prompt": row_reading.read_prompt(row.record, columns, config)}
-            if isinstance(record["prompt"], list) is not conversational:
-                raise row_reading.Refused("plain text and conversations are mixed", "with the preferences")
+                record = Demonstration(read_prompt(row.readable, columns, config), "")
+            if isinstance(record.prompt, list) is not conversational:
+                raise Refused("plain text and conversations are mixed", "with the preferences")
             taken += 1
             yield record
-        except row_reading.Refused as reason:
-            refused += not isinstance(reason, row_reading.LeftOut)
+        except Refused as reason:
+            refused += not isinstance(reason, LeftOut)
             rejections.add(row.number, row.place, reason, source=name)
     if not taken or refused > config.max_rejected_fraction * read:
         raise DataError(

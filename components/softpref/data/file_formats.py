@@ -18,13 +18,16 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
 from softpref.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    import pyarrow
+
 logger = logging.getLogger(__name__)
 
-Row = tuple[int, Any, str]
+Row = tuple[int, object, str]
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -296,10 +299,10 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from error
 
 
-def _values(column: Any) -> list[Any]:
+def _values(column: pyarrow.Array) -> list[object]:
     """A column's values; one that Python has no value for is `_UNREADABLE`, and concerns who uses it."""
     try:
-        return column.to_pylist()
+        values: list[object] = column.to_pylist()
     except (ValueError, OverflowError):
         values = []
         for value in column:
@@ -307,4 +310,4 @@ def _values(column: Any) -> list[Any]:
                 values.append(value.as_py())
             except (ValueError, OverflowError):
                 values.append(_UNREADABLE)
-        return values
+    return values

@@ -1,4 +1,4 @@
-"""A dataset folder of this stage as the source of another: its splits are taken over. Splits nothing anew."""
+"""A dataset folder of this stage as the source of another: its splits are taken over, not drawn again."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from softpref.data.config import DataConfig
-from softpref.data.rows import Preference
+from softpref.data.labels import Preference
 from softpref.data.splits import SPLITS, prompt_key
 from softpref.errors import ConfigError, DataError
-from softpref.records import OUTCOMES_FILE, REWARD_FILE, STATS_FILE
+from softpref.records import OUTCOMES_FILE, REJECTED_FILE, REWARD_FILE, DatasetStats, read_stats
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 logger = logging.getLogger(__name__)
 
@@ -29,25 +32,18 @@ _OF_ALL_READING = ("prompt_template", "as_messages", "system_prompt")  # also of
 
 
 class Finished(NamedTuple):
-    """A dataset that was taken over.
+    """A dataset that was taken over: its statistics, the split of each prompt by its key, and its splits."""
 
-    Attributes:
-        stats: what its `stats.json` says.
-        split_of: by prompt key.
-        dataset: the saved `DatasetDict` in its new place.
-    """
-
-    stats: dict[str, Any]
+    stats: DatasetStats
     split_of: dict[bytes, str]
-    dataset: Any
+    dataset: DatasetDict
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a folder is a dataset that this stage wrote."""
     try:
-        stats = json.loads((folder / STATS_FILE).read_text(encoding="utf-8"))
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        return stats["stage"] == "data" and sorted(splits) == sorted(SPLITS)
+        return read_stats(folder)["stage"] == "data" and sorted(splits) == sorted(SPLITS)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -63,7 +59,7 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
     """
     import datasets
 
-    stats = json.loads((source / STATS_FILE).read_text(encoding="utf-8"))
+    stats = read_stats(source)
     _check_unchanged_reading(config, sum(stats["rows"].values()))
     replaced = {
         name for name, given in (("sft", config.sft_source), ("prompts", config.prompts_source)) if given
@@ -73,10 +69,10 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
             shutil.copytree(source / name, folder / name)
         elif (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if (source / "rejected.jsonl").is_file():
-        lines = (source / "rejected.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    if (source / REJECTED_FILE).is_file():
+        lines = (source / REJECTED_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if json.loads(line)["source"] not in replaced]
-        (folder / "rejected.jsonl").write_text("".join(kept), encoding="utf-8")
+        (folder / REJECTED_FILE).write_text("".join(kept), encoding="utf-8")
     dataset = datasets.load_from_disk(str(folder))
     split_of: dict[bytes, str] = {}
     hashes = []
@@ -94,14 +90,14 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
         hashes.append(digest.hexdigest())
     if dataset_hash(hashes) != stats["dataset_hash"]:
         raise DataError(
-            f"the rows of {config.source} were changed after it was made: they have not the hash that its "
-            "stats.json says; make it anew, or give split to read one of its splits as any other source"
+            f"the rows of {config.source} were changed after it was made: their hash is not the one in its "
+            "stats.json; make it anew, or give split to read one of its splits as any other source"
         )
     logger.warning(
         "%s is a finished dataset: its %d rows and their splits are taken over as they are; "
         "validation_fraction, test_fraction and seed have no effect",
         config.source,
-        len(dataset["train"]) + len(dataset["validation"]) + len(dataset["test"]),
+        sum(map(len, dataset.values())),
     )
     return Finished(stats, split_of, dataset)
 

@@ -14,22 +14,22 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, NamedTuple
 
-from softpref.data.columns import check_present, paths_of, settle_layout
+from softpref.data.columns import check_present, check_roles, paths_of, settle_layout, value_at
 from softpref.data.config import DataConfig
+from softpref.data.labels import Preference
 from softpref.data.rows import (
     Candidate,
-    Preference,
     pair_thumbs,
     rank_candidates,
     read_candidate,
+    read_preference,
     read_verdicts,
     read_weight,
     value_forms,
 )
-from softpref.data.rows import read_preference as read_row
-from softpref.data.sources import SourceRow
+from softpref.data.sources import Record, SourceRow
 from softpref.data.splits import prompt_key
 from softpref.data.texts import LeftOut, Refused
 from softpref.errors import ConfigError, DataError
@@ -71,9 +71,8 @@ class RejectionLog:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
-        self.refused: Counter[str] = Counter()
-        self.left_out: Counter[str] = Counter()
-        self.extras: dict[str, Counter[str]] = {"sft": Counter(), "prompts": Counter()}
+        self.refused, self.left_out = Counter[str](), Counter[str]()
+        self.extras = {"sft": Counter[str](), "prompts": Counter[str]()}
 
     def add(
         self, source_row: int, place: str, reason: Refused, source: str = "preferences", origin: str = ""
@@ -84,20 +83,17 @@ class RejectionLog:
             source: `preferences`, `sft` or `prompts`.
             origin: which of several sources of preferences it comes from.
         """
-        kind, counts = (
-            ("left out", self.left_out) if isinstance(reason, LeftOut) else ("refused", self.refused)
-        )
-        counts = counts if source == "preferences" else self.extras[source]
+        left_out = isinstance(reason, LeftOut)
+        counts = self.extras.get(source, self.left_out if left_out else self.refused)
         counts[reason.rule] += 1
         entry = {
             "source_row": source_row,
             "reason": str(reason),
-            "kind": kind,
+            "kind": "left out" if left_out else "refused",
             "place": place,
             "source": source,
-            **({"from": origin} if origin else {}),
         }
-        self._file.write(json.dumps(entry) + "\n")
+        self._file.write(json.dumps({**entry, "from": origin} if origin else entry) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -107,7 +103,7 @@ class Source:
     """A source of preferences whose first rows have told which column plays which role.
 
     Attributes:
-        name: how messages and records call it.
+        name: what messages and records call it.
         config: how it is read.
         layout: the roles of its columns.
         conversational: whether most of its first rows are conversations; None where they do not tell.
@@ -121,12 +117,12 @@ class Source:
             ConfigError: the column mapping does not fit the source.
             DataError: the source holds no record that can be read.
         """
-        rows, known, common = peek_columns(itertools.islice(rows, config.max_source_rows), name)
+        first, self.rows, known, common = peek(itertools.islice(rows, config.max_source_rows), name)
+        self.name, self.config = name, config
         template = config.template_fields
-        wanted = [(f"columns[{role!r}]", column) for role, column in config.columns.items() if column]
+        given = check_roles(config.columns, bool(template)).columns if config.columns else {}
+        wanted = [(f"columns[{role!r}]", column) for role, column in given.items()]
         check_present([*wanted, *(("prompt_template", field) for field in template)], known, name)
-        self.name = name
-        self.config = config
         with _naming(name):
             self.layout = settle_layout(
                 config.columns,
@@ -135,8 +131,6 @@ class Source:
                 scaled=config.score_scale is not None,
                 implicit=config.implicit_prompt or bool(config.implicit_prompt_end),
             )
-            first = list(itertools.islice(rows, _PEEK))
-            self.rows = itertools.chain(first, rows)
             for role, fits in (("weight", self._has_weight), ("system", self._has_system)):
                 if role in self.layout.columns and role not in config.columns:
                     self._settle_found(role, fits, first)
@@ -152,48 +146,45 @@ class Source:
         if self.layout.unused:
             logger.warning("%s: columns without use: %s", name, ", ".join(self.layout.unused))
 
-    def read(self, record: dict[str, Any]) -> Sequence[Preference | LeftOut]:
+    def read(self, record: Record) -> Sequence[Preference | LeftOut]:
         """The preferences of a record that is not one of several candidates."""
         if self.layout.label == ("verdicts",):
             return read_verdicts(record, self.layout, self.config)
-        return [read_row(record, self.layout, self.config)]
+        return [read_preference(record, self.layout, self.config)]
 
-    def _settle_found(
-        self, role: str, fits: Callable[[dict[str, Any]], bool], rows: Sequence[SourceRow]
-    ) -> None:
-        """Leave a column that was found by its name alone, as one without use, where most rows do not fit."""
+    def _settle_found(self, role: str, fits: Callable[[Record], bool], rows: Sequence[SourceRow]) -> None:
+        """Leave a column that was found by its name alone unused, where most rows do not fit its role."""
         fitting = 0
         for row in rows:
             with contextlib.suppress(Refused):
-                fitting += fits(_record(row))
+                fitting += fits(row.readable)
         if 2 * fitting < sum(row.record is not None for row in rows):
             columns = dict(self.layout.columns)
             self.layout = self.layout._replace(
-                unused=(*self.layout.unused, columns.pop(role)),
+                unused=(*self.layout.unused, str(columns.pop(role))),
                 notes=tuple(note for note in self.layout.notes if role not in note),
                 columns=columns,
             )
 
-    def _has_weight(self, record: dict[str, Any]) -> bool:
+    def _has_weight(self, record: Record) -> bool:
         return read_weight(record, self.layout) is not None
 
-    def _has_system(self, record: dict[str, Any]) -> bool:
+    def _has_system(self, record: Record) -> bool:
         """Whether there is a text: one word alone names a system rather than instructing one."""
-        value = record.get(self.layout.columns["system"])
+        value = value_at(record, self.layout.columns["system"])
         return value is None or (isinstance(value, str) and (not value.strip() or len(value.split()) > 1))
 
     def _prevailing(self, rows: Iterable[SourceRow]) -> bool | None:
-        """Whether most of the rows are conversations: not the first alone decides for all others."""
+        """Whether most of the rows are conversations: the first alone does not decide for all others."""
         kinds: Counter[bool] = Counter()
         for row in rows:
             with contextlib.suppress(Refused):
-                record = _record(row)
+                read: Sequence[Preference | LeftOut | Candidate]
                 if self.layout.form == "single":
-                    kinds[isinstance(read_candidate(record, self.layout, self.config).prompt, list)] += 1
-                    continue
-                for preference in self.read(record):
-                    if isinstance(preference, Preference):
-                        kinds[isinstance(preference.prompt, list)] += 1
+                    read = [read_candidate(row.readable, self.layout, self.config)]
+                else:
+                    read = self.read(row.readable)
+                kinds.update(isinstance(one.prompt, list) for one in read if not isinstance(one, LeftOut))
         return kinds.most_common(1)[0][0] if kinds else None
 
 
@@ -257,26 +248,28 @@ class Intake:
             self._rejections.left_out - before[2],
         )
 
-    def _take_rows(self, spool: Any) -> int:
+    def _take_rows(self, spool: IO[str]) -> int:
         read, source = 0, self._source
-        for source_row in follow(source.rows, f"reading {source.name}"):
+        for row in follow(source.rows, f"reading {source.name}"):
             read += 1
-            try:
-                record = _record(source_row)
-                weight = read_weight(record, source.layout)
-                for row in source.read(record):
-                    try:
-                        if isinstance(row, LeftOut):
-                            raise row
-                        self._accept(row, source_row.number, source_row.place, spool, weight)
-                    except Refused as reason:
-                        self._refuse(source_row.number, source_row.place, reason)
-            except Refused as reason:
-                self._refuse(source_row.number, source_row.place, reason)
+            with self._refusing((row.number, row.place)):
+                weight = read_weight(row.readable, source.layout)
+                for preference in source.read(row.readable):
+                    with self._refusing((row.number, row.place)):
+                        if isinstance(preference, LeftOut):
+                            raise preference
+                        self._accept(preference, row.number, row.place, spool, weight)
         return read
 
-    def _refuse(self, number: int, place: str, reason: Refused) -> None:
-        self._rejections.add(number, place, reason, origin=self._names[self._index] if self._names else "")
+    @contextlib.contextmanager
+    def _refusing(self, *rows: tuple[int, str]) -> Iterator[None]:
+        """Within it a refusal lists these rows, each by number and place, instead of being an error."""
+        try:
+            yield
+        except Refused as reason:
+            for number, place in rows:
+                origin = self._names[self._index] if self._names else ""
+                self._rejections.add(number, place, reason, origin=origin)
 
     def accepted(self) -> Iterator[Accepted]:
         """The accepted rows again, in order of the sources."""
@@ -286,7 +279,7 @@ class Intake:
                 yield Accepted(Preference(*row), number, place, weight, source)
 
     def _accept(
-        self, row: Preference, number: int, place: str, spool: Any, weight: float | None = None
+        self, row: Preference, number: int, place: str, spool: IO[str], weight: float | None = None
     ) -> None:
         conversational = isinstance(row.prompt, list)
         if self.conversational is None:
@@ -319,27 +312,25 @@ class Intake:
         self.sources.append(self._index)
         spool.write(json.dumps([*row, number, place, weight], ensure_ascii=False) + "\n")
 
-    def _take_candidates(self, spool: Any) -> int:
+    def _take_candidates(self, spool: IO[str]) -> int:
         """Group one-candidate rows by prompt. The texts wait on disk; in memory is where each one lies."""
         read, layout, config = 0, self._source.layout, self._source.config
         groups: dict[bytes, list[int]] = {}
         seen: dict[bytes, int] = {}
         waiting_path = self._spool.with_suffix(".candidates")
         with waiting_path.open("w+b") as waiting:
-            for source_row in follow(self._source.rows, f"reading {self._source.name}"):
+            for row in follow(self._source.rows, f"reading {self._source.name}"):
                 read += 1
-                try:
-                    candidate = read_candidate(_record(source_row), layout, config)
+                with self._refusing((row.number, row.place)):
+                    candidate = read_candidate(row.readable, layout, config)
                     key = prompt_key(candidate.prompt)
                     identity = _digest([key.hex(), candidate.completion])
-                    if (earlier := seen.setdefault(identity, source_row.number)) != source_row.number:
+                    if (earlier := seen.setdefault(identity, row.number)) != row.number:
                         self.duplicates += 1
                         raise LeftOut("duplicate", f"of row {earlier}")
                     groups.setdefault(key, []).append(waiting.tell())
-                    line = json.dumps([*candidate, source_row.number, source_row.place], ensure_ascii=False)
+                    line = json.dumps([*candidate, row.number, row.place], ensure_ascii=False)
                     waiting.write(line.encode() + b"\n")
-                except Refused as reason:
-                    self._refuse(source_row.number, source_row.place, reason)
             for key, offsets in groups.items():
                 for chunk in self._chunks(key, offsets):
                     candidates, places = [], []
@@ -348,16 +339,13 @@ class Intake:
                         *candidate_fields, number, place = json.loads(waiting.readline())
                         candidates.append(Candidate(*candidate_fields))
                         places.append((number, place))
-                    try:
+                    with self._refusing(*places):
                         if layout.label == ("label",):
                             made = pair_thumbs(candidates)
                         else:
                             made = [rank_candidates(candidates, config)]
-                        for row in made:
-                            self._accept(row, *min(places), spool)
-                    except Refused as reason:
-                        for number, place in places:
-                            self._refuse(number, place, reason)
+                        for preference in made:
+                            self._accept(preference, *min(places), spool)
         waiting_path.unlink()
         return read
 
@@ -376,27 +364,39 @@ class Intake:
             yield sorted(order[index::count])
 
 
-def peek_columns(rows: Iterator[SourceRow], source: str) -> tuple[Iterator[SourceRow], list[str], list[str]]:
-    """The stream unharmed, the columns that its first hundred rows have, and those that half of them have.
+class Peeked(NamedTuple):
+    """A stream whose first hundred rows were looked at.
 
-    A column of a few odd rows must not decide how the others are read.
+    Attributes:
+        first: those rows.
+        rows: the whole stream, unharmed.
+        known: the columns that they have.
+        common: the columns that half of them have: a few odd rows must not decide how the others are read.
+    """
+
+    first: list[SourceRow]
+    rows: Iterator[SourceRow]
+    known: list[str]
+    common: list[str]
+
+
+def peek(rows: Iterator[SourceRow], source: str) -> Peeked:
+    """Look at the first rows of a source.
 
     Raises:
         DataError: there is no row, or none of the first can be read.
     """
     first = list(itertools.islice(rows, _PEEK))
-    known: Counter[str] = Counter()
-    for row in first:
-        known.update(dict.fromkeys(paths_of(row.record or {}), 1))
+    records = [row.record for row in first if row.record is not None]
+    known = Counter(column for record in records for column in dict.fromkeys(paths_of(record)))
     if not first:
         raise DataError(f"{source} holds no rows")
     if not known:
         raise DataError(
             f"none of the first {len(first)} rows of {source} can be read; the first: {first[0].fault}"
         )
-    readable = sum(row.record is not None for row in first)
-    common = [column for column, count in known.items() if 2 * count >= readable]
-    return itertools.chain(first, rows), list(known), common
+    common = [column for column, count in known.items() if 2 * count >= len(records)]
+    return Peeked(first, itertools.chain(first, rows), list(known), common)
 
 
 def check_rejections(taken: Taken, name: str, config: DataConfig, listing: Path) -> None:
@@ -443,12 +443,6 @@ def _naming(name: str) -> Iterator[None]:
         raise ConfigError(f"{name}: {error}") from error
 
 
-def _record(source_row: SourceRow) -> dict[str, Any]:
-    if source_row.record is None:
-        raise Refused("row cannot be read", source_row.fault)
-    return source_row.record
-
-
-def _digest(value: Any) -> bytes:
+def _digest(value: object) -> bytes:
     text = json.dumps(value, sort_keys=True, default=bytes.hex)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -7,12 +7,13 @@ import logging
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from softpref.data.config import DataConfig, Part
 from softpref.data.intake import Intake
 from softpref.data.writing import hash_order
 from softpref.errors import DataError
+from softpref.records import MixtureCounts
 from softpref.remote import public_url
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def _rounded(parts: Sequence[Part], total: int) -> list[int]:
 
 def choose_rows(
     intake: Intake, config: DataConfig, parts: Sequence[Part]
-) -> tuple[list[int], list[dict[str, Any]]]:
+) -> tuple[list[int], list[MixtureCounts]]:
     """Indices of the accepted rows to keep, without contradictions and down to a sample, as asked.
 
     Of a mixture also how many rows each source had, and gave.
@@ -99,7 +100,7 @@ def choose_rows(
 
 def _mix(
     kept: list[int], intake: Intake, config: DataConfig, parts: Sequence[Part]
-) -> tuple[list[int], list[dict[str, Any]]]:
+) -> tuple[list[int], list[MixtureCounts]]:
     """A seeded sample with the shares of the mixture, and how many rows each source had, and gave."""
     by_source: list[list[int]] = [[] for _ in parts]
     for index in kept:
@@ -122,7 +123,7 @@ def _mix(
     ]
 
 
-def public_mixture(mixture: Mapping[str, Any]) -> dict[str, Any]:
+def public_mixture(mixture: Mapping[str, object]) -> dict[str, object]:
     """A mixture as it may be recorded: URLs can hold a password or a signature."""
     return {
         public_url(name): {**given, "source": public_url(given["source"])}

@@ -8,16 +8,19 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from softpref import remote
 from softpref.data.config import EMBEDDED
 from softpref.data.file_formats import Row, format_of, printable, read_file
 from softpref.data.folders import CARD, choose_split, files_in
+from softpref.data.texts import Refused
 from softpref.errors import ConfigError, DataError
 from softpref.remote import Pinned, is_url, public_url
 
 logger = logging.getLogger(__name__)
+
+Record = dict[str, object]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _NOWHERE = (
@@ -36,8 +39,19 @@ class SourceRow(NamedTuple):
 
     number: int
     place: str
-    record: dict[str, Any] | None
+    record: Record | None
     fault: str = ""
+
+    @property
+    def readable(self) -> Record:
+        """The record.
+
+        Raises:
+            Refused: the row could not be read.
+        """
+        if self.record is None:
+            raise Refused("row cannot be read", self.fault)
+        return self.record
 
 
 def open_source(
@@ -158,9 +172,10 @@ def _number(files: Iterable[tuple[str, Iterable[Row]]]) -> Iterator[SourceRow]:
         last = 0
         for row, value, fault in rows:
             last = row
-            if not fault and not isinstance(value, dict):
+            record = value if isinstance(value, dict) and not fault else None
+            if not fault and record is None:
                 fault = f"a row must be an object with named fields, got a {type(value).__name__}"
-            yield SourceRow(before + row, f"{name}:{row}", None if fault else value, fault)
+            yield SourceRow(before + row, f"{name}:{row}", record, fault)
         before += last
 
 

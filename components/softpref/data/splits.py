@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Iterable
-from typing import Any
 
 from softpref.errors import DataError
+from softpref.records import Text
 
 SPLITS = ("train", "validation", "test")
 
 
-def prompt_key(prompt: str | list[dict[str, Any]]) -> bytes:
+def prompt_key(prompt: Text) -> bytes:
     """A digest that is equal for prompts that differ only in case, white space or Unicode form."""
     if isinstance(prompt, str):
         text = _plain(prompt)

@@ -14,7 +14,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from softpref import __version__
 from softpref.artifacts import readable
@@ -39,6 +38,10 @@ from softpref.records import (
     REWARD_FILE,
     STATS_FILE,
     TIMINGS_FILE,
+    ColumnMapping,
+    DatasetStats,
+    PreferenceRow,
+    read_stats,
 )
 from softpref.remote import is_url, public_url
 from softpref.timings import PhaseTimer
@@ -46,22 +49,13 @@ from softpref.timings import PhaseTimer
 logger = logging.getLogger(__name__)
 
 _WRITTEN = {  # what a dataset folder holds; a run replaces them all
-    *SPLITS,
-    "dataset_dict.json",
-    STATS_FILE,
-    PARAMETERS_FILE,
-    REJECTED_FILE,
-    PAGE_FILE,
-    "sft",
-    "prompts",
-    OUTCOMES_FILE,
-    REWARD_FILE,
-    TIMINGS_FILE,
+    *(*SPLITS, "dataset_dict.json", "sft", "prompts", STATS_FILE, PARAMETERS_FILE, TIMINGS_FILE),
+    *(REJECTED_FILE, PAGE_FILE, OUTCOMES_FILE, REWARD_FILE),
 }
 _SOURCES = ("source", "sft_source", "prompts_source")
 
 
-def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> dict[str, Any]:
+def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> DatasetStats:
     """Make the dataset folder `output_dir`.
 
     The folder is a saved `datasets.DatasetDict` with the splits train, validation and test (columns `prompt`,
@@ -113,12 +107,8 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> di
     return stats
 
 
-def headline(stats: Mapping[str, Any]) -> dict[str, float]:
-    """How many rows there are, and were not taken, and how many labels are soft.
-
-    Args:
-        stats: what `run` returned.
-    """
+def headline(stats: DatasetStats) -> dict[str, float]:
+    """How many rows there are, how many were not taken, and the share of soft labels."""
     labels = stats["labels"]
     return readable(
         {
@@ -130,7 +120,7 @@ def headline(stats: Mapping[str, Any]) -> dict[str, float]:
     )
 
 
-def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
+def _build(config: DataConfig, folder: Path, listing: Path) -> DatasetStats:
     work = folder / "work"
     work.mkdir()
     # opened, and thereby known to be there, before anything is read
@@ -152,8 +142,9 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> dict[str, Any]:
     config = _without_secrets(config)
     if finished:
         taken = take_over(place, config, folder)
-        stats = {**taken.stats, "taken_over": config.source}
-        split_of, examples = taken.split_of, _examples_of(taken.dataset["train"], config.seed)
+        stats: DatasetStats = {**taken.stats, "taken_over": config.source}
+        split_of, rows = taken.split_of, taken.dataset["train"]
+        examples = [rows[index] for index in sorted(hash_order(range(len(rows)), config.seed)[:EXAMPLES])]
     rejections = RejectionLog(folder / REJECTED_FILE)
     try:
         if not finished:
@@ -176,8 +167,8 @@ def _without_secrets(config: DataConfig) -> DataConfig:
     return _changed(config, {**sources, "mixture": public_mixture(config.mixture)})
 
 
-def _changed(config: DataConfig, values: Mapping[str, Any]) -> DataConfig:
-    changed = copy.copy(config)  # made anew, it would take the escapes of its texts for escapes again
+def _changed(config: DataConfig, values: Mapping[str, object]) -> DataConfig:
+    changed = copy.copy(config)  # a new instance would read the escapes of its texts again
     for name, value in values.items():
         setattr(changed, name, value)
     return changed
@@ -190,7 +181,7 @@ def _divide(
     folder: Path,
     rejections: RejectionLog,
     listing: Path,
-) -> tuple[dict[str, Any], dict[bytes, str], list[dict[str, Any]]]:
+) -> tuple[DatasetStats, dict[bytes, str], list[PreferenceRow]]:
     """Read the preferences and write their splits; returns statistics, each prompt's split, and examples."""
     sources = [Source(rows, part.config, part.name) for rows, part in zip(preferences, parts, strict=True)]
     check_alike(sources)
@@ -214,7 +205,7 @@ def _divide(
         intake, config, kept, splits, folder, rejections, weighted=weighted, names=names
     )
     mappings = [_mapping(source) for source in sources]
-    stats = {
+    stats: DatasetStats = {
         "stage": "data",
         "code_version": __version__,
         "source": config.source,
@@ -250,7 +241,7 @@ def _divide(
     return stats, split_of, examples
 
 
-def _mapping(source: Source) -> dict[str, Any]:
+def _mapping(source: Source) -> ColumnMapping:
     """What `stats.json` says of how a source's columns are read."""
     return {
         "form": source.layout.form,
@@ -260,10 +251,6 @@ def _mapping(source: Source) -> dict[str, Any]:
         "notes": list(source.layout.notes),
         "prompt_template": source.config.prompt_template or None,
     }
-
-
-def _examples_of(rows: Any, seed: int) -> list[dict[str, Any]]:
-    return [rows[index] for index in sorted(hash_order(range(len(rows)), seed)[:EXAMPLES])]
 
 
 def _preference_rows(config: DataConfig, fetched: Path | None) -> Iterator[SourceRow]:
@@ -284,18 +271,17 @@ def _refuse_foreign(output: Path) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     try:
-        ours = json.loads((output / STATS_FILE).read_text(encoding="utf-8"))["stage"] == "data"
+        ours = read_stats(output)["stage"] == "data"
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
         raise ConfigError(
             f"output {output} exists and is not a dataset of this stage; give another folder, or remove it"
         )
-    foreign = sorted(path.name for path in output.iterdir() if path.name not in _WRITTEN)
-    if foreign:
+    if foreign := sorted(path.name for path in output.iterdir() if path.name not in _WRITTEN):
         raise ConfigError(
-            f"output {output} is a dataset of this stage, which would be replaced with all that is in it, "
-            f"but it also holds {', '.join(foreign)}; give another folder, or move that elsewhere"
+            f"output {output} is a dataset of this stage, which this run would replace, but it also holds "
+            f"{', '.join(foreign)}; give another folder, or move that elsewhere"
         )
 
 

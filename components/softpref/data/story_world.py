@@ -156,7 +156,10 @@ class World(ABC):
             order = np.argsort(-(rewards + random.gumbel(size=size))).tolist()
             if only_best:
                 order = [order[0], *(place for place in range(size) if place != order[0])]
-            row = {"prompt": prompt, "completions": [completions[place] for place in order]}
+            row: dict[str, object] = {
+                "prompt": prompt,
+                "completions": [completions[place] for place in order],
+            }
             yield {**row, "best": 0} if only_best else row
 
     def demonstrations(self, rows: int, seed: int) -> Iterator[dict[str, object]]:

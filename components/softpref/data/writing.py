@@ -7,13 +7,18 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from softpref.data import rows as row_reading
 from softpref.data.config import DataConfig
 from softpref.data.finished import dataset_hash, row_bytes
 from softpref.data.intake import Intake, RejectionLog
 from softpref.data.splits import SPLITS
+from softpref.data.texts import LeftOut, characters
+from softpref.records import DatasetStats, PreferenceRow
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
 
 EXAMPLES = 6  # rows shown on the page
 _ROWS_PER_SHARD = 100_000
@@ -31,8 +36,8 @@ def write_preferences(
     *,
     weighted: bool,
     names: Sequence[str] = (),
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The second pass: kept rows to their splits. Returns what `stats.json` says of them, and examples.
+) -> tuple[DatasetStats, list[PreferenceRow]]:
+    """The second pass: write kept rows to their splits. Returns what `stats.json` says of them, and examples.
 
     Args:
         weighted: whether rows have weights; those of a source without any weigh 1.
@@ -50,28 +55,33 @@ def write_preferences(
     sizes: Counter[int] = Counter()
     prompt_lengths, completion_lengths = array("L"), array("L")
     confidences = array("d")
-    examples = []
+    examples: list[PreferenceRow] = []
     for index, accepted in enumerate(intake.accepted()):
         row = accepted.row
         if index not in keep:
             if intake.set_ids[index] in intake.contradictory and config.contradictions == "drop":
-                reason = row_reading.LeftOut(
-                    "contradiction", "another row of these completions has another winner"
-                )
+                reason = LeftOut("contradiction", "another row of these completions has another winner")
                 origin = names[accepted.source] if names else ""
                 rejections.add(accepted.source_row, accepted.place, reason, origin=origin)
             continue
         split = splits[intake.prompt_ids[index]]
         weight = accepted.weight if accepted.weight is not None or not weighted else 1.0
-        record = {**row._asdict(), "weight": weight, "source_row": accepted.source_row}
+        record: PreferenceRow = {
+            "prompt": row.prompt,
+            "completions": row.completions,
+            "kind": row.kind,
+            "probability": row.probability,
+            "weight": weight,
+            "source_row": accepted.source_row,
+        }
         if names:
             record["source"] = names[accepted.source]
-        writer.write(split, {name: record[name] for name in features})
+        writer.write(split, {name: value for name, value in record.items() if name in features})
         hashes[split].update(row_bytes(row, weight))
         kinds[row.kind] += 1
         sizes[len(row.completions)] += 1
-        prompt_lengths.append(row_reading.characters(row.prompt))
-        completion_lengths.extend(map(row_reading.characters, row.completions))
+        prompt_lengths.append(characters(row.prompt))
+        completion_lengths.extend(map(characters, row.completions))
         if row.probability is not None:
             confidences.append(row.probability)
         if index in shown:
@@ -112,11 +122,11 @@ class SplitWriter:
         }
         self.counts = dict.fromkeys(self._paths, 0)
 
-    def write(self, split: str, record: Mapping[str, Any]) -> None:
+    def write(self, split: str, record: Mapping[str, object]) -> None:
         self._writers[split].write(dict(record))
         self.counts[split] += 1
 
-    def dataset(self, split: str) -> Any:
+    def dataset(self, split: str) -> Dataset:
         import datasets
 
         self._writers[split].finalize()
@@ -156,7 +166,7 @@ def _features(conversational: bool, weighted: bool, several: bool) -> dict[str, 
     }
 
 
-def _lengths(lengths: array) -> dict[str, Any]:
+def _lengths(lengths: array[int]) -> dict[str, Any]:
     import numpy as np
 
     values = np.asarray(lengths)
@@ -170,7 +180,9 @@ def _lengths(lengths: array) -> dict[str, Any]:
     return {"mean": float(values.mean()), **quantiles, "histogram": histogram}
 
 
-def _histogram(values: Any, bins: int, limits: tuple[float, float]) -> dict[str, list[float]]:
+def _histogram(
+    values: array[float] | np.ndarray, bins: int, limits: tuple[float, float]
+) -> dict[str, list[float]]:
     import numpy as np
 
     counts, edges = np.histogram(np.asarray(values, dtype=float), bins=bins, range=limits)
