@@ -6,14 +6,19 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from softpref.records import load_metadata
 
 OUTCOME_MARK = "[softpref] "
+_NAMED = ("name", "stage", "method", "dataset_hash", "code_version")
 
 
-def describe(artifact: Any, display_name: str, /, **values: Any) -> None:
+class _Artifact(Protocol):
+    metadata: dict[str, Any]
+
+
+def describe(artifact: _Artifact, display_name: str, /, **values: object) -> None:
     """Give a KFP artifact the name and the values that its page in the UI shows.
 
     None, numbers that are not finite and empty texts are left out: KFP fails a step over the first two.
@@ -27,7 +32,7 @@ def describe(artifact: Any, display_name: str, /, **values: Any) -> None:
     artifact.metadata.update({key: value for key, value in values.items() if _says(value)})
 
 
-def readable(figures: Mapping[str, Any]) -> dict[str, float]:
+def readable(figures: Mapping[str, object]) -> dict[str, float]:
     """Those of the figures that are finite numbers, to six significant digits.
 
     KFP fails a step that logs any other, and its UI prints every digit there is.
@@ -50,12 +55,12 @@ def say_outcome(lines: Iterable[str]) -> None:
         print(f"{OUTCOME_MARK}{line}", flush=True)
 
 
-def model_values(folder: str | Path) -> dict[str, Any]:
+def model_values(folder: str | Path) -> dict[str, object]:
     """What a model folder's `softpref.json` says of the model, under the names that artifacts carry."""
     metadata = load_metadata(folder)
     base_model = metadata.get("base_model")
     return {
-        **{key: metadata.get(key) for key in ("name", "stage", "method", "dataset_hash", "code_version")},
+        **{key: value for key, value in metadata.items() if key in _NAMED},
         **strengths(metadata),
         "base_model": "from nothing" if base_model == "" else base_model,
         "mlflow_run_id": metadata.get("run_id"),
@@ -63,7 +68,7 @@ def model_values(folder: str | Path) -> dict[str, Any]:
     }
 
 
-def strengths(model: Mapping[str, Any]) -> dict[str, Any]:
+def strengths(model: Mapping[str, object]) -> dict[str, object]:
     """Softness α and its anchor, which only spo has, and β, of a model or its evaluation."""
     soft = model.get("method") == "spo"
     return {
@@ -73,5 +78,5 @@ def strengths(model: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _says(value: Any) -> bool:
+def _says(value: object) -> bool:
     return value not in (None, "") and not (isinstance(value, float) and not math.isfinite(value))

@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypedDict, get_args
 
 import numpy as np
 
 from softpref.errors import ConfigError, DataError
-from softpref.records import OUTCOMES_FILE, REWARD_FILE
+from softpref.records import OUTCOMES_FILE, REWARD_FILE, PreferenceRow, Text
 from softpref.rewards import TextReward, read_reward
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 JudgeName = Literal["auto", "expert", "bradley-terry"]
 _HASHES = 2**14
@@ -26,7 +29,7 @@ _STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # inverse regularisation of the t
 
 
 class Judge(Protocol):
-    """Anything that scores completions and compares them.
+    """Anything that scores completions; by default its comparisons follow from the scores by Bradley-Terry.
 
     It is asked about texts: a conversational prompt as `as_text(prompt, roles=True)`.
 
@@ -40,20 +43,6 @@ class Judge(Protocol):
     description: str
     fingerprint: str
 
-    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        """`[n]` scores in nats, of which only differences within a prompt mean anything."""
-        ...
-
-    def probabilities(
-        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
-    ) -> np.ndarray:
-        """`[n]`: P(first beats second) for each prompt."""
-        ...
-
-
-class ScoreJudge(ABC):
-    """A judge whose comparisons follow from its scores by Bradley-Terry."""
-
     @abstractmethod
     def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         """`[n]` scores in nats, of which only differences within a prompt mean anything."""
@@ -62,7 +51,7 @@ class ScoreJudge(ABC):
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
     ) -> np.ndarray:
         """`[n]`: P(first beats second) = σ(score of first − score of second)."""
-        return _sigmoid(self.scores(prompts, first) - self.scores(prompts, second))
+        return sigmoid(self.scores(prompts, first) - self.scores(prompts, second))
 
 
 class Outcomes(NamedTuple):
@@ -102,7 +91,7 @@ def read_outcomes(path: str | Path) -> dict[str, Outcomes]:
     return outcomes
 
 
-class ExpertJudge(ScoreJudge):
+class ExpertJudge(Judge):
     """The expert whose rewards the data were drawn from: looks completions up among the known outcomes.
 
     A completion outside its prompt's set scores 1 nat less than the worst within; `outside` tells which.
@@ -112,9 +101,7 @@ class ExpertJudge(ScoreJudge):
 
     def __init__(self, outcomes: Mapping[str, Outcomes]) -> None:
         self._rewards = {
-            prompt: dict(
-                zip((text.strip() for text in entry.completions), entry.rewards.tolist(), strict=True)
-            )
+            prompt: dict(zip(map(str.strip, entry.completions), entry.rewards.tolist(), strict=True))
             for prompt, entry in outcomes.items()
         }
         self._lowest = {prompt: min(rewards.values()) - 1.0 for prompt, rewards in self._rewards.items()}
@@ -130,39 +117,32 @@ class ExpertJudge(ScoreJudge):
         Raises:
             DataError: a prompt that `outcomes.jsonl` does not hold.
         """
-        self._known(prompts)
-        return np.array(
-            [
-                self._rewards[prompt].get(completion.strip(), self._lowest[prompt])
-                for prompt, completion in zip(prompts, completions, strict=True)
-            ]
-        )
+        rewards = self._known_rewards(prompts, completions)
+        lowest = np.array([self._lowest[prompt] for prompt in prompts])
+        return np.where(np.isnan(rewards), lowest, rewards)
 
     def outside(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         """`[n]` of bool: which completions do not belong to their prompt's set."""
-        self._known(prompts)
-        return np.array(
-            [
-                completion.strip() not in self._rewards[prompt]
-                for prompt, completion in zip(prompts, completions, strict=True)
-            ]
-        )
+        outside: np.ndarray = np.isnan(self._known_rewards(prompts, completions))
+        return outside
 
-    def _known(self, prompts: Sequence[str]) -> None:
+    def _known_rewards(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        """`[n]`, NaN for completions outside the set."""
         for prompt in prompts:
             if prompt not in self._rewards:
                 raise DataError(f"{OUTCOMES_FILE} has no prompt {prompt!r}; use the judge 'bradley-terry'")
+        pairs = zip(prompts, completions, strict=True)
+        return np.array([self._rewards[prompt].get(text.strip(), np.nan) for prompt, text in pairs])
 
 
-class BradleyTerryJudge(ScoreJudge):
+class BradleyTerryJudge(Judge):
     """A reward model small enough to be trained in seconds: logistic regression on what texts contain.
 
-    Features are hashed word 1- and 2-grams and character 2- to 4-grams (each text's of length 1), the
-    logarithm of its length, its mean word length, its variety of words and the share of them that the prompt
-    names. A
-    pair's features are the difference of its texts', without intercept, which makes it a Bradley-Terry model;
-    a soft label p enters as p of a win and 1 − p of a loss. Regularisation is chosen by log-loss on prompts
-    left out in turn. Deterministic by seed.
+    Features are hashed word 1- and 2-grams and character 2- to 4-grams (each normalised to length 1), the
+    logarithm of a text's length, its mean word length, its variety of words and the share of them that the
+    prompt names. A pair's features are the difference of its texts', without intercept, which makes it a
+    Bradley-Terry model; a soft label p counts as p of a win and 1 − p of a loss. Regularisation is chosen by
+    log-loss on prompts left out in turn. Deterministic by seed.
 
     Args:
         pairs: `(prompt, better, worse, probability)` of the training split.
@@ -185,8 +165,7 @@ class BradleyTerryJudge(ScoreJudge):
             table = [table[i] for i in sorted(random.choice(len(table), max_rows, replace=False))]
         if len(table) < 2:
             raise ConfigError(
-                f"the judge 'bradley-terry' needs training pairs, the dataset's training split has "
-                f"{len(table)}"
+                f"the judge 'bradley-terry' needs training pairs, and the training split has {len(table)}"
             )
         share = np.array([row[3] for row in table])
         if not ((share != 0.5) & np.array([row[1] != row[2] for row in table])).any():
@@ -217,7 +196,7 @@ class BradleyTerryJudge(ScoreJudge):
         """Scores in nats, `[n]`."""
         return np.asarray(self._features(prompts, completions) @ self._weights).reshape(-1)
 
-    def _features(self, prompts: Sequence[str], completions: Sequence[str]) -> Any:
+    def _features(self, prompts: Sequence[str], completions: Sequence[str]) -> sparse.csr_matrix:
         """Sparse `[n, features]`."""
         from scipy import sparse
         from sklearn.feature_extraction.text import HashingVectorizer
@@ -242,8 +221,8 @@ class BradleyTerryJudge(ScoreJudge):
 class _Pairs(NamedTuple):
     """Pairs of texts: `features` of all texts, its transpose, row of the better, of the worse, P(better)."""
 
-    features: Any
-    transposed: Any
+    features: sparse.csr_matrix
+    transposed: sparse.csr_matrix
     first: np.ndarray
     second: np.ndarray
     share: np.ndarray
@@ -253,13 +232,15 @@ class _Pairs(NamedTuple):
 
     def margins(self, weights: np.ndarray) -> np.ndarray:
         scores = self.features @ weights
-        return scores[self.first] - scores[self.second]
+        margins: np.ndarray = scores[self.first] - scores[self.second]
+        return margins
 
     def gradient(self, errors: np.ndarray) -> np.ndarray:
         """Of Σ errors · margins with respect to the weights."""
         count = self.features.shape[0]
         by_text = np.bincount(self.first, errors, count) - np.bincount(self.second, errors, count)
-        return self.transposed @ by_text
+        gradient: np.ndarray = self.transposed @ by_text
+        return gradient
 
 
 def _fit_bradley_terry(pairs: _Pairs, strength: float, start: np.ndarray | None = None) -> np.ndarray:
@@ -268,14 +249,15 @@ def _fit_bradley_terry(pairs: _Pairs, strength: float, start: np.ndarray | None 
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         margin = pairs.margins(weights)
-        errors = _sigmoid(margin) - pairs.share
+        errors = sigmoid(margin) - pairs.share
         loss = _log_loss(margin, pairs.share) + weights @ weights / (2 * strength)
         return loss, pairs.gradient(errors) + weights / strength
 
     if start is None:
         start = np.zeros(pairs.features.shape[1])
     options = {"maxiter": 200, "gtol": 1e-3, "ftol": 1e-7}
-    return optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options).x
+    found = optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
+    return np.asarray(found.x)
 
 
 def _log_loss(margin: np.ndarray, share: np.ndarray) -> float:
@@ -283,9 +265,7 @@ def _log_loss(margin: np.ndarray, share: np.ndarray) -> float:
     return float((np.logaddexp(0, margin) - share * margin).sum())
 
 
-def preference_pairs(
-    rows: Iterable[dict[str, Any]],
-) -> Iterable[tuple[str, str, str, float]]:
+def preference_pairs(rows: Iterable[TextRow]) -> Iterator[tuple[str, str, str, float]]:
     """Dataset rows with text prompts and completions as `(prompt, better, worse, P(better wins))`.
 
     Rankings and best-of-n rows give hard pairs: all ordered ones, or the best against each other.
@@ -299,8 +279,8 @@ def preference_pairs(
                 yield row["prompt"], completions[better], completions[worse], 1.0 if share is None else share
 
 
-def as_text(text: Any, *, roles: bool = False) -> str:
-    """Text as it is; messages as their contents, with `roles` in front, one after another."""
+def as_text(text: Text, *, roles: bool = False) -> str:
+    """Plain text unchanged; messages as lines of their contents, with `roles` in front."""
     if isinstance(text, str):
         return text
     return "\n".join(
@@ -308,14 +288,27 @@ def as_text(text: Any, *, roles: bool = False) -> str:
     )
 
 
-def text_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Dataset rows as judges are asked about them: `prompt` with roles, `completions` without, as texts."""
+class TextRow(TypedDict):
+    """A row of the dataset as judges are asked about it: all messages as texts, the prompt's with roles."""
+
+    prompt: str
+    completions: list[str]
+    kind: str
+    probability: float | None
+
+
+def text_rows(rows: Iterable[PreferenceRow]) -> Iterator[TextRow]:
+    """Dataset rows as judges are asked about them."""
     for row in rows:
-        completions = [as_text(completion) for completion in row["completions"]]
-        yield {**row, "prompt": as_text(row["prompt"], roles=True), "completions": completions}
+        yield {
+            "prompt": as_text(row["prompt"], roles=True),
+            "completions": [as_text(completion) for completion in row["completions"]],
+            "kind": row["kind"],
+            "probability": row["probability"],
+        }
 
 
-class RewardJudge(ScoreJudge):
+class RewardJudge(Judge):
     """The expert whose reward can be read off any text: `reward.json` of the dataset says how."""
 
     name = "expert"
@@ -338,7 +331,8 @@ def check_judge(name: str, dataset_dir: str | Path) -> None:
     Raises:
         ConfigError: there is no judge of this name, or it is the expert and the folder has no outcomes.
     """
-    _check_name(name)
+    if name not in get_args(JudgeName):
+        raise ConfigError(f"judge must be one of {', '.join(get_args(JudgeName))}, got {name!r}")
     known = (OUTCOMES_FILE, REWARD_FILE)
     if name == "expert" and not any((Path(dataset_dir) / file).is_file() for file in known):
         raise ConfigError(
@@ -351,7 +345,7 @@ def load_judge(
     name: str,
     dataset_dir: str | Path,
     *,
-    splits: Mapping[str, Any] | None = None,
+    splits: Mapping[str, Iterable[PreferenceRow]] | None = None,
     outcomes: Mapping[str, Outcomes] | None = None,
     seed: int = 0,
     max_rows: int = 20000,
@@ -385,14 +379,10 @@ def load_judge(
     return BradleyTerryJudge(pairs, seed=seed, max_rows=max_rows)
 
 
-def _check_name(name: str) -> None:
-    if name not in get_args(JudgeName):
-        raise ConfigError(f"judge must be one of {', '.join(get_args(JudgeName))}, got {name!r}")
+def sigmoid(values: np.ndarray) -> np.ndarray:
+    """1 / (1 + e^−x) without overflow."""
+    return 0.5 * (1 + np.tanh(values / 2))
 
 
-def _sigmoid(margin: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(margin / 2))
-
-
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

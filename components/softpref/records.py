@@ -217,6 +217,15 @@ class PromptRecord(NamedTuple):
     policy: list[DrawnText]
 
 
+class EvaluatedOn(TypedDict):
+    """What an `evaluation_id` is made of: hashes of rows, judge (after its name) and reference; settings."""
+
+    data: str
+    judge: str
+    reference: str
+    settings: dict[str, object]
+
+
 @dataclass(kw_only=True)
 class Evaluation:
     """What stage 4 found out about a model: `evaluation.json`, and a member of `comparison.json`.
@@ -249,7 +258,7 @@ class Evaluation:
     run_id: str | None
     dataset_hash: str | None = None
     evaluation_id: str
-    evaluated_on: dict[str, Any] | None = None
+    evaluated_on: EvaluatedOn | None = None
     judge: JudgedBy
     metrics: Figures
     exact: Figures | None

@@ -117,7 +117,7 @@ EVALUATED_ON = {
             {"reference": "r2", "settings": {"samples_per_prompt": 8, "split": "test"}},
             "against another reference (its weights differ) and with samples_per_prompt = 8 (here 32); eval",
         ),
-        (None, "was evaluated otherwise; in what, its version does not tell; evaluate"),
+        (None, "was evaluated otherwise; its version does not say how; evaluate"),
     ],
 )
 def test_other_evaluations_are_not_compared_and_it_is_said_what_differs(theirs, difference):

@@ -6,25 +6,25 @@ from kfp.dsl import HTML, Dataset, Input, Metrics, Output
 from softpref.images import DATA_IMAGE
 
 
-@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)  # type: ignore[untyped-decorator]
 def prepare_data(
     dataset: Output[Dataset],
     page: Output[HTML],
     metrics: Output[Metrics],
     source: str = "story",
-    columns: dict = {},  # noqa: B006
+    columns: dict = {},  # type: ignore[type-arg]  # noqa: B006
     prompt_template: str = "",
     rows: int = 0,
     seed: int = 0,
     validation_fraction: float = 0.1,
     test_fraction: float = 0.1,
-    overrides: dict = {},  # noqa: B006
+    overrides: dict = {},  # type: ignore[type-arg]  # noqa: B006
     experiment: str = "softpref",
     tracking_uri: str = "",
     source_version: str = "",
     code_version: str = "",
     artifact: Input[Dataset] = None,
-):
+) -> None:
     """Turn preferences of any source into a checked dataset with splits by prompt.
 
     Args:

@@ -256,11 +256,14 @@ class DataConfig:
                 "its lists are read"
             )
         if self.votes != 1:
-            raise ConfigError(f"{kind} goes with votes 1, got {self.votes}: each row has one expert")
+            raise ConfigError(
+                f"{kind} goes with votes 1, got {self.votes}: a row is one order of stories, so one expert "
+                "gives it"
+            )
         if not 3 <= self.group_size <= STORIES:
             raise ConfigError(
-                f"{kind} needs a group_size of 3 to {STORIES:,}, got {self.group_size}; for two stories, take "
-                "story_kind 'pairwise'"
+                f"{kind} needs a group_size of 3 to {STORIES:,} stories, got {self.group_size}; for two, "
+                "take story_kind 'pairwise'"
             )
         if self.list_kind == "best_of_n" and self.story_kind == "ranking":
             raise ConfigError(f"{kind} contradicts list_kind 'best_of_n'; take story_kind 'best_of_n'")

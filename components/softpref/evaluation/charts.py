@@ -8,11 +8,15 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from softpref.evaluation.exact import ExactPrompt, entropy
+from softpref.evaluation.exact import ExactPrompt, entropy, expected_reward
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 POLICY, REFERENCE, OPTIMUM = "#2f7fc1", "#8c8c8c", "#e0822c"
 INK = "#0a0b0c"  # stands for the page's text colour in inline drawings
@@ -56,10 +60,8 @@ def optimum_against_policy(exact: Sequence[ExactPrompt]) -> str:
     position = np.arange(1, len(optimum) + 1)
     for side, colour, label in (("reference", REFERENCE, "reference"), ("policy", POLICY, "policy")):
         # at the optimum's ranks: a curve that follows the optimum's means the same completions are likely
-        mass = np.exp(np.array([getattr(p, side)[rank] for p, rank in zip(exact, order, strict=True)])).mean(
-            0
-        )
-        centres, means = _log_bins(position, mass)
+        logps = np.array([getattr(p, side)[rank] for p, rank in zip(exact, order, strict=True)])
+        centres, means = _log_bins(position, np.exp(logps).mean(0))
         ranks.plot(centres, means, color=colour, linewidth=1.6, marker="o", markersize=2.5, label=label)
     ranks.plot(position, optimum, color=OPTIMUM, linewidth=1.8, label="exact optimum")
     ranks.set(xscale="log", yscale="log", xlabel="rank under the optimum", ylabel="mean probability")
@@ -86,11 +88,12 @@ def entropy_and_reward(exact: Sequence[ExactPrompt]) -> str:
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 1.8))
     sides = [("optimum", OPTIMUM), ("policy", POLICY), ("reference", REFERENCE)]
     sides = [side for side in sides if np.isfinite(getattr(exact[0], side[0])).all()]
-    for panel, title, function in (
-        (axes[0], "entropy on the set, nats", lambda logps, rewards: entropy(logps)),
-        (axes[1], "expected reward, nats", lambda logps, rewards: float(np.exp(logps) @ rewards)),
+    entropies = [np.mean([entropy(getattr(p, side)) for p in exact]) for side, _ in sides]
+    rewards = [np.mean([expected_reward(getattr(p, side), p.rewards) for p in exact]) for side, _ in sides]
+    for panel, title, means in (
+        (axes[0], "entropy on the set, nats", entropies),
+        (axes[1], "expected reward, nats", rewards),
     ):
-        means = [np.mean([function(getattr(p, side), p.rewards) for p in exact]) for side, _ in sides]
         bars = panel.barh(
             [side for side, _ in sides], means, color=[colour for _, colour in sides], alpha=0.8, height=0.6
         )
@@ -106,12 +109,12 @@ def _log_bins(position: np.ndarray, mass: np.ndarray, bins: int = 24) -> tuple[n
     """Means within bins of equal width on a log axis, so that the rare end is not a cloud of noise."""
     edges = np.unique(np.round(np.geomspace(1, len(position) + 1, bins + 1)).astype(int))
     cells = [slice(low - 1, high - 1) for low, high in itertools.pairwise(edges)]
-    return np.array([position[cell].mean() for cell in cells]), np.array(
-        [mass[cell].mean() for cell in cells]
-    )
+    centres, means = ([values[cell].mean() for cell in cells] for values in (position, mass))
+    return np.array(centres), np.array(means)
 
 
-def pyplot() -> Any:
+def pyplot() -> ModuleType:
+    """`matplotlib.pyplot`, which draws without a screen and in our style."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,7 +136,7 @@ def pyplot() -> Any:
     return plt
 
 
-def svg(figure: Any, *, tight: bool = True) -> str:
+def svg(figure: Figure, *, tight: bool = True) -> str:
     """The figure as an inline SVG element; closes it."""
     if tight:
         figure.tight_layout()

@@ -8,7 +8,7 @@ from kfp.dsl import HTML, Artifact, Dataset, Input, Markdown, Metrics, Model, Ou
 from softpref.images import EVALUATE_IMAGE
 
 
-@dsl.component(base_image=EVALUATE_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=EVALUATE_IMAGE, install_kfp_package=False)  # type: ignore[untyped-decorator]
 def evaluate_model(
     dataset: Input[Dataset],
     reference: Input[Model],
@@ -25,8 +25,8 @@ def evaluate_model(
     trust_remote_code: bool = False,
     experiment: str = "softpref",
     tracking_uri: str = "",
-    overrides: dict = {},  # noqa: B006
-):
+    overrides: dict = {},  # type: ignore[type-arg]  # noqa: B006
+) -> None:
     """Measure one policy on held-out prompts, every figure with its confidence interval.
 
     Args:
@@ -104,7 +104,7 @@ def evaluate_model(
     say_outcome(warning_lines([result]))
 
 
-@dsl.component(base_image=EVALUATE_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=EVALUATE_IMAGE, install_kfp_package=False)  # type: ignore[untyped-decorator]
 def compare_models(
     evaluations: Input[List[Artifact]],  # noqa: UP006
     comparison: Output[Artifact],
@@ -115,7 +115,7 @@ def compare_models(
     max_kl: float = 0.0,
     registered_model_name: str = "",
     min_win_rate: float = 0.5,
-    registry_overrides: dict = {},  # noqa: B006
+    registry_overrides: dict = {},  # type: ignore[type-arg]  # noqa: B006
     experiment: str = "softpref",
     tracking_uri: str = "",
     record: Input[Artifact] = None,

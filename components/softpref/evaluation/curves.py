@@ -49,7 +49,7 @@ def curves(members: Sequence[Evaluation]) -> list[Curve]:
     spo = [member for member in members if member.method == "spo"]
     several_betas = len({member.beta for member in spo}) > 1
     several_anchors = len({member.anchor for member in spo}) > 1
-    groups: dict[tuple, list[Evaluation]] = {}
+    groups: dict[tuple[str, ...], list[Evaluation]] = {}
     for member in sorted(members, key=position):
         # SPO's base measure and the strength of its regulariser are worth a word where there are several
         ours = member.method == "spo"
@@ -64,7 +64,7 @@ def curves(members: Sequence[Evaluation]) -> list[Curve]:
     return found
 
 
-def position(member: Evaluation) -> tuple:
+def position(member: Evaluation) -> tuple[object, ...]:
     """Sorts members: SPO before other methods, each before its variants, by parameter."""
     method = member.method or ""
     value = parameter(member)
@@ -191,7 +191,7 @@ def most_entropy(rewards: np.ndarray, maximum: Sequence[Point]) -> np.ndarray:
     from scipy.interpolate import PchipInterpolator
 
     x, y = np.array(maximum).T
-    return PchipInterpolator(x, y)(rewards.clip(x[0], x[-1]))
+    return np.asarray(PchipInterpolator(x, y)(rewards.clip(x[0], x[-1])))
 
 
 def _variant(member: Evaluation) -> tuple[str, ...]:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 from softpref.evaluation.config import EvaluationConfig
 from softpref.fitness import MUCH_SATURATED, number, saturation_remedy, saturation_warning
-from softpref.records import Figure, Figures, PromptRecord, read_stats
-
-if TYPE_CHECKING:
-    from softpref.judges import Judge
+from softpref.judges import ExpertJudge, Judge
+from softpref.records import Figure, Figures, ModelMetadata, PromptRecord, read_stats
 
 _FEW_PROMPTS = 20
 
 
 def outside_the_set(judge: Judge, records: Sequence[PromptRecord]) -> list[str]:
     """A warning when policy samples left the set that an expert knows."""
-    if not hasattr(judge, "outside"):
+    if not isinstance(judge, ExpertJudge):
         return []
     left = [judge.outside([r.prompt] * len(r.policy), [s.text for s in r.policy]).mean() for r in records]
     share = sum(left) / len(left)
@@ -33,7 +30,7 @@ def doubts(
     config: EvaluationConfig,
     figures: Figures,
     judge_accuracy: Figure | None,
-    metadata: Mapping[str, Any],
+    metadata: ModelMetadata,
     dataset_dir: str,
     prompts: int,
 ) -> list[str]:
@@ -54,9 +51,10 @@ def doubts(
     counts = (metadata.get("row_counts") or {}).get("train", {})
     left_out = ["identical", *(["cut_completion"] if metadata.get("cut_rows") == "leave_out" else [])]
     found += findings_text(counts, "training rows", left_out)
-    if metadata.get("method") == "spo" and (metadata.get("saturated") or 0) > MUCH_SATURATED:
+    saturated = metadata.get("saturated") or 0.0
+    if metadata.get("method") == "spo" and saturated > MUCH_SATURATED:
         remedy = saturation_remedy(metadata.get("anchor") or 0.0)
-        found.append(f"In training {saturation_warning(metadata['saturated'])}; {remedy}.")
+        found.append(f"In training {saturation_warning(saturated)}; {remedy}.")
     if config.samples_per_prompt < 2:
         found.append("One sample per prompt: self-BLEU needs two.")
     if judge_accuracy is not None and judge_accuracy.low is not None and judge_accuracy.low <= 0.5:
@@ -66,8 +64,5 @@ def doubts(
         )
     ours, theirs = metadata.get("dataset_hash"), read_stats(dataset_dir).get("dataset_hash")
     if ours and theirs and ours != theirs:
-        found.append(
-            "The policy was trained on another dataset than this one; its training data may hold these "
-            "prompts."
-        )
+        found.append("The policy was trained on another dataset, which may hold these prompts.")
     return found

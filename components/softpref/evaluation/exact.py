@@ -5,14 +5,14 @@ Works on log-probabilities; runs no model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval
 from softpref.judges import Outcomes
-from softpref.records import Figure
+from softpref.records import DatasetStats, Figure, ModelMetadata
 
 # Sets drawn in place of all that there are: so many that the optimum is within some 0.001 nats (KL) of the
 # true one, unless sets are so large that every order of each would cost too much.
@@ -78,10 +78,10 @@ class Objective(NamedTuple):
         return 0.0 if self.kl_on == "none" else strength
 
 
-def trained_objective(metadata: Mapping[str, Any], stats: Mapping[str, Any]) -> Objective:
+def trained_objective(metadata: ModelMetadata, stats: DatasetStats) -> Objective:
     """The objective of a model folder's `softpref.json`, on a dataset folder's `stats.json`.
 
-    Keys that older folders lack have the value that was then the only one.
+    For keys that older folders lack, the default is what was then the only choice.
     """
     kinds, sizes = stats.get("kinds") or {"pairwise": 0}, stats.get("completions_per_row") or {"2": 0}
     kind = next(iter(kinds)) if len(kinds) == len(sizes) == 1 else "mixed"
@@ -106,7 +106,9 @@ def trained_objective(metadata: Mapping[str, Any], stats: Mapping[str, Any]) -> 
             kind = read_as
         else:
             altered = f"rows of kind {kind} were read as {read_as}"
-    known = {key: metadata[key] for key in Objective._fields if metadata.get(key) is not None}
+    known: dict[str, Any] = {
+        key: value for key, value in metadata.items() if key in Objective._fields and value is not None
+    }
     objective = Objective(**{**known, "kind": kind, "group_size": size, "altered": altered})
     if objective.on_data and (stats.get("labels") or {}).get("soft") == 0:
         objective = objective._replace(soft_labels="linear")  # both ways do the same to hard labels
@@ -259,7 +261,7 @@ def pair_probabilities(weights: np.ndarray, groups: np.ndarray | None = None) ->
     Returns:
         Expected number of such pairs in a set, n (n − 1) / 2 in sum.
     """
-    pairs = weights[:, None] * weights / (1 - weights)[:, None]
+    pairs: np.ndarray = weights[:, None] * weights / (1 - weights)[:, None]
     if groups is None:
         groups = np.empty((0, 2), dtype=np.int64)
     for place in range(2, groups.shape[1]):
@@ -281,17 +283,14 @@ def exact_figures(
     def figure(values: Sequence[float], unit: str = "nats") -> Figure:
         return interval(values, np.arange(len(values)), unit=unit, bootstrap=bootstrap)
 
-    def reward(logps: np.ndarray, rewards: np.ndarray) -> float:
-        return float(np.exp(logps) @ rewards)
-
     return {
         "kl_optimum_to_policy": figure([float(np.exp(p.optimum) @ (p.optimum - p.policy)) for p in prompts]),
         "entropy": figure([entropy(p.policy) for p in prompts]),
         "optimum_entropy": figure([entropy(p.optimum) for p in prompts]),
         "reference_entropy": figure([entropy(p.reference) for p in prompts]),
-        "expected_reward": figure([reward(p.policy, p.rewards) for p in prompts]),
-        "optimum_expected_reward": figure([reward(p.optimum, p.rewards) for p in prompts]),
-        "reference_expected_reward": figure([reward(p.reference, p.rewards) for p in prompts]),
+        "expected_reward": figure([expected_reward(p.policy, p.rewards) for p in prompts]),
+        "optimum_expected_reward": figure([expected_reward(p.optimum, p.rewards) for p in prompts]),
+        "reference_expected_reward": figure([expected_reward(p.reference, p.rewards) for p in prompts]),
         "mass_on_set": figure([p.policy_mass for p in prompts], "probability"),
         "least_mass_on_set": Figure(
             min(p.policy_mass for p in prompts), None, None, len(prompts), len(prompts), "probability"
@@ -316,6 +315,11 @@ def softmax_frontier(prompts: Sequence[ExactPrompt]) -> list[list[float]]:
             break  # sharper ones say the favourite alone
         points.append([float(reward), float(np.mean([entropy(logp) for logp in logps]))])
     return points
+
+
+def expected_reward(logps: np.ndarray, rewards: np.ndarray) -> float:
+    """Of a normalised distribution given by its log-probabilities."""
+    return float(np.exp(logps) @ rewards)
 
 
 def entropy(logps: np.ndarray) -> float:

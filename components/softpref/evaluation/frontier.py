@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from softpref.evaluation.labels import Labels
 from softpref.fitness import number
 from softpref.records import Evaluation, Figure
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # Colours that the colour-blind tell apart, on light and dark pages (after Okabe and Ito), and markers.
 _METHODS = {
     "spo": ("#0072b2", "o"),
@@ -43,10 +46,9 @@ _METHODS = {
 def frontier(members: Sequence[Evaluation], chosen: str | None, png: Path) -> str:
     """Draw a sweep's members against each other; write it to `png` and return it as inline SVG.
 
-    Entropy against expected reward comes first, for that is what softness trades; where exact figures are
-    known they are shown there, beside theory. Where theory is known by samples, expected reward against KL
-    takes that place. Then win rate and expected reward against KL, and SPO's entropy
-    by α.
+    First comes entropy against expected reward, which is what softness trades, with exact figures and theory
+    where they are known; or where theory is known by samples, expected reward against KL. Then win rate and
+    expected reward against KL, and SPO's entropy by α.
 
     Args:
         chosen: name of the member to ring.
@@ -118,7 +120,12 @@ def _look(curve: Curve, drawn: Sequence[Curve]) -> dict[str, Any]:
 
 
 def _curve(
-    labels: Labels, axes: Any, curve: Curve, drawn: Sequence[Curve], chosen: str | None, place_of: Any
+    labels: Labels,
+    axes: Axes,
+    curve: Curve,
+    drawn: Sequence[Curve],
+    chosen: str | None,
+    place_of: Callable[[Evaluation], Point | None],
 ) -> list[Point]:
     """Draw one curve where `place_of` puts its members, the chosen ringed; labels say the parameter."""
     known = [(member, place) for member in curve.members if (place := place_of(member))]
@@ -139,7 +146,7 @@ def _curve(
 
 
 def _entropy_and_reward(
-    axes: Any,
+    axes: Axes,
     drawn: Sequence[Curve],
     chosen: str | None,
     maximum: Sequence[Point],
@@ -179,18 +186,8 @@ def _entropy_and_reward(
         for (low, high), limit in (((x.min(), x.max()), axes.set_xlim), ((y.min(), top), axes.set_ylim)):
             margin = max(0.06 * (high - low), 0.02)
             limit(low - margin, high + margin)
-    notes = ["Numbers beside points: α of SPO, β of the others."]
-    if optima:
-        notes.append("Bars: the exact optimum that a point should reach.")
-    axes.text(
-        0.02,
-        0.03,
-        "\n".join(notes if noted else []),
-        transform=axes.transAxes,
-        fontsize=8.5,
-        alpha=0.75,
-        linespacing=1.5,
-    )
+    if noted:
+        _note(axes, 0.02, 0.03, "Bars: the exact optimum that a point should reach." if optima else "")
     axes.set_title(
         f"Entropy kept at each expected reward, {'on the set, exact' if exact else 'of samples'}", loc="left"
     )
@@ -198,7 +195,7 @@ def _entropy_and_reward(
     return labels
 
 
-def _shortfall(axes: Any, drawn: Sequence[Curve], chosen: str | None, maximum: Sequence[Point]) -> Labels:
+def _shortfall(axes: Axes, drawn: Sequence[Curve], chosen: str | None, maximum: Sequence[Point]) -> Labels:
     """The same, magnified: what each member lacks of the most entropy that its reward allows."""
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -220,7 +217,7 @@ def _shortfall(axes: Any, drawn: Sequence[Curve], chosen: str | None, maximum: S
     return labels
 
 
-def _against_kl(axes: Any, drawn: Sequence[Curve], chosen: str | None, metric: str, title: str) -> Labels:
+def _against_kl(axes: Axes, drawn: Sequence[Curve], chosen: str | None, metric: str, title: str) -> Labels:
     """A figure of the samples against KL to the reference, with intervals, and theory's where known."""
     labels = Labels(axes)
 
@@ -230,12 +227,14 @@ def _against_kl(axes: Any, drawn: Sequence[Curve], chosen: str | None, metric: s
 
     for curve in drawn:
         _curve(labels, axes, curve, drawn, chosen, place_of)
-        known = [member for member in curve.members if place_of(member)]
+        known = [(member.metrics, place) for member in curve.members if (place := place_of(member))]
         if known:
+            x, y = np.array([place for _, place in known]).T
             axes.errorbar(
-                *zip(*map(place_of, known), strict=True),
-                xerr=_arms([member.metrics["kl_sequence"] for member in known]),
-                yerr=_arms([member.metrics[metric] for member in known]),
+                x,
+                y,
+                xerr=_arms([metrics["kl_sequence"] for metrics, _ in known]),
+                yerr=_arms([metrics[metric] for metrics, _ in known]),
                 ecolor=_look(curve, drawn)["color"] + "66",  # intervals step back behind the points
                 elinewidth=1.2,
                 linestyle="",
@@ -255,11 +254,7 @@ def _against_kl(axes: Any, drawn: Sequence[Curve], chosen: str | None, metric: s
                     look = {"color": _look(curve, drawn)["color"], "zorder": 2}
                     axes.plot(*zip(ours, best, strict=True), linewidth=0.9, **look)
                     axes.plot(*best, marker="_", markersize=11, markeredgewidth=2, **look)
-        axes.text(
-            0.98, 0.12, "Numbers beside points: α of SPO, β of the others.\n"
-            "Bars: the optimum of each one's own objective.",
-            transform=axes.transAxes, fontsize=8.5, alpha=0.75, linespacing=1.5, ha="right",
-        )  # fmt: skip
+        _note(axes, 0.98, 0.12, "Bars: the optimum of each one's own objective.", side="right")
     _spread(axes, [member.metrics["kl_sequence"].value for member in members])
     axes.set_title(f"{title.capitalize()} of samples", loc="left")
     axes.set(xlabel="KL to the reference, nats", ylabel=title if metric == "win_rate" else f"{title}, nats")
@@ -275,7 +270,7 @@ def _against_kl(axes: Any, drawn: Sequence[Curve], chosen: str | None, metric: s
     return labels
 
 
-def _entropy_by_alpha(axes: Any, swept: Sequence[Curve]) -> None:
+def _entropy_by_alpha(axes: Axes, swept: Sequence[Curve]) -> None:
     """Entropy of SPO's members by softness, beside the exact optimum's where it is known."""
     for curve in swept:
         of = f"{curve.name}, " if len(swept) > 1 else ""
@@ -303,7 +298,13 @@ def _entropy_by_alpha(axes: Any, swept: Sequence[Curve]) -> None:
     axes.set(xlabel="softness α", ylabel="entropy, nats")
 
 
-def _spread(axes: Any, values: Sequence[float | None]) -> None:
+def _note(axes: Axes, x: float, y: float, bars: str, side: str = "left") -> None:
+    """Say what numbers and bars mean."""
+    text = f"Numbers beside points: α of SPO, β of the others.\n{bars}".rstrip()
+    axes.text(x, y, text, transform=axes.transAxes, fontsize=8.5, alpha=0.75, linespacing=1.5, ha=side)
+
+
+def _spread(axes: Axes, values: Sequence[float | None]) -> None:
     """A log axis where values differ by more than a factor of ten, so that one does not squeeze the rest."""
     known = [value for value in values if value is not None and value > 0]
     if len(known) == len(values) and known and max(known) > 10 * min(known):

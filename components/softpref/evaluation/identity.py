@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from softpref.evaluation.config import EvaluationConfig
+from softpref.records import EvaluatedOn, PreferenceRow
 
 if TYPE_CHECKING:
     from softpref.judges import Judge
@@ -19,11 +20,11 @@ DEFINING = ("split", "max_prompts", "max_rows", "samples_per_prompt", "judge_max
 
 def identify(
     config: EvaluationConfig,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[PreferenceRow],
     judge: Judge,
     reference_dir: str,
     max_new: int,
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, EvaluatedOn]:
     """`evaluation_id`, equal for two evaluations exactly when their figures can be compared, and its parts.
 
     The reference belongs to it: win rate and KL are relative to it. The parts, `evaluated_on`, are what tells
@@ -42,7 +43,7 @@ def identify(
     whole = data.copy()
     whole.update(json.dumps([judge.name, judge.fingerprint, settings], sort_keys=True).encode())
     whole.update(weights)
-    parts = {
+    parts: EvaluatedOn = {
         "data": data.hexdigest()[:16],
         "judge": f"{judge.name} {judge.fingerprint}",
         "reference": hashlib.sha256(weights).hexdigest()[:16],

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from softpref.evaluation.charts import INK
 from softpref.evaluation.curves import Point
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 
 class Labels:
@@ -17,7 +22,7 @@ class Labels:
 
     _PLACES = ((0, 1), (1, 0), (0, -1), (-1, 0), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))
 
-    def __init__(self, axes: Any) -> None:
+    def __init__(self, axes: Axes) -> None:
         self._axes = axes
         self._labels: list[tuple[Point, str, float]] = []
         self._lines: list[Sequence[Point]] = []
@@ -30,11 +35,10 @@ class Labels:
         """A line that labels cover only where there is no other place."""
         self._lines.append(line)
 
-    def place(self, figure: Any) -> None:
+    def place(self, figure: Figure) -> None:
         """Write the labels. One that finds no place is left out: the table names every member."""
-        renderer = figure.canvas.get_renderer()
         unit = figure.dpi / 72
-        left, bottom, right, top = self._axes.get_window_extent(renderer).extents
+        left, bottom, right, top = self._axes.get_window_extent().extents
         points = [_square(self._pixels(place), radius * unit) for place, _, radius in self._labels]
         strokes = [
             _square(start + share * (end - start), unit)
@@ -42,7 +46,7 @@ class Labels:
             for start, end in itertools.pairwise(map(self._pixels, line))
             for share in np.linspace(0, 1, 40)
         ]
-        written: list[Any] = []
+        written: list[Bbox] = []
         for place, text, radius in self._labels:
             if not text:
                 continue
@@ -50,7 +54,7 @@ class Labels:
                 text, place, xytext=(0, 0), textcoords="offset points", ha="center", va="center",
                 fontsize=8.5, color=INK, zorder=6,
             )  # fmt: skip
-            box = note.get_window_extent(renderer)
+            box = note.get_window_extent()
             offsets = [
                 np.array([x * (box.width / 2 + far * unit), y * (box.height / 2 + far * unit)])
                 for far in (radius + 1.5, radius + 7, radius + 13)
@@ -71,10 +75,10 @@ class Labels:
                 note.remove()
 
     def _pixels(self, place: Point) -> np.ndarray:
-        return self._axes.transData.transform(place)
+        return np.asarray(self._axes.transData.transform(place))
 
 
-def _square(centre: np.ndarray, radius: float) -> Any:
+def _square(centre: np.ndarray, radius: float) -> Bbox:
     from matplotlib.transforms import Bbox
 
     return Bbox([centre - radius, centre + radius])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from softpref.errors import DataError
@@ -11,7 +11,7 @@ from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.models import Models
 from softpref.judges import as_text
 from softpref.progress import progress
-from softpref.records import DrawnText, Figure, PromptRecord
+from softpref.records import DrawnText, Figures, PreferenceRow, PromptRecord, Text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,71 +21,71 @@ if TYPE_CHECKING:
     from softpref.lm.sampling import Sample
     from softpref.lm.tokenization import TokenizedPrompt
 
-Progress = Callable[[int], Any]
+Progress = Callable[[int], object]
 Ids = Sequence[int]
 
 
 def held_out(
-    models: Models, rows: Sequence[Mapping[str, Any]], bootstrap: Bootstrap
-) -> tuple[dict[str, Figure], list[str]]:
+    models: Models, rows: Sequence[PreferenceRow], bootstrap: Bootstrap
+) -> tuple[Figures, list[str]]:
     """Score the held-out preferences under the policy: its figures, and warnings about rows."""
     from softpref.evaluation.metrics import PerplexityMetric, PreferenceMetric, prompt_key
     from softpref.lm.scoring import score_sequences
     from softpref.lm.tokenization import findings_text, row_findings, stop_token_ids, tokenize_row
 
-    options: dict[str, Any] = {
-        "stop_ids": stop_token_ids(models.tokenizer, models.policy),
-        "max_prompt_length": models.max_prompt_length,
-        "max_completion_length": models.max_new_tokens,
-    }
+    stop_ids = stop_token_ids(models.tokenizer, models.policy)
     used, tokens = [], []
     for row in rows:
         try:
-            tokens.append(tokenize_row(models.tokenizer, row["prompt"], row["completions"], **options))
+            sequences = tokenize_row(
+                models.tokenizer,
+                row["prompt"],
+                row["completions"],
+                stop_ids=stop_ids,
+                max_prompt_length=models.max_prompt_length,
+                max_completion_length=models.max_new_tokens,
+            )
         except DataError:  # a text that this tokenizer cannot express; counted below
             continue
         used.append(row)
+        tokens.append(sequences)
     if not used:
         raise DataError("no held-out row can be tokenized with the policy's tokenizer")
-    sequences = [sequence for group in tokens for sequence in group]
-    with progress("held-out preferences", total=len(sequences), unit="sequence") as loop:
-        flat = iter(
-            score_sequences(
-                models.policy,
-                [(sequence.prompt, sequence.completion) for sequence in sequences],
-                **models.scoring,
-                progress=loop.update,
-            ).tolist()
-        )
+    pairs = [(sequence.prompt, sequence.completion) for group in tokens for sequence in group]
+    with progress("held-out preferences", total=len(pairs), unit="sequence") as loop:
+        scores = score_sequences(models.policy, pairs, **models.scoring, progress=loop.update)
+    flat = iter(scores.tolist())
     logps = [[next(flat) for _ in group] for group in tokens]
     keys = [prompt_key(row["prompt"]) for row in used]
-    figures = PreferenceMetric(keep_in_memory=True).compute(
-        scores=logps,
-        kind=[row["kind"] for row in used],
-        probability=[row["probability"] for row in used],
-        prompt=keys,
-        bootstrap=bootstrap,
-    ) | PerplexityMetric(keep_in_memory=True).compute(
-        logp=[group[0] for group in logps],
-        tokens=[len(group[0].completion) for group in tokens],
-        prompt=keys,
-        bootstrap=bootstrap,
-    )
+    figures = {
+        **PreferenceMetric.figures(
+            bootstrap,
+            scores=logps,
+            kind=[row["kind"] for row in used],
+            probability=[row["probability"] for row in used],
+            prompt=keys,
+        ),
+        **PerplexityMetric.figures(
+            bootstrap,
+            logp=[group[0] for group in logps],
+            tokens=[len(group[0].completion) for group in tokens],
+            prompt=keys,
+        ),
+    }
     warnings = []
     if len(used) < len(rows):
         warnings.append(
             f"{len(rows) - len(used)} of {len(rows)} held-out rows cannot be tokenized and were left out."
         )
-    counts = Counter({"given": len(tokens)}) + Counter(
-        name for group in tokens for name in row_findings(group)
-    )
+    counts = Counter(name for group in tokens for name in row_findings(group))
+    counts["given"] = len(tokens)
     return figures, warnings + findings_text(counts, "held-out rows")
 
 
 def draw_samples(
     models: Models,
     side: Literal["policy", "reference"],
-    prompts: Sequence[Any],
+    prompts: Sequence[Text],
     tokenized: Sequence[TokenizedPrompt],
     judge: Judge,
     config: EvaluationConfig,
@@ -130,13 +130,13 @@ def draw_samples(
 
 def sampled(
     models: Models,
-    prompts: Sequence[Any],
+    prompts: Sequence[Text],
     tokenized: Sequence[TokenizedPrompt],
     reference: Sequence[list[DrawnText]],
     judge: Judge,
     config: EvaluationConfig,
     bootstrap: Bootstrap,
-) -> tuple[dict[str, Figure], list[PromptRecord]]:
+) -> tuple[Figures, list[PromptRecord]]:
     """Draw from the policy on the prompts that the reference answered: figures, and what was drawn.
 
     Args:
@@ -159,37 +159,28 @@ def sampled(
         [text._replace(kl=own, surprisal=under) for text, own, under in zip(*group, strict=True)]
         for group in zip(shown, kl, surprisal, strict=True)
     ]
-    figures = WinRateMetric(keep_in_memory=True).compute(
-        policy=[[sample.score for sample in group] for group in shown],
-        reference=[[sample.score for sample in group] for group in reference],
-        bootstrap=bootstrap,
-    )
-    figures |= SampleMetric(keep_in_memory=True).compute(
-        kl=kl,
-        entropy=entropy,
-        length=[[float(sample.tokens) for sample in group] for group in shown],
-        bootstrap=bootstrap,
-    )
+    figures = {
+        **WinRateMetric.figures(bootstrap, policy=_each(shown, "score"), reference=_each(reference, "score")),
+        **SampleMetric.figures(bootstrap, kl=kl, entropy=entropy, length=_each(shown, "tokens")),
+        **DiversityMetric.figures(bootstrap, completions=[[text.text for text in group] for group in shown]),
+    }
     for prefix, side in (("", shown), ("reference_", reference)):
-        health = HealthMetric(keep_in_memory=True).compute(
-            **{
-                name: [[float(getattr(sample, part)) for sample in group] for group in side]
-                for name, part in (
-                    ("length", "tokens"),
-                    *((one, one) for one in ("truncated", "repetition", "surprisal")),
-                )
-            },
-            bootstrap=bootstrap,
+        health = HealthMetric.figures(
+            bootstrap,
+            length=_each(side, "tokens"),
+            **{part: _each(side, part) for part in ("truncated", "repetition", "surprisal")},
         )
         figures |= {f"{prefix}{name}": figure for name, figure in health.items()}
-    figures |= DiversityMetric(keep_in_memory=True).compute(
-        completions=[[sample.text for sample in group] for group in shown], bootstrap=bootstrap
-    )
     records = [
         PromptRecord(as_text(prompt, roles=True), theirs, ours)
         for prompt, theirs, ours in zip(prompts, reference, shown, strict=True)
     ]
     return figures, records
+
+
+def _each(texts: Sequence[Sequence[DrawnText]], part: str) -> list[list[float]]:
+    """A number of each sample, by prompt."""
+    return [[float(getattr(text, part)) for text in group] for group in texts]
 
 
 class Divergences(NamedTuple):

@@ -10,14 +10,18 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import datasets
 import evaluate
 import numpy as np
 
 from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval
-from softpref.records import Figure
+from softpref.judges import sigmoid
+from softpref.records import Figure, Figures, Text
+
+Token = TypeVar("Token")
+_Rows = Sequence[Sequence[float]]  # one per prompt, a value per sample
 
 _SMOOTHING = 0.1  # in place of a zero n-gram count in BLEU: Chen and Cherry (2014), method 1
 _BLEU_ORDER = 4
@@ -26,11 +30,17 @@ _TEXT, _NUMBER = datasets.Value("string"), datasets.Value("float64")
 _NUMBERS = datasets.Sequence(_NUMBER)
 
 
-class _Metric(evaluate.Metric):
-    """What all metrics here tell `evaluate` of themselves."""
+class _Metric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
+    """What all metrics here tell `evaluate` of themselves, and how they are computed."""
 
     _inputs: ClassVar[str]
-    _features: ClassVar[dict[str, Any]]
+    _features: ClassVar[dict[str, object]]
+
+    @classmethod
+    def figures(cls, bootstrap: Bootstrap, **columns: object) -> Figures:
+        """Figures by name, of columns as `_inputs` describes them."""
+        found: Figures = cls(keep_in_memory=True).compute(bootstrap=bootstrap, **columns)
+        return found
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -56,11 +66,19 @@ class PreferenceMetric(_Metric):
     )
     _features: ClassVar = {"scores": _NUMBERS, "kind": _TEXT, "probability": _NUMBER, "prompt": _TEXT}
 
-    def _compute(self, *, scores, kind, probability, prompt, bootstrap=DEFAULT_BOOTSTRAP):
+    def _compute(
+        self,
+        *,
+        scores: Sequence[Sequence[float]],
+        kind: Sequence[str],
+        probability: Sequence[float | None],
+        prompt: Sequence[str],
+        bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
+    ) -> Figures:
         margins: list[float] = []
         prompts: list[str] = []
-        for row, name, share, key in zip(scores, kind, probability, prompt, strict=True):
-            row = np.asarray(row, dtype=np.float64)
+        for values, name, share, key in zip(scores, kind, probability, prompt, strict=True):
+            row = np.asarray(values, dtype=np.float64)
             side = 1.0
             if len(row) == 2 and share is not None and not np.isnan(share):
                 if share == 0.5:
@@ -85,23 +103,23 @@ class WinRateMetric(_Metric):
     """Does a judge prefer the policy's completions to the reference's, and how highly does it rate both?
 
     `win_rate` is the probability that the judge prefers a policy sample to a reference sample of the same
-    prompt,
-    σ(score difference) averaged over all pairs of samples; equal scores count ½. `expected_reward` and
-    `reference_expected_reward` are mean scores in nats, fixed up to a constant only.
+    prompt, σ(score difference) averaged over all pairs of samples; equal scores count ½. `expected_reward`
+    and `reference_expected_reward` are mean scores in nats, known up to a constant.
     """
 
     _inputs = "policy, reference: one row per prompt, the judge's scores of the samples."
     _features = dict.fromkeys(("policy", "reference"), _NUMBERS)
 
-    def _compute(self, *, policy, reference, bootstrap=DEFAULT_BOOTSTRAP):
+    def _compute(
+        self, *, policy: _Rows, reference: _Rows, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP
+    ) -> Figures:
         wins, pairs = [], []
         for ours, theirs in zip(policy, reference, strict=True):
             difference = np.asarray(ours, dtype=np.float64)[:, None] - np.asarray(theirs, dtype=np.float64)
             wins.append(sigmoid(difference).sum())
             pairs.append(difference.size)
-        win_rate = interval(
-            wins, np.arange(len(wins)), weights=pairs, unit="probability", bootstrap=bootstrap
-        )
+        prompts = np.arange(len(wins))
+        win_rate = interval(wins, prompts, weights=pairs, unit="probability", bootstrap=bootstrap)
         return {
             "win_rate": win_rate._replace(n=sum(len(row) for row in policy)),
             "expected_reward": _by_prompt(policy, "nats", bootstrap),
@@ -120,7 +138,9 @@ class SampleMetric(_Metric):
     _inputs = "One row per prompt, one value per sample: Σ KL_t, Σ H_t, tokens."
     _features = dict.fromkeys(("kl", "entropy", "length"), _NUMBERS)
 
-    def _compute(self, *, kl, entropy, length, bootstrap=DEFAULT_BOOTSTRAP):
+    def _compute(
+        self, *, kl: _Rows, entropy: _Rows, length: _Rows, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP
+    ) -> Figures:
         return {
             "kl_sequence": _by_prompt(kl, "nats", bootstrap),
             "kl_token": _by_prompt(kl, "nats per token", bootstrap, length),
@@ -143,7 +163,15 @@ class HealthMetric(_Metric):
     )
     _features = dict.fromkeys(("length", "truncated", "repetition", "surprisal"), _NUMBERS)
 
-    def _compute(self, *, length, truncated, repetition, surprisal, bootstrap=DEFAULT_BOOTSTRAP):
+    def _compute(
+        self,
+        *,
+        length: _Rows,
+        truncated: _Rows,
+        repetition: _Rows,
+        surprisal: _Rows,
+        bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
+    ) -> Figures:
         return {
             "truncated_fraction": _by_prompt(truncated, "probability", bootstrap),
             "repetition": _by_prompt(repetition, "fraction", bootstrap),
@@ -162,17 +190,20 @@ class DiversityMetric(_Metric):
     _inputs = "completions: one row per prompt, its sampled texts."
     _features: ClassVar = {"completions": datasets.Sequence(_TEXT)}
 
-    def _compute(self, *, completions, bootstrap=DEFAULT_BOOTSTRAP):
+    def _compute(
+        self, *, completions: Sequence[Sequence[str]], bootstrap: Bootstrap = DEFAULT_BOOTSTRAP
+    ) -> Figures:
         rows = [[words(text) for text in texts] for texts in completions]
-        figures = {}
-        for name, function in (
-            ("distinct_1", lambda texts: distinct(texts, 1)),
-            ("distinct_2", lambda texts: distinct(texts, 2)),
-            ("self_bleu", self_bleu),
-        ):
-            values = [function(texts) for texts in rows]
-            figures[name] = interval(values, np.arange(len(rows)), unit="fraction", bootstrap=bootstrap)
-        return figures
+        values = {
+            "distinct_1": [distinct(texts, 1) for texts in rows],
+            "distinct_2": [distinct(texts, 2) for texts in rows],
+            "self_bleu": [self_bleu(texts) for texts in rows],
+        }
+        prompts = np.arange(len(rows))
+        return {
+            name: interval(found, prompts, unit="fraction", bootstrap=bootstrap)
+            for name, found in values.items()
+        }
 
 
 class PerplexityMetric(_Metric):
@@ -181,15 +212,16 @@ class PerplexityMetric(_Metric):
     _inputs = "logp: log-probability of a completion. tokens: its length. prompt: identifies the prompt."
     _features: ClassVar = {"logp": _NUMBER, "tokens": datasets.Value("int64"), "prompt": _TEXT}
 
-    def _compute(self, *, logp, tokens, prompt, bootstrap=DEFAULT_BOOTSTRAP):
-        figure = interval(
-            -np.asarray(logp, dtype=np.float64),
-            prompt,
-            weights=tokens,
-            unit="per token",
-            transform=np.exp,
-            bootstrap=bootstrap,
-        )
+    def _compute(
+        self,
+        *,
+        logp: Sequence[float],
+        tokens: Sequence[int],
+        prompt: Sequence[str],
+        bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
+    ) -> Figures:
+        surprisal, unit = -np.asarray(logp, dtype=np.float64), "per token"
+        figure = interval(surprisal, prompt, weights=tokens, unit=unit, transform=np.exp, bootstrap=bootstrap)
         return {"perplexity": figure}
 
 
@@ -251,36 +283,21 @@ def self_bleu(texts: Sequence[Sequence[str]]) -> float:
     return float(scores.mean())
 
 
-def prompt_key(prompt: Any) -> str:
+def prompt_key(prompt: Text) -> str:
     """One string for a prompt, text or messages, by which equal prompts are told."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
-def _by_prompt(
-    rows: Sequence[Sequence[float]],
-    unit: str,
-    bootstrap: Bootstrap,
-    weights: Sequence[Sequence[float]] | None = None,
-) -> Figure:
+def _by_prompt(rows: _Rows, unit: str, bootstrap: Bootstrap, weights: _Rows | None = None) -> Figure:
     """Mean of all values, or their sum over that of the weights, with the row as prompt."""
     prompts = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    return interval(
-        _flat(rows),
-        prompts,
-        weights=None if weights is None else _flat(weights),
-        unit=unit,
-        bootstrap=bootstrap,
-    )
+    flat = None if weights is None else _flat(weights)
+    return interval(_flat(rows), prompts, weights=flat, unit=unit, bootstrap=bootstrap)
 
 
-def _flat(rows: Sequence[Sequence[float]]) -> np.ndarray:
+def _flat(rows: _Rows) -> np.ndarray:
     return np.concatenate([np.asarray(row, dtype=np.float64) for row in rows]) if len(rows) else np.empty(0)
 
 
-def sigmoid(values: np.ndarray) -> np.ndarray:
-    """1 / (1 + e^−x) without overflow."""
-    return 0.5 * (1 + np.tanh(values / 2))
-
-
-def _ngrams(tokens: Sequence[Any], order: int) -> list[tuple[Any, ...]]:
+def _ngrams(tokens: Sequence[Token], order: int) -> list[tuple[Token, ...]]:
     return [tuple(tokens[i : i + order]) for i in range(len(tokens) - order + 1)]

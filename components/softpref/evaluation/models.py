@@ -6,14 +6,22 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.judges import as_text
+from softpref.records import ModelMetadata, PreferenceRow, Text
 
 if TYPE_CHECKING:
     from softpref.lm.tokenization import TokenizedPrompt
+
+
+class Scoring(TypedDict):
+    """How many sequences are scored at once, and whether in the plain way."""
+
+    batch_size: int
+    plain: bool
 
 
 class Models(NamedTuple):
@@ -24,12 +32,15 @@ class Models(NamedTuple):
     tokenizer: Any
     max_prompt_length: int | None
     max_new_tokens: int
-    scoring: dict[str, Any]  # how many at once, and whether in the plain way
+    scoring: Scoring
 
 
-def load_reference(
-    config: EvaluationConfig, places: Mapping[str, str], metadata: Mapping[str, Any]
-) -> Models:
+def load_reference(config: EvaluationConfig, places: Mapping[str, str], metadata: ModelMetadata) -> Models:
+    """The reference, without the policy.
+
+    Raises:
+        ConfigError: the policy has another vocabulary.
+    """
     import torch
     from transformers import AutoConfig
 
@@ -65,7 +76,7 @@ def load_policy(config: EvaluationConfig, models: Models, folder: str) -> Models
 
 
 def tokenize_prompts(
-    models: Models, prompts: Sequence[Any], rows: Sequence[Mapping[str, Any]]
+    models: Models, prompts: Sequence[Text], rows: Sequence[PreferenceRow]
 ) -> list[TokenizedPrompt]:
     """Ids of each prompt, ending where training parted it from the completions of its rows.
 
@@ -75,7 +86,7 @@ def tokenize_prompts(
     from softpref.evaluation.metrics import prompt_key
     from softpref.lm.tokenization import tokenize_prompt
 
-    completions: dict[str, list[Any]] = defaultdict(list)
+    completions: dict[str, list[Text]] = defaultdict(list)
     for row in rows:
         completions[prompt_key(row["prompt"])] += row["completions"]
     limit = models.max_prompt_length
@@ -95,7 +106,7 @@ def tokenize_prompts(
 
 
 def check_prompts(model: Any, models: Models, prompts: Sequence[TokenizedPrompt]) -> None:
-    """Refuse prompts after which the longest completion would outgrow the model, before anything is drawn."""
+    """Refuse prompts after which the longest completion would exceed the model's positions."""
     from softpref.lm.scoring import check_ids, check_positions
 
     remedy = "lower max_new_tokens, or train with a lower max_prompt_length"

@@ -7,27 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.measure import draw_samples
 from softpref.evaluation.models import Models
 from softpref.judges import RewardJudge
 from softpref.progress import progress
-from softpref.records import PromptRecord
+from softpref.records import DatasetStats, ModelMetadata, PromptRecord, Text
 
 if TYPE_CHECKING:
     import numpy as np
 
     from softpref.evaluation.exact import ExactPrompt
     from softpref.evaluation.theory import SampledPrompt
-    from softpref.judges import Judge
+    from softpref.judges import Judge, Outcomes
     from softpref.lm.tokenization import TokenizedPrompt
 
 
 def theory_samples(
     models: Models,
-    prompts: Sequence[Any],
+    prompts: Sequence[Text],
     tokenized: Sequence[TokenizedPrompt],
     judge: Judge,
     config: EvaluationConfig,
@@ -55,11 +55,11 @@ def theory_samples(
 
 def enumerated(
     models: Models,
-    outcomes: Mapping[str, Any],
-    prompts: Sequence[Any],
+    outcomes: Mapping[str, Outcomes],
+    prompts: Sequence[Text],
     config: EvaluationConfig,
-    metadata: Mapping[str, Any],
-    stats: Mapping[str, Any],
+    metadata: ModelMetadata,
+    stats: DatasetStats,
     warnings: list[str],
 ) -> list[ExactPrompt]:
     """Score every outcome of the first `exact_prompts` prompts whose outcomes are known."""
@@ -101,8 +101,8 @@ def enumerated(
 def against_theory(
     theory: Sequence[tuple[np.ndarray, np.ndarray]],
     records: Sequence[PromptRecord],
-    metadata: Mapping[str, Any],
-    stats: Mapping[str, Any],
+    metadata: ModelMetadata,
+    stats: DatasetStats,
     seed: int,
     warnings: list[str],
 ) -> list[SampledPrompt]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from softpref.artifacts import readable, strengths
 from softpref.config import write_parameters
@@ -17,7 +17,7 @@ from softpref.evaluation.measure import draw_samples, held_out, sampled
 from softpref.evaluation.models import Models, check_prompts, load_policy, load_reference, tokenize_prompts
 from softpref.evaluation.optima import against_theory, enumerated, theory_samples
 from softpref.fitness import ailments
-from softpref.judges import check_judge, load_judge, read_outcomes, text_rows
+from softpref.judges import check_judge, load_judge, read_outcomes, sigmoid, text_rows
 from softpref.lm.extrapolation import extrapolated_folders
 from softpref.lm.loading import check_model_source, check_remote_code, local_source, source_name
 from softpref.progress import settle_output
@@ -28,10 +28,14 @@ from softpref.records import (
     REPORT_FILE,
     SAMPLES_FILE,
     DrawnText,
+    EvaluatedOn,
     Evaluation,
     Figure,
     JudgedBy,
+    ModelMetadata,
+    PreferenceRow,
     PromptRecord,
+    Text,
     load_metadata,
     read_stats,
     write_samples,
@@ -40,10 +44,14 @@ from softpref.timings import PhaseTimer
 
 if TYPE_CHECKING:
     import numpy as np
+    from datasets import DatasetDict
 
     from softpref.evaluation.intervals import Bootstrap
     from softpref.judges import Judge, Outcomes
     from softpref.lm.tokenization import TokenizedPrompt
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 _HEADLINE = ("win_rate", "expected_reward", "kl_sequence", "entropy_sequence", "preference_accuracy")
 _EXACT_HEADLINE = ("exact/kl_optimum_to_policy", "exact/mass_on_set")
@@ -143,8 +151,6 @@ def by_prompt(records: Sequence[PromptRecord]) -> dict[str, list[float]]:
     """Expected reward and win rate of each prompt, for paired comparisons of members of a sweep."""
     import numpy as np
 
-    from softpref.evaluation.metrics import sigmoid
-
     values: dict[str, list[float]] = {"expected_reward": [], "win_rate": []}
     for record in records:
         ours, theirs = (np.array([s.score for s in side]) for side in (record.policy, record.reference))
@@ -169,7 +175,7 @@ class _Member(NamedTuple):
 
     folder: str
     uri: str
-    metadata: Mapping[str, Any]
+    metadata: ModelMetadata
     subfolder: str = ""
 
     @property
@@ -193,10 +199,10 @@ class _Task(NamedTuple):
     """
 
     identity: str
-    identity_parts: dict[str, Any]
-    prompts: list[Any]
+    identity_parts: EvaluatedOn
+    prompts: list[Text]
     tokenized: list[TokenizedPrompt]
-    rows: list[dict[str, Any]]
+    rows: list[PreferenceRow]
     outcomes: dict[str, Outcomes]
     judge: Judge
     judge_accuracy: Figure | None
@@ -227,9 +233,9 @@ def _extrapolated(policy: _Member) -> list[_Member]:
 
 def _prepare(
     config: EvaluationConfig,
-    dataset: Any,
+    dataset: DatasetDict,
     places: Mapping[str, str],
-    metadata: Mapping[str, Any],
+    metadata: ModelMetadata,
     timer: PhaseTimer,
 ) -> _Task:
     """Choose prompts and rows, find the judge, load the reference and draw its samples."""
@@ -237,7 +243,7 @@ def _prepare(
     from softpref.evaluation.metrics import prompt_key
 
     bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, config.seed)
-    rows = [dict(row) for row in dataset[config.split]]
+    rows: list[PreferenceRow] = list(dataset[config.split])
     chosen = _choose(
         {prompt_key(row["prompt"]): row["prompt"] for row in rows}, config.max_prompts, config.seed
     )
@@ -288,7 +294,7 @@ def _evaluate(
 
     figures, warnings = held_out(models, task.rows, bootstrap)
     of_samples, records = sampled(models, prompts, task.tokenized, task.reference, judge, config, bootstrap)
-    figures |= of_samples
+    figures = {**figures, **of_samples}
     stats = read_stats(places["dataset"])
     exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings)
     theory = against_theory(task.theory, records, metadata, stats, config.seed, warnings)
@@ -332,7 +338,7 @@ def _evaluate(
 
 def _judge(
     config: EvaluationConfig,
-    dataset: Any,
+    dataset: DatasetDict,
     dataset_dir: str,
     outcomes: dict[str, Outcomes],
     bootstrap: Bootstrap,
@@ -356,17 +362,17 @@ def _judge(
     prompts = [row["prompt"] for row in held_out for _ in row["completions"]]
     completions = [completion for row in held_out for completion in row["completions"]]
     flat = iter(judge.scores(prompts, completions).tolist())
-    accuracy = PreferenceMetric(keep_in_memory=True).compute(
+    accuracy = PreferenceMetric.figures(
+        bootstrap,
         scores=[[next(flat) for _ in row["completions"]] for row in held_out],
         kind=[row["kind"] for row in held_out],
         probability=[row["probability"] for row in held_out],
         prompt=[row["prompt"] for row in held_out],
-        bootstrap=bootstrap,
     )["preference_accuracy"]
     return judge, accuracy
 
 
-def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> Any:
+def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> DatasetDict:
     """The dataset with a judge and a non-empty split, or an error that says what there is."""
     path, split = Path(dataset_dir), config.split
     if not (path / "dataset_dict.json").is_file():
@@ -382,7 +388,7 @@ def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> Any:
     return dataset
 
 
-def _choose(items: dict[Any, Any], most: int, seed: int) -> dict[Any, Any]:
+def _choose(items: dict[Key, Value], most: int, seed: int) -> dict[Key, Value]:
     """All items, or `most` of them by seed, in their order."""
     import numpy as np
 

@@ -6,7 +6,7 @@ from kfp.dsl import Artifact, Input, Markdown, Metrics, Model, Output
 from softpref.images import REGISTER_IMAGE
 
 
-@dsl.component(base_image=REGISTER_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=REGISTER_IMAGE, install_kfp_package=False)  # type: ignore[untyped-decorator]
 def register_model(
     model: Input[Model],
     evaluation: Input[Artifact],
@@ -19,9 +19,9 @@ def register_model(
     trust_remote_code: bool = False,
     experiment: str = "softpref",
     tracking_uri: str = "",
-    overrides: dict = {},  # noqa: B006
+    overrides: dict = {},  # type: ignore[type-arg]  # noqa: B006
     record: Input[Artifact] = None,
-):
+) -> None:
     """Put a model that passes the gate into the MLflow registry; make it champion when it beats the champion.
 
     A model that does not pass it fails the step.

@@ -3,11 +3,10 @@ server."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from softpref.fitness import figure_text, judge_doubt, number
-from softpref.records import Evaluation, Figures
+from softpref.records import EvaluatedOn, Evaluation, Figures
 from softpref.registry.config import RegistryConfig
 
 _JUDGED = ("win_rate", "expected_reward")  # metrics that are worth what the judge is
@@ -23,7 +22,7 @@ class Champion(NamedTuple):
     version: str
     evaluation_id: str | None
     metrics: Figures
-    evaluated_on: Mapping[str, Any] | None = None
+    evaluated_on: EvaluatedOn | None = None
 
 
 class Verdict(NamedTuple):
@@ -52,7 +51,7 @@ def challenge(evaluation: Evaluation, champion: Champion | None, config: Registr
         return Verdict(
             False,
             f"not comparable: {held} was evaluated "
-            f"{_difference(champion.evaluated_on or {}, evaluation.evaluated_on or {})}; "
+            f"{_difference(champion.evaluated_on, evaluation.evaluated_on)}; "
             "evaluate the champion as this model was, or move the alias by hand",
         )
     mine, theirs = number(metrics, name), number(champion.metrics, name)
@@ -69,13 +68,10 @@ def challenge(evaluation: Evaluation, champion: Champion | None, config: Registr
     return Verdict(True, f"it beats the champion on the same evaluation: {against}")
 
 
-_PARTS = ("data", "judge", "reference", "settings")  # of `evaluated_on`
-
-
-def _difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+def _difference(theirs: EvaluatedOn | None, mine: EvaluatedOn | None) -> str:
     """How the champion was evaluated differently."""
-    if any(part not in parts for part in _PARTS for parts in (theirs, mine)):
-        return "otherwise; in what, its version does not tell"
+    if not theirs or not mine or not EvaluatedOn.__required_keys__ <= theirs.keys() & mine.keys():
+        return "otherwise; its version does not say how"
     found = []
     if theirs["data"] != mine["data"]:
         found.append("on other test rows")

@@ -24,30 +24,33 @@ import hashlib
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softpref.errors import ConfigError
 from softpref.lm.loading import check_model_source, load_tokenizer
-from softpref.records import METADATA_FILE
+from softpref.records import METADATA_FILE, ModelMetadata
 from softpref.registry.config import RegistryConfig
 from softpref.tracking import in_short
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
 
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "README.md", "LICENSE*")
 _SERVED_BY = ("mlflow", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
 
 
 def served_model_config(
-    model_dir: Path, metadata: Mapping[str, Any], task: str, *, trust_remote_code: bool = False
-) -> dict[str, Any]:
+    model_dir: Path, metadata: ModelMetadata, task: str, *, trust_remote_code: bool = False
+) -> dict[str, object]:
     """Generation settings of the served model: the distribution that was trained, not a sharper one."""
     tokenizer = load_tokenizer(str(model_dir), trust_remote_code=trust_remote_code)
     generation = _generation_config(model_dir)
     ends = generation.get("eos_token_id")
     ends = {ends} if isinstance(ends, int) else set(ends or [])
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "do_sample": True,
         "temperature": 1.0,
         "top_k": 0,
@@ -157,7 +160,8 @@ def serving_task(config: RegistryConfig, checkpoint: Path) -> str:
 
 def _generation_config(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "generation_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return values
 
 
 def generation_warnings(model_dir: Path) -> list[str]:
@@ -177,7 +181,7 @@ def generation_warnings(model_dir: Path) -> list[str]:
     ]
 
 
-def model_card(checkpoint: Path, title: str) -> Any:
+def model_card(checkpoint: Path, title: str) -> ModelCard:
     """The checkpoint's own card, or a bare one: without any, MLflow would ask the Hub for it."""
     from huggingface_hub import ModelCard
 

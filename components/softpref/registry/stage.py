@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softpref.artifacts import plain
 from softpref.config import write_parameters
@@ -20,7 +20,7 @@ from softpref.errors import ConfigError, DataError
 from softpref.fitness import gate_failures
 from softpref.lm.loading import check_remote_code
 from softpref.progress import settle_output
-from softpref.records import Comparison, Evaluation, Registration, load_metadata
+from softpref.records import Comparison, Evaluation, ModelMetadata, Registration, load_metadata
 from softpref.registry.config import RegistryConfig
 from softpref.registry.gate import challenge
 from softpref.registry.served import (
@@ -44,6 +44,10 @@ from softpref.tracking import (
     short_requests,
     source_tags,
 )
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 
 def run(
@@ -136,7 +140,7 @@ def _register(
     config: RegistryConfig,
     checkpoint: Path,
     model_dir: Path,
-    metadata: Mapping[str, Any],
+    metadata: ModelMetadata,
     evaluation: Evaluation,
     comparison: Comparison | None,
     decision: Registration,
@@ -200,10 +204,10 @@ def _register(
 
 def _log_model(
     config: RegistryConfig,
-    client: Any,
+    client: MlflowClient,
     uri: str,
     checkpoint: Path,
-    metadata: Mapping[str, Any],
+    metadata: ModelMetadata,
     evaluation: Evaluation,
     digest: str,
     decision: Registration,
@@ -248,12 +252,12 @@ def _log_model(
     finally:
         if own:
             client.set_terminated(run_id, status)
-    return info.model_uri
+    return str(info.model_uri)
 
 
 def _check_same_model(
     model_dir: Path,
-    metadata: Mapping[str, Any],
+    metadata: ModelMetadata,
     evaluation: Evaluation,
     comparison: Comparison | None,
 ) -> None:
@@ -279,7 +283,7 @@ def _check_same_model(
         )
 
 
-def _training_run(client: Any, run_id: str | None, warnings: list[str]) -> Any:
+def _training_run(client: MlflowClient, run_id: str | None, warnings: list[str]) -> Run | None:
     """The run that trained the model, or None when this server does not know it."""
     from mlflow.exceptions import MlflowException
 

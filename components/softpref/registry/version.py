@@ -4,13 +4,15 @@ but to look the champion up."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from softpref.artifacts import plain
 from softpref.fitness import figure_text
-from softpref.records import Comparison, Evaluation, figures_of
+from softpref.records import Comparison, Evaluation, ModelMetadata, figures_of
 from softpref.registry.gate import Champion
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 HASH_TAG = "model_hash"
 _SCORES_TAG, _EVALUATED_ON_TAG = "scores", "evaluated_on"
@@ -18,22 +20,25 @@ _DESCRIBED = ("win_rate", "expected_reward", "kl_sequence", "entropy_sequence", 
 
 
 def version_tags(
-    metadata: Mapping[str, Any],
+    metadata: ModelMetadata,
     evaluation: Evaluation,
     comparison: Comparison | None,
     digest: str,
 ) -> dict[str, str]:
     """What a version says of itself: origin, hyperparameters, and every figure with its interval."""
-    known: dict[str, Any] = {HASH_TAG: digest, "evaluation_id": evaluation.evaluation_id}
+    said = {key: value for key, value in metadata.items() if value is not None}
+    known: dict[str, object] = {
+        HASH_TAG: digest,
+        "evaluation_id": evaluation.evaluation_id,
+        "judge": evaluation.judge.name,
+        "base_model": said.get("base_model"),
+        "code_version": said.get("code_version"),
+        _SCORES_TAG: json.dumps({name: figure._asdict() for name, figure in evaluation.metrics.items()}),
+    }
     for key in ("name", "method", "alpha", "anchor", "beta", "extrapolation", "dataset_hash"):
-        known[key] = metadata.get(key) if metadata.get(key) is not None else getattr(evaluation, key)
-    for key in ("base_model", "code_version"):
-        known[key] = metadata.get(key)
-    known["judge"] = evaluation.judge.name
+        known[key] = said.get(key, getattr(evaluation, key))
     if comparison is not None:
-        known["chosen_by"] = comparison.rule
-        known["chosen_because"] = comparison.reason
-    known[_SCORES_TAG] = json.dumps({name: figure._asdict() for name, figure in evaluation.metrics.items()})
+        known |= {"chosen_by": comparison.rule, "chosen_because": comparison.reason}
     if evaluation.evaluated_on:
         known[_EVALUATED_ON_TAG] = json.dumps(evaluation.evaluated_on)
     for group, figures in {"": evaluation.metrics, "exact.": evaluation.exact or {}}.items():
@@ -44,17 +49,14 @@ def version_tags(
 
 
 def version_description(
-    metadata: Mapping[str, Any], evaluation: Evaluation, comparison: Comparison | None
+    metadata: ModelMetadata, evaluation: Evaluation, comparison: Comparison | None
 ) -> str:
     """What a version is, for its page in the registry: method, softness, why it was chosen, its figures."""
-    known = {
-        key: metadata.get(key, getattr(evaluation, key, None))
-        for key in ("alpha", "anchor", "beta", "base_model")
-    }
+    known = {"alpha": evaluation.alpha, "anchor": evaluation.anchor, "beta": evaluation.beta, **metadata}
     told = [
-        f"{key.replace('_', ' ')} {plain(str(value))}"
-        for key, value in known.items()
-        if value not in (None, "")
+        f"{key.replace('_', ' ')} {plain(str(known[key]))}"
+        for key in ("alpha", "anchor", "beta", "base_model")
+        if known.get(key) not in (None, "")
     ]
     method = plain(metadata.get("method") or evaluation.method or "")
     lines = [f"**{plain(evaluation.name)}**: {', '.join(filter(None, [method, *told]))}", ""]
@@ -70,7 +72,7 @@ def version_description(
     return "\n".join(lines) + "\n"
 
 
-def find_champion(client: Any, name: str, version: str | None, candidate: str) -> Champion | None:
+def find_champion(client: MlflowClient, name: str, version: str | None, candidate: str) -> Champion | None:
     """The present champion's version, where there is one and it is another than the candidate."""
     if version is None or version == candidate:
         return None
