@@ -1,4 +1,4 @@
-"""What artifacts say of themselves in Kubeflow's UI: a name, values, Markdown. Computes no figure."""
+"""What Kubeflow's UI shows of an artifact: its name, values, Markdown. Computes no figure."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ def describe(artifact: _Artifact, display_name: str, /, **values: object) -> Non
     None, numbers that are not finite and empty texts are left out: KFP fails a step over the first two.
 
     Args:
-        artifact: keeps the name that KFP gave it, for caches and later steps go by that.
+        artifact: keeps the name that KFP gave it, on which caches and later steps rely.
         display_name: for people, such as "spo-alpha-0.5: policy".
-        values: numbers and texts.
     """
     artifact.metadata["display_name"] = display_name
     artifact.metadata.update({key: value for key, value in values.items() if _says(value)})
@@ -35,7 +34,7 @@ def describe(artifact: _Artifact, display_name: str, /, **values: object) -> Non
 def readable(figures: Mapping[str, object]) -> dict[str, float]:
     """Those of the figures that are finite numbers, to six significant digits.
 
-    KFP fails a step that logs any other, and its UI prints every digit there is.
+    KFP fails a step that logs any other value, and its UI prints every digit.
     """
     return {
         name: float(f"{value:.6g}") if isinstance(value, float) else value
@@ -45,12 +44,12 @@ def readable(figures: Mapping[str, object]) -> dict[str, float]:
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it stands: KFP's UI sets in italics what is between two underscores."""
+    """Text that Markdown shows unchanged: KFP's UI sets what is between two underscores in italics."""
     return re.sub(r"([\\`*_|<])", r"\\\1", text)
 
 
 def say_outcome(lines: Iterable[str]) -> None:
-    """Print what whoever waits for a run shall read at its end; a runner knows the lines by their mark."""
+    """Print lines that a runner repeats at the end of a run; it recognises them by their mark."""
     for line in lines:
         print(f"{OUTCOME_MARK}{line}", flush=True)
 

@@ -1,5 +1,7 @@
-"""Whether a model may be chosen or registered, by the figures of its evaluation alone: its health, the judge,
-and the limits of the gate. Compares no model with another, and speaks to no server."""
+"""Whether a model may be chosen or registered, by its own evaluation: health, judge, and limits of the gate.
+
+Compares no models and calls no server.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +10,32 @@ from typing import NamedTuple
 
 from softpref.records import Evaluation, Figure, Figures
 
-# Health: what a policy may have more, or less, than its reference. Softness moves a model along texts that
-# the reference writes too; none of this is its doing. Samples have more of something only where the intervals
-# lie apart.
+# Health: how far a policy may exceed its reference, or fall short of it. Softness moves a model among texts
+# that the reference writes too, and explains none of this. Samples count as worse only where the intervals do
+# not overlap.
 
 LEAKED = 0.05
-"""Of the probability on a known set, where healthy models lose up to 0.02. What leaks counts as entropy."""
+"""Probability lost from a known set; healthy models lose up to 0.02. What leaks out counts as entropy."""
 MORE_TRUNCATED = 0.05
-"""Of the samples: what is cut at the length limit is no answer. Lengths drift; one in twenty is more."""
+"""Share of the samples that are cut at the length limit, and so are no answers. Lengths drift, but not so
+far."""
 MORE_REPEATED = 0.1
-"""Of the 4-grams of tokens within a sample. People's texts repeat about 0.01 of theirs, a model caught in a
-loop 0.4 and more (Welleck et al. 2020); a sharper one has its favourite phrases, but no tenth of them."""
+"""Share of the 4-grams of tokens within a sample. Human texts repeat about 0.01 of theirs, a model caught in
+a loop 0.4 and more (Welleck et al. 2020); a sharper one has favourite phrases, but repeats less than 0.1."""
 STRANGER = 1.0
 """Nats per token by which the samples surprise the reference more than its own do: each token e times less
 likely. Sharper samples surprise it less, softer ones by some tenths more, random tokens by 5 and more."""
 FARTHER = 0.5
 """Nats of KL per token beyond the reference's entropy per token. The sharpest model gives one typical text of
-the reference and is so far from it; what is farther gives texts that the reference does not write."""
+the reference, which puts it at that entropy; a model farther away writes what the reference does not."""
 FAR_IN_ALL = 20.0
-"""Nats per completion that `STRANGER` and `FARTHER` must amount to: of a short answer, a few unlikely words
-may rightly become sure. What the reference says once in e^20 times, no preferences can have shown."""
+"""Nats per completion that `STRANGER` and `FARTHER` must amount to: in a short answer, a few unlikely words
+may rightly become certain. What the reference says once in e^20 times cannot come from preferences."""
 
 SATURATED = 5.0
-"""Nats of a margin beyond which a logistic loss is straight, to one per cent of its slope."""
+"""Nats of a margin beyond which a logistic loss is straight, to within one per cent of its slope."""
 MUCH_SATURATED = 0.25
-"""Share of such margins. Measured without an anchor, a third of them left softness without effect."""
+"""Share of such margins. Measured without an anchor: at a third of them, softness had no effect."""
 
 
 class Limits(NamedTuple):
@@ -40,7 +43,7 @@ class Limits(NamedTuple):
 
     Attributes:
         min_win_rate: the low end of the win rate's interval must be above this: above ½, the model is better
-            than its reference. None or 0 leaves the win rate, and with it the judge, out.
+            than its reference. None or 0 asks for neither the win rate nor a good judge.
         max_kl: nats that the high end of `kl_sequence` may reach; None sets no limit.
     """
 
@@ -79,31 +82,32 @@ def gate_failures(evaluation: Evaluation, limits: Limits) -> list[str]:
 
 
 def judge_doubt(evaluation: Evaluation) -> str:
-    """Why nothing may be decided by the judge's scores, in a sentence; empty where it may.
+    """Why the judge's scores may not decide anything, in a sentence; empty where they may.
 
-    Experts know the reward. A judge that learned it must be right about held-out preferences more often than
-    a coin, with its whole interval.
+    Experts know the reward. A judge that learned it must agree with held-out preferences more often than a
+    coin, by its whole interval.
     """
     if evaluation.judge.name == "expert":
         return ""
     accuracy = evaluation.judge.accuracy
     if accuracy is None or accuracy.low is None:
         return (
-            "how often the judge agrees with held-out preferences is not known, so it cannot be told from a "
+            "how often the judge agrees with held-out preferences is unknown, so it may be no better than a "
             "coin; hold out preferences of two prompts or more for validation"
         )
     if accuracy.low > 0.5:
         return ""
     return (
         f"the judge agrees with {accuracy.value:.2f} [{accuracy.low:.2f}, {accuracy.high:.2f}] of "
-        "the held-out preferences, which cannot be told from a coin; give more preferences, or another judge"
+        "the held-out preferences, no better than a coin by its interval; give more preferences, or another "
+        "judge"
     )
 
 
 def ailments(evaluation: Evaluation) -> list[str]:
-    """In what a model is broken, each to follow its name in a sentence; empty for a healthy one.
+    """What is wrong with a model, as predicates that follow its name in a sentence; empty for a healthy one.
 
-    What an evaluation does not know is not held against a model.
+    What an evaluation did not measure is not held against a model.
     """
     metrics, exact = evaluation.metrics, evaluation.exact or {}
     found = []
@@ -116,15 +120,15 @@ def ailments(evaluation: Evaluation) -> list[str]:
     if _more(metrics, "repetition", MORE_REPEATED):
         ours, theirs = _both(metrics, "repetition")
         found.append(
-            f"repeats itself: {ours:.0%} of the 4-grams in its samples are not new, in the reference's "
-            f"{theirs:.0%}"
+            f"repeats itself: {ours:.0%} of the 4-grams in its samples are not new, against {theirs:.0%} in "
+            "the reference's"
         )
     length = number(metrics, "completion_length") or 0.0
     ours, theirs = _both(metrics, "cross_entropy")
     if _more(metrics, "cross_entropy", STRANGER) and (ours - theirs) * length > FAR_IN_ALL:
         found.append(
-            f"writes what its reference would not: {ours:.2f} nats per token under it, the reference's own "
-            f"samples {theirs:.2f}"
+            f"writes what its reference would not: {ours:.2f} nats per token under it, against {theirs:.2f} "
+            "for the reference's own samples"
         )
     kl = number(metrics, "kl_token")
     if kl is not None and kl > theirs + FARTHER and kl * length > FAR_IN_ALL:
@@ -133,7 +137,7 @@ def ailments(evaluation: Evaluation) -> list[str]:
 
 
 def figure_text(figure: Figure) -> str:
-    """`0.712 [0.684, 0.741], n=400`, as far as the figure has these parts."""
+    """`0.712 [0.684, 0.741], n=400`, without the parts that the figure lacks."""
     text = f"{figure.value:.4g}" if figure.value is not None else "none"
     if figure.low is not None and figure.high is not None:
         text += f" [{figure.low:.4g}, {figure.high:.4g}]"
@@ -141,7 +145,7 @@ def figure_text(figure: Figure) -> str:
 
 
 def number(figures: Figures, name: str, part: str = "value") -> float | None:
-    """A part of a figure, None where it is not known."""
+    """A part of a figure, None where it is unknown."""
     value = getattr(figures.get(name), part, None)
     return value if value is not None and math.isfinite(value) else None
 
@@ -153,7 +157,7 @@ def _both(metrics: Figures, name: str) -> tuple[float, float]:
 
 
 def _more(metrics: Figures, name: str, allowed: float) -> bool:
-    """Whether the policy's figure exceeds the reference's by more than `allowed`, and by more than chance."""
+    """Whether the policy's figure exceeds the reference's by more than `allowed`, and beyond chance."""
     low, high = number(metrics, name, "low"), number(metrics, f"reference_{name}", "high")
     ours, theirs = _both(metrics, name)
     return low is not None and high is not None and low > high and ours > theirs + allowed

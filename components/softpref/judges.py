@@ -1,7 +1,7 @@
-"""Judges: who says which of two completions is better, without a network. They see texts, never a model.
+"""Judges: which of two completions is better, without a network. They see texts, never a model.
 
-Evaluation asks them about samples, training rounds about new pairs. The judges here give scores in nats under
-Bradley-Terry: P(a beats b) = σ(score_a − score_b).
+Evaluation asks them about samples, training rounds about new pairs. Scores are in nats under Bradley-Terry:
+P(a beats b) = σ(score_a − score_b).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Judge(Protocol):
 
 
 class Outcomes(NamedTuple):
-    """Every completion of one prompt's set.
+    """Every completion that belongs to a prompt.
 
     Attributes:
         completions: `N` texts.
@@ -94,7 +94,7 @@ def read_outcomes(path: str | Path) -> dict[str, Outcomes]:
 class ExpertJudge(Judge):
     """The expert whose rewards the data were drawn from: looks completions up among the known outcomes.
 
-    A completion outside its prompt's set scores 1 nat less than the worst within; `outside` tells which.
+    A completion outside its prompt's set (see `outside`) scores 1 nat less than the worst within.
     """
 
     name = "expert"
@@ -188,7 +188,7 @@ class BradleyTerryJudge(Judge):
         self._weights = _fit_bradley_terry(compared, _STRENGTHS[int(losses.argmin())])
         self.description = (
             f"a Bradley-Terry model of words, characters and length, trained on {len(table)} pairs of the "
-            "training split; trust its win rate only as far as its accuracy on the validation split"
+            "training split; its win rate is worth as much as its accuracy on the validation split"
         )
         self.fingerprint = _digest([table, seed])
 
@@ -309,7 +309,7 @@ def text_rows(rows: Iterable[PreferenceRow]) -> Iterator[TextRow]:
 
 
 class RewardJudge(Judge):
-    """The expert whose reward can be read off any text: `reward.json` of the dataset says how."""
+    """The expert whose reward can be read off any text, as the dataset's `reward.json` describes."""
 
     name = "expert"
 
@@ -326,7 +326,7 @@ class RewardJudge(Judge):
 
 
 def check_judge(name: str, dataset_dir: str | Path) -> None:
-    """Refuse a judge that this dataset folder cannot give, in milliseconds.
+    """Refuse, in milliseconds, a judge that this dataset folder cannot provide.
 
     Raises:
         ConfigError: there is no judge of this name, or it is the expert and the folder has no outcomes.
@@ -355,11 +355,11 @@ def load_judge(
     Args:
         name: `expert`, `bradley-terry`, or `auto`: the expert where rewards are known.
         dataset_dir: the data stage's folder.
-        splits, outcomes: of that folder, where they are read already; None reads them where they are needed.
+        splits, outcomes: those of that folder, if they have been read; None reads them as needed.
         seed, max_rows: of a `bradley-terry` judge.
 
     Raises:
-        ConfigError: there is no such judge, or it cannot be had from this dataset.
+        ConfigError: there is no such judge, or this dataset cannot provide it.
         DataError: the outcomes or the reward are damaged.
     """
     check_judge(name, dataset_dir)

@@ -1,8 +1,8 @@
-"""What the stages leave on disk for one another: names of files, typed records, and what is whole.
+"""What the stages leave on disk for one another: file names, typed records, and how to tell what is complete.
 
-The file that tells what a folder holds is written last, so a folder that has it is whole:
+The file that identifies a folder is written last, so a folder that has it is complete:
 
-| folder | told by | beside it |
+| folder | identified by | beside it |
 | :-- | :-- | :-- |
 | dataset | `stats.json` | splits, `sft/`, `prompts/`, `rejected.jsonl`, `page.html`, what experts know |
 | model | `softpref.json` | safetensors, tokenizer, model card, `extrapolated-W/` |
@@ -10,7 +10,7 @@ The file that tells what a folder holds is written last, so a folder that has it
 | comparison | `comparison.json` | `report.html`, `frontier.png`, `chosen/evaluation.json` |
 | registration | `registration.json` | |
 
-Each has `parameters.yaml`, which `--config` takes again, and `timings.json` where the stage takes long.
+Each also has `parameters.yaml`, which `--config` accepts, and `timings.json` where the stage takes long.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ class Figure(NamedTuple):
     """One measured value.
 
     Attributes:
-        value: the estimate, None where it cannot be had.
-        low, high: ends of its interval, None with fewer than two prompts.
+        value: the estimate, None where it is unknown.
+        low, high: ends of its interval, None for fewer than two prompts.
         n: observations behind it: preference pairs, sampled completions or prompts.
         prompts: distinct prompts among them, the independent units.
         unit: `nats`, `probability`, `tokens` …
@@ -181,7 +181,7 @@ def figures_of(values: Mapping[str, Mapping[str, Any]] | None) -> Figures | None
 
 
 class JudgedBy(NamedTuple):
-    """Who gave the scores: a judge's name, what it is, and how often it is right, where that was measured."""
+    """A judge's name, what it is, and its accuracy where that was measured."""
 
     name: str
     description: str = ""
@@ -195,9 +195,9 @@ class DrawnText(NamedTuple):
         score: the judge's, nats.
         truncated: whether it met the length limit.
         tokens: its length, end included.
-        repetition: share of its 4-grams of tokens that it has had before.
+        repetition: share of its 4-grams of tokens that repeat an earlier one.
         surprisal: −log π_ref, nats.
-        kl: Σ KL_t to the reference, nats; of policy samples alone.
+        kl: Σ KL_t to the reference, nats; only of policy samples.
     """
 
     text: str
@@ -228,7 +228,7 @@ class EvaluatedOn(TypedDict):
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """What stage 4 found out about a model: `evaluation.json`, and a member of `comparison.json`.
+    """What stage 4 measured of a model: `evaluation.json`, and a member of `comparison.json`.
 
     Attributes:
         method, alpha, anchor, beta, kl_beta, kl_on, rounds, train_on, extrapolation: as the training stage
@@ -237,8 +237,8 @@ class Evaluation:
         metrics: every figure of samples and held-out rows.
         exact, softmax_frontier: figures of enumerated sets, and the most entropy at each expected reward;
             None where sets are not known.
-        theory, reward_frontier: the optimum told by samples of the reference, and the most expected reward at
-            each KL; None where rewards are not known.
+        theory, reward_frontier: the optimum estimated from samples of the reference, and the most expected
+            reward at each KL; None where rewards are not known.
         by_prompt: expected reward and win rate of each prompt, for paired comparisons.
         settings: those that change a figure's meaning.
     """
@@ -271,7 +271,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str | Path = "an evaluation") -> Evaluation:
-        """From JSON; keys that older evaluations lack have the value that was then the only one.
+        """From JSON; for keys that older evaluations lack, the default is what was then the only choice.
 
         Raises:
             DataError: other keys are missing.
@@ -291,10 +291,10 @@ class Evaluation:
 
     @classmethod
     def read(cls, folder: str | Path) -> Evaluation:
-        """Of an evaluation folder.
+        """That of an evaluation folder.
 
         Raises:
-            ConfigError: it is none.
+            ConfigError: the folder holds none.
         """
         path = Path(folder) / EVALUATION_FILE
         return cls.of(_read(path, "an evaluation folder"), path)
@@ -327,7 +327,7 @@ class Comparison:
     Attributes:
         rule: in words.
         chosen: a member's name; None where none may be chosen.
-        passed_over: members that come before it by the rule, with what keeps each from passing the gate.
+        passed_over: members that the rule ranks higher, with what keeps each from passing the gate.
         equal_reward: see `softpref.evaluation.curves.equal_reward`.
     """
 
@@ -344,10 +344,10 @@ class Comparison:
 
     @classmethod
     def read(cls, folder: str | Path) -> Comparison:
-        """Of a comparison folder.
+        """That of a comparison folder.
 
         Raises:
-            ConfigError: it is none.
+            ConfigError: the folder holds none.
         """
         path = Path(folder) / COMPARISON_FILE
         known = _read(path, "a comparison folder")

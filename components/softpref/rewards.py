@@ -16,12 +16,12 @@ _FURTHEST = 5.0  # grades from `grade` that count, so that no text is good or ba
 
 @dataclasses.dataclass(frozen=True)
 class TextReward:
-    """A reward in nats, `warmth` plus `ease`, that anybody can recompute from the text.
+    """A reward in nats, `warmth` plus `ease`, that anyone can recompute from the text.
 
     Args:
         warmth: word, in lower case, to what a text gains by having it, however often.
         ease: what a text gains for each grade that its Automated Readability Index (Smith and Senter 1967),
-            4.71 letters per word + 0.5 words per sentence − 21.43, lies below `grade`, within 5 grades.
+            4.71 letters per word + 0.5 words per sentence − 21.43, is below `grade`; at most 5 grades count.
         grade: school grade at which `ease` gives nothing.
     """
 
@@ -37,7 +37,7 @@ class TextReward:
         sentences = max(1, len(_END.findall(text)))
         index = 4.71 * sum(map(len, words)) / len(words) + 0.5 * len(words) / sentences - 21.43
         below = min(_FURTHEST, max(-_FURTHEST, self.grade - index))
-        # sorted, for sums of floats depend on their order and sets have another in each process
+        # sorted: sums of floats depend on their order, and that of a set differs between processes
         return sum(self.warmth.get(word, 0.0) for word in sorted(set(words))) + self.ease * below
 
     def write(self, path: str | Path) -> None:
@@ -49,7 +49,7 @@ def read_reward(path: str | Path) -> TextReward:
     """The reward that a JSON file describes by the fields of `TextReward`.
 
     Raises:
-        DataError: the file is no such JSON, or a value is no finite number.
+        DataError: the file is not such JSON, or a value is not a finite number.
     """
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))

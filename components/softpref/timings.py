@@ -1,4 +1,4 @@
-"""Seconds of a stage by phase, kept beside what the stage wrote. Says where time went, judges nothing."""
+"""Seconds of a stage by phase, kept beside what the stage wrote."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from softpref.records import TIMINGS_FILE
 
 
 class PhaseTimer:
-    """Wall-clock seconds of a stage by phase: one phase at a time, from here to the last `enter`.
+    """Wall-clock seconds of a stage by phase, one phase at a time.
 
     Stages share names, so that sums over stages mean something: `loading`, `tokenizing` (or `reading`, of the
     tokens that another stage has kept), `training` (with the sampling it needs), `evaluation`, `saving`.
-    Training and evaluation are what a pipeline is run for.
 
     Args:
         phase: the first one, which begins now.
@@ -25,7 +24,7 @@ class PhaseTimer:
         self._seconds: dict[str, float] = {}
 
     def enter(self, phase: str) -> None:
-        """End the present phase and begin another, or go on with an earlier one."""
+        """End the current phase and begin another, or continue an earlier one."""
         now = time.perf_counter()
         self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = phase, now

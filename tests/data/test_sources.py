@@ -337,7 +337,7 @@ def test_rows_before_the_damage_of_a_packed_file_are_read_and_the_log_says_where
     assert all(row for row, _ in rows)
     assert record is None
     assert "damaged from here on" in fault
-    assert f"{name}, row {len(rows) + 1}: the packed file is damaged" in caplog.text
+    assert f"{name}, row {len(rows) + 1}: the compressed file is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["{}\n{}\n{}", "[{},{},{}]"])

@@ -217,7 +217,7 @@ def test_where_the_chosen_fails_the_gate_the_next_that_passes_is_chosen_and_it_i
     result = run(folders, str(tmp_path / "out"), limits=Limits(min_win_rate=0.5))
     assert result["chosen"] == "sharp"
     assert list(result["passed_over"]) == ["even"]
-    said = "Before it by the rule, but for the gate, would come even (win_rate is 0.53 [0.48, 0.58], n=8: "
+    said = "The rule ranks higher, but the gate refuses: even (win_rate is 0.53 [0.48, 0.58], n=8: "
     assert said in result["reason"]
     assert "win_rate is 0.53" in (tmp_path / "out" / "report.html").read_text()
     assert json.loads((tmp_path / "out" / "chosen" / "evaluation.json").read_text())["name"] == "sharp"
@@ -356,7 +356,7 @@ def test_when_every_member_is_too_far_the_report_is_kept_and_the_run_fails(tmp_p
     ("members", "options", "message"),
     [
         ([], {}, "nothing to compare"),
-        ([SHARP, SHARP], {}, "sharp stands for more than one"),
+        ([SHARP, SHARP], {}, "more than one is called sharp"),
         ([SHARP], {"rule": "elo"}, "expected_reward, win_rate, got 'elo'"),
         ([SHARP], {"max_kl": -1.0}, "positive number of nats"),
     ],
@@ -478,7 +478,7 @@ def test_component_asks_for_the_gate_where_a_model_is_to_be_registered(tmp_path,
     assert compared(0.55, weak, SOFT).name == ("soft" if name else "even")
     coin = {"judge": EVEN["judge"] | {"name": "bradley-terry", "accuracy": figure(0.52, 0.05)}}
     if name:
-        with pytest.raises(DataError, match="cannot be told from a coin"):
+        with pytest.raises(DataError, match="no better than a coin"):
             compared(0.54, EVEN | coin)
         assert "Nothing is chosen: the judge agrees with" in (tmp_path / "summary").read_text()
         assert "[softpref] chosen:   none. Nothing is chosen: " in capsys.readouterr().out

@@ -282,7 +282,7 @@ def test_extrapolated_models_are_evaluated_beside_their_policy(
 def test_a_half_written_extrapolated_model_is_refused(world, evaluating, tmp_path):
     policy = copy_policy(world, tmp_path / "policy")
     shutil.copytree(world.policy, policy / "extrapolated-0.5")
-    with pytest.raises(ConfigError, match=r"extrapolated-0\.5 is no finished extrapolated model"):
+    with pytest.raises(ConfigError, match=r"extrapolated-0\.5 is not a complete extrapolated model"):
         evaluating(world, tmp_path / "out", policy=policy)
 
 
@@ -366,7 +366,7 @@ def test_what_is_wrong_is_refused_before_a_model_is_loaded(
         evaluating(world, tmp_path / "c", split="tets")
     with pytest.raises(ConfigError, match="set max_new_tokens"):
         evaluating(world, tmp_path / "d", policy=world.reference)
-    with pytest.raises(ConfigError, match="no such folder is here"):
+    with pytest.raises(ConfigError, match="there is no such folder"):
         evaluating(world, tmp_path / "e", policy="nowhere")
 
 

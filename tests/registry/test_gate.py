@@ -68,7 +68,7 @@ def test_nobody_is_promoted_by_a_coin():
     for held in (None, champion):
         verdict = challenge(evaluated(scores() | accuracy, judge=coin), held, RegistryConfig("story"))
         assert not verdict.moves
-        assert "cannot be told from a coin" in verdict.reason
+        assert "no better than a coin" in verdict.reason
         # people's own preferences, by which no judge decides
         config = RegistryConfig("story", compare_metric="preference_accuracy")
         assert challenge(evaluated(scores() | accuracy, judge=coin), held, config).moves

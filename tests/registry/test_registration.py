@@ -144,7 +144,7 @@ def test_a_coin_promotes_nobody_and_registers_nobody_that_the_gate_asks_for_a_wi
 ):
     accuracy = {"value": 0.51, "low": 0.46, "high": 0.56, "n": 40, "unit": "probability"}
     coin = write_evaluation(tmp_path / "coin", judge={"name": "bradley-terry", "accuracy": accuracy})
-    with pytest.raises(DataError, match="cannot be told from a coin"):
+    with pytest.raises(DataError, match="no better than a coin"):
         run(config(store), model, coin, tmp_path / "out")
     assert versions(client) == []
     decision = run(config(store, min_win_rate=None), model, coin, tmp_path / "out")
@@ -184,7 +184,7 @@ def test_the_next_that_passes_the_gate_is_registered_and_its_version_says_why(
     assert (decision.registered, decision.champion) == (True, True)
     (version,) = versions(client)
     assert version.tags["name"] == "sharp"
-    why = "Before it by the rule, but for the gate, would come soft (win_rate is 0.6 [0.5, 0.7], n=400"
+    why = "The rule ranks higher, but the gate refuses: soft (win_rate is 0.6 [0.5, 0.7], n=400"
     assert why in version.tags["chosen_because"]
     assert "would come soft" in version.description
 

@@ -12,6 +12,7 @@ from softpref.errors import ConfigError
 
 Form = Literal["pair", "candidates", "list", "single"]
 Names = tuple[str, ...]
+Record = Mapping[str, object]  # a row of a source
 Column = str | list[str]  # or path; several where a role takes them
 
 # What a row of each form must have, and the ways to say which completion is better.
@@ -85,7 +86,6 @@ class Layout(NamedTuple):
     """The roles of a source's columns.
 
     Attributes:
-        columns: role to column (or columns).
         guessed: whether the columns were found by their names.
         implicit: whether a prompt may be cut from words that the completions share.
         unused: columns of the source that have no role.
@@ -112,7 +112,7 @@ def settle_layout(
     """Settle which column plays which role.
 
     Args:
-        columns: role to column as configured; empty to go by the columns' names. A prompt, a system message
+        columns: role to column as configured; empty goes by the columns' names. A prompt, a system message
             and a weight are found by their names in either case, unless their role is null.
         known: columns of the source and paths into them, see `paths_of`.
         template: columns that the prompt is built from.
@@ -206,7 +206,7 @@ def check_roles(columns: Mapping[str, object], has_template: bool, guessed: bool
 
 
 def _guess(known: Sequence[str], has_template: bool, scaled: bool) -> dict[str, Column]:
-    """Roles of columns that bear a role's own name (TRL's names among them) or one that is well known."""
+    """Roles of columns with a role's own name (TRL's names among them) or a well-known one."""
     for form, needed in _NEEDED.items():
         completions: Sequence[Column] | None = _find(needed, known)
         if form == "list" and completions is None and (numbered := _numbered(known)):
@@ -238,7 +238,7 @@ def _guess(known: Sequence[str], has_template: bool, scaled: bool) -> dict[str, 
 
 
 def _find(roles: Names, known: Sequence[str]) -> Names | None:
-    """The columns of these roles: their own names before others; None where there are none.
+    """The columns of these roles, their own names before others; None where there are none.
 
     Raises:
         ConfigError: several sets of columns have names of these roles.
@@ -265,7 +265,7 @@ def _numbered(known: Sequence[str]) -> list[str]:
 
 
 def _refuse_ambiguous(known: Sequence[str], roles: Mapping[str, Column]) -> None:
-    """Refuse a list with a column whose name has two meanings, and numbered columns that nothing orders."""
+    """Refuse a list with a column whose name has two meanings, and numbered columns without an order."""
     for name, meanings in _AMBIGUOUS.items():
         if name in known:
             ways = "; or ".join(
@@ -282,7 +282,7 @@ def _refuse_ambiguous(known: Sequence[str], roles: Mapping[str, Column]) -> None
 # Paths into nested columns
 
 
-def paths_of(record: Mapping[str, object]) -> Iterator[str]:
+def paths_of(record: Record) -> Iterator[str]:
     """A record's columns, and the paths to what lies in them: `meta.score`, and `answers[].text` of a list.
 
     Messages are values, not nests.
@@ -303,11 +303,11 @@ def is_message(value: object) -> TypeGuard[Mapping[str, object]]:
 
 
 def root(path: str) -> str:
-    """The column that a path begins with. A column whose own name has a dot is taken by that name first."""
+    """The column that a path begins with."""
     return re.split(r"\.|\[\]", path, maxsplit=1)[0]
 
 
-def value_at(record: Mapping[str, object], path: Column) -> object:
+def value_at(record: Record, path: Column) -> object:
     """What lies at a path: of `answers[].text` the list of texts; None where something on the way is missing.
 
     JSON text on the way is decoded. Of several paths, the list of what lies there.

@@ -1,4 +1,4 @@
-"""The sources that need no file, as rows, and what is known of their answers. Draws nothing itself."""
+"""The sources that need no file, as rows, and what is known of their completions."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from softpref.data import storyteller
+from softpref.data.columns import Record
 from softpref.data.config import STORY_ROWS, STORY_SFT_ROWS, DataConfig
-from softpref.data.sources import Record, SourceRow
+from softpref.data.sources import SourceRow
 from softpref.data.story_world import StoryWorld, World
 from softpref.records import OUTCOMES_FILE, REWARD_FILE
 
 
 def embedded_preferences(config: DataConfig) -> Iterator[SourceRow]:
-    """What experts of the world say of its stories."""
+    """Stories of the world, judged by its experts."""
     world, rows = _world(config), config.rows or STORY_ROWS
     if config.story_kind == "pairwise":
         return _numbered(world.preferences(rows, config.seed, config.votes))
@@ -24,7 +25,7 @@ def embedded_preferences(config: DataConfig) -> Iterator[SourceRow]:
 
 def embedded_demonstrations(config: DataConfig) -> Iterator[SourceRow]:
     """Stories as writers write them."""
-    # Another seed than the preferences', so that the two draws do not repeat each other's stories.
+    # a seed other than that of the preferences, so that the two do not draw the same stories
     return _numbered(_world(config).demonstrations(config.sft_rows or STORY_SFT_ROWS, config.seed + 1))
 
 

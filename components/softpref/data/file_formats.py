@@ -1,7 +1,7 @@
-"""Files of rows: JSON Lines, JSON, CSV, Parquet, packed or not, a row at a time. Knows no source and no role.
+"""Files of rows: JSON Lines, JSON, CSV, Parquet, compressed or not, a row at a time.
 
-Every reader yields `(number, value, fault)`: a row that cannot be read has a fault and no value, and those
-around it are read all the same.
+Every reader yields `(number, value, fault)`: a row that cannot be read has a fault and no value, and the rows
+around it are read as usual.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ FORMATS = {
 _CHUNK = 1 << 20
 _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 _MOST_DIGITS = 4300  # of an integer: Python's own limit
-_MOST_LINES = 1000  # of a CSV row: a quote that stays open for longer is taken for one that nobody closed
+_MOST_LINES = 1000  # of a CSV row: a quote that stays open for longer was never closed
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\Z)|[][{}]', re.DOTALL)  # and strings, which may hold some
 _UNREADABLE = object()
 
 
 def printable(name: str | Path) -> str:
-    """A file's name as text: what in it is no UTF-8 is replaced."""
+    """A file's name as text; bytes that are not UTF-8 are replaced."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
@@ -58,7 +58,7 @@ def format_of(name: str) -> str | None:
 
 
 def format_inside(path: Path) -> str | None:
-    """The format that a file's first bytes tell; CSV has none."""
+    """The format that a file's first bytes show; CSV shows none."""
     try:
         with _open_bytes(path) as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -89,20 +89,20 @@ def read_file(path: Path, format: str) -> Iterator[Row]:
 
 
 def _until_damage(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows before the place where a packed file is damaged, and one fault for all behind it."""
+    """The rows before the place where a compressed file is damaged, and one fault for the rest."""
     number = 0
     try:
         for row in rows:
             number = row[0]
             yield row
     except _DAMAGED as error:
-        fault = f"the packed file is damaged from here on, nothing behind is read: {error}"
+        fault = f"the compressed file is damaged from here on, the rest is not read: {error}"
         logger.warning("%s, row %d: %s", printable(path), number + 1, fault)
         yield number + 1, None, fault
 
 
 def _integer(digits: str) -> int | float:
-    """A JSON integer; of thousands of digits, which Python refuses to convert, an infinite float."""
+    """A JSON integer; with thousands of digits, which Python refuses to convert, an infinite float."""
     return int(digits) if len(digits) < _MOST_DIGITS else float(digits)
 
 
@@ -191,7 +191,7 @@ def _end_of_element(text: str, place: int) -> int | None:
 
 def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    # Bytes that are no UTF-8 pass as surrogates here, and the row that holds them is refused by itself.
+    # bytes that are not UTF-8 pass as surrogates here, so that only the row that holds them is refused
     with (
         _open_bytes(path) as raw,
         io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
@@ -235,9 +235,9 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
 
 
 class _Lines:
-    """The lines of a CSV file, a row's at a time. Those behind the first of a bad row are read again.
+    """The lines of a CSV file, one row's at a time. Those after the first of a bad row are read again.
 
-    So a quote that nothing closes costs the row that opened it, and not all that follow.
+    So a quote that is never closed costs only the row that opened it.
     """
 
     def __init__(self, file: IO[str]) -> None:
@@ -262,9 +262,9 @@ class _Lines:
         return len(self._row)
 
     def further_are_rows(self, cells: int, delimiter: str) -> bool:
-        """Whether each line behind the first, of three at least, has as many cells as a row.
+        """Whether each line after the first, of at least three, has as many cells as a row.
 
-        Then two stray quotes paired, and made one row of many; text of that shape is rare.
+        Then two stray quotes have made one row of many; a text of that shape is rare.
         """
         further = self._row[1:]
         return len(further) >= 3 and all(
@@ -287,7 +287,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
     try:
         number = 0
-        # opened here, for pyarrow takes no name that is not UTF-8
+        # opened here, since pyarrow takes no name that is not UTF-8
         with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
             for batch in file.iter_batches(batch_size=512):
                 columns = [_values(column) for column in batch.columns]
@@ -300,7 +300,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def _values(column: pyarrow.Array) -> list[object]:
-    """A column's values; one that Python has no value for is `_UNREADABLE`, and concerns who uses it."""
+    """A column's values; one that Python cannot hold is `_UNREADABLE`, which matters only if it is used."""
     try:
         values: list[object] = column.to_pylist()
     except (ValueError, OverflowError):

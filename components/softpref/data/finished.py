@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from softpref.data.config import DataConfig
-from softpref.data.labels import Preference
+from softpref.data.rows import Preference
 from softpref.data.splits import SPLITS, prompt_key
 from softpref.errors import ConfigError, DataError
 from softpref.records import OUTCOMES_FILE, REJECTED_FILE, REWARD_FILE, DatasetStats, read_stats
@@ -51,11 +51,11 @@ def is_finished(folder: Path) -> bool:
 def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
     """Copy the splits of a finished dataset, and what lies beside them, into `folder`.
 
-    Demonstrations and prompts of its own are left behind where the configuration gives others.
+    Its demonstrations and prompts are left out where the configuration gives others.
 
     Raises:
-        ConfigError: the configuration asks for other rows than it has.
-        DataError: its rows are not those that its `stats.json` is about.
+        ConfigError: the configuration would change its rows.
+        DataError: its rows are not those that its `stats.json` describes.
     """
     import datasets
 
@@ -103,7 +103,7 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
 
 
 def row_bytes(row: Preference, weight: float | None = None) -> bytes:
-    """A row as the hash of its split takes it in."""
+    """What a row adds to the hash of its split."""
     return json.dumps(row if weight is None else [*row, weight], sort_keys=True).encode() + b"\n"
 
 

@@ -1,4 +1,4 @@
-"""The data files of a folder, by split, as a dataset card or their names divide it. Reads none of them."""
+"""The data files of a folder by split, as its dataset card or their names divide it. Reads none of them."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def files_in(folder: Path, format: str, subset: str | None, split: str | None) -
 def _divided(folder: Path, subset: str | None) -> dict[str, list[str]] | None:
     """The files of each split, as `datasets` divides a folder: by its dataset card, or by names.
 
-    `datasets` itself would leave out files of another format than the most frequent one, and stop at the
-    first bad row. None where nothing divides the folder.
+    None where nothing divides it. (`datasets` itself would leave out files of all but the most frequent
+    format, and stop at the first bad row.)
     """
     from datasets import data_files
 

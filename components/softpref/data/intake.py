@@ -1,6 +1,6 @@
-"""The first pass over sources: every row accepted, refused or left out, and counted. Writes no dataset.
+"""The first pass over sources: every row is accepted, refused or left out, and counted. Writes no dataset.
 
-Accepted rows go to a spool file; in memory stay a few digests per row, so sources may be larger than memory.
+Accepted rows go to a spool file and only a few digests per row stay in memory, so sources may be larger.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from softpref.data.columns import check_present, check_roles, paths_of, settle_layout, value_at
+from softpref.data.columns import Record, check_present, check_roles, paths_of, settle_layout, value_at
 from softpref.data.config import DataConfig
-from softpref.data.labels import Preference
 from softpref.data.rows import (
     Candidate,
+    Preference,
     pair_thumbs,
     rank_candidates,
     read_candidate,
@@ -29,7 +29,7 @@ from softpref.data.rows import (
     read_weight,
     value_forms,
 )
-from softpref.data.sources import Record, SourceRow
+from softpref.data.sources import SourceRow
 from softpref.data.splits import prompt_key
 from softpref.data.texts import LeftOut, Refused
 from softpref.errors import ConfigError, DataError
@@ -37,8 +37,8 @@ from softpref.progress import follow
 
 logger = logging.getLogger(__name__)
 
-_PEEK = 100  # rows that tell which columns a source has
-_BITS = 40  # of a row's number, in a number that stands for source and row
+_PEEK = 100  # rows that show which columns a source has
+_BITS = 40  # for a row's number, in an integer that holds source and row
 
 
 class Accepted(NamedTuple):
@@ -52,7 +52,7 @@ class Accepted(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What came of one source: rows read, accepted, refused and left out (by rule)."""
+    """What became of one source: rows read, accepted, refused and left out (by rule)."""
 
     rows_read: int
     accepted: int
@@ -65,8 +65,8 @@ class RejectionLog:
 
     Attributes:
         refused: unusable preference rows by rule.
-        left_out: sound preference rows that the configuration asked to leave out, by rule.
-        extras: the same, together, of the further sources `sft` and `prompts`.
+        left_out: usable preference rows that the configuration asked to leave out, by rule.
+        extras: both together, of the further sources `sft` and `prompts`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,13 +100,13 @@ class RejectionLog:
 
 
 class Source:
-    """A source of preferences whose first rows have told which column plays which role.
+    """A source of preferences whose first rows have shown which column plays which role.
 
     Attributes:
         name: what messages and records call it.
         config: how it is read.
         layout: the roles of its columns.
-        conversational: whether most of its first rows are conversations; None where they do not tell.
+        conversational: whether most of its first rows are conversations; None if none of them is usable.
         rows: all of its records.
     """
 
@@ -170,12 +170,12 @@ class Source:
         return read_weight(record, self.layout) is not None
 
     def _has_system(self, record: Record) -> bool:
-        """Whether there is a text: one word alone names a system rather than instructing one."""
+        """Whether there is a text: a single word names a system rather than instructing one."""
         value = value_at(record, self.layout.columns["system"])
         return value is None or (isinstance(value, str) and (not value.strip() or len(value.split()) > 1))
 
     def _prevailing(self, rows: Iterable[SourceRow]) -> bool | None:
-        """Whether most of the rows are conversations: the first alone does not decide for all others."""
+        """Whether most of the rows are conversations: the first must not decide for all others."""
         kinds: Counter[bool] = Counter()
         for row in rows:
             with contextlib.suppress(Refused):
@@ -263,7 +263,7 @@ class Intake:
 
     @contextlib.contextmanager
     def _refusing(self, *rows: tuple[int, str]) -> Iterator[None]:
-        """Within it a refusal lists these rows, each by number and place, instead of being an error."""
+        """A refusal inside lists these rows, each by number and place."""
         try:
             yield
         except Refused as reason:
@@ -313,7 +313,7 @@ class Intake:
         spool.write(json.dumps([*row, number, place, weight], ensure_ascii=False) + "\n")
 
     def _take_candidates(self, spool: IO[str]) -> int:
-        """Group one-candidate rows by prompt. The texts wait on disk; in memory is where each one lies."""
+        """Group one-candidate rows by prompt. The texts wait on disk; only their offsets are in memory."""
         read, layout, config = 0, self._source.layout, self._source.config
         groups: dict[bytes, list[int]] = {}
         seen: dict[bytes, int] = {}
@@ -369,7 +369,7 @@ class Peeked(NamedTuple):
 
     Attributes:
         first: those rows.
-        rows: the whole stream, unharmed.
+        rows: the whole stream, including those.
         known: the columns that they have.
         common: the columns that half of them have: a few odd rows must not decide how the others are read.
     """
@@ -421,7 +421,7 @@ def check_rejections(taken: Taken, name: str, config: DataConfig, listing: Path)
 
 
 def check_alike(sources: Iterable[Source]) -> None:
-    """Refuse sources of which some hold plain text and others conversations.
+    """Refuse a mix of plain text and conversations.
 
     Raises:
         ConfigError: names one of each, and the remedy.
@@ -429,14 +429,14 @@ def check_alike(sources: Iterable[Source]) -> None:
     names = {source.conversational: source.name for source in sources}
     if {True, False} <= set(names):
         raise ConfigError(
-            f"{names[False]} holds plain text and {names[True]} conversations, and a dataset holds one of "
-            "both: as_messages=true makes conversations of plain text too, or leave one of the two out"
+            f"{names[False]} holds plain text and {names[True]} conversations, and a dataset holds one "
+            "kind: set as_messages=true to make conversations of plain text, or leave one source out"
         )
 
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Within it errors of how a source is read name the source."""
+    """Errors inside name the source."""
     try:
         yield
     except ConfigError as error:

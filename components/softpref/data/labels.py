@@ -1,18 +1,20 @@
-"""Which completion of a row is better, and how surely: votes, scores, ranks and labels put it in order."""
+"""Which completion of a row is better, and how surely: votes, scores, ranks and labels put it in order.
+
+What cannot be read is `Refused`; what the configuration does not want is `LeftOut`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from softpref.data.columns import Layout, value_at
+from softpref.data.columns import Layout, Record, value_at
 from softpref.data.config import DataConfig
 from softpref.data.texts import LeftOut, Refused, describe, read_field, read_list, read_number, short
 from softpref.errors import ConfigError
-from softpref.records import Text
 
 Votes = tuple[float, float, float]  # for the first, for the second, for neither
 
@@ -25,34 +27,30 @@ _MEANINGS = {
 }
 
 
-class Preference(NamedTuple):
-    """A prompt and its completions, best first.
+class Order(NamedTuple):
+    """Which of a row's completions count, best first.
 
-    `probability` is P(completions[0] beats completions[1]) of a pair with a soft label, else None.
+    Attributes:
+        places: their places among those given.
+        kind: `pairwise`, `best_of_n` or `ranking`.
+        probability: that the first of a pair with a soft label beats the second, else None.
     """
 
-    prompt: Text
-    completions: list[Text]
+    places: Sequence[int]
     kind: str
-    probability: float | None
+    probability: float | None = None
 
 
-def order_pair(
-    prompt: Text, pair: list[Text], record: Mapping[str, object], layout: Layout, config: DataConfig
-) -> Preference:
-    """The row of two completions, by whatever the record says of them.
-
-    Raises:
-        Refused: the label cannot be read; `LeftOut` when the configuration leaves the row out.
-    """
+def order_pair(record: Record, layout: Layout, config: DataConfig) -> Order:
+    """The order of two completions, by whatever the record says of them."""
     columns, label = layout.columns, layout.label
     if not label:
-        return _oriented(prompt, pair, 1.0, True, config)
+        return _pair(1.0, True, config)
     if label == ("probability",):
         probability = read_number(read_field(record, columns["probability"]), "probability")
         if not 0 <= probability <= 1:
             raise Refused("probability is outside 0 to 1", str(probability))
-        return _oriented(prompt, pair, probability, False, config)
+        return _pair(probability, False, config)
     if label[0].startswith("score_") or label[0] in ("margin", "strength"):
         numbers = [read_number(read_field(record, columns[role]), role) for role in label]
         difference = numbers[0] - numbers[1] if len(numbers) == 2 else numbers[0]
@@ -62,10 +60,10 @@ def order_pair(
             difference = -difference  # negative where the first is better
         if not math.isfinite(difference):
             raise Refused("difference is not finite", str(numbers))
-        return _oriented(prompt, pair, _sigmoid((config.score_scale or 1.0) * difference), False, config)
+        return _pair(_sigmoid((config.score_scale or 1.0) * difference), False, config)
     if label == ("preference",):
-        votes = _vote(read_field(record, columns["preference"]), "preference", config)
-    elif label == ("votes",):
+        return _by_votes(_vote(read_field(record, columns["preference"]), "preference", config), config)
+    if label == ("votes",):
         each = [_vote(value, "votes", config) for value in read_list(record, "votes", columns["votes"])]
         votes = (sum(one[0] for one in each), sum(one[1] for one in each), sum(one[2] for one in each))
     else:
@@ -74,57 +72,41 @@ def order_pair(
         if min(counts) < 0:
             raise Refused("negative votes", str(counts))
         votes = (counts[0], counts[1], counts[2] if len(counts) == 3 else 0.0)
-    return _by_votes(prompt, pair, votes, config, counted=label != ("preference",))
+    return _by_votes(votes, config, least=config.min_votes)
 
 
-def order_as_written(
-    prompt: Text, completions: list[Text], record: Mapping[str, object], layout: Layout, config: DataConfig
-) -> Preference:
-    """A row of a dataset of this stage: best first, with a probability where the label of a pair is soft."""
-    if value_at(record, layout.columns["probability"]) is not None:
-        if len(completions) != 2:
-            raise Refused("probability of a list that is no pair", f"{len(completions)} completions")
-        return order_pair(prompt, completions, record, layout._replace(label=("probability",)), config)
-    only_best = read_field(record, layout.columns["kind"]) == "best_of_n"
-    return order_by_scores(prompt, completions, _falling(len(completions)), config, only_best=only_best)
-
-
-def order_list(
-    prompt: Text, completions: list[Text], record: Mapping[str, object], layout: Layout, config: DataConfig
-) -> Preference:
-    """The row of a list of completions, by its scores, ranks, order or best."""
-    count = len(completions)
+def order_list(count: int, record: Record, layout: Layout, config: DataConfig) -> Order:
+    """The order of a list of completions, by its scores, ranks, order or best, or as this stage writes it."""
+    falling = [float(-place) for place in range(count)]
     if not layout.label:
-        return order_by_scores(prompt, completions, _falling(count), config)
-    (role,) = layout.label
+        return order_by_scores(falling, config)
+    role = layout.label[0]
     column = layout.columns[role]
+    if role == "probability":  # beside kind; null unless the label of a pair is soft
+        if value_at(record, column) is None:
+            only_best = read_field(record, layout.columns["kind"]) == "best_of_n"
+            return order_by_scores(falling, config, only_best=only_best)
+        if count != 2:
+            raise Refused("probability of a list that is no pair", f"{count} completions")
+        return order_pair(record, layout._replace(label=("probability",)), config)
     if role == "best":
         best = read_number(read_field(record, column), "best")
         if not best.is_integer() or not 0 <= best < count:
             raise Refused("best is out of range", f"{best:g}, expected 0 to {count - 1}")
         scores = [float(place == best) for place in range(count)]
-        return order_by_scores(prompt, completions, scores, config, only_best=True)
+        return order_by_scores(scores, config, only_best=True)
     numbers = [read_number(value, role) for value in read_list(record, role, column)]
     if role == "order":
         if sorted(numbers) != list(range(count)):
             raise Refused("order does not name each completion once", f"{numbers}, expected 0 to {count - 1}")
-        scores = [float(-numbers.index(place)) for place in range(count)]
-    elif len(numbers) != count:
+        return order_by_scores([float(-numbers.index(place)) for place in range(count)], config)
+    if len(numbers) != count:
         raise Refused(f"{role} and completions differ in number", f"{len(numbers)} and {count}")
-    else:
-        scores = [-number for number in numbers] if role == "ranks" else numbers
-    return order_by_scores(prompt, completions, scores, config)
+    return order_by_scores([-number for number in numbers] if role == "ranks" else numbers, config)
 
 
-def order_by_scores(
-    prompt: Text,
-    completions: Sequence[Text],
-    scores: Sequence[float],
-    config: DataConfig,
-    *,
-    only_best: bool = False,
-) -> Preference:
-    """The row of completions with scores, higher is better.
+def order_by_scores(scores: Sequence[float], config: DataConfig, *, only_best: bool = False) -> Order:
+    """The order of completions with scores, higher is better.
 
     Args:
         only_best: trust the best alone, whatever `config.list_kind` says.
@@ -134,11 +116,10 @@ def order_by_scores(
     """
     only_best = only_best or config.list_kind == "best_of_n"
     order = sorted(range(len(scores)), key=lambda index: -scores[index])  # stable: ties stay in given order
-    if len(order) == 2:
-        tie = scores[0] == scores[1]
-        pair = [completions[index] for index in order]
-        return _pair(prompt, pair, 0.5 if tie else 1.0, not tie, config)
     top = scores[order[0]]
+    if len(order) == 2:
+        tie = scores[order[1]] == top
+        return _pair(0.5 if tie else 1.0, not tie, config, order)
     if only_best:  # ties below the best do no harm
         kept = [order[0], *(index for index in order if scores[index] != top)]
     else:
@@ -148,26 +129,20 @@ def order_by_scores(
             raise Refused("equal scores", "a ranking has no ties; ties='drop' leaves out all but the first")
         if len(kept) < 2:
             raise LeftOut("tie")
-    ordered = [completions[index] for index in kept]
-    if len(ordered) == 2:
-        return _pair(prompt, ordered, 1.0, True, config)
-    return Preference(prompt, ordered, "best_of_n" if only_best else "ranking", None)
+    if len(kept) == 2:
+        return _pair(1.0, True, config, kept)
+    return Order(kept, "best_of_n" if only_best else "ranking")
 
 
 def order_by_verdicts(
-    prompt: Text,
-    completions: Sequence[Text],
-    record: Mapping[str, object],
-    layout: Layout,
-    config: DataConfig,
-) -> list[Preference | LeftOut]:
-    """A row for each judged pair of completions.
+    count: int, record: Record, layout: Layout, config: DataConfig
+) -> list[Order | LeftOut]:
+    """The order of each judged pair of completions.
 
     Verdicts are a matrix, in whose row i and column j is how often i won over j (a number or a share; nothing
     in both places of a pair means that nobody judged it), or a list of labels like those of `preference`, for
     the pairs (1, 2), (1, 3), … (2, 3), … in this order.
     """
-    count = len(completions)
     pairs = list(itertools.combinations(range(count), 2))
     values = read_list(record, "verdicts", layout.columns["verdicts"])
     rows = [value for value in values if isinstance(value, list)]
@@ -180,18 +155,17 @@ def order_by_verdicts(
             raise Refused("negative verdicts", short(wins))
         judged: list[Votes] = [(wins[first][second], wins[second][first], 0.0) for first, second in pairs]
     elif len(values) == len(pairs) and not rows:
-        judged = [
-            (0.0, 0.0, 0.0) if value is None else _vote(value, "preference", config) for value in values
-        ]
+        nothing = (0.0, 0.0, 0.0)
+        judged = [nothing if value is None else _vote(value, "preference", config) for value in values]
     else:
         expected = f"{count} rows of {count}, or {len(pairs)} labels, for {count} completions"
         raise Refused("verdicts fit neither a matrix nor a list of all pairs", f"expected {expected}")
-    found: list[Preference | LeftOut] = []
-    for (first, second), votes in zip(pairs, judged, strict=True):
+    found: list[Order | LeftOut] = []
+    for pair, votes in zip(pairs, judged, strict=True):
         if any(votes):
-            pair = [completions[first], completions[second]]
             try:
-                found.append(_by_votes(prompt, pair, votes, config, counted=config.min_votes > 1))
+                least = config.min_votes if config.min_votes > 1 else 0
+                found.append(_by_votes(votes, config, pair, least=least))
             except LeftOut as reason:
                 found.append(reason)
     if not found:
@@ -205,11 +179,6 @@ def read_thumb(value: object) -> float:
     if text not in ("true", "false", "1", "0", "1.0", "0.0"):
         raise Refused("label is neither true nor false", describe(value))
     return float(text in ("true", "1", "1.0"))
-
-
-def _falling(count: int) -> list[float]:
-    """Scores of completions that stand best first."""
-    return [float(-place) for place in range(count)]
 
 
 def _vote(value: object, role: str, config: DataConfig) -> Votes:
@@ -230,11 +199,13 @@ def _vote(value: object, role: str, config: DataConfig) -> Votes:
     return float(meaning == "a"), float(meaning == "b"), float(meaning == "tie")
 
 
-def _by_votes(prompt: Text, pair: list[Text], votes: Votes, config: DataConfig, counted: bool) -> Preference:
+def _by_votes(
+    votes: Votes, config: DataConfig, places: Sequence[int] = (0, 1), *, least: float = 0.0
+) -> Order:
     """A pair by the share of votes for its first completion; a single vote is a hard label.
 
     Args:
-        counted: whether `min_votes` applies.
+        least: votes that a pair needs.
     """
     first, second, equal = votes
     if config.ties == "drop":
@@ -244,25 +215,20 @@ def _by_votes(prompt: Text, pair: list[Text], votes: Votes, config: DataConfig, 
         if config.ties == "drop":
             raise LeftOut("tie")
         raise Refused("no votes")
-    if counted and total < config.min_votes:
+    if total < least:
         raise LeftOut("fewer votes than min_votes", f"{total:g} of {config.min_votes}")
     hard = total == 1 and {first, second} == {0, 1}
-    return _oriented(prompt, pair, (first + equal / 2) / total, hard, config)
+    return _pair((first + equal / 2) / total, hard, config, places)
 
 
-def _oriented(
-    prompt: Text, pair: list[Text], probability: float, hard: bool, config: DataConfig
-) -> Preference:
+def _pair(probability: float, hard: bool, config: DataConfig, places: Sequence[int] = (0, 1)) -> Order:
+    """A pair of which the first completion is better with this probability."""
     if probability < 0.5:
-        pair, probability = pair[::-1], 1 - probability
-    return _pair(prompt, pair, probability, hard, config)
-
-
-def _pair(prompt: Text, pair: list[Text], probability: float, hard: bool, config: DataConfig) -> Preference:
+        places, probability = places[::-1], 1 - probability
     if probability == 0.5 and (config.ties == "drop" or config.labels == "hard"):
         raise LeftOut("tie")
     soft = not hard and config.labels == "soft"
-    return Preference(prompt, pair, "pairwise", probability if soft else None)
+    return Order(places, "pairwise", probability if soft else None)
 
 
 def _sigmoid(value: float) -> float:

@@ -1,4 +1,4 @@
-"""Which of the accepted rows a dataset holds; of several sources with shares, how many of each."""
+"""Which of the accepted rows a dataset holds, and how many of each of several sources with shares."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Draw(NamedTuple):
 
     Attributes:
         counts: by source.
-        binding: whether a source has no more rows for a larger dataset of these shares, by source.
+        binding: by source, whether it has too few rows for a larger dataset of these shares.
     """
 
     counts: list[int]
@@ -32,7 +32,7 @@ class Draw(NamedTuple):
 
 
 def divide_rows(parts: Sequence[Part], available: Sequence[int], rows: int | None = None) -> Draw:
-    """The rows that each source gives to the largest dataset with these shares, rounded to whole rows.
+    """How many rows each source gives to the largest dataset with these shares.
 
     Args:
         parts: the sources.
@@ -66,7 +66,7 @@ def divide_rows(parts: Sequence[Part], available: Sequence[int], rows: int | Non
 
 
 def _rounded(parts: Sequence[Part], total: int) -> list[int]:
-    """Whole numbers that add up to `total`, each the share's or its neighbour; the largest rests round up."""
+    """The shares of `total` rounded to whole numbers that add up to it; the largest remainders round up."""
     exact = [part.share * total for part in parts]
     counts = [int(number) for number in exact]
     by_rest = sorted(range(len(parts)), key=lambda index: counts[index] - exact[index])
@@ -134,5 +134,5 @@ def public_mixture(mixture: Mapping[str, object]) -> dict[str, object]:
 
 
 def label(part: Part) -> str:
-    """How messages call the parameter that gives a further source."""
+    """What messages call the parameter that gives a further source."""
     return f"mixture[{part.name!r}]"

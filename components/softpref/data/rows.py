@@ -1,4 +1,7 @@
-"""One source record to one preference row, or why not. `texts` reads its fields, `labels` orders them."""
+"""One source record to one preference row. `texts` reads its fields, `labels` orders its completions.
+
+What is unusable is `Refused`, with the reason; what the configuration does not want is `LeftOut`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,10 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from softpref.data.columns import Column, Layout, value_at
+from softpref.data.columns import Column, Layout, Record, value_at
 from softpref.data.config import DataConfig
 from softpref.data.labels import (
-    Preference,
-    order_as_written,
+    Order,
     order_by_scores,
     order_by_verdicts,
     order_list,
@@ -39,6 +41,15 @@ from softpref.records import Text
 _TEXT_ROLES = ("prompt", "chosen", "rejected", "completion_a", "completion_b", "completions", "completion")
 
 
+class Preference(NamedTuple):
+    """A prompt and its completions, best first; the rest as in `Order`."""
+
+    prompt: Text
+    completions: list[Text]
+    kind: str
+    probability: float | None
+
+
 class Candidate(NamedTuple):
     """One scored completion of a prompt (higher is better), to be ranked with others of the same prompt."""
 
@@ -54,12 +65,8 @@ class Demonstration(NamedTuple):
     completion: Text
 
 
-def read_preference(record: Mapping[str, object], layout: Layout, config: DataConfig) -> Preference:
-    """Read a row of the forms pair, candidates and list.
-
-    Raises:
-        Refused: the row is unusable, for the reason given; `LeftOut` when the configuration leaves it out.
-    """
+def read_preference(record: Record, layout: Layout, config: DataConfig) -> Preference:
+    """Read a row of the forms pair, candidates and list."""
     columns = layout.columns
     if layout.form == "list":
         prompt, completions = _read_list_form(record, layout, config)
@@ -73,44 +80,33 @@ def read_preference(record: Mapping[str, object], layout: Layout, config: DataCo
             if len(raw) < 2:
                 raise Refused("fewer than two completions", f"{columns['rejected']!r} is an empty list")
         prompt, completions = _read_texts(record, raw, names, layout, config)
-    if layout.form == "pair" and len(completions) > 2:
-        if layout.label:
-            raise Refused("one label for several rejected completions", f"{' and '.join(layout.label)}")
-        row = Preference(prompt, completions, "best_of_n", None)
-    elif layout.label == ("probability", "kind"):
-        row = order_as_written(prompt, completions, record, layout, config)
+    if layout.form == "list":
+        order = order_list(len(completions), record, layout, config)
+    elif len(completions) == 2:
+        order = order_pair(record, layout, config)
+    elif layout.label:
+        raise Refused("one label for several rejected completions", f"{' and '.join(layout.label)}")
     else:
-        order = order_list if layout.form == "list" else order_pair
-        row = order(prompt, completions, record, layout, config)
-    _limit_length(row.prompt, row.completions, config)
-    return row
+        order = Order(range(len(completions)), "best_of_n")
+    return _ordered(prompt, completions, order, config)
 
 
-def read_verdicts(
-    record: Mapping[str, object], layout: Layout, config: DataConfig
-) -> list[Preference | LeftOut]:
-    """Read a row of several completions with verdicts on their pairs: a row for each judged pair.
-
-    Raises:
-        Refused: the row is unusable, for the reason given.
-    """
+def read_verdicts(record: Record, layout: Layout, config: DataConfig) -> list[Preference | LeftOut]:
+    """Read a row of several completions with verdicts on their pairs: a row for each judged pair."""
     prompt, completions = _read_list_form(record, layout, config)
-    found = order_by_verdicts(prompt, completions, record, layout, config)
-    for place, row in enumerate(found):
-        if isinstance(row, Preference):
-            try:
-                _limit_length(row.prompt, row.completions, config)
-            except LeftOut as reason:
-                found[place] = reason
+    found: list[Preference | LeftOut] = []
+    for order in order_by_verdicts(len(completions), record, layout, config):
+        try:
+            if isinstance(order, LeftOut):
+                raise order
+            found.append(_ordered(prompt, completions, order, config))
+        except LeftOut as reason:
+            found.append(reason)
     return found
 
 
-def read_weight(record: Mapping[str, object], layout: Layout) -> float | None:
-    """The row's weight, at least 0; None where the source has none.
-
-    Raises:
-        Refused: it is missing, no number, or negative.
-    """
+def read_weight(record: Record, layout: Layout) -> float | None:
+    """The row's weight, at least 0; None where the source has none."""
     if "weight" not in layout.columns:
         return None
     weight = read_number(read_field(record, layout.columns["weight"]), "weight")
@@ -119,12 +115,8 @@ def read_weight(record: Mapping[str, object], layout: Layout) -> float | None:
     return weight
 
 
-def read_candidate(record: Mapping[str, object], layout: Layout, config: DataConfig) -> Candidate:
-    """Read a row that holds one completion and its score, rank or label.
-
-    Raises:
-        Refused: the row is unusable, for the reason given.
-    """
+def read_candidate(record: Record, layout: Layout, config: DataConfig) -> Candidate:
+    """Read a row that holds one completion and its score, rank or label."""
     column = layout.columns["completion"]
     raw = read_field(record, column)
     prompt, completions = _read_texts(record, [raw], [repr(column)], layout, config)
@@ -136,11 +128,7 @@ def read_candidate(record: Mapping[str, object], layout: Layout, config: DataCon
 
 
 def pair_thumbs(candidates: Sequence[Candidate]) -> list[Preference]:
-    """The fewest pairs of a prompt's candidates with label true and false in which each of them occurs.
-
-    Raises:
-        LeftOut: all completions have the same label.
-    """
+    """The fewest pairs of a prompt's candidates with label true and false in which each of them occurs."""
     good = [candidate.completion for candidate in candidates if candidate.score == 1]
     bad = [candidate.completion for candidate in candidates if candidate.score == 0]
     if not good or not bad:
@@ -153,27 +141,17 @@ def pair_thumbs(candidates: Sequence[Candidate]) -> list[Preference]:
 
 
 def rank_candidates(candidates: Sequence[Candidate], config: DataConfig) -> Preference:
-    """Make one row of several candidates of the same prompt.
-
-    Raises:
-        Refused: too few, identical or tied completions.
-    """
+    """Make one row of several candidates of the same prompt."""
     if len(candidates) < 2:
         raise Refused("fewer than two completions", "the prompt has no other completion to compare with")
     completions = [candidate.completion for candidate in candidates]
     _refuse_identical(completions, _numbered(candidates))
-    scores = [candidate.score for candidate in candidates]
-    return order_by_scores(candidates[0].prompt, completions, scores, config)
+    order = order_by_scores([candidate.score for candidate in candidates], config)
+    return _ordered(candidates[0].prompt, completions, order, config)
 
 
-def read_demonstration(
-    record: Mapping[str, object], columns: Mapping[str, Column], config: DataConfig
-) -> Demonstration:
-    """Read a demonstration, whose prompt may be the beginning of its conversation.
-
-    Raises:
-        Refused: the row is unusable, for the reason given.
-    """
+def read_demonstration(record: Record, columns: Mapping[str, Column], config: DataConfig) -> Demonstration:
+    """Read a demonstration, whose prompt may be the beginning of its conversation."""
     column = columns["completion"]
     completion = read_text(read_field(record, column), "completion", repr(column), config)
     prompt, completions = _split_prompt(_prompt(record, columns, config), [completion], config, False)
@@ -181,19 +159,15 @@ def read_demonstration(
     return Demonstration(prompt, completions[0])
 
 
-def read_prompt(record: Mapping[str, object], columns: Mapping[str, Column], config: DataConfig) -> Text:
-    """Read a prompt alone.
-
-    Raises:
-        Refused: the row is unusable, for the reason given.
-    """
+def read_prompt(record: Record, columns: Mapping[str, Column], config: DataConfig) -> Text:
+    """Read a prompt alone."""
     prompt = _prompt(record, columns, config)
     if prompt is None:
         raise Refused("prompt is missing")
     return _conversation_start(prompt, config)
 
 
-def value_forms(records: Iterable[Mapping[str, object]], layout: Layout, config: DataConfig) -> list[str]:
+def value_forms(records: Iterable[Record], layout: Layout, config: DataConfig) -> list[str]:
     """The forms other than text and `role`/`content` messages that some records have their texts in."""
     found = set()
     for record in records:
@@ -209,9 +183,7 @@ def value_forms(records: Iterable[Mapping[str, object]], layout: Layout, config:
 # Prompt and completions
 
 
-def _read_list_form(
-    record: Mapping[str, object], layout: Layout, config: DataConfig
-) -> tuple[Text, list[Text]]:
+def _read_list_form(record: Record, layout: Layout, config: DataConfig) -> tuple[Text, list[Text]]:
     raw = read_list(record, "completions", layout.columns["completions"])
     if len(raw) < 2:
         raise Refused("fewer than two completions", f"{len(raw)} in {layout.columns['completions']!r}")
@@ -219,7 +191,7 @@ def _read_list_form(
 
 
 def _read_texts(
-    record: Mapping[str, object],
+    record: Record,
     raw: Sequence[object],
     names: Sequence[str],
     layout: Layout,
@@ -238,7 +210,7 @@ def _read_texts(
     return prompt, completions
 
 
-def _prompt(record: Mapping[str, object], columns: Mapping[str, Column], config: DataConfig) -> Text | None:
+def _prompt(record: Record, columns: Mapping[str, Column], config: DataConfig) -> Text | None:
     if "prompt" in columns:
         prompt = read_text(read_field(record, columns["prompt"]), "prompt", repr(columns["prompt"]), config)
         more = _text_beside(record, columns, "input")
@@ -260,7 +232,7 @@ def _prompt(record: Mapping[str, object], columns: Mapping[str, Column], config:
     return None
 
 
-def _text_beside(record: Mapping[str, object], columns: Mapping[str, Column], role: str) -> str:
+def _text_beside(record: Record, columns: Mapping[str, Column], role: str) -> str:
     """The text of a row that need not be there; empty without it."""
     value = value_at(record, columns[role]) if role in columns else None
     if value is None or value == "":
@@ -305,9 +277,7 @@ def _split_prompt(
     return _conversation_start(prompt, config), list(conversations)
 
 
-def _with_system(
-    prompt: Text, record: Mapping[str, object], columns: Mapping[str, Column], config: DataConfig
-) -> Text:
+def _with_system(prompt: Text, record: Record, columns: Mapping[str, Column], config: DataConfig) -> Text:
     """The prompt with the row's system text: a message of a conversation, a paragraph before plain text."""
     system = _text_beside(record, columns, "system")
     if not system:
@@ -333,6 +303,12 @@ def _conversation_start(prompt: Text, config: DataConfig) -> Text:
     if config.system_prompt and roles[0] != "system":
         prompt = [{"role": "system", "content": config.system_prompt}, *prompt]
     return prompt
+
+
+def _ordered(prompt: Text, completions: Sequence[Text], order: Order, config: DataConfig) -> Preference:
+    kept = [completions[place] for place in order.places]
+    _limit_length(prompt, kept, config)
+    return Preference(prompt, kept, order.kind, order.probability)
 
 
 def _numbered(completions: Sequence[object]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from softpref import remote
+from softpref.data.columns import Record
 from softpref.data.config import EMBEDDED
 from softpref.data.file_formats import Row, format_of, printable, read_file
 from softpref.data.folders import CARD, choose_split, files_in
@@ -19,8 +20,6 @@ from softpref.errors import ConfigError, DataError
 from softpref.remote import Pinned, is_url, public_url
 
 logger = logging.getLogger(__name__)
-
-Record = dict[str, object]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _NOWHERE = (
@@ -71,8 +70,8 @@ def open_source(
         split: of a Hub dataset, a saved one, or a folder that is divided as one of the Hub; by default train,
             or the only one.
         revision: branch, tag or commit of a Hub dataset.
-        format: of files; `auto` goes by their names, or by the first bytes where no name tells it.
-        fetched: where `fetch` put what the URL names; by default it is fetched.
+        format: of files; `auto` goes by their names, or else by their first bytes.
+        fetched: where `fetch` put what the URL names; by default it is fetched now.
 
     Raises:
         ConfigError: at once, when the source does not exist, cannot be reached or has no known format.
@@ -102,7 +101,7 @@ def open_source(
 
 
 def fetch(source: str, format: str = "auto") -> Path:
-    """Download what a URL names, as far as it is data, unless that was done before; returns its path here.
+    """Download the data that a URL names, unless that was done before; returns its path here.
 
     Raises:
         ConfigError: it does not exist, holds no data, or cannot be read.
@@ -123,8 +122,8 @@ def fetch(source: str, format: str = "auto") -> Path:
 def pin(source: str, revision: str | None = None) -> Pinned:
     """What a source is now, without reading it: a Hub dataset's commit, else a fingerprint of its content.
 
-    Where that cannot be told from here (no network, no permission, a path of another machine) the fingerprint
-    is empty, and a warning says so.
+    Where it is unknown here (no network, no permission, a path of another machine) the fingerprint is empty,
+    and a warning says so.
 
     Args:
         source: as in `open_source`, or an embedded one.
@@ -140,7 +139,7 @@ def pin(source: str, revision: str | None = None) -> Pinned:
     if Path(source).exists():
         return Pinned(source, revision, remote.fingerprint_of_path(Path(source)))
     if _names_a_path(source):
-        logger.warning("source %s is not here. That it changes will not be noticed", source)
+        logger.warning("source %s is not on this machine: changes to it will go unnoticed", source)
         return Pinned(source, revision, "")
     if not _HUB_ID.fullmatch(source):
         raise ConfigError(_NOWHERE.format(source))
@@ -158,7 +157,7 @@ def _of_url(source: str, path: Path, rows: Iterator[SourceRow]) -> Iterator[Sour
 
 @contextmanager
 def _speaking_of(source: str, path: Path) -> Iterator[None]:
-    """Within it errors name the URL, not the place of what was downloaded."""
+    """Errors inside name the URL instead of the place of the download."""
     try:
         yield
     except (ConfigError, DataError) as error:
@@ -166,7 +165,7 @@ def _speaking_of(source: str, path: Path) -> Iterator[None]:
 
 
 def _number(files: Iterable[tuple[str, Iterable[Row]]]) -> Iterator[SourceRow]:
-    """Number the (row, value, fault) triples of several files through."""
+    """Number the rows of several files consecutively."""
     before = 0
     for name, rows in files:
         last = 0

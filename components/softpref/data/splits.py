@@ -1,4 +1,4 @@
-"""Which prompt belongs to which split. Works on prompts alone and never sees a completion."""
+"""Which prompt belongs to which split. Sees prompts only, never a completion."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Stage 1: a source of preferences becomes a dataset folder with splits, statistics and a page to look at.
 
-Nothing here trains or tokenises. The folder's layout is told in `run`.
+`run` describes the folder.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def headline(stats: DatasetStats) -> dict[str, float]:
 def _build(config: DataConfig, folder: Path, listing: Path) -> DatasetStats:
     work = folder / "work"
     work.mkdir()
-    # opened, and thereby known to be there, before anything is read
+    # all are opened, and so known to exist, before any is read
     parts = parts_of(config)
     fetched = [
         fetch(part.config.source, part.config.format) if is_url(part.config.source) else None
@@ -162,7 +162,7 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> DatasetStats:
 
 
 def _without_secrets(config: DataConfig) -> DataConfig:
-    """The configuration as it may be recorded and told: URLs can hold a password or a signature."""
+    """The configuration as it may be recorded and shown: URLs can hold a password or a signature."""
     sources = {name: public_url(source) for name in _SOURCES if (source := getattr(config, name))}
     return _changed(config, {**sources, "mixture": public_mixture(config.mixture)})
 
@@ -297,17 +297,17 @@ def _refuse_source_inside(config: DataConfig, output: Path) -> None:
 
 
 def _refuse_finished(parts: Sequence[Part], fetched: Sequence[Path | None]) -> None:
-    """Refuse a finished dataset in a mixture, which would read its rows of training alone and divide them."""
+    """Refuse a finished dataset in a mixture, of which only training rows would be read and split anew."""
     for part, place in zip(parts, fetched, strict=True):
         if part.config.split is None and is_finished(place or Path(part.config.source)):
             raise ConfigError(
-                f"{part.name} is a finished dataset, and a mixture is divided anew; give split with it, to "
-                "read one of its splits as any other source"
+                f"{part.name} is a finished dataset, but a mixture is split anew; give split, to read one "
+                "of its splits as any other source"
             )
 
 
 def _replace(output: Path, partial: Path) -> None:
-    """Put the finished folder in its place; a kill in between leaves the old one or the new one whole."""
+    """Put the finished folder in its place; if killed in between, the old or the new one stays complete."""
     if output.exists():
         old = output.with_name(f".{output.name}.old")
         shutil.rmtree(old, ignore_errors=True)

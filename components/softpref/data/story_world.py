@@ -2,9 +2,8 @@
 
 A prompt asks for a story about a hero with a trait. A story fills four slots with six options each, so a
 prompt has 6⁴ = 1,296 stories. Experts judge a story by how well it suits the trait and the hero, with a
-reward known here; their preferences follow Bradley-Terry, their rankings Plackett-Luce. Whatever a trained
-model does can therefore be compared with theory by enumeration. Holds the world alone: no files, no splits,
-no training.
+known reward; their preferences follow Bradley-Terry, their rankings Plackett-Luce. A trained model can
+therefore be compared with theory by enumeration.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ _SLOTS: tuple[tuple[str, ...], ...] = (
     ),
 )
 STORIES = math.prod(map(len, _SLOTS))  # of one prompt
-# How writers fill a slot, first option to last: they have habits, but every story can occur. They lean a
-# little towards what suits the prompt, as people do; experts lean further.
+# How often writers take each option of a slot: they have habits, but every story can occur. They lean
+# slightly towards what suits the prompt, as people do; experts lean further.
 _HABIT = np.array([0.24, 0.20, 0.18, 0.15, 0.13, 0.10])
 _LEANING = 0.3
 # What experts like in a story about a hero of that trait, in nats, per slot and option.
@@ -88,7 +87,7 @@ _TASTE: dict[str, tuple[tuple[float, ...], ...]] = {
     ),
 }
 _HOME_BONUS = 0.5
-# A thief is caught or a giant woken in secret only at night: two slots that experts judge together.
+# Experts judge two slots together: they like what stays a secret to happen at night.
 _SECRET_AT_NIGHT = 0.6
 
 

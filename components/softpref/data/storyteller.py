@@ -1,9 +1,9 @@
 """The storyteller: short stories in natural language, too many to enumerate, of a known reward.
 
 A prompt begins a story; a story goes on for two to six sentences, so that completions differ in length as
-those of real data do. The experts' reward is read off the text alone. Preferences follow Bradley-Terry,
+those of real data do. The experts' reward depends only on the text. Preferences follow Bradley-Terry,
 rankings Plackett-Luce. What a trained model should do is therefore known here too, by importance sampling
-from its reference. Holds the world alone: no files, no splits, no training.
+from its reference.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REWARD = TextReward(
 """What experts like: warm words, and words that are easy to read."""
 
 _MIDDLE = (0.1, 0.3, 0.3, 0.2, 0.1)  # how often a story has 0, 1, 2, 3, 4 sentences between first and last
-_FALLING = 0.85  # each form or word of a list is so much rarer than the one before it
+_FALLING = 0.85  # how much rarer each form or word of a list is than the one before it
 _GRAMMAR = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 _ANIMALS: dict[str, str] = _GRAMMAR["animals"]  # and where each lives
 _PRONOUNS: dict[str, str] = _GRAMMAR["names"]  # of each name

@@ -1,7 +1,6 @@
 """What the fields of a record hold: text or messages, lists, numbers; and what texts have in common.
 
-The forms in which public data write a conversation become `role` and `content` here. Pure functions, which
-know no role of a column and no judgement.
+Conversations in the various forms of public data become `role` and `content` here.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from softpref.data.columns import Column, is_message, value_at
+from softpref.data.columns import Column, Record, is_message, value_at
 from softpref.data.config import DataConfig
 from softpref.lm import implicit
 from softpref.lm.implicit import is_transcript
@@ -36,7 +35,7 @@ class LeftOut(Refused):
     """A sound row that the configuration asked to leave out."""
 
 
-def read_field(record: Mapping[str, object], column: Column) -> object:
+def read_field(record: Record, column: Column) -> object:
     """The value of a column, or those of several."""
     if isinstance(column, list):
         return [read_field(record, one) for one in column]
@@ -46,7 +45,7 @@ def read_field(record: Mapping[str, object], column: Column) -> object:
     return value
 
 
-def read_list(record: Mapping[str, object], role: str, column: Column) -> list[Any]:
+def read_list(record: Record, role: str, column: Column) -> list[Any]:
     """The list that a column holds, perhaps as JSON text in a CSV cell, or the values of several columns."""
     value = read_field(record, column)
     if isinstance(value, str):
@@ -60,7 +59,7 @@ def read_list(record: Mapping[str, object], role: str, column: Column) -> list[A
 
 
 def read_text(value: object, noun: str, where: str, config: DataConfig) -> Text:
-    """`value` when it is text or messages. Other types are refused, because `str(True)` is no answer."""
+    """Text or messages. Other types are refused: `str(True)` is no answer."""
     value, _ = normalised(value, reads_transcripts(config))
     if isinstance(value, list):
         return _messages(value, noun, where)
@@ -74,7 +73,7 @@ def reads_transcripts(config: DataConfig) -> bool:
 
 
 def normalised(value: object, transcripts: bool) -> tuple[object, str]:
-    """A value in one of the forms of public data as text or `role` and `content`; and the form, or ''."""
+    """A value as text or messages of `role` and `content`, and which form of public data it had, or ''."""
     form = ""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
@@ -184,7 +183,7 @@ def cut_common_prefix(texts: Sequence[str], end: str = "") -> tuple[str, list[st
     """
     found = implicit.cut_common_prefix(texts, end)
     if found is None:
-        sought = f"the text {end!r}" if end else "a whole first word and something behind it"
+        sought = f"the text {end!r}" if end else "a whole first word with something after it"
         raise Refused("no prompt found", f"there is no prompt column, and the texts do not share {sought}")
     return found
 

@@ -1,4 +1,4 @@
-"""Rows to the Arrow files of a dataset, each to its split, and what there is to say of them."""
+"""Writes rows to the Arrow files of their splits, with statistics."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_preferences(
 
     Args:
         weighted: whether rows have weights; those of a source without any weigh 1.
-        names: of several sources.
+        names: those of several sources.
     """
     features = _features(bool(intake.conversational), weighted, several=bool(names))
     writer = SplitWriter(folder / "work", SPLITS, features)
@@ -171,7 +171,7 @@ def _lengths(lengths: array[int]) -> dict[str, Any]:
 
     values = np.asarray(lengths)
     quantiles = {name: float(np.quantile(values, share)) for name, share in _QUANTILES.items()}
-    # The longest hundredth shares the last bin, or one outlier would flatten all the others. Bins are whole
+    # The longest hundredth shares the last bin, or an outlier would flatten all others. Bins are whole
     # characters wide, or some would hold more lengths than their neighbours.
     low, high = int(values.min()), int(np.quantile(values, 0.99))
     step = -(-(high + 1 - low) // _LENGTH_BINS)

@@ -1,5 +1,5 @@
-"""Which member of a sweep is chosen: the softest healthy one that is not inferior to the best, or the next
-where that one does not pass the gate. No files."""
+"""Which member of a sweep is chosen: the softest healthy one that is not inferior to the best, or the next if
+that one does not pass the gate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ METRIC_NAMES = {"expected_reward": "expected reward", "win_rate": "win rate"}
 """The metrics that may rank members, as people read them."""
 
 NON_INFERIORITY = 0.1
-"""δ: the part of the best member's gain over the reference that a softer one may lack."""
+"""δ: the share of the best member's gain over the reference that a softer one may lack."""
 
 
 class Choice(NamedTuple):
@@ -24,8 +24,8 @@ class Choice(NamedTuple):
     Attributes:
         name: None when none may be chosen.
         reason: in a sentence or two.
-        passed_over: members that come before it by the rule, in this order, each with what keeps it from
-            passing the gate.
+        passed_over: members that the rule ranks higher, in this order, each with what keeps it from passing
+            the gate.
     """
 
     name: str | None
@@ -34,11 +34,7 @@ class Choice(NamedTuple):
 
 
 def check_rule(rule: str, max_kl: float | None) -> None:
-    """Refuse a rule that is none.
-
-    Raises:
-        ConfigError: says which rules there are.
-    """
+    """Refuse an unknown rule, and a limit that is not positive."""
     if rule not in METRIC_NAMES:
         raise ConfigError(f"the rule of choice must be one of {', '.join(METRIC_NAMES)}, got {rule!r}")
     if max_kl is not None and not max_kl > 0:
@@ -48,7 +44,7 @@ def check_rule(rule: str, max_kl: float | None) -> None:
 def choose(
     members: Sequence[Evaluation], rule: str, max_kl: float | None = None, limits: Limits | None = None
 ) -> Choice:
-    """Choose by the rule, and if that member does not pass the gate, by the rule among the others, and so on.
+    """Choose by the rule, and as long as that member does not pass the gate, by the rule among the others.
 
     Args:
         members, rule, max_kl: as in `choose_healthy`.
@@ -69,7 +65,7 @@ def choose(
     if choice.name is None:
         others = f" {choice.reason}" if left else ""
         return Choice(None, f"No member passes the gate: {failed}.{others}", passed_over)
-    before = f"Before it by the rule, but for the gate, would come {failed}."
+    before = f"The rule ranks higher, but the gate refuses: {failed}."
     return Choice(choice.name, f"{choice.reason} {before}", passed_over)
 
 
@@ -77,8 +73,8 @@ def choose_healthy(members: Sequence[Evaluation], rule: str, max_kl: float | Non
     """Of the healthy members within `max_kl`, the softest that is not inferior to the best.
 
     Not inferior is a member whose paired difference to the best, prompt by prompt, lies above −δ with its
-    whole interval, where δ is `NON_INFERIORITY` of what the best gains over the reference. Wide intervals are
-    no reason to take a model. Softness is α; models of other methods have none, and come behind by the rule.
+    whole interval, where δ is `NON_INFERIORITY` of the best's gain over the reference. So a wide interval is
+    no reason to take a model. Softness is α; models of other methods have none and rank last.
 
     Args:
         members: all evaluated alike.
@@ -141,7 +137,7 @@ def rule_in_words(rule: str, max_kl: float | None, limits: Limits | None = None)
     if limits and limits.max_kl is not None:
         asked.append(f"the high end of its KL's is at most {limits.max_kl:g} nats")
     gate = (
-        f" It must pass the gate: {' and '.join(asked)}. If it does not, the same is asked of the others."
+        f" It must pass the gate: {' and '.join(asked)}. If it does not, choose among the others."
         if asked
         else ""
     )
@@ -150,14 +146,13 @@ def rule_in_words(rule: str, max_kl: float | None, limits: Limits | None = None)
         f"Find the best member by {METRIC_NAMES[rule]} among the healthy ones{limit}: those that keep "
         "the reference's probability on a known set, end and repeat themselves as it does, and write what "
         "it might have written. Of it and all that are not inferior (the 95% interval of the difference, "
-        "prompt by prompt, stays within a tenth of what the best gains over the reference), choose the "
-        "softest. A judge that cannot be told "
-        f"from a coin chooses nothing.{gate}"
+        "prompt by prompt, stays within a tenth of the best's gain over the reference), choose the softest. "
+        f"A judge that is no better than a coin chooses nothing.{gate}"
     )
 
 
 def _level(member: Evaluation, rule: str, unknown: float) -> float:
-    """What the reference has of the metric that ranks."""
+    """The reference's value of the metric that ranks."""
     level = 0.5 if rule == "win_rate" else number(member.metrics, "reference_expected_reward")
     return unknown if level is None else level
 
@@ -165,8 +160,7 @@ def _level(member: Evaluation, rule: str, unknown: float) -> float:
 def _not_inferior(member: Evaluation, best: Evaluation, rule: str, margin: float) -> bool:
     """Whether `member` falls short of `best` by less than `margin`; unknown, so no, with a single prompt.
 
-    All members answer the same prompts, and prompts differ more than members do: only paired differences
-    tell.
+    Prompts differ more than members do, so only paired differences tell members apart.
     """
     from softpref.evaluation.intervals import interval
 

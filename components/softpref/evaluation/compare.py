@@ -1,4 +1,4 @@
-"""Compares the members of a sweep: one figure, one table, one choice by a stated rule. Evaluates no model."""
+"""Compares the members of a sweep: a drawing, a table, and a choice by a stated rule. Evaluates no model."""
 
 from __future__ import annotations
 
@@ -44,25 +44,23 @@ def run(
 ) -> Comparison:
     """Compare evaluation folders; write `output_dir`; return what `comparison.json` holds.
 
-    The members are the evaluations given and those of extrapolated models in their folders. Writes
-    `comparison.json`, `report.html`, `frontier.png`, and the chosen member's `chosen/evaluation.json`, all
-    that registration needs beside the model. With `parent_run_id` they are logged to that MLflow run.
+    The members are these evaluations and those of extrapolated models in their folders. Writes
+    `comparison.json`, `report.html`, `frontier.png`, and the chosen member's `chosen/evaluation.json`, which
+    is all that registration needs beside the model. With `parent_run_id` they are logged to that MLflow run.
 
     Args:
-        evaluation_dirs: folders of stage 4, one per trained model; all evaluated alike.
+        evaluation_dirs: folders of stage 4, one per trained model, all evaluated in the same way.
         rule: the metric that ranks members, `expected_reward` or `win_rate`.
         max_kl: members whose sequence KL to the reference, in nats, exceeds this cannot be chosen.
-        limits: of the registry's gate, so that what is chosen can be registered; None asks for none.
+        limits: of the registry's gate, so that the chosen model can be registered; None sets none.
         required: whether it is an error when no member may be chosen.
-        parent_run_id: the sweep's MLflow run; None takes that of the pipeline run, and where there is none
-            logs nothing.
-        experiment, tracking_uri: where that run is; the URI's default is `MLFLOW_TRACKING_URI` or a local
-            store.
+        parent_run_id: the sweep's MLflow run; by default that of the pipeline run, if there is one.
+        experiment, tracking_uri: where that run is; by default `MLFLOW_TRACKING_URI` or a local store.
 
     Raises:
         ConfigError: no folder, a folder without evaluation, two members of one name, or a wrong rule.
         DataError: members evaluated on different data, judge, reference or settings; or no member may be
-            chosen, and one is `required` (the report is written all the same).
+            chosen though one is `required` (the report is written in any case).
     """
     check_rule(rule, max_kl)
     folders = evaluation_folders(evaluation_dirs)
@@ -98,7 +96,7 @@ def run(
 
 
 def outcome_lines(comparison: Comparison) -> list[str]:
-    """What a terminal shows of a comparison: the choice and its reason, where the model is, every warning."""
+    """What a terminal shows of a comparison: the choice, its reason, the model's place, and all warnings."""
     lines = [f"chosen:   {comparison.chosen or 'none'}. {comparison.reason}"]
     if chosen := comparison.chosen_member:
         lines.append(f"model:    {chosen.model_uri}")
@@ -128,7 +126,7 @@ def check_comparable(members: Sequence[Evaluation]) -> None:
     names = [member.name for member in members]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ConfigError(f"members need different names; {', '.join(twice)} stands for more than one")
+        raise ConfigError(f"members need different names; more than one is called {', '.join(twice)}")
     groups: dict[str, list[str]] = {}
     for member in members:
         groups.setdefault(member.evaluation_id, []).append(member.name)
@@ -136,7 +134,7 @@ def check_comparable(members: Sequence[Evaluation]) -> None:
         parts = "; ".join(f"{', '.join(group)} ({identity})" for identity, group in groups.items())
         raise DataError(
             f"members were evaluated on different data, judge, reference or settings: {parts}; evaluate them "
-            "alike first"
+            "in the same way first"
         )
 
 
@@ -176,7 +174,7 @@ _ON_THE_PAGE = (
     Column("preference accuracy", "metrics", "preference_accuracy"),
     Column("self-BLEU", "metrics", "self_bleu"),
 )
-_HEALTH = {  # figures by which a broken model is told, each with its reference's
+_HEALTH = {  # figures that show a broken model, each beside its reference's
     "mass on the set": "mass_on_set",
     "truncated": "truncated_fraction",
     "repetition": "repetition",
@@ -196,7 +194,7 @@ def _health(
 
 
 def gathered_warnings(members: Sequence[Evaluation]) -> list[str]:
-    """Warnings of all members once, those of some with their names."""
+    """Each warning once, with the members' names unless all have it."""
     owners: dict[str, list[str]] = {}
     for member in members:
         for text in member.warnings:
@@ -208,7 +206,7 @@ def gathered_warnings(members: Sequence[Evaluation]) -> list[str]:
 
 
 def _note(comparison: Comparison) -> str:
-    """The description of the sweep's run: which runs trained its models, for one from a cache is no child."""
+    """The description of the sweep's run: the runs of its models, since cached ones are not its children."""
     lines = [plain(comparison.reason), "", "| model | its MLflow run |", "| :-- | :-- |"]
     lines += [f"| {plain(member.name)} | {member.run_id or 'none'} |" for member in comparison.members]
     return "\n".join(lines)

@@ -12,44 +12,36 @@ from softpref.errors import ConfigError
 class EvaluationConfig:
     """How a policy is measured on held-out prompts.
 
-    There are no sampling options: completions are drawn from exactly the model's own distribution, for that
-    distribution is what softness shapes.
+    There are no sampling options: completions are drawn from exactly the model's own distribution, which is
+    what softness shapes.
 
     Args:
-        split (`str`, defaults to `"test"`): split of the dataset to measure on.
-        max_prompts (`int`, defaults to 100): distinct prompts measured, drawn with `seed`; 0 takes all.
-        max_rows (`int`, defaults to 2000): preference rows of those prompts that are scored, drawn with
-            `seed`; 0 takes all.
-        samples_per_prompt (`int`, defaults to 32): completions drawn for each prompt, from the policy and
-            from the reference. Distinct-n and self-BLEU depend on it: compare only at the same number.
-        max_new_tokens (`int`, defaults to 0): longest completion in tokens, end token included; 0 takes
-            `max_completion_length` from the policy's `softpref.json`.
-        batch_size (`int`, defaults to 256): sequences per forward pass, fewer where full logits would take
-            too much memory.
-        plain_forward (`bool`, defaults to False): pad every completion with a prompt of its own and compute
-            full logits: the same figures up to rounding, slower, for a model whose fast path you doubt.
-        judge (`str`, defaults to `"auto"`): `expert` (the known reward in the dataset's `outcomes.jsonl` or
-            `reward.json`),
-            `bradley-terry` (trained on the training split's preferences), or `auto`: the expert where there
-            is one.
-        judge_max_rows (`int`, defaults to 20000): most training pairs for the Bradley-Terry judge.
-        exact_prompts (`int`, defaults to 8): prompts that are set against theory: every outcome is scored
-            where the dataset enumerates them, else see `theory_samples`; 0 leaves theory out.
-        theory_samples (`int`, defaults to 1024): samples of the reference for each of `exact_prompts`
-            prompts, from which the optimum is estimated where the reward of any text is known; 0 leaves that
-            out.
-        bootstrap_samples (`int`, defaults to 1000): resamples per confidence interval.
-        confidence (`float`, defaults to 0.95): coverage of the intervals, in (0, 1).
-        seed (`int`, defaults to 0): of the choice of prompts and rows, the sampling, the judge and the
-            bootstrap.
-        dtype (`str`, defaults to `"float32"`): weights of both models; figures are always computed in
-            float32.
-        trust_remote_code (`bool`, defaults to False): run model code that comes with the models.
-        device (`str`, defaults to `""`): where the models run; empty takes a GPU when there is one.
-        experiment (`str`, defaults to `"softpref"`): MLflow experiment, when no run exists to attach to.
-        tracking_uri (`str`, defaults to `""`): MLflow server; empty takes `MLFLOW_TRACKING_URI` or a local
-            store.
-        parent_run_id (`str`, defaults to `""`): parent of the run that is opened when the policy names none.
+        split: split of the dataset to measure on.
+        max_prompts: distinct prompts measured, drawn with `seed`; 0 takes all.
+        max_rows: preference rows of those prompts that are scored, drawn with `seed`; 0 takes all.
+        samples_per_prompt: completions drawn for each prompt, from the policy and from the reference.
+            Distinct-n and self-BLEU depend on it: compare them only at the same number.
+        max_new_tokens: longest completion in tokens, end token included; 0 takes `max_completion_length` from
+            the policy's `softpref.json`.
+        batch_size: sequences per forward pass, fewer where full logits would take too much memory.
+        plain_forward: pad every completion with a prompt of its own and compute full logits: slower, with the
+            same figures up to rounding, for a model whose fast path you doubt.
+        judge: `expert` (the known reward in the dataset's `outcomes.jsonl` or `reward.json`), `bradley-terry`
+            (trained on the training split's preferences), or `auto`: the expert where there is one.
+        judge_max_rows: most training pairs for the Bradley-Terry judge.
+        exact_prompts: prompts that are compared with theory: every outcome is scored where the dataset
+            enumerates them, else see `theory_samples`; 0 leaves theory out.
+        theory_samples: samples of the reference for each of these prompts, from which the optimum is
+            estimated where the reward of any text is known; 0 leaves that out.
+        bootstrap_samples: resamples per confidence interval.
+        confidence: coverage of the intervals, in (0, 1).
+        seed: of the choice of prompts and rows, the sampling, the judge and the bootstrap.
+        dtype: weights of both models; figures are always computed in float32.
+        trust_remote_code: run model code that comes with the models.
+        device: where the models run; empty takes a GPU when there is one.
+        experiment: MLflow experiment, when no run exists to attach to.
+        tracking_uri: MLflow server; empty takes `MLFLOW_TRACKING_URI` or a local store.
+        parent_run_id: parent of the run that is opened when the policy names none.
     """
 
     split: str = "test"
@@ -90,8 +82,6 @@ class EvaluationConfig:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.confidence < 1:
             raise ConfigError(f"confidence must lie between 0 and 1, like 0.95, got {self.confidence}")
-        if self.judge not in ("auto", "expert", "bradley-terry"):
-            raise ConfigError(f"judge must be 'auto', 'expert' or 'bradley-terry', got {self.judge!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
         if not self.split:

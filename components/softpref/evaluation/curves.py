@@ -1,6 +1,6 @@
 """The curves of a sweep: models of one method by their parameter, and their entropy at equal expected reward.
 
-Works on summaries of evaluations; draws nothing and chooses nothing.
+Draws and chooses nothing.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class Point(NamedTuple):
 
 
 def curves(members: Sequence[Evaluation]) -> list[Curve]:
-    """Sort members into curves: SPO by α first, then other methods by β, variants of each behind it."""
+    """Sort members into curves: SPO by α first, then other methods by β, each followed by its variants."""
     spo = [member for member in members if member.method == "spo"]
     several_betas = len({member.beta for member in spo}) > 1
     several_anchors = len({member.anchor for member in spo}) > 1
     groups: dict[tuple[str, ...], list[Evaluation]] = {}
     for member in sorted(members, key=position):
-        # SPO's base measure and the strength of its regulariser are worth a word where there are several
+        # SPO's base measure and the strength of its regulariser are named only where they vary
         ours = member.method == "spo"
         anchor = f"anchor {member.anchor:g}" if ours and several_anchors else ""
         beta = f"β = {member.beta:g}" if ours and several_betas else ""
@@ -78,7 +78,7 @@ def parameter(member: Evaluation) -> float | None:
 
 
 def all_exact(members: Sequence[Evaluation]) -> bool:
-    """Whether exact figures are known of every member, so that all can be shown by these."""
+    """Whether exact figures of every member are known."""
     return bool(members) and all(member.exact for member in members)
 
 
@@ -99,7 +99,7 @@ def reference_point(member: Evaluation) -> Point | None:
 
 
 def theory_point(member: Evaluation) -> tuple[float, float] | None:
-    """KL and expected reward of the optimum of a member's objective, where samples tell them well enough."""
+    """KL and expected reward of the optimum of a member's objective, where samples estimate them well."""
     figures = member.theory or {}
     if (number(figures, "effective_sample_size") or 0.0) < TRUSTED:
         return None
@@ -163,9 +163,9 @@ def equal_reward(members: Sequence[Evaluation]) -> dict[str, Any] | None:
 def entropy_at(points: Sequence[Point], reward: float, maximum: Sequence[Point] = ()) -> float | None:
     """Entropy at `reward` between the `points` of a curve, in their order; None outside their range.
 
-    Linear in reward; where the `maximum` is known, of the shortfall from it, for entropy itself is bent, and
-    a straight line between distant points would lie below what the method gives between them. Where a curve
-    passes more than once, because a parameter took reward back again, the highest entropy counts.
+    Linear in reward; where the `maximum` is known, the shortfall from it is interpolated, since entropy is
+    concave: a straight line between distant points would lie below what the method gives between them. Where
+    a curve passes this reward more than once, the highest entropy counts.
     """
 
     def lacking(place: Point) -> float:

@@ -1,4 +1,4 @@
-"""What a reader should know before trusting an evaluation's figures, in sentences. Measures nothing."""
+"""What a reader should know before trusting an evaluation's figures. Measures nothing."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def doubts(
     if prompts < 2:
         found.append("Only one held-out prompt: there are no intervals, and nothing generalises from it.")
     elif prompts < _FEW_PROMPTS:
-        found.append(f"Only {prompts} held-out prompts: intervals are wide, and rough by nature.")
+        found.append(f"Only {prompts} held-out prompts: intervals are wide and rough.")
     truncated = number(figures, "truncated_fraction") or 0.0
     if truncated > 0.1:
         found.append(
-            f"{truncated:.0%} of the policy's samples met the length limit: they are judged unfinished, and "
-            "KL and entropy count up to the cut."
+            f"{truncated:.0%} of the policy's samples reached the length limit: they are judged unfinished, "
+            "and KL and entropy count up to the cut."
         )
     counts = (metadata.get("row_counts") or {}).get("train", {})
     left_out = ["identical", *(["cut_completion"] if metadata.get("cut_rows") == "leave_out" else [])]
@@ -59,8 +59,8 @@ def doubts(
         found.append("One sample per prompt: self-BLEU needs two.")
     if judge_accuracy is not None and judge_accuracy.low is not None and judge_accuracy.low <= 0.5:
         found.append(
-            f"The judge's accuracy on the validation split ({judge_accuracy.value:.2f}) cannot be told from "
-            "chance: do not rely on win rate and expected reward."
+            f"The judge's accuracy on the validation split ({judge_accuracy.value:.2f}) is no better than "
+            "chance by its interval: do not rely on win rate and expected reward."
         )
     ours, theirs = metadata.get("dataset_hash"), read_stats(dataset_dir).get("dataset_hash")
     if ours and theirs and ours != theirs:

@@ -1,7 +1,4 @@
-"""Exact figures where every completion can be enumerated: the policy against what theory promises.
-
-Works on log-probabilities; runs no model.
-"""
+"""Exact figures where every completion can be enumerated: the policy against theory. Runs no model."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval
 from softpref.judges import Outcomes
 from softpref.records import DatasetStats, Figure, ModelMetadata
 
-# Sets drawn in place of all that there are: so many that the optimum is within some 0.001 nats (KL) of the
-# true one, unless sets are so large that every order of each would cost too much.
+# Sets are drawn instead of enumerated: so many that the optimum is within about 0.001 nats (KL) of the true
+# one, unless the orders of each set are too many.
 _GROUPS, _GROUP_TABLE = 8000, 2**17
 _LONGEST_RANKING = 6
 
@@ -38,15 +35,14 @@ class ExactPrompt(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What a policy was trained on, as far as its optimum depends on it.
+    """What determines the optimum of a policy's training.
 
     Attributes:
         method, alpha, beta, soft_labels, weight_exponent, label_smoothing, rounds, train_on, judge,
             extrapolation, anchor, kl_beta, kl_on: as the training stage names them.
         kind, group_size: what the rows are, and how many completions each holds; `"mixed"` and 0 where they
             differ.
-        altered: why labels or rows do not follow the experts' Bradley-Terry or Plackett-Luce model; empty
-            where they do.
+        altered: why labels or rows do not follow the experts' Bradley-Terry or Plackett-Luce model, or empty.
     """
 
     method: str = ""
@@ -68,12 +64,12 @@ class Objective(NamedTuple):
 
     @property
     def on_data(self) -> bool:
-        """Whether the preferences of the dataset were all that was trained on."""
+        """Whether training saw nothing but the preferences of the dataset."""
         return self.rounds == 1 and self.train_on == "preferences"
 
     @property
     def kl_strength(self) -> float:
-        """What the KL term is multiplied by; 0 where there is none."""
+        """The factor of the KL term; 0 without one."""
         strength = self.beta if self.method == "spo" else self.kl_beta
         return 0.0 if self.kl_on == "none" else strength
 
@@ -116,7 +112,7 @@ def trained_objective(metadata: ModelMetadata, stats: DatasetStats) -> Objective
 
 
 def why_unknown(objective: Objective) -> str:
-    """Why the optimum of `objective` is not known, in words that end a sentence; empty where it is."""
+    """Why the optimum of `objective` is unknown, to end a sentence with; empty where it is known."""
     method = objective.method
     if method not in ("spo", "dpo", "rdpo", "ipo"):
         return f"method {method!r} has no solution to compare with"
@@ -125,24 +121,24 @@ def why_unknown(objective: Objective) -> str:
     if objective.altered:
         return objective.altered
     if objective.train_on == "self_play":
-        return "in self-play nobody says which completion is better"
+        return "self-play has no preferences"
     if not objective.on_data and objective.judge == "bradley-terry":
-        return "a learned judge's rewards took the place of the experts'"
+        return "a learned judge's rewards replaced the experts'"
     if objective.soft_labels != "linear":
         return f"{objective.soft_labels} soft labels move the optimum"
     if objective.kl_strength and objective.kl_on == "data":
         return "a KL term along the dataset's own completions moves the optimum"
     if method == "spo":
         if objective.alpha <= 0:
-            return "softness 0 has no optimum but the experts' favourite"
+            return "softness 0 has no optimum other than the experts' favourite"
         if objective.kl_strength == 0 and (objective.on_data or not objective.anchor):
             return ""  # whatever is asked, in whatever rounds and weights: π_ref^anchor · exp(reward / α)
         if objective.weight_exponent:
             return "row weights that follow the policy move the optimum"
         if objective.kind == "ranking" and objective.group_size > _LONGEST_RANKING:
-            return f"rankings of more than {_LONGEST_RANKING} have too many orders to go through"
+            return f"rankings of more than {_LONGEST_RANKING} have too many orders to enumerate"
     elif objective.beta <= 0:
-        return f"{method} has an optimum for β > 0 alone"
+        return f"{method} has an optimum only for β > 0"
     elif objective.kl_strength and method == "ipo":
         return "a KL term beside ipo's loss moves the optimum"
     elif objective.label_smoothing and method != "ipo":
@@ -152,7 +148,7 @@ def why_unknown(objective: Objective) -> str:
     if objective.kind == "mixed":
         return "rows are of several kinds or lengths"
     if not objective.on_data:
-        return "not only the preferences of the dataset were trained on"
+        return "training saw more than the preferences of the dataset"
     return ""
 
 
@@ -164,13 +160,13 @@ def exact_prompt(
     *,
     seed: int = 0,
 ) -> ExactPrompt:
-    """Set one prompt's policy beside the optimum of the objective it was trained on.
+    """Compare one prompt's policy with the optimum of the objective it was trained on.
 
-    Where the optimum is not known (`why_unknown`) it is NaN, and figures of it become None.
+    Where the optimum is unknown (`why_unknown`) it is NaN, and its figures become None.
 
     Args:
         policy_logps, reference_logps: `[N]`, log-probabilities of the whole completions, end token included.
-        seed: of the sets drawn; with the same one, optima of several objectives differ by these alone.
+        seed: of the sets drawn; with the same seed, optima of several objectives are comparable.
     """
     best = optimum(outcomes.rewards, reference_logps, outcomes.weights, objective, seed=seed)
     rewards = np.asarray(outcomes.rewards, dtype=np.float64)
@@ -192,9 +188,8 @@ def optimum(
     For `spo` that is the minimiser of L_pref^α + β·KL, of the base measure π_ref^anchor, under the rows of
     the data: sets of distinct completions, drawn one after another by weight. The distribution of pairs is
     known; of larger sets some thousands are drawn. For `dpo`, and `rdpo` without smoothing, it is
-    softmax(log π_ref + r/β), which holds under Bradley-Terry, and so for all pairs of a ranking; with a KL
-    term beside it, that of `spo` with anchor 1 over these pairs. For `ipo` it is a least-squares fit over
-    them.
+    softmax(log π_ref + r/β) under Bradley-Terry, and so for all pairs of a ranking; with a KL term, that of
+    `spo` with anchor 1 over these pairs. For `ipo` it is a least-squares fit over them.
 
     Args:
         rewards, reference_logps: `[N]`, the expert's, and those of the reference, in nats.
@@ -251,8 +246,8 @@ def draw_groups(weights: np.ndarray, count: int, size: int, random: np.random.Ge
 def pair_probabilities(weights: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
     """How often the outcomes i and j are drawn into one set, in this order: `[N, N]`, diagonal zero.
 
-    Exact for two draws, w_i w_j / (1 − w_i). Of larger sets, given as a sample `groups`, each draw enters by
-    its probability given those before it, so that outcomes too rare for the sample have theirs too.
+    Exact for two draws, w_i w_j / (1 − w_i). For larger sets, given as a sample `groups`, each draw counts by
+    its probability given those before it, so that outcomes too rare for the sample count too.
 
     Args:
         weights: `[N]`, probability of each outcome.
@@ -305,14 +300,14 @@ def softmax_frontier(prompts: Sequence[ExactPrompt]) -> list[list[float]]:
     It is reached by softmax(reward / τ) with one τ for all prompts: both figures are means over prompts.
 
     Returns:
-        `[expected reward, entropy]` pairs in nats, from the uniform distribution towards the favourite alone.
+        `[expected reward, entropy]` pairs in nats, from the uniform distribution to the favourite.
     """
     points: list[list[float]] = []
     for sharpness in (0.0, *np.geomspace(0.05, 30.0, 47)):
         logps = [_normalised(sharpness * prompt.rewards) for prompt in prompts]
         reward = np.mean([np.exp(logp) @ prompt.rewards for logp, prompt in zip(logps, prompts, strict=True)])
         if points and reward < points[-1][0] + 1e-6:
-            break  # sharper ones say the favourite alone
+            break  # sharper ones give only the favourite
         points.append([float(reward), float(np.mean([entropy(logp) for logp in logps]))])
     return points
 

@@ -27,8 +27,7 @@ def identify(
 ) -> tuple[str, EvaluatedOn]:
     """`evaluation_id`, equal for two evaluations exactly when their figures can be compared, and its parts.
 
-    The reference belongs to it: win rate and KL are relative to it. The parts, `evaluated_on`, are what tells
-    two evaluations apart: hashes of the rows, the judge's scores and the reference's weights; the settings.
+    The reference is one of the parts, since win rate and KL are relative to it.
     """
     data = hashlib.sha256()
     for row in rows:

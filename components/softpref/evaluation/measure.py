@@ -1,4 +1,4 @@
-"""What a policy does on held-out prompts, in figures: of preferences and of its samples. Loads no model."""
+"""Figures of a policy on held-out prompts: of preferences and of its samples. Loads no model."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def draw_samples(
     judge: Judge,
     config: EvaluationConfig,
 ) -> tuple[list[list[Sample]], list[list[DrawnText]]]:
-    """Draw from one model for each prompt, let the judge score: what was drawn, and its texts and scores."""
+    """Draw from one model for each prompt: the samples, and their texts with the judge's scores."""
     from softpref.evaluation.metrics import repetition
     from softpref.lm.tokenization import decode_completion, stop_token_ids
 
@@ -137,11 +137,7 @@ def sampled(
     config: EvaluationConfig,
     bootstrap: Bootstrap,
 ) -> tuple[Figures, list[PromptRecord]]:
-    """Draw from the policy on the prompts that the reference answered: figures, and what was drawn.
-
-    Args:
-        reference: the reference's samples of each prompt, as `draw_samples` shows them.
-    """
+    """Draw from the policy: its figures, and its samples beside those of the `reference`."""
     from softpref.evaluation.metrics import DiversityMetric, HealthMetric, SampleMetric, WinRateMetric
 
     count = config.samples_per_prompt
@@ -184,7 +180,7 @@ def _each(texts: Sequence[Sequence[DrawnText]], part: str) -> list[list[float]]:
 
 
 class Divergences(NamedTuple):
-    """What policy and reference say along policy samples.
+    """Figures of policy samples.
 
     Attributes:
         kl: `[samples]`, Σ_t KL_t(policy ‖ reference) over the whole vocabulary, nats.

@@ -115,11 +115,7 @@ def check_prompts(model: Any, models: Models, prompts: Sequence[TokenizedPrompt]
 
 
 def check_same_vocabulary(policy: Any, reference: Any) -> None:
-    """Refuse two models whose next-token distributions cannot be compared.
-
-    Raises:
-        ConfigError: their vocabularies differ in size.
-    """
+    """Refuse two models whose vocabularies differ in size."""
     ours, theirs = policy.config.vocab_size, reference.config.vocab_size
     if ours != theirs:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Where the optimum of a policy's own objective lies: by every outcome, or by samples of the reference.
+"""The optimum of a policy's own objective, over every outcome or over samples of the reference.
 
 Scores with the models; the mathematics is in `exact` and `theory`.
 """
@@ -32,7 +32,7 @@ def theory_samples(
     judge: Judge,
     config: EvaluationConfig,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What samples of the reference earn, and their log-probabilities, for the first `exact_prompts` prompts.
+    """Rewards and log-probabilities of samples of the reference, for the first `exact_prompts` prompts.
 
     Empty unless the judge is an expert that knows the reward of any text.
     """
@@ -106,11 +106,12 @@ def against_theory(
     seed: int,
     warnings: list[str],
 ) -> list[SampledPrompt]:
-    """Set the policy's samples beside the optimum over those of the reference, prompt by prompt.
+    """Compare the policy's samples with the optimum over those of the reference, prompt by prompt.
 
     Args:
-        theory: of `theory_samples`; records: of all prompts, in the same order.
-        warnings: what a reader should know of the optimum is added.
+        theory: of `theory_samples`.
+        records: of all prompts, in the same order.
+        warnings: is told why the optimum is unknown.
     """
     from statistics import fmean
 

@@ -1,4 +1,4 @@
-"""The page of one evaluated policy: its sentences, its figures in order, its drawings. Measures nothing."""
+"""The page of one evaluated policy: sentences, figures in order, drawings. Measures nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LABELS = {
     "expected_reward": ("Expected reward", "mean score under the judge"),
     "reference_expected_reward": ("Expected reward of the reference", "the same for the SFT model"),
     "kl_sequence": ("KL to the reference", "per completion, from its own samples"),
-    "entropy_sequence": ("Entropy", "per completion: how many answers it keeps alive"),
+    "entropy_sequence": ("Entropy", "per completion: how varied its answers are"),
     "preference_accuracy": ("Preference accuracy", "held-out pairs ranked as people did"),
     "preference_margin": ("Preference margin", "log-probability of preferred minus other"),
     "perplexity": ("Perplexity", "per token, on the best held-out completions"),
@@ -27,20 +27,20 @@ LABELS = {
     "self_bleu": ("Self-BLEU", "likeness of a prompt's samples to each other; 1 = all equal"),
     "completion_length": ("Completion length", "tokens, end included"),
     "kl_token": ("KL to the reference per token", "the same, by the tokens"),
-    "truncated_fraction": ("Truncated", "samples that met the length limit"),
-    "reference_truncated_fraction": ("Truncated, of the reference's", "its samples that met the limit"),
-    "repetition": ("Repetition", "4-grams of tokens that a sample has already had, of all"),
+    "truncated_fraction": ("Truncated", "samples that reached the length limit"),
+    "reference_truncated_fraction": ("Truncated, of the reference's", "its samples that reached the limit"),
+    "repetition": ("Repetition", "share of 4-grams of tokens that repeat within a sample"),
     "reference_repetition": ("Repetition, of the reference's", "the same in its samples"),
-    "cross_entropy": ("Cross-entropy under the reference", "how its samples surprise the reference"),
+    "cross_entropy": ("Cross-entropy under the reference", "how much its samples surprise the reference"),
     "reference_cross_entropy": ("Cross-entropy, of the reference's", "its own samples: its entropy"),
-    "kl_optimum_to_policy": ("KL(optimum ‖ policy)", "what the policy is short of theory; 0 is perfect"),
+    "kl_optimum_to_policy": ("KL(optimum ‖ policy)", "how far the policy is from theory; 0 is perfect"),
     "entropy": ("Entropy on the set", "of the policy, exact"),
-    "optimum_entropy": ("Entropy of the optimum", "what theory promises"),
+    "optimum_entropy": ("Entropy of the optimum", "by theory"),
     "reference_entropy": ("Entropy of the reference", "where training began"),
-    "optimum_expected_reward": ("Expected reward of the optimum", "what theory promises"),
+    "optimum_expected_reward": ("Expected reward of the optimum", "by theory"),
     "kl": ("KL to the reference", "of the policy, per completion"),
-    "optimum_kl": ("KL of the optimum to the reference", "what theory promises"),
-    "effective_sample_size": ("Effective share of the samples", "how many of them the optimum rests on"),
+    "optimum_kl": ("KL of the optimum to the reference", "by theory"),
+    "effective_sample_size": ("Effective share of the samples", "how many of them carry the optimum"),
     "mass_on_set": ("Mass on the set", "probability the policy gives to texts the experts know"),
     "least_mass_on_set": ("Least mass on the set", "of the prompt that leaks most"),
     "reference_mass_on_set": ("Mass of the reference", "probability it gives to these texts"),
@@ -48,12 +48,12 @@ LABELS = {
 
 
 def trust_sentence(theory: Figures) -> str:
-    """How far the optimum's figures that rest on samples can be trusted."""
+    """How far the optimum's figures can be trusted where they are estimated from samples."""
     from softpref.evaluation.theory import TRUSTED
 
     share = theory["effective_sample_size"].value
     if share is None:
-        return "That minimiser is not known."
+        return "That minimiser is unknown."
     if share < TRUSTED:
         return (
             f"They cannot be trusted: the optimum rests on {share:.1%} of the samples, less than "
@@ -124,8 +124,8 @@ def softness_sentence(evaluation: Evaluation) -> str:
             "favourite, α → ∞ any answer alike)."
         )
     if method:
-        return f"Trained with {method.upper()}, which has no softness: β alone ties it to the reference."
-    return "A model that softpref did not train."
+        return f"Trained with {method.upper()}, which has no softness: only β ties it to the reference."
+    return "This model was not trained by softpref."
 
 
 def chips(evaluation: Evaluation) -> list[str]:

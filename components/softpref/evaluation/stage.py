@@ -1,5 +1,4 @@
-"""Stage 4: measures one policy on held-out prompts, and what was extrapolated from it, each into an
-evaluation folder. Chooses between no models."""
+"""Stage 4: measures a policy, and the models extrapolated from it, on held-out prompts. Chooses no model."""
 
 from __future__ import annotations
 
@@ -74,16 +73,15 @@ def run(
     Writes `evaluation.json` (last, so that its presence means success), `samples.jsonl` and `report.html`,
     and logs every figure as `eval/NAME` (`eval/exact/NAME`) to the policy's own MLflow run. Models that were
     extrapolated from the policy (`extrapolated-W` in its folder) are evaluated before it, on the same prompts
-    with the same seeds, into evaluation folders `extrapolated-W` of `output_dir`; their figures are
-    `eval/expo-W/NAME` of the same run.
+    with the same seeds, into `output_dir/extrapolated-W`; the same run has their figures, `eval/expo-W/NAME`.
 
     Args:
-        policy_dir, reference_dir: model folders, URLs of such, or models of the MLflow registry.
-        policy_uri, reference_uri: where the models are known outside this machine; default what was given.
+        policy_dir, reference_dir: model folders, their URLs, or models of the MLflow registry.
+        policy_uri, reference_uri: the models' addresses outside this machine; by default what was given.
 
     Raises:
-        ConfigError: a model or the dataset is absent, the two do not fit together, no judge can be had,
-            completions could outgrow the model's positions, or `output_dir` already holds an evaluation.
+        ConfigError: a model or the dataset is absent, the models do not match, there is no such judge,
+            completions could exceed the model's positions, or `output_dir` already holds an evaluation.
         DataError: the split is absent or empty, or `outcomes.jsonl` is damaged.
     """
     timer = PhaseTimer("loading")
@@ -103,9 +101,11 @@ def run(
         check_remote_code(source, config.trust_remote_code)
     if not config.max_new_tokens and not metadata.get("max_completion_length"):
         if not Path(policy_dir).exists():
-            raise ConfigError(f"policy {policy_dir}: no such folder is here; for a Hub id set max_new_tokens")
+            raise ConfigError(
+                f"policy {policy_dir}: there is no such folder; for a Hub id set max_new_tokens"
+            )
         raise ConfigError(
-            f"{policy_dir} has no softpref.json that says max_completion_length; set max_new_tokens"
+            f"{policy_dir} has no {METADATA_FILE} with max_completion_length; set max_new_tokens"
         )
     dataset = _load_dataset(dataset_dir, config)
     output.mkdir(parents=True, exist_ok=True)
@@ -160,11 +160,7 @@ def by_prompt(records: Sequence[PromptRecord]) -> dict[str, list[float]]:
 
 
 def headline(evaluation: Evaluation) -> dict[str, float]:
-    """α, β and the figures that tell the models of a sweep apart, few enough for one page of the UI's table.
-
-    Where every outcome is known: how far the model is from the optimum, and what it keeps of the set; else
-    how much its samples repeat each other, and how many met the length limit.
-    """
+    """α, β and the figures that tell models of a sweep apart, few enough for one page of the UI's table."""
     shown = (*_HEADLINE, *(_EXACT_HEADLINE if evaluation.exact else _SAMPLED_HEADLINE))
     figures = evaluation.values()
     return readable({**strengths(vars(evaluation)), **{name: figures.get(name) for name in shown}})
@@ -187,15 +183,13 @@ class _Task(NamedTuple):
     """What every member is measured on and against.
 
     Attributes:
-        identity: `evaluation_id`.
-        identity_parts: `evaluated_on`, what it is made of.
+        identity, identity_parts: `evaluation_id`, and `evaluated_on`, which it is made of.
         prompts, tokenized, rows: held-out prompts to draw from, their ids, their preference rows to score.
-        outcomes: every completion of a prompt's set, where the dataset knows them.
+        outcomes: by prompt, where the dataset knows them.
         judge_accuracy: on the validation split, of a trained judge.
-        models: the reference alone.
-        reference: its samples, by prompt.
-        theory: rewards and log-probabilities of further samples of it, for the first prompts, where the
-            reward of any text is known.
+        models: without the policy.
+        reference: samples of the reference, by prompt.
+        theory: see `theory_samples`.
     """
 
     identity: str
@@ -213,7 +207,7 @@ class _Task(NamedTuple):
 
 
 def _extrapolated(policy: _Member) -> list[_Member]:
-    """The models extrapolated from the policy that lie in its folder.
+    """The models extrapolated from the policy, in its folder.
 
     Raises:
         ConfigError: one is incomplete.
@@ -223,7 +217,7 @@ def _extrapolated(policy: _Member) -> list[_Member]:
         metadata = load_metadata(folder)
         if not metadata.get("extrapolation"):
             raise ConfigError(
-                f"{folder} is no finished extrapolated model: it has no {METADATA_FILE} that says its "
+                f"{folder} is not a complete extrapolated model: it has no {METADATA_FILE} with its "
                 "extrapolation; train again, or remove it"
             )
         uri = f"{policy.uri.rstrip('/')}/{folder.name}"
@@ -343,7 +337,7 @@ def _judge(
     outcomes: dict[str, Outcomes],
     bootstrap: Bootstrap,
 ) -> tuple[Judge, Figure | None]:
-    """The judge asked for, and the validation accuracy of a trained one (None where there is none)."""
+    """The judge, and the validation accuracy of a trained one where there are rows for it."""
     from softpref.evaluation.metrics import PreferenceMetric
 
     judge = load_judge(
@@ -373,10 +367,10 @@ def _judge(
 
 
 def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> DatasetDict:
-    """The dataset with a judge and a non-empty split, or an error that says what there is."""
+    """The dataset, refused if it cannot give the judge or the split."""
     path, split = Path(dataset_dir), config.split
     if not (path / "dataset_dict.json").is_file():
-        raise ConfigError(f"{path} is no dataset folder of the data stage (it has no dataset_dict.json)")
+        raise ConfigError(f"{path} is not a dataset folder of the data stage (it has no dataset_dict.json)")
     check_judge(config.judge, path)  # before the import below, which takes seconds
     import datasets
 

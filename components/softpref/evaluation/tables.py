@@ -54,14 +54,14 @@ _THEORY = (
 
 
 def columns(members: Sequence[Evaluation]) -> list[Column]:
-    """What is worth a column for these members: theory's figures where they are known of any."""
+    """The columns for these members: theory's figures only where some member has them."""
     exact = any(member.exact for member in members)
     theory = any(member.theory for member in members)
     return [_WIN_RATE, *_SAMPLED, *(_EXACT if exact else ()), *(_THEORY if theory else ())]
 
 
 def softness(member: Evaluation) -> str:
-    """α of a model of SPO; a dash for another method, which has none."""
+    """α of a model of SPO; a dash for another method."""
     return f"{member.alpha:g}" if member.method == "spo" and member.alpha is not None else "–"
 
 
@@ -87,8 +87,8 @@ def format_table(members: Sequence[Evaluation]) -> str:
 def markdown_table(members: Sequence[Evaluation], chosen: str | None) -> str:
     """The table by α in Markdown, six columns wide, for UIs that cut off more; the chosen model is bold.
 
-    Cells begin with spaces that stay, for KFP's UI puts nothing between columns. The last column is the mass
-    on the set of all outcomes where that is known, else the win rate.
+    Cells begin with spaces, since KFP's UI puts nothing between columns. The last column is the mass on the
+    set of all outcomes where that is known, else the win rate.
 
     Args:
         chosen: name of a member, or None.

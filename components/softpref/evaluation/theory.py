@@ -1,8 +1,7 @@
-"""What theory promises where completions cannot be enumerated: importance sampling from the reference.
+"""Theory where completions cannot be enumerated: importance sampling from the reference. Runs no model.
 
-With a known reward, samples of the reference stand for all completions: the optimum of an objective is a
-distribution over them (the density ratio to the reference), as long as enough of them matter to it. Works on
-rewards and log-probabilities; runs no model.
+With a known reward, samples of the reference represent all completions: the optimum of an objective is a
+distribution over them (the density ratio to the reference), as long as enough of them carry weight.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval
 from softpref.records import Figure
 
 TRUSTED = 0.1
-"""Effective share of the samples from which on the optimum's figures are worth a comparison."""
+"""Effective share of the samples above which the optimum's figures can be compared."""
 
 
 class SampledPrompt(NamedTuple):
@@ -46,13 +45,12 @@ def sampled_prompt(
     policy_kl: float,
     seed: int = 0,
 ) -> SampledPrompt:
-    """Find the optimum of `objective` over samples of the reference, each of which has its share 1/n of it.
+    """Find the optimum of `objective` over samples of the reference, each of which has a share 1/n of it.
 
-    Pairs and groups of the data are taken to be drawn from the reference too. See `SampledPrompt` for the
-    arguments.
+    Assumes that pairs and groups of the data were drawn from the reference too.
     """
     count = len(rewards)
-    # a sample stands for 1 / (n π_ref) completions like it
+    # a sample represents 1 / (n π_ref) completions like it
     stands_for = -np.log(count) - np.asarray(reference_logps, dtype=np.float64)
     best = optimum(
         rewards, reference_logps, np.full(count, 1 / count), objective, stands_for=stands_for, seed=seed
@@ -89,7 +87,7 @@ def sampled_figures(
 def reward_frontier(prompts: Sequence[SampledPrompt]) -> list[list[float]]:
     """The most expected reward that any policy can have at each KL to the reference.
 
-    It is reached by π_ref · exp(reward / τ) with one τ for all prompts; as far as the samples can tell.
+    It is reached by π_ref · exp(reward / τ) with one τ for all prompts, as estimated from the samples.
 
     Returns:
         `[KL, expected reward]` pairs in nats, from the reference on.

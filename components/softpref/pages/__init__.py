@@ -1,7 +1,7 @@
-"""The HTML pages: their templates, the one style sheet, how numbers stand in them. Gathers nothing to show.
+"""The HTML pages: their templates, the style sheet, and how numbers are written.
 
-A page is one file that loads nothing from a network. Templates escape what they are given; drawings alone,
-which this package makes itself, are marked `safe` there.
+A page is one file that loads nothing from a network. Templates escape what they are given, except drawings,
+which this package makes itself and which are marked `safe` there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from softpref.records import Figure
 
 
 def number(value: float | None) -> str:
-    """Three decimals, or a dash where nothing is known."""
+    """Three decimals, or a dash for an unknown value."""
     if value is None:
         return "–"
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
@@ -26,7 +26,7 @@ def span(figure: Figure) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """A whole HTML document of one of the templates beside this file."""
+    """An HTML document from one of the templates beside this file."""
     return _environment.get_template(template).render(values)
 
 

@@ -17,24 +17,22 @@ class RegistryConfig:
     """When a model is registered, under which name, and when it becomes the champion.
 
     Args:
-        registered_model_name (`str`): name in the MLflow model registry; no `/` and no `:`.
-        min_win_rate (`float`, *optional*, defaults to 0.5): the gate asks that the low end of the win rate's
-            interval be above this (above 0.5: better than the reference), and that the judge be better than a
-            coin; 0 or null leaves both out. A broken model is registered in no case.
-        max_kl (`float`, *optional*): the gate asks that the high end of `kl_sequence` (nats) be at most this;
-            null leaves it out.
-        compare_metric (`str`, defaults to `"win_rate"`): by which the champion is challenged, higher is
-            better: `win_rate`, `expected_reward`, `preference_accuracy` or `preference_margin`.
-        beyond_noise (`bool`, defaults to `False`): a challenger must win by more than noise: the low end of
-            its interval above the high end of the champion's.
-        task (`str`, defaults to `"auto"`): how the model is served: `completions`, `chat`, or `auto`: chat
-            when the tokenizer has a chat template.
-        trust_remote_code (`bool`, defaults to `False`): register a model that comes with code of its own,
-            which MLflow then runs wherever the version is served.
-        experiment (`str`, defaults to `"softpref"`): MLflow experiment, when the model names no run.
-        tracking_uri (`str`, defaults to `""`): MLflow server; empty takes `MLFLOW_TRACKING_URI` or a local
-            store.
-        await_seconds (`int`, defaults to 300): longest wait until the registry calls the version ready.
+        registered_model_name: name in the MLflow model registry; no `/` and no `:`.
+        min_win_rate: the gate asks that the low end of the win rate's interval be above this (above 0.5:
+            better than the reference), and that the judge be better than a coin; 0 or null asks for neither.
+            A broken model is never registered.
+        max_kl: the gate asks that the high end of `kl_sequence` (nats) be at most this; null sets no limit.
+        compare_metric: by which the champion is challenged, higher is better: `win_rate`, `expected_reward`,
+            `preference_accuracy` or `preference_margin`.
+        beyond_noise: a challenger must win by more than noise: the low end of its interval must be above the
+            high end of the champion's.
+        task: how the model is served: `completions`, `chat`, or `auto`: chat when the tokenizer has a chat
+            template.
+        trust_remote_code: register a model with code of its own, which MLflow then runs wherever it is
+            served.
+        experiment: MLflow experiment, when the model names no run.
+        tracking_uri: MLflow server; empty takes `MLFLOW_TRACKING_URI` or a local store.
+        await_seconds: longest wait until the registry reports the version as ready.
     """
 
     registered_model_name: str

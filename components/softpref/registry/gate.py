@@ -1,5 +1,4 @@
-"""Who becomes champion, as a function of figures; who may be registered: see `softpref.fitness`. Speaks to no
-server."""
+"""Who becomes champion, as a function of figures. Who may be registered, `softpref.fitness` says."""
 
 from __future__ import annotations
 
@@ -9,15 +8,11 @@ from softpref.fitness import figure_text, judge_doubt, number
 from softpref.records import EvaluatedOn, Evaluation, Figures
 from softpref.registry.config import RegistryConfig
 
-_JUDGED = ("win_rate", "expected_reward")  # metrics that are worth what the judge is
+_JUDGED = ("win_rate", "expected_reward")  # metrics that are only as good as the judge
 
 
 class Champion(NamedTuple):
-    """The present champion as the registry knows it; what its version's tags do not say is None.
-
-    Attributes:
-        evaluated_on: what its `evaluation_id` is made of, as in `evaluation.json`.
-    """
+    """The current champion as its version's tags describe it; what they lack is None."""
 
     version: str
     evaluation_id: str | None
@@ -35,7 +30,7 @@ class Verdict(NamedTuple):
 def challenge(evaluation: Evaluation, champion: Champion | None, config: RegistryConfig) -> Verdict:
     """Whether a model that passed the gate takes the champion's place.
 
-    Nobody is promoted by a judge that cannot be told from a coin, nor by a figure without an interval.
+    Nobody is promoted by a judge that is no better than a coin, or by a figure without an interval.
     """
     metrics, name = evaluation.metrics, config.compare_metric
     if name in _JUDGED and (doubt := judge_doubt(evaluation)):

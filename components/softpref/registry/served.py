@@ -1,4 +1,4 @@
-"""What is served of a model folder: the files, the settings of generation, what MLflow makes of its code.
+"""What is served of a model folder: files, generation settings, and whose code MLflow runs.
 
 How a registered model answers (`mlflow models serve`, measured with MLflow 3.17 and transformers 5.19):
 
@@ -12,10 +12,10 @@ How a registered model answers (`mlflow models serve`, measured with MLflow 3.17
   would add the start token a second time.
 - `stop`, `n` and `stream` are refused with an error: MLflow looks for the stop words' tokenizer in the folder
   the model was logged from, and transformers' pipeline knows neither of the others.
-- A model that comes with code of its own (registered with `trust_remote_code` alone) runs it where it is
-  served: MLflow asks nobody again.
+- A model with code of its own (registered only with `trust_remote_code`) runs it where it is served, without
+  further questions.
 - White space before the answer is stripped. Where the tokenizer has a start token, the completions form
-  counts it in `completion_tokens` and therefore calls a cut answer finished (`stop`).
+  counts it in `completion_tokens` and therefore reports a cut answer as finished (`stop`).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def model_hash(model_dir: Path) -> str:
 
 @contextmanager
 def whole_checkpoint(model_dir: Path, trust_remote_code: bool) -> Iterator[Path]:
-    """A folder that holds what serving needs and no more: training leftovers out, adapters merged."""
+    """A folder with just what serving needs: no training leftovers, adapters merged."""
     adapter = (model_dir / "adapter_config.json").is_file()
     if not adapter:
         check_model_source(f"{model_dir.absolute()}")
@@ -124,9 +124,7 @@ def _merge_adapter(model_dir: Path, checkpoint: Path, trust_remote_code: bool) -
 
 
 def passed_over(checkpoint: Path) -> list[str]:
-    """A warning where MLflow passes over the model's own code: it takes transformers' class of the same name.
-
-    Else it runs the code that lies in the checkpoint by itself.
+    """A warning where MLflow ignores the model's own code, for transformers' class of the same name.
 
     Raises:
         ConfigError: transformers' class is of another architecture.
@@ -140,11 +138,11 @@ def passed_over(checkpoint: Path) -> list[str]:
         return []
     if config.get("model_type") in transformers.CONFIG_MAPPING:
         return [
-            f"MLflow serves transformers' own {name}, and not the code that the checkpoint brings ({own})"
+            f"MLflow serves transformers' own {name}, not the code that comes with the checkpoint ({own})"
         ]
     raise ConfigError(
-        f"the model's own class {own} bears the name of one of transformers, which MLflow would serve in its "
-        "place; rename it in the model's code and in config.json (architectures, auto_map)"
+        f"the model's own class {own} has the name of one in transformers, which MLflow would serve instead; "
+        "rename it in the model's code and in config.json (architectures, auto_map)"
     )
 
 
@@ -165,7 +163,7 @@ def _generation_config(model_dir: Path) -> dict[str, Any]:
 
 
 def generation_warnings(model_dir: Path) -> list[str]:
-    """Other servers read the checkpoint's generation config; say where it departs from the training."""
+    """Where the checkpoint's generation config, which other servers read, differs from the training."""
     generation = _generation_config(model_dir)
     trained = {"do_sample": (True,), "temperature": (1.0,), "top_k": (0, None), "top_p": (1.0, None)}
     departs = [
@@ -182,7 +180,7 @@ def generation_warnings(model_dir: Path) -> list[str]:
 
 
 def model_card(checkpoint: Path, title: str) -> ModelCard:
-    """The checkpoint's own card, or a bare one: without any, MLflow would ask the Hub for it."""
+    """The checkpoint's own card, or a minimal one: without any, MLflow would ask the Hub."""
     from huggingface_hub import ModelCard
 
     path = checkpoint / "README.md"

@@ -1,8 +1,8 @@
 """Stage 5: puts an evaluated model into the MLflow registry, so that it serves as it was trained.
 
-Trains and measures nothing. The order of events: read and check the folders, pass the gate, reach the
-server, log the model, register it, set `challenger`, and `champion` where it is due. Every step finds what
-an earlier, broken attempt left (by the hash of the model's files), so a retry registers nothing twice.
+In this order: read and check the folders, pass the gate, reach the server, log the model, register it, set
+`challenger`, and `champion` where it is due. Every step finds what an earlier, failed attempt left, by the
+hash of the model's files, so a retry registers nothing twice.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def run(
         The decision, also written as `registration.json`.
 
     Raises:
-        DataError: the model does not pass the gate; `registration.json` says why all the same.
-        ConfigError: a folder lacks its files, the folders are of different models, or the server does not
+        DataError: the model does not pass the gate; `registration.json` says why.
+        ConfigError: a folder lacks its files, the folders belong to different models, or the server does not
             answer. The model folder is never changed.
     """
     settle_output()
@@ -105,7 +105,7 @@ def outcome_lines(decision: Registration, tracking_uri: str = "") -> list[str]:
     """What a terminal shows of a decision: version, aliases and the reason, and the command that serves it.
 
     Args:
-        tracking_uri: where the store is for whoever reads it, if not where the stage found it.
+        tracking_uri: the store's address for the reader, if it differs from the stage's.
     """
     if not decision.registered:
         return [f"registry: {decision.model_name}. {decision.reason}"]
@@ -118,7 +118,7 @@ def outcome_lines(decision: Registration, tracking_uri: str = "") -> list[str]:
 
 def serve_command(decision: Registration, tracking_uri: str = "") -> str:
     """The shell command that serves a registered version; `tracking_uri` as in `outcome_lines`."""
-    # the last alias is the champion, where it is one; a version without any is served by its number
+    # the champion's alias comes last; a version without aliases is served by its number
     version = f"@{decision.aliases[-1]}" if decision.aliases else f"/{decision.version}"
     return (
         f"MLFLOW_TRACKING_URI={public_url(tracking_uri or decision.tracking_uri)} mlflow models serve "
@@ -147,7 +147,7 @@ def _register(
 ) -> None:
     """Everything that needs the server; fills the decision."""
     uri = decision.tracking_uri
-    kept = f"the model is kept in {model_dir}; register it again when the server is back"
+    kept = f"the model is still in {model_dir}; register it again when the server is back"
     if not mlflow_ready(uri):
         raise ConfigError("mlflow is not installed here, and registration needs it: pip install mlflow")
     from mlflow.exceptions import MlflowException
@@ -296,9 +296,7 @@ def _training_run(client: MlflowClient, run_id: str | None, warnings: list[str])
             raise
         run = None
     if run is None or run.info.lifecycle_stage == "deleted":
-        warnings.append(
-            f"the training run {run_id} is not on this server; the model is logged in a run of its own"
-        )
+        warnings.append(f"the training run {run_id} is not on this server; the model gets a run of its own")
         return None
     return run
 
@@ -309,7 +307,7 @@ def _quoted(name: str) -> str:
 
 @contextmanager
 def _tokenizers_trusted(trust_remote_code: bool) -> Iterator[None]:
-    """`log_model` loads the tokenizer without saying whether code may run, which is asked at the terminal."""
+    """`log_model` loads the tokenizer without `trust_remote_code`, and would ask at the terminal."""
     from transformers import AutoTokenizer
 
     auto: Any = AutoTokenizer
@@ -324,7 +322,7 @@ def _tokenizers_trusted(trust_remote_code: bool) -> Iterator[None]:
 
 @contextmanager
 def _global_tracking_uri(uri: str) -> Iterator[None]:
-    """`log_model` and `register_model` know the server only as a setting of the whole process."""
+    """`log_model` and `register_model` take the server only from a process-wide setting."""
     import mlflow
 
     before, variable = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")

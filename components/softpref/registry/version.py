@@ -1,5 +1,4 @@
-"""What a version in the registry says of itself, and how the champion's is read again. Speaks to no server
-but to look the champion up."""
+"""What a version in the registry says of itself, and how the champion's is read again."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ def version_tags(
     comparison: Comparison | None,
     digest: str,
 ) -> dict[str, str]:
-    """What a version says of itself: origin, hyperparameters, and every figure with its interval."""
+    """Tags of a version: origin, hyperparameters, and every figure with its interval."""
     said = {key: value for key, value in metadata.items() if value is not None}
     known: dict[str, object] = {
         HASH_TAG: digest,
@@ -51,7 +50,7 @@ def version_tags(
 def version_description(
     metadata: ModelMetadata, evaluation: Evaluation, comparison: Comparison | None
 ) -> str:
-    """What a version is, for its page in the registry: method, softness, why it was chosen, its figures."""
+    """The page of a version: method, softness, why it was chosen, its figures."""
     known = {"alpha": evaluation.alpha, "anchor": evaluation.anchor, "beta": evaluation.beta, **metadata}
     told = [
         f"{key.replace('_', ' ')} {plain(str(known[key]))}"
@@ -73,7 +72,7 @@ def version_description(
 
 
 def find_champion(client: MlflowClient, name: str, version: str | None, candidate: str) -> Champion | None:
-    """The present champion's version, where there is one and it is another than the candidate."""
+    """The current champion, unless there is none or it is the candidate."""
     if version is None or version == candidate:
         return None
     tags = client.get_model_version(name, version).tags
