@@ -364,24 +364,12 @@ class Intake:
             yield sorted(order[index::count])
 
 
-class Peeked(NamedTuple):
-    """A stream whose first hundred rows were looked at.
+def peek(
+    rows: Iterator[SourceRow], source: str
+) -> tuple[list[SourceRow], Iterator[SourceRow], list[str], list[str]]:
+    """The first hundred rows, all rows, the columns of the first, and the columns of at least half of them.
 
-    Attributes:
-        first: those rows.
-        rows: the whole stream, including those.
-        known: the columns that they have.
-        common: the columns that half of them have: a few odd rows must not decide how the others are read.
-    """
-
-    first: list[SourceRow]
-    rows: Iterator[SourceRow]
-    known: list[str]
-    common: list[str]
-
-
-def peek(rows: Iterator[SourceRow], source: str) -> Peeked:
-    """Look at the first rows of a source.
+    A few odd rows must not decide how the others are read.
 
     Raises:
         DataError: there is no row, or none of the first can be read.
@@ -396,7 +384,7 @@ def peek(rows: Iterator[SourceRow], source: str) -> Peeked:
             f"none of the first {len(first)} rows of {source} can be read; the first: {first[0].fault}"
         )
     common = [column for column, count in known.items() if 2 * count >= len(records)]
-    return Peeked(first, itertools.chain(first, rows), list(known), common)
+    return first, itertools.chain(first, rows), list(known), common
 
 
 def check_rejections(taken: Taken, name: str, config: DataConfig, listing: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -88,14 +88,9 @@ def point(member: Evaluation, exact: bool) -> Point | None:
     return _point(getattr(member, group) or {}, "expected_reward", entropy)
 
 
-def optimum_point(member: Evaluation) -> Point | None:
-    """Where the exact optimum of a member's objective stands; None where it is not known."""
-    return _point(member.exact or {}, "optimum_expected_reward", "optimum_entropy")
-
-
-def reference_point(member: Evaluation) -> Point | None:
-    """Where the reference stands, exactly; None where that is not known."""
-    return _point(member.exact or {}, "reference_expected_reward", "reference_entropy")
+def exact_point(member: Evaluation, of: Literal["optimum", "reference"]) -> Point | None:
+    """Where the optimum of a member's objective, or the reference, stands exactly; None if unknown."""
+    return _point(member.exact or {}, f"{of}_expected_reward", f"{of}_entropy")
 
 
 def theory_point(member: Evaluation) -> tuple[float, float] | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval
+from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, over_prompts
 from softpref.judges import Outcomes
 from softpref.records import DatasetStats, Figure, ModelMetadata
 
@@ -273,11 +274,8 @@ def pair_probabilities(weights: np.ndarray, groups: np.ndarray | None = None) ->
 def exact_figures(
     prompts: Sequence[ExactPrompt], bootstrap: Bootstrap = DEFAULT_BOOTSTRAP
 ) -> dict[str, Figure]:
-    """Means over prompts, with intervals that say how much they differ between prompts; entropies in nats."""
-
-    def figure(values: Sequence[float], unit: str = "nats") -> Figure:
-        return interval(values, np.arange(len(values)), unit=unit, bootstrap=bootstrap)
-
+    """Means over prompts, each with its interval; entropies in nats."""
+    figure = functools.partial(over_prompts, bootstrap=bootstrap)
     return {
         "kl_optimum_to_policy": figure([float(np.exp(p.optimum) @ (p.optimum - p.policy)) for p in prompts]),
         "entropy": figure([entropy(p.policy) for p in prompts]),

@@ -14,11 +14,10 @@ from softpref.evaluation.curves import (
     Point,
     all_exact,
     curves,
+    exact_point,
     most_entropy,
-    optimum_point,
     parameter,
     point,
-    reference_point,
     shortfall,
     softmax_points,
     theory_point,
@@ -161,13 +160,13 @@ def _entropy_and_reward(
     for curve in drawn:
         places += _curve(labels, axes, curve, drawn, chosen, lambda member: point(member, exact))
         for member in curve.members if exact else ():
-            ours, best = point(member, exact), optimum_point(member)
+            ours, best = point(member, exact), exact_point(member, "optimum")
             if ours and best:
                 optima += 1
                 colour = _look(curve, drawn)["color"]
                 axes.plot(*zip(ours, best, strict=True), color=colour, linewidth=0.9, zorder=2)
                 axes.plot(*best, color=colour, marker="_", markersize=11, markeredgewidth=2, zorder=2)
-    if exact and drawn and (reference := reference_point(drawn[0].members[0])):
+    if exact and drawn and (reference := exact_point(drawn[0].members[0], "reference")):
         axes.plot(
             *reference, color=REFERENCE, marker="*", markersize=11, linestyle="", label="reference", zorder=3
         )

@@ -1,9 +1,9 @@
-"""Estimates with bootstrap intervals over prompts. Knows no metric and no model."""
+"""Estimates with bootstrap intervals over prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ DEFAULT_BOOTSTRAP = Bootstrap()
 
 def interval(
     values: Sequence[float] | np.ndarray,
-    prompts: Sequence[Any] | np.ndarray,
+    prompts: Sequence[str | int] | np.ndarray,
     *,
     weights: Sequence[float] | np.ndarray | None = None,
     unit: str = "",
@@ -33,8 +33,8 @@ def interval(
     """Estimate `transform(Σ values / Σ weights)` with a percentile interval over resampled prompts.
 
     The percentiles are widened to those of Student's t (the "expanded percentile" interval, Hesterberg 2015),
-    since plain ones are too narrow for the ten or so prompts of a small test split; with many prompts they
-    are the plain ones.
+    since plain ones are too narrow for the ten or so prompts of a small test split. With many prompts there
+    is no difference.
 
     Args:
         values: `[n]`, one per observation; an observation with a NaN is left out.
@@ -69,3 +69,10 @@ def interval(
     tail = stats.norm.cdf(spread)
     low, high = np.quantile(apply(ratios), [tail, 1 - tail])
     return Figure(value, float(low), float(high), len(labels), count, unit)
+
+
+def over_prompts(
+    values: Sequence[float], unit: str = "nats", bootstrap: Bootstrap = DEFAULT_BOOTSTRAP
+) -> Figure:
+    """The mean of one value per prompt, with an interval that says how much they differ between prompts."""
+    return interval(values, np.arange(len(values)), unit=unit, bootstrap=bootstrap)

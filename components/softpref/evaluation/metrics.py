@@ -16,7 +16,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval
+from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval, over_prompts
 from softpref.judges import sigmoid
 from softpref.records import Figure, Figures, Text
 
@@ -33,12 +33,11 @@ _NUMBERS = datasets.Sequence(_NUMBER)
 class _Metric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
     """What all metrics here tell `evaluate` of themselves, and how they are computed."""
 
-    _inputs: ClassVar[str]
     _features: ClassVar[dict[str, object]]
 
     @classmethod
     def figures(cls, bootstrap: Bootstrap, **columns: object) -> Figures:
-        """Figures by name, of columns as `_inputs` describes them."""
+        """Figures by name, of the columns that `_compute` takes."""
         found: Figures = cls(keep_in_memory=True).compute(bootstrap=bootstrap, **columns)
         return found
 
@@ -46,7 +45,7 @@ class _Metric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
         return evaluate.MetricInfo(
             description=self.__doc__ or "",
             citation="",
-            inputs_description=self._inputs,
+            inputs_description="",
             features=datasets.Features(self._features),
         )
 
@@ -60,10 +59,6 @@ class PreferenceMetric(_Metric):
     majority's side, with the same weight as any other; a label of exactly ½ has no side and is left out.
     """
 
-    _inputs = (
-        "scores: log-probabilities of a row's completions, best first. kind: pairwise, ranking or best_of_n. "
-        "probability: soft label or None. prompt: identifies the prompt."
-    )
     _features: ClassVar = {"scores": _NUMBERS, "kind": _TEXT, "probability": _NUMBER, "prompt": _TEXT}
 
     def _compute(
@@ -107,7 +102,6 @@ class WinRateMetric(_Metric):
     and `reference_expected_reward` are mean scores in nats, known up to a constant.
     """
 
-    _inputs = "policy, reference: one row per prompt, the judge's scores of the samples."
     _features = dict.fromkeys(("policy", "reference"), _NUMBERS)
 
     def _compute(
@@ -135,7 +129,6 @@ class SampleMetric(_Metric):
     token; `completion_length` counts tokens, end token included.
     """
 
-    _inputs = "One row per prompt, one value per sample: Σ KL_t, Σ H_t, tokens."
     _features = dict.fromkeys(("kl", "entropy", "length"), _NUMBERS)
 
     def _compute(
@@ -157,10 +150,6 @@ class HealthMetric(_Metric):
     token, in nats: the logarithm of their perplexity. Of the reference's own samples it is its entropy.
     """
 
-    _inputs = (
-        "One row per prompt, one value per sample: tokens, 1 when truncated else 0, share of repeated "
-        "4-grams, −log π_ref."
-    )
     _features = dict.fromkeys(("length", "truncated", "repetition", "surprisal"), _NUMBERS)
 
     def _compute(
@@ -187,7 +176,6 @@ class DiversityMetric(_Metric):
     al. 2018), 1 when all are equal. All depend on how many completions a prompt has.
     """
 
-    _inputs = "completions: one row per prompt, its sampled texts."
     _features: ClassVar = {"completions": datasets.Sequence(_TEXT)}
 
     def _compute(
@@ -199,17 +187,12 @@ class DiversityMetric(_Metric):
             "distinct_2": [distinct(texts, 2) for texts in rows],
             "self_bleu": [self_bleu(texts) for texts in rows],
         }
-        prompts = np.arange(len(rows))
-        return {
-            name: interval(found, prompts, unit="fraction", bootstrap=bootstrap)
-            for name, found in values.items()
-        }
+        return {name: over_prompts(found, "fraction", bootstrap) for name, found in values.items()}
 
 
 class PerplexityMetric(_Metric):
     """Perplexity per token of the policy on the best held-out completions: exp(−Σ logp / Σ tokens)."""
 
-    _inputs = "logp: log-probability of a completion. tokens: its length. prompt: identifies the prompt."
     _features: ClassVar = {"logp": _NUMBER, "tokens": datasets.Value("int64"), "prompt": _TEXT}
 
     def _compute(

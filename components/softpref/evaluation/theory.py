@@ -6,13 +6,14 @@ distribution over them (the density ratio to the reference), as long as enough o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from softpref.evaluation.exact import Objective, optimum
-from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval
+from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, over_prompts
 from softpref.records import Figure
 
 TRUSTED = 0.1
@@ -61,15 +62,13 @@ def sampled_prompt(
 def sampled_figures(
     prompts: Sequence[SampledPrompt], bootstrap: Bootstrap = DEFAULT_BOOTSTRAP
 ) -> dict[str, Figure]:
-    """Means over prompts, with intervals that say how much they differ between prompts.
+    """Means over prompts, each with its interval.
 
     With weights w of the optimum over n samples of the reference: expected reward Σ w r, KL to the reference
     Σ w log(n w), entropy −Σ w (log(n w) + log π_ref), effective sample size 1 / (n Σ w²).
     """
 
-    def figure(values: Sequence[float], unit: str = "nats") -> Figure:
-        return interval(values, np.arange(len(values)), unit=unit, bootstrap=bootstrap)
-
+    figure = functools.partial(over_prompts, bootstrap=bootstrap)
     weights = [np.exp(p.optimum) for p in prompts]
     ratios = [p.optimum + np.log(len(p.optimum)) for p in prompts]
     of = list(zip(prompts, weights, ratios, strict=True))
