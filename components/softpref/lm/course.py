@@ -125,14 +125,15 @@ class Course:
             row_counts: of each split, what was counted of its rows.
             parameters: tracked beside the run's identity.
         """
-        config, first = self._config, trainer.is_world_process_zero()
+        config = self._config
         self.timer.enter("tracking")
-        with stage_tracker(config, self._output_dir, **self._tracking) as tracker:
-            tracker.params({"stage": self._stage, **parameters, **self._identity})
+        with stage_tracker(config, self._output_dir, **self._tracking) as tracker:  # of the first process
+            if tracker is not None:
+                tracker.params({"stage": self._stage, **parameters, **self._identity})
             add_stage_callbacks(trainer, self._name, tracker)
             metrics: dict[str, float] = {}
             if config.num_train_epochs > 0 or config.max_steps > 0:
-                if self._checkpoint:
+                if self._checkpoint and tracker is not None:
                     tracker.rewind(checkpoint_step(self._checkpoint))
                 self.timer.enter("training")
                 metrics.update(trainer.train(resume_from_checkpoint=self._checkpoint).metrics)
@@ -141,17 +142,18 @@ class Course:
             if trainer.eval_dataset is not None:
                 metrics.update(trainer.evaluate())
             model = trainer.whole_model()
-            if first:
+            if tracker is None:
+                yield Trained(metrics, None, None)
+            else:
                 self.timer.enter("tracking")
                 # the run's id is part of what is saved; a file answers in the end, busy as the machine may be
                 tracker.flush(timeout=60 if tracker.tracking_uri.startswith("sqlite:") else 10)
                 self.timer.enter("saving")
-            yield Trained(metrics, model if first else None, tracker.run_id)
-            if first:
+                yield Trained(metrics, model, tracker.run_id)
                 remove_checkpoints(self._checkpoints)
                 self.timer.enter("tracking")
                 tracker.metrics(self.timer.metrics(), step=trainer.state.global_step)
-        if first:
+        if tracker is not None:
             self.timer.write(self._output_dir)
 
     def description(self, trained: Trained, **described: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from softpref.errors import DataError, SoftprefError
 from softpref.lm.head import completion_hidden
@@ -33,15 +34,27 @@ class SFTTrainer(GuardedTrainer):
         super().__init__(*args, **options)
         self.model_accepts_loss_kwargs = False  # losses are scaled here, over the global batch
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor]:
         """The micro-batches of one optimizer step, and how many completion tokens all processes have."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         tokens = torch.tensor(float(sum(len(batch["targets"]) for batch in batches)), device=device)
         return batches, self.accelerator.reduce(tokens, reduction="sum")
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def _token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """−log P of each completion token, `[T]`."""
         batch = PackedBatch(*(inputs[name] for name in PackedBatch._fields))
-        losses = -completion_hidden(model, batch, plain=self.args.plain_forward).logps()
+        return -completion_hidden(model, batch, plain=self.args.plain_forward).logps()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        losses = self._token_losses(model, inputs)
         if num_items_in_batch is None:
             return losses.mean()
         scale = self.current_gradient_accumulation_steps * self.args.world_size
@@ -49,7 +62,7 @@ class SFTTrainer(GuardedTrainer):
 
     @contextmanager
     def scoring_team(self) -> Iterator[TeamScorer]:
-        """All processes score sequences under the model for the first, while that one is within."""
+        """All processes score sequences under the model for the first one, while that is inside."""
         model = self.accelerator.unwrap_model(self.model)
 
         def compute(sequences: list[tuple[Ids, Ids]]) -> list[float]:
@@ -67,14 +80,22 @@ class SFTTrainer(GuardedTrainer):
             finally:
                 team.dismiss()
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss of an evaluation batch; no predictions are collected."""
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The loss of an evaluation batch over its own rows; no predictions are collected."""
         inputs = self._prepare_inputs(inputs)
+        own = self.own_rows(len(inputs["lengths"]))
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            losses = self._token_losses(model, inputs)
+        return losses[: int(inputs["lengths"][:own].sum())].mean(), None, None
 
 
-class Demonstrations(torch.utils.data.Dataset):
+class Demonstrations(torch.utils.data.Dataset[TokenizedSequence]):
     """Tokenized demonstrations, and what was counted of them.
 
     Args:

@@ -11,15 +11,24 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from torch.utils.data import DataLoader
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from softpref.errors import ConfigError
 from softpref.lm.decoding import decodes
@@ -282,7 +291,9 @@ class SPOTrainer(RowsTrainer):
 
     # ------------------------------------------------------------------ one optimizer step
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], float]:  # type: ignore[override]
         """The micro-batches of one optimizer step, each with its share of the policy's samples."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         rows = self.sum_over_processes(sum(len(batch["group_sizes"]) for batch in batches))
@@ -320,7 +331,8 @@ class SPOTrainer(RowsTrainer):
                 with evaluation_mode(policy), self.compute_loss_context_manager():
                     to_go = self.objective.to_go(policy, inputs)
                 total[: len(to_go)] += to_go
-        return self.accelerator.reduce(total, reduction="sum")
+        reduced: Tensor = self.accelerator.reduce(total, reduction="sum")
+        return reduced
 
     @torch.no_grad()
     def _log_mean_weight(self, batches: list[dict[str, Any]], rows: float) -> Tensor:
@@ -331,10 +343,16 @@ class SPOTrainer(RowsTrainer):
             inputs = self._prepare_inputs(batch)
             with evaluation_mode(policy), self.compute_loss_context_manager():
                 log_weights.append(self.objective.row_log_weights(policy, inputs))
-        total = torch.cat(log_weights).logsumexp(0)
-        return self.accelerator.gather(total[None]).logsumexp(0) - math.log(rows)
+        totals: Tensor = self.accelerator.gather(torch.cat(log_weights).logsumexp(0)[None])
+        return totals.logsumexp(0) - math.log(rows)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The objective of one micro-batch, as its share of the optimizer step's mean.
 
         Sums are divided by the step's row and sample counts over all micro-batches and processes, then
@@ -357,7 +375,7 @@ class SPOTrainer(RowsTrainer):
         loss = loss * self.current_gradient_accumulation_steps * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
-    def _reference(self, model):
+    def _reference(self, model: Any) -> AbstractContextManager[Any]:
         """Context that gives the reference: a model of its own, or the policy with its adapter off."""
         if self.ref_model is not None:
             return nullcontext(self.ref_model)
@@ -413,25 +431,27 @@ class SPOTrainer(RowsTrainer):
 
     # ------------------------------------------------------------------ rounds and kept log-probabilities
 
-    def set_initial_training_values(self, args, dataloader):
+    def set_initial_training_values(
+        self, args: TrainingArguments, dataloader: DataLoader[Any]
+    ) -> tuple[int, int, int, int, int, int | None, int]:
         """As in the base class, for all rounds: `num_train_epochs` counts the passes of one."""
         for kept in (self.buffer, self.rounds):
             if kept is not None:
                 kept.forget()  # what an earlier training left; a checkpoint's is loaded after this
-        passes = args.num_train_epochs
-        args.num_train_epochs = passes * args.rounds
+        passes, rounds = args.num_train_epochs, self.args.rounds
+        args.num_train_epochs = passes * rounds
         try:
             values = super().set_initial_training_values(args, dataloader)
         finally:
             args.num_train_epochs = passes
         steps_of_epoch, max_steps = values[1], values[-1]
         self._steps_per_round = max(1, int(passes)) * steps_of_epoch
-        if max_steps <= (args.rounds - 1) * self._steps_per_round and passes:
+        if max_steps <= (rounds - 1) * self._steps_per_round and passes:
             logger.warning(
                 "max_steps=%d ends training in round %d of %d; a round has %d steps",
                 max_steps,
                 -(-max_steps // self._steps_per_round),
-                args.rounds,
+                rounds,
                 self._steps_per_round,
             )
         return values
@@ -527,5 +547,5 @@ class _RoundCallback(TrainerCallback):
     def __init__(self, begin: Callable[[int], None]) -> None:
         self._begin = begin
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         self._begin(state.global_step)
