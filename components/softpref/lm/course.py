@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,9 @@ from softpref.lm.loading import require_new_folder, save_model_folder
 from softpref.lm.watching import add_stage_callbacks, stage_tracker
 from softpref.progress import settle_output
 from softpref.timings import PhaseTimer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TRAINING_OPTIONS = (  # of transformers, which say what a run was
     "learning_rate",
@@ -168,7 +171,7 @@ class Course:
             "max_completion_length": self._config.max_completion_length,
         }
 
-    def save(self, model: Any, tokenizer: Any, description: dict[str, Any]) -> None:
+    def save(self, model: Any, tokenizer: PreTrainedTokenizerBase, description: dict[str, Any]) -> None:
         """Write the model folder; with the description, its last file, it is whole."""
         write_parameters(self._config, self._output_dir)
         save_model_folder(model, tokenizer, self._output_dir, description)
@@ -184,4 +187,5 @@ def dataset_stats(dataset_dir: str | Path) -> dict[str, Any]:
     for file in ("stats.json", "dataset_dict.json"):
         if not (folder / file).is_file():
             raise DataError(f"{folder} is not a dataset folder of the data stage: it holds no {file}")
-    return json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+    stats: dict[str, Any] = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+    return stats

@@ -294,7 +294,7 @@ def _tried_form(model: Any, module: nn.Linear) -> _Form | _Unknown:
 @contextmanager
 def _computing(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Have the module compute `forward` meanwhile; it stays where it is, for all who know it by its place."""
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:

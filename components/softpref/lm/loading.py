@@ -6,9 +6,9 @@ Weights are read from safetensors (or GGUF) only, and code from a checkpoint is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softpref.errors import ConfigError
 from softpref.lm.sources import (
@@ -19,6 +19,9 @@ from softpref.lm.sources import (
     source_name,
 )
 from softpref.records import METADATA_FILE, load_metadata, save_metadata
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +108,9 @@ def load_model(
     return model.to(device) if device else model
 
 
-def load_tokenizer(source: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+def load_tokenizer(
+    source: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, with a padding token (the end token serves where none is named).
 
     Args:
@@ -140,7 +145,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, revision: st
 
 def save_model_folder(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     metadata: dict[str, Any],
     *,
@@ -196,7 +201,7 @@ def require_new_folder(folder: str | Path) -> None:
         )
 
 
-def sampling_generation_config(model: Any, tokenizer: Any) -> Any:
+def sampling_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     """A generation config that serves the model's own distribution: sampling at temperature 1, no cut.
 
     Softness lives in the distribution; a served model that decodes greedily would throw it away.
@@ -206,14 +211,16 @@ def sampling_generation_config(model: Any, tokenizer: Any) -> Any:
     from softpref.lm.tokenization import stop_token_ids
 
     stops = stop_token_ids(tokenizer, model)
-    return GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stops[0] if len(stops) == 1 else stops,
-        pad_token_id=tokenizer.pad_token_id,
+    return GenerationConfig.from_dict(
+        {
+            "do_sample": True,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": stops[0] if len(stops) == 1 else stops,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
     )
 
 
@@ -258,7 +265,7 @@ def settle_generation_config(model: Any) -> None:
         config.validate(strict=True)
     except ValueError as error:
         kept = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        model.generation_config = GenerationConfig(**kept)
+        model.generation_config = GenerationConfig.from_dict(kept)
         logger.warning(
             "the model's generation config cannot be saved (%s); its token ids are kept, the rest is not",
             " ".join(str(error).split())[:300],
@@ -303,7 +310,8 @@ def _load_gguf(path: Path, dtype: str, **options: Any) -> Any:
     config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=target, **options)
+    from_config: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
+    model = from_config(config, dtype=target, **options)
     model.load_state_dict(quantized.state_dict())
     model.tie_weights()
     model.generation_config = quantized.generation_config

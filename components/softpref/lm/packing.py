@@ -254,7 +254,8 @@ def _attention(
             raise _Refused(f"its attention has {name}, which attention by blocks does not know")
     if query.shape[2] != key.shape[2] or query.shape[0] != 1 or is_causal is False:
         raise _Refused("its attention is not from every token to every token")
-    parts = zip(*(each.split(softpref_blocks.sizes, dim=2) for each in (query, key, value)), strict=True)
+    sizes = softpref_blocks.sizes
+    parts = zip(*(torch.split(each, sizes, dim=2) for each in (query, key, value)), strict=True)
     outputs = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -329,8 +330,8 @@ def _found_by_trying(inner: Any) -> str:
     blocks = _Blocks(batch.blocks, weight.device)
 
     def packed(ids: Tensor) -> Tensor:
-        output = _run(inner, batch._replace(input_ids=ids), blocks)
-        return output.logits[0].float()[batch.predictors]
+        logits: Tensor = _run(inner, batch._replace(input_ids=ids), blocks).logits
+        return logits[0].float()[batch.predictors]
 
     found = packed(batch.input_ids)
     layers = inner.config.get_text_config().num_hidden_layers

@@ -24,16 +24,13 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (0, math.inf, True)),
     # of ours, in both training stages
     **dict.fromkeys(("max_prompt_length", "max_completion_length"), (1, math.inf, True)),
-    "vocab_size": (
-        258,
-        math.inf,
-        True,
-    ),  # 256 bytes, end and padding: with less, not every text could be written
+    "dataset_num_proc": (1, math.inf, True),
+    "vocab_size": (258, math.inf, True),  # 256 bytes, end and padding: every text can be written
 }
 
 
 def check_ranges(args: Any) -> None:
-    """Refuse numbers that `transformers` takes, and that fail or train nothing only when training begins.
+    """Refuse numbers that transformers accepts, and that would fail or train nothing once training begins.
 
     Args:
         args: a `TrainingArguments`, or anything that has some of its options.

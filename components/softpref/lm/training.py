@@ -92,7 +92,7 @@ class GuardedTrainer(Trainer):
         return super().train(resume_from_checkpoint or None, *args, **options)
 
     def init_hf_repo(self, token: str | None = None) -> None:
-        """As in the base class, before training; a Hub that does not answer is an error that says what to do."""
+        """As in the base class, before training; where the Hub does not answer, the error says what to do."""
         try:
             super().init_hf_repo(token)
         except Exception as error:  # the Hub client raises a dozen unrelated types
@@ -133,7 +133,8 @@ class GuardedTrainer(Trainer):
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return count
-        return min(max(int(state.remainder) - count * self.args.process_index, 0), count)
+        before: int = count * self.args.process_index  # rows of the processes before this one
+        return max(0, min(int(state.remainder) - before, count))
 
     def compute_loss_context_manager(self) -> ExitStack:
         """Autocast around everything that is computed here.

@@ -79,7 +79,7 @@ def exact_optimum(
     start = torch.cat([base_logps + rewards / alpha, rewards.new_zeros(len(ref_logps) - count)])
     start[count:] = ref_logps[count:] - ref_logps[:count].logsumexp(0) + start[:count].logsumexp(0)
     logits = start.clone().requires_grad_(True)
-    optimizer = torch.optim.LBFGS(
+    optimizer: torch.optim.Optimizer = torch.optim.LBFGS(
         [logits],
         max_iter=500,
         history_size=20,
@@ -151,7 +151,7 @@ def _pairs(pair_probabilities: Tensor | None, count: int) -> Tensor:
         )
     pairs = (pairs + pairs.T).contiguous()
     pairs.fill_diagonal_(0)
-    return pairs / pairs.sum()
+    return pairs.div(pairs.sum())
 
 
 def _pair_preference(rewards: Tensor, pairs: Tensor, alpha: float) -> _Preference:

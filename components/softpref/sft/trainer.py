@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from softpref.errors import DataError, SoftprefError
 from softpref.lm.head import completion_hidden
 from softpref.lm.packing import PackedBatch, pack_sequences
 from softpref.lm.scoring import Ids, TeamScorer, score_sequences
@@ -20,6 +19,9 @@ from softpref.lm.tokenizing import RowText, tokenize_rows
 from softpref.lm.training import GuardedTrainer
 from softpref.progress import follow
 from softpref.sft.config import SFTConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class SFTTrainer(GuardedTrainer):
@@ -57,8 +59,8 @@ class SFTTrainer(GuardedTrainer):
         losses = self._token_losses(model, inputs)
         if num_items_in_batch is None:
             return losses.mean()
-        scale = self.current_gradient_accumulation_steps * self.args.world_size
-        return losses.sum() / num_items_in_batch * scale
+        loss: Tensor = losses.sum() / num_items_in_batch
+        return loss * (self.current_gradient_accumulation_steps * self.args.world_size)
 
     @contextmanager
     def scoring_team(self) -> Iterator[TeamScorer]:
@@ -110,7 +112,7 @@ class Demonstrations(torch.utils.data.Dataset[TokenizedSequence]):
     def __init__(
         self,
         rows: Sequence[Mapping[str, Any]],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         config: SFTConfig,
         stop_ids: Sequence[int],
         name: str,
@@ -119,11 +121,11 @@ class Demonstrations(torch.utils.data.Dataset[TokenizedSequence]):
         self.counts: Counter[str] = Counter()
         quiet = bool(config.disable_tqdm) or config.process_index > 0
 
-        def jobs() -> Iterator[tuple[int, RowText]]:
-            for number, row in enumerate(follow(rows, f"tokenizing {name}s", disable=quiet)):
-                yield number, RowText(row["prompt"], [row["completion"]])
+        def jobs() -> Iterator[tuple[None, RowText]]:
+            for row in follow(rows, f"tokenizing {name}s", disable=quiet):
+                yield None, RowText(row["prompt"], [row["completion"]])
 
-        for number, found in tokenize_rows(
+        for _, found in tokenize_rows(
             jobs,
             tokenizer,
             config,
@@ -133,10 +135,6 @@ class Demonstrations(torch.utils.data.Dataset[TokenizedSequence]):
             max_prompt_length=config.max_prompt_length,
             max_completion_length=config.max_completion_length,
         ):
-            if isinstance(found, DataError):
-                raise DataError(f"{name} {number}: {found}") from found
-            if isinstance(found, SoftprefError):
-                raise found
             self.rows += found
             self.counts.update(["given", *row_findings(found)])
         if config.process_index == 0:

@@ -105,7 +105,7 @@ def check_options(args: Any) -> None:
         from softpref.objectives import kl_lambda  # imports torch
 
         try:
-            kl_lambda(args.kl_gradient)  # type: ignore[arg-type]
+            kl_lambda(args.kl_gradient)
         except ValueError:
             refuse("kl_gradient", "token, full, or a number from 0 (token) to 1 (full)")
     if not 0 <= args.label_smoothing < 0.5:

@@ -229,7 +229,8 @@ class ServerClient:
         for attempt in range(_ATTEMPTS):
             try:
                 with self._opener.open(request, timeout=_PATIENCE) as response:
-                    return json.load(response)
+                    answer: dict[str, Any] = json.load(response)
+                    return answer
             except urllib.error.HTTPError as error:
                 what = _message(error)
                 if error.code == 409:
@@ -284,7 +285,7 @@ def check_agreement(
         pairs = [(sample.prompt, sample.completion) for sample in chosen]
         for places, batch in scoring_batches(model, pairs, batch_size=sequences, plain=plain):
             logps = completion_hidden(model, batch, plain=plain).logps().cpu()
-            for place, right in zip(places, logps.split(batch.lengths.tolist()), strict=True):
+            for place, right in zip(places, torch.split(logps, batch.lengths.tolist()), strict=True):
                 differences.append((right - torch.tensor(chosen[place].token_logps)).abs())
     if not differences:
         return Agreement(0.0, 0.0)
@@ -340,7 +341,8 @@ def policy_weights(model: Any) -> dict[str, Tensor]:
             if id(tensor) not in seen:
                 seen[id(tensor)] = tensor
                 weights[name] = tensor.detach()
-    return revert_weight_conversion(base, weights)
+    converted: dict[str, Tensor] = revert_weight_conversion(base, weights)
+    return converted
 
 
 def _merged_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:

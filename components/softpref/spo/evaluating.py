@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from softpref.lm.packing import evaluation_mode
@@ -32,6 +33,7 @@ class RowsTrainer(GuardedTrainer):
     args: SPOConfig
     objective: Objective
     stop_ids: list[int]
+    processing_class: PreTrainedTokenizerBase
     _most_completions = 0  # of a row among those that are evaluated
 
     def rows_for(

@@ -18,13 +18,14 @@ import torch
 
 from softpref.errors import ConfigError, DataError
 from softpref.spo.config import SPOConfig
+from softpref.spo.rows import Row
 
 Scorer = Callable[[list[tuple[list[int], list[int]]]], list[float]]
 """`(prompt ids, completion ids)` pairs to the reference's sequence log-probabilities, nats."""
 
 
 def add_reference_logps(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     folder: str | Path,
     model_hash: str,
     score: Scorer,
@@ -94,7 +95,7 @@ def scorer_fingerprint(model: Any, args: SPOConfig) -> str:
     return hashlib.sha256(f"{model_fingerprint(model)} in {precision}{made}".encode()).hexdigest()
 
 
-def set_reference_logps(rows: Sequence[dict[str, Any]], score: Scorer) -> None:
+def set_reference_logps(rows: Sequence[Row], score: Scorer) -> None:
     """Give every row its `ref_logps`, computed now and kept nowhere else."""
     logps = iter(score([(row["prompt"], one) for row in rows for one in row["completions"]]))
     for row in rows:

@@ -293,10 +293,10 @@ class SPOTrainer(RowsTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], float]:  # type: ignore[override]
+    ) -> tuple[list[dict[str, Any]], int]:
         """The micro-batches of one optimizer step, each with its share of the policy's samples."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        rows = self.sum_over_processes(sum(len(batch["group_sizes"]) for batch in batches))
+        rows = int(self.sum_over_processes(sum(len(batch["group_sizes"]) for batch in batches)))
         if not batches:
             return batches, rows
         cut = len(batches) > 1 or self.args.world_size > 1
@@ -335,7 +335,7 @@ class SPOTrainer(RowsTrainer):
         return reduced
 
     @torch.no_grad()
-    def _log_mean_weight(self, batches: list[dict[str, Any]], rows: float) -> Tensor:
+    def _log_mean_weight(self, batches: list[dict[str, Any]], rows: int) -> Tensor:
         """log of the mean row weight over the whole step, all processes; a scalar."""
         policy = self.accelerator.unwrap_model(self.model)
         log_weights = []
@@ -351,7 +351,7 @@ class SPOTrainer(RowsTrainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | float | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The objective of one micro-batch, as its share of the optimizer step's mean.
 
