@@ -1,4 +1,4 @@
-"""What both training stages do with `TrainingArguments`, and refuse of the machine, before anything is loaded."""
+"""What both training stages do with `TrainingArguments`, and refuse of the machine, before they load."""
 
 from __future__ import annotations
 

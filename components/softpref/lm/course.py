@@ -81,7 +81,7 @@ class Course:
         self,
         stage: str,
         config: Any,
-        output_dir: str,
+        output_dir: str | Path,
         *,
         name: str,
         experiment: str,

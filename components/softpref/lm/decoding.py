@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -187,7 +187,8 @@ def _inner(model: Any) -> PreTrainedModel | None:
 
 def decoding_cache(config: Any) -> DynamicCache:
     """A cache for a model of this configuration; layers that keep all tokens keep them in rooms that grow."""
-    cache, roomy = DynamicCache(config=config), _RoomyLayer
+    cache = DynamicCache(config=config)
+    roomy: Callable[[], DynamicLayer] = _RoomyLayer
     cache.layers = [roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
@@ -109,7 +110,7 @@ def add_stage_callbacks(trainer: Trainer, name: str, tracker: Tracker | None) ->
 
 
 def stage_tracker(
-    config: TrainingArguments, output_dir: str, **options: Any
+    config: TrainingArguments, output_dir: str | Path, **options: Any
 ) -> AbstractContextManager[Tracker | None]:
     """The tracker of a training stage on the main process; nothing on the others."""
     from softpref.tracking import Tracker, watch_termination

@@ -12,7 +12,7 @@ dtype of autocast) with fp32 accumulation; everything after them is fp32 (float6
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -211,7 +211,8 @@ def _run(
         room = _KEPT_BYTES // (sums.itemsize * vocabulary) if chunk_size is None else 0
         kept = min(max(1, room // chunk), -(-len(targets) // chunk))
     plan = _Plan(form, ref_form, entropy, reverse, chunk, kept, sums)
-    return _TokenTerms.apply(hidden, head.weight, head.bias, targets, ref_hidden, ref_weight, ref_bias, plan)
+    apply: Callable[..., tuple[Tensor, ...]] = _TokenTerms.apply
+    return apply(hidden, head.weight, head.bias, targets, ref_hidden, ref_weight, ref_bias, plan)
 
 
 def _has_gradient(hidden: Tensor, head: _Head) -> bool:
@@ -261,10 +262,20 @@ class _TokenTerms(torch.autograd.Function):
     """(logps, entropy, KL, ref_logps), each `[T]`; the last two are None without a reference."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, plan):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        targets: Tensor,
+        ref_hidden: Tensor | None,
+        ref_weight: Tensor | None,
+        ref_bias: Tensor | None,
+        plan: _Plan,
+    ) -> tuple[Tensor | None, ...]:
         count = len(targets)
         compared = ref_hidden is not None
-        new = {"dtype": plan.sums, "device": hidden.device}
+        new: dict[str, Any] = {"dtype": plan.sums, "device": hidden.device}
         asked = (True, True, plan.entropy, compared, compared, compared)
         results: list[Any] = [torch.empty(count, **new) if each else None for each in asked]
         logps, log_sums, entropy, kl, ref_logps, ref_log_sums = results
@@ -285,7 +296,7 @@ class _TokenTerms(torch.autograd.Function):
                     continue
                 log_p = z.sub_(log_sums[rows, None])
                 entropy[rows] = torch.exp(log_p, out=work).mul_(log_p).sum(1).neg_()
-                if q_room is None:
+                if q_room is None or ref_hidden is None:
                     continue
                 q = q_room[place]
                 ref_scores(ref_hidden[rows], q)
@@ -308,7 +319,13 @@ class _TokenTerms(torch.autograd.Function):
         return logps, entropy, kl, ref_logps
 
     @staticmethod
-    def backward(ctx, grad_logps, grad_entropy, grad_kl, grad_ref_logps):
+    def backward(
+        ctx: Any,
+        grad_logps: Tensor | None,
+        grad_entropy: Tensor | None,
+        grad_kl: Tensor | None,
+        grad_ref_logps: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, *terms = ctx.saved_tensors
         log_sums, sums, ref_log_sums, kl = terms
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

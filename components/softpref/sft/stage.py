@@ -31,8 +31,8 @@ _LOSS_LIMIT = 700.0  # whose exponential is still a number
 def run(
     config: SFTConfig,
     *,
-    dataset_dir: str,
-    output_dir: str,
+    dataset_dir: str | Path,
+    output_dir: str | Path,
     name: str = "reference",
     experiment: str = "softpref",
     parent_run_id: str = "",
@@ -139,7 +139,7 @@ def _length(row: TokenizedSequence) -> int:
     return len(row.prompt) + len(row.completion)
 
 
-def _load_demonstrations(dataset_dir: str) -> dict[str, Any]:
+def _load_demonstrations(dataset_dir: str | Path) -> dict[str, Any]:
     """Split name → rows with `prompt` and `completion`."""
     from datasets import load_from_disk
 

@@ -59,8 +59,9 @@ class SFTTrainer(GuardedTrainer):
         losses = self._token_losses(model, inputs)
         if num_items_in_batch is None:
             return losses.mean()
-        loss: Tensor = losses.sum() / num_items_in_batch
-        return loss * (self.current_gradient_accumulation_steps * self.args.world_size)
+        scale = self.current_gradient_accumulation_steps * self.args.world_size
+        loss: Tensor = losses.sum() / num_items_in_batch * scale
+        return loss
 
     @contextmanager
     def scoring_team(self) -> Iterator[TeamScorer]:

@@ -82,9 +82,9 @@ _HEADLINE = ("train_loss", "eval_loss", "eval_rewards/accuracies", *_OF_STEPS)
 def run(
     config: SPOConfig,
     *,
-    dataset_dir: str,
-    reference_dir: str,
-    output_dir: str,
+    dataset_dir: str | Path,
+    reference_dir: str | Path,
+    output_dir: str | Path,
     name: str = "",
     experiment: str = "softpref",
     parent_run_id: str = "",
@@ -111,6 +111,7 @@ def run(
     Raises:
         ConfigError, DataError: before training.
     """
+    reference_dir = str(reference_dir)
     check_remote_code(reference_dir, config.trust_remote_code)
     course = Course(
         "train",
@@ -219,7 +220,7 @@ def _mean_saturated(logged: Sequence[Mapping[str, float]]) -> float | None:
     return statistics.fmean(found) if found else None
 
 
-def _load_preferences(dataset_dir: str) -> tuple[dict[str, Any], Any]:
+def _load_preferences(dataset_dir: str | Path) -> tuple[dict[str, Any], Any]:
     """Preference splits that hold rows, and the separate prompts if any."""
     from datasets import load_from_disk
 
@@ -231,7 +232,7 @@ def _load_preferences(dataset_dir: str) -> tuple[dict[str, Any], Any]:
     return splits, prompts
 
 
-def _training_rows(config: SPOConfig, dataset_dir: str, preferences: dict[str, Any]) -> Any:
+def _training_rows(config: SPOConfig, dataset_dir: str | Path, preferences: dict[str, Any]) -> Any:
     """The preferences, or for self-play the demonstrations where the dataset has some."""
     from datasets import load_from_disk
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,12 +130,12 @@ class SPOTrainer(RowsTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | nn.Module | None = None,
+        model: str | Path | PreTrainedModel | nn.Module | None = None,
         args: SPOConfig | None = None,
         train_dataset: Iterable[Mapping[str, Any]] | None = None,
         eval_dataset: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        ref_model: str | PreTrainedModel | nn.Module | None = None,
+        ref_model: str | Path | PreTrainedModel | nn.Module | None = None,
         prompt_dataset: Iterable[Mapping[str, Any]] | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
