@@ -98,7 +98,7 @@ class GuardedTrainer(Trainer):
         except Exception as error:  # the Hub client raises a dozen unrelated types
             reason = "".join(str(error).strip().splitlines()[:1])
             raise ConfigError(
-                f"push_to_hub: the Hub creates no repository ({type(error).__name__}: {reason}); log in with "
+                f"push_to_hub: the Hub makes no repository ({type(error).__name__}: {reason}); log in with "
                 "`hf auth login`, check hub_model_id and the network, or leave push_to_hub out"
             ) from error
 
