@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from softpref.lm.packing import PackedBatch, evaluation_mode, pack_sequences, packs, run_packed
 from softpref.lm.padding import PaddedBatch, completion_logits, pad_sequences
 from softpref.lm.sharding import shards
-from softpref.objectives import TokenKL, TokenLogps, token_kl, token_logps, token_logps_and_entropy
+from softpref.objectives import TokenKL, token_kl, token_logps
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +71,6 @@ class CompletionHidden(NamedTuple):
         """Log-probability of each completion token, `[T]` fp32, nats, with gradient."""
         with self._autocast():
             return token_logps(self.hidden, self.head.weight, self.targets, **self._head())
-
-    def logps_and_entropy(self) -> TokenLogps:
-        """The same, and the entropy of each next-token distribution, without gradient."""
-        with self._autocast():
-            return token_logps_and_entropy(self.hidden, self.head.weight, self.targets, **self._head())
 
     def kl(self, reference: CompletionHidden, *, reverse: bool = False) -> TokenKL:
         """KL(this ‖ reference) at each completion token, see `softpref.objectives.token_kl`."""
