@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def add_reference_logps(
         DataError: it lacks a completion.
     """
     if writes:
-        Path(folder).mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is said before scoring
+        Path(folder).mkdir(parents=True, exist_ok=True)  # where that fails, it fails before scoring
     sequences = {_key(row["prompt"], one): (row["prompt"], one) for row in rows for one in row["completions"]}
     keys = sorted(sequences)
     data_hash = hashlib.sha256("".join(keys).encode()).hexdigest()
@@ -102,19 +103,11 @@ def set_reference_logps(rows: Sequence[Row], score: Scorer) -> None:
         row["ref_logps"] = [next(logps) for _ in row["completions"]]
 
 
-class adapter_off:
-    """Context that yields a PEFT model with its adapter disabled: the reference."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._context = model.disable_adapter()
-
-    def __enter__(self) -> Any:
-        self._context.__enter__()
-        return self._model
-
-    def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
+@contextmanager
+def adapter_off(model: Any) -> Iterator[Any]:
+    """A PEFT model with its adapter disabled: the reference."""
+    with model.disable_adapter():
+        yield model
 
 
 def _key(prompt: Sequence[int], completion: Sequence[int]) -> str:
