@@ -1,4 +1,4 @@
-"""A trainer of preference rows as far as it reads, evaluates and predicts them. Trains on none."""
+"""The part of a trainer that reads, evaluates and predicts preference rows. Trains on none."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from softpref.lm.packing import evaluation_mode
+from softpref.lm.scoring import check_sequences
 from softpref.lm.training import GuardedTrainer
 from softpref.spo.config import SPOConfig
 from softpref.spo.objective import Objective, by_row
 from softpref.spo.rounds import RoundRows
-from softpref.spo.rows import PreferenceRows, TrainingRows, check_lengths
+from softpref.spo.rows import PreferenceRows, TrainingRows
 
 AnyRows = TypeVar("AnyRows", bound=TrainingRows)
 
@@ -41,19 +42,18 @@ class RowsTrainer(GuardedTrainer):
     ) -> AnyRows:
         """Rows made of those that were handed over, which the model has positions and embeddings for."""
         rows = kind(given, self.processing_class, self.args, stop_ids=self.stop_ids, name=name)
-        check_lengths(model, rows.rows, self.args, sampled=sampled)
+        sequences = [(row["prompt"], one) for row in rows.rows for one in row["completions"]]
+        check_sequences(model, sequences, self.args.max_completion_length if sampled else 0)
         return rows
 
     def evaluation_sets(self, given: Any, model: Any) -> dict[str, PreferenceRows]:
         """Sets of evaluation rows by name; `validation` is the name of a single one."""
-        if isinstance(given, dict):
-            return {
-                name: self.rows_for(PreferenceRows, rows, f"{name} row", model)
-                for name, rows in given.items()
-            }
         if given is None:
             return {}
-        return {"validation": self.rows_for(PreferenceRows, given, "validation row", model)}
+        sets = given if isinstance(given, dict) else {"validation": given}
+        return {
+            name: self.rows_for(PreferenceRows, rows, f"{name} row", model) for name, rows in sets.items()
+        }
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As in the base class; rows may come as they are handed to the constructor."""

@@ -21,7 +21,6 @@ from softpref.errors import ConfigError, DataError
 from softpref.lm.implicit import cut_common_messages, cut_common_prefix, is_transcript
 from softpref.lm.kept_rows import KeptRows
 from softpref.lm.packing import pack_sequences
-from softpref.lm.scoring import check_ids, check_positions
 from softpref.lm.tokenization import TokenizedSequence, log_findings, row_findings
 from softpref.lm.tokenizing import Job, RowText, tokenize_rows
 from softpref.objectives.preference import PreferenceKind
@@ -73,9 +72,9 @@ class RowsWithTokens(Sequence[Mapping[str, Any]]):
 class TrainingRows(Dataset[Row], ABC):
     """Tokenized rows that take part; what cannot be trained on is refused here, before training.
 
-    Left out and counted are rows whose completions are identical as tokens, which teach nothing, and unless
-    `cut_rows` is `keep` those with a completion cut at the length limit: without an end token they teach the
-    policy not to stop.
+    Two kinds of rows are left out and counted: those whose completions are identical as tokens, which teach
+    nothing, and unless `cut_rows` is `keep` those with a completion cut at the length limit, which has no end
+    token and teaches the policy not to stop.
 
     Args:
         given: rows as `SPOTrainer` takes them.
@@ -86,12 +85,12 @@ class TrainingRows(Dataset[Row], ABC):
 
     Attributes:
         rows: those that take part.
-        numbers: where they stand in what was given.
-        prompts: ids of every prompt that was given.
+        numbers: their places in what was given.
+        prompts: ids of every given prompt.
         counts: of rows `given`, of those `left_out`, of what `row_findings` names, and those `weighted`.
 
     Raises:
-        DataError: names the row and what is wrong with it, or says why none takes part.
+        DataError: names the row and its fault, or says why none takes part.
     """
 
     def __init__(
@@ -227,33 +226,19 @@ class AnswerRows(TrainingRows):
         return {"prompt": sequence.prompt, "completions": [sequence.completion], "weight": _weight(row)}
 
 
-def check_lengths(model: Any, rows: Sequence[Mapping[str, Any]], args: SPOConfig, sampled: bool) -> None:
-    """Refuse rows that the model has no positions or no embedding for, before a batch in a run fails.
-
-    Args:
-        rows: tokenized, with `prompt` and `completions`.
-        sampled: whether completions are drawn for these prompts, up to the length limit.
-    """
-    lengths = [(len(row["prompt"]), max(map(len, row["completions"]))) for row in rows]
-    if sampled:
-        lengths.append((max(prompt for prompt, _ in lengths), args.max_completion_length))
-    check_positions(model, *max(lengths, key=sum), "lower max_prompt_length or max_completion_length")
-    check_ids(model, (ids for row in rows for ids in (row["prompt"], *row["completions"])))
-
-
 def _quiet(args: SPOConfig) -> bool:
-    """Whether nothing is said of progress: as asked, or because another process says it."""
+    """Whether to show no progress: as asked, or because another process shows it."""
     return bool(args.disable_tqdm) or args.process_index > 0
 
 
 def rows_of(given: Iterable[Mapping[str, Any]], name: str) -> Collection[Mapping[str, Any]]:
-    """The rows, as what can be counted and taken twice; an iterable is read to its end.
+    """The rows, so that they can be counted and read twice; an iterable is read to its end.
 
     Args:
         name: what a message calls them.
 
     Raises:
-        ConfigError: they are no rows, but several sets of them, or text.
+        ConfigError: they are not rows, but several sets of them, or text.
     """
     if isinstance(given, Mapping):
         some, first = ", ".join(map(str, given)) or "nothing", next(iter(given), "train")
@@ -306,7 +291,7 @@ def _columns(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
 def _implies_prompt(row: Mapping[str, Any]) -> bool:
     """Whether the prompt is what chosen and rejected begin with.
 
-    It is where no column holds it, or a text beside conversations, which only repeats their question.
+    So it is where no column holds it, or a text that only repeats the conversations' question.
     """
     repeats = isinstance(row.get("prompt"), str) and not isinstance(row.get("chosen"), str)
     return "chosen" in row and "rejected" in row and ("prompt" not in row or repeats)

@@ -36,7 +36,7 @@ from softpref.lm.decoding import decodes
 from softpref.lm.head import try_out
 from softpref.lm.packing import evaluation_mode
 from softpref.lm.sampling import Sample, sample_completions
-from softpref.lm.scoring import computing_precision, score_sequences
+from softpref.lm.scoring import check_sequences, computing_precision, score_sequences
 from softpref.lm.sharding import whole_weights
 from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import settle_model
@@ -69,7 +69,6 @@ from softpref.spo.rows import (
     AnswerRows,
     PreferenceRows,
     TrainingRows,
-    check_lengths,
     collate,
     kl_prompts,
     rows_of,
@@ -86,7 +85,7 @@ class SPOTrainer(RowsTrainer):
 
     Args:
         model: the policy to train, as it was before training, also when a run is resumed: the reference is
-            copied from it. A causal language model of transformers or peft, or the Hub id, folder or URL of
+            copied from it. A causal language model of transformers or peft; or the Hub id, folder or URL of
             one, which is loaded in fp32 (see `SPOConfig.model_init_kwargs`).
         args: see `SPOConfig`; `args.method` picks the objective. By default its defaults.
         train_dataset: rows with `prompt`, `completions` (best first) and optionally `probability`
@@ -107,7 +106,7 @@ class SPOTrainer(RowsTrainer):
             `probabilities(prompts, first, second) -> P(first beats second)` of texts, see `softpref.judges`.
         model_init: makes the model in its place, anew for each call of `train`.
         compute_metrics: as in `transformers.Trainer`; what it is given is what `predict` returns.
-        optimizers: optimizer and scheduler, made of the model's own parameters.
+        optimizers: optimizer and scheduler of the model's own parameters.
 
     Metrics, averaged over all rows or samples since the last log: `loss/preference`; `logps/chosen`,
     `logps/rejected`, `logps/accuracies` (chosen likelier than rejected) and `logps/end` (of the end token
@@ -149,7 +148,7 @@ class SPOTrainer(RowsTrainer):
         self.args = args = settled_arguments(args, model)
         if train_dataset is not None:
             train_dataset = rows_of(train_dataset, "train_dataset")
-        self._check_choices(model, model_init, judge)
+        self._check_arguments(model, model_init, judge)
         self._peft_config = peft_config
         self.ref_model = None if ref_model is None else loaded(ref_model, args)
         self._copies_policy = ref_model is None
@@ -190,15 +189,15 @@ class SPOTrainer(RowsTrainer):
         self.model_init = model_init  # which the base class takes in place of a model alone
         self.model_accepts_loss_kwargs = False  # losses are scaled here, over the global batch
         if self._engine is sample_completions:
-            decodes(self.model)  # whether with a cache is found out, and said, before training
+            decodes(self.model)  # finds out, and says, before training whether a cache can be used
         if args.takes_reference_logps:
             self._keep_reference_logps([self.train_dataset, *evaluated.values()], fingerprint)
         self.buffer = self._sample_buffer(given, prompt_dataset)
 
     # ------------------------------------------------------------------ what is handed over
 
-    def _check_choices(self, model: Any, model_init: Any, judge: Judge | None) -> None:
-        """Refuse what cannot be trained with, whatever the model and the rows are."""
+    def _check_arguments(self, model: Any, model_init: Any, judge: Judge | None) -> None:
+        """Refuse arguments that do not go together, whatever the model and the rows are."""
         args = self.args
         if model is not None and model_init is not None:
             raise ConfigError("SPOTrainer takes a model or a model_init that makes it, not both")
@@ -226,7 +225,7 @@ class SPOTrainer(RowsTrainer):
         return model
 
     def _ready(self, model: Any) -> Any:
-        """A model as it is trained; the reference too, where it is a copy of that."""
+        """A model ready to train, and its reference, where that is a copy of it."""
         args = self.args
         model = with_adapter(model, self._peft_config, args)
         self._uses_adapter = hasattr(model, "peft_config")
@@ -276,8 +275,8 @@ class SPOTrainer(RowsTrainer):
         if given is None or not args.samples_policy:
             return None
         prompts = kl_prompts(args, given.prompts, prompt_dataset, self.processing_class)
-        asked = [{"prompt": prompt, "completions": [[]]} for prompt in prompts]
-        check_lengths(self.accelerator.unwrap_model(self.model), asked, args, sampled=True)
+        asked: list[tuple[list[int], list[int]]] = [(prompt, []) for prompt in prompts]
+        check_sequences(self.accelerator.unwrap_model(self.model), asked, args.max_completion_length)
         return SampleBuffer(
             prompts,
             size=args.samples_per_refresh,
@@ -423,7 +422,7 @@ class SPOTrainer(RowsTrainer):
             return self.objective.reference_states(self.model, samples)
 
     def _expire_samples(self) -> None:
-        """Under adaptive refresh, give up samples whose last slice has drifted too far from the policy."""
+        """Under adaptive refresh, drop samples whose last slice has drifted too far from the policy."""
         if self.args.refresh != "adaptive" or self.buffer is None:
             return
         size = self.objective.step_weights.take(self.accelerator.gather)
@@ -438,7 +437,7 @@ class SPOTrainer(RowsTrainer):
         """As in the base class, for all rounds: `num_train_epochs` counts the passes of one."""
         for kept in (self.buffer, self.rounds):
             if kept is not None:
-                kept.forget()  # what an earlier training left; a checkpoint's is loaded after this
+                kept.forget()  # an earlier training's; a checkpoint's samples and rows are loaded after this
         passes, rounds = args.num_train_epochs, self.args.rounds
         args.num_train_epochs = passes * rounds
         try:
@@ -458,12 +457,12 @@ class SPOTrainer(RowsTrainer):
         return values
 
     def _begin_round(self, step: int) -> None:
-        """Have the rows of the round that optimizer step `step` belongs to; the last round has no end."""
+        """Prepare the rows of the round of optimizer step `step`; the last round has no end."""
         assert self.rounds is not None
         self.rounds.begin(min(step // self._steps_per_round, self.args.rounds - 1))
 
     def _keep_reference_logps(self, sets: Sequence[Any], model_hash: str) -> None:
-        """Give rows the reference's log-probabilities once, if that is asked for or some brought theirs."""
+        """Give rows the reference's log-probabilities once, if asked to or if some rows bring their own."""
         model = self.model if self.ref_model is None else self.ref_model
         without_adapter = self.ref_model is None and self._uses_adapter
 
@@ -490,7 +489,7 @@ class SPOTrainer(RowsTrainer):
                 set_reference_logps(lacking, score)
 
     def _score(self, sequences: list[tuple[list[int], list[int]]], model: Any = None) -> list[float]:
-        """Sequence log-probabilities, nats, under `model` (the present policy), shared among processes."""
+        """Sequence log-probabilities, nats, under `model` (default: the policy), shared among processes."""
         model = self.accelerator.unwrap_model(self.model) if model is None else model
         mine = sequences[self.args.process_index :: self.args.world_size]
         with whole_weights(model), self.compute_loss_context_manager():
@@ -543,7 +542,7 @@ class SPOTrainer(RowsTrainer):
 
 
 class _RoundCallback(TrainerCallback):
-    """Tells where an epoch begins, at which optimizer step: a round may begin with it."""
+    """Says at which optimizer step an epoch begins: a round may begin with it."""
 
     def __init__(self, begin: Callable[[int], None]) -> None:
         self._begin = begin
