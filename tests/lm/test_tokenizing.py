@@ -8,11 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from softpref.errors import ConfigError, DataError
+from softpref.errors import DataError
 from softpref.lm import tokenizing
 from softpref.lm.row_files import read_rows, write_rows
 from softpref.lm.tokenization import TokenizedSequence, tokenize_prompt, tokenize_row
-from softpref.lm.tokenizing import RowText, check_num_proc, tokenize_here, tokenize_rows, usable_cpus
+from softpref.lm.tokenizing import RowText, tokenize_here, tokenize_rows, usable_cpus
 
 LIMITS = {"max_prompt_length": 12, "max_completion_length": 8}
 KNOWN = [TokenizedSequence([1, 2], [3], False)]
@@ -164,12 +164,6 @@ def test_cpus_are_those_that_the_process_is_bound_to_within_its_containers_limit
     assert usable_cpus() == (limit or len(os.sched_getaffinity(0)))
 
 
-def test_less_than_one_process_is_refused():
-    check_num_proc(SimpleNamespace(dataset_num_proc=1))
-    with pytest.raises(ConfigError, match="dataset_num_proc must be at least 1"):
-        check_num_proc(SimpleNamespace(dataset_num_proc=0))
-
-
 class Process(SimpleNamespace):
     """One of two processes of a machine that train; `meet` is called where it waits for the other."""
 
@@ -232,8 +226,17 @@ def test_what_a_killed_run_left_is_not_read(tmp_path, tokenizer, monkeypatch):
 
 def test_every_process_says_which_row_cannot_be_used(tmp_path, tokenizer, monkeypatch):
     rows = [RowText("a", ["b"]), RowText("a", [""])]
-    found, _calls = of_two_processes(tmp_path, tokenizer, monkeypatch, rows)
-    assert [str(answers[1][1]) for answers in found] == ["the completion '' has no token"] * 2
+
+    def run(rank, meet=lambda: None):
+        process = Process(tmp_path, rank, meet)
+        with pytest.raises(DataError, match="training row 1: the completion '' has no token"):
+            list(
+                tokenize_rows(
+                    lambda: enumerate(rows), tokenizer, process, name="training row", count=2, **LIMITS
+                )
+            )
+
+    run(0, meet=lambda: run(1))
 
 
 def test_rows_are_read_as_they_were_written(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from softpref.objectives import chunked, token_kl, token_logps, token_logps_and_entropy
+from softpref.objectives import chunked, token_kl, token_logps
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,19 +82,13 @@ def same(actual, expected):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 class TestFullLogits:
-    def test_logps_and_entropy(self, form, bias, chunk_size):
+    def test_logps(self, form, bias, chunk_size):
         case = Case(bias=bias)
         full = case.log_softmax(**FORMS[form])
         expected = full[range(TOKENS), case.targets]
         logps = case.logps(chunk_size=chunk_size, **FORMS[form])
         same([logps], [expected])
         same(case.gradients(logps), case.gradients(expected))
-        both = token_logps_and_entropy(
-            case.hidden, case.weight, case.targets, bias=case.bias, chunk_size=chunk_size, **FORMS[form]
-        )
-        same(both, [expected, torch.distributions.Categorical(logits=full).entropy()])
-        assert not both.entropy.requires_grad
-        same(case.gradients(both.logps), case.gradients(logps))
 
     @pytest.mark.parametrize("reverse", [False, True])
     def test_kl(self, form, bias, chunk_size, reverse):
@@ -130,16 +124,14 @@ class TestKeptLogits:
         monkeypatch.setattr(chunked, "_KEPT_BYTES", 150 * VOCABULARY * 4)
 
     @pytest.mark.parametrize("form", FORMS)
-    @pytest.mark.parametrize("what", ["logps", "entropy", "kl", "reverse"])
+    @pytest.mark.parametrize("what", ["logps", "kl", "reverse"])
     def test_gradients_are_those_of_full_logits_however_often(self, what, form):
         case = Case(tokens=200)
         full, ref_full = case.log_softmax(**FORMS[form]), case.log_softmax(reference=True)
-        own, head = full[range(200), case.targets], (case.hidden, case.weight, case.targets)
-        if what in ("logps", "entropy"):
+        own = full[range(200), case.targets]
+        if what == "logps":
             expected = [own]
-            compute = token_logps if what == "logps" else token_logps_and_entropy
-            found = compute(*head, bias=case.bias, **FORMS[form])
-            found = [found if what == "logps" else found.logps]
+            found = [case.logps(**FORMS[form])]
         else:
             first, second = (ref_full, full) if what == "reverse" else (full, ref_full)
             kl = nn.functional.kl_div(second, first, reduction="none", log_target=True).sum(-1)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from softpref.objectives import (
-    effective_sample_size,
     kl_loss,
     kl_per_token,
     prefix_ratios,
@@ -432,23 +431,6 @@ def test_token_kl_of_extreme_logits_is_finite_and_that_of_float64():
     # p (log p/q − KL) of a certain token: the difference of two numbers of 1e5, each rounded
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-6, atol=1e-2)
     assert torch.isfinite(gradient).all()
-
-
-def test_effective_sample_size_is_its_formula_and_a_fraction():
-    generator = torch.Generator().manual_seed(6)
-    for count in (1, 2, 7, 300):
-        log_weights = 3 * torch.randn(count, generator=generator, dtype=torch.float64)
-        weights = [math.exp(value) for value in log_weights.tolist()]
-        expected = sum(weights) ** 2 / (count * sum(weight**2 for weight in weights))
-        assert float(effective_sample_size(log_weights)) == pytest.approx(expected, rel=1e-12)
-        assert 1 / count - 1e-12 <= expected <= 1 + 1e-12
-
-
-def test_effective_sample_size_of_closed_cases():
-    assert float(effective_sample_size(torch.full((5,), -700.0))) == pytest.approx(1.0)
-    assert float(effective_sample_size(torch.tensor([900.0, 0.0, 0.0, 0.0]))) == pytest.approx(0.25)
-    weights = torch.tensor([1.0, 2.0, 3.0])
-    assert float(effective_sample_size(weights.log())) == pytest.approx(36 / (3 * 14))
 
 
 @pytest.mark.parametrize("unknown", ["k3", -0.1, 1.5, math.nan])

@@ -63,8 +63,10 @@ def test_a_model_is_loaded_from_its_name_in_fp32_with_its_tokenizer_and_referenc
     assert trainer.processing_class("ab")["input_ids"] == [1, 5, 6]
     trainer.train()
     torch.testing.assert_close(weights(trainer.ref_model), weights(saved), rtol=0, atol=0)
-    again = make_trainer(PAIRS, trainer_options={"ref_model": reference_folder})
+    path = Path(reference_folder)
+    again = make_trainer(PAIRS, model=path, trainer_options={"ref_model": path, "processing_class": None})
     torch.testing.assert_close(weights(again.ref_model), weights(saved), rtol=0, atol=0)
+    assert again.processing_class("ab")["input_ids"] == [1, 5, 6]
 
 
 def test_a_loaded_model_brings_its_tokenizer_and_without_arguments_the_output_is_named_after_it(

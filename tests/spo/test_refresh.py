@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from softpref.spo.gauges import WeightSums
 
 INTERVAL, SAMPLES, STEPS, BETA = 4, 22, 8, 0.4
 
@@ -301,3 +302,17 @@ def test_the_reference_runs_once_a_refresh(make_trainer, make_model, make_rows, 
     )
     trainer.train()
     assert len(counted) == runs
+
+
+def test_the_effective_sample_size_is_its_formula_however_the_weights_come():
+    def gather(sums):
+        return sums
+
+    sums = WeightSums("cpu")
+    assert sums.take(gather) is None
+    for values, expected in [([1.0, 2.0, 3.0], 36 / (3 * 14)), ([5.0] * 4, 1.0), ([1.0, 0.0], 0.5)]:
+        for value in values:
+            sums.add(torch.tensor([value]).log())
+        assert sums.take(gather) == pytest.approx(expected, rel=1e-6)
+    sums.add(torch.tensor([900.0, 0.0, 0.0, 0.0]))  # whose exponentials leave every float's range
+    assert sums.take(gather) == pytest.approx(0.25)

@@ -168,7 +168,7 @@ def cancellable(clean_up: Callable[[], None] | None = None) -> Iterator[None]:
             signal.raise_signal(cancelled.signum)
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """Stop a command and whatever it started, with time to leave in order."""
     group = process.pid  # it leads a session of its own
     if process.poll() is None:

@@ -1,9 +1,11 @@
-"""What is refused of `transformers.TrainingArguments` and of the machine before anything is loaded."""
+"""What both training stages do with `TrainingArguments`, and refuse of the machine, before they load."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
@@ -12,23 +14,43 @@ from softpref.errors import ConfigError
 from softpref.lm.ranges import check_ranges
 
 
-def check_training_arguments(args: TrainingArguments) -> None:
-    """Refuse numbers that `transformers` takes, and that fail or train nothing only when training begins.
+class StageArguments(TrainingArguments):
+    """`TrainingArguments` whose values are checked before transformers takes them.
 
     Raises:
         ConfigError: names the parameter and what would be right.
     """
-    check_ranges(args)
-    _check_packages(args)
-    if str(args.fsdp).lower() in ("true", "1", "yes"):  # as the console has it
-        args.fsdp = True  # type: ignore[assignment]
-    elif str(args.fsdp).lower() in ("false", "0", "no"):
-        args.fsdp = None
-    if not args.use_cpu:  # before transformers takes the device of this process, which may not be there
-        require_devices(0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+    if TYPE_CHECKING:  # the options that both stages have besides
+        max_prompt_length: int
+        max_completion_length: int
+        dataset_num_proc: int | None
+        plain_forward: bool
+        gpus: int
+        trust_remote_code: bool
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        _check_packages(self)
+        given: Any = self.fsdp
+        if str(given).lower() in ("true", "1", "yes"):  # as the console has it
+            given = True
+        elif str(given).lower() in ("false", "0", "no"):
+            given = None
+        self.fsdp = given
+        if not self.use_cpu:  # before transformers takes the device of this process, which may not be there
+            require_devices(0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self._check_own()
+        if self.bf16 is None:
+            self.bf16 = device_has_bf16() and not self.fp16 and not self.use_cpu
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        _check_sharding(self)
+
+    def _check_own(self) -> None:
+        """Check, and settle, the stage's own options."""
 
 
-# what a name of an optimizer holds, and the module that it needs; the first of a kind decides
+# what the name of an optimizer contains, and the module that it needs; the first match decides
 _OPTIMIZER_MODULES = {
     "torch_4bit": "torchao",
     "torch_8bit": "torchao",
@@ -54,31 +76,28 @@ def _check_packages(args: TrainingArguments) -> None:
             f"{type(args).__name__}.optim {optimizer} needs the package {package}, which is not installed; "
             "install it, or take adamw_torch"
         )
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.integrations import integration_utils
 
+    installed: Callable[[], list[str]] = integration_utils.get_available_reporting_integrations
+    known = integration_utils.INTEGRATION_TO_CALLBACK
     places = args.report_to if isinstance(args.report_to, (list, tuple)) else [args.report_to]
     for place in places:
         if place in (None, "none", "all"):
             continue
-        if place not in INTEGRATION_TO_CALLBACK:
+        if place not in known:
             raise ConfigError(
-                f"{type(args).__name__}.report_to must be none, all or of "
-                f"{', '.join(sorted(INTEGRATION_TO_CALLBACK))}, got {place!r}"
+                f"{type(args).__name__}.report_to must be none, all or of {', '.join(sorted(known))}, "
+                f"got {place!r}"
             )
-        if place not in get_available_reporting_integrations():
+        if place not in installed():
             raise ConfigError(
                 f"{type(args).__name__}.report_to {place} needs its package, which is not installed; install "
                 "it, or leave report_to none (softpref tracks by itself)"
             )
 
 
-def check_sharding(args: TrainingArguments) -> None:
-    """Refuse ways of sharding weights (`fsdp`) under which the stages do not work.
-
-    Raises:
-        ConfigError: names the option and what would be right.
-    """
+def _check_sharding(args: TrainingArguments) -> None:
+    """Refuse ways of sharding weights (`fsdp`) with which the stages do not work."""
     if not args.fsdp:
         return
     options = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
@@ -99,13 +118,10 @@ def device_has_bf16() -> bool:
 def require_devices(count: int, processes: int = 1) -> None:
     """Refuse to train on fewer GPUs than were asked for.
 
-    A cluster can drop the request for a GPU without a word; the job would then crawl on a CPU.
+    A cluster can silently drop the request for a GPU; the job would then crawl on a CPU.
 
     Args:
-        processes: processes of this machine; where there are GPUs, each needs one of its own.
-
-    Raises:
-        ConfigError: says how many were asked for and how many are there.
+        processes: of this machine; where there are GPUs, each process needs one of its own.
     """
     found = torch.cuda.device_count()
     if found < count:

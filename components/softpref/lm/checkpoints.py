@@ -34,23 +34,21 @@ def claim_checkpoints(folder: str | Path, identity: Mapping[str, Any]) -> str | 
         found = json.loads(file.read_text(encoding="utf-8"))
         differing = sorted(key for key in {*own, *found} if own.get(key) != found.get(key))
         if differing:
-            changes = ", ".join(
-                f"{key}: {found.get(key)!r} there, {own.get(key)!r} here" for key in differing
-            )
+            changes = [f"{key}: {found.get(key)!r} there, {own.get(key)!r} here" for key in differing]
             raise ConfigError(
-                f"{folder} holds checkpoints of another run ({changes}); name another folder, or remove it "
-                "to start anew"
+                f"{folder} holds checkpoints of another run ({', '.join(changes)}); name another folder, or "
+                "remove it to start anew"
             )
     if checkpoint and os.environ.get("RANK", "0") == "0":
         logger.warning("continuing from %s", checkpoint)
-    if not (checkpoint and file.is_file()):  # another process may be reading what stands there already
+    if not (checkpoint and file.is_file()):  # another process may be reading a file that is there already
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(own, indent=2), encoding="utf-8")
     return checkpoint
 
 
 def remove_checkpoints(folder: str | Path) -> None:
-    """Remove what training has left in its folder, and the folder too where there is nothing else in it."""
+    """Remove what training has left in its folder, and the folder if it holds nothing else."""
     folder = Path(folder)
     for checkpoint in folder.glob("checkpoint-[0-9]*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
@@ -61,9 +59,9 @@ def remove_checkpoints(folder: str | Path) -> None:
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end, or None.
+    """The newest complete checkpoint, or None.
 
-    The trainer's state is the last file of a checkpoint; one without it was cut off by a kill.
+    The trainer's state is the last file of a checkpoint; without it, the checkpoint was cut off.
     """
     found: list[tuple[int, Path]] = []
     for folder in Path(output_dir).glob("checkpoint-*"):
@@ -73,8 +71,3 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         except (OSError, ValueError, KeyError):
             continue
     return str(max(found)[1]) if found else None
-
-
-def checkpoint_step(checkpoint: str) -> int:
-    """The optimizer step after which a checkpoint folder was written."""
-    return int(Path(checkpoint).name.rpartition("-")[2])

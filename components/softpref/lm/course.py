@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -14,11 +14,14 @@ import softpref
 from softpref.config import write_parameters
 from softpref.errors import DataError
 from softpref.lm.arguments import require_devices
-from softpref.lm.checkpoints import checkpoint_step, claim_checkpoints, remove_checkpoints
+from softpref.lm.checkpoints import claim_checkpoints, remove_checkpoints
 from softpref.lm.loading import require_new_folder, save_model_folder
 from softpref.lm.watching import add_stage_callbacks, stage_tracker
 from softpref.progress import settle_output
 from softpref.timings import PhaseTimer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TRAINING_OPTIONS = (  # of transformers, which say what a run was
     "learning_rate",
@@ -41,10 +44,10 @@ TRAINING_OPTIONS = (  # of transformers, which say what a run was
 
 
 class Trained(NamedTuple):
-    """What is there once training has ended.
+    """What training leaves.
 
     Attributes:
-        metrics: of training and evaluation, and `rows/NAME`, what was counted of the training rows.
+        metrics: of training and evaluation, and `rows/NAME`, the counts of the training rows.
         model: the whole model; None on all processes but the first.
         run_id: of the tracking run.
     """
@@ -62,13 +65,13 @@ class Course:
         config: its `TrainingArguments`; checkpoints are kept in its `output_dir`, which is set here.
         output_dir: the model folder to write; must not hold a finished model.
         name: name of the model and of its tracking run.
-        experiment, parent_run_id, tracking_uri: where tracking puts the run; an empty URI takes
-            `MLFLOW_TRACKING_URI`, or a local store.
+        experiment, parent_run_id, tracking_uri: where tracking puts the run, and where a registered model
+            is; an empty URI takes `MLFLOW_TRACKING_URI`, or a local store.
         checkpoint_dir: where checkpoints are kept while training; by default inside `output_dir`. A run that
-            was cut off continues from the newest complete one, and they are removed at the end.
+            was cut off continues from the newest complete one; they are removed at the end.
 
     Attributes:
-        timer: seconds by phase; a stage enters the phases before training itself.
+        timer: seconds by phase; the stage itself enters the phases before training.
 
     Raises:
         ConfigError: the folder is taken, or fewer GPUs are there than were asked for.
@@ -78,7 +81,7 @@ class Course:
         self,
         stage: str,
         config: Any,
-        output_dir: str,
+        output_dir: str | Path,
         *,
         name: str,
         experiment: str,
@@ -104,10 +107,10 @@ class Course:
         torch.manual_seed(config.seed)
 
     def claim(self, identity: dict[str, Any]) -> None:
-        """Settle from which checkpoint training continues, if from any.
+        """Find the checkpoint from which training continues, if there is one.
 
         Args:
-            identity: what the run is, its configuration and its data; tracked, too.
+            identity: what the run is, its configuration and its data; also tracked.
 
         Raises:
             ConfigError: the checkpoints are of another run.
@@ -119,21 +122,22 @@ class Course:
     def trained(
         self, trainer: Any, row_counts: Mapping[str, Mapping[str, int]], **parameters: Any
     ) -> Iterator[Trained]:
-        """Train and evaluate; what is done within is to save, and only then is the run ended.
+        """Train and evaluate; the caller saves inside, and then the run is ended.
 
         Args:
-            row_counts: of each split, what was counted of its rows.
+            row_counts: what was counted of each split's rows.
             parameters: tracked beside the run's identity.
         """
-        config, first = self._config, trainer.is_world_process_zero()
+        config = self._config
         self.timer.enter("tracking")
-        with stage_tracker(config, self._output_dir, **self._tracking) as tracker:
-            tracker.params({"stage": self._stage, **parameters, **self._identity})
+        with stage_tracker(config, self._output_dir, **self._tracking) as tracker:  # of the first process
+            if tracker is not None:
+                tracker.params({"stage": self._stage, **parameters, **self._identity})
             add_stage_callbacks(trainer, self._name, tracker)
             metrics: dict[str, float] = {}
             if config.num_train_epochs > 0 or config.max_steps > 0:
-                if self._checkpoint:
-                    tracker.rewind(checkpoint_step(self._checkpoint))
+                if self._checkpoint and tracker is not None:
+                    tracker.rewind(int(self._checkpoint.rpartition("-")[2]))  # to its optimizer step
                 self.timer.enter("training")
                 metrics.update(trainer.train(resume_from_checkpoint=self._checkpoint).metrics)
             metrics.update({f"rows/{what}": float(count) for what, count in row_counts["train"].items()})
@@ -141,21 +145,22 @@ class Course:
             if trainer.eval_dataset is not None:
                 metrics.update(trainer.evaluate())
             model = trainer.whole_model()
-            if first:
+            if tracker is None:
+                yield Trained(metrics, None, None)
+            else:
                 self.timer.enter("tracking")
-                # the run's id is part of what is saved; a file answers in the end, busy as the machine may be
+                # the run's id is part of what is saved; a file store answers in the end, however busy
                 tracker.flush(timeout=60 if tracker.tracking_uri.startswith("sqlite:") else 10)
                 self.timer.enter("saving")
-            yield Trained(metrics, model if first else None, tracker.run_id)
-            if first:
+                yield Trained(metrics, model, tracker.run_id)
                 remove_checkpoints(self._checkpoints)
                 self.timer.enter("tracking")
                 tracker.metrics(self.timer.metrics(), step=trainer.state.global_step)
-        if first:
+        if tracker is not None:
             self.timer.write(self._output_dir)
 
     def description(self, trained: Trained, **described: Any) -> dict[str, Any]:
-        """What a model folder says of its model: what every stage says, and `described`."""
+        """What a model folder says of its model: what all stages say, and `described`."""
         return {
             "stage": self._stage,
             "name": self._name,
@@ -166,8 +171,8 @@ class Course:
             "max_completion_length": self._config.max_completion_length,
         }
 
-    def save(self, model: Any, tokenizer: Any, description: dict[str, Any]) -> None:
-        """Write the model folder; with the description, its last file, it is whole."""
+    def save(self, model: Any, tokenizer: PreTrainedTokenizerBase, description: dict[str, Any]) -> None:
+        """Write the model folder; the description, its last file, completes it."""
         write_parameters(self._config, self._output_dir)
         save_model_folder(model, tokenizer, self._output_dir, description)
 
@@ -182,4 +187,5 @@ def dataset_stats(dataset_dir: str | Path) -> dict[str, Any]:
     for file in ("stats.json", "dataset_dict.json"):
         if not (folder / file).is_file():
             raise DataError(f"{folder} is not a dataset folder of the data stage: it holds no {file}")
-    return json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+    stats: dict[str, Any] = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+    return stats

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -86,7 +86,8 @@ class CachedRows:
             ),
         )
         self._started = True
-        return output.logits[:, -1].float()
+        logits: Tensor = output.logits
+        return logits[:, -1].float()
 
     def append(self, tokens: Tensor) -> None:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=-1)
@@ -187,11 +188,12 @@ def _inner(model: Any) -> PreTrainedModel | None:
 def decoding_cache(config: Any) -> DynamicCache:
     """A cache for a model of this configuration; layers that keep all tokens keep them in rooms that grow."""
     cache = DynamicCache(config=config)
-    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    roomy: Callable[[], DynamicLayer] = _RoomyLayer
+    cache.layers = [roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-class _RoomyLayer(DynamicLayer):
+class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values at the front of tensors with room for tokens to come, which are written in place.
 
     It knows what drawing asks of a cache: tokens that are added, rows that leave. Beams do not pass here.

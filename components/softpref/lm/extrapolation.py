@@ -16,6 +16,7 @@ from softpref.lm.loading import load_model, save_model_folder
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 _FOLDER = "extrapolated-"
 _NAMED = 3  # tensors that an error message lists
@@ -101,7 +102,7 @@ def extrapolate(
 def write_extrapolations(
     policy: Any,
     reference: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     output_dir: str | Path,
     metadata: Mapping[str, Any],
     weights: Iterable[float],

@@ -1,8 +1,8 @@
 """How a causal model's logits arise from its last hidden states, and those states at completion tokens.
 
-With them, and the chunked functions of `softpref.objectives`, full logits never exist. A model whose logits
-are not known to arise so is served all the same: its hidden states are then its full logits, and a line in
-the log says why.
+With them and the chunked functions of `softpref.objectives`, full logits never exist. For a model whose
+logits may arise in another way, full logits take the place of the hidden states, and a line in the log says
+why.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from softpref.lm.packing import PackedBatch, evaluation_mode, pack_sequences, packs, run_packed
-from softpref.lm.padding import PaddedBatch, completion_logits, pad_sequences
+from softpref.lm.packing import PackedBatch, evaluation_mode, pack_sequences, packs
+from softpref.lm.padding import PaddedBatch, pad_sequences
 from softpref.lm.sharding import shards
-from softpref.objectives import TokenKL, TokenLogps, token_kl, token_logps, token_logps_and_entropy
+from softpref.objectives import TokenKL, token_kl, token_logps
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,11 @@ class CompletionHidden(NamedTuple):
     """What a model knows at each of the T completion tokens of a batch, before its head.
 
     Attributes:
-        hidden: `[T, H]`, with gradient; from row t the t-th completion token is predicted. `[T, V]` fp32
-            logits where `head.weight` is None.
-        targets: `[T]`, the tokens that stand there.
-        head: what turns the one into scores of the other.
-        autocast: the dtype in which autocast had the model compute its head, or None. The methods do alike.
+        hidden: `[T, H]`, with gradient; row t predicts the t-th completion token. `[T, V]` fp32 logits where
+            `head.weight` is None.
+        targets: `[T]`, the completion tokens.
+        head: what turns hidden states into scores.
+        autocast: the dtype in which autocast had the model compute its head, or None. The methods follow it.
     """
 
     hidden: Tensor
@@ -71,11 +71,6 @@ class CompletionHidden(NamedTuple):
         """Log-probability of each completion token, `[T]` fp32, nats, with gradient."""
         with self._autocast():
             return token_logps(self.hidden, self.head.weight, self.targets, **self._head())
-
-    def logps_and_entropy(self) -> TokenLogps:
-        """The same, and the entropy of each next-token distribution, without gradient."""
-        with self._autocast():
-            return token_logps_and_entropy(self.hidden, self.head.weight, self.targets, **self._head())
 
     def kl(self, reference: CompletionHidden, *, reverse: bool = False) -> TokenKL:
         """KL(this ‖ reference) at each completion token, see `softpref.objectives.token_kl`."""
@@ -104,19 +99,18 @@ def completion_hidden(
 ) -> CompletionHidden:
     """Run the model and keep the hidden states that predict completion tokens; no prompt, no padding.
 
-    The model is called as a whole, wrappers included, with its head replaced meanwhile: what enters the head
-    is kept, and the head is applied to one position only, so that the output has its usual form. That holds
-    for any architecture, where the name of the part below the head does not, nor the place of its last norm.
-    Wrappers do their part: precision, checkpointing, preparing the reduction of gradients. Gradients of the
-    head arise outside of forward, which DistributedDataParallel allows, for it acts when a parameter's
-    gradient has been accumulated; where it looks for unused parameters, it goes through the graph of the
-    output, and finds there, thanks to the one position, the head and everything below it.
+    The model is called as a whole, wrappers included, while its head is replaced: what enters the head is
+    kept, and the head is applied to one position only, so that the output has its usual form. This works for
+    any architecture, whatever the part below the head is called and wherever the last norm is. Wrappers still
+    do their work: precision, checkpointing, the reduction of gradients. The head's gradients arise outside of
+    forward. DistributedDataParallel allows that: it acts when a parameter's gradient has been accumulated,
+    and where it looks for unused parameters, the one position leads it to the head and everything below.
 
     Args:
-        batch: packed, and padded where the model cannot take it so (see `softpref.lm.packing.packs`); or
-            padded already.
-        plain: pad, and have the model compute full logits, as anybody would: slower, larger, and the same
-            numbers up to rounding.
+        batch: packed; it is padded where the model cannot take it packed (see `softpref.lm.packing.packs`).
+            Or padded already.
+        plain: pad, and have the model compute full logits: slower, larger, and the same numbers up to
+            rounding.
     """
     try:
         inner = _unwrapped(model)
@@ -127,11 +121,7 @@ def completion_hidden(
         batch = pad_sequences(batch.sequences(), 0).to(batch.input_ids.device)
     known = None if plain else _known_head(model)
     if known is None:
-        if isinstance(batch, PackedBatch):
-            logits, targets = run_packed(model, batch).logits[0][batch.predictors].float(), batch.targets
-        else:
-            logits, targets = completion_logits(model, batch)
-        return CompletionHidden(logits, targets, Head(None))
+        return CompletionHidden(batch.predicting(batch.run(model).logits).float(), batch.targets, Head(None))
     module, head = known
     entered: list[tuple[Tensor, Head, torch.dtype | None]] = []
 
@@ -143,26 +133,18 @@ def completion_hidden(
         return nn.functional.linear(hidden[:1, -1:], module.weight, module.bias)
 
     with _computing(module, keep):
-        if isinstance(batch, PackedBatch):
-            run_packed(model, batch)
-        else:
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        batch.run(model)
     [(hidden, head, autocast)] = entered
-    if isinstance(batch, PackedBatch):
-        return CompletionHidden(hidden[0][batch.predictors], batch.targets, head, autocast)
-    predicts = batch.completion_mask[:, 1:]
-    targets = batch.input_ids[:, 1:][predicts]
-    return CompletionHidden(hidden[:, :-1][predicts], targets, head, autocast)
+    return CompletionHidden(batch.predicting(hidden), batch.targets, head, autocast)
 
 
 def output_head(model: Any) -> Head | None:
     """The head of a causal model, wrapped or not; None where its logits do not arise from one plain product.
 
-    The head must be an `nn.Linear` itself, with nothing about it: no adapter, no quantization, no shards, no
-    hooks. What the model does to the head's scores afterwards is not read from its configuration, whose
-    names differ and whose meanings are opposite in places, but tried out once per model on scores chosen
-    for the purpose, and accepted when it is a positive factor, a soft cap by tanh, or both. The reason for a
-    None is logged, once per model.
+    The head must be a bare `nn.Linear`: no adapter, no quantization, no hooks. What the model does to the
+    head's scores afterwards is not read from its configuration, where names differ and some have opposite
+    meanings, but tried out once per model on chosen scores. A positive factor, a soft cap by tanh, or both
+    are accepted. The reason for a None is logged, once per model.
     """
     known = _known_head(model)
     return None if known is None else known[1]
@@ -170,10 +152,8 @@ def output_head(model: Any) -> Head | None:
 
 def try_out(model: Any) -> None:
     """Find out how the model is best computed, by runs of a few tokens, before its weights are sharded."""
-    known = _known_head(model)
-    if known is not None:
-        inner = _unwrapped(model)
-        packs(model, inner, pack_sequences([([0], [0])]))
+    if _known_head(model) is not None:
+        packs(model, _unwrapped(model), pack_sequences([([0], [0])]))
 
 
 class _Form(NamedTuple):
@@ -212,7 +192,7 @@ def _known_head(model: Any) -> tuple[nn.Linear, Head] | None:
 
 
 def _unwrapped(model: Any) -> Any:
-    """The transformers model inside wrappers that are known not to mind."""
+    """The transformers model inside wrappers that are known to allow this."""
     from transformers import PreTrainedModel
 
     while not isinstance(model, PreTrainedModel):
@@ -230,7 +210,7 @@ def _unwrapped(model: Any) -> Any:
 
 
 def _check_plain(module: Any) -> None:
-    """Refuse a head that is more, or other, than a matrix and a bias, whole here when its forward runs."""
+    """Refuse a head that is anything but a matrix and a bias, both whole when its forward runs."""
     sharded = isinstance(module, nn.Module) and module in shards(module)
     if type(module).__mro__[2 if sharded else 0] is not nn.Linear:
         raise _Unknown(f"its head is {type(module).__name__}, not a plain nn.Linear")
@@ -247,10 +227,10 @@ def _check_plain(module: Any) -> None:
 
 
 def _tried_form(model: Any, module: nn.Linear) -> _Form | _Unknown:
-    """Have the model take chosen numbers for its head's scores, and see what comes out as logits.
+    """Give the model chosen numbers as its head's scores, and see what logits come out.
 
-    Three positions: small scores show the factor, huge ones the cap, and a ladder, different for every token,
-    whether the two explain everything.
+    Of three positions, small scores show the factor, huge ones the cap, and a ladder, different for every
+    token, whether the two explain everything.
     """
     dtype = torch.float32 if module.weight.device.type == "mps" else torch.float64
     scores = torch.empty(3, module.out_features, dtype=dtype, device=module.weight.device)
@@ -271,7 +251,7 @@ def _tried_form(model: Any, module: nn.Linear) -> _Form | _Unknown:
             _computing(module, pretend),
         ):
             logits = model(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=False).logits
-    except Exception as error:  # whatever a foreign forward stumbles over: the ordinary way remains
+    except Exception as error:  # of a foreign forward: full logits remain
         return _Unknown(f"its forward did not take chosen scores ({type(error).__name__}: {error})")
     if len(calls) != 1 or calls[0].shape != (1, 3, module.in_features):
         return _Unknown("its forward does not call its head once, on all positions")
@@ -293,8 +273,8 @@ def _tried_form(model: Any, module: nn.Linear) -> _Form | _Unknown:
 
 @contextmanager
 def _computing(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Have the module compute `forward` meanwhile; it stays where it is, for all who know it by its place."""
-    module.forward = forward  # type: ignore[method-assign]
+    """Have the module compute `forward` inside; it keeps its place in the model."""
+    module.forward = forward
     try:
         yield
     finally:

@@ -1,21 +1,20 @@
-"""Prompts that stand in no column: what all answers of a row begin with, texts or messages."""
+"""Prompts that no column holds: what all answers of a row begin with, texts or messages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 
 def cut_common_prefix(texts: Sequence[str], end: str = "") -> tuple[str, list[str]] | None:
-    """Split texts that share their beginning into that prompt and what differs.
+    """Split texts that share their beginning into that prompt and what follows it.
 
-    The cut falls where a word ends in every text, so the completions keep their leading white space and
-    `prompt + completion` is the text again; or behind the last common `end` when it is given.
+    The cut falls where a word ends in every text, so that completions keep their leading white space and
+    `prompt + completion` is the text again; or after the last common `end`, if one is given.
 
     Returns:
         None where no such place leaves a prompt and every completion.
     """
-    shared = texts[0][: _shared_length(texts)]
+    shared = texts[0][: shared_length(*texts)]
     if end:
         places = [shared.rfind(end) + len(end)] if end in shared else []
     else:
@@ -39,7 +38,7 @@ def cut_common_messages(
     Returns:
         None where they share no beginning that ends with a user message.
     """
-    shared = _shared_length(conversations)
+    shared = shared_length(*conversations)
     for place in range(min(shared, min(map(len, conversations)) - 1), 0, -1):
         if conversations[0][place - 1]["role"] == "user":
             return list(conversations[0][:place]), [list(messages[place:]) for messages in conversations]
@@ -51,11 +50,9 @@ def is_transcript(text: str) -> bool:
     return text.lstrip("\n ").startswith("Human:") and "\n\nAssistant:" in text
 
 
-def _shared_length(sequences: Sequence[Sequence[Any]]) -> int:
-    """How many leading items all sequences have in common."""
-    length = 0
-    for items in zip(*sequences, strict=False):
-        if any(item != items[0] for item in items):
-            break
-        length += 1
-    return length
+def shared_length(first: Sequence[object], *others: Sequence[object]) -> int:
+    """How many items all sequences begin with."""
+    for other in others:
+        pairs = enumerate(zip(first, other, strict=False))
+        first = first[: next((place for place, (a, b) in pairs if a != b), len(other))]
+    return len(first)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import compress, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softpref.errors import DataError, SoftprefError
 from softpref.lm import tokenization
@@ -31,6 +31,9 @@ from softpref.lm.scoring import computing_precision
 from softpref.lm.tokenization import TokenizedSequence, stop_token_ids
 from softpref.lm.tokenizing import RowText, tokenize_here
 from softpref.progress import follow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +120,7 @@ def keep_rows(
 def kept_rows(
     dataset_dir: str | Path,
     model_dir: str | Path,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     stop_ids: Sequence[int],
     *,
     precision: str = "",
@@ -176,7 +179,7 @@ def _usable(
 
 
 def _tokenized(
-    rows: Any, split: str, tokenizer: Any, stop_ids: Sequence[int], args: Any
+    rows: Any, split: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], args: Any
 ) -> Iterator[list[TokenizedSequence]]:
     for column in ("prompt", "completions"):
         if column not in rows.column_names:
@@ -225,7 +228,9 @@ def _scoring(model_dir: str | Path, precision: str) -> dict[str, str]:
     return {"weights": _digest(sorted(Path(model_dir).glob("*.safetensors"))), "precision": precision}
 
 
-def _identity(model_dir: str | Path, tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
+def _identity(
+    model_dir: str | Path, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+) -> dict[str, Any]:
     """What decides tokens besides the data, by names for messages."""
     files = [
         file

@@ -6,9 +6,9 @@ Weights are read from safetensors (or GGUF) only, and code from a checkpoint is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softpref.errors import ConfigError
 from softpref.lm.sources import (
@@ -19,6 +19,9 @@ from softpref.lm.sources import (
     source_name,
 )
 from softpref.records import METADATA_FILE, load_metadata, save_metadata
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +42,11 @@ __all__ = [
     "source_name",
 ]
 
-_IN_PROGRESS = (
-    "checkpoints",
-    "tracking",
-)  # beginnings of what an unfinished stage leaves in its output folder
+_IN_PROGRESS = ("checkpoints", "tracking")  # what the names begin with that an unfinished stage leaves
 
 
 def load_model(
-    source: str,
+    source: str | Path,
     *,
     dtype: str = "float32",
     trust_remote_code: bool = False,
@@ -60,29 +60,25 @@ def load_model(
         source: such a folder or file, the URL of one, a model of the MLflow registry, or a Hub id.
         dtype: `float32`, `bfloat16`, or `auto` for the checkpoint's own.
         trust_remote_code: run model code that comes with it.
-        device: moved there when given.
-        options: more of `from_pretrained`, such as `attn_implementation`.
+        device: where to move it.
+        options: other arguments of `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        ConfigError: the model is absent or cannot be read; the message says what was tried.
+        ConfigError: the model is absent or cannot be read.
     """
     from transformers import AutoModelForCausalLM
 
     model: Any
     found: Any
-    check_model_source(source)
-    source = local_source(source)
-    check_remote_code(source, trust_remote_code)
+    source = _present(source, trust_remote_code, revision)
     path = Path(source)
-    if not path.exists():
-        _check_hub_model(source, revision)
     try:
         if source.endswith(".gguf"):
             model = _load_gguf(path, dtype, **options)
         elif (path / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM
 
-            # merged, for with its adapter apart it would train nothing, and be its own base as a reference
+            # merged: apart, the adapter would not be trained, and the reference would be the base without it
             adapted = AutoPeftModelForCausalLM.from_pretrained(
                 source, dtype=dtype, trust_remote_code=trust_remote_code, **options
             )
@@ -105,7 +101,9 @@ def load_model(
     return model.to(device) if device else model
 
 
-def load_tokenizer(source: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+def load_tokenizer(
+    source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, with a padding token (the end token serves where none is named).
 
     Args:
@@ -116,12 +114,8 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, revision: st
     """
     from transformers import AutoTokenizer
 
-    check_model_source(source)
-    source = local_source(source)
-    check_remote_code(source, trust_remote_code)
+    source = _present(source, trust_remote_code, revision)
     path = Path(source)
-    if not path.exists():
-        _check_hub_model(source, revision)
     try:
         if source.endswith(".gguf"):
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -138,9 +132,20 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, revision: st
     return tokenizer
 
 
+def _present(source: str | Path, trust_remote_code: bool, revision: str | None) -> str:
+    """Where a model's files are on this machine, or a Hub id that the Hub answers for."""
+    source = str(source)
+    check_model_source(source)
+    source = local_source(source)
+    check_remote_code(source, trust_remote_code)
+    if not Path(source).exists():
+        _check_hub_model(source, revision)
+    return source
+
+
 def save_model_folder(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     metadata: dict[str, Any],
     *,
@@ -196,24 +201,26 @@ def require_new_folder(folder: str | Path) -> None:
         )
 
 
-def sampling_generation_config(model: Any, tokenizer: Any) -> Any:
+def sampling_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     """A generation config that serves the model's own distribution: sampling at temperature 1, no cut.
 
-    Softness lives in the distribution; a served model that decodes greedily would throw it away.
+    Softness is a property of the distribution: greedy decoding would throw it away.
     """
     from transformers import GenerationConfig
 
     from softpref.lm.tokenization import stop_token_ids
 
     stops = stop_token_ids(tokenizer, model)
-    return GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stops[0] if len(stops) == 1 else stops,
-        pad_token_id=tokenizer.pad_token_id,
+    return GenerationConfig.from_dict(
+        {
+            "do_sample": True,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": stops[0] if len(stops) == 1 else stops,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
     )
 
 
@@ -245,9 +252,9 @@ def _check_weights(source: str, found: Mapping[str, Any]) -> None:
 
 
 def settle_generation_config(model: Any) -> None:
-    """Replace a generation config that cannot be saved, which would end a training at its first checkpoint.
+    """Replace a generation config that cannot be saved: training would end at its first checkpoint.
 
-    Only what ends and pads a text is kept of it: nothing else of it is used here.
+    Only its special tokens are kept; nothing else of it is used here.
     """
     from transformers import GenerationConfig
 
@@ -258,7 +265,7 @@ def settle_generation_config(model: Any) -> None:
         config.validate(strict=True)
     except ValueError as error:
         kept = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        model.generation_config = GenerationConfig(**kept)
+        model.generation_config = GenerationConfig.from_dict(kept)
         logger.warning(
             "the model's generation config cannot be saved (%s); its token ids are kept, the rest is not",
             " ".join(str(error).split())[:300],
@@ -266,9 +273,9 @@ def settle_generation_config(model: Any) -> None:
 
 
 def _check_hub_model(source: str, revision: str | None) -> None:
-    """Refuse within seconds a Hub model that is neither kept here nor answered for by the Hub.
+    """Refuse within seconds a Hub model that is neither in the local cache nor known to the Hub.
 
-    transformers itself asks for every file several times, and takes a minute to say that it is not there.
+    transformers asks for every file several times, and takes a minute to say that it is not there.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
@@ -277,12 +284,10 @@ def _check_hub_model(source: str, revision: str | None) -> None:
             return
     try:
         HfApi().model_info(source, revision=revision, timeout=10)
-    except (
-        Exception
-    ) as error:  # the Hub client raises a dozen unrelated types for "not there" and "no network"
+    except Exception as error:  # the Hub client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[:1]
         raise ConfigError(
-            f"base model {source} is no folder here, and the Hub does not give it "
+            f"base model {source} is no folder here, and the Hub does not provide it "
             f"({type(error).__name__}: {''.join(reason)}); check the name and the network, or download "
             "it and give its folder"
         ) from error
@@ -303,7 +308,8 @@ def _load_gguf(path: Path, dtype: str, **options: Any) -> Any:
     config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=target, **options)
+    from_config: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
+    model = from_config(config, dtype=target, **options)
     model.load_state_dict(quantized.state_dict())
     model.tie_weights()
     model.generation_config = quantized.generation_config

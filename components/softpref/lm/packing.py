@@ -54,6 +54,18 @@ class PackedBatch(NamedTuple):
         )
         return PackedBatch(ids, positions, predictors, targets, lengths, self.blocks)
 
+    def run(self, model: Any) -> Any:
+        """The model's output over the packed tokens, `[1, N, …]`; see `packs`, which must have agreed."""
+        blocks = _Blocks(self.blocks, self.input_ids.device)
+        output = _run(model, self, blocks)
+        if not blocks.calls:
+            raise RuntimeError("the model did not attend by blocks: tokens saw all that stood before them")
+        return output
+
+    def predicting(self, states: Tensor) -> Tensor:
+        """Of states `[1, N, …]` those that predict completion tokens, `[T, …]`."""
+        return states[0][self.predictors]
+
     def sequences(self) -> list[tuple[list[int], list[int]]]:
         """The `(prompt ids, completion ids)` pairs that were packed."""
         ids, targets, lengths = (each.tolist() for each in (self.input_ids, self.targets, self.lengths))
@@ -107,22 +119,13 @@ def pack_sequences(
     )
 
 
-def run_packed(model: Any, batch: PackedBatch) -> Any:
-    """The model's output over the packed tokens, `[1, N, …]`; see `packs`, which must have agreed."""
-    blocks = _Blocks(batch.blocks, batch.input_ids.device)
-    output = _run(model, batch, blocks)
-    if not blocks.calls:
-        raise RuntimeError("the model did not attend by blocks: tokens saw all that stood before them")
-    return output
-
-
 def packs(model: Any, inner: Any, batch: PackedBatch) -> bool:
     """Whether a model computes this batch packed as it computes its sequences apart.
 
-    Known only by trying: once per model a few tokens are run packed and apart, every attention layer must
-    take its part, the numbers must agree, and those of one block must not move with its neighbours. A model
-    that fails is padded ever after, and a line in the log says why; one that passes keeps the attention of
-    this module, which is `sdpa` as long as nobody mentions blocks.
+    Only a trial can tell. Once per model a few tokens are run packed and apart: every attention layer must
+    take part, the numbers must agree, and those of one block must not depend on its neighbours. A model that
+    fails is padded from then on, and a line in the log says why. One that passes keeps the attention of this
+    module, which is `sdpa` where no blocks are passed.
 
     Args:
         model: as it is called, with wrappers.
@@ -163,7 +166,7 @@ class _Refused(Exception):
 
 
 class _Blocks:
-    """The blocks of one forward pass: how attention is cut up, and masks, made once for all layers."""
+    """The blocks of one forward pass: how attention is divided, and masks, made once for all layers."""
 
     def __init__(self, blocks: Sequence[Block], device: Any) -> None:
         self.blocks = [(block, _runs(block)) for block in blocks]
@@ -188,7 +191,7 @@ class _Blocks:
         return self._masks[block, dtype]
 
     def continuing(self, prompt: int, completion: int, dtype: torch.dtype) -> Tensor:
-        """`[completion, prompt + completion]`: alike, of a completion with its prompt before it."""
+        """`[completion, prompt + completion]`: the same for a completion with its prompt before it."""
         key = ((-prompt, (completion,)), dtype)
         if key not in self._masks:
             ones = torch.ones(completion, prompt + completion, dtype=torch.bool)
@@ -196,7 +199,7 @@ class _Blocks:
         return self._masks[key]
 
     def _added(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """What is added to scores; a mask of truths would be made into this in each layer."""
+        """What is added to scores; a boolean mask would be turned into this in each layer."""
         added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
         return added.to(self._device, non_blocking=True)
 
@@ -209,8 +212,8 @@ def _longest(blocks: Sequence[Block]) -> int:
 def _runs(block: Block) -> list[tuple[int, int]]:
     """Neighbouring completions of one length, `(how many, length)`; none where the block is best left whole.
 
-    As a whole a block takes fewer and longer products, in parts it skips what no completion may see of
-    another: measured on a CPU, parts win from where they are two and a half times less.
+    A whole block takes fewer and longer products; its parts skip what no completion may see of another.
+    Measured on a CPU, parts win once they are two and a half times less work.
     """
     prompt, completions = block
     whole = prompt + sum(completions)
@@ -254,7 +257,8 @@ def _attention(
             raise _Refused(f"its attention has {name}, which attention by blocks does not know")
     if query.shape[2] != key.shape[2] or query.shape[0] != 1 or is_causal is False:
         raise _Refused("its attention is not from every token to every token")
-    parts = zip(*(each.split(softpref_blocks.sizes, dim=2) for each in (query, key, value)), strict=True)
+    sizes = softpref_blocks.sizes
+    parts = zip(*(torch.split(each, sizes, dim=2) for each in (query, key, value)), strict=True)
     outputs = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -280,14 +284,6 @@ def _attention(
     return torch.cat(outputs, 1), None
 
 
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
 def _run(model: Any, batch: PackedBatch, blocks: _Blocks) -> Any:
     return model(
         input_ids=batch.input_ids[None],
@@ -301,6 +297,9 @@ def _run(model: Any, batch: PackedBatch, blocks: _Blocks) -> Any:
 
 def _reason_against(model: Any, inner: Any) -> str:
     """Why a model's sequences cannot be packed; empty, and its attention set, where they can."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
     config = inner.config.get_text_config()
     if _compiled(model):
         return "it is compiled, and would be compiled anew for each batch"
@@ -309,12 +308,13 @@ def _reason_against(model: Any, inner: Any) -> str:
     others = {*(getattr(config, "layer_types", None) or [])} - {"full_attention", "sliding_attention"}
     if others:
         return f"it has layers of {', '.join(sorted(others))}"
-    _register()
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     try:
         inner.set_attn_implementation(ATTENTION)
         with evaluation_mode(inner), torch.no_grad():
             reason = _found_by_trying(inner)
-    except Exception as error:  # whatever a foreign forward stumbles over: the ordinary way remains
+    except Exception as error:  # of a foreign forward: padding remains
         reason = str(error) if isinstance(error, _Refused) else f"{type(error).__name__}: {error}"
     if reason and config._attn_implementation == ATTENTION:
         inner.set_attn_implementation("sdpa")
@@ -329,8 +329,8 @@ def _found_by_trying(inner: Any) -> str:
     blocks = _Blocks(batch.blocks, weight.device)
 
     def packed(ids: Tensor) -> Tensor:
-        output = _run(inner, batch._replace(input_ids=ids), blocks)
-        return output.logits[0].float()[batch.predictors]
+        logits: Tensor = _run(inner, batch._replace(input_ids=ids), blocks).logits
+        return logits[0].float()[batch.predictors]
 
     found = packed(batch.input_ids)
     layers = inner.config.get_text_config().num_hidden_layers

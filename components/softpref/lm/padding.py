@@ -1,7 +1,7 @@
 """Completions with their prompts as a padded batch, and full logits at completion tokens: the plain way.
 
-`softpref.lm.packing` and `softpref.lm.head` spare what is spent here on padding, on prompts that several
-completions share, and on logits that nobody reads. What they cannot serve is served so.
+`softpref.lm.packing` and `softpref.lm.head` save what is spent here on padding, on prompts that several
+completions share, and on logits that nobody reads. This is the way for models that they cannot serve.
 """
 
 from __future__ import annotations
@@ -32,14 +32,25 @@ class PaddedBatch(NamedTuple):
     def to(self, device: Any) -> PaddedBatch:
         return PaddedBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
+    @property
+    def targets(self) -> Tensor:
+        """The completion tokens, `[T]`."""
+        return self.input_ids[:, 1:][self.completion_mask[:, 1:]]
+
+    def run(self, model: Any) -> Any:
+        """The model's output, `[S, L, …]`."""
+        return model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False)
+
+    def predicting(self, states: Tensor) -> Tensor:
+        """Of states `[S, L, …]` those that predict completion tokens, `[T, …]`.
+
+        A prompt has at least one token, so every completion token has a position that predicts it.
+        """
+        return states[:, :-1][self.completion_mask[:, 1:]]
+
 
 class CompletionLogits(NamedTuple):
-    """What a model says at each of the T completion tokens of a batch.
-
-    Attributes:
-        logits: `[T, V]` in fp32, the scores from which each completion token was chosen.
-        targets: `[T]`, the tokens that stand there.
-    """
+    """The scores `[T, V]`, fp32, from which each completion token was chosen, and these tokens `[T]`."""
 
     logits: Tensor
     targets: Tensor
@@ -63,10 +74,5 @@ def pad_sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], pad_
 
 
 def completion_logits(model: Any, batch: PaddedBatch) -> CompletionLogits:
-    """Run the model and keep the fp32 logits that predict completion tokens; prompt and padding are dropped.
-
-    A prompt has at least one token, so every completion token has a position that predicts it.
-    """
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    predicts = batch.completion_mask[:, 1:]
-    return CompletionLogits(output.logits[:, :-1][predicts].float(), batch.input_ids[:, 1:][predicts])
+    """Run the model and keep the logits that predict completion tokens; prompt and padding are dropped."""
+    return CompletionLogits(batch.predicting(batch.run(model).logits).float(), batch.targets)

@@ -1,4 +1,4 @@
-"""Ranges of the training stages' options, most of them of `transformers`. Imports no training library."""
+"""Ranges of the training stages' options. Imports no training library."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "save_total_limit": (1, math.inf, True),
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (0, math.inf, True)),
     # of ours, in both training stages
-    **dict.fromkeys(("max_prompt_length", "max_completion_length"), (1, math.inf, True)),
-    "vocab_size": (
-        258,
-        math.inf,
-        True,
-    ),  # 256 bytes, end and padding: with less, not every text could be written
+    **dict.fromkeys(("max_prompt_length", "max_completion_length", "dataset_num_proc"), (1, math.inf, True)),
+    "vocab_size": (258, math.inf, True),  # 256 bytes, end and padding: every text can be written
+    # of SPO training
+    **dict.fromkeys(("anchor", "kl_beta", "weight_exponent", "tdpo_alpha"), (0, math.inf, True)),
+    "label_smoothing": (0, 0.5, True),
+    **dict.fromkeys(("sampling_interval", "sampling_batch_size", "lora_r", "rounds"), (1, math.inf, True)),
+    "completions_per_prompt": (2, math.inf, True),
 }
 
 
 def check_ranges(args: Any) -> None:
-    """Refuse numbers that `transformers` takes, and that fail or train nothing only when training begins.
+    """Refuse numbers that transformers accepts, and that would fail or train nothing once training begins.
 
     Args:
         args: a `TrainingArguments`, or anything that has some of its options.

@@ -28,7 +28,7 @@ _COLUMNS = {
 def write_rows(folder: Path, rows: Iterable[Sequence[TokenizedSequence]]) -> None:
     """Write rows, each the sequences of one prompt, into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    columns: dict[str, array] = {name: array(kind) for name, kind in _COLUMNS.items()}
+    columns: dict[str, array[float]] = {name: array(kind) for name, kind in _COLUMNS.items()}
     parts = 0
     for row in rows:
         first = row[0]
@@ -87,7 +87,7 @@ def part_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.safetensors"))
 
 
-def _write(folder: Path, number: int, columns: dict[str, array]) -> None:
+def _write(folder: Path, number: int, columns: dict[str, array[float]]) -> None:
     """Write a part, ids in two bytes where they fit, and empty the columns."""
     import numpy as np
     from safetensors.numpy import save_file

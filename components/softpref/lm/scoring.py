@@ -40,11 +40,26 @@ def entropies(logits: Tensor) -> Tensor:
 def sum_by_sequence(values: Tensor, lengths: Tensor) -> Tensor:
     """Add up flat token values within each sequence: `[T], [S] -> [S]`, in the dtype of `values`.
 
-    Sums run in float64 where the device has it: fp32 ones came out wrong by up to 2e-3 nats over 500 tokens.
+    Sums run in float64 where the device has it: in fp32 they were wrong by up to 2e-3 nats over 500 tokens.
     """
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
     terms = values if values.device.type == "mps" else values.double()
     return terms.new_zeros(len(lengths)).index_add(0, rows, terms).to(values.dtype)
+
+
+def check_sequences(model: Any, sequences: Sequence[tuple[Ids, Ids]], drawn: int = 0) -> None:
+    """Refuse rows that the model has no positions or no embedding for, before a batch of them fails.
+
+    Args:
+        sequences: `(prompt ids, completion ids)`.
+        drawn: tokens that may be drawn for each prompt.
+
+    Raises:
+        ConfigError: says what is too long, or the id that is too high.
+    """
+    longest = max(((len(prompt), max(len(ids), drawn)) for prompt, ids in sequences), key=sum)
+    check_positions(model, *longest, "lower max_prompt_length or max_completion_length")
+    check_ids(model, (ids for pair in sequences for ids in pair))
 
 
 def check_positions(model: Any, prompt: int, completion: int, remedy: str) -> None:
@@ -55,7 +70,7 @@ def check_positions(model: Any, prompt: int, completion: int, remedy: str) -> No
         remedy: what the message ends with.
 
     Raises:
-        ConfigError: together they exceed `max_position_embeddings`, where the model says it.
+        ConfigError: together they exceed the model's `max_position_embeddings`, if it has any.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and prompt + completion > positions:
@@ -69,7 +84,7 @@ def check_ids(model: Any, sequences: Iterable[Ids]) -> None:
     """Refuse ids that the model has no embedding for, before looking one up fails.
 
     Raises:
-        ConfigError: names the highest id. Tokens that no sequence holds, a pad token say, may lie outside.
+        ConfigError: names the highest id. Unused tokens, such as a pad token, may lie outside.
     """
     try:
         size = getattr(model.get_input_embeddings(), "num_embeddings", None)
@@ -120,8 +135,8 @@ def scoring_batches(
 ) -> Iterator[tuple[list[int], PackedBatch]]:
     """Batches on the model's device, each with the places of its sequences: those of one prompt together.
 
-    Lengths are alike within a batch, for models that need padding; and where full logits arise, sequences are
-    so few that these stay bounded.
+    Lengths are alike within a batch, for models that need padding; where full logits arise, batches are small
+    enough to bound them.
     """
     device = next(model.parameters()).device
     order = sorted(
@@ -150,7 +165,7 @@ def computing_precision(args: Any, model: Any) -> str:
 
 
 class TeamScorer:
-    """Scores sequences on all processes of a run for the first of them, which alone knows the sequences.
+    """Scores sequences on all processes of a run for the first of them, which alone has the sequences.
 
     The first calls it, any number of times, and then `dismiss`; meanwhile the others are in `help`.
 
@@ -165,7 +180,7 @@ class TeamScorer:
         self._compute, self._rank, self._size = compute, rank, world_size
 
     def __call__(self, sequences: Sequence[tuple[Ids, Ids]]) -> list[float]:
-        """Log-probabilities in the order given, not a number where they could not be computed."""
+        """Log-probabilities in the order given, NaN where they could not be computed."""
         self._deal([list(sequences[rank :: self._size]) for rank in range(self._size)])
         parts = self._answers
         return [parts[i % self._size][i // self._size] for i in range(len(sequences))]
@@ -199,7 +214,7 @@ class TeamScorer:
     def _scored(self, sequences: list[tuple[Ids, Ids]]) -> list[float]:
         try:
             return self._compute(sequences)
-        except Exception as error:  # all must answer, or the others would wait for ever
+        except Exception as error:  # all must answer, or the others would wait forever
             logger.warning(
                 "%d sequences cannot be scored by process %d: %s", len(sequences), self._rank, error
             )

@@ -69,7 +69,7 @@ def whole_copy(model: Any, state_dict: dict[str, Any]) -> nn.Module:
         model: a sharded transformers model, perhaps with an adapter of peft around it.
     """
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    copy = _unsharded_class(inner)(inner.config)
+    copy: nn.Module = _unsharded_class(inner)(inner.config)
     copy.generation_config = inner.generation_config
     if inner is not model:
         from peft import get_peft_model
@@ -79,7 +79,8 @@ def whole_copy(model: Any, state_dict: dict[str, Any]) -> nn.Module:
     if len(dtypes) == 1:
         copy.to(dtypes.pop())
     copy.load_state_dict(state_dict)
-    return copy.eval()
+    copy.eval()
+    return copy
 
 
 def _head(model: Any) -> Any:

@@ -12,9 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softpref.errors import ConfigError, DataError
+from softpref.lm.implicit import shared_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +64,11 @@ class TokenizedPrompt(NamedTuple):
 
 
 def tokenize_prompt(
-    tokenizer: Any, prompt: Text, completions: Sequence[Text] = (), *, max_length: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    completions: Sequence[Text] = (),
+    *,
+    max_length: int | None = None,
 ) -> TokenizedPrompt:
     """Ids of a prompt, ready for generation: a chat gets its generation prompt, plain text its start token.
 
@@ -87,7 +95,7 @@ def tokenize_prompt(
 
 
 def tokenize_row(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: Text,
     completions: Sequence[Text],
     *,
@@ -134,7 +142,9 @@ def tokenize_row(
     return sequences
 
 
-def tokenize_sequence(tokenizer: Any, prompt: Text, completion: Text, **options: Any) -> TokenizedSequence:
+def tokenize_sequence(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, **options: Any
+) -> TokenizedSequence:
     """Tokenize one completion of a prompt, as `tokenize_row` does, with its options."""
     return tokenize_row(tokenizer, prompt, [completion], **options)[0]
 
@@ -167,12 +177,14 @@ def findings_text(counts: Mapping[str, int], rows: str, left_out: Iterable[str] 
     ]
 
 
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text of completion ids without special tokens, exactly as tokenized (no clean-up of spaces)."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def decode_completion(tokenizer: Any, prompt: Text, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+def decode_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, prompt_ids: Sequence[int], ids: Sequence[int]
+) -> str:
     """What stands behind a prompt's text, for ids that stand behind its ids.
 
     For plain text that is not the ids' own text where a tokenizer takes a space off a text's beginning, or
@@ -190,7 +202,7 @@ def decode_completion(tokenizer: Any, prompt: Text, prompt_ids: Sequence[int], i
     return whole[len(before) :].removeprefix(rest)
 
 
-def stop_token_ids(tokenizer: Any, model: Any = None) -> list[int]:
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> list[int]:
     """Ids that end a completion, where it is drawn as where it is scored.
 
     They are the tokenizer's end token, those of the model's generation config (chat models often name
@@ -222,12 +234,12 @@ class _Parted(NamedTuple):
         return min([len(self.prompt), *self.borders])
 
 
-def _parted(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> _Parted:
+def _parted(tokenizer: PreTrainedTokenizerBase, prompt: Text, completions: Sequence[Text]) -> _Parted:
     texts, special = _joined(tokenizer, prompt, completions)
     ids, *wholes = _ids(tokenizer, texts, special=special)
     if not ids:
         raise DataError(f"the prompt {prompt!r} has no token; a prompt needs at least one")
-    parted = _Parted(ids, wholes, [_common(ids, whole) for whole in wholes])
+    parted = _Parted(ids, wholes, [shared_length(ids, whole) for whole in wholes])
     if parted.border == 0:
         raise DataError(
             f"no token of the prompt {prompt!r} stays as it is once a completion follows; end it with a "
@@ -237,7 +249,12 @@ def _parted(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> _Parte
 
 
 def _closed(
-    tokenizer: Any, completion: Text, whole: list[int], own: int, border: int, stops: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase,
+    completion: Text,
+    whole: list[int],
+    own: int,
+    border: int,
+    stops: Sequence[int],
 ) -> list[int]:
     """The ids behind the border up to the first that stops generation, which is added where there is none.
 
@@ -257,7 +274,7 @@ def _closed(
     return [*whole[border:end], whole[end] if end < len(whole) else tokenizer.eos_token_id]
 
 
-def _prompt_ids(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> list[int]:
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Text, completions: Sequence[Text]) -> list[int]:
     _check_contents(tokenizer, prompt, stop_token_ids(tokenizer))
     if completions:
         parted = _parted(tokenizer, prompt, completions)
@@ -266,13 +283,16 @@ def _prompt_ids(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> li
     ids, answered = _ids(tokenizer, [text, text + "a"], special=special)
     if not ids:
         raise DataError(f"the prompt {prompt!r} has no token; a prompt needs at least one")
-    border = _common(ids, answered)
+    border = shared_length(ids, answered)
     dropped = decode(tokenizer, ids[border:])
     return ids if dropped.strip() or border == 0 else ids[:border]
 
 
 def _fitting(
-    tokenizer: Any, ids_of: Callable[[Text], tuple[list[int], Any]], prompt: Text, limit: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    ids_of: Callable[[Text], tuple[list[int], Any]],
+    prompt: Text,
+    limit: int | None,
 ) -> tuple[list[int], Any, bool]:
     """What `ids_of` finds of a prompt, or of as many of a chat's last turns as fit; whether it is longer.
 
@@ -298,7 +318,7 @@ def _fitting(
     return *found, True
 
 
-def _cut_last_message(tokenizer: Any, prompt: Text, excess: int) -> Text | None:
+def _cut_last_message(tokenizer: PreTrainedTokenizerBase, prompt: Text, excess: int) -> Text | None:
     """A chat whose last message lacks its first `excess` tokens; None where it has no more than that."""
     if isinstance(prompt, str) or not prompt:
         return None
@@ -309,7 +329,9 @@ def _cut_last_message(tokenizer: Any, prompt: Text, excess: int) -> Text | None:
     return [*before, {**last, "content": decode(tokenizer, ids[excess:])}]
 
 
-def _joined(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> tuple[list[str], bool]:
+def _joined(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, completions: Sequence[Text]
+) -> tuple[list[str], bool]:
     """The prompt's text, those with each completion, and whether the tokenizer adds tokens of its own.
 
     A chat template writes all of a conversation's tokens itself.
@@ -326,7 +348,7 @@ def _joined(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> tuple[
     wholes = [_rendered(tokenizer, [*prompt, *completion]) for completion in completions]
     for whole in wholes:
         if not whole.startswith(text):
-            there = len(_common_text(text, whole))
+            there = shared_length(text, whole)
             raise DataError(
                 "the chat template does not keep the prompt's text as the beginning of the conversation's: "
                 f"the prompt goes on with {text[there : there + 40]!r}, the conversation with "
@@ -335,7 +357,7 @@ def _joined(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> tuple[
     return [text, *wholes], False
 
 
-def _ids(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool) -> list[list[int]]:
     """Ids of texts in one call: begun once, and not closed by tokenizers that close every text."""
     probe, *found = tokenizer(["a", *texts], add_special_tokens=special, verbose=False)["input_ids"]
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
@@ -345,7 +367,7 @@ def _ids(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[in
     return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in found]
 
 
-def _last(tokenizer: Any, ids: list[int], length: int | None) -> list[int]:
+def _last(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int | None) -> list[int]:
     """At most `length` ids: the end, behind the start token where there is one."""
     if length is None or len(ids) <= length:
         return ids
@@ -363,17 +385,6 @@ def _shortened(prompt: Text) -> Iterator[Text]:
     turns = [place for place in range(head, len(roles)) if roles[place] == "user"]
     for place in turns[1:]:
         yield [*prompt[:head], *prompt[place:]]
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids both begin with."""
-    both = min(len(first), len(second))
-    return next((place for place in range(both) if first[place] != second[place]), both)
-
-
-def _common_text(first: str, second: str) -> str:
-    both = min(len(first), len(second))
-    return first[: next((place for place in range(both) if first[place] != second[place]), both)]
 
 
 def _mixed(prompt: Text, completions: Sequence[Any]) -> DataError:
@@ -395,7 +406,10 @@ def _is_messages(value: Any) -> bool:
 
 
 def _rendered(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool = False,
 ) -> str:
     from jinja2 import TemplateError
 
@@ -405,8 +419,10 @@ def _rendered(
             "use a chat model's tokenizer or turn the data into plain text"
         )
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(one) for one in messages], add_generation_prompt=add_generation_prompt, tokenize=False
+            )
         )
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
@@ -417,7 +433,7 @@ def _rendered(
         ) from error
 
 
-def _check_contents(tokenizer: Any, text: Any, stops: Sequence[int]) -> None:
+def _check_contents(tokenizer: PreTrainedTokenizerBase, text: Any, stops: Sequence[int]) -> None:
     """Refuse a control token that a message's own words hold: it would end the turn, or begin another."""
     controls, pattern = _controls(tokenizer, tuple(stops), len(tokenizer))
     for message in text if _is_messages(text) else ():
@@ -435,7 +451,7 @@ def _check_contents(tokenizer: Any, text: Any, stops: Sequence[int]) -> None:
 
 @lru_cache(maxsize=4)
 def _controls(
-    tokenizer: Any, stops: tuple[int, ...], size: int
+    tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...], size: int
 ) -> tuple[frozenset[int], re.Pattern[str] | None]:
     """Ids of control tokens, and what finds their texts. `size` is the tokenizer's, which may grow."""
     added = tokenizer.added_tokens_decoder
@@ -445,15 +461,14 @@ def _controls(
     return frozenset(ids), re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
-def _template(tokenizer: Any) -> str | None:
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The chat template by default; None where there is none, or several and none by default."""
-    if isinstance(tokenizer.chat_template, dict):
-        return tokenizer.chat_template.get("default")
-    return tokenizer.chat_template
+    found: str | dict[str, str] | None = tokenizer.chat_template
+    return found.get("default") if isinstance(found, dict) else found
 
 
 @lru_cache(maxsize=4)
-def _end_of_turn(tokenizer: Any, template: str | None) -> int | None:
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str | None) -> int | None:
     """The added token that the chat template writes right behind an assistant's words, if it does."""
     if not template:
         return None
@@ -465,7 +480,7 @@ def _end_of_turn(tokenizer: Any, template: str | None) -> int | None:
         return None
     _, found, behind = text.rpartition(words)
     added = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
+    ids: list[int] = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
     place = next((place for place, token in enumerate(ids) if token in added), None)
     if place is None or decode(tokenizer, ids[:place]).strip():
         return None

@@ -19,11 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from softpref.errors import ConfigError, SoftprefError
+from softpref.errors import DataError, SoftprefError
 from softpref.lm.row_files import read_rows, write_rows
 from softpref.lm.tokenization import Text, TokenizedSequence, tokenize_prompt, tokenize_row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +54,17 @@ Found = list[TokenizedSequence] | SoftprefError
 
 def tokenize_rows(
     jobs: Callable[[], Iterable[tuple[Payload, Job]]],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     args: Any,
     *,
     name: str,
     count: int,
     **options: Any,
-) -> Iterator[tuple[Payload, Found]]:
+) -> Iterator[tuple[Payload, list[TokenizedSequence]]]:
     """Tokenize rows, in their order; the same whatever the number of processes of either kind.
 
-    Where several processes train, the first of each machine tokenizes, and the others read what it wrote into
-    `args.output_dir`. All of them must call this, and take all that it yields.
+    With several training processes, the first of each machine tokenizes, and the others read what it wrote
+    into `args.output_dir`. All of them must call this, and take everything that it yields.
 
     Args:
         jobs: yields each row with whatever is handed on with it; may be called twice.
@@ -69,33 +72,44 @@ def tokenize_rows(
         name: of one of the rows, for messages and files.
         count: how many of them are to be tokenized.
         options: of `tokenize_row`.
+
+    Raises:
+        DataError: a row cannot be used; names it.
+        ConfigError: the tokenizer does not suit the rows.
     """
 
     def here() -> Iterator[tuple[Payload, Found]]:
         return tokenize_here(jobs(), tokenizer, args, count=count, **options)
 
     if args.world_size == 1:
-        yield from _sharing_ids(here())
+        yield from _usable(here(), name)
         return
     first = args.process_index - args.local_process_index  # machines can share a disk
     folder = Path(args.output_dir) / f"{name.replace(' ', '-')}s-{first}"
     with args.main_process_first(local=True, desc=f"tokenizing {name}s"):
         if args.local_process_index == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # what a run that was killed has left
+            shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
             if count:
-                _write(folder, (found for _, found in here()))
+                with contextlib.suppress(SoftprefError):  # every process meets it below, and says it
+                    write_rows(folder, (found for _, found in _usable(here(), name)))
+                    (folder / _WHOLE).touch()
     if (folder / _WHOLE).exists():
         rows = (payload for payload, _ in jobs())
-        yield from _sharing_ids(zip(rows, read_rows(folder), strict=True))
-    else:  # there was nothing to tokenize, or a row that cannot be used, which every process then says
-        yield from _sharing_ids(here())
+        yield from _usable(zip(rows, read_rows(folder), strict=True), name)
+    else:  # there was nothing to tokenize, or a row cannot be used
+        yield from _usable(here(), name)
     args.distributed_state.wait_for_everyone()
     if args.local_process_index == 0:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def tokenize_here(
-    jobs: Iterable[tuple[Payload, Job]], tokenizer: Any, args: Any, *, count: int, **options: Any
+    jobs: Iterable[tuple[Payload, Job]],
+    tokenizer: PreTrainedTokenizerBase,
+    args: Any,
+    *,
+    count: int,
+    **options: Any,
 ) -> Iterator[tuple[Payload, Found]]:
     """As `tokenize_rows`, whatever other processes train."""
     processes = args.dataset_num_proc or min(usable_cpus(), _MOST, count // _ROWS_EACH)
@@ -125,15 +139,6 @@ def tokenize_here(
                     yield payload, job
 
 
-def check_num_proc(args: Any) -> None:
-    """Refuse a `dataset_num_proc` below 1."""
-    if args.dataset_num_proc is not None and args.dataset_num_proc < 1:
-        raise ConfigError(
-            f"{type(args).__name__}.dataset_num_proc must be at least 1, or left out for as many as suit; "
-            f"got {args.dataset_num_proc}"
-        )
-
-
 def usable_cpus() -> int:
     """CPUs that this process may use: those that it is bound to, and no more than its container's limit."""
     bound = getattr(os, "sched_getaffinity", None)  # macOS has none
@@ -145,31 +150,22 @@ def usable_cpus() -> int:
     return cpus
 
 
-def _sharing_ids(rows: Iterable[tuple[Payload, Found]]) -> Iterator[tuple[Payload, Found]]:
-    """The same rows, with one object in memory for each id, not for each token."""
+def _usable(
+    rows: Iterable[tuple[Payload, Found]], name: str
+) -> Iterator[tuple[Payload, list[TokenizedSequence]]]:
+    """The rows with their tokens, one object in memory for each id, not for each token."""
     share: dict[int, int] = {}
-    for payload, found in rows:
-        if not isinstance(found, SoftprefError):
-            for ids in (found[0].prompt, *(sequence.completion for sequence in found)):
-                ids[:] = [share.setdefault(token, token) for token in ids]
+    for number, (payload, found) in enumerate(rows):
+        if isinstance(found, DataError):
+            raise DataError(f"{name} {number}: {found}") from found
+        if isinstance(found, SoftprefError):
+            raise found
+        for ids in (found[0].prompt, *(sequence.completion for sequence in found)):
+            ids[:] = [share.setdefault(token, token) for token in ids]
         yield payload, found
 
 
-def _write(folder: Path, rows: Iterable[Found]) -> None:
-    """Write rows, and a mark that they are all there; no mark where one of them cannot be used."""
-
-    def usable() -> Iterator[list[TokenizedSequence]]:
-        for found in rows:
-            if isinstance(found, SoftprefError):
-                raise found
-            yield found
-
-    with contextlib.suppress(SoftprefError):
-        write_rows(folder, usable())
-        (folder / _WHOLE).touch()
-
-
-def _answer(tokenizer: Any, text: RowText, options: dict[str, Any]) -> Found:
+def _answer(tokenizer: PreTrainedTokenizerBase, text: RowText, options: dict[str, Any]) -> Found:
     try:
         if text.completions:
             return tokenize_row(tokenizer, text.prompt, text.completions, **options)
@@ -193,7 +189,7 @@ class _Workers:
     def __init__(self, count: int, settings: bytes) -> None:
         self._settings = settings
         self._own = threading.local()
-        self._processes: list[subprocess.Popen] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
         self._ended = False
         self._threads = ThreadPoolExecutor(count, initializer=self._begin)
 
@@ -226,7 +222,7 @@ class _Workers:
         with contextlib.suppress(OSError):
             process.stdin.write(self._settings)  # type: ignore[union-attr]
 
-    def _start(self, environment: Mapping[str, str]) -> subprocess.Popen:
+    def _start(self, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", __name__],  # the current folder is no place to import from
             stdin=subprocess.PIPE,
@@ -244,7 +240,8 @@ class _Workers:
                 raise OSError
             pickle.dump(texts, process.stdin)
             process.stdin.flush()
-            return pickle.load(process.stdout)
+            found: list[Found] = pickle.load(process.stdout)
+            return found
         except (OSError, EOFError, pickle.UnpicklingError):
             if not self._ended:
                 logger.warning("a process that tokenizes has gone; its rows are tokenized in this one")
@@ -255,10 +252,10 @@ def _serve() -> None:
     """Answer what is read with what is written, to the end of it; others' words go to standard error."""
     texts, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    with contextlib.suppress(ImportError):  # where classes of a tokenizer that brings its own code are
-        from transformers.dynamic_module_utils import init_hf_modules
+    with contextlib.suppress(ImportError):  # where the classes are of a tokenizer with code of its own
+        from transformers import dynamic_module_utils
 
-        init_hf_modules()
+        dynamic_module_utils.init_hf_modules()  # type: ignore[no-untyped-call]
     with contextlib.suppress(EOFError, BrokenPipeError):
         tokenizer, options = pickle.load(texts)
         while True:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 from transformers import Trainer
 
 from softpref.errors import ConfigError, SoftprefError
@@ -19,14 +22,16 @@ from softpref.lm.sharding import shards, whole_copy, whole_head
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class GuardedTrainer(Trainer):
     """A `transformers.Trainer` that stops at the first non-finite loss or gradient, before the weights move.
 
-    The last good state is saved as a checkpoint and the offending batch beside it. Where there are several
-    processes, a loss is known to one of them alone, and the gradient that it leaves, which all share, is what
-    stops them together. One process uses one GPU, whatever else it sees: threads of `nn.DataParallel` know
-    nothing of packed batches.
+    The last good state is saved as a checkpoint and the offending batch beside it. With several processes a
+    loss is known to one of them alone; the gradient that it leaves, which all share, stops them together.
+    One process uses one GPU, whatever else it sees: the threads of `nn.DataParallel` cannot run packed
+    batches.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -60,17 +65,14 @@ class GuardedTrainer(Trainer):
             )
         super().__init__(*args, **options)
         self._suspect: dict[str, Any] | None = None  # the first micro-batch of a step that was not finite
-        # now, for accelerate will have its forward compute in a lower precision, whose rounding hides what
-        # is looked for, and may cut its weights into shards
+        # before accelerate wraps the model: in a lower precision rounding would hide a difference, and the
+        # weights may be sharded
         if not config.plain_forward:
             try_out(self.model)
-        if config.fsdp:
-            plugin = self.accelerator.state.fsdp_plugin
-            if (
-                plugin is not None and plugin.mixed_precision_policy is not None
-            ):  # gradients are summed in fp32
-                policy = plugin.mixed_precision_policy
-                plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
+        plugin = self.accelerator.state.fsdp_plugin if config.fsdp else None
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            policy = plugin.mixed_precision_policy
+            plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)  # gradients' sums
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
         """As in the base class; `True` takes the newest checkpoint that was written to its end.
@@ -90,7 +92,7 @@ class GuardedTrainer(Trainer):
         return super().train(resume_from_checkpoint or None, *args, **options)
 
     def init_hf_repo(self, token: str | None = None) -> None:
-        """As in the base class, before training; a Hub that does not answer is said with what to do."""
+        """As in the base class, before training; where the Hub does not answer, the error says what to do."""
         try:
             super().init_hf_repo(token)
         except Exception as error:  # the Hub client raises a dozen unrelated types
@@ -103,8 +105,8 @@ class GuardedTrainer(Trainer):
     def whole_model(self) -> Any:
         """The model as it can be saved: without wrappers, its weights not in shards.
 
-        All processes must call it. Where weights are in shards it is a copy on the CPU, and None on other
-        processes than the first.
+        All processes must call it. A sharded model's is a copy on the CPU, and None on all processes but the
+        first.
         """
         if not shards(self.model):
             return self.accelerator.unwrap_model(self.model)
@@ -116,25 +118,37 @@ class GuardedTrainer(Trainer):
         if self.args.world_size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.args.device)
-        return self.accelerator.reduce(total, reduction="sum").item()
+        return float(self.accelerator.reduce(total, reduction="sum"))
 
-    def whole_list(self, mine: list[Any], total: int) -> list[Any]:
-        """The whole of a list of which part r of w, dealt round robin, lies on process r."""
-        if self.args.world_size == 1:
-            return mine
-        parts: list[Any] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(parts, mine)
+    def whole_list(self, mine: list[T], total: int) -> list[T]:
+        """The whole of a list that is dealt round robin: part r of w lies on process r."""
+        parts: list[list[T]] = gather_object([mine])
         return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
 
-    def compute_loss_context_manager(self):
-        """Autocast around all that is computed here.
+    def own_rows(self, count: int) -> int:
+        """How many of an evaluation batch's `count` rows, the first ones, no other batch counts.
 
-        transformers leaves it to the forward of the model that is trained; a reference, whose forward nobody
-        prepares, would be computed in another precision than the policy it is compared with.
+        With several processes, the last batches are filled up with rows from the beginning.
         """
-        return self.accelerator.autocast()
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return count
+        before: int = count * self.args.process_index  # rows of the processes before this one
+        return max(0, min(int(state.remainder) - before, count))
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Autocast around everything that is computed here.
+
+        transformers leaves it to the trained model's forward. A reference, whose forward is not prepared,
+        would then be computed in another precision than the policy it is compared with.
+        """
+        stack = ExitStack()
+        stack.enter_context(self.accelerator.autocast())
+        return stack
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         with whole_head(model):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._last_inputs = inputs
@@ -144,8 +158,8 @@ class GuardedTrainer(Trainer):
             self._suspect = self._suspect or inputs
         return loss
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | float | None:
+        norm: Tensor | float | None = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         if self.args.fp16:  # the loss scaler finds its scale by overflowing, and skips those steps itself
             return norm
         if norm is not None and not math.isfinite(float(norm)):
@@ -163,43 +177,32 @@ class GuardedTrainer(Trainer):
             tensors = {k: v.cpu().contiguous() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
             save_file(tensors, batch_file)
         assert self.model is not None
-        # to save takes all processes, and the others may have seen nothing
+        # saving takes all processes, and the others may have seen nothing
         if self.args.fsdp or (what == "loss" and self.args.world_size > 1):
-            raise SoftprefError(
-                f"{what} became {float(value)} at optimizer step {step + 1}; use the last checkpoint in "
-                f"{folder}, the batch is in {batch_file}. {_REMEDIES}"
-            )
-        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
-        if finite:
+            kept = f"use the last checkpoint in {folder}"
+        elif all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
             self._save_checkpoint(self.model, trial=None)
             kept = f"the weights before it are in {folder / f'checkpoint-{step}'}"
         else:
             kept = f"the weights are no longer finite either; use the last checkpoint in {folder}"
         raise SoftprefError(
-            f"{what} became {float(value)} at optimizer step {step + 1}; {kept}, the batch in {batch_file}. "
-            f"{_REMEDIES}"
+            f"{what} became {float(value)} at optimizer step {step + 1}; {kept}, the batch is in "
+            f"{batch_file}. A lower learning_rate, a longer warm-up or fp32 in place of bf16 are the usual "
+            "remedies."
         )
 
 
 def settle_model(model: Any) -> None:
-    """Change in a model's configuration what would fail in training, each with a line in the log."""
-    settle_router(model)
-    settle_generation_config(model)
+    """Change in a model's configuration what would fail in training, each with a line in the log.
 
-
-def settle_router(model: Any) -> None:
-    """Switch off a mixture's own load-balancing loss, which no objective here contains.
-
-    It is computed beside the logits where the configuration asks for `output_router_logits`, read by nobody,
-    and its computation bears neither a cache nor packed batches.
+    A mixture's own load-balancing loss (`output_router_logits`) is switched off: no objective here contains
+    it, and computing it works with neither a cache nor packed batches.
     """
     config = getattr(model, "config", None)
-    if getattr(config, "output_router_logits", False):
+    if config is not None and getattr(config, "output_router_logits", False):
         logger.warning(
             "output_router_logits asks for a load-balancing loss, which is no part of what is trained here; "
             "it is switched off in the model's configuration"
         )
-        config.output_router_logits = False  # type: ignore[union-attr]
-
-
-_REMEDIES = "A lower learning_rate, a longer warm-up or fp32 in place of bf16 are the usual remedies."
+        config.output_router_logits = False
+    settle_generation_config(model)

@@ -11,13 +11,10 @@ from softpref.objectives.baselines import (
 )
 from softpref.objectives.chunked import (
     TokenKL,
-    TokenLogps,
     token_kl,
     token_logps,
-    token_logps_and_entropy,
 )
 from softpref.objectives.kl import (
-    effective_sample_size,
     kl_lambda,
     kl_loss,
     kl_per_token,
@@ -29,9 +26,7 @@ from softpref.objectives.preference import log_group_weights, ordered_pairs, pre
 
 __all__ = [
     "TokenKL",
-    "TokenLogps",
     "dpo_loss",
-    "effective_sample_size",
     "exact_optimum",
     "group_of",
     "ipo_loss",
@@ -50,5 +45,4 @@ __all__ = [
     "tdpo_loss",
     "token_kl",
     "token_logps",
-    "token_logps_and_entropy",
 ]

@@ -12,7 +12,7 @@ dtype of autocast) with fp32 accumulation; everything after them is fp32 (float6
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,18 +26,6 @@ _CHUNK_BYTES = 256 * 2**20
 _MIN_CHUNK_TOKENS = 64
 _KEPT_BYTES = 256 * 2**20  # of logits that stay from forward to backward; each head has as much
 _WIDE_PRODUCTS = torch.version.hip is None  # CUDA can hand out a bf16 product before it is rounded to bf16
-
-
-class TokenLogps(NamedTuple):
-    """What a policy says of each of T given tokens, in nats.
-
-    Attributes:
-        logps: `[T]`, log-probability of the token, with gradient.
-        entropy: `[T]`, of the next-token distribution, without gradient.
-    """
-
-    logps: Tensor
-    entropy: Tensor
 
 
 class TokenKL(NamedTuple):
@@ -82,23 +70,7 @@ def token_logps(
     Raises:
         ValueError: shapes or dtypes that do not fit together, a chunk size under 1.
     """
-    head = _Head(head_weight, bias, scale, softcap)
-    return _run(hidden, head, targets, chunk_size, entropy=False)[0]
-
-
-def token_logps_and_entropy(
-    hidden: Tensor,
-    head_weight: Tensor | None,
-    targets: Tensor,
-    *,
-    chunk_size: int | None = None,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> TokenLogps:
-    """`token_logps` and the entropy of the same distributions, in one pass; arguments as there."""
-    head = _Head(head_weight, bias, scale, softcap)
-    return TokenLogps(*_run(hidden, head, targets, chunk_size, entropy=True)[:2])
+    return _run(hidden, _Head(head_weight, bias, scale, softcap), targets, chunk_size)[0]
 
 
 def token_kl(
@@ -167,14 +139,12 @@ class _Plan(NamedTuple):
 
     Logits of the last `kept` chunks stay for backward, as what forward has made of them:
 
-    - asked for log-probabilities alone, `exp(z − top)`, where top is the greatest of a row;
-    - with the entropy, log p;
+    - of log-probabilities alone, `exp(z − top)`, where top is the greatest of a row;
     - with a reference, log p and log p − log q, reversed log q − log p and log q.
     """
 
     form: _Form
     ref_form: _Form
-    entropy: bool
     reverse: bool
     chunk: int
     kept: int
@@ -187,7 +157,6 @@ def _run(
     targets: Tensor,
     chunk_size: int | None,
     *,
-    entropy: bool = True,
     ref_hidden: Tensor | None = None,
     reference: _Head | None = None,
     reverse: bool = False,
@@ -210,8 +179,9 @@ def _run(
     if _has_gradient(hidden, head) and head.weight is not None and head.softcap is None:
         room = _KEPT_BYTES // (sums.itemsize * vocabulary) if chunk_size is None else 0
         kept = min(max(1, room // chunk), -(-len(targets) // chunk))
-    plan = _Plan(form, ref_form, entropy, reverse, chunk, kept, sums)
-    return _TokenTerms.apply(hidden, head.weight, head.bias, targets, ref_hidden, ref_weight, ref_bias, plan)
+    plan = _Plan(form, ref_form, reverse, chunk, kept, sums)
+    apply: Callable[..., tuple[Tensor, ...]] = _TokenTerms.apply
+    return apply(hidden, head.weight, head.bias, targets, ref_hidden, ref_weight, ref_bias, plan)
 
 
 def _has_gradient(hidden: Tensor, head: _Head) -> bool:
@@ -258,35 +228,41 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 class _TokenTerms(torch.autograd.Function):
-    """(logps, entropy, KL, ref_logps), each `[T]`; the last two are None without a reference."""
+    """(logps, entropy, KL, ref_logps), each `[T]`; without a reference all but the first are None."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, plan):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        targets: Tensor,
+        ref_hidden: Tensor | None,
+        ref_weight: Tensor | None,
+        ref_bias: Tensor | None,
+        plan: _Plan,
+    ) -> tuple[Tensor | None, ...]:
         count = len(targets)
-        compared = ref_hidden is not None
-        new = {"dtype": plan.sums, "device": hidden.device}
-        asked = (True, True, plan.entropy, compared, compared, compared)
-        results: list[Any] = [torch.empty(count, **new) if each else None for each in asked]
-        logps, log_sums, entropy, kl, ref_logps, ref_log_sums = results
-        sums = torch.empty_like(log_sums)
+        new: dict[str, Any] = {"dtype": plan.sums, "device": hidden.device}
+        logps, log_sums, sums = (torch.empty(count, **new) for _ in range(3))
+        of_both: list[Any] = [None if ref_hidden is None else torch.empty(count, **new) for _ in range(4)]
+        entropy, kl, ref_logps, ref_log_sums = of_both
         with torch.autocast(hidden.device.type, enabled=False):
             scores = _Scores(weight, bias, plan.form)
             ref_scores = _Scores(ref_weight, ref_bias, plan.ref_form)
             z_room = _room(hidden, weight, plan, plan.kept)
-            q_room = torch.empty_like(z_room) if compared else None
-            work_chunk = torch.empty_like(z_room[: plan.chunk]) if plan.entropy else None
+            q_room: Any = None if ref_hidden is None else torch.empty_like(z_room)
+            work_chunk = None if ref_hidden is None else torch.empty_like(z_room[: plan.chunk])
             for rows, place, _ in _chunks(count, plan.chunk, plan.kept):
                 z, target = z_room[place], targets[rows, None]
                 work = z if work_chunk is None else work_chunk[: len(z)]
                 scores(hidden[rows], z)
                 logps[rows] = z.gather(1, target).squeeze(1)
                 log_sums[rows], sums[rows] = _log_sum_exp(z, work)
-                if entropy is None:
+                if ref_hidden is None:
                     continue
                 log_p = z.sub_(log_sums[rows, None])
                 entropy[rows] = torch.exp(log_p, out=work).mul_(log_p).sum(1).neg_()
-                if q_room is None:
-                    continue
                 q = q_room[place]
                 ref_scores(ref_hidden[rows], q)
                 ref_logps[rows] = q.gather(1, target).squeeze(1)
@@ -296,7 +272,7 @@ class _TokenTerms(torch.autograd.Function):
                 torch.exp(first, out=work)
                 kl[rows] = work.mul_(torch.sub(first, second, out=second)).sum(1)
             logps -= log_sums
-            if compared:
+            if ref_logps is not None:
                 ref_logps -= ref_log_sums
         ctx.plan = plan
         ctx.rooms = (z_room, q_room) if plan.kept else None
@@ -308,7 +284,13 @@ class _TokenTerms(torch.autograd.Function):
         return logps, entropy, kl, ref_logps
 
     @staticmethod
-    def backward(ctx, grad_logps, grad_entropy, grad_kl, grad_ref_logps):
+    def backward(
+        ctx: Any,
+        grad_logps: Tensor | None,
+        grad_entropy: Tensor | None,
+        grad_kl: Tensor | None,
+        grad_ref_logps: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, *terms = ctx.saved_tensors
         log_sums, sums, ref_log_sums, kl = terms
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -362,7 +344,7 @@ class _TokenTerms(torch.autograd.Function):
                     else:
                         log_ratio = q if is_kept else torch.sub(z, q, out=q)
                         z.exp_().mul_(log_ratio.mul_(g_kl).sub_(g_kl * kl[rows, None] + g))
-                elif is_kept and not plan.entropy:
+                elif is_kept and ref_hidden is None:
                     z.mul_(-g / sums[rows, None])
                 else:
                     z.exp_().mul_(-g)
@@ -388,17 +370,17 @@ class _TokenTerms(torch.autograd.Function):
 
 
 def _room(hidden: Tensor, weight: Tensor | None, plan: _Plan, kept: int) -> Tensor:
-    """Room for the logits of the kept chunks, at least of one."""
+    """Room for the logits of the kept chunks, and of one at least."""
     tokens = min(max(1, kept) * plan.chunk, max(1, len(hidden)))
     vocabulary = hidden.shape[1] if weight is None else weight.shape[0]
     return torch.empty(tokens, vocabulary, dtype=plan.sums, device=hidden.device)
 
 
 def _significant(gradient: Tensor) -> Tensor:
-    """The same, less what rounding would lose anyway: 0 where it is so small beside the largest, or to 1.
+    """The gradient, with zeros where rounding would lose it anyway, beside its largest value or beside 1.
 
-    A preference that is settled leaves gradients like 1e-30, whose products with probabilities are numbers
-    that a CPU takes a hundred times longer over (denormal ones); zeros it takes in its stride.
+    A settled preference leaves gradients like 1e-30. Their products with probabilities are denormal, which
+    makes a CPU a hundred times slower; zeros cost nothing.
     """
     if not gradient.numel():
         return gradient

@@ -149,12 +149,6 @@ def reward_to_go(token_kl: Tensor, lengths: Tensor, discount: float = 1.0) -> Te
     return discount * F.pad(sums[:, 1:], (0, 1))
 
 
-def effective_sample_size(log_weights: Tensor) -> Tensor:
-    """`(Σw)² / (n Σw²)` of importance weights given as logarithms, `[n]`: a fraction in (0, 1]."""
-    weights = (log_weights - log_weights.max()).exp()  # the scale cancels
-    return weights.sum() ** 2 / (weights**2).sum() / len(weights)
-
-
 def _positions(lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column of each flat token: `[tokens], [tokens]`."""
     device = lengths.device

@@ -100,7 +100,8 @@ def exact_optimum(
             logits.grad = gradient
             return value + beta * divergence
 
-    optimizer.step(objective)
+    step: Callable[[Callable[[], Tensor]], Tensor] = optimizer.step
+    step(objective)
     return logits.detach()[:count].log_softmax(0)
 
 
@@ -132,7 +133,8 @@ def ipo_optimum(
     aims = torch.tanh((rewards[:, None] - rewards) / 2) / (2 * beta)  # 2σ(x) − 1 = tanh(x / 2)
     laplacian = torch.diag(pairs.sum(1)) - pairs
     laplacian += pairs.mean()  # f is free up to a constant: the mean is set to zero
-    return (ref_logps + torch.linalg.solve(laplacian, (pairs * aims).sum(1))).log_softmax(0)
+    fitted: Tensor = torch.linalg.solve(laplacian, (pairs * aims).sum(1))
+    return (ref_logps + fitted).log_softmax(0)
 
 
 _Preference = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -151,7 +153,8 @@ def _pairs(pair_probabilities: Tensor | None, count: int) -> Tensor:
         )
     pairs = (pairs + pairs.T).contiguous()
     pairs.fill_diagonal_(0)
-    return pairs / pairs.sum()
+    shares: Tensor = pairs / pairs.sum()
+    return shares
 
 
 def _pair_preference(rewards: Tensor, pairs: Tensor, alpha: float) -> _Preference:

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping
+from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,8 +50,9 @@ def require_gpus(count: str) -> None:
     Raises:
         ConfigError: says what would be right.
     """
-    devices = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either in WSL
-    if count.strip() not in ("", "0") and sys.platform == "linux" and not any(map(os.path.exists, devices)):
+    # of NVIDIA, its Jetson boards, AMD, either in WSL; torch, whose import takes seconds, knows no others
+    devices = ("/dev/nvidia*", "/dev/nvhost*", "/dev/kfd", "/dev/dxg")
+    if count.strip() not in ("", "0") and sys.platform == "linux" and not any(map(glob, devices)):
         raise ConfigError(
             f"gpus is {count}, and this machine has none: leave it out to train on the CPU, or give "
             "--runner cluster"

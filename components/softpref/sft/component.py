@@ -1,12 +1,14 @@
 """The KFP face of stage 2. Holds no logic: parameters go to `softpref.sft.stage.run`, wherever it runs."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
 
 from softpref.images import TRAIN_IMAGE
 
 
-@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)  # type: ignore[untyped-decorator]
 def train_reference(
     dataset: Input[Dataset],
     reference: Output[Model],
@@ -19,10 +21,10 @@ def train_reference(
     trust_remote_code: bool = False,
     experiment: str = "softpref",
     tracking_uri: str = "",
-    overrides: dict = {},  # noqa: B006
+    overrides: dict[str, Any] = {},  # noqa: B006
     launcher: str = "",
     base_model_version: str = "",
-):
+) -> None:
     """Train the reference model by supervised fine-tuning on demonstrations or best completions.
 
     Args:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
 from softpref.errors import ConfigError
-from softpref.lm.arguments import check_sharding, check_training_arguments, device_has_bf16
+from softpref.lm.arguments import StageArguments
 from softpref.lm.loading import check_model_source, check_remote_code
-from softpref.lm.tokenizing import check_num_proc
 
 
 @dataclass
-class SFTConfig(TrainingArguments):
+class SFTConfig(StageArguments, TrainingArguments):
     """Arguments of the SFT stage.
 
     Args:
@@ -45,7 +45,7 @@ class SFTConfig(TrainingArguments):
     output_dir: str | None = None
     base_model: str = ""
     revision: str = ""
-    model_config: dict = field(default_factory=dict)
+    model_config: dict[str, Any] = field(default_factory=dict)
     vocab_size: int = 4096
     max_prompt_length: int = 512
     max_completion_length: int = 512
@@ -62,7 +62,8 @@ class SFTConfig(TrainingArguments):
     bf16: bool | None = field(default=None)  # type: ignore[assignment]
     save_total_limit: int | None = 2
 
-    def __post_init__(self) -> None:
+    def _check_own(self) -> None:
+        self.base_model = str(self.base_model)  # a Path is taken, too
         if self.base_model:
             check_model_source(self.base_model)
             check_remote_code(self.base_model, self.trust_remote_code)
@@ -72,9 +73,3 @@ class SFTConfig(TrainingArguments):
                 'models:/NAME@ALIAS or a Hub id), or a model_config with at least "model_type" to train from '
                 "nothing"
             )
-        check_training_arguments(self)
-        check_num_proc(self)
-        if self.bf16 is None:
-            self.bf16 = device_has_bf16() and not self.fp16 and not self.use_cpu
-        super().__post_init__()
-        check_sharding(self)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from softpref.config import closest
 from softpref.errors import ConfigError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def build_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
+
+def build_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerBase:
     """Train a byte-level BPE tokenizer: every text can be written with it, and read back unchanged.
 
     One special token closes a completion, another pads; a prompt is its text alone.
@@ -28,7 +31,8 @@ def build_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    wrapped: Callable[..., PreTrainedTokenizerFast] = PreTrainedTokenizerFast
+    return wrapped(
         tokenizer_object=tokenizer,
         eos_token="<|endoftext|>",
         bos_token="<|endoftext|>",
@@ -37,7 +41,7 @@ def build_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
     )
 
 
-def build_model(model_config: Mapping[str, Any], tokenizer: Any) -> Any:
+def build_model(model_config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A randomly initialised causal language model for `tokenizer`.
 
     Raises:
@@ -53,8 +57,9 @@ def build_model(model_config: Mapping[str, Any], tokenizer: Any) -> Any:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    from_config: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
     try:
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**options))
+        return from_config(AutoConfig.for_model(**options))
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"model_config {dict(model_config)} does not describe a model: {error}") from error
 

@@ -12,14 +12,9 @@ from softpref.artifacts import readable
 from softpref.errors import ConfigError, DataError
 from softpref.lm.course import TRAINING_OPTIONS, Course, dataset_stats
 from softpref.lm.kept_rows import keep_rows
-from softpref.lm.loading import (
-    load_model,
-    load_tokenizer,
-    local_source,
-    source_name,
-)
-from softpref.lm.scoring import check_ids, check_positions
-from softpref.lm.tokenization import TokenizedSequence, stop_token_ids
+from softpref.lm.loading import load_model, load_tokenizer, local_source, source_name
+from softpref.lm.scoring import check_sequences
+from softpref.lm.tokenization import stop_token_ids
 from softpref.sft.config import SFTConfig
 from softpref.sft.scratch import build_model, build_tokenizer
 from softpref.sft.trainer import Demonstrations, SFTTrainer, collate
@@ -31,8 +26,8 @@ _LOSS_LIMIT = 700.0  # whose exponential is still a number
 def run(
     config: SFTConfig,
     *,
-    dataset_dir: str,
-    output_dir: str,
+    dataset_dir: str | Path,
+    output_dir: str | Path,
     name: str = "reference",
     experiment: str = "softpref",
     parent_run_id: str = "",
@@ -43,16 +38,12 @@ def run(
 
     Args:
         dataset_dir: a dataset folder of stage 1.
-        output_dir: the model folder to write; must not hold a finished model.
-        name: name of the model and of its tracking run.
-        experiment, parent_run_id, tracking_uri: where tracking puts the run, and where a registered base
-            model is; an empty URI takes `MLFLOW_TRACKING_URI`, or a local store.
-        checkpoint_dir: where checkpoints are kept while training; by default inside `output_dir`. A run that
-            was cut off continues from the newest complete one, and they are removed at the end.
+        output_dir, name, experiment, parent_run_id, tracking_uri, checkpoint_dir: see
+            `softpref.lm.course.Course`.
 
     Returns:
         The final metrics, `train_loss` and `eval_loss` among them (nats per completion token), and
-        `rows/NAME`, what was counted of the training demonstrations.
+        `rows/NAME`, the counts of the training demonstrations.
 
     Raises:
         ConfigError, DataError: before training.
@@ -87,11 +78,7 @@ def run(
         split: Demonstrations(rows, tokenizer, config, stop_ids, f"{split} demonstration")
         for split, rows in demonstrations.items()
     }
-    sequences = [row for split in splits.values() for row in split.rows]
-    longest = max(sequences, key=_length)
-    remedy = "lower max_prompt_length or max_completion_length"
-    check_positions(model, len(longest.prompt), len(longest.completion), remedy)
-    check_ids(model, (ids for row in sequences for ids in (row.prompt, row.completion)))
+    check_sequences(model, [(row.prompt, row.completion) for split in splits.values() for row in split.rows])
     from_nothing = {"model_config": config.model_config, "vocab_size": config.vocab_size}
     course.claim(
         {
@@ -135,11 +122,7 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
     return readable({**losses, "eval_perplexity": perplexity})
 
 
-def _length(row: TokenizedSequence) -> int:
-    return len(row.prompt) + len(row.completion)
-
-
-def _load_demonstrations(dataset_dir: str) -> dict[str, Any]:
+def _load_demonstrations(dataset_dir: str | Path) -> dict[str, Any]:
     """Split name → rows with `prompt` and `completion`."""
     from datasets import load_from_disk
 
@@ -150,9 +133,7 @@ def _load_demonstrations(dataset_dir: str) -> dict[str, Any]:
         preferences = load_from_disk(str(folder))
         splits = {
             split: preferences[split]
-            .map(
-                lambda row: {"completion": row["completions"][0]}, keep_in_memory=True
-            )  # no file beside its own
+            .map(lambda row: {"completion": row["completions"][0]}, keep_in_memory=True)
             .select_columns(["prompt", "completion"])
             for split in ("train", "validation")
             if split in preferences and len(preferences[split])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
-from softpref.errors import DataError, SoftprefError
 from softpref.lm.head import completion_hidden
 from softpref.lm.packing import PackedBatch, pack_sequences
 from softpref.lm.scoring import Ids, TeamScorer, score_sequences
@@ -19,6 +19,9 @@ from softpref.lm.tokenizing import RowText, tokenize_rows
 from softpref.lm.training import GuardedTrainer
 from softpref.progress import follow
 from softpref.sft.config import SFTConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class SFTTrainer(GuardedTrainer):
@@ -33,23 +36,36 @@ class SFTTrainer(GuardedTrainer):
         super().__init__(*args, **options)
         self.model_accepts_loss_kwargs = False  # losses are scaled here, over the global batch
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor]:
         """The micro-batches of one optimizer step, and how many completion tokens all processes have."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         tokens = torch.tensor(float(sum(len(batch["targets"]) for batch in batches)), device=device)
         return batches, self.accelerator.reduce(tokens, reduction="sum")
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def _token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """−log P of each completion token, `[T]`."""
         batch = PackedBatch(*(inputs[name] for name in PackedBatch._fields))
-        losses = -completion_hidden(model, batch, plain=self.args.plain_forward).logps()
+        return -completion_hidden(model, batch, plain=self.args.plain_forward).logps()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        losses = self._token_losses(model, inputs)
         if num_items_in_batch is None:
             return losses.mean()
         scale = self.current_gradient_accumulation_steps * self.args.world_size
-        return losses.sum() / num_items_in_batch * scale
+        loss: Tensor = losses.sum() / num_items_in_batch * scale
+        return loss
 
     @contextmanager
     def scoring_team(self) -> Iterator[TeamScorer]:
-        """All processes score sequences under the model for the first, while that one is within."""
+        """All processes score sequences under the model for the first one, while that is inside."""
         model = self.accelerator.unwrap_model(self.model)
 
         def compute(sequences: list[tuple[Ids, Ids]]) -> list[float]:
@@ -67,14 +83,22 @@ class SFTTrainer(GuardedTrainer):
             finally:
                 team.dismiss()
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss of an evaluation batch; no predictions are collected."""
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The loss of an evaluation batch over its own rows; no predictions are collected."""
         inputs = self._prepare_inputs(inputs)
+        own = self.own_rows(len(inputs["lengths"]))
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            losses = self._token_losses(model, inputs)
+        return losses[: int(inputs["lengths"][:own].sum())].mean(), None, None
 
 
-class Demonstrations(torch.utils.data.Dataset):
+class Demonstrations(torch.utils.data.Dataset[TokenizedSequence]):
     """Tokenized demonstrations, and what was counted of them.
 
     Args:
@@ -89,7 +113,7 @@ class Demonstrations(torch.utils.data.Dataset):
     def __init__(
         self,
         rows: Sequence[Mapping[str, Any]],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         config: SFTConfig,
         stop_ids: Sequence[int],
         name: str,
@@ -98,11 +122,11 @@ class Demonstrations(torch.utils.data.Dataset):
         self.counts: Counter[str] = Counter()
         quiet = bool(config.disable_tqdm) or config.process_index > 0
 
-        def jobs() -> Iterator[tuple[int, RowText]]:
-            for number, row in enumerate(follow(rows, f"tokenizing {name}s", disable=quiet)):
-                yield number, RowText(row["prompt"], [row["completion"]])
+        def jobs() -> Iterator[tuple[None, RowText]]:
+            for row in follow(rows, f"tokenizing {name}s", disable=quiet):
+                yield None, RowText(row["prompt"], [row["completion"]])
 
-        for number, found in tokenize_rows(
+        for _, found in tokenize_rows(
             jobs,
             tokenizer,
             config,
@@ -112,10 +136,6 @@ class Demonstrations(torch.utils.data.Dataset):
             max_prompt_length=config.max_prompt_length,
             max_completion_length=config.max_completion_length,
         ):
-            if isinstance(found, DataError):
-                raise DataError(f"{name} {number}: {found}") from found
-            if isinstance(found, SoftprefError):
-                raise found
             self.rows += found
             self.counts.update(["given", *row_findings(found)])
         if config.process_index == 0:

@@ -1,5 +1,6 @@
 """Stage 3, SPO training with online sampling. Needs torch, transformers and accelerate only."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,12 +12,7 @@ __all__ = ["SPOConfig", "SPOTrainer"]
 
 def __getattr__(name: str) -> Any:
     """Import torch and transformers only when a class is asked for: a pipeline's `--help` needs neither."""
-    if name == "SPOConfig":
-        from softpref.spo.config import SPOConfig
-
-        return SPOConfig
-    if name == "SPOTrainer":
-        from softpref.spo.trainer import SPOTrainer
-
-        return SPOTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module("softpref.spo.config" if name == "SPOConfig" else "softpref.spo.trainer")
+    return getattr(module, name)

@@ -13,14 +13,13 @@ from softpref.lm.extrapolation import parse_weights
 logger = logging.getLogger(__name__)
 
 METHODS = ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo", "sppo")
-# Options that only some methods know: option, the value that does nothing, the methods.
-_ONLY_FOR = (
-    ("anchor", 0.0, ("spo",)),
-    ("weight_exponent", 0.0, ("spo",)),
-    ("tdpo_alpha", 0.5, ("tdpo",)),
-    ("label_smoothing", 0.0, ("dpo", "rdpo")),
-    ("soft_labels", "linear", ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo")),
-)
+_ONLY_FOR = {  # options that only some methods have
+    "anchor": ("spo",),
+    "weight_exponent": ("spo",),
+    "tdpo_alpha": ("tdpo",),
+    "label_smoothing": ("dpo", "rdpo"),
+    "soft_labels": ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo"),
+}
 
 
 class Derived:
@@ -105,22 +104,13 @@ def check_options(args: Any) -> None:
         from softpref.objectives import kl_lambda  # imports torch
 
         try:
-            kl_lambda(args.kl_gradient)  # type: ignore[arg-type]
+            kl_lambda(args.kl_gradient)
         except ValueError:
             refuse("kl_gradient", "token, full, or a number from 0 (token) to 1 (full)")
-    if not 0 <= args.label_smoothing < 0.5:
-        refuse("label_smoothing", "in [0, 0.5)")
-    for name in ("anchor", "kl_beta", "weight_exponent", "tdpo_alpha"):
-        if not (getattr(args, name) >= 0 and math.isfinite(getattr(args, name))):
-            refuse(name, "at least 0")
-    for name in ("sampling_interval", "sampling_batch_size", "lora_r", "rounds"):
-        if getattr(args, name) < 1:
-            refuse(name, "at least 1")
     if args.samples_per_refresh < args.sampling_interval:
         refuse(
             "samples_per_refresh",
-            f"at least sampling_interval ({args.sampling_interval}), for each optimizer step consumes a "
-            "slice of the samples",
+            f"at least sampling_interval ({args.sampling_interval}): each optimizer step consumes a slice",
         )
     if args.vllm_server and not args.vllm_server.startswith(("http://", "https://")):
         refuse("vllm_server", "a URL like http://HOST:8021, or empty to run vLLM in the training process")
@@ -137,36 +127,30 @@ def check_options(args: Any) -> None:
         )
     if args.max_importance_ratio is not None and not args.max_importance_ratio >= 1:
         refuse("max_importance_ratio", "at least 1, or left out to leave stale samples unweighted")
-    if args.completions_per_prompt < 2:
-        refuse("completions_per_prompt", "at least 2, for one is judged against another")
     if args.train_sampling_strategy not in ("random", "sequential"):
-        refuse(
-            "train_sampling_strategy",
-            "random or sequential, for a row has no single length",
-        )
+        refuse("train_sampling_strategy", "random or sequential: a row has no single length")
     if "inputs" in args.include_for_metrics:
         refuse("include_for_metrics", "without inputs: a batch is packed, and holds no rows of ids")
     if args.remove_unused_columns:
         refuse("remove_unused_columns", "false: SPOTrainer makes the columns that it needs")
-    _check_rounds(args, refuse)
+    if args.draws_rows:
+        _check_rounds(args, refuse)
     if parse_weights(args.extrapolation) and args.use_peft and not args.merge_adapter:
         refuse("extrapolation", "empty where the adapter is not merged, or merge_adapter true")
     for name, neutral in (("temperature", 1), ("top_p", 1), ("top_k", 0), ("repetition_penalty", 1)):
         if getattr(args, name) != neutral:
             refuse(
                 name,
-                f"{neutral}: the KL term weighs samples as draws of the policy's own distribution, and "
-                "any other setting would bias it without a sign",
+                f"{neutral}: the KL term takes samples as draws from the policy's own distribution, and any "
+                "other setting would silently bias it",
             )
 
 
 def _check_rounds(args: Any, refuse: Callable[[str, str], None]) -> None:
-    if not args.draws_rows:
-        return
     if args.rounds > 1 and args.num_train_epochs != int(args.num_train_epochs):
         refuse("num_train_epochs", "a whole number where there are rounds: passes over each round's rows")
     if args.reference_cache and args.scores_reference:
-        refuse("reference_cache", "empty where rows are drawn from the policy: no run meets them again")
+        refuse("reference_cache", "empty where rows are drawn from the policy: no other run has them")
     if args.round_reference == "previous" and (args.method == "tdpo" or not args.scores_reference):
         refuse(
             "round_reference",
@@ -178,55 +162,57 @@ def _check_rounds(args: Any, refuse: Callable[[str, str], None]) -> None:
 
 
 def warn_of_idle_options(args: Any) -> None:
-    """Say aloud which options were set that do nothing here."""
-    idle: list[tuple[str, Any, str]] = [
-        (option, neutral, f"it is an option of {', '.join(methods)}, and the method is {args.method}")
-        for option, neutral, methods in _ONLY_FOR
-        if args.method not in methods
-    ]
-    if args.method == "tdpo" or not args.scores_reference:
-        idle.append(
-            (
-                "reference_cache",
-                "",
-                "the loss takes no log-probabilities of the reference that could be kept",
-            )
-        )
-    if args.method == "spo":
-        idle.append(("kl_beta", 0.0, "the KL term of spo has the strength beta"))
+    """Warn of options that were set and do nothing here.
+
+    Args:
+        args: an `SPOConfig`.
+    """
+    spo = args.method == "spo"
     if args.kl_on == "none":
-        kl_term = "there is no KL term where kl_on is none"
-        if args.method != "spo":
-            idle.append(("kl_beta", 0.0, kl_term))
-        elif args.beta:
-            idle.append(("beta", type(args).beta, kl_term))
+        no_samples = "there is no KL term where kl_on is none"
     elif args.kl_strength == 0:
-        kl_term = "there is no KL term without a beta above 0 (of baselines, a kl_beta)"
-        idle.append(("kl_on", "samples", kl_term))
+        no_samples = "there is no KL term without a beta above 0 (of baselines, a kl_beta)"
     else:
-        kl_term = "the KL term goes along the rows' own completions where kl_on is data"
-    if args.method == "spo" and not args.samples_policy:  # a sweep's baselines have its other models'
-        idle += [
-            ("kl_gradient", "token", kl_term),
-            ("kl_prompts", "auto", kl_term),
-            ("refresh", "fixed", kl_term),
-            ("max_importance_ratio", None, kl_term),
-        ]
-    if not (args.method == "spo" and args.weight_exponent):
-        idle.append(("weight_scores", "sequence", "rows have no weight without a weight_exponent"))
-    idle.append(("label_smoothing_factor", 0.0, "label_smoothing is what dpo and rdpo take"))
-    if args.refresh != "adaptive":
-        idle.append(("min_ess", 0.5, "refresh is not adaptive"))
-    if not (args.samples_policy or args.draws_rows):
-        idle.append(("sampling_engine", "transformers", "nothing is sampled"))
-    if not args.draws_rows:
-        idle.append(("round_reference", "auto", "no row is drawn from the policy"))
-    if not args.uses_judge:
-        nothing = "no completion is drawn and judged"
-        idle += [("completions_per_prompt", 2, nothing), ("judge", "auto", nothing)]
-    for option, neutral, reason in idle:
-        if getattr(args, option) != neutral:
-            logger.warning("%s=%r has no effect: %s", option, getattr(args, option), reason)
+        no_samples = "the KL term goes along the rows' own completions where kl_on is data"
+    idle: list[tuple[bool, tuple[str, ...], str]] = [
+        *(
+            (
+                args.method not in methods,
+                (option,),
+                f"it is an option of {', '.join(methods)}, and the method is {args.method}",
+            )
+            for option, methods in _ONLY_FOR.items()
+        ),
+        (
+            not args.takes_reference_logps,
+            ("reference_cache",),
+            "the loss takes no log-probabilities of the reference that could be kept",
+        ),
+        (spo, ("kl_beta",), "the KL term of spo has the strength beta"),
+        (args.kl_on == "none" and not spo, ("kl_beta",), no_samples),
+        (args.kl_on == "none" and spo and bool(args.beta), ("beta",), no_samples),
+        (args.kl_on != "none" and args.kl_strength == 0, ("kl_on",), no_samples),
+        # of spo alone: a sweep's baselines have its other models' options
+        (
+            spo and not args.samples_policy,
+            ("kl_gradient", "kl_prompts", "refresh", "max_importance_ratio"),
+            no_samples,
+        ),
+        (
+            not (spo and args.weight_exponent),
+            ("weight_scores",),
+            "rows have no weight without a weight_exponent",
+        ),
+        (True, ("label_smoothing_factor",), "label_smoothing is what dpo and rdpo take"),
+        (args.refresh != "adaptive", ("min_ess",), "refresh is not adaptive"),
+        (not (args.samples_policy or args.draws_rows), ("sampling_engine",), "nothing is sampled"),
+        (not args.draws_rows, ("round_reference",), "no row is drawn from the policy"),
+        (not args.uses_judge, ("completions_per_prompt", "judge"), "no completion is drawn and judged"),
+    ]
+    for holds, options, reason in idle:
+        for option in options if holds else ():
+            if getattr(args, option) != getattr(type(args), option):  # its default
+                logger.warning("%s=%r has no effect: %s", option, getattr(args, option), reason)
 
 
 def member_name(method: str, alpha: float, beta: float) -> str:

@@ -1,12 +1,14 @@
 """The KFP face of stage 3. Holds no logic: parameters go to `softpref.spo.stage.run`, wherever it runs."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
 
 from softpref.images import TRAIN_IMAGE
 
 
-@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)  # type: ignore[untyped-decorator]
 def train_policy(
     dataset: Input[Dataset],
     reference: Input[Model],
@@ -22,9 +24,9 @@ def train_policy(
     trust_remote_code: bool = False,
     experiment: str = "softpref",
     tracking_uri: str = "",
-    overrides: dict = {},  # noqa: B006
+    overrides: dict[str, Any] = {},  # noqa: B006
     launcher: str = "",
-):
+) -> None:
     """Align the reference to preferences: soft preference optimization, or a baseline on the same rows.
 
     Args:

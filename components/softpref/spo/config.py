@@ -9,13 +9,12 @@ from transformers import TrainingArguments
 
 from softpref.config import check_names, parse_overrides
 from softpref.errors import ConfigError
-from softpref.lm.arguments import check_sharding, check_training_arguments, device_has_bf16
-from softpref.lm.tokenizing import check_num_proc
+from softpref.lm.arguments import StageArguments
 from softpref.spo.checks import Derived, check_options, warn_of_idle_options
 
 
 @dataclass
-class SPOConfig(Derived, TrainingArguments):
+class SPOConfig(Derived, StageArguments, TrainingArguments):
     """Arguments of `SPOTrainer`.
 
     Args:
@@ -152,7 +151,7 @@ class SPOConfig(Derived, TrainingArguments):
     round_reference: Literal["auto", "initial", "previous"] = "auto"
     judge: Literal["auto", "expert", "bradley-terry"] = "auto"
     extrapolation: str = ""
-    model_init_kwargs: dict | str | None = None
+    model_init_kwargs: dict[str, Any] | str | None = None
     use_peft: bool = False
     lora_r: int = 16
     lora_alpha: int = 32
@@ -173,28 +172,19 @@ class SPOConfig(Derived, TrainingArguments):
         check_names(cls, options)
         return super().__new__(cls)
 
-    def __post_init__(self) -> None:
+    def _check_own(self) -> None:
         self.model_init_kwargs = (
             parse_overrides(self.model_init_kwargs, "SPOConfig.model_init_kwargs") or None
         )
-        check_training_arguments(self)
-        check_num_proc(self)
-        self._check_choices()
-        check_options(self)
-        warn_of_idle_options(self)
-        if self.bf16 is None:
-            self.bf16 = device_has_bf16() and not self.fp16 and not self.use_cpu
-        super().__post_init__()
-        check_sharding(self)
-
-    @property
-    def init_kwargs(self) -> dict[str, Any]:
-        """`model_init_kwargs` as they are handed on."""
-        return self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
-
-    def _check_choices(self) -> None:
         for name, hint in get_type_hints(SPOConfig).items():
             closed = name in SPOConfig.__annotations__ and get_origin(hint) is Literal
             if closed and getattr(self, name) not in get_args(hint):
                 choices = " or ".join(get_args(hint))
                 raise ConfigError(f"SPOConfig.{name} must be {choices}, got {getattr(self, name)!r}")
+        check_options(self)
+        warn_of_idle_options(self)
+
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """`model_init_kwargs` as they are handed on."""
+        return self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}

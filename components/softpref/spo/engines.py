@@ -1,7 +1,7 @@
-"""What draws the policy's samples while it trains: the model itself, or vLLM, in this process or on a server.
+"""What draws the policy's samples in training: the model itself, or vLLM, in this process or on a server.
 
-Every engine is called like `softpref.lm.sampling.sample_completions` and gives the same: samples of exactly
-the model's own distribution. A vLLM engine takes over the model's weights first, at each call.
+Every engine is called like `softpref.lm.sampling.sample_completions` and draws from the same distribution,
+the model's own. A vLLM engine first loads the model's weights, at each call.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from copy import deepcopy
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from softpref.errors import ConfigError, SoftprefError
@@ -95,8 +97,8 @@ def engine_spec(args: SPOConfig, model: Any) -> EngineSpec:
 class VLLMEngine:
     """vLLM inside this process; in a distributed run each process has its own, for its share of the prompts.
 
-    It is built at the first call, and kept until the process ends. Beside the trainer's own weights it holds
-    a copy in `spec.dtype` and a key-value cache for `spec.max_sequences` sequences.
+    It is built at the first call and kept until the process ends. Beside the trainer's own weights it holds a
+    copy in `spec.dtype` and a key-value cache for `spec.max_sequences` sequences.
     """
 
     def __init__(self, spec: EngineSpec, *, trust_remote_code: bool = False) -> None:
@@ -112,7 +114,7 @@ class VLLMEngine:
         batch_size: int = 64,
         progress: Callable[[int], Any] | None = None,
     ) -> list[Sample]:
-        """Take over the model's weights, then sample; `batch_size` is the spec's, padding is not needed."""
+        """Load the model's weights, then sample; the batch size is the spec's."""
         _check_noise(prompts, noise)
         core = shared_core(self._spec, trust_remote_code=self._trust_remote_code)
         core.load(policy_weights(model).items())
@@ -138,7 +140,7 @@ class VLLMServerEngine:
     def __init__(self, spec: EngineSpec, url: str) -> None:
         self._spec = spec
         self._client = ServerClient(url)
-        if _rank() == 0:
+        if PartialState().process_index == 0:
             self._client.request("GET", "/engine")
 
     def __call__(
@@ -153,23 +155,23 @@ class VLLMServerEngine:
     ) -> list[Sample]:
         """Send the model's weights and the prompts of all processes, and give this process its samples."""
         _check_noise(prompts, noise)
-        mine = ([list(prompt) for prompt in prompts], noise_seeds(noise))
-        shares = _gathered(mine)
+        rank = PartialState().process_index
+        shares = gather_object([([list(prompt) for prompt in prompts], noise_seeds(noise))])
         answer: list[Any] = [None]
         failure: Exception | None = None
-        if _rank() == 0:
+        if rank == 0:
             try:
                 answer = [self._sample(model, shares, noise.shape[1], stop_ids)]
             except Exception as error:  # the others must hear of it, or they would wait in vain
                 failure, answer = error, [f"process 0 could not draw samples: {error}"]
-        _broadcast(answer)
+        broadcast_object_list(answer)
         if failure is not None:
             raise failure
         if isinstance(answer[0], str):
             raise ConfigError(answer[0])
         if progress:
             progress(len(prompts))
-        return _samples(prompts, [Drawn(*one) for one in answer[0][_rank()]])
+        return _samples(prompts, [Drawn(*one) for one in answer[0][rank]])
 
     def _sample(
         self,
@@ -198,16 +200,16 @@ class VLLMServerEngine:
 
 
 class ServerClient:
-    """Speaks to `softpref.spo.vllm_server`: JSON, and weights as safetensors."""
+    """Talks to `softpref.spo.vllm_server`: JSON, and weights as safetensors."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
         self._token = os.environ.get(TOKEN_VARIABLE, "")
-        # a proxy that the environment names for the outer world has no business here
+        # without the environment's proxy, which is for the outside world
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def synchronise(self, spec: EngineSpec, weights: dict[str, Tensor]) -> str:
-        """Have the server build its engine, unless it has it, and load these weights; the weights' name."""
+        """Have the server build its engine, if it has none, and load these weights; returns their name."""
         self.request("PUT", "/engine", spec._asdict())
         version, parts = uuid.uuid4().hex, 0
         for part in _parts(weights, getattr(torch, spec.dtype)):
@@ -220,7 +222,7 @@ class ServerClient:
         """Send bytes or JSON and read the JSON answer; try again while the server is away.
 
         Raises:
-            ConfigError: it stays away, refuses the token or the request, or failed at it.
+            ConfigError: it stays away, refuses the token or the request, or fails.
         """
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
@@ -229,7 +231,8 @@ class ServerClient:
         for attempt in range(_ATTEMPTS):
             try:
                 with self._opener.open(request, timeout=_PATIENCE) as response:
-                    return json.load(response)
+                    answer: dict[str, Any] = json.load(response)
+                    return answer
             except urllib.error.HTTPError as error:
                 what = _message(error)
                 if error.code == 409:
@@ -263,15 +266,15 @@ def check_agreement(
 ) -> Agreement:
     """Compare the log-probabilities that came with samples with those that the trainer's model gives them.
 
-    Two implementations of a model round differently, and the more the fewer bits they have. Beyond that they
-    agree, unless the engine has other weights, samples another distribution or computes another model: then
-    the KL term would be estimated on samples of something else. The mean over tokens is judged, for single
-    tokens differ much more in bfloat16. The limits are 0.01 nats in float32 (rounding alone gives about
-    1e-6, TF32 1e-3), 0.03 in float16 and 0.1 in bfloat16 (0.01 to 0.05, the sharper the model the more).
+    Two implementations of a model round differently, the more so the fewer bits they have. Beyond that they
+    agree, unless the engine has other weights, samples another distribution or computes another model: the KL
+    term would then be estimated on samples of something else. The mean over tokens is judged: single tokens
+    differ much more in bfloat16. The limits are 0.01 nats in float32 (rounding alone gives about 1e-6, TF32
+    1e-3), 0.03 in float16 and 0.1 in bfloat16 (0.01 to 0.05, more for a sharper model).
 
     Args:
-        samples: of which the first `sequences` are compared, scored as the trainer scores; call it in the
-            context that the trainer computes in.
+        samples: the first `sequences` of them are compared; call it in the context that the trainer computes
+            in.
         plain: as in `softpref.lm.head.completion_hidden`.
         precision: `float32`, `bfloat16` or `float16`, the coarser of trainer and engine.
 
@@ -284,7 +287,7 @@ def check_agreement(
         pairs = [(sample.prompt, sample.completion) for sample in chosen]
         for places, batch in scoring_batches(model, pairs, batch_size=sequences, plain=plain):
             logps = completion_hidden(model, batch, plain=plain).logps().cpu()
-            for place, right in zip(places, logps.split(batch.lengths.tolist()), strict=True):
+            for place, right in zip(places, torch.split(logps, batch.lengths.tolist()), strict=True):
                 differences.append((right - torch.tensor(chosen[place].token_logps)).abs())
     if not differences:
         return Agreement(0.0, 0.0)
@@ -340,7 +343,8 @@ def policy_weights(model: Any) -> dict[str, Tensor]:
             if id(tensor) not in seen:
                 seen[id(tensor)] = tensor
                 weights[name] = tensor.detach()
-    return revert_weight_conversion(base, weights)
+    converted: dict[str, Tensor] = revert_weight_conversion(base, weights)
+    return converted
 
 
 def _merged_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -404,25 +408,3 @@ def _message(error: urllib.error.HTTPError) -> str:
         return f"says: {json.load(error)['error']}"
     except (ValueError, KeyError, OSError):
         return f"answers {error.code} {error.reason}"
-
-
-def _distributed() -> bool:
-    dist = torch.distributed
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _distributed() else 0
-
-
-def _gathered(mine: Any) -> list[Any]:
-    if not _distributed():
-        return [mine]
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, mine)
-    return shares
-
-
-def _broadcast(answer: list[Any]) -> None:
-    if _distributed():
-        torch.distributed.broadcast_object_list(answer, src=0)

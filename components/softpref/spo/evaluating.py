@@ -1,4 +1,4 @@
-"""A trainer of preference rows as far as it reads, evaluates and predicts them. Trains on none."""
+"""The part of a trainer that reads, evaluates and predicts preference rows. Trains on none."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers.trainer_utils import PredictionOutput
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from softpref.lm.packing import evaluation_mode
+from softpref.lm.scoring import check_sequences
 from softpref.lm.training import GuardedTrainer
 from softpref.spo.config import SPOConfig
 from softpref.spo.objective import Objective, by_row
 from softpref.spo.rounds import RoundRows
-from softpref.spo.rows import PreferenceRows, TrainingRows, check_lengths
+from softpref.spo.rows import PreferenceRows, TrainingRows
 
 AnyRows = TypeVar("AnyRows", bound=TrainingRows)
 
@@ -30,6 +34,7 @@ class RowsTrainer(GuardedTrainer):
     args: SPOConfig
     objective: Objective
     stop_ids: list[int]
+    processing_class: PreTrainedTokenizerBase
     _most_completions = 0  # of a row among those that are evaluated
 
     def rows_for(
@@ -37,27 +42,26 @@ class RowsTrainer(GuardedTrainer):
     ) -> AnyRows:
         """Rows made of those that were handed over, which the model has positions and embeddings for."""
         rows = kind(given, self.processing_class, self.args, stop_ids=self.stop_ids, name=name)
-        check_lengths(model, rows.rows, self.args, sampled=sampled)
+        sequences = [(row["prompt"], one) for row in rows.rows for one in row["completions"]]
+        check_sequences(model, sequences, self.args.max_completion_length if sampled else 0)
         return rows
 
     def evaluation_sets(self, given: Any, model: Any) -> dict[str, PreferenceRows]:
         """Sets of evaluation rows by name; `validation` is the name of a single one."""
-        if isinstance(given, dict):
-            return {
-                name: self.rows_for(PreferenceRows, rows, f"{name} row", model)
-                for name, rows in given.items()
-            }
         if given is None:
             return {}
-        return {"validation": self.rows_for(PreferenceRows, given, "validation row", model)}
+        sets = given if isinstance(given, dict) else {"validation": given}
+        return {
+            name: self.rows_for(PreferenceRows, rows, f"{name} row", model) for name, rows in sets.items()
+        }
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As in the base class; rows may come as they are handed to the constructor."""
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
         return self.get_test_dataloader(eval_dataset)  # which no persistent workers of another set serve
 
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """As in the base class; rows may come as they are handed to the constructor."""
         return super().get_test_dataloader(self._evaluated_rows(test_dataset))
 
@@ -80,19 +84,24 @@ class RowsTrainer(GuardedTrainer):
             has them.
         """
         rows = self._evaluated_rows(test_dataset)
-        output: Any = super().predict(rows, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
+        output: PredictionOutput = super().predict(rows, ignore_keys, metric_key_prefix)
         if not isinstance(rows, PreferenceRows) or len(rows) == rows.counts["given"]:
             return output
-        whole = {
-            name: _spread(one, rows.numbers, rows.counts["given"]) for name, one in output.predictions.items()
-        }
-        labels = _spread(output.label_ids, rows.numbers, rows.counts["given"])
+        found: Any = output.predictions  # what `prediction_step` returned, gathered
+        whole: Any = {name: _spread(one, rows.numbers, rows.counts["given"]) for name, one in found.items()}
+        labels = _spread(np.asarray(output.label_ids), rows.numbers, rows.counts["given"])
         return output._replace(predictions=whole, label_ids=labels)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Any, Tensor | None]:
         """Loss and metrics of an evaluation batch; unless the loss is all, what `predict` returns of it."""
         inputs = self._prepare_inputs(inputs)
-        inputs["own_rows"] = self._own_rows(len(inputs["group_sizes"]))
+        inputs["own_rows"] = self.own_rows(len(inputs["group_sizes"]))
         with torch.no_grad(), evaluation_mode(model), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
@@ -102,20 +111,15 @@ class RowsTrainer(GuardedTrainer):
         }
         return loss.detach(), lines, inputs["probabilities"]
 
-    def _own_rows(self, count: int) -> int:
-        """How many of a batch's rows, the first ones, are counted nowhere else.
-
-        Where several processes evaluate, their last batches are filled up with rows from the beginning.
-        """
-        state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return count
-        return min(max(state.remainder - count * self.args.process_index, 0), count)
-
     def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        """As in the base class; what it returns and logs has the metrics of `SPOTrainer` too."""
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in the base class; the metrics of `SPOTrainer` are added."""
         rows = getattr(getattr(dataloader, "dataset", None), "rows", ())
         self._most_completions = max((len(row["completions"]) for row in rows), default=0)
         output = super().evaluation_loop(

@@ -29,11 +29,11 @@ class Means:
             total, number = before.total + total, before.number + number
         self._values[name] = _Mean(total, number)
 
-    def take(self, sum_over_processes) -> dict[str, float]:
+    def take(self, sum_over_processes: Callable[[float], float]) -> dict[str, float]:
         means = {}
         for name in sorted(self._values):  # one order on every process
-            total, number = self._values[name]
-            total, number = sum_over_processes(float(total)), sum_over_processes(number)
+            mine = self._values[name]
+            total, number = sum_over_processes(float(mine.total)), sum_over_processes(mine.number)
             if number:  # none where no row of the steps took part
                 means[name] = total / number
         self._values.clear()

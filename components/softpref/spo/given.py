@@ -80,16 +80,18 @@ def settled_arguments(args: Any, model: Any) -> SPOConfig:
 
 def model_name(model: Any) -> str:
     """The name or folder that a model was loaded from; empty for one that was made."""
-    return model if isinstance(model, str) else getattr(getattr(model, "config", None), "name_or_path", "")
+    if isinstance(model, (str, Path)):
+        return str(model)
+    return getattr(getattr(model, "config", None), "name_or_path", "")
 
 
 def loaded(model: Any, args: SPOConfig) -> Any:
-    """The model itself, or what `softpref.lm.loading.load_model` makes of a name.
+    """The model itself, or what `softpref.lm.loading.load_model` makes of a name or folder.
 
     Raises:
-        ConfigError: it is none, or cannot be loaded.
+        ConfigError: it is neither, or cannot be loaded.
     """
-    if isinstance(model, str):
+    if isinstance(model, (str, Path)):
         options = {"trust_remote_code": args.trust_remote_code, **args.init_kwargs}
         return load_model(model, **options)
     if not isinstance(model, nn.Module):

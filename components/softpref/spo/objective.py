@@ -190,8 +190,9 @@ class Objective:
             ):
                 found = self._hidden(reference, batch)
                 self._kept_head = found._replace(hidden=found.hidden[:0], targets=found.targets[:0])
-                for row, hidden in zip(rows, found.hidden.cpu().split(batch.lengths.tolist()), strict=True):
-                    states[row] = hidden.clone()  # not a view that would keep the whole batch
+                hidden = torch.split(found.hidden.cpu(), batch.lengths.tolist())
+                for row, own in zip(rows, hidden, strict=True):
+                    states[row] = own.clone()  # not a view that would keep the whole batch
         return states
 
     def _weight_scores(self, logps: Tensor, batch: PackedBatch) -> Tensor:
@@ -232,6 +233,6 @@ def packed(inputs: Mapping[str, Any], prefix: str = "") -> PackedBatch:
 
 def by_row(values: Tensor, sizes: Tensor, most: int) -> Tensor:
     """Values of completions as a line of each row: `[sequences] -> [rows, at least most]`, the rest NaN."""
-    lines = values.split(sizes.tolist())
+    lines = torch.split(values, sizes.tolist())
     width = max(most, *map(len, lines))
     return torch.stack([nn.functional.pad(one, (0, width - len(one)), value=torch.nan) for one in lines])

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ import torch
 
 from softpref.errors import ConfigError, DataError
 from softpref.spo.config import SPOConfig
+from softpref.spo.rows import Row
 
 Scorer = Callable[[list[tuple[list[int], list[int]]]], list[float]]
 """`(prompt ids, completion ids)` pairs to the reference's sequence log-probabilities, nats."""
 
 
 def add_reference_logps(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     folder: str | Path,
     model_hash: str,
     score: Scorer,
@@ -48,7 +50,7 @@ def add_reference_logps(
         DataError: it lacks a completion.
     """
     if writes:
-        Path(folder).mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is said before scoring
+        Path(folder).mkdir(parents=True, exist_ok=True)  # where that fails, it fails before scoring
     sequences = {_key(row["prompt"], one): (row["prompt"], one) for row in rows for one in row["completions"]}
     keys = sorted(sequences)
     data_hash = hashlib.sha256("".join(keys).encode()).hexdigest()
@@ -94,26 +96,18 @@ def scorer_fingerprint(model: Any, args: SPOConfig) -> str:
     return hashlib.sha256(f"{model_fingerprint(model)} in {precision}{made}".encode()).hexdigest()
 
 
-def set_reference_logps(rows: Sequence[dict[str, Any]], score: Scorer) -> None:
+def set_reference_logps(rows: Sequence[Row], score: Scorer) -> None:
     """Give every row its `ref_logps`, computed now and kept nowhere else."""
     logps = iter(score([(row["prompt"], one) for row in rows for one in row["completions"]]))
     for row in rows:
         row["ref_logps"] = [next(logps) for _ in row["completions"]]
 
 
-class adapter_off:
-    """Context that yields a PEFT model with its adapter disabled: the reference."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._context = model.disable_adapter()
-
-    def __enter__(self) -> Any:
-        self._context.__enter__()
-        return self._model
-
-    def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
+@contextmanager
+def adapter_off(model: Any) -> Iterator[Any]:
+    """A PEFT model with its adapter disabled: the reference."""
+    with model.disable_adapter():
+        yield model
 
 
 def _key(prompt: Sequence[int], completion: Sequence[int]) -> str:

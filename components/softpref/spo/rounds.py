@@ -18,11 +18,15 @@ from softpref.errors import ConfigError
 from softpref.judges import as_text
 from softpref.lm.sampling import Sample, sampling_noise
 from softpref.lm.tokenization import decode_completion
+from softpref.objectives.preference import PreferenceKind
 from softpref.progress import progress
 from softpref.spo.config import SPOConfig
 from softpref.spo.reference import set_reference_logps
+from softpref.spo.rows import Row
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from softpref.judges import Judge
 
 logger = logging.getLogger(__name__)
@@ -31,7 +35,7 @@ _FILE = "round_rows.json"
 _DRAWN_AT_ONCE = 4096
 
 
-class RoundRows(Dataset):
+class RoundRows(Dataset[Row]):
     """The rows of the present round, all of them on every process.
 
     Args:
@@ -50,11 +54,11 @@ class RoundRows(Dataset):
 
     def __init__(
         self,
-        rows: Sequence[dict[str, Any]],
+        rows: Sequence[Row],
         prompts: Sequence[Any],
         args: SPOConfig,
         *,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         stop_ids: Sequence[int],
         judge: Judge | None,
         draw: Callable[[list[list[int]], Any, Callable[[int], Any]], list[Sample]],
@@ -67,7 +71,7 @@ class RoundRows(Dataset):
         self._tokenizer, self._stop_ids, self._judge = tokenizer, frozenset(stop_ids), judge
         self._draw, self._score, self._shares = draw, score, shares
         self._rank, self._world_size = rank, world_size
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
         self.number: int | None = None
         """The present round, from 0; None before the first."""
         self.left_out = 0.0
@@ -76,7 +80,7 @@ class RoundRows(Dataset):
     def __len__(self) -> int:
         return len(self._given)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Row:
         return self.rows[index]
 
     def begin(self, number: int) -> None:
@@ -84,7 +88,7 @@ class RoundRows(Dataset):
         if self.number == number:
             return
         if self._args.train_on == "preferences" and number == 0:
-            self.rows = [dict(row) for row in self._given]
+            self.rows = [row.copy() for row in self._given]
         else:
             self.rows = self._drawn(number)
         if self._args.refers_to_previous:
@@ -130,15 +134,16 @@ class RoundRows(Dataset):
             )
         self.number, self.left_out = state["round"], state.get("left_out", 0.0)
         lacks = state.get("lacks") or [[]] * len(self)
-        self.rows = [
+        rows: Any = [
             {**{name: value for name, value in given.items() if name not in lacking}, **row}
             for given, row, lacking in zip(self._given, state["rows"], lacks, strict=True)
         ]
+        self.rows = rows
 
-    def _drawn(self, number: int) -> list[dict[str, Any]]:
+    def _drawn(self, number: int) -> list[Row]:
         count = 1 if self._judge is None else self._args.completions_per_prompt
         at_once = max(1, _DRAWN_AT_ONCE // count)
-        rows: list[dict[str, Any]] = []
+        rows: list[Row] = []
         with progress(
             f"round {number + 1}, drawing completions",
             total=-(-len(self) * count // self._world_size),
@@ -153,7 +158,7 @@ class RoundRows(Dataset):
             self._leave_cut_rows_out(rows, number)
         return rows
 
-    def _leave_cut_rows_out(self, rows: list[dict[str, Any]], number: int) -> None:
+    def _leave_cut_rows_out(self, rows: list[Row], number: int) -> None:
         """Give weight 0 to rows with a completion that was cut, and theirs to the others.
 
         Raises:
@@ -187,7 +192,7 @@ class RoundRows(Dataset):
 
     def _chunk(
         self, here: range, count: int, seed: tuple[int, ...], progress: Callable[[int], Any]
-    ) -> list[dict[str, Any]]:
+    ) -> list[Row]:
         """Rows of some prompts; samples, and then judging, are dealt to the processes round robin."""
         total = len(here) * count
         noise = sampling_noise(
@@ -213,13 +218,11 @@ class RoundRows(Dataset):
         ids = self._given[index]["prompt"]
         return decode_completion(self._tokenizer, self._prompts[index], ids, completion)
 
-    def _against_answer(self, index: int, completion: list[int]) -> dict[str, Any]:
-        given = self._given[index]
-        row = {**_kept(given), "completions": [given["completions"][0], completion]}
-        wins = {"win_probabilities": [1.0, 0.0]} if self._args.method == "sppo" else {}
-        return {**row, "probability": 1.0, "kind": "pairwise", **wins}
+    def _against_answer(self, index: int, completion: list[int]) -> Row:
+        answer = self._given[index]["completions"][0]
+        return self._row(index, [answer, completion], 1.0, "pairwise", [1.0, 0.0])
 
-    def _judged(self, index: int, completions: list[list[int]], table: np.ndarray) -> dict[str, Any]:
+    def _judged(self, index: int, completions: list[list[int]], table: np.ndarray) -> Row:
         """A row of all that was drawn, or of the two that the judge thinks farthest apart.
 
         Where two at least have ended and cut ones are to be left out, of those.
@@ -232,20 +235,34 @@ class RoundRows(Dataset):
         if self._args.method != "sppo":
             order = [order[0], order[-1]]
         pair = len(order) == 2
-        row = {
-            **_kept(self._given[index]),
-            "completions": [completions[place] for place in order],
-            "probability": float(table[order[0], order[1]]) if pair else 1.0,
-            "kind": "pairwise" if pair else "ranking",
+        return self._row(
+            index,
+            [completions[place] for place in order],
+            float(table[order[0], order[1]]) if pair else 1.0,
+            "pairwise" if pair else "ranking",
+            [float(wins[place]) for place in order],
+        )
+
+    def _row(
+        self,
+        index: int,
+        completions: list[list[int]],
+        probability: float,
+        kind: PreferenceKind,
+        wins: list[float],
+    ) -> Row:
+        given = self._given[index]
+        row: Row = {
+            "prompt": given["prompt"],
+            "completions": completions,
+            "probability": probability,
+            "kind": kind,
         }
+        if "weight" in given:
+            row["weight"] = given["weight"]
         if self._args.method == "sppo":
-            row["win_probabilities"] = [float(wins[place]) for place in order]
+            row["win_probabilities"] = wins
         return row
-
-
-def _kept(given: dict[str, Any]) -> dict[str, Any]:
-    """What a drawn row takes over from the row that it was drawn for."""
-    return {name: given[name] for name in ("prompt", "weight") if name in given}
 
 
 def win_tables(judge: Judge, prompts: Sequence[str], groups: Sequence[Sequence[str]]) -> list[np.ndarray]:

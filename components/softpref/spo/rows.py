@@ -12,24 +12,48 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice, repeat
 from numbers import Real
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, Required, TypedDict, get_args
 
 import torch
 from torch.utils.data import Dataset
 
-from softpref.errors import ConfigError, DataError, SoftprefError
+from softpref.errors import ConfigError, DataError
 from softpref.lm.implicit import cut_common_messages, cut_common_prefix, is_transcript
 from softpref.lm.kept_rows import KeptRows
 from softpref.lm.packing import pack_sequences
-from softpref.lm.scoring import check_ids, check_positions
 from softpref.lm.tokenization import TokenizedSequence, log_findings, row_findings
-from softpref.lm.tokenizing import Found, Job, RowText, tokenize_rows
+from softpref.lm.tokenizing import Job, RowText, tokenize_rows
 from softpref.objectives.preference import PreferenceKind
 from softpref.progress import follow
 from softpref.spo.config import SPOConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-class RowsWithTokens(Sequence):
+
+class Row(TypedDict, total=False):
+    """A row as training takes it.
+
+    Attributes:
+        prompt: ids.
+        completions: ids of each, best first.
+        probability: P(first beats second).
+        kind: what their order means.
+        weight: how much the row counts beside the others; absent where all count alike.
+        ref_logps: log-probability of each completion under the reference, nats, where known.
+        win_probabilities: of each completion, its chance to beat another of the row, for `sppo`.
+    """
+
+    prompt: Required[list[int]]
+    completions: Required[list[list[int]]]
+    probability: float
+    kind: PreferenceKind
+    weight: float
+    ref_logps: list[float]
+    win_probabilities: list[float]
+
+
+class RowsWithTokens(Sequence[Mapping[str, Any]]):
     """Preference rows as `SPOTrainer` takes them, with their tokens, which are then not made anew."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], tokens: KeptRows) -> None:
@@ -45,12 +69,12 @@ class RowsWithTokens(Sequence):
         return iter(self.rows)
 
 
-class TrainingRows(Dataset, ABC):
+class TrainingRows(Dataset[Row], ABC):
     """Tokenized rows that take part; what cannot be trained on is refused here, before training.
 
-    Left out and counted are rows whose completions are identical as tokens, which teach nothing, and unless
-    `cut_rows` is `keep` those with a completion cut at the length limit: without an end token they teach the
-    policy not to stop.
+    Two kinds of rows are left out and counted: those whose completions are identical as tokens, which teach
+    nothing, and unless `cut_rows` is `keep` those with a completion cut at the length limit, which has no end
+    token and teaches the policy not to stop.
 
     Args:
         given: rows as `SPOTrainer` takes them.
@@ -61,18 +85,18 @@ class TrainingRows(Dataset, ABC):
 
     Attributes:
         rows: those that take part.
-        numbers: where they stand in what was given.
-        prompts: ids of every prompt that was given.
+        numbers: their places in what was given.
+        prompts: ids of every given prompt.
         counts: of rows `given`, of those `left_out`, of what `row_findings` names, and those `weighted`.
 
     Raises:
-        DataError: names the row and what is wrong with it, or says why none takes part.
+        DataError: names the row and its fault, or says why none takes part.
     """
 
     def __init__(
         self,
         given: Iterable[Mapping[str, Any]],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         args: SPOConfig,
         *,
         stop_ids: Sequence[int] | None = None,
@@ -84,15 +108,13 @@ class TrainingRows(Dataset, ABC):
             "max_prompt_length": args.max_prompt_length,
             "max_completion_length": args.max_completion_length,
         }
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
         self.numbers: list[int] = []
         self.prompts: list[list[int]] = []
         self.counts: Counter[str] = Counter()
         unusable = {"identical", *(["cut_completion"] if args.cut_rows == "leave_out" else [])}
         for number, (row, sequences) in enumerate(self._tokenized(given, name)):
             try:
-                if isinstance(sequences, SoftprefError):
-                    raise sequences
                 made = self._made(row, sequences)
             except DataError as error:
                 raise DataError(f"{name} {number}: {error}") from error
@@ -120,12 +142,12 @@ class TrainingRows(Dataset, ABC):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Row:
         return self.rows[index]
 
     def _tokenized(
         self, given: Iterable[Mapping[str, Any]], name: str
-    ) -> Iterator[tuple[Mapping[str, Any], Found]]:
+    ) -> Iterator[tuple[Mapping[str, Any], list[TokenizedSequence]]]:
         """Rows and their sequences."""
         rows = rows_of(given, f"the {name}s")
         known, count = None, len(rows)
@@ -161,7 +183,7 @@ class TrainingRows(Dataset, ABC):
         """What of a row is tokenized."""
 
     @abstractmethod
-    def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> dict[str, Any]:
+    def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> Row:
         """A row as training needs it."""
 
 
@@ -171,18 +193,18 @@ class PreferenceRows(TrainingRows):
     def text(self, row: Mapping[str, Any]) -> RowText:
         return RowText(*_columns(row))
 
-    def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> dict[str, Any]:
+    def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> Row:
         probability = _probability(row, len(sequences))
         kind = _kind(row, len(sequences), self._args)
-        made = {
+        made: Row = {
             "prompt": sequences[0].prompt,
             "completions": [sequence.completion for sequence in sequences],
             "probability": probability,
             "kind": kind,
             "weight": _weight(row),
         }
-        logps = [sequence.reference_logp for sequence in sequences]
-        if None not in logps:
+        logps = [one.reference_logp for one in sequences if one.reference_logp is not None]
+        if len(logps) == len(sequences):
             made["ref_logps"] = logps
         if self._args.method == "sppo":
             made["win_probabilities"] = _win_probabilities(kind, len(sequences), probability)
@@ -197,42 +219,26 @@ class AnswerRows(TrainingRows):
         if _implies_prompt(_mapping(row)) or (answers and row.get("completion") is None):
             prompt, completions = _columns(row)
             return RowText(prompt, completions[:1] if answers else ())
-        if "prompt" not in row:
-            raise DataError(f"needs prompt; has {', '.join(sorted(row))}")
-        return RowText(row["prompt"], [row["completion"]] if answers else ())
+        return RowText(_cell(row, "prompt"), [row["completion"]] if answers else ())
 
-    def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> dict[str, Any]:
+    def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> Row:
         [sequence] = sequences
         return {"prompt": sequence.prompt, "completions": [sequence.completion], "weight": _weight(row)}
 
 
-def check_lengths(model: Any, rows: Sequence[Mapping[str, Any]], args: SPOConfig, sampled: bool) -> None:
-    """Refuse rows that the model has no positions or no embedding for, before a batch in a run fails.
-
-    Args:
-        rows: tokenized, with `prompt` and `completions`.
-        sampled: whether completions are drawn for these prompts, up to the length limit.
-    """
-    lengths = [(len(row["prompt"]), max(map(len, row["completions"]))) for row in rows]
-    if sampled:
-        lengths.append((max(prompt for prompt, _ in lengths), args.max_completion_length))
-    check_positions(model, *max(lengths, key=sum), "lower max_prompt_length or max_completion_length")
-    check_ids(model, (ids for row in rows for ids in (row["prompt"], *row["completions"])))
-
-
 def _quiet(args: SPOConfig) -> bool:
-    """Whether nothing is said of progress: as asked, or because another process says it."""
+    """Whether to show no progress: as asked, or because another process shows it."""
     return bool(args.disable_tqdm) or args.process_index > 0
 
 
 def rows_of(given: Iterable[Mapping[str, Any]], name: str) -> Collection[Mapping[str, Any]]:
-    """The rows, as what can be counted and taken twice; an iterable is read to its end.
+    """The rows, so that they can be counted and read twice; an iterable is read to its end.
 
     Args:
         name: what a message calls them.
 
     Raises:
-        ConfigError: they are no rows, but several sets of them, or text.
+        ConfigError: they are not rows, but several sets of them, or text.
     """
     if isinstance(given, Mapping):
         some, first = ", ".join(map(str, given)) or "nothing", next(iter(given), "train")
@@ -254,6 +260,12 @@ def _mapping(row: Any) -> Mapping[str, Any]:
             "datasets.Dataset.from_pandas makes such rows"
         )
     return row
+
+
+def _cell(row: Mapping[str, Any], column: str) -> Any:
+    if column not in row:
+        raise DataError(f"needs {column}; has {', '.join(sorted(row))}")
+    return row[column]
 
 
 def _columns(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
@@ -279,7 +291,7 @@ def _columns(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
 def _implies_prompt(row: Mapping[str, Any]) -> bool:
     """Whether the prompt is what chosen and rejected begin with.
 
-    It is where no column holds it, or a text beside conversations, which only repeats their question.
+    So it is where no column holds it, or a text that only repeats the conversations' question.
     """
     repeats = isinstance(row.get("prompt"), str) and not isinstance(row.get("chosen"), str)
     return "chosen" in row and "rejected" in row and ("prompt" not in row or repeats)
@@ -320,8 +332,8 @@ def _weight(row: Mapping[str, Any]) -> float:
     return float(weight)
 
 
-def _settle_weights(rows: list[dict[str, Any]], name: str) -> bool:
-    """Scale weights to a mean of 1, so that they shift no balance with the KL term; equal ones are left out.
+def _settle_weights(rows: list[Row], name: str) -> bool:
+    """Scale weights to a mean of 1, which keeps the balance with the KL term; equal ones are left out.
 
     Returns:
         Whether they differ.
@@ -344,7 +356,7 @@ def _settle_weights(rows: list[dict[str, Any]], name: str) -> bool:
 
 def _kind(row: Mapping[str, Any], count: int, args: SPOConfig) -> PreferenceKind:
     """What the order of a row's completions means; a pair is a pair whatever it is called."""
-    kind: Any = row.get("kind") or "ranking"
+    kind: PreferenceKind = row.get("kind") or "ranking"
     if kind not in get_args(PreferenceKind):
         raise DataError(f"kind must be one of {', '.join(get_args(PreferenceKind))}, got {kind!r}")
     if args.preference_kind != "auto":
@@ -370,7 +382,9 @@ def _win_probabilities(kind: PreferenceKind, count: int, probability: float) -> 
     return [1 - place / (count - 1) for place in range(count)]
 
 
-def tokenize_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SPOConfig) -> list[list[int]]:
+def tokenize_prompts(
+    rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, args: SPOConfig
+) -> list[list[int]]:
     rows = rows_of(rows, "prompt_dataset")
     prompts: list[list[int]] = []
     counts: Counter[str] = Counter()
@@ -378,20 +392,15 @@ def tokenize_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: Any, args: SP
     def jobs() -> Iterator[tuple[None, Job]]:
         for row in rows:
             try:
-                lacks = DataError(f"needs prompt; has {', '.join(sorted(_mapping(row)))}")
-                yield None, RowText(row["prompt"]) if "prompt" in row else lacks
+                yield None, RowText(_cell(_mapping(row), "prompt"))
             except DataError as error:
                 yield None, error
 
     limit = args.max_prompt_length
     made = tokenize_rows(jobs, tokenizer, args, name="prompt row", count=len(rows), max_prompt_length=limit)
-    for number, (_, found) in enumerate(made):
-        if isinstance(found, DataError):
-            raise DataError(f"prompt row {number}: {found}") from found
-        if isinstance(found, SoftprefError):
-            raise found
-        prompts.append(found[0].prompt)
-        counts.update(["given", *(["cut_prompt"] if found[0].prompt_truncated else [])])
+    for _, [found] in made:
+        prompts.append(found.prompt)
+        counts.update(["given", *(["cut_prompt"] if found.prompt_truncated else [])])
     if not prompts:
         raise DataError("prompt_dataset holds no prompt; the KL term needs some to sample from")
     if args.process_index == 0:
@@ -403,7 +412,7 @@ def kl_prompts(
     args: SPOConfig,
     given: Sequence[list[int]],
     prompt_dataset: Iterable[Mapping[str, Any]] | None,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[list[int]]:
     """Ids of the prompts that the KL term's samples answer, as `SPOConfig.kl_prompts` says.
 
@@ -424,7 +433,7 @@ def kl_prompts(
     return prompts
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def collate(rows: list[Row]) -> dict[str, Any]:
     """Rows to one flat batch of sequences, the completions of a row next to each other."""
     inputs: dict[str, Any] = {  # group sizes first: batches are counted by the first tensor
         "group_sizes": torch.tensor([len(row["completions"]) for row in rows]),

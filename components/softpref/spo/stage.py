@@ -13,15 +13,11 @@ from softpref.judges import as_text, check_judge, load_judge
 from softpref.lm.course import TRAINING_OPTIONS, Course, dataset_stats
 from softpref.lm.extrapolation import parse_weights, write_extrapolations
 from softpref.lm.kept_rows import kept_rows
-from softpref.lm.loading import (
-    check_remote_code,
-    load_metadata,
-    load_tokenizer,
-    local_source,
-    source_name,
-)
+from softpref.lm.loading import load_tokenizer
 from softpref.lm.scoring import computing_precision
+from softpref.lm.sources import check_remote_code, local_source, source_name
 from softpref.lm.tokenization import stop_token_ids
+from softpref.records import load_metadata
 from softpref.spo.checks import member_name
 from softpref.spo.config import SPOConfig
 from softpref.spo.given import loaded
@@ -82,9 +78,9 @@ _HEADLINE = ("train_loss", "eval_loss", "eval_rewards/accuracies", *_OF_STEPS)
 def run(
     config: SPOConfig,
     *,
-    dataset_dir: str,
-    reference_dir: str,
-    output_dir: str,
+    dataset_dir: str | Path,
+    reference_dir: str | Path,
+    output_dir: str | Path,
     name: str = "",
     experiment: str = "softpref",
     parent_run_id: str = "",
@@ -97,20 +93,17 @@ def run(
         dataset_dir: a dataset folder of stage 1; its `prompts/`, where there is one, feeds the KL term.
         reference_dir: the model to start from, which is also the frozen reference: a model folder, the URL of
             one, or a model of the MLflow registry.
-        output_dir: the model folder to write; must not hold a finished model.
-        name: name of the model and of its tracking run; by default method and α or β.
-        experiment, parent_run_id, tracking_uri: where tracking puts the run; an empty URI takes
-            `MLFLOW_TRACKING_URI`, or a local store.
-        checkpoint_dir: where checkpoints are kept while training; by default inside `output_dir`. A run that
-            was cut off continues from the newest complete one, and they are removed at the end.
+        name: by default method and α or β.
+        output_dir, experiment, parent_run_id, tracking_uri, checkpoint_dir: see `softpref.lm.course.Course`.
 
     Returns:
-        The final metrics (see `SPOTrainer`); those of samples as they were logged last; and `rows/NAME`, what
-        was counted of the training rows (`SPOTrainer.row_counts`).
+        The final metrics (see `SPOTrainer`); those of samples as they were logged last; and `rows/NAME`, the
+        counts of the training rows (`SPOTrainer.row_counts`).
 
     Raises:
         ConfigError, DataError: before training.
     """
+    reference_dir = str(reference_dir)
     check_remote_code(reference_dir, config.trust_remote_code)
     course = Course(
         "train",
@@ -130,11 +123,11 @@ def run(
         check_judge(config.judge, dataset_dir)
         judge = load_judge(config.judge, dataset_dir, seed=config.seed)
         asked = [as_text(row["prompt"], roles=True) for row in training_rows]
-        judge.scores(asked, [""] * len(asked))  # a prompt that it does not know is said now, not rounds later
+        judge.scores(asked, [""] * len(asked))  # a prompt that it does not know fails now, not rounds later
     reference = source_name(reference_dir, tracking_uri=tracking_uri)
     reference_dir = local_source(reference_dir, tracking_uri=tracking_uri)
     reference_metadata = load_metadata(reference_dir)
-    # of a folder, what it was made from; of another's model, that model
+    # of a folder, what it was made from; else the model itself
     base_model = reference_metadata.get("base_model", reference) if reference == reference_dir else reference
     course.claim(
         {
@@ -219,7 +212,7 @@ def _mean_saturated(logged: Sequence[Mapping[str, float]]) -> float | None:
     return statistics.fmean(found) if found else None
 
 
-def _load_preferences(dataset_dir: str) -> tuple[dict[str, Any], Any]:
+def _load_preferences(dataset_dir: str | Path) -> tuple[dict[str, Any], Any]:
     """Preference splits that hold rows, and the separate prompts if any."""
     from datasets import load_from_disk
 
@@ -231,7 +224,7 @@ def _load_preferences(dataset_dir: str) -> tuple[dict[str, Any], Any]:
     return splits, prompts
 
 
-def _training_rows(config: SPOConfig, dataset_dir: str, preferences: dict[str, Any]) -> Any:
+def _training_rows(config: SPOConfig, dataset_dir: str | Path, preferences: dict[str, Any]) -> Any:
     """The preferences, or for self-play the demonstrations where the dataset has some."""
     from datasets import load_from_disk
 

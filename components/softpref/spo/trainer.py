@@ -11,22 +11,32 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from torch.utils.data import DataLoader
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from softpref.errors import ConfigError
 from softpref.lm.decoding import decodes
 from softpref.lm.head import try_out
 from softpref.lm.packing import evaluation_mode
 from softpref.lm.sampling import Sample, sample_completions
-from softpref.lm.scoring import computing_precision, score_sequences
+from softpref.lm.scoring import check_sequences, computing_precision, score_sequences
 from softpref.lm.sharding import whole_weights
 from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import settle_model
@@ -59,7 +69,6 @@ from softpref.spo.rows import (
     AnswerRows,
     PreferenceRows,
     TrainingRows,
-    check_lengths,
     collate,
     kl_prompts,
     rows_of,
@@ -76,7 +85,7 @@ class SPOTrainer(RowsTrainer):
 
     Args:
         model: the policy to train, as it was before training, also when a run is resumed: the reference is
-            copied from it. A causal language model of transformers or peft, or the Hub id, folder or URL of
+            copied from it. A causal language model of transformers or peft; or the Hub id, folder or URL of
             one, which is loaded in fp32 (see `SPOConfig.model_init_kwargs`).
         args: see `SPOConfig`; `args.method` picks the objective. By default its defaults.
         train_dataset: rows with `prompt`, `completions` (best first) and optionally `probability`
@@ -97,7 +106,7 @@ class SPOTrainer(RowsTrainer):
             `probabilities(prompts, first, second) -> P(first beats second)` of texts, see `softpref.judges`.
         model_init: makes the model in its place, anew for each call of `train`.
         compute_metrics: as in `transformers.Trainer`; what it is given is what `predict` returns.
-        optimizers: optimizer and scheduler, made of the model's own parameters.
+        optimizers: optimizer and scheduler of the model's own parameters.
 
     Metrics, averaged over all rows or samples since the last log: `loss/preference`; `logps/chosen`,
     `logps/rejected`, `logps/accuracies` (chosen likelier than rejected) and `logps/end` (of the end token
@@ -120,12 +129,12 @@ class SPOTrainer(RowsTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | nn.Module | None = None,
+        model: str | Path | PreTrainedModel | nn.Module | None = None,
         args: SPOConfig | None = None,
         train_dataset: Iterable[Mapping[str, Any]] | None = None,
         eval_dataset: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        ref_model: str | PreTrainedModel | nn.Module | None = None,
+        ref_model: str | Path | PreTrainedModel | nn.Module | None = None,
         prompt_dataset: Iterable[Mapping[str, Any]] | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -139,7 +148,7 @@ class SPOTrainer(RowsTrainer):
         self.args = args = settled_arguments(args, model)
         if train_dataset is not None:
             train_dataset = rows_of(train_dataset, "train_dataset")
-        self._check_choices(model, model_init, judge)
+        self._check_arguments(model, model_init, judge)
         self._peft_config = peft_config
         self.ref_model = None if ref_model is None else loaded(ref_model, args)
         self._copies_policy = ref_model is None
@@ -180,15 +189,15 @@ class SPOTrainer(RowsTrainer):
         self.model_init = model_init  # which the base class takes in place of a model alone
         self.model_accepts_loss_kwargs = False  # losses are scaled here, over the global batch
         if self._engine is sample_completions:
-            decodes(self.model)  # whether with a cache is found out, and said, before training
+            decodes(self.model)  # finds out, and says, before training whether a cache can be used
         if args.takes_reference_logps:
             self._keep_reference_logps([self.train_dataset, *evaluated.values()], fingerprint)
         self.buffer = self._sample_buffer(given, prompt_dataset)
 
     # ------------------------------------------------------------------ what is handed over
 
-    def _check_choices(self, model: Any, model_init: Any, judge: Judge | None) -> None:
-        """Refuse what cannot be trained with, whatever the model and the rows are."""
+    def _check_arguments(self, model: Any, model_init: Any, judge: Judge | None) -> None:
+        """Refuse arguments that do not go together, whatever the model and the rows are."""
         args = self.args
         if model is not None and model_init is not None:
             raise ConfigError("SPOTrainer takes a model or a model_init that makes it, not both")
@@ -216,7 +225,7 @@ class SPOTrainer(RowsTrainer):
         return model
 
     def _ready(self, model: Any) -> Any:
-        """A model as it is trained; the reference too, where it is a copy of that."""
+        """A model ready to train, and its reference, where that is a copy of it."""
         args = self.args
         model = with_adapter(model, self._peft_config, args)
         self._uses_adapter = hasattr(model, "peft_config")
@@ -266,8 +275,8 @@ class SPOTrainer(RowsTrainer):
         if given is None or not args.samples_policy:
             return None
         prompts = kl_prompts(args, given.prompts, prompt_dataset, self.processing_class)
-        asked = [{"prompt": prompt, "completions": [[]]} for prompt in prompts]
-        check_lengths(self.accelerator.unwrap_model(self.model), asked, args, sampled=True)
+        asked: list[tuple[list[int], list[int]]] = [(prompt, []) for prompt in prompts]
+        check_sequences(self.accelerator.unwrap_model(self.model), asked, args.max_completion_length)
         return SampleBuffer(
             prompts,
             size=args.samples_per_refresh,
@@ -282,10 +291,12 @@ class SPOTrainer(RowsTrainer):
 
     # ------------------------------------------------------------------ one optimizer step
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], int]:
         """The micro-batches of one optimizer step, each with its share of the policy's samples."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        rows = self.sum_over_processes(sum(len(batch["group_sizes"]) for batch in batches))
+        rows = int(self.sum_over_processes(sum(len(batch["group_sizes"]) for batch in batches)))
         if not batches:
             return batches, rows
         cut = len(batches) > 1 or self.args.world_size > 1
@@ -320,10 +331,11 @@ class SPOTrainer(RowsTrainer):
                 with evaluation_mode(policy), self.compute_loss_context_manager():
                     to_go = self.objective.to_go(policy, inputs)
                 total[: len(to_go)] += to_go
-        return self.accelerator.reduce(total, reduction="sum")
+        reduced: Tensor = self.accelerator.reduce(total, reduction="sum")
+        return reduced
 
     @torch.no_grad()
-    def _log_mean_weight(self, batches: list[dict[str, Any]], rows: float) -> Tensor:
+    def _log_mean_weight(self, batches: list[dict[str, Any]], rows: int) -> Tensor:
         """log of the mean row weight over the whole step, all processes; a scalar."""
         policy = self.accelerator.unwrap_model(self.model)
         log_weights = []
@@ -331,10 +343,16 @@ class SPOTrainer(RowsTrainer):
             inputs = self._prepare_inputs(batch)
             with evaluation_mode(policy), self.compute_loss_context_manager():
                 log_weights.append(self.objective.row_log_weights(policy, inputs))
-        total = torch.cat(log_weights).logsumexp(0)
-        return self.accelerator.gather(total[None]).logsumexp(0) - math.log(rows)
+        totals: Tensor = self.accelerator.gather(torch.cat(log_weights).logsumexp(0)[None])
+        return totals.logsumexp(0) - math.log(rows)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The objective of one micro-batch, as its share of the optimizer step's mean.
 
         Sums are divided by the step's row and sample counts over all micro-batches and processes, then
@@ -357,7 +375,7 @@ class SPOTrainer(RowsTrainer):
         loss = loss * self.current_gradient_accumulation_steps * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
-    def _reference(self, model):
+    def _reference(self, model: Any) -> AbstractContextManager[Any]:
         """Context that gives the reference: a model of its own, or the policy with its adapter off."""
         if self.ref_model is not None:
             return nullcontext(self.ref_model)
@@ -404,7 +422,7 @@ class SPOTrainer(RowsTrainer):
             return self.objective.reference_states(self.model, samples)
 
     def _expire_samples(self) -> None:
-        """Under adaptive refresh, give up samples whose last slice has drifted too far from the policy."""
+        """Under adaptive refresh, drop samples whose last slice has drifted too far from the policy."""
         if self.args.refresh != "adaptive" or self.buffer is None:
             return
         size = self.objective.step_weights.take(self.accelerator.gather)
@@ -413,36 +431,38 @@ class SPOTrainer(RowsTrainer):
 
     # ------------------------------------------------------------------ rounds and kept log-probabilities
 
-    def set_initial_training_values(self, args, dataloader):
+    def set_initial_training_values(
+        self, args: TrainingArguments, dataloader: DataLoader[Any]
+    ) -> tuple[int, int, int, int, int, int | None, int]:
         """As in the base class, for all rounds: `num_train_epochs` counts the passes of one."""
         for kept in (self.buffer, self.rounds):
             if kept is not None:
-                kept.forget()  # what an earlier training left; a checkpoint's is loaded after this
-        passes = args.num_train_epochs
-        args.num_train_epochs = passes * args.rounds
+                kept.forget()  # an earlier training's; a checkpoint's samples and rows are loaded after this
+        passes, rounds = args.num_train_epochs, self.args.rounds
+        args.num_train_epochs = passes * rounds
         try:
             values = super().set_initial_training_values(args, dataloader)
         finally:
             args.num_train_epochs = passes
         steps_of_epoch, max_steps = values[1], values[-1]
         self._steps_per_round = max(1, int(passes)) * steps_of_epoch
-        if max_steps <= (args.rounds - 1) * self._steps_per_round and passes:
+        if max_steps <= (rounds - 1) * self._steps_per_round and passes:
             logger.warning(
                 "max_steps=%d ends training in round %d of %d; a round has %d steps",
                 max_steps,
                 -(-max_steps // self._steps_per_round),
-                args.rounds,
+                rounds,
                 self._steps_per_round,
             )
         return values
 
     def _begin_round(self, step: int) -> None:
-        """Have the rows of the round that optimizer step `step` belongs to; the last round has no end."""
+        """Prepare the rows of the round of optimizer step `step`; the last round has no end."""
         assert self.rounds is not None
         self.rounds.begin(min(step // self._steps_per_round, self.args.rounds - 1))
 
     def _keep_reference_logps(self, sets: Sequence[Any], model_hash: str) -> None:
-        """Give rows the reference's log-probabilities once, if that is asked for or some brought theirs."""
+        """Give rows the reference's log-probabilities once, if asked to or if some rows bring their own."""
         model = self.model if self.ref_model is None else self.ref_model
         without_adapter = self.ref_model is None and self._uses_adapter
 
@@ -469,7 +489,7 @@ class SPOTrainer(RowsTrainer):
                 set_reference_logps(lacking, score)
 
     def _score(self, sequences: list[tuple[list[int], list[int]]], model: Any = None) -> list[float]:
-        """Sequence log-probabilities, nats, under `model` (the present policy), shared among processes."""
+        """Sequence log-probabilities, nats, under `model` (default: the policy), shared among processes."""
         model = self.accelerator.unwrap_model(self.model) if model is None else model
         mine = sequences[self.args.process_index :: self.args.world_size]
         with whole_weights(model), self.compute_loss_context_manager():
@@ -522,10 +542,10 @@ class SPOTrainer(RowsTrainer):
 
 
 class _RoundCallback(TrainerCallback):
-    """Tells where an epoch begins, at which optimizer step: a round may begin with it."""
+    """Says at which optimizer step an epoch begins: a round may begin with it."""
 
     def __init__(self, begin: Callable[[int], None]) -> None:
         self._begin = begin
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         self._begin(state.global_step)

@@ -245,7 +245,7 @@ def kv_cache_bytes(spec: EngineSpec) -> int:
     key_heads = config.get("num_key_value_heads") or heads
     blocks = -(-spec.max_model_len // _KV_BLOCK) * spec.max_sequences + 2  # vLLM keeps one of them empty
     itemsize = getattr(torch, spec.dtype).itemsize
-    return 2 * layers * key_heads * head_width * itemsize * blocks * _KV_BLOCK
+    return int(2 * layers * key_heads * head_width * itemsize * blocks * _KV_BLOCK)
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,9 @@ It runs in the environment that has vLLM, on this machine or another. The traine
 weights at each refresh (safetensors, nothing is ever unpickled) and has prompts sampled. It serves one
 trainer at a time; trainers of the same model may follow one another.
 
-It binds to this machine alone unless told otherwise; to be reached from others it must be given a secret, in
-the environment variable `SOFTPREF_VLLM_TOKEN` of both sides. It speaks plain HTTP: across a network that
-others share, put TLS or a tunnel before it.
+It listens on this machine alone unless told otherwise. To be reached from others it needs a secret, in the
+environment variable `SOFTPREF_VLLM_TOKEN` of both sides. It speaks plain HTTP: on a shared network, put TLS
+or a tunnel in front of it.
 
     GET  /health                    whether it runs; asks for no token
     GET  /engine                    {"built": whether it has an engine}
@@ -32,6 +32,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -75,13 +76,12 @@ class EngineServer(ThreadingHTTPServer):
         self._core: VLLMCore | None = None
         self._version = ""
 
-    @property
-    def built(self) -> bool:
-        return self._core is not None
+    def alone(self, task: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        """What a task of the engine answers, in the engine's own thread."""
+        return self._worker.submit(task, *arguments).result()
 
-    def build(self, spec: EngineSpec) -> dict[str, Any]:
-        """Have the engine of `spec`."""
-        return self._worker.submit(self._build, spec).result()
+    def state(self) -> dict[str, Any]:
+        return {"built": self._core is not None}
 
     def store(self, version: str, part: int, body: Any, size: int) -> dict[str, Any]:
         """Keep a part of the weights until they are loaded."""
@@ -99,20 +99,13 @@ class EngineServer(ThreadingHTTPServer):
         partial.replace(folder / f"{part}.safetensors")
         return {}
 
-    def load(self, version: str, parts: int) -> dict[str, Any]:
-        """Load the weights of which `parts` parts have come."""
-        return self._worker.submit(self._load, version, parts).result()
-
-    def sample(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Sample from the weights that the request names."""
-        return self._worker.submit(self._sample, request).result()
-
     def server_close(self) -> None:
         super().server_close()
         self._worker.shutdown(wait=False, cancel_futures=True)
         self._folder.cleanup()
 
-    def _build(self, spec: EngineSpec) -> dict[str, Any]:
+    def build(self, spec: EngineSpec) -> dict[str, Any]:
+        """Build the engine of `spec`, unless it is there."""
         if self._core is None:
             logger.info("building the engine: %s, %s", spec.config.get("architectures"), spec.dtype)
             self._core = VLLMCore(spec, **self._options)
@@ -124,22 +117,24 @@ class EngineServer(ThreadingHTTPServer):
             )
         return {}
 
-    def _load(self, version: str, parts: int) -> dict[str, Any]:
+    def load(self, version: str, parts: int) -> dict[str, Any]:
+        """Load the weights that came in `parts` parts."""
         core = self._engine()
-        if self._version == version:  # the trainer did not hear of it and asks again
+        if self._version == version:  # the trainer got no answer and asks again
             return {}
         folder = Path(self._folder.name, version)
         files = [folder / f"{part}.safetensors" for part in range(parts)]
         if not all(file.is_file() for file in files):
             raise Refusal(HTTPStatus.CONFLICT, "has not all parts of these weights")
-        self._version = ""  # neither the old nor the new until all are loaded
+        self._version = ""  # neither the old nor the new ones until all are loaded
         core.load_files([str(file) for file in files])
         self._version = version
         for old in Path(self._folder.name).iterdir():
             shutil.rmtree(old, ignore_errors=True)
         return {}
 
-    def _sample(self, request: dict[str, Any]) -> dict[str, Any]:
+    def sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Sample from the weights that the request names."""
         core = self._engine()
         if request["weights"] != self._version:
             raise Refusal(HTTPStatus.CONFLICT, "has other weights than those that were sent last")
@@ -162,15 +157,6 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 600  # seconds of silence after which a connection is given up
 
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_PUT(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer()
-
     def _answer(self) -> None:
         status, answer = HTTPStatus.OK, {}
         try:
@@ -180,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (SoftprefError, KeyError, TypeError, ValueError) as error:
             status, answer = HTTPStatus.BAD_REQUEST, {"error": f"{error}"}
             logger.warning("%s %s: %s", self.command, self.path, error)
-        except Exception as error:  # whatever vLLM raises: the trainer is told, the server goes on
+        except Exception as error:  # of vLLM: the trainer is told, the server goes on
             status, answer = HTTPStatus.INTERNAL_SERVER_ERROR, {"error": f"{type(error).__name__}: {error}"}
             logger.exception("%s %s", self.command, self.path)
         body = json.dumps(answer).encode()
@@ -192,28 +178,31 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    do_GET = do_PUT = do_POST = _answer
+
     def _handle(self) -> dict[str, Any]:
-        if (self.command, self.path) == ("GET", "/health"):
+        server, asked = self.server, (self.command, self.path)
+        if asked == ("GET", "/health"):
             return {"status": "ok"}
-        if self.server.token:
+        if server.token:
             given = self.headers.get("Authorization", "").encode()
-            if not hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
+            if not hmac.compare_digest(given, f"Bearer {server.token}".encode()):
                 raise Refusal(HTTPStatus.UNAUTHORIZED, "wrong or no token")
-        if (self.command, self.path) == ("GET", "/engine"):
-            return {"built": self.server.built}
-        if (self.command, self.path) == ("PUT", "/engine"):
-            return self.server.build(EngineSpec(**json.loads(self._body())))
-        if (self.command, self.path) == ("POST", "/samples"):
-            return self.server.sample(json.loads(self._body()))
+        if asked == ("GET", "/engine"):
+            return server.state()
+        if asked == ("PUT", "/engine"):
+            return server.alone(server.build, EngineSpec(**self._json()))
+        if asked == ("POST", "/samples"):
+            return server.alone(server.sample, self._json())
         found = _WEIGHTS.fullmatch(self.path)
         if found and found["part"] and self.command == "PUT":
-            return self.server.store(found["version"], int(found["part"]), self.rfile, self._body_size())
+            return server.store(found["version"], int(found["part"]), self.rfile, self._body_size())
         if found and not found["part"] and self.command == "POST":
-            return self.server.load(found["version"], int(json.loads(self._body())["parts"]))
+            return server.alone(server.load, found["version"], int(self._json()["parts"]))
         raise Refusal(HTTPStatus.NOT_FOUND, f"does not know {self.command} {self.path}")
 
-    def _body(self) -> bytes:
-        return self.rfile.read(self._body_size())
+    def _json(self) -> Any:
+        return json.loads(self.rfile.read(self._body_size()))
 
     def _body_size(self) -> int:
         size = self.headers.get("Content-Length", "")
@@ -241,9 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m softpref.spo.vllm_server",
         description="vLLM for SPO training in a process of its own; the trainer sends model and weights.",
     )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (default: this machine alone)"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; by default this machine's")
     parser.add_argument("--port", type=int, default=8021, help="0 takes a free one")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model")
     parser.add_argument(
@@ -259,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SoftprefError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what is temporary is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that temporary files are removed
     host, port = server.server_address[:2]
     print(f"listening at http://{host!s}:{port}", flush=True)
     with server, contextlib.suppress(KeyboardInterrupt):
