@@ -57,8 +57,8 @@ class ColumnMapping(TypedDict):
     form: str
     columns: dict[str, str | list[str]]
     guessed: bool
-    unused: list[str]
-    notes: list[str]
+    unused: NotRequired[list[str]]
+    notes: NotRequired[list[str]]
     prompt_template: str | None
 
 
