@@ -306,11 +306,9 @@ def _refuse_finished(parts: Sequence[Part], fetched: Sequence[Path | None]) -> N
 
 def _replace(output: Path, partial: Path) -> None:
     """Put the finished folder in its place; if killed in between, the old or the new one stays complete."""
+    old = output.with_name(f".{output.name}.old")
     if output.exists():
-        old = output.with_name(f".{output.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         os.replace(output, old)
-        os.replace(partial, output)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, output)
+    os.replace(partial, output)
+    shutil.rmtree(old, ignore_errors=True)
