@@ -95,8 +95,8 @@ def test_what_was_not_measured_is_not_held_against_a_model():
     [
         (figure(0.7, 0.1), ""),
         (figure(0.6, 0.1), "agrees with 0.60 [0.50, 0.70] of the held-out preferences"),
-        ({"value": 1.0, "low": None, "high": None}, "is not known"),
-        (None, "is not known"),
+        ({"value": 1.0, "low": None, "high": None}, "is unknown"),
+        (None, "is unknown"),
     ],
 )
 def test_a_judge_must_be_better_than_a_coin_and_be_known_to_be(accuracy, doubt):

@@ -202,7 +202,7 @@ def test_a_class_named_like_one_of_transformers_is_not_served_in_its_place(folde
     config["architectures"] = ["LlamaForCausalLM"]
     config["auto_map"]["AutoModelForCausalLM"] = "modeling_doubled.LlamaForCausalLM"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="bears the name of one of transformers"):
+    with pytest.raises(ConfigError, match="has the name of one in transformers"):
         passed_over(folder)
     config["model_type"] = "llama"
     (folder / "config.json").write_text(json.dumps(config))

@@ -57,8 +57,8 @@ class ColumnMapping(TypedDict):
     form: str
     columns: dict[str, str | list[str]]
     guessed: bool
-    unused: list[str]
-    notes: list[str]
+    unused: NotRequired[list[str]]
+    notes: NotRequired[list[str]]
     prompt_template: str | None
 
 
@@ -93,7 +93,7 @@ class DatasetStats(TypedDict, total=False):
     stage: str
     code_version: str
     source: str
-    config: dict[str, Any]
+    config: dict[str, object]
     mapping: ColumnMapping
     conversational: bool
     rows_read: int
@@ -108,12 +108,12 @@ class DatasetStats(TypedDict, total=False):
     completions_per_row: dict[str, int]
     labels: dict[str, int]
     confidence: dict[str, list[float]]
-    characters: dict[str, dict[str, Any]]
+    characters: dict[str, dict[str, object]]
     dataset_hash: str
     test_hash: str
     mixture: list[MixedSource]
-    sft: dict[str, Any]
-    extra_prompts: dict[str, Any]
+    sft: dict[str, object]
+    extra_prompts: dict[str, object]
     taken_over: str
 
 
@@ -266,7 +266,7 @@ class Evaluation:
     theory: Figures | None = None
     reward_frontier: list[list[float]] | None = None
     by_prompt: dict[str, list[float]]
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
     warnings: list[str]
 
     @classmethod
@@ -317,6 +317,23 @@ class Evaluation:
         }
 
 
+class EqualRewardRow(TypedDict):
+    """An SPO member: its expected reward, and each curve's entropy there in nats, None outside its range."""
+
+    name: str
+    curve: str
+    expected_reward: float
+    entropy: dict[str, float | None]
+
+
+class EqualReward(TypedDict):
+    """Entropy of every curve at the expected rewards of the SPO members, by `exact` figures or `samples`."""
+
+    basis: str
+    curves: list[str]
+    rows: list[EqualRewardRow]
+
+
 _OF_ONE_MODEL = ("reference_uri", "dataset_hash", "evaluated_on", "settings")  # no part of a comparison
 
 
@@ -328,14 +345,14 @@ class Comparison:
         rule: in words.
         chosen: a member's name; None where none may be chosen.
         passed_over: members that the rule ranks higher, with what keeps each from passing the gate.
-        equal_reward: see `softpref.evaluation.curves.equal_reward`.
+        equal_reward: None without SPO members, or with nothing beside them.
     """
 
     rule: str
     chosen: str | None
     reason: str
     passed_over: dict[str, list[str]]
-    equal_reward: dict[str, Any] | None
+    equal_reward: EqualReward | None
     members: list[Evaluation]
 
     @property

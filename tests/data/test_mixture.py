@@ -428,7 +428,7 @@ def test_a_finished_dataset_is_mixed_by_one_of_its_splits_alone(here):
         DataConfig(source="a.jsonl", mixture={"finished": 0.3}),
         DataConfig(source="finished", mixture={"a.jsonl": 0.3}),
     ):
-        with pytest.raises(ConfigError, match=r"finished is a finished dataset, .* give split with it"):
+        with pytest.raises(ConfigError, match=r"finished is a finished dataset, .* give split, to read"):
             run(config, "out")
     run(DataConfig(source="a.jsonl", mixture={"finished": {"share": 0.3, "split": "train"}}), "out")
     assert counts("out") == {"a.jsonl": 100, "finished": 43}

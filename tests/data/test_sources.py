@@ -252,7 +252,7 @@ def test_what_certainly_is_no_source_is_refused_and_what_may_be_elsewhere_is_not
     assert pin("story") == ("story", None, "")
     assert not caplog.text
     assert pin("/volume/of/another/pod.jsonl") == ("/volume/of/another/pod.jsonl", None, "")
-    assert "is not here" in caplog.text
+    assert "is not on this machine" in caplog.text
     for absent in ("memory://absent.jsonl", "a b", "s4://bucket/rows.jsonl"):
         with pytest.raises(ConfigError):
             pin(absent)

@@ -360,7 +360,7 @@ def test_what_is_wrong_is_refused_before_a_model_is_loaded(
         evaluating(world, evaluated)
     with pytest.raises(ConfigError, match="holds no config"):
         evaluating(world, tmp_path / "a", policy=tmp_path)
-    with pytest.raises(ConfigError, match="no dataset folder"):
+    with pytest.raises(ConfigError, match="not a dataset folder"):
         evaluating(world, tmp_path / "b", dataset=tmp_path)
     with pytest.raises(DataError, match="no split 'tets'; it has train"):
         evaluating(world, tmp_path / "c", split="tets")

@@ -42,7 +42,8 @@ def test_it_holds_every_module_recipe_and_profile_and_nothing_else(wheel):
         for path in (package / "softpref/pages").iterdir()
         if path.suffix in (".html", ".css")
     }
-    assert names == modules | data | pages | {"softpref/py.typed"}
+    worlds = {f"softpref/data/{world}.yaml" for world in ("story_world", "storyteller")}
+    assert names == modules | data | pages | worlds | {"softpref/py.typed"}
     recipe = zipfile.ZipFile(wheel).read("softpref/pipelines/recipes/own.yaml")
     assert recipe == (REPOSITORY / "pipelines/recipes/own.yaml").read_bytes()
 

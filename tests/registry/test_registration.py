@@ -186,7 +186,7 @@ def test_the_next_that_passes_the_gate_is_registered_and_its_version_says_why(
     assert version.tags["name"] == "sharp"
     why = "The rule ranks higher, but the gate refuses: soft (win_rate is 0.6 [0.5, 0.7], n=400"
     assert why in version.tags["chosen_because"]
-    assert "would come soft" in version.description
+    assert "the gate refuses: soft" in version.description
 
 
 @pytest.mark.parametrize("crash", ["register_model", "set_registered_model_alias"])

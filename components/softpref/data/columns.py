@@ -15,6 +15,12 @@ Names = tuple[str, ...]
 Record = Mapping[str, object]  # a row of a source
 Column = str | list[str]  # or path; several where a role takes them
 
+
+def _options(text: str) -> tuple[Names, ...]:
+    """Alternatives between bars, each of one or several names."""
+    return tuple(tuple(option.split()) for option in text.split("|"))
+
+
 # What a row of each form must have, and the ways to say which completion is better.
 _NEEDED: dict[Form, Names] = {
     "pair": ("chosen", "rejected"),
@@ -23,17 +29,13 @@ _NEEDED: dict[Form, Names] = {
     "single": ("completion",),
 }
 _LABELS: dict[Form, tuple[Names, ...]] = {
-    "pair": (("probability",), ("score_chosen", "score_rejected"), ("margin",), ()),
-    "candidates": (
-        *(("votes_a", "votes_b"), ("votes",), ("probability",), ("preference",)),
-        *(("strength",), ("score_a", "score_b"), ("margin",)),
+    "pair": _options("probability | score_chosen score_rejected | margin | "),
+    "candidates": _options(
+        "votes_a votes_b | votes | probability | preference | strength | score_a score_b | margin"
     ),
     # probability and kind: as this stage writes its rows
-    "list": (
-        *(("scores",), ("ranks",), ("order",), ("best",), ("verdicts",)),
-        *(("probability", "kind"), ()),
-    ),
-    "single": (("score",), ("rank",), ("label",)),
+    "list": _options("scores | ranks | order | best | verdicts | probability kind | "),
+    "single": _options("score | rank | label"),
 }
 _CONTEXT = ("prompt", "input", "system")  # go with every form
 _FOUND = ("prompt", "system", "weight")  # taken by their names also beside configured columns
@@ -45,22 +47,19 @@ ROLES = {*_CONTEXT, "weight", "votes_equal"} | {
 
 # What public data call the columns of these roles, apart from the roles' own names.
 _KNOWN_AS: dict[Names, tuple[Names, ...]] = {
-    ("prompt",): (
-        *(("instruction",), ("question",), ("query",)),
-        *(("messages",), ("conversations",), ("conversation",)),
+    ("prompt",): _options("instruction | question | query | messages | conversations | conversation"),
+    ("completion_a", "completion_b"): _options(
+        "response_a response_b | response_1 response_2 | answer_a answer_b | output_1 output_2 "
+        "| conversation_a conversation_b"
     ),
-    ("completion_a", "completion_b"): (
-        *(("response_a", "response_b"), ("response_1", "response_2"), ("answer_a", "answer_b")),
-        *(("output_1", "output_2"), ("conversation_a", "conversation_b")),
-    ),
-    ("completions",): (("responses",), ("completions[].response",), ("answers[].answer",)),
-    ("system",): (("system_prompt",),),
-    ("preference",): (("winner",),),
-    ("strength",): (("preference_strength",),),
-    ("votes_a", "votes_b"): (("winner_model_a", "winner_model_b"),),
-    ("votes_equal",): (("winner_tie",),),
-    ("scores",): (("completions[].overall_score",),),
-    ("ranks",): (("answers[].rank",),),
+    ("completions",): _options("responses | completions[].response | answers[].answer"),
+    ("system",): _options("system_prompt"),
+    ("preference",): _options("winner"),
+    ("strength",): _options("preference_strength"),
+    ("votes_a", "votes_b"): _options("winner_model_a winner_model_b"),
+    ("votes_equal",): _options("winner_tie"),
+    ("scores",): _options("completions[].overall_score"),
+    ("ranks",): _options("answers[].rank"),
 }
 _NUMBERED = re.compile(r"(completion|response|answer|output|prediction)[ _]?\d+")
 # Names that are used for two things: the role and meaning of either.

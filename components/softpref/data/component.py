@@ -43,8 +43,8 @@ def prepare_data(
         overrides: Any other parameter of DataConfig, such as {"votes": 5}.
         experiment: MLflow experiment of the pipeline's run, which a terminated step marks as killed.
         tracking_uri: MLflow server. Empty: the environment's, or a local store.
-        source_version: The source's version: the commit to read of a dataset on the Hub; for others its mark,
-            so that a source that has changed is read anew instead of taken from the cache.
+        source_version: The source's version: the commit to read of a Hub dataset, or else a fingerprint, so
+            that a changed source is read again instead of being taken from the cache.
         code_version: Version of the code, for the same purpose.
         artifact: Dataset of another step or pipeline, in place of the source: a file or folder of
             preferences, or a dataset folder that this stage wrote.

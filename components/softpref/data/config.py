@@ -100,11 +100,11 @@ class DataConfig:
         implicit_prompt: for plain texts without a prompt column, take the words that all completions of a row
             begin with as the prompt. Otherwise this is done only where a source has `chosen` and `rejected`
             alone, TRL's implicit format, and other rows are refused.
-        implicit_prompt_end: asks for the same, with a prompt that ends behind the last common occurrence of
+        implicit_prompt_end: asks for the same, with a prompt that ends after the last common occurrence of
             this text (for example `"\\n\\nAnswer:"`). Otherwise it ends at the last word boundary that all
             completions share.
         transcripts: `"messages"` makes messages of texts that begin with `Human:` and have turns
-            `\\n\\nHuman:` and `\\n\\nAssistant:`; `"text"` keeps them as text, whose prompt ends behind the
+            `\\n\\nHuman:` and `\\n\\nAssistant:`; `"text"` keeps them as text, whose prompt ends after the
             last `\\n\\nAssistant:` that they share.
         as_messages: turn plain prompts and completions into user and assistant messages, for models with a
             chat template.

@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from softpref.data.config import DataConfig, Part
@@ -14,7 +14,6 @@ from softpref.data.intake import Intake
 from softpref.data.writing import hash_order
 from softpref.errors import DataError
 from softpref.records import MixtureCounts
-from softpref.remote import public_url
 
 logger = logging.getLogger(__name__)
 
@@ -121,18 +120,3 @@ def _mix(
         {"usable": len(rows), "rows": count, "not_sampled": len(rows) - count, "binding": binds}
         for rows, count, binds in zip(by_source, draw.counts, draw.binding, strict=True)
     ]
-
-
-def public_mixture(mixture: Mapping[str, object]) -> dict[str, object]:
-    """A mixture as it may be recorded: URLs can hold a password or a signature."""
-    return {
-        public_url(name): {**given, "source": public_url(given["source"])}
-        if isinstance(given, Mapping) and "source" in given
-        else given
-        for name, given in mixture.items()
-    }
-
-
-def label(part: Part) -> str:
-    """What messages call the parameter that gives a further source."""
-    return f"mixture[{part.name!r}]"

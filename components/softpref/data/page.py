@@ -51,8 +51,8 @@ def _origin(stats: DatasetStats) -> Iterator[tuple[str, object]]:
     for of, mapping in (mappings or {"": stats["mapping"]}).items():
         columns = ", ".join(f"{role} ← {column}" for role, column in mapping["columns"].items())
         yield f"{of}columns", columns + (" (guessed from their names)" if mapping["guessed"] else "")
-        yield f"{of}read as", "; ".join(mapping["notes"]) or "–"
-        yield f"{of}columns without use", ", ".join(mapping["unused"]) or "–"
+        yield f"{of}read as", "; ".join(mapping.get("notes", [])) or "–"
+        yield f"{of}columns without use", ", ".join(mapping.get("unused", [])) or "–"
         yield f"{of}prompt template", mapping["prompt_template"] or "–"
     yield "seed", stats["config"]["seed"]
     yield "dataset hash", stats["dataset_hash"]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -17,13 +18,13 @@ from pathlib import Path
 
 from softpref import __version__
 from softpref.artifacts import readable
-from softpref.config import write_parameters
+from softpref.config import without_secrets, write_parameters
 from softpref.data.config import EMBEDDED, WITH_ESCAPES, DataConfig, Part, parts_of
 from softpref.data.embedded import embedded_preferences, write_known_answers
 from softpref.data.extras import write_extras
 from softpref.data.finished import is_finished, take_over
 from softpref.data.intake import Intake, RejectionLog, Source, check_alike, check_rejections
-from softpref.data.mixture import choose_rows, label, public_mixture
+from softpref.data.mixture import choose_rows
 from softpref.data.page import render_page
 from softpref.data.sources import SourceRow, fetch, open_source
 from softpref.data.splits import SPLITS, assign_splits
@@ -145,14 +146,11 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> DatasetStats:
         stats: DatasetStats = {**taken.stats, "taken_over": config.source}
         split_of, rows = taken.split_of, taken.dataset["train"]
         examples = [rows[index] for index in sorted(hash_order(range(len(rows)), config.seed)[:EXAMPLES])]
-    rejections = RejectionLog(folder / REJECTED_FILE)
-    try:
+    with contextlib.closing(RejectionLog(folder / REJECTED_FILE)) as rejections:
         if not finished:
             stats, split_of, examples = _divide(config, parts, preferences, folder, rejections, listing)
         stats |= write_extras(config, stats["conversational"], split_of, streams, folder, rejections, listing)
         write_known_answers(config, folder)
-    finally:
-        rejections.close()
     (folder / STATS_FILE).write_text(json.dumps(stats, indent=2, ensure_ascii=False), encoding="utf-8")
     escaped = {name: getattr(config, name).replace("\\", "\\\\") for name in WITH_ESCAPES}
     write_parameters(_changed(config, escaped), folder)
@@ -164,7 +162,7 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> DatasetStats:
 def _without_secrets(config: DataConfig) -> DataConfig:
     """The configuration as it may be recorded and shown: URLs can hold a password or a signature."""
     sources = {name: public_url(source) for name in _SOURCES if (source := getattr(config, name))}
-    return _changed(config, {**sources, "mixture": public_mixture(config.mixture)})
+    return _changed(config, {**sources, "mixture": without_secrets(config.mixture)})
 
 
 def _changed(config: DataConfig, values: Mapping[str, object]) -> DataConfig:
@@ -288,7 +286,7 @@ def _refuse_foreign(output: Path) -> None:
 def _refuse_source_inside(config: DataConfig, output: Path) -> None:
     """Refuse to read from the folder that will be replaced."""
     given = {name: getattr(config, name) or "" for name in _SOURCES}
-    given |= {label(part): part.config.source for part in parts_of(config)[1:]}
+    given |= {f"mixture[{part.name!r}]": part.config.source for part in parts_of(config)[1:]}
     for name, source in given.items():
         local = re.sub("^(file|local)://", "", source)
         path = Path(os.path.realpath(local)) if local and local not in EMBEDDED else None
@@ -308,11 +306,9 @@ def _refuse_finished(parts: Sequence[Part], fetched: Sequence[Path | None]) -> N
 
 def _replace(output: Path, partial: Path) -> None:
     """Put the finished folder in its place; if killed in between, the old or the new one stays complete."""
+    old = output.with_name(f".{output.name}.old")
     if output.exists():
-        old = output.with_name(f".{output.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         os.replace(output, old)
-        os.replace(partial, output)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, output)
+    os.replace(partial, output)
+    shutil.rmtree(old, ignore_errors=True)

@@ -12,81 +12,23 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+import yaml
 
 from softpref.judges import Outcomes
 
-# Heroes by where they are at home, an option of the second slot each; experts like to see them there.
-_HEROES = (
-    ("crow", "goat", "eagle"),
-    ("otter", "heron", "beaver"),
-    ("owl", "bear", "wolf"),
-    ("seal", "crab"),
-    ("fox", "mouse", "rabbit"),
-    ("cat", "dog"),
-)
-_HOME = {hero: place for place, heroes in enumerate(_HEROES) for hero in heroes}
-_SLOTS: tuple[tuple[str, ...], ...] = (
-    ("One morning", "At dusk", "On a rainy day", "In deep winter", "Long ago", "Under a full moon"),
-    (
-        "climbed the old hill",
-        "crossed the wide river",
-        "walked into the dark woods",
-        "sailed to a small island",
-        "crept through the tall grass",
-        "wandered down to the village",
-    ),
-    (
-        "met a lost child",
-        "found a golden key",
-        "heard a sad song",
-        "saw a falling star",
-        "woke a sleeping giant",
-        "caught a cunning thief",
-    ),
-    (
-        "They became friends.",
-        "Nobody believed it.",
-        "Everyone cheered.",
-        "It stayed a secret.",
-        "Home never felt so warm.",
-        "The world was a little kinder.",
-    ),
-)
+_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_SLOTS: list[list[str]] = [*_TABLES["slots"].values()]
+_TASTE: dict[str, list[list[float]]] = _TABLES["taste"]
+_HOME = {hero: place for place, heroes in enumerate(_TABLES["heroes"]) for hero in heroes}
 STORIES = math.prod(map(len, _SLOTS))  # of one prompt
 # How often writers take each option of a slot: they have habits, but every story can occur. They lean
 # slightly towards what suits the prompt, as people do; experts lean further.
 _HABIT = np.array([0.24, 0.20, 0.18, 0.15, 0.13, 0.10])
 _LEANING = 0.3
-# What experts like in a story about a hero of that trait, in nats, per slot and option.
-_TASTE: dict[str, tuple[tuple[float, ...], ...]] = {
-    "brave": (
-        (0.4, 0.0, 0.1, 0.7, -0.4, -0.2),
-        (0.6, 0.3, 0.8, 0.0, -0.9, -0.7),
-        (-0.3, -0.2, -0.8, -0.4, 1.1, 0.9),
-        (0.0, -0.4, 0.8, -0.7, 0.1, 0.2),
-    ),
-    "gentle": (
-        (0.5, 0.3, -0.1, -0.4, 0.2, 0.0),
-        (-0.2, 0.1, -0.6, 0.2, 0.0, 0.6),
-        (1.1, -0.4, 0.5, 0.1, -0.8, -0.9),
-        (0.7, -0.7, -0.2, -0.1, 0.5, 0.8),
-    ),
-    "clever": (
-        (0.0, 0.4, -0.2, -0.3, 0.3, 0.5),
-        (-0.3, 0.2, -0.1, 0.4, 0.9, 0.1),
-        (-0.5, 0.9, -0.4, -0.2, -0.1, 1.0),
-        (-0.4, 0.5, 0.1, 0.9, -0.5, -0.4),
-    ),
-    "lonely": (
-        (-0.6, 0.5, 0.4, 0.6, 0.0, 0.3),
-        (0.3, 0.0, 0.4, 0.7, -0.2, -0.8),
-        (0.5, -0.6, 0.9, 0.8, -0.5, -0.7),
-        (0.9, -0.1, -0.8, 0.2, 0.7, 0.0),
-    ),
-}
-_HOME_BONUS = 0.5
+_HOME_BONUS = 0.5  # nats that experts give for seeing a hero at home
 # Experts judge two slots together: they like what stays a secret to happen at night.
 _SECRET_AT_NIGHT = 0.6
 

@@ -166,7 +166,7 @@ def _features(conversational: bool, weighted: bool, several: bool) -> dict[str, 
     }
 
 
-def _lengths(lengths: array[int]) -> dict[str, Any]:
+def _lengths(lengths: array[int]) -> dict[str, object]:
     import numpy as np
 
     values = np.asarray(lengths)

@@ -78,15 +78,12 @@ def run(
         equal_reward=equal_reward(members),
         members=members,
     )
-    samples = {
-        evaluation.name: read_samples(folder, _SHOWN_PROMPTS)
-        for folder, evaluation in zip(folders, evaluations, strict=True)
-    }
+    folder_of = {evaluation.name: folder for evaluation, folder in zip(evaluations, folders, strict=True)}
+    samples = {name: read_samples(folder, _SHOWN_PROMPTS) for name, folder in folder_of.items()}
     _write_report(output, comparison, samples)
-    for folder, evaluation in zip(folders, evaluations, strict=True):
-        if evaluation.name == choice.name:
-            (output / CHOSEN_FOLDER).mkdir(exist_ok=True)
-            shutil.copyfile(folder / EVALUATION_FILE, output / CHOSEN_FOLDER / EVALUATION_FILE)
+    if choice.name is not None:
+        (output / CHOSEN_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(folder_of[choice.name] / EVALUATION_FILE, output / CHOSEN_FOLDER / EVALUATION_FILE)
     comparison.write(output)
     if parent_run_id or current_pipeline_run():
         _track(output, comparison, parent_run_id, experiment, tracking_uri)
@@ -219,7 +216,7 @@ def _track(
     experiment: str,
     tracking_uri: str | None,
 ) -> None:
-    """Log the comparison to the sweep's run: the chosen member's figures, the figure and the report."""
+    """Log the comparison to the sweep's run: the chosen member's figures, the drawing and the report."""
     from softpref.tracking import Tracker
 
     with Tracker(

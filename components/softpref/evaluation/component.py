@@ -35,7 +35,7 @@ def evaluate_model(
         policy: The trained model.
         evaluation: The evaluation folder: evaluation.json, samples.jsonl, report.html.
         report: The report as a page.
-        metrics: Alpha, beta and the figures that tell models apart; every other is in the evaluation folder.
+        metrics: Alpha, beta and the figures that tell models apart; all others are in the evaluation folder.
         judge: "expert" (known rewards), "bradley-terry" (trained on the training split), or "auto": the
             expert where the dataset has one.
         max_prompts: Distinct held-out prompts to measure on. 0: all.
@@ -131,16 +131,16 @@ def compare_models(
         selection_rule: Which figure ranks members, "expected_reward" or "win_rate".
         max_kl: Members farther than this from the reference, in nats per completion, cannot be chosen. 0: no
             limit.
-        registered_model_name: What the chosen model will be registered as: it must pass the gate of
-            registration, and it is an error when none does. Empty: no gate, and nothing may be chosen.
+        registered_model_name: Name that the chosen model will be registered under: it must pass the gate, and
+            it is an error when none does. Empty: there is no gate, and no model need be chosen.
         min_win_rate: The gate: the low end of the win rate's interval must be above this.
         registry_overrides: Any other parameter of the registration stage; of the gate it is max_kl.
         experiment: MLflow experiment of the sweep's run, which receives report and figures.
         tracking_uri: MLflow server. Empty: MLFLOW_TRACKING_URI, or a local store.
-        record: What the plan told MLflow; delivered here if MLflow was away then.
+        record: What the plan logged to MLflow; delivered here if MLflow was unreachable then.
 
     Returns:
-        Address and name of the chosen model; both empty where none may be chosen.
+        Address and name of the chosen model; both empty when none is chosen.
     """
     import os
     import shutil

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from softpref.evaluation.theory import TRUSTED
 from softpref.fitness import number
-from softpref.records import Evaluation, Figures
+from softpref.records import EqualReward, EqualRewardRow, Evaluation, Figures
 
 
 class Curve(NamedTuple):
@@ -114,16 +114,11 @@ def softmax_points(members: Sequence[Evaluation]) -> list[Point]:
     return [Point(*pair) for pair in known[0]] if known else []
 
 
-def equal_reward(members: Sequence[Evaluation]) -> dict[str, Any] | None:
+def equal_reward(members: Sequence[Evaluation]) -> EqualReward | None:
     """Entropy of every curve at the expected rewards of the SPO members, interpolated within it.
 
-    Exact figures where every member has them, samples' otherwise.
-
-    Returns:
-        `basis` (`"exact"` or `"samples"`), `curves` (their names; where the softmax frontier is known,
-        `"maximum"` comes first) and `rows`: `name` of an SPO member, its `curve` and `expected_reward`, and
-        `entropy`, which maps each curve's name to nats, or None outside its range. None where there is no SPO
-        member, or nothing beside it.
+    By exact figures if every member has them. Where the softmax frontier is known it is the first curve,
+    `maximum`. None without SPO members, or with nothing beside them.
     """
     exact = all_exact(members)
     maximum = softmax_points(members) if exact else []
@@ -133,7 +128,7 @@ def equal_reward(members: Sequence[Evaluation]) -> dict[str, Any] | None:
         for curve in drawn
         if (points := [place for member in curve.members if (place := point(member, exact))])
     }
-    rows: list[dict[str, Any]] = []
+    rows: list[EqualRewardRow] = []
     for curve in drawn:
         for member in curve.members if curve.method == "spo" and curve.plain else ():
             if (place := point(member, exact)) is None:

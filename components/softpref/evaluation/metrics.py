@@ -57,6 +57,7 @@ class PreferenceMetric(_Metric):
     log-probability, a tie counting ½; `preference_margin` the mean of their difference, in nats. A ranking
     gives all its ordered pairs, a best-of-n row the best against each other. A soft label counts towards its
     majority's side, with the same weight as any other; a label of exactly ½ has no side and is left out.
+    Scores are log-probabilities of a row's completions, best first.
     """
 
     _features: ClassVar = {"scores": _NUMBERS, "kind": _TEXT, "probability": _NUMBER, "prompt": _TEXT}

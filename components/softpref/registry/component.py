@@ -24,7 +24,7 @@ def register_model(
 ) -> None:
     """Put a model that passes the gate into the MLflow registry; make it champion when it beats the champion.
 
-    A model that does not pass it fails the step.
+    The step fails for a model that does not pass.
 
     Args:
         model: The model folder of the training stage.
@@ -39,7 +39,7 @@ def register_model(
         tracking_uri: The MLflow server. Empty: the environment's, or a local store.
         experiment: MLflow experiment, when the model names no run.
         overrides: Any other parameter of RegistryConfig, such as {"beyond_noise": true}.
-        record: What the plan told MLflow; delivered here if MLflow was away then.
+        record: What the plan logged to MLflow; delivered here if MLflow was unreachable then.
     """
     from pathlib import Path
 
