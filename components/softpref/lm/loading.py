@@ -15,32 +15,13 @@ from softpref.lm.sources import (
     check_model_source,
     check_remote_code,
     local_source,
-    pin_model,
-    source_name,
 )
-from softpref.records import METADATA_FILE, load_metadata, save_metadata
+from softpref.records import METADATA_FILE, save_metadata
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-__all__ = [
-    "METADATA_FILE",
-    "check_model_source",
-    "check_remote_code",
-    "load_metadata",
-    "load_model",
-    "load_tokenizer",
-    "local_source",
-    "pin_model",
-    "require_new_folder",
-    "sampling_generation_config",
-    "save_metadata",
-    "save_model_folder",
-    "settle_generation_config",
-    "source_name",
-]
 
 _IN_PROGRESS = ("checkpoints", "tracking")  # what the names begin with that an unfinished stage leaves
 

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from softpref.errors import ConfigError
 from softpref.lm.arguments import StageArguments
-from softpref.lm.loading import check_model_source, check_remote_code
+from softpref.lm.sources import check_model_source, check_remote_code
 
 
 @dataclass
