@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
@@ -151,7 +151,7 @@ def decodes(model: Any) -> bool:
     return not _verdicts[key]
 
 
-_verdicts: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # of each model: why not; empty if it can
+_verdicts: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # of each model: why not; empty if it can
 
 
 def _reason_against(model: Any) -> str:
@@ -258,7 +258,12 @@ def decoding_attention(model: Any) -> Iterator[None]:
 
 
 def grouped_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """`sdpa` attention of transformers; for one new token, heads that share keys become queries of one head.
 

@@ -19,6 +19,7 @@ from softpref.lm.sources import (
 from softpref.records import METADATA_FILE, save_metadata
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def save_model_folder(
     folder: str | Path,
     metadata: dict[str, Any],
     *,
-    state_dict: dict[str, Any] | None = None,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Save a model as a stage's result: safetensors, tokenizer, generation config, metadata, model card.
 

@@ -53,7 +53,7 @@ def sample_completions(
     noise: torch.Tensor,
     stop_ids: Sequence[int],
     batch_size: int = 64,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Sample]:
     """Sample one completion for each prompt at temperature 1 over the whole vocabulary, in eval mode.
 

@@ -111,7 +111,7 @@ def score_sequences(
     *,
     batch_size: int = 64,
     plain: bool = False,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Sequence log-probabilities of any number of `(prompt ids, completion ids)` pairs: `[n]`, on the CPU.
 

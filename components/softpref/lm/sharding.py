@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def shards(model: Any) -> list[Any]:
@@ -62,7 +62,7 @@ def whole_head(model: Any) -> Iterator[None]:
             module.reshard()  # what the optimizer changes are the shards
 
 
-def whole_copy(model: Any, state_dict: dict[str, Any]) -> nn.Module:
+def whole_copy(model: Any, state_dict: dict[str, Tensor]) -> nn.Module:
     """An unsharded model of the kind of `model`, on the CPU, with the weights of `state_dict`.
 
     Args:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from softpref.errors import ConfigError
 from softpref.lm.sampling import Sample, sampling_noise
 
-Draw = Callable[[list[list[int]], "object"], list[Sample]]
+Draw = Callable[[list[list[int]], Tensor], list[Sample]]
 
 
 class SampleBuffer:
@@ -44,7 +44,7 @@ class SampleBuffer:
         max_new_tokens: int,
         seed: int,
         draw: Draw,
-        annotate: Callable[[list[Sample]], list[Any]] | None = None,
+        annotate: Callable[[list[Sample]], list[Tensor | None]] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -53,7 +53,7 @@ class SampleBuffer:
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._draw, self._annotate = draw, annotate
         self._samples: list[Sample] = []
-        self._annotations: list[Any] = []
+        self._annotations: list[Tensor | None] = []
         self._expired = False
         self.policy_step: int | None = None
         """Optimizer step whose policy drew the present samples; None before the first refresh."""
@@ -65,7 +65,7 @@ class SampleBuffer:
             self._refresh(step)
         return [self._samples[i] for i in self._places(step)]
 
-    def annotations_for(self, step: int) -> list[Any]:
+    def annotations_for(self, step: int) -> list[Tensor | None]:
         """What `annotate` made of the samples of `slice_for(step)`, which has been called."""
         if len(self._annotations) != len(self._samples):
             make = self._annotate or (lambda samples: [None] * len(samples))

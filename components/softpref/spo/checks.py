@@ -26,15 +26,15 @@ class Derived:
     """What options of `SPOConfig` amount to."""
 
     if TYPE_CHECKING:
-        method: Any
+        method: str
         anchor: float
         beta: float
         kl_beta: float
-        kl_on: Any
+        kl_on: str
         reference_cache: str
         rounds: int
-        train_on: Any
-        round_reference: Any
+        train_on: str
+        round_reference: str
 
     @property
     def samples_policy(self) -> bool:

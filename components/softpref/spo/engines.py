@@ -57,7 +57,7 @@ class Engine(Protocol):
         noise: Tensor,
         stop_ids: Sequence[int],
         batch_size: int = 64,
-        progress: Callable[[int], Any] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Sample]: ...
 
 
@@ -112,7 +112,7 @@ class VLLMEngine:
         noise: Tensor,
         stop_ids: Sequence[int],
         batch_size: int = 64,
-        progress: Callable[[int], Any] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Sample]:
         """Load the model's weights, then sample; the batch size is the spec's."""
         _check_noise(prompts, noise)
@@ -151,7 +151,7 @@ class VLLMServerEngine:
         noise: Tensor,
         stop_ids: Sequence[int],
         batch_size: int = 64,
-        progress: Callable[[int], Any] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Sample]:
         """Send the model's weights and the prompts of all processes, and give this process its samples."""
         _check_noise(prompts, noise)

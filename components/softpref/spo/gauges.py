@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Means:
 class WeightSums:
     """Σ w, Σ w² and the number of importance weights, as logarithms: far from 1 they would leave fp32."""
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: torch.device | str) -> None:
         self._sums = self._none = torch.full((3,), -torch.inf, device=device)
 
     def add(self, log_weights: Tensor) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from softpref.errors import ConfigError
 from softpref.judges import as_text
 from softpref.lm.sampling import Sample, sampling_noise
-from softpref.lm.tokenization import decode_completion
+from softpref.lm.tokenization import Text, decode_completion
 from softpref.objectives.preference import PreferenceKind
 from softpref.progress import progress
 from softpref.spo.config import SPOConfig
@@ -55,13 +56,13 @@ class RoundRows(Dataset[Row]):
     def __init__(
         self,
         rows: Sequence[Row],
-        prompts: Sequence[Any],
+        prompts: Sequence[Text],
         args: SPOConfig,
         *,
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: Sequence[int],
         judge: Judge | None,
-        draw: Callable[[list[list[int]], Any, Callable[[int], Any]], list[Sample]],
+        draw: Callable[[list[list[int]], Tensor, Callable[[int], object]], list[Sample]],
         score: Callable[[list[tuple[list[int], list[int]]]], list[float]],
         shares: Callable[[list[Any], int], list[Any]],
         rank: int = 0,
@@ -191,7 +192,7 @@ class RoundRows(Dataset[Row]):
         return completion[-1] in self._stop_ids
 
     def _chunk(
-        self, here: range, count: int, seed: tuple[int, ...], progress: Callable[[int], Any]
+        self, here: range, count: int, seed: tuple[int, ...], progress: Callable[[int], object]
     ) -> list[Row]:
         """Rows of some prompts; samples, and then judging, are dealt to the processes round robin."""
         total = len(here) * count

@@ -389,7 +389,7 @@ class SPOTrainer(RowsTrainer):
     # ------------------------------------------------------------------ sampling
 
     def _draw(
-        self, prompts: list[list[int]], noise: Any, progress: Callable[[int], Any] | None = None
+        self, prompts: list[list[int]], noise: Tensor, progress: Callable[[int], object] | None = None
     ) -> list[Sample]:
         assert self._engine is not None
         started = time.perf_counter()

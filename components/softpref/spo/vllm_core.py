@@ -155,7 +155,7 @@ class VLLMCore:
         *,
         max_new_tokens: int,
         stop_ids: Sequence[int],
-        progress: Callable[[int], Any] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Drawn]:
         """One completion for each prompt, in the order given.
 
