@@ -111,7 +111,7 @@ def keep_rows(
         text = json.dumps(description, indent=2)
         (folder / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
     except Exception as error:  # of any kind: the trained model is worth more
-        logger.warning("the rows cannot be kept, each training will tokenize them: %s", error)
+        logger.warning("each training will tokenize the rows, which cannot be kept: %s", error)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -148,10 +148,9 @@ def kept_rows(
         if scored:
             text += ", and the reference's log-probabilities"
         elif precision and scoring:
-            text += (
-                "; its log-probabilities are those of other weights, or in "
-                f"{scoring.get('precision')} and not {precision}: they are computed here"
-            )
+            kept = scoring.get("precision")
+            other = "of other weights" if kept == precision else f"in {kept} and not {precision}"
+            text += f"; its log-probabilities are {other}: they are computed here"
     if not quiet:
         logger.log(level, "%s", text)
     return {split: KeptRows(folder / split, scored) for split in splits}
