@@ -207,7 +207,7 @@ def sampling_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _check_weights(source: str, found: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose weights are not all of the model: transformers draws the others at random.
+    """Refuse a checkpoint that lacks weights of the model: transformers would initialise them at random.
 
     Args:
         found: the loading info of transformers; tied weights that are saved once are not missing there.
@@ -226,8 +226,8 @@ def _check_weights(source: str, found: Mapping[str, Any]) -> None:
     if faults:
         faults += [f"it holds {some(unexpected)}, which the model does not have"] if unexpected else []
         raise ConfigError(
-            f"base model {source}: its weights are not those of its config.json: {'; '.join(faults)}; what "
-            "is missing would be random numbers: correct config.json, or complete the weights"
+            f"base model {source}: its weights are not those of its config.json: {'; '.join(faults)}; what is "
+            "missing would be random numbers: correct config.json, or complete the weights"
         )
     if unexpected:
         logger.warning("base model %s holds weights that are not used: %s", source, some(unexpected))

@@ -119,7 +119,7 @@ def tokenize_row(
         ConfigError: the tokenizer has no end-of-sequence token or lacks a chat template.
     """
     if tokenizer.eos_token_id is None:
-        raise ConfigError("the tokenizer has no eos_token; set one, for a completion must be able to end")
+        raise ConfigError("the tokenizer has no eos_token; set one: a completion must be able to end")
     stops = stop_token_ids(tokenizer) if stop_ids is None else stop_ids
     for text in (prompt, *completions):
         _check_contents(tokenizer, text, stops)
