@@ -226,8 +226,8 @@ def _check_weights(source: str, found: Mapping[str, Any]) -> None:
     if faults:
         faults += [f"it holds {some(unexpected)}, which the model does not have"] if unexpected else []
         raise ConfigError(
-            f"base model {source}: its weights are not those of its config.json: {'; '.join(faults)}; what is "
-            "missing would be random numbers: correct config.json, or complete the weights"
+            f"base model {source}: its weights are not those of its config.json: {'; '.join(faults)}; what "
+            "is missing would be random numbers: correct config.json, or complete the weights"
         )
     if unexpected:
         logger.warning("base model %s holds weights that are not used: %s", source, some(unexpected))
