@@ -115,10 +115,10 @@ def test_code_goes_with_what_is_saved_merged_and_extrapolated(folder, tmp_path):
     save_model_folder(adapted, tokenizer, tmp_path / "adapter", {"adapter": True})
     merged = load_model(str(tmp_path / "adapter"), trust_remote_code=True)
     save_model_folder(merged, tokenizer, tmp_path / "merged", {"name": "merged"})
-    (further,) = write_extrapolations(
+    write_extrapolations(
         merged, str(folder), tokenizer, tmp_path / "out", {"name": "x"}, [0.5], trust_remote_code=True
     )
-    for saved in (tmp_path / "merged", further):
+    for saved in (tmp_path / "merged", tmp_path / "out" / "extrapolated-0.5"):
         assert {path.name for path in saved.iterdir()} >= CODE
         torch.testing.assert_close(logits(saved), expected)
 

@@ -49,7 +49,7 @@ def llama(seed):
 
 
 def save_model(folder: Path, seed: int, **metadata) -> Path:
-    from softpref.lm.loading import save_metadata
+    from softpref.records import save_metadata
 
     llama(seed).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -185,7 +185,8 @@ def extrapolated(world, tmp_path_factory):
     import shutil
 
     from softpref.lm.extrapolation import write_extrapolations
-    from softpref.lm.loading import load_metadata, load_model, save_metadata
+    from softpref.lm.loading import load_model
+    from softpref.records import load_metadata, save_metadata
 
     folder = tmp_path_factory.mktemp("extrapolated") / "policy"
     shutil.copytree(world.policy, folder)

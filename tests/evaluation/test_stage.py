@@ -14,8 +14,7 @@ from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.stage import headline
 from softpref.fitness import ailments
-from softpref.lm.loading import load_metadata, save_metadata
-from softpref.records import Evaluation
+from softpref.records import Evaluation, load_metadata, save_metadata
 
 METRICS = {
     "preference_accuracy", "preference_margin", "win_rate", "expected_reward", "reference_expected_reward",

@@ -5,15 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from softpref.errors import ConfigError
-from softpref.lm.loading import (
-    check_model_source,
-    load_model,
-    load_tokenizer,
-    local_source,
-    pin_model,
-    save_model_folder,
-    source_name,
-)
+from softpref.lm.loading import load_model, load_tokenizer, save_model_folder
+from softpref.lm.sources import check_model_source, local_source, pin_model, source_name
 
 pytestmark = pytest.mark.fast
 

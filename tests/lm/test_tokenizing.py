@@ -80,7 +80,7 @@ def test_rows_of_a_process_that_has_gone_are_tokenized_here(tokenizer, monkeypat
     monkeypatch.setattr("sys.executable", "/bin/false")
     rows = texts(300)
     assert here(rows, tokenizer, 2) == [(n, direct(tokenizer, row)) for n, row in enumerate(rows)]
-    assert "a process that tokenizes has gone" in caplog.text
+    assert "a process that tokenizes has died" in caplog.text
 
 
 def test_processes_import_nothing_from_the_current_folder(tokenizer, tmp_path, monkeypatch, caplog):
@@ -107,7 +107,7 @@ def test_a_tokenizer_that_cannot_be_handed_over_works_here(make_tokenizer, monke
     own.of_this_process_alone = lambda text: text
     rows = texts(5)
     assert here(rows, own, 2) == [(n, direct(own, row)) for n, row in enumerate(rows)]
-    assert "the tokenizer cannot be handed to others" in caplog.text
+    assert "the tokenizer cannot be sent to others" in caplog.text
 
 
 def test_processes_end_where_not_all_rows_are_taken(tokenizer, monkeypatch):

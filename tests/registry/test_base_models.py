@@ -6,14 +6,9 @@ import shutil
 import pytest
 import torch
 from softpref.errors import ConfigError
-from softpref.lm.loading import (
-    load_metadata,
-    load_model,
-    load_tokenizer,
-    local_source,
-    pin_model,
-    source_name,
-)
+from softpref.lm.loading import load_model, load_tokenizer
+from softpref.lm.sources import local_source, pin_model, source_name
+from softpref.records import load_metadata
 from softpref.registry.config import RegistryConfig
 from softpref.registry.stage import run
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from softpref.config import build_config
 from softpref.errors import ConfigError, DataError
-from softpref.lm.loading import load_metadata, load_model, load_tokenizer, save_model_folder
+from softpref.lm.loading import load_model, load_tokenizer, save_model_folder
 from softpref.lm.sampling import sample_completions, sampling_noise
 from softpref.lm.scoring import score_sequences
 from softpref.lm.tokenization import decode, tokenize_prompt, tokenize_sequence
+from softpref.records import load_metadata
 from softpref.sft.config import SFTConfig
 from softpref.sft.scratch import build_model, build_tokenizer
 from softpref.sft.stage import headline, run

@@ -86,7 +86,7 @@ def test_a_training_takes_them_and_ends_at_the_same_weights(
     shutil.rmtree(Path(reference) / "rows")
     calls.clear()
     assert command("without", dataset, "--reference", reference, **settings) == 0
-    assert f"tokenizing the rows here, for {reference} holds none" in caplog.text
+    assert f"tokenizing the rows here: {reference} holds none" in caplog.text
     assert len(calls) > 30
     calls.clear()
     assert command("of two", dataset, "--reference", reference, **settings, dataset_num_proc=2) == 0
@@ -223,7 +223,7 @@ def test_what_differs_or_is_damaged_is_not_taken_and_the_log_says_why(copies, ca
     assert not caplog.records
     change(*copies)
     assert kept_beside(*copies) == {}
-    assert re.search(f"tokenizing the rows here, for .*{reason}", caplog.text)
+    assert re.search(f"tokenizing the rows here: .*{reason}", caplog.text)
 
 
 def test_the_stage_that_keeps_them_writes_nothing_into_the_dataset(made):

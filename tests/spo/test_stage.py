@@ -6,7 +6,7 @@ import re
 
 import pytest
 from safetensors import safe_open
-from softpref.lm.loading import load_metadata
+from softpref.records import load_metadata
 from softpref.spo.stage import headline
 
 PROMPTS = ["ab", "cd", "ef"]

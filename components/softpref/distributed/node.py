@@ -1,7 +1,7 @@
 """One node of a TrainJob: reads what to train from the shared volume, and starts this node's processes.
 
 Run as `python -m softpref.distributed.node FOLDER` in every node. The runtime's variables (`PET_NNODES` and
-its kin, as Kubeflow Trainer's torch policy sets them) say which node this is.
+others, as Kubeflow Trainer's torch policy sets them) say which node this is.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from softpref.errors import ConfigError, SoftprefError
 JOB_FILE, PARAMETERS_FILE, RESULT_FILE = "job.json", "parameters.json", "result.json"
 CHECKPOINTS, OUTPUT = "checkpoints", "output"
 SECRETS_VARIABLE = "SOFTPREF_SECRET_FILES"
-"""JSON object of environment variable → file with its value: secrets that are mounted, not set. A file may be
-absent whose name here ends with `?`."""
+"""JSON object of environment variable → file with its value, for secrets that are mounted, not set. A file
+whose name ends with `?` here may be absent."""
 
 _NAMED_WITHIN = 300.0
 
@@ -40,11 +40,9 @@ class NodeTask:
     """What every node of a job reads, `job.json` in the job's folder; paths are relative to that folder.
 
     Args:
-        stage: `sft` or `train`.
         folders: `dataset`, `output`, `checkpoint_dir`, and `reference` of the stage `train`.
-        where: `name`, `experiment`, `parent_run_id`, `tracking_uri`, as far as they are given.
-        processes: on each node.
-        gpus: of each node.
+        where: those given of `name`, `experiment`, `parent_run_id`, `tracking_uri`.
+        processes, gpus: of each node.
     """
 
     stage: Literal["sft", "train"]
@@ -70,7 +68,7 @@ def rendezvous(env: Mapping[str, str]) -> Rendezvous:
     """Where the nodes meet, from what the runtime's torch policy sets.
 
     Raises:
-        ConfigError: a variable is absent; the runtime is none for torch.
+        ConfigError: a variable is absent: the runtime is not for torch.
     """
     names = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
     if missing := [name for name in names if not env.get(name)]:
@@ -107,7 +105,7 @@ def run_node(folder: Path) -> int:
 
 
 def _await_name(address: str) -> None:
-    """Wait until the first node has a name: nodes start in any order, and a name comes with its pod.
+    """Wait until the first node has an address: nodes start in any order, and an address comes with a pod.
 
     Raises:
         ConfigError: it has none after `_NAMED_WITHIN` seconds.
@@ -130,7 +128,7 @@ def read_secrets(env: Mapping[str, str]) -> dict[str, str]:
     """Environment variables whose values are in mounted files.
 
     Raises:
-        ConfigError: a file is not there.
+        ConfigError: a file is absent.
     """
     found = {}
     for name, file in json.loads(env.get(SECRETS_VARIABLE, "{}")).items():
@@ -144,12 +142,12 @@ def read_secrets(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def finished(result: Path) -> bool:
-    """Whether the stage came to its end, and not by a refusal."""
+    """Whether the stage finished, other than by a refusal."""
     return result.is_file() and "result" in json.loads(result.read_text(encoding="utf-8"))
 
 
 def main(arguments: list[str]) -> int:
-    """Run the node of the job folder given; 0, 2 for what a person can mend, 1 for any other failure."""
+    """Run the node of a job folder; 0, 2 for an error that the user can correct, 1 for any other failure."""
     if len(arguments) != 1:
         print("usage: python -m softpref.distributed.node FOLDER", file=sys.stderr)
         return 2

@@ -20,15 +20,11 @@ _LAST_LINES = 60  # the launcher closes with some forty of its own
 
 
 class StageFailed(RuntimeError):
-    """A training stage failed in other processes than this one; the message ends with its last lines."""
+    """A training stage failed in other processes; the message ends with its last lines."""
 
 
 class Cancelled(BaseException):
-    """SIGTERM or SIGINT came; like KeyboardInterrupt it is no error that anybody should handle.
-
-    Attributes:
-        signum: the signal.
-    """
+    """SIGTERM or SIGINT came; like KeyboardInterrupt, it is not an error to handle."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -70,13 +66,13 @@ def launch_command(
     command += ["--machine_rank", str(meet.rank), "--main_process_port", str(meet.port)]
     if meet.nodes > 1:
         command += ["--main_process_ip", meet.address]
-    # precision and compilation are options of the stage; what a user's accelerate file says of them is not
+    # precision and compilation are options of the stage: a user's accelerate file must not decide them
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     return [*command, "-m", module, *arguments]
 
 
 def launch_environment(processes: int, *, gpus: int) -> dict[str, str]:
-    """This environment for `launch_command`: no other launcher's variables, and threads shared out."""
+    """This environment for `launch_command`: without another launcher's variables, threads shared out."""
     taken = ("PET_", "TORCHELASTIC_")
     one = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
     env = {key: value for key, value in os.environ.items() if not key.startswith(taken) and key not in one}
@@ -86,10 +82,10 @@ def launch_environment(processes: int, *, gpus: int) -> dict[str, str]:
 
 
 def run_watched(command: Sequence[str], *, env: Mapping[str, str] | None = None, what: str = "") -> None:
-    """Run a command to its end, its output passed on as it comes. Stopped when this process is.
+    """Run a command to its end and pass its output on as it comes.
 
-    SIGTERM or SIGINT to this process ends the command's processes, all of them, and then this process as if
-    nothing had been between.
+    SIGTERM or SIGINT to this process ends all of the command's processes, and then this process as it would
+    have without the command.
 
     Args:
         what: what failed, for the message.
@@ -104,7 +100,7 @@ def run_watched(command: Sequence[str], *, env: Mapping[str, str] | None = None,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=None if env is None else dict(env),
-            start_new_session=True,  # signals come through here alone, once
+            start_new_session=True,  # signals reach it through this process alone, once
         )
         try:
             assert process.stdout is not None
@@ -118,7 +114,7 @@ def run_watched(command: Sequence[str], *, env: Mapping[str, str] | None = None,
 
 
 def pass_on(stream: IO[bytes], last: deque[str]) -> None:
-    """Print what comes, as it comes, progress bars too, and keep the last whole lines."""
+    """Print output as it comes, progress bars too, and keep the last whole lines."""
     rest = b""
     while block := stream.read1(1 << 16):  # type: ignore[attr-defined]
         sys.stdout.write(block.decode(errors="replace"))
@@ -130,22 +126,22 @@ def pass_on(stream: IO[bytes], last: deque[str]) -> None:
 
 
 def _final(line: bytes) -> str:
-    """What a terminal shows of a line at the end: a progress bar writes over itself."""
+    """What a terminal shows of a line in the end: a progress bar overwrites itself."""
     return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
 
 
 @contextmanager
 def cancellable(clean_up: Callable[[], None] | None = None) -> Iterator[None]:
-    """SIGTERM and SIGINT raise `Cancelled` inside; after `clean_up` the signal takes its usual course.
+    """SIGTERM and SIGINT raise `Cancelled` inside; after `clean_up` the signal has its usual effect.
 
-    Outside of the main thread, where Python delivers no signals, nothing is changed.
+    Outside the main thread, where Python delivers no signals, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def cancel(signum: int, frame: object) -> None:
-        for each in signals:  # a second one must not break into the cleaning up
+        for each in signals:  # a second one must not interrupt the clean-up
             signal.signal(each, signal.SIG_IGN)
         raise Cancelled(signum)
 
@@ -169,7 +165,7 @@ def cancellable(clean_up: Callable[[], None] | None = None) -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Stop a command and whatever it started, with time to leave in order."""
+    """Stop a command and whatever it started, with time to shut down cleanly."""
     group = process.pid  # it leads a session of its own
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)

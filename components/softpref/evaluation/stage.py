@@ -18,7 +18,7 @@ from softpref.evaluation.optima import against_theory, enumerated, theory_sample
 from softpref.fitness import ailments
 from softpref.judges import check_judge, load_judge, read_outcomes, sigmoid, text_rows
 from softpref.lm.extrapolation import extrapolated_folders
-from softpref.lm.loading import check_model_source, check_remote_code, local_source, source_name
+from softpref.lm.sources import check_model_source, check_remote_code, local_source, source_name
 from softpref.progress import settle_output
 from softpref.records import (
     EVALUATION_FILE,

@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from softpref.errors import ConfigError
 
@@ -18,7 +17,7 @@ logger = logging.getLogger(__name__)
 _IDENTITY = "run.json"  # in a folder of checkpoints: whose they are
 
 
-def claim_checkpoints(folder: str | Path, identity: Mapping[str, Any]) -> str | None:
+def claim_checkpoints(folder: str | Path, identity: Mapping[str, object]) -> str | None:
     """The checkpoint to continue from, or None for a fresh start in `folder`.
 
     Args:

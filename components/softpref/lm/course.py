@@ -13,9 +13,10 @@ import torch
 import softpref
 from softpref.config import write_parameters
 from softpref.errors import DataError
-from softpref.lm.arguments import require_devices
+from softpref.lm.arguments import StageArguments, require_devices
 from softpref.lm.checkpoints import claim_checkpoints, remove_checkpoints
 from softpref.lm.loading import require_new_folder, save_model_folder
+from softpref.lm.training import GuardedTrainer
 from softpref.lm.watching import add_stage_callbacks, stage_tracker
 from softpref.progress import settle_output
 from softpref.timings import PhaseTimer
@@ -80,7 +81,7 @@ class Course:
     def __init__(
         self,
         stage: str,
-        config: Any,
+        config: StageArguments,
         output_dir: str | Path,
         *,
         name: str,
@@ -102,11 +103,11 @@ class Course:
         }
         self._checkpoints = Path(checkpoint_dir or Path(output_dir) / "checkpoints")
         self._checkpoint: str | None = None
-        self._identity: dict[str, Any] = {}
+        self._identity: dict[str, object] = {}
         config.output_dir = str(self._checkpoints)
         torch.manual_seed(config.seed)
 
-    def claim(self, identity: dict[str, Any]) -> None:
+    def claim(self, identity: dict[str, object]) -> None:
         """Find the checkpoint from which training continues, if there is one.
 
         Args:
@@ -120,7 +121,7 @@ class Course:
 
     @contextmanager
     def trained(
-        self, trainer: Any, row_counts: Mapping[str, Mapping[str, int]], **parameters: Any
+        self, trainer: GuardedTrainer, row_counts: Mapping[str, Mapping[str, int]], **parameters: object
     ) -> Iterator[Trained]:
         """Train and evaluate; the caller saves inside, and then the run is ended.
 
@@ -159,7 +160,7 @@ class Course:
         if tracker is not None:
             self.timer.write(self._output_dir)
 
-    def description(self, trained: Trained, **described: Any) -> dict[str, Any]:
+    def description(self, trained: Trained, **described: object) -> dict[str, object]:
         """What a model folder says of its model: what all stages say, and `described`."""
         return {
             "stage": self._stage,

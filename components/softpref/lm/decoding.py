@@ -1,9 +1,8 @@
-"""Sequences that grow by a token at a time: with a cache, where it is right, or by whole forward passes.
+"""Sequences that grow by a token at a time: with a cache, where that is right, or by whole forward passes.
 
-transformers joins the keys of every earlier token with the new one at each step, in each layer, and, where a
-group of heads shares its keys, copies these for each head besides. For SmolLM2-135M on a CPU, 32 rows of some
-150 tokens, that was a third of the time: here a cache is written in place, and grouped attention copies
-nothing.
+transformers concatenates the keys of all earlier tokens with the new one at each step, in each layer, and
+where heads share their keys, copies these for each head. For SmolLM2-135M on a CPU, 32 rows of some 150
+tokens, that was a third of the time. Here a cache is written in place, and grouped attention copies nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
@@ -33,7 +32,7 @@ logger = logging.getLogger(__name__)
 ATTENTION = "softpref_grouped"  # the name under which transformers knows `grouped_attention`
 
 _ROOM = 64  # tokens; and a quarter of what is there already
-# prompts of several lengths, and the tokens that follow each; after some of them the second row leaves
+# prompts of several lengths, and the tokens that follow each; after a few of them the second row leaves
 _PROBE = (([1, 2, 3, 4, 5, 6, 7], [8, 2, 5, 1, 4]), ([9, 8], [1, 7, 3]), ([3, 1, 2, 6], [6, 9, 9, 5, 3]))
 _LEAVES_AFTER = 3
 
@@ -52,9 +51,9 @@ class GrowingRows(Protocol):
 
 
 class CachedRows:
-    """Rows padded on the left, so that all speak at the same place; the past is kept in a cache.
+    """Rows padded on the left, so that all generate at the same place; the past is kept in a cache.
 
-    Right only for models that `decodes` agrees to.
+    Right only for models that pass `decodes`.
     """
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
@@ -104,13 +103,13 @@ class CachedRows:
 
 
 class WholeRows:
-    """Rows that are read from their beginning for each token, as the trainer scores them: slow, and right."""
+    """Rows that are read from their beginning for each token, as the trainer scores them: slow but right."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
         self._model, self._rows = model, [list(prompt) for prompt in prompts]
 
     def logits(self) -> Tensor:
-        sequences = [(row, [0]) for row in self._rows]  # what is predicted here is not read
+        sequences = [(row, [0]) for row in self._rows]  # the token to predict does not matter
         parts: list[Tensor] = []
         places: list[int] = []
         for chosen, batch in scoring_batches(self._model, sequences, batch_size=len(sequences)):
@@ -129,10 +128,10 @@ class WholeRows:
 def decodes(model: Any) -> bool:
     """Whether drawing with a cache gives a model's tokens the scores that one forward pass gives them.
 
-    Known only by trying: some models keep their past elsewhere than in the cache that they are given, and
-    some read padding as text. Once per model a few rows of several lengths are grown token by token, one
-    leaves on the way, and all scores must be those of each sequence alone. A model that fails is read from
-    the beginning for each token (`WholeRows`), and a line in the log says why.
+    Only a trial can tell: some models keep their past outside the cache that they are given, and some read
+    padding as text. Once per model a few rows of several lengths are grown token by token, one leaves on the
+    way, and all scores must be those of each sequence alone. For a model that fails, each token takes a whole
+    forward pass (`WholeRows`), and a line in the log says why.
     """
     inner = _inner(model)
     key = model if inner is None else inner
@@ -140,7 +139,7 @@ def decodes(model: Any) -> bool:
         with evaluation_mode(model), torch.no_grad(), decoding_attention(model):
             try:
                 _verdicts[key] = _reason_against(model)
-            except Exception as error:  # whatever a foreign forward stumbles over: the slow way remains
+            except Exception as error:  # of a foreign forward: the slow way remains
                 _verdicts[key] = f"{type(error).__name__}: {error}"
         if _verdicts[key]:
             logger.warning(
@@ -152,7 +151,7 @@ def decodes(model: Any) -> bool:
     return not _verdicts[key]
 
 
-_verdicts: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # of each model: why not; empty if it can
+_verdicts: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # of each model: why not; empty if it can
 
 
 def _reason_against(model: Any) -> str:
@@ -186,7 +185,7 @@ def _inner(model: Any) -> PreTrainedModel | None:
 
 
 def decoding_cache(config: Any) -> DynamicCache:
-    """A cache for a model of this configuration; layers that keep all tokens keep them in rooms that grow."""
+    """A cache for a model of this configuration; layers that keep all tokens have room to grow."""
     cache = DynamicCache(config=config)
     roomy: Callable[[], DynamicLayer] = _RoomyLayer
     cache.layers = [roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -194,9 +193,9 @@ def decoding_cache(config: Any) -> DynamicCache:
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Keys and values at the front of tensors with room for tokens to come, which are written in place.
+    """Keys and values at the front of larger tensors, in which later tokens are written in place.
 
-    It knows what drawing asks of a cache: tokens that are added, rows that leave. Beams do not pass here.
+    It supports what drawing needs: adding tokens and removing rows. Beam search is not supported.
     """
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -240,7 +239,7 @@ def _larger(states: Tensor, length: int) -> Tensor:
 
 @contextmanager
 def decoding_attention(model: Any) -> Iterator[None]:
-    """Have a model that attends by `sdpa` attend by `grouped_attention` inside; others stay as they are."""
+    """Inside, a model with `sdpa` attention uses `grouped_attention`; others stay as they are."""
     inner = _inner(model)
     if inner is None or not inner._can_set_attn_implementation():
         yield
@@ -259,9 +258,14 @@ def decoding_attention(model: Any) -> Iterator[None]:
 
 
 def grouped_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """`sdpa` attention of transformers, where heads that share keys are queries of one head if each has one.
+    """`sdpa` attention of transformers; for one new token, heads that share keys become queries of one head.
 
     Args:
         query: `[B, heads, L, d]`; with L = 1, the token being drawn, nothing is copied for each head.

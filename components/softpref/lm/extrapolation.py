@@ -1,7 +1,7 @@
 """Models extrapolated past alignment (ExPO, arXiv 2404.16792): weights and folders. Trains nothing.
 
-θ = θ_aligned + w · (θ_aligned − θ_sft): alignment moved the weights from the SFT model to the aligned one,
-and w > 0 goes on in that direction; w in (−1, 0) goes back towards the SFT model, −0.5 half of the way.
+θ = θ_aligned + w · (θ_aligned − θ_sft): alignment moved the weights from the SFT model to the aligned one.
+w > 0 goes further in that direction; w in (−1, 0) goes back towards the SFT model, −0.5 half way.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def parse_weights(text: str) -> list[float]:
     """Extrapolation weights from text like `"0.3, 0.5"`; none from an empty one.
 
     Raises:
-        ConfigError: one is no number, is not above −1 or is 0, or two are written alike in a folder's name.
+        ConfigError: one is not a number above −1, is 0, or has the same six digits as another.
     """
     weights = []
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -40,13 +40,8 @@ def parse_weights(text: str) -> list[float]:
     return weights
 
 
-def folder_name(weight: float) -> str:
-    """What the folder of an extrapolated model, or of its evaluation, is called: `extrapolated-W`."""
-    return f"{_FOLDER}{weight:g}"
-
-
 def extrapolated_folders(folder: str | Path) -> list[Path]:
-    """The folders of extrapolated models in a model folder, or of their evaluations in an evaluation's."""
+    """The folders `extrapolated-W` in a model folder, or of their evaluations in an evaluation's."""
     return sorted(path for path in Path(folder).glob(f"{_FOLDER}*") if path.is_dir())
 
 
@@ -101,15 +96,15 @@ def extrapolate(
 
 def write_extrapolations(
     policy: Any,
-    reference: Any,
+    reference_dir: str | Path,
     tokenizer: PreTrainedTokenizerBase,
     output_dir: str | Path,
     metadata: Mapping[str, Any],
     weights: Iterable[float],
     *,
     trust_remote_code: bool = False,
-) -> list[Path]:
-    """Write a model folder `output_dir/extrapolated-W` for each weight W; return the folders.
+) -> None:
+    """Write a model folder `output_dir/extrapolated-W` for each weight W.
 
     They are written before the aligned model's own folder is completed (`save_model_folder`), so that its
     metadata say that everything is there. At most three copies of the weights are in memory: the policy, the
@@ -117,35 +112,22 @@ def write_extrapolations(
 
     Args:
         policy: the aligned model, whole: an adapter is merged first.
-        reference: the SFT model that it was trained from, or where to load it from.
+        reference_dir: the SFT model that it was trained from.
         output_dir: folder of the aligned model.
         metadata: `softpref.json` of the aligned model; an extrapolated one's differs in `name`
             (`NAME-expo-W`) and `extrapolation` (W).
-        weights: each > −1 and not 0.
+        weights: see `parse_weights`.
         trust_remote_code: run model code that comes with the reference.
 
     Raises:
-        ConfigError: the policy is an adapter, or `extrapolate` refuses.
+        ConfigError: `extrapolate` refuses.
     """
-    weights = list(weights)
-    _check_weights(weights)
-    if not weights:
-        return []
-    if metadata.get("adapter"):
-        raise ConfigError(
-            "extrapolation needs whole models, and this one is an adapter apart from its base; merge it "
-            "(merge_adapter), or leave extrapolation empty"
-        )
-    if isinstance(reference, (str, Path)):
-        reference = load_model(str(reference), trust_remote_code=trust_remote_code)
-    folders = []
+    reference = load_model(reference_dir, trust_remote_code=trust_remote_code)
     for weight in weights:
-        folder = Path(output_dir) / folder_name(weight)
-        own = {"name": f"{metadata.get('name', 'model')}-expo-{weight:g}", "extrapolation": weight}
+        own = {"name": f"{metadata['name']}-expo-{weight:g}", "extrapolation": weight}
         state = extrapolate(policy, reference, weight)
+        folder = Path(output_dir) / f"{_FOLDER}{weight:g}"
         save_model_folder(policy, tokenizer, folder, {**metadata, **own}, state_dict=state)
-        folders.append(folder)
-    return folders
 
 
 def _check_weights(weights: list[float]) -> None:

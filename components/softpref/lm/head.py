@@ -169,7 +169,7 @@ class _Unknown(Exception):
 
 # of each model: what was found out, and what has been logged
 _forms: WeakKeyDictionary[nn.Module, _Form | _Unknown] = WeakKeyDictionary()
-_reasons: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_reasons: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def _known_head(model: Any) -> tuple[nn.Linear, Head] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from softpref.lm.tokenization import shared_length
+
 
 def cut_common_prefix(texts: Sequence[str], end: str = "") -> tuple[str, list[str]] | None:
     """Split texts that share their beginning into that prompt and what follows it.
@@ -48,11 +50,3 @@ def cut_common_messages(
 def is_transcript(text: str) -> bool:
     """Whether a text is a conversation written out, with turns `Human:` and `Assistant:`."""
     return text.lstrip("\n ").startswith("Human:") and "\n\nAssistant:" in text
-
-
-def shared_length(first: Sequence[object], *others: Sequence[object]) -> int:
-    """How many items all sequences begin with."""
-    for other in others:
-        pairs = enumerate(zip(first, other, strict=False))
-        first = first[: next((place for place, (a, b) in pairs if a != b), len(other))]
-    return len(first)

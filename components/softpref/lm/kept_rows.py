@@ -1,9 +1,9 @@
 """The preference rows' tokens beside a reference model, for all trainings that start from it. Trains nothing.
 
-They are kept without length limits, so that no setting of a training decides them. The data, the tokenizer,
-the ids that end a completion and the code do; all of that stands beside them, and what differs in any of it
-is not taken. The reference's log-probabilities of the completions can be kept with them; its weights and the
-precision decide those, too.
+They are kept without length limits, so that they do not depend on a training's settings. They depend on the
+data, the tokenizer, the ids that end a completion and the code; these are recorded with them, and rows that
+differ in any of them are not used. The reference's log-probabilities of the completions can be kept with
+them; those depend on its weights and on the precision as well.
 
     rows/rows.json      what the rows were made from, and the hash of every file; written last
     rows/SPLIT/part-…   see `softpref.lm.row_files`
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from softpref.errors import DataError, SoftprefError
 from softpref.lm import tokenization
+from softpref.lm.arguments import StageArguments
 from softpref.lm.loading import load_tokenizer
 from softpref.lm.row_files import part_files, prompt_lengths, read_rows, write_rows
 from softpref.lm.scoring import computing_precision
@@ -40,20 +41,14 @@ logger = logging.getLogger(__name__)
 ROWS_FOLDER = "rows"
 _DESCRIPTION = "rows.json"
 _SPLITS = ("train", "validation")  # what trainings read
-_NO_TOKENIZER = (
-    "*.safetensors",
-    "*.md",
-    "softpref.json",
-    "tracking*",
-    "timings*",
-    ".*",
-)  # of a model's files
+# a model's files that are not the tokenizer's
+_NO_TOKENIZER = ("*.safetensors", "*.md", "softpref.json", "tracking*", "timings*", ".*")
 _SCORED_AT_ONCE = 4_096  # rows: enough for batches of equal lengths, few enough to hold
 _DECIDE = ("transformers", "tokenizers", "jinja2")  # packages whose versions decide tokens, too
 
 
 Scorer = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[float]]
-"""`(prompt ids, completion ids)` pairs to sequence log-probabilities, nats; not a number: cannot be had."""
+"""`(prompt ids, completion ids)` pairs to sequence log-probabilities, nats; NaN where there is none."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class KeptRows:
 
     Attributes:
         folder: where they are.
-        scored: whether the reference's log-probabilities are taken, too, where they are known.
+        scored: whether to read the reference's log-probabilities, too, where they are known.
     """
 
     folder: Path
@@ -78,17 +73,20 @@ class KeptRows:
 
 
 def keep_rows(
-    dataset_dir: str | Path, model_dir: str | Path, model: Any, args: Any, score: Scorer | None = None
+    dataset_dir: str | Path,
+    model_dir: str | Path,
+    model: Any,
+    args: StageArguments,
+    score: Scorer | None = None,
 ) -> None:
-    """Write a dataset folder's preference rows in tokens into the folder of a model that is whole already.
+    """Write a dataset folder's preference rows in tokens into the folder of a complete model.
 
-    Where a row cannot be tokenized nothing is kept: that is for the trainings to say, which may not need it.
+    Where a row cannot be tokenized, nothing is kept: the trainings, which may not need it, report it.
 
     Args:
         model: that of the folder; its tokenizer is loaded as trainings will load it.
-        args: `TrainingArguments` with `dataset_num_proc` and `trust_remote_code`; to score, also with
-            `max_prompt_length` and `max_completion_length`, beyond which a completion is not scored.
-        score: gives the model's log-probabilities, where they are to be kept, too.
+        args: of the stage; a completion beyond its length limits is not scored.
+        score: gives the model's log-probabilities, if they are to be kept, too.
     """
     from datasets import load_from_disk
 
@@ -112,8 +110,8 @@ def keep_rows(
         }
         text = json.dumps(description, indent=2)
         (folder / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-    except Exception as error:  # whatever it is, the model that was trained is worth more
-        logger.warning("trainings will tokenize for themselves, for the rows cannot be kept: %s", error)
+    except Exception as error:  # of any kind: the trained model is worth more
+        logger.warning("each training will tokenize the rows, which cannot be kept: %s", error)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -126,35 +124,33 @@ def kept_rows(
     precision: str = "",
     quiet: bool = False,
 ) -> dict[str, KeptRows]:
-    """The rows of a dataset's splits that are kept beside a model, where they are what tokenizing would give.
+    """The rows of a dataset's splits that are kept beside a model, if they are what tokenizing would give.
 
     Args:
         tokenizer: the model's.
         stop_ids: see `softpref.lm.tokenization.stop_token_ids`.
-        precision: in which log-probabilities of the model are wanted, too (`computing_precision`); empty if
-            they are not.
-        quiet: whether the log is not told which way was taken, and why.
+        precision: of log-probabilities that are wanted, too (`computing_precision`); empty: none are.
+        quiet: whether to log nothing about what was found.
 
     Returns:
-        Rows by split; none where anything differs.
+        Rows by split; none if anything differs.
     """
     folder = Path(model_dir) / ROWS_FOLDER
     if not folder.exists():
-        level, text = logging.INFO, f"tokenizing the rows here, for {model_dir} holds none"
+        level, text = logging.INFO, f"tokenizing the rows here: {model_dir} holds none"
         splits: list[str] = []
         scored = False
     else:
         splits, scoring, fault = _usable(folder, dataset_dir, _identity(model_dir, tokenizer, stop_ids))
         level = logging.WARNING if fault else logging.INFO
-        text = f"tokenizing the rows here, for {fault}" if fault else f"taking the rows' tokens from {folder}"
+        text = f"tokenizing the rows here: {fault}" if fault else f"taking the rows' tokens from {folder}"
         scored = bool(precision and scoring) and scoring == _scoring(model_dir, precision)
         if scored:
             text += ", and the reference's log-probabilities"
         elif precision and scoring:
-            text += (
-                "; its log-probabilities are of other weights, or in "
-                f"{scoring.get('precision')} and not {precision}: they are computed here"
-            )
+            kept = scoring.get("precision")
+            other = "of other weights" if kept == precision else f"in {kept} and not {precision}"
+            text += f"; its log-probabilities are {other}: they are computed here"
     if not quiet:
         logger.log(level, "%s", text)
     return {split: KeptRows(folder / split, scored) for split in splits}
@@ -179,7 +175,7 @@ def _usable(
 
 
 def _tokenized(
-    rows: Any, split: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], args: Any
+    rows: Any, split: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], args: StageArguments
 ) -> Iterator[list[TokenizedSequence]]:
     for column in ("prompt", "completions"):
         if column not in rows.column_names:
@@ -193,11 +189,11 @@ def _tokenized(
 
 
 def _scored(
-    rows: Iterator[list[TokenizedSequence]], score: Scorer, model: Any, args: Any
+    rows: Iterator[list[TokenizedSequence]], score: Scorer, model: Any, args: StageArguments
 ) -> Iterator[list[TokenizedSequence]]:
-    """The same rows with log-probabilities, where lengths and ids suit `args` and the model.
+    """The rows with log-probabilities, where lengths and ids suit `args` and the model.
 
-    What does not is for the trainings to refuse, which may cut it shorter.
+    The others are left to the trainings, which may cut them shorter or refuse them.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf
     size = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
@@ -224,14 +220,14 @@ def _scored(
 
 
 def _scoring(model_dir: str | Path, precision: str) -> dict[str, str]:
-    """What decides log-probabilities besides tokens."""
+    """What log-probabilities depend on besides tokens."""
     return {"weights": _digest(sorted(Path(model_dir).glob("*.safetensors"))), "precision": precision}
 
 
 def _identity(
     model_dir: str | Path, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
 ) -> dict[str, Any]:
-    """What decides tokens besides the data, by names for messages."""
+    """What tokens depend on besides the data, by names for messages."""
     files = [
         file
         for file in sorted(Path(model_dir).iterdir())
@@ -248,7 +244,7 @@ def _identity(
 
 
 def _data_hash(dataset_dir: str | Path, split: str) -> str:
-    files = (Path(dataset_dir) / split).glob("data-*.arrow")  # others beside them are caches of somebody's
+    files = (Path(dataset_dir) / split).glob("data-*.arrow")  # other files there are caches
     return _digest(sorted(files))
 
 

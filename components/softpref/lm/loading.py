@@ -15,32 +15,14 @@ from softpref.lm.sources import (
     check_model_source,
     check_remote_code,
     local_source,
-    pin_model,
-    source_name,
 )
-from softpref.records import METADATA_FILE, load_metadata, save_metadata
+from softpref.records import METADATA_FILE, save_metadata
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-__all__ = [
-    "METADATA_FILE",
-    "check_model_source",
-    "check_remote_code",
-    "load_metadata",
-    "load_model",
-    "load_tokenizer",
-    "local_source",
-    "pin_model",
-    "require_new_folder",
-    "sampling_generation_config",
-    "save_metadata",
-    "save_model_folder",
-    "settle_generation_config",
-    "source_name",
-]
 
 _IN_PROGRESS = ("checkpoints", "tracking")  # what the names begin with that an unfinished stage leaves
 
@@ -149,7 +131,7 @@ def save_model_folder(
     folder: str | Path,
     metadata: dict[str, Any],
     *,
-    state_dict: dict[str, Any] | None = None,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Save a model as a stage's result: safetensors, tokenizer, generation config, metadata, model card.
 
@@ -225,7 +207,7 @@ def sampling_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _check_weights(source: str, found: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose weights are not all of the model: transformers draws the others at random.
+    """Refuse a checkpoint that lacks weights of the model: transformers would initialise them at random.
 
     Args:
         found: the loading info of transformers; tied weights that are saved once are not missing there.

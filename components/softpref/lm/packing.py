@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class PackedBatch(NamedTuple):
     lengths: Tensor
     blocks: tuple[Block, ...]
 
-    def to(self, device: Any) -> PackedBatch:
+    def to(self, device: torch.device | str) -> PackedBatch:
         ids, positions, predictors, targets, lengths = (
             tensor.to(device, non_blocking=True) for tensor in self[:-1]
         )
@@ -143,7 +143,7 @@ def packs(model: Any, inner: Any, batch: PackedBatch) -> bool:
     return window is None or _longest(batch.blocks) <= window
 
 
-_verdicts: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # of each model: why not; empty if it can
+_verdicts: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # of each model: why not; empty if it can
 
 # what models tell their attention function besides, and what makes no difference to it
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "return_dict"}
@@ -168,7 +168,7 @@ class _Refused(Exception):
 class _Blocks:
     """The blocks of one forward pass: how attention is divided, and masks, made once for all layers."""
 
-    def __init__(self, blocks: Sequence[Block], device: Any) -> None:
+    def __init__(self, blocks: Sequence[Block], device: torch.device | str) -> None:
         self.blocks = [(block, _runs(block)) for block in blocks]
         self.sizes = [size for block, runs in self.blocks for size in _sizes(block, runs)]
         self.longest = _longest(blocks)
@@ -230,7 +230,7 @@ def _sizes(block: Block, runs: list[tuple[int, int]]) -> list[int]:
 
 
 def _attention(
-    module: Any,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,

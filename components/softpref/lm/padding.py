@@ -29,7 +29,7 @@ class PaddedBatch(NamedTuple):
     completion_mask: Tensor
     lengths: Tensor
 
-    def to(self, device: Any) -> PaddedBatch:
+    def to(self, device: torch.device | str) -> PaddedBatch:
         return PaddedBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
     @property

@@ -1,10 +1,9 @@
 """Draws completions from exactly the model's own distribution. Offers no temperature, top-k or top-p.
 
-The KL estimate weighs samples as if they came from the distribution that is scored. A generation config
-that ships with a checkpoint (temperature 0.6, top-p 0.9 …) would break that in silence, therefore the loop
-here reads the model's logits and nothing else. Randomness comes as a table of uniform numbers, one row per
-sample, so that a sample depends on its row alone: not on the batch it was computed in, nor on how many
-processes share the work, nor on what a run had drawn before it was interrupted.
+The KL estimate weighs samples as if they came from the distribution that is scored. A checkpoint's generation
+config (temperature 0.6, top-p 0.9 …) would silently break that, so the loop here reads the model's logits and
+nothing else. Randomness comes as a table of uniform numbers, one row per sample, so that a sample depends on
+its row alone: not on its batch, the number of processes, or what a run had drawn before it was interrupted.
 """
 
 from __future__ import annotations
@@ -54,13 +53,13 @@ def sample_completions(
     noise: torch.Tensor,
     stop_ids: Sequence[int],
     batch_size: int = 64,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Sample]:
     """Sample one completion for each prompt at temperature 1 over the whole vocabulary, in eval mode.
 
-    Prompts are served in order of length so that batches hold little padding; the result is in the order
-    given. Rows that have ended leave the batch once half of it has. Where a cache would not give the scores
-    of one forward pass (`softpref.lm.decoding.decodes`), each token is drawn from a whole pass: slow.
+    Prompts are taken in order of length, so that batches hold little padding; the result is in the order
+    given. Once half of a batch's rows have ended, they leave it. Where a cache would not give the scores of
+    one forward pass (`softpref.lm.decoding.decodes`), each token takes a whole pass, which is slow.
 
     Args:
         prompts: prompt ids, each with at least one token.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 
 from softpref.errors import ConfigError
 from softpref.lm.head import completion_hidden, output_head
@@ -110,7 +111,7 @@ def score_sequences(
     *,
     batch_size: int = 64,
     plain: bool = False,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Sequence log-probabilities of any number of `(prompt ids, completion ids)` pairs: `[n]`, on the CPU.
 
@@ -154,7 +155,7 @@ def scoring_batches(
         start += len(rows)
 
 
-def computing_precision(args: Any, model: Any) -> str:
+def computing_precision(args: TrainingArguments, model: Any) -> str:
     """The precision that a trainer computes in: `float32`, `bfloat16` or `float16`.
 
     Args:

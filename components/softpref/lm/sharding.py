@@ -1,8 +1,8 @@
 """Weights in shards, one on each device (PyTorch's FSDP2, by the option `fsdp` of `TrainingArguments`).
 
-Every process must gather a layer as often as the others, or they wait for one another for ever. In training
-steps they do, running the same number of passes. What runs a different number on each, such as sampling, does
-so in `whole_weights`.
+Every process must gather a layer as often as the others, or they wait for one another forever. In training
+steps they do: all run the same number of passes. What may run a different number on each, such as sampling,
+runs in `whole_weights`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def shards(model: Any) -> list[Any]:
@@ -25,9 +25,9 @@ def shards(model: Any) -> list[Any]:
 
 @contextmanager
 def whole_weights(model: Any) -> Iterator[None]:
-    """All of the weights on each device meanwhile; for a model that is whole, nothing happens.
+    """All of the weights on each device inside; for a model that is whole, nothing happens.
 
-    All processes must enter it, and leave it, at the same point; what they do inside is their own affair.
+    All processes must enter and leave it at the same point; inside, each may do what it likes.
     """
     sharded = shards(model)
     for module in sharded:
@@ -46,9 +46,9 @@ def whole_weights(model: Any) -> Iterator[None]:
 
 @contextmanager
 def whole_head(model: Any) -> Iterator[None]:
-    """Within it, a sharded head stays whole from its first use on.
+    """Inside, a sharded head stays whole from its first use on.
 
-    Its gradient is computed outside of the model's passes, once for each, and after the first one FSDP2 would
+    Its gradient is computed outside the model's passes, once for each pass; after the first one FSDP2 would
     free the weights that the next one needs.
     """
     head = _head(model)
@@ -62,7 +62,7 @@ def whole_head(model: Any) -> Iterator[None]:
             module.reshard()  # what the optimizer changes are the shards
 
 
-def whole_copy(model: Any, state_dict: dict[str, Any]) -> nn.Module:
+def whole_copy(model: Any, state_dict: dict[str, Tensor]) -> nn.Module:
     """An unsharded model of the kind of `model`, on the CPU, with the weights of `state_dict`.
 
     Args:
@@ -88,7 +88,7 @@ def _head(model: Any) -> Any:
 
 
 def _unsharded_class(module: nn.Module) -> type:
-    """The class that a module had before it was sharded: FSDP2 puts one of its own in front of it."""
+    """The class of a module before it was sharded: FSDP2 puts one of its own in front of it."""
     from torch.distributed.fsdp import FSDPModule
 
     return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))

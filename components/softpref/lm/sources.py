@@ -43,8 +43,8 @@ def is_registered(source: str) -> bool:
 def check_model_source(source: str) -> None:
     """Refuse a model source that cannot be loaded, in milliseconds and before anything costly runs.
 
-    What is neither a path here, nor a URL, nor a registered model, nor a Hub id (`name` or `owner/name`) is
-    refused; whether these exist elsewhere is known only when they are asked for.
+    It must be a local path, a URL, a registered model or a Hub id (`name` or `owner/name`); whether a remote
+    one exists is known only when it is asked for.
 
     Raises:
         ConfigError: says what is missing and what would be right.
@@ -59,23 +59,20 @@ def check_model_source(source: str) -> None:
     if source.endswith(".gguf"):
         if not path.is_file():
             raise ConfigError(f"base model {source}: there is no such GGUF file")
-        return
-    if path.is_dir():
+    elif path.is_dir():
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise ConfigError(
                 f"base model {source}: the folder holds no config.json and no adapter_config.json; "
                 "is it a checkpoint?"
             )
-        weights = list(path.glob("*.safetensors"))
-        if not weights:
+        if not any(path.glob("*.safetensors")):
             raise ConfigError(
                 f"base model {source}: the folder holds no *.safetensors; "
                 "convert other weights first, they are not loaded because unpickling can run code"
             )
-        return
-    if path.is_file():
+    elif path.is_file():
         raise ConfigError(f"base model {source} is a file; give a checkpoint folder, or a .gguf file")
-    if path.is_absolute() or source.startswith(("./", "../", "~")) or source.count("/") > 1 or not source:
+    elif path.is_absolute() or source.startswith(("./", "../", "~")) or source.count("/") > 1 or not source:
         raise ConfigError(
             f"base model {source!r} does not exist; give a checkpoint folder, a .gguf file, a URL of one, "
             "models:/NAME@ALIAS of the MLflow registry, or a Hub id like owner/name"
@@ -83,12 +80,12 @@ def check_model_source(source: str) -> None:
 
 
 def check_remote_code(source: str, trusted: bool) -> None:
-    """Refuse a model folder that needs code of its own where nobody allowed that it is run.
+    """Refuse a model folder that needs code of its own, unless the user allowed running it.
 
-    Of an adapter, its base model counts. What is elsewhere is refused when it is loaded.
+    Of an adapter, its base model counts. Remote models are refused when they are loaded.
 
     Args:
-        trusted: `trust_remote_code`, as the user gave it.
+        trusted: the user's `trust_remote_code`.
 
     Raises:
         ConfigError: names the folder and the files.
@@ -125,14 +122,14 @@ def check_remote_code(source: str, trusted: bool) -> None:
 def local_source(source: str, *, tracking_uri: str = "") -> str:
     """What to load a model from on this machine: a URL or a registered model is downloaded, once.
 
-    Folders, files and Hub ids come back as they are.
+    Folders, files and Hub ids are returned as they are.
 
     Args:
         tracking_uri: MLflow server of a registered model; empty takes `MLFLOW_TRACKING_URI`, or the local
             store.
 
     Raises:
-        ConfigError: it does not exist, cannot be had, or is no model that can be loaded.
+        ConfigError: it does not exist, cannot be downloaded, or cannot be loaded as a model.
     """
     if is_url(source):
         return _fetched(source)
@@ -147,7 +144,7 @@ def source_name(source: str, *, tracking_uri: str = "") -> str:
 
 
 def pin_model(source: str, revision: str | None = None, *, tracking_uri: str = "") -> Pinned:
-    """What a model's source is now, without loading it: see `softpref.data.sources.pin`.
+    """The present version of a model's source, without loading it: see `softpref.data.sources.pin`.
 
     An alias of the MLflow registry becomes the version that it stands for.
 
@@ -187,7 +184,7 @@ def _fetched(url: str) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object's values; none where there is no such file, or another content, which loading refuses."""
+    """A JSON object's values; none of an absent file or of other content, which loading refuses."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -206,18 +203,18 @@ def _parse(source: str) -> re.Match[str]:
 
 
 def _ask_version(source: str, tracking_uri: str, retries: int = 2) -> _Version:
-    """The version that a registered model's source is now.
+    """The present version of a registered model's source.
 
     Raises:
         ConfigError: there is no such model, version or alias.
-        NotReached: that cannot be told.
+        NotReached: the registry does not answer.
     """
     from softpref.tracking import in_short, mlflow_ready, open_client, resolve_tracking_uri, short_requests
 
     match = _parse(source)
     uri = resolve_tracking_uri(tracking_uri or None)
     if not mlflow_ready(uri):
-        raise NotReached(f"base model {source}: MLflow at {uri} cannot be asked, for mlflow is not installed")
+        raise NotReached(f"base model {source}: MLflow at {uri} cannot be asked: mlflow is not installed")
     try:
         with short_requests(retries):
             client = open_client(uri)
@@ -253,7 +250,7 @@ def _downloaded(version: _Version) -> str:
             )
         except Exception as error:  # also ImportError, where the server gives no files itself
             raise NotReached(
-                f"base model {version.source}: its files cannot be had from MLflow at {version.uri} "
+                f"base model {version.source}: MLflow at {version.uri} does not provide its files "
                 f"({in_short(error)})"
             ) from error
         checkpoint = logged / "model"

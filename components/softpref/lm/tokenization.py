@@ -1,8 +1,8 @@
 """From prompt and completion, text or messages, to token ids, and back. Holds no model and no padding.
 
-Both are tokenized as one text, as the model met such texts, and parted in token space: prompt tokens first,
-then completion tokens, then the one token at which the model's own generation stops. What is scored is
-exactly what the policy could have generated.
+Both are tokenized as one text, as the model has seen such texts, and split by tokens: prompt tokens first,
+then completion tokens, then the one token at which the model's generation stops. What is scored is exactly
+what the policy could have generated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softpref.errors import ConfigError, DataError
-from softpref.lm.implicit import shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 Text = str | Sequence[dict[str, str]]
 """A prompt or completion: plain text, or messages such as `[{"role": "user", "content": "…"}]`."""
 
-_CUTS = 3  # times that a message is cut: the rest may have other tokens than it had within the whole
+_CUTS = 3  # how often a message is cut: alone, the rest may have other tokens than within the whole
 _TAIL = 40  # characters by which the end of the ids is found in the prompt
 _MEANING = {
     "cut_prompt": "a prompt longer than max_prompt_length, which lost its beginning",
@@ -33,7 +32,7 @@ _MEANING = {
     "identical": "completions that are identical as tokens",
     "moved_border": "a token across the border of prompt and completion; the prompt ends before it",
 }
-"""What is counted of rows, by the names that `row_findings` gives."""
+"""What is counted of rows, by the names of `row_findings`."""
 
 
 class TokenizedSequence(NamedTuple):
@@ -72,15 +71,15 @@ def tokenize_prompt(
 ) -> TokenizedPrompt:
     """Ids of a prompt, ready for generation: a chat gets its generation prompt, plain text its start token.
 
-    With completions it ends where `tokenize_row` parts it from them. Alone it keeps all its tokens but white
-    space at its end that the first letter of an answer would become one token with (`"Answer: "` where
-    `" yes"` is a token): models have never met that space apart, and write it themselves. More is not taken
-    away, for a model that lacks part of a word cannot know it.
+    With completions it ends where `tokenize_row` splits it from them. Alone it loses only white space at its
+    end that would form one token with the first letter of an answer (`"Answer: "` where `" yes"` is a token):
+    models have never seen that space as a token of its own, and write it themselves. Nothing more is removed:
+    a model cannot guess a missing part of a word.
 
     Args:
         completions: what is known to follow it.
         max_length: keep at most this many ids: of a chat the system message and its last turns, of plain text
-            the start token and the end, which stands next to the completion.
+            the start token and the end, which is next to the completion.
 
     Raises:
         ConfigError: a chat prompt for a tokenizer without a chat template.
@@ -106,13 +105,13 @@ def tokenize_row(
     """Tokenize completions of a prompt; exactly one token that stops generation closes each unless it is cut.
 
     All of them share one prompt: it ends before the first token that any of them does not share with the
-    prompt's own text, and what it loses so is the beginning of every completion.
+    prompt's own text. What it loses by that begins every completion.
 
     Args:
-        stop_ids: see `stop_token_ids`, which is asked by default.
+        stop_ids: by default those of `stop_token_ids`.
         max_prompt_length: longer prompts lose their beginning, see `tokenize_prompt`.
-        max_completion_length: completions longer than this (end token included) lose their end, and with it
-            the end token: a cut text did not end there.
+        max_completion_length: completions longer than this (end token included) lose their end, and the end
+            token with it: a cut text did not end there.
 
     Raises:
         DataError: a completion has no token or goes on after an end token, a message holds a control token,
@@ -120,7 +119,7 @@ def tokenize_row(
         ConfigError: the tokenizer has no end-of-sequence token or lacks a chat template.
     """
     if tokenizer.eos_token_id is None:
-        raise ConfigError("the tokenizer has no eos_token; set one, for a completion must be able to end")
+        raise ConfigError("the tokenizer has no eos_token; set one: a completion must be able to end")
     stops = stop_token_ids(tokenizer) if stop_ids is None else stop_ids
     for text in (prompt, *completions):
         _check_contents(tokenizer, text, stops)
@@ -162,7 +161,7 @@ def row_findings(sequences: Sequence[TokenizedSequence]) -> list[str]:
 
 
 def log_findings(counts: Counter[str], rows: str, left_out: Iterable[str] = ()) -> None:
-    """Say in the log how many of `counts["given"]` have what, and which of them are left out."""
+    """Log how many of `counts["given"]` rows have what, and which of them are left out."""
     for text in findings_text(counts, rows, left_out):
         logger.warning("%s", text)
 
@@ -185,10 +184,10 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def decode_completion(
     tokenizer: PreTrainedTokenizerBase, prompt: Text, prompt_ids: Sequence[int], ids: Sequence[int]
 ) -> str:
-    """What stands behind a prompt's text, for ids that stand behind its ids.
+    """The text after a prompt's text, of ids that follow the prompt's ids.
 
-    For plain text that is not the ids' own text where a tokenizer takes a space off a text's beginning, or
-    where the prompt's ids end before its text does.
+    For plain text that differs from the ids' own text where a tokenizer strips a space from a text's
+    beginning, or where the prompt's ids end before its text does.
     """
     text = decode(tokenizer, ids)
     if not isinstance(prompt, str):
@@ -198,17 +197,16 @@ def decode_completion(
         return text
     end = before[-_TAIL:]  # the prompt may have been cut at its beginning
     place = prompt.rfind(end)
-    rest = prompt[place + len(end) :] if place >= 0 else ""  # what of the prompt its ids do not hold
+    rest = prompt[place + len(end) :] if place >= 0 else ""  # the part of the prompt that its ids lack
     return whole[len(before) :].removeprefix(rest)
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> list[int]:
-    """Ids that end a completion, where it is drawn as where it is scored.
+    """Ids that end a completion, both when it is drawn and when it is scored.
 
     They are the tokenizer's end token, those of the model's generation config (chat models often name
     several, `<|im_end|>` beside `<|endoftext|>`), and the token that the chat template writes right after an
-    assistant's words, which some models are served with and neither of the two names (Gemma's
-    `<end_of_turn>`).
+    assistant's words: some models end their turns with one that neither names (Gemma's `<end_of_turn>`).
     """
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [named] if isinstance(named, int) else list(named or [])
@@ -222,7 +220,7 @@ class _Parted(NamedTuple):
     Attributes:
         prompt: its own ids, of which the first `border` stand before every completion too.
         wholes: ids of the prompt with each completion.
-        borders: where each of them parts from the prompt's.
+        borders: the place of the first id at which each differs from the prompt's.
     """
 
     prompt: list[int]
@@ -259,7 +257,7 @@ def _closed(
     """The ids behind the border up to the first that stops generation, which is added where there is none.
 
     Args:
-        own: where this completion parts from the prompt.
+        own: the first place at which this completion differs from the prompt.
     """
     end = next((place for place in range(own, len(whole)) if whole[place] in stops), len(whole))
     if end == own:
@@ -294,9 +292,9 @@ def _fitting(
     prompt: Text,
     limit: int | None,
 ) -> tuple[list[int], Any, bool]:
-    """What `ids_of` finds of a prompt, or of as many of a chat's last turns as fit; whether it is longer.
+    """What `ids_of` makes of a prompt, or of as many of a chat's last turns as fit; whether it is longer.
 
-    Where the last turn alone is too long, its message loses its beginning, not what the template writes.
+    If the last turn alone is too long, its message loses its beginning; the template's text stays.
     """
     found = ids_of(prompt)
     if limit is None or len(found[0]) <= limit:
@@ -319,7 +317,7 @@ def _fitting(
 
 
 def _cut_last_message(tokenizer: PreTrainedTokenizerBase, prompt: Text, excess: int) -> Text | None:
-    """A chat whose last message lacks its first `excess` tokens; None where it has no more than that."""
+    """A chat whose last message lacks its first `excess` tokens; None if it has no more than that."""
     if isinstance(prompt, str) or not prompt:
         return None
     *before, last = prompt
@@ -387,6 +385,14 @@ def _shortened(prompt: Text) -> Iterator[Text]:
         yield [*prompt[:head], *prompt[place:]]
 
 
+def shared_length(first: Sequence[object], *others: Sequence[object]) -> int:
+    """How many items all sequences begin with."""
+    for other in others:
+        pairs = enumerate(zip(first, other, strict=False))
+        first = first[: next((place for place, (a, b) in pairs if a != b), len(other))]
+    return len(first)
+
+
 def _mixed(prompt: Text, completions: Sequence[Any]) -> DataError:
     other = next(
         c for c in completions if not (isinstance(c, str) if isinstance(prompt, str) else _is_messages(c))
@@ -434,7 +440,7 @@ def _rendered(
 
 
 def _check_contents(tokenizer: PreTrainedTokenizerBase, text: Any, stops: Sequence[int]) -> None:
-    """Refuse a control token that a message's own words hold: it would end the turn, or begin another."""
+    """Refuse a control token in a message's own text: it would end the turn, or begin another."""
     controls, pattern = _controls(tokenizer, tuple(stops), len(tokenizer))
     for message in text if _is_messages(text) else ():
         content = message["content"]
@@ -453,7 +459,7 @@ def _check_contents(tokenizer: PreTrainedTokenizerBase, text: Any, stops: Sequen
 def _controls(
     tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...], size: int
 ) -> tuple[frozenset[int], re.Pattern[str] | None]:
-    """Ids of control tokens, and what finds their texts. `size` is the tokenizer's, which may grow."""
+    """Ids of control tokens, and a pattern of their texts. `size` is the tokenizer's, which may grow."""
     added = tokenizer.added_tokens_decoder
     ids = {*tokenizer.all_special_ids, *stops, *(i for i, token in added.items() if token.special)}
     ids.discard(tokenizer.unk_token_id)  # what words without a token of their own become
@@ -462,7 +468,7 @@ def _controls(
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The chat template by default; None where there is none, or several and none by default."""
+    """The default chat template; None if there is none, or several without a default."""
     found: str | dict[str, str] | None = tokenizer.chat_template
     return found.get("default") if isinstance(found, dict) else found
 

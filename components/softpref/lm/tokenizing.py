@@ -1,7 +1,7 @@
 """Many rows to tokens: in several processes where that pays, and once for all processes that train.
 
-The processes are new ones that hold the tokenizer and little else. Forks of a process that trains would
-inherit its threads' locks, and those that `multiprocessing` spawns would run the user's script again.
+The processes are new ones that hold little but the tokenizer. Forks of a training process would inherit its
+threads' locks, and processes that `multiprocessing` spawns would run the user's script again.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from softpref.lm.tokenization import Text, TokenizedSequence, tokenize_prompt, t
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from softpref.lm.arguments import StageArguments
+
 logger = logging.getLogger(__name__)
 
 Payload = TypeVar("Payload")
 
 _CHUNK = 128  # rows that a process gets at once
-_ROWS_EACH = 4000  # that a process must have: it takes a second or two to begin
-_MOST = 4  # processes by default: one process hands them their rows, and each takes some 100 MB
+_ROWS_EACH = 4000  # at least, for each process: it takes a second or two to start
+_MOST = 4  # processes by default: one process feeds them all, and each takes some 100 MB
 _CGROUP = Path("/sys/fs/cgroup")
 _WHOLE = "whole"  # a file in a folder of rows that are all there
 
@@ -47,15 +49,15 @@ class RowText(NamedTuple):
 
 
 Job = RowText | list[TokenizedSequence] | SoftprefError
-"""What is to be tokenized, or what is known already: tokens, or why the row cannot be used."""
+"""What to tokenize, or what is known already: tokens, or why the row cannot be used."""
 Found = list[TokenizedSequence] | SoftprefError
-"""A row's sequences, one for each completion (one with none, of a prompt alone), or why there are none."""
+"""A row's sequences, one for each completion (of a prompt alone, one without ids), or why there are none."""
 
 
 def tokenize_rows(
     jobs: Callable[[], Iterable[tuple[Payload, Job]]],
     tokenizer: PreTrainedTokenizerBase,
-    args: Any,
+    args: StageArguments,
     *,
     name: str,
     count: int,
@@ -85,7 +87,7 @@ def tokenize_rows(
         yield from _usable(here(), name)
         return
     first = args.process_index - args.local_process_index  # machines can share a disk
-    folder = Path(args.output_dir) / f"{name.replace(' ', '-')}s-{first}"
+    folder = Path(str(args.output_dir)) / f"{name.replace(' ', '-')}s-{first}"
     with args.main_process_first(local=True, desc=f"tokenizing {name}s"):
         if args.local_process_index == 0:
             shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
@@ -106,7 +108,7 @@ def tokenize_rows(
 def tokenize_here(
     jobs: Iterable[tuple[Payload, Job]],
     tokenizer: PreTrainedTokenizerBase,
-    args: Any,
+    args: StageArguments,
     *,
     count: int,
     **options: Any,
@@ -133,14 +135,14 @@ def tokenize_here(
             done, future = waiting.popleft()
             answers = iter(future.result() or ())
             for payload, job in done:
-                if isinstance(job, RowText):  # one whose process has gone gets its answer here
+                if isinstance(job, RowText):  # if its process has died, it is tokenized here
                     yield payload, next(answers, None) or _answer(tokenizer, job, options)
                 else:
                     yield payload, job
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use: those that it is bound to, and no more than its container's limit."""
+    """CPUs that this process may use: those it is bound to, up to its container's limit."""
     bound = getattr(os, "sched_getaffinity", None)  # macOS has none
     cpus = len(bound(0)) if bound else os.cpu_count() or 1
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups 2 and 1
@@ -179,12 +181,12 @@ def _pickled(settings: tuple[Any, dict[str, Any]]) -> bytes | None:
     try:
         return pickle.dumps(settings)
     except Exception as error:  # any type, of a tokenizer's own state
-        logger.warning("tokenizing in one process, for the tokenizer cannot be handed to others: %s", error)
+        logger.warning("tokenizing in one process: the tokenizer cannot be sent to others: %s", error)
         return None
 
 
 class _Workers:
-    """Processes that tokenize; each has a thread here, which hands it rows and waits for their tokens."""
+    """Processes that tokenize; each has a thread here that sends it rows and waits for their tokens."""
 
     def __init__(self, count: int, settings: bytes) -> None:
         self._settings = settings
@@ -194,7 +196,7 @@ class _Workers:
         self._threads = ThreadPoolExecutor(count, initializer=self._begin)
 
     def submit(self, texts: list[RowText]) -> Future[list[Found] | None]:
-        """What is found of the texts; None where the process has gone."""
+        """The texts' tokens; None if the process has died."""
         return self._threads.submit(self._ask, texts)
 
     def __enter__(self) -> _Workers:
@@ -210,7 +212,7 @@ class _Workers:
                 process.communicate()
 
     def _begin(self) -> None:
-        # their rows are shared out already, so a tokenizer's own threads would be in each other's way
+        # with several processes a tokenizer's own threads would only compete
         environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
         self._own.process = None
         try:
@@ -228,7 +230,7 @@ class _Workers:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **environment},
-            start_new_session=True,  # an interrupt is for this process; theirs end with what they read
+            start_new_session=True,  # an interrupt is for this process; the others end with their input
         )
 
     def _ask(self, texts: list[RowText]) -> list[Found] | None:
@@ -244,12 +246,12 @@ class _Workers:
             return found
         except (OSError, EOFError, pickle.UnpicklingError):
             if not self._ended:
-                logger.warning("a process that tokenizes has gone; its rows are tokenized in this one")
+                logger.warning("a process that tokenizes has died; its rows are tokenized in this one")
             return None
 
 
 def _serve() -> None:
-    """Answer what is read with what is written, to the end of it; others' words go to standard error."""
+    """Answer what comes on standard input, to its end; other output goes to standard error."""
     texts, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     with contextlib.suppress(ImportError):  # where the classes are of a tokenizer with code of its own

@@ -167,7 +167,7 @@ class GuardedTrainer(Trainer):
         self._suspect = None
         return norm
 
-    def _stop(self, what: str, value: Any, inputs: dict[str, Any]) -> None:
+    def _stop(self, what: str, value: Tensor | float, inputs: dict[str, Any]) -> None:
         from safetensors.torch import save_file
 
         step, folder, rank = self.state.global_step, Path(str(self.args.output_dir)), self.args.process_index

@@ -1,12 +1,13 @@
 """The preference losses of other methods, on the same rows and with the same soft labels as ours.
 
-All but SPPO's take flat log-probabilities of pairs, `[2 · pairs]`, the better completion of each and then the
-other, and return one loss per pair, `[pairs]`. They share the margin
+All but SPPO's take pairs and return one loss per pair, `[pairs]`. Their arguments `logps` and `ref_logps` are
+flat log-probabilities under policy and reference, nats, `[2 · pairs]`: of each pair the better completion and
+then the other. They share the margin
 
     h = [logp − logp_ref](first) − [logp − logp_ref](second)
 
 in nats, never normalised by length. `probabilities` are P(first beats second), `[pairs]` (None: the first has
-won), `soft_labels` what they do (see `soft_label_loss`). The reference enters without gradient.
+won), and `soft_labels` says what they do (see `soft_label_loss`). The reference enters without gradient.
 """
 
 from __future__ import annotations
@@ -30,11 +31,9 @@ def dpo_loss(
     """Direct preference optimization: `ℓ(h) = −log σ(β h)`. Source: arXiv 2305.18290, equation 7.
 
     Args:
-        logps, ref_logps: `[2 · pairs]`, log-probabilities under policy and reference, nats.
         beta: strength of the implicit KL constraint, > 0.
         label_smoothing: ε in [0, ½), the share of flipped labels assumed (conservative DPO, of the same
             authors): `(1 − ε) ℓ(h) + ε ℓ(−h)`.
-        probabilities, soft_labels: see the module.
 
     Raises:
         ValueError: β or ε outside their range.
@@ -64,10 +63,8 @@ def rdpo_loss(
     Where a share ε of hard labels is flipped at random, its expectation is DPO's loss of the true labels.
 
     Args:
-        logps, ref_logps: `[2 · pairs]`, log-probabilities under policy and reference, nats.
         beta: as in `dpo_loss`.
         label_smoothing: ε in [0, ½), the share of flipped labels; 0 is DPO.
-        probabilities, soft_labels: see the module.
 
     Raises:
         ValueError: β or ε outside their range.
@@ -92,10 +89,8 @@ def ipo_loss(
     """Identity preference optimization: `ℓ(h) = (h − 1 / (2β))²`. Source: arXiv 2310.12036, equation 17.
 
     Args:
-        logps, ref_logps: `[2 · pairs]`, log-probabilities under policy and reference, nats; sums, where some
-            implementations take means per token.
+        logps, ref_logps: sums, where some implementations take means per token.
         beta: strength of the regularisation, > 0 (τ in the paper): the margin aimed at is 1 / (2β) nats.
-        probabilities, soft_labels: see the module.
 
     Raises:
         ValueError: β ≤ 0.
@@ -117,9 +112,7 @@ def slic_loss(
     """The hinge of sequence likelihood calibration: `ℓ(h) = max(0, 1 − β h)`. Source: arXiv 2305.10425.
 
     Args:
-        logps, ref_logps: `[2 · pairs]`, log-probabilities under policy and reference, nats.
         beta: inverse of the margin in nats beyond which a pair is left alone, > 0.
-        probabilities, soft_labels: see the module.
 
     Raises:
         ValueError: β ≤ 0.
@@ -145,7 +138,6 @@ def tdpo_loss(
     Source: arXiv 2404.11999, the second of its two objectives.
 
     Args:
-        logps, ref_logps: `[2 · pairs]`, log-probabilities under policy and reference, nats.
         divergences: `[2 · pairs]`, D = Σ_t KL(π_ref ‖ π_θ) over the whole vocabulary along each completion,
             nats, with gradient.
         beta: as in `dpo_loss`.

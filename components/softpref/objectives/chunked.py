@@ -1,9 +1,9 @@
 """Log-probabilities, entropy and KL per token straight from hidden states: full logits never exist.
 
 Logits of T tokens over a vocabulary of V take 4·T·V bytes, and autograd keeps several copies. Here they are
-computed for a chunk of tokens at a time, reduced, and computed once more for the gradient, which has a closed
-form; those of the last tokens stay for it, as many as fit into a room of fixed size. Memory is that room and
-a few chunks, whatever T is; the price is one more product per head for what did not fit.
+computed for a chunk of tokens at a time, reduced, and computed again for the gradient, which has a closed
+form. Those of the last tokens are kept for it, as many as fit into a buffer of fixed size. Memory is that
+buffer and a few chunks, whatever T is; the price is one more product per head for what did not fit.
 
 A *head* is how logits arise from hidden states h: `softcap(scale · (h Wᵀ + bias))`, where
 `softcap(z) = c · tanh(z / c)`, or nothing. Products run in the dtype of the inputs (under autocast in the
@@ -25,7 +25,7 @@ _CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 32 * 2**20, 512
 _CHUNK_BYTES = 256 * 2**20
 _MIN_CHUNK_TOKENS = 64
 _KEPT_BYTES = 256 * 2**20  # of logits that stay from forward to backward; each head has as much
-_WIDE_PRODUCTS = torch.version.hip is None  # CUDA can hand out a bf16 product before it is rounded to bf16
+_WIDE_PRODUCTS = torch.version.hip is None  # CUDA can return a bf16 product before it is rounded to bf16
 
 
 class TokenKL(NamedTuple):
@@ -135,7 +135,7 @@ class _Form(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What is asked, and how it is computed; `sums` is the dtype of all but the products.
+    """How to compute what is asked; `sums` is the dtype of everything but the products.
 
     Logits of the last `kept` chunks stay for backward, as what forward has made of them:
 
@@ -185,14 +185,14 @@ def _run(
 
 
 def _has_gradient(hidden: Tensor, head: _Head) -> bool:
-    """Whether there will be a backward pass, and not one that a compiler writes."""
+    """Whether there will be a backward pass that is not a compiler's own."""
     leaves = (hidden, head.weight, head.bias)
     wanted = any(each is not None and each.requires_grad for each in leaves)
     return wanted and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _check(hidden: Tensor, head: _Head, targets: Tensor, prefix: str) -> int:
-    """Refuse what does not fit together; the size of the vocabulary."""
+    """Refuse shapes and dtypes that do not match; returns the size of the vocabulary."""
     if hidden.dim() != 2 or not hidden.is_floating_point() or targets.shape != hidden.shape[:1]:
         raise ValueError(
             f"{prefix}hidden must be [T, H] floating-point numbers and targets [T], "
@@ -306,7 +306,7 @@ class _TokenTerms(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             scores = _Scores(weight, bias, plan.form)
             ref_scores = _Scores(ref_weight, ref_bias, plan.ref_form)
-            kept = plan.kept if ctx.rooms else 0  # what is kept serves once: it is written over
+            kept = plan.kept if ctx.rooms else 0  # what is kept serves once: it is overwritten
             z_room, q_room = ctx.rooms or (_room(hidden, weight, plan, 0), None)
             ctx.rooms = None
             if grad_kl is not None and q_room is None:
@@ -318,7 +318,7 @@ class _TokenTerms(torch.autograd.Function):
             grad_hidden = torch.empty_like(hidden) if wants_hidden else None
             grad_weight = torch.zeros(weight.shape, **new) if wants_weight else None
             grad_bias = torch.zeros(z_room.shape[1], **new) if wants_bias else None
-            # the gradient is linear in what comes from above, so the scale can be multiplied in here
+            # the gradient is linear in the incoming one, so the scale can be multiplied in here
             grad_logps = torch.zeros_like(log_sums) if grad_logps is None else grad_logps
             grad_logps = _significant(grad_logps * form.scale)
             grad_kl = None if grad_kl is None else _significant(grad_kl * form.scale)

@@ -68,7 +68,7 @@ def begin_run(parameters: Mapping[str, Any], record_dir: str) -> Begun:
     import os
 
     from softpref.data.sources import pin
-    from softpref.lm.loading import pin_model
+    from softpref.lm.sources import pin_model
     from softpref.tracking import RUN_NAME, Tracker, check_server, current_pipeline_run, watch_termination
 
     values = {key: value for key, value in parameters.items() if key not in ("run_name", "record")}

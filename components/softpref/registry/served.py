@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softpref.errors import ConfigError
-from softpref.lm.loading import check_model_source, load_tokenizer
+from softpref.lm.loading import load_tokenizer
+from softpref.lm.sources import check_model_source
 from softpref.records import METADATA_FILE, ModelMetadata
 from softpref.registry.config import RegistryConfig
 from softpref.tracking import in_short

@@ -18,7 +18,7 @@ from softpref.artifacts import plain
 from softpref.config import write_parameters
 from softpref.errors import ConfigError, DataError
 from softpref.fitness import gate_failures
-from softpref.lm.loading import check_remote_code
+from softpref.lm.sources import check_remote_code
 from softpref.progress import settle_output
 from softpref.records import Comparison, Evaluation, ModelMetadata, Registration, load_metadata
 from softpref.registry.config import RegistryConfig

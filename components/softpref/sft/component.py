@@ -37,8 +37,8 @@ def train_reference(
         learning_rate: Peak learning rate.
         num_train_epochs: Passes over the demonstrations. 0: the base model itself is the reference.
         seed: Seed of initialisation and order.
-        gpus: GPUs to train on; fewer than that is an error. Empty: none. A text, for KFP limits nothing by a
-            number that a form gives.
+        gpus: GPUs to train on; fewer than that is an error. Empty: none. Text, since KFP cannot set a limit
+            from a number in a form.
         trust_remote_code: Run model code that comes with the base model.
         experiment: MLflow experiment.
         tracking_uri: MLflow server. Empty: the environment's, or a local store.
@@ -47,8 +47,8 @@ def train_reference(
         launcher: JSON object that a cluster profile writes: where the stage's processes run. Empty: on this
             machine, one for each GPU asked for. {"processes": N}: N of them here, without GPUs.
             {"trainjob": {...}}: as a Kubeflow TrainJob of several nodes, `gpus` on each.
-        base_model_version: The base model's version: the commit to load of a model on the Hub; for others its
-            mark, so that a model that has changed is loaded anew instead of taken from the cache.
+        base_model_version: The base model's version: the commit to load of a model on the Hub; for others a
+            fingerprint, so that a model that has changed is loaded again instead of taken from the cache.
     """
     from softpref.artifacts import describe, model_values
     from softpref.config import hub_revision, parse_overrides

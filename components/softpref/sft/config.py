@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from softpref.errors import ConfigError
 from softpref.lm.arguments import StageArguments
-from softpref.lm.loading import check_model_source, check_remote_code
+from softpref.lm.sources import check_model_source, check_remote_code
 
 
 @dataclass
@@ -23,19 +23,18 @@ class SFTConfig(StageArguments, TrainingArguments):
         revision: branch, tag or commit of a Hub model.
         model_config: of a model from nothing: `model_type` and its options, as in a checkpoint's
             `config.json`. Vocabulary size and special tokens come from the tokenizer.
-        vocab_size: upper limit of the tokenizer (byte-level BPE) that is built for a model from nothing, at
-            least 258.
+        vocab_size: upper limit of the tokenizer (byte-level BPE) of a model from nothing; at least 258.
         max_prompt_length: tokens kept of a prompt, from its end.
         max_completion_length: tokens kept of a completion.
-        dataset_num_proc: processes that tokenize rows. By default as many as suit: none but this one for some
-            thousands of rows, else one for each CPU, four at most (each takes some 100 MB).
-        keep_rows: whether the dataset's preferences are kept in tokens beside the model (`rows/`), so that
-            the trainings that start from it need not tokenize them each. The folder then holds the data.
-        keep_reference_logps: whether the model's log-probabilities of the kept rows are kept with them. Then
+        dataset_num_proc: processes that tokenize rows. By default this one alone for some thousands of rows,
+            else one for each CPU, four at most (each takes some 100 MB).
+        keep_rows: whether to keep the tokens of the dataset's preferences beside the model (`rows/`), so that
+            trainings that start from it need not tokenize them. The folder then contains the data.
+        keep_reference_logps: whether to keep the model's log-probabilities of those rows with them, so that
             trainings whose loss is relative to the reference (`spo` with an `anchor`, `dpo` and most others)
-            need not compute them each.
-        plain_forward: pad every demonstration and compute full logits: the same numbers up to rounding,
-            slower and larger, for a model whose fast path you doubt.
+            need not compute them.
+        plain_forward: pad every demonstration and compute full logits. The same numbers up to rounding,
+            slower and larger: for a model whose fast path you doubt.
         gpus: GPUs the job asked for; training refuses to start with fewer. 0 asks for none.
         trust_remote_code: run model code that comes with a checkpoint.
 

@@ -12,8 +12,9 @@ from softpref.artifacts import readable
 from softpref.errors import ConfigError, DataError
 from softpref.lm.course import TRAINING_OPTIONS, Course, dataset_stats
 from softpref.lm.kept_rows import keep_rows
-from softpref.lm.loading import load_model, load_tokenizer, local_source, source_name
+from softpref.lm.loading import load_model, load_tokenizer
 from softpref.lm.scoring import check_sequences
+from softpref.lm.sources import local_source, source_name
 from softpref.lm.tokenization import stop_token_ids
 from softpref.sft.config import SFTConfig
 from softpref.sft.scratch import build_model, build_tokenizer

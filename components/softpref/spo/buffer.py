@@ -1,7 +1,7 @@
 """Samples of the policy between two refreshes: which prompts, which slice at which step, what is kept.
 
-Knows no model: drawing is the caller's function. Prompts and randomness of a refresh follow from the seed
-and the optimizer step alone, so any number of processes draws the same samples between them.
+Knows no model: drawing is the caller's function. A refresh's prompts and randomness follow from the seed and
+the optimizer step alone, so that any number of processes together draws the same samples.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from softpref.errors import ConfigError
 from softpref.lm.sampling import Sample, sampling_noise
 
-Draw = Callable[[list[list[int]], "object"], list[Sample]]
+Draw = Callable[[list[list[int]], Tensor], list[Sample]]
 
 
 class SampleBuffer:
@@ -31,8 +31,8 @@ class SampleBuffer:
         seed: fixes prompts and noise of every refresh.
         rank, world_size: this process takes the samples `rank`, `rank + world_size`, …
         draw: `(prompts, noise [n, max_new_tokens]) -> samples`.
-        annotate: `samples -> annotations`, one for each, made at once for all that were drawn, and made anew
-            rather than saved.
+        annotate: `samples -> annotations`, one for each, made for all samples at once; they are not saved but
+            made anew.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class SampleBuffer:
         max_new_tokens: int,
         seed: int,
         draw: Draw,
-        annotate: Callable[[list[Sample]], list[Any]] | None = None,
+        annotate: Callable[[list[Sample]], list[Tensor | None]] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -53,7 +53,7 @@ class SampleBuffer:
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._draw, self._annotate = draw, annotate
         self._samples: list[Sample] = []
-        self._annotations: list[Any] = []
+        self._annotations: list[Tensor | None] = []
         self._expired = False
         self.policy_step: int | None = None
         """Optimizer step whose policy drew the present samples; None before the first refresh."""
@@ -65,8 +65,8 @@ class SampleBuffer:
             self._refresh(step)
         return [self._samples[i] for i in self._places(step)]
 
-    def annotations_for(self, step: int) -> list[Any]:
-        """What `annotate` made of the samples of `slice_for(step)`, which has been called."""
+    def annotations_for(self, step: int) -> list[Tensor | None]:
+        """What `annotate` made of the samples of `slice_for(step)`, to be called after it."""
         if len(self._annotations) != len(self._samples):
             make = self._annotate or (lambda samples: [None] * len(samples))
             self._annotations = make(self._samples)
@@ -87,7 +87,7 @@ class SampleBuffer:
         return self._size * (place + 1) // self._interval - self._size * place // self._interval
 
     def expire(self) -> None:
-        """Have the next step draw anew, although the interval is not over."""
+        """Have the next step draw anew before the interval is over."""
         self._expired = True
 
     def forget(self) -> None:

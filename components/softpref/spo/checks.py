@@ -1,4 +1,4 @@
-"""What options of SPO training mean, and must be. Imports no training library: refusals come at once."""
+"""What options of SPO training mean, and which are refused. Imports no training library: it is fast."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ _ONLY_FOR = {  # options that only some methods have
 
 
 class Derived:
-    """What options of `SPOConfig` amount to."""
+    """What follows from the options of `SPOConfig`."""
 
     if TYPE_CHECKING:
-        method: Any
+        method: str
         anchor: float
         beta: float
         kl_beta: float
-        kl_on: Any
+        kl_on: str
         reference_cache: str
         rounds: int
-        train_on: Any
-        round_reference: Any
+        train_on: str
+        round_reference: str
 
     @property
     def samples_policy(self) -> bool:
-        """Whether the objective needs samples of the policy: it does where a KL term is taken on them."""
+        """Whether the objective needs samples of the policy: for a KL term on samples."""
         return self.kl_strength > 0 and self.kl_on == "samples"
 
     @property
     def regularises_rows(self) -> bool:
-        """Whether the KL term goes along the completions of the rows."""
+        """Whether the KL term is taken on the completions of the rows."""
         return self.kl_strength > 0 and self.kl_on == "data"
 
     @property
     def kl_strength(self) -> float:
-        """What the KL regulariser is multiplied by; 0 where there is none."""
+        """The factor of the KL regulariser; 0 where there is none."""
         strength = self.beta if self.method == "spo" else self.kl_beta
         return 0.0 if self.kl_on == "none" else strength
 
@@ -59,27 +59,27 @@ class Derived:
 
     @property
     def takes_reference_logps(self) -> bool:
-        """Whether those of a whole row are enough, so that rows may bring them."""
+        """Whether one log-probability for each completion is enough, so that rows may bring them."""
         return self.scores_reference and self.method != "tdpo"
 
     @property
     def keeps_reference_logps(self) -> bool:
-        """Whether rows are given those once, rather than computed with each batch."""
+        """Whether rows are given those once, instead of with each batch."""
         return self.takes_reference_logps and bool(self.reference_cache or self.refers_to_previous)
 
     @property
     def draws_rows(self) -> bool:
-        """Whether training rows are drawn from the policy, in some round at least."""
+        """Whether training rows are drawn from the policy, at least in some round."""
         return self.rounds > 1 or self.train_on != "preferences"
 
     @property
     def uses_judge(self) -> bool:
-        """Whether somebody must judge what the policy draws."""
+        """Whether what the policy draws must be judged."""
         return self.draws_rows and self.train_on != "self_play"
 
     @property
     def refers_to_previous(self) -> bool:
-        """Whether the reference of a round is the policy that the round began with."""
+        """Whether a round's reference is the policy at its beginning."""
         wanted = self.round_reference == "previous" or (
             self.round_reference == "auto" and self.method == "sppo"
         )

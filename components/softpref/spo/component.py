@@ -33,7 +33,7 @@ def train_policy(
         dataset: The dataset folder of the data stage.
         reference: The model to start from, which is also the frozen reference of the KL term.
         policy: The aligned model's folder: safetensors, tokenizer, generation config, model card.
-        metrics: Alpha, beta and the final training and validation figures that people compare.
+        metrics: Alpha, beta and the final training and validation metrics that people compare.
         member: JSON object written by the planning task: name, method, alpha, beta, options (parameters of
             SPOConfig for this model alone).
         learning_rate: Peak learning rate.
@@ -41,8 +41,8 @@ def train_policy(
         samples_per_refresh: Completions drawn from the policy at each refresh, for the KL term.
         sampling_interval: Optimizer steps between refreshes.
         seed: Seed of order and sampling.
-        gpus: GPUs to train on; fewer than that is an error. Empty: none. A text, for KFP limits nothing by a
-            number that a form gives.
+        gpus: GPUs to train on; fewer than that is an error. Empty: none. Text, since KFP cannot set a limit
+            from a number in a form.
         trust_remote_code: Run model code that comes with the reference.
         experiment: MLflow experiment.
         tracking_uri: MLflow server. Empty: the environment's, or a local store.

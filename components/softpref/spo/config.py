@@ -22,19 +22,19 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
             `slic`, `tdpo` (token-level DPO), `sppo` (self-play preference optimization). Where rows hold
             more than two completions, methods of pairs take every pair that the order decides.
         alpha: softness α ≥ 0. The preference loss is minimal at softmax(reward / α): 1 gives the experts'
-            own distribution, towards 0 their favourite, large values spread out. With an `anchor` it is
-            softness relative to the reference.
+            own distribution, values near 0 their favourite alone, large values spread out. With an `anchor`
+            it is softness relative to the reference.
         anchor: a ≥ 0 of `spo`'s base measure π_ref^a; the preference loss is then minimal at
-            π_ref^a · exp(reward / α). 0 is the method as published. 1 is what natural text needs, where
-            log-probabilities of two answers differ by tens of nats, so that without it α has no effect.
+            π_ref^a · exp(reward / α). 0 is the method as published. Natural text needs 1: there
+            log-probabilities of two answers differ by tens of nats, and without an anchor α has no effect.
         beta: for `spo` the strength of the KL regulariser over the policy's whole output distribution
             (0 switches it and all sampling off); for a baseline its own β, see `softpref.objectives`.
         kl_beta: strength of the same regulariser beside a baseline's loss, which as published has none.
-        kl_on: which completions the regulariser goes along: `samples` of the policy, so that it is
-            KL(policy ‖ reference) wherever the policy goes; `data`, those of the batch's own rows (the
+        kl_on: completions on which the regulariser is taken: `samples` of the policy, so that it is
+            KL(policy ‖ reference) wherever the policy goes; or `data`, those of the batch's own rows (the
             paper's ablation): Σ_t KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t)) over the whole vocabulary along each,
-            its mean over a row's completions, and over rows, whatever these weigh. Nothing is sampled then,
-            and nothing holds the policy on what it says otherwise. `none`: no KL term, as with strength 0.
+            averaged over a row's completions and over rows, whatever their weights. Nothing is sampled then,
+            and nothing restrains the policy elsewhere. `none`: no KL term, as with strength 0.
         preference_kind: what the order of a row's completions means. `auto` follows the data's `kind` column.
         soft_labels: how a label probability enters the loss: `linear` keeps SPO's optimum, `geometric`
             gives uncertain pairs less weight.
@@ -42,72 +42,70 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
         weight_scores: scores in that weight: `sequence` log-probabilities, or their means per `token`.
         label_smoothing: share of flipped labels that `dpo` and `rdpo` assume.
         tdpo_alpha: weight of `tdpo`'s divergences.
-        reference_cache: folder in which the reference's log-probabilities of all rows are kept, under a hash
-            of model, precision and rows. They are computed once, and runs that share the folder share them;
-            the reference then takes no memory while one trains without a KL term. Empty: computed with each
-            batch.
+        reference_cache: folder that keeps the reference's log-probabilities of all rows, under a hash of
+            model, precision and rows. They are computed once, and runs that share the folder share them;
+            without a KL term the reference then takes no memory in training. Empty: computed with each batch.
         kl_gradient: estimator of the regulariser's gradient on samples. `token` is cheaper and has less
-            variance: Σ_t ∇KL_t with the sampled prefixes held fixed. `full` adds what a token changes in the
-            divergences behind it, and is exact in expectation. A number λ from 0 (`token`) to 1 (`full`) lies
-            between: Σ_t ∇log π(y_t) · Σ_{s>t} λ^{s−t} KL_s is added, less a baseline. Where a step is cut
-            into micro-batches or processes, all but `token` look at their samples once more beforehand, for
-            a baseline over all of them (as a `weight_exponent` does at its rows).
+            variance: Σ_t ∇KL_t with the sampled prefixes held fixed. `full` adds the effect of a token on
+            later divergences, and is exact in expectation. A number λ from 0 (`token`) to 1 (`full`) lies
+            between: Σ_t ∇log π(y_t) · Σ_{s>t} λ^{s−t} KL_s is added, less a baseline. Where a step is split
+            into micro-batches or processes, all but `token` run their samples once more beforehand, for a
+            baseline over all of them (as `weight_exponent` does with its rows).
         kl_prompts: prompts that the KL term's samples answer: those of the training rows (`preferences`), of
-            the separate set (`separate`), or `both`, each prompt as often as it stands there. `auto` takes
-            the separate set where there is one.
+            the separate set (`separate`), or `both`, each as often as it occurs. `auto` takes the separate
+            set if there is one.
         samples_per_refresh: completions drawn from the policy at each refresh, all processes together.
         sampling_interval: optimizer steps between refreshes; each consumes an equal slice of the samples.
-        refresh: `fixed`, or `adaptive`: samples are drawn anew before the interval is over once those of a
-            step had an effective sample size below `min_ess`.
-        min_ess: that floor, a fraction in (0, 1).
+        refresh: `fixed`, or `adaptive`: samples are drawn anew before the interval is over as soon as those
+            of a step have an effective sample size below `min_ess`.
+        min_ess: that threshold, a fraction in (0, 1).
         max_importance_ratio: weigh stale samples by the ratio of the present policy to the one that drew
-            them, cut down to this value (≥ 1; inf cuts nothing). None takes them as they are, which is
-            biased by what changed since the refresh, and has less variance.
-        rounds: how often training rows are drawn anew from the policy as it stands; each round makes
+            them, clipped to this value (≥ 1; inf clips nothing). None takes them as they are: biased by what
+            changed since the refresh, with less variance.
+        rounds: how often training rows are drawn anew from the present policy; each round makes
             `num_train_epochs` passes over as many rows as the training data have (`max_steps` ends rounds
-            early, or prolongs the last). With `train_on=preferences`
-            the first round takes the data as they are, and each later one judged samples.
+            early, or extends the last). With `train_on=preferences` the first round takes the data as they
+            are, and each later one judged samples.
         train_on: `preferences`: the data's own completions; `samples`: completions of the policy, judged, on
             the data's prompts (online training; what `sppo` is made for); `self_play`: the data's best
             completion (or demonstration) against one of the policy's own.
         completions_per_prompt: completions drawn and judged for each row. `sppo` learns from all of them,
             the others from the pair that the judge thinks farthest apart.
         round_reference: the reference of the loss (a baseline's, an anchor's) in each round: the `initial`
-            model, or the policy as it was at the round's beginning (`previous`). `auto` is what the method's
+            model, or the policy at the beginning of the round (`previous`). `auto` is what the method's
             authors do: previous for `sppo`, initial otherwise.
-        judge: who judges drawn completions, in the training stage: `expert` (the data's known reward),
-            `bradley-terry` (learned from the training preferences), or `auto`, the expert where there is one.
-            As a library, hand `SPOTrainer` a judge.
-        extrapolation: weights w, comma-separated, at which the training stage also writes
+        judge: who judges drawn completions in the training stage: `expert` (the data's known reward),
+            `bradley-terry` (learned from the training preferences), or `auto`, the expert if there is one.
+            As a library, give `SPOTrainer` a judge.
+        extrapolation: weights w, comma-separated, for each of which the training stage also writes
             `aligned + w · (aligned − reference)` as a model of its own (ExPO, arXiv 2404.16792).
-        sampling_engine: what draws samples: `transformers`, the trained model itself, or `vllm`, which takes
-            over its weights at each refresh (`sampling/logps_difference` tells how well both agree). In this
+        sampling_engine: what draws samples: `transformers`, the trained model itself, or `vllm`, which loads
+            its weights at each refresh (`sampling/logps_difference` says how well both agree). In this
             process vLLM needs memory for a second copy of the weights, and for the keys and values of
             `sampling_batch_size` completions, until the process ends.
         vllm_server: URL of a server (`python -m softpref.spo.vllm_server`) that runs vLLM; empty runs it in
             the training process, beside the trainer's own weights.
         sampling_batch_size: completions sampled at once on a device.
         temperature, top_p, top_k, repetition_penalty: fixed. Samples of the KL term must come from the
-            distribution that is scored; these exist to refuse other values with a reason.
+            distribution that is scored; these options exist to refuse other values with a reason.
         max_prompt_length: tokens kept of a prompt: of a chat the system message and its last turns, of plain
             text its end.
-        max_completion_length: tokens kept of a completion, its end token among them, and the limit of sampled
+        max_completion_length: tokens kept of a completion, its end token included; also the limit of sampled
             ones.
-        cut_rows: rows of which a completion is longer than that, drawn ones too: `leave_out` of the
-            preference loss, for what is cut has no end and teaches the policy not to stop; or `keep`.
-        dataset_num_proc: processes that tokenize rows. By default as many as suit: none but this one for some
-            thousands of rows, else one for each CPU, four at most (each takes some 100 MB).
+        cut_rows: rows with a longer completion than that, drawn ones too: `leave_out` of the preference loss
+            (a cut completion has no end and teaches the policy not to stop), or `keep`.
+        dataset_num_proc: processes that tokenize rows. By default this one alone for some thousands of rows,
+            else one for each CPU, four at most (each takes some 100 MB).
         model_init_kwargs: further arguments of `from_pretrained`, such as
-            `{"attn_implementation": "sdpa", "dtype": "bfloat16"}`, for the model to train, where it is loaded
-            from its name.
+            `{"attn_implementation": "sdpa", "dtype": "bfloat16"}`, for a model that is given by its name.
         use_peft: train a LoRA adapter; the reference is then the model with the adapter off.
         lora_r, lora_alpha, lora_target_modules: the adapter's rank, scale, and layers (comma-separated, or
             `all-linear`).
         merge_adapter: whether the training stage saves the merged model rather than the adapter alone.
-        plain_forward: pad every completion with a prompt of its own and compute full logits, as anybody
-            would; otherwise a row's completions share their prompt's work, nothing is padded, and logits
-            exist for a few hundred tokens at a time. The same numbers up to rounding, slower and larger: for
-            a model whose fast path you doubt.
+        plain_forward: pad every completion, each with a prompt of its own, and compute full logits. By
+            default a row's completions share their prompt's work, nothing is padded, and logits exist for a
+            few hundred tokens at a time. The same numbers up to rounding, slower and larger: for a model
+            whose fast path you doubt.
         gpus: GPUs the job asked for; training refuses to start with fewer. 0 asks for none.
         trust_remote_code: run model code that comes with a checkpoint.
     """

@@ -40,7 +40,7 @@ TOKEN_VARIABLE = "SOFTPREF_VLLM_TOKEN"
 
 _ATTEMPTS = 6
 _FIRST_PAUSE = 1.0  # seconds, doubled after each attempt: about half a minute in all
-_PATIENCE = 3600.0  # seconds that a server may take to answer, for it builds an engine or samples meanwhile
+_PATIENCE = 3600.0  # seconds that a server may take to answer: it may have to build an engine first
 _PART_BYTES = 1 << 30
 _TOLERANCE = {"float32": 0.01, "float16": 0.03, "bfloat16": 0.1}
 _NOTICED = 1e-3  # nats per token in float32
@@ -57,7 +57,7 @@ class Engine(Protocol):
         noise: Tensor,
         stop_ids: Sequence[int],
         batch_size: int = 64,
-        progress: Callable[[int], Any] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Sample]: ...
 
 
@@ -112,7 +112,7 @@ class VLLMEngine:
         noise: Tensor,
         stop_ids: Sequence[int],
         batch_size: int = 64,
-        progress: Callable[[int], Any] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Sample]:
         """Load the model's weights, then sample; the batch size is the spec's."""
         _check_noise(prompts, noise)
@@ -151,7 +151,7 @@ class VLLMServerEngine:
         noise: Tensor,
         stop_ids: Sequence[int],
         batch_size: int = 64,
-        progress: Callable[[int], Any] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Sample]:
         """Send the model's weights and the prompts of all processes, and give this process its samples."""
         _check_noise(prompts, noise)
@@ -336,7 +336,7 @@ def policy_weights(model: Any) -> dict[str, Tensor]:
             "sampling_engine=vllm needs the whole model on each process, and its weights are spread over "
             "several (FSDP, ZeRO-3); take sampling_engine=transformers"
         )
-    seen: dict[int, Tensor] = {}  # which keeps them alive, for the next tensor could bear a dead one's id
+    seen: dict[int, Tensor] = {}  # which keeps them alive: a new tensor could reuse the id of a dead one
     weights = {}
     with torch.no_grad():
         for name, tensor in _merged_tensors(base, ""):

@@ -5,36 +5,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class _Mean(NamedTuple):
-    total: Tensor
-    number: int
 
 
 class Means:
     """Running means on the device; read once per log, so that no step waits for a copy."""
 
     def __init__(self) -> None:
-        self._values: dict[str, _Mean] = {}
+        self._values: dict[str, tuple[Tensor, int]] = {}  # sum and number
 
     def add(self, name: str, values: Tensor) -> None:
         total, number = values.detach().float().sum(), values.numel()
         if name in self._values:
-            before = self._values[name]
-            total, number = before.total + total, before.number + number
-        self._values[name] = _Mean(total, number)
+            before, count = self._values[name]
+            total, number = before + total, count + number
+        self._values[name] = total, number
 
     def take(self, sum_over_processes: Callable[[float], float]) -> dict[str, float]:
         means = {}
         for name in sorted(self._values):  # one order on every process
-            mine = self._values[name]
-            total, number = sum_over_processes(float(mine.total)), sum_over_processes(mine.number)
-            if number:  # none where no row of the steps took part
+            total, number = (sum_over_processes(float(mine)) for mine in self._values[name])
+            if number:  # none if no row of the steps took part
                 means[name] = total / number
         self._values.clear()
         return means
@@ -43,7 +36,7 @@ class Means:
 class WeightSums:
     """Σ w, Σ w² and the number of importance weights, as logarithms: far from 1 they would leave fp32."""
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: torch.device | str) -> None:
         self._sums = self._none = torch.full((3,), -torch.inf, device=device)
 
     def add(self, log_weights: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""What `SPOTrainer` is handed: models and tokenizers by their names, adapters, arguments of other trainers.
+"""The arguments of `SPOTrainer`: models and tokenizers by name, adapters, arguments of other trainers.
 
-Everything here is done, or refused with what to write instead, before anything costly begins.
+Everything here is settled, or refused with what to write instead, before anything costly begins.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _INSTEAD = {  # arguments of other trainers
 
 
 def refuse_arguments(names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse arguments that `SPOTrainer` does not have, with what is meant.
+    """Refuse arguments that `SPOTrainer` does not have, and say what is meant.
 
     Args:
         known: those that it has.
@@ -52,7 +52,7 @@ def settled_arguments(args: Any, model: Any) -> SPOConfig:
     """`args`, or SPOConfig's defaults under the model's name.
 
     Raises:
-        ConfigError: they are of another trainer, or more processes take part in a step than have samples.
+        ConfigError: they are another trainer's, or there are not enough samples for the processes.
     """
     if args is None:
         name = Path(model_name(model) or "model").name
@@ -65,8 +65,8 @@ def settled_arguments(args: Any, model: Any) -> SPOConfig:
     if args.samples_policy and args.samples_per_refresh < args.sampling_interval * args.world_size:
         raise ConfigError(
             "SPOConfig.samples_per_refresh must be at least sampling_interval times the number of "
-            f"processes ({args.sampling_interval} × {args.world_size}), for every process takes part in "
-            f"every step's slice; got {args.samples_per_refresh}"
+            f"processes ({args.sampling_interval} × {args.world_size}): every process takes part in every "
+            f"step's slice; got {args.samples_per_refresh}"
         )
     passes = args.sampling_interval * args.world_size * args.gradient_accumulation_steps
     if args.fsdp and args.samples_policy and args.samples_per_refresh < passes:
@@ -103,17 +103,17 @@ def loaded(model: Any, args: SPOConfig) -> Any:
 
 
 def tokenizer_of(processing_class: Any, model: Any, args: SPOConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer handed over, or that of the model's name.
+    """The given tokenizer, or that of the model's name.
 
     Raises:
-        ConfigError: it is none, or the model bears no name.
+        ConfigError: it is not a tokenizer, or the model has no name.
     """
     if processing_class is None:
         name = model_name(model)
         if not name:
             raise ConfigError(
-                "SPOTrainer needs processing_class, the tokenizer of the model: the model bears no name from "
-                "which it could be loaded"
+                "SPOTrainer needs processing_class, the tokenizer of the model: the model has no name from "
+                "which to load it"
             )
         revision = args.init_kwargs.get("revision")
         return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
@@ -150,7 +150,7 @@ def with_adapter(model: Any, peft_config: Any, args: SPOConfig) -> Any:
 
 
 def check_reference(ref_model: Any, model: Any, args: SPOConfig) -> None:
-    """Refuse a reference that would move with the policy, or has another vocabulary where all of it counts.
+    """Refuse a reference that would change with the policy, or whose vocabulary differs where that matters.
 
     Raises:
         ConfigError: says which.
@@ -169,11 +169,7 @@ def check_reference(ref_model: Any, model: Any, args: SPOConfig) -> None:
 
 
 def check_optimizer(optimizer: Any, model: nn.Module) -> None:
-    """Refuse an optimizer that moves nothing of what is trained.
-
-    Raises:
-        ConfigError: none of its parameters is trained.
-    """
+    """Refuse an optimizer that holds no trained parameter."""
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     if optimizer and not any(
         id(one) in trained for group in optimizer.param_groups for one in group["params"]
@@ -185,7 +181,7 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
 
 
 def switch_dropout_off(model: nn.Module) -> None:
-    """Preference training runs without dropout: in modules, and where layers keep its rate as a number."""
+    """Switch dropout off, in modules and where layers keep its rate as a number."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -207,7 +203,7 @@ def _lora(args: SPOConfig, model: Any) -> Any:
 
 
 def _check_targets(targets: list[str], model: Any) -> None:
-    """Refuse a list of LoRA targets of which one is no module: peft passes it over where another one is."""
+    """Refuse LoRA targets that the model does not have: peft ignores them if any other matches."""
     modules = [f".{name}" for name, _ in model.named_modules() if name]
     unknown = [target for target in targets if not any(name.endswith(f".{target}") for name in modules)]
     if unknown:

@@ -1,4 +1,4 @@
-"""What a training log says of a run that goes wrong, and what to do about it. Reads figures, runs nothing."""
+"""Warnings of a training that goes wrong, with what to do about it. Reads metrics, runs nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ END_FALLEN = 0.5  # nats that the end token may lose in training
 def health_warnings(
     args: SPOConfig, means: Mapping[str, float], logged: Sequence[Mapping[str, float]], *, ended: bool
 ) -> list[str]:
-    """What makes a run worthless: saturation at its start, at its end a forgotten end token.
+    """What makes a run worthless: saturation at its start, or at its end a policy that forgot to stop.
 
     Args:
         means: the metrics about to be logged.
@@ -42,9 +42,9 @@ def health_warnings(
 
 
 def fall(values: Sequence[float]) -> float:
-    """How far the last fifth of a series lies below its first, beyond two standard errors; else 0.
+    """How far the last fifth of a series lies below its first, if by more than two standard errors; else 0.
 
-    Windows of a log hold different rows, so that a series of less than ten tells nothing.
+    The windows of a log hold different rows: a series of less than ten says nothing.
     """
     count = len(values) // 5
     if count < 2:

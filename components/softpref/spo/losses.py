@@ -41,8 +41,8 @@ def method_losses(
             optimizer step with weights.
         ref_logps: `[sequences]`, under the reference; every method but `spo` without an anchor needs them.
         divergences: `[sequences]`, Σ_t KL(π_ref ‖ π) along each completion, for `tdpo`.
-        weight_scores: `[sequences]`, scores of `spo`'s weight, where they are not the log-probabilities.
-        weighted: whether rows have their weight; without, the loss of a row is its own alone.
+        weight_scores: `[sequences]`, scores of `spo`'s weight; by default the log-probabilities.
+        weighted: whether rows have `spo`'s weight.
 
     Returns:
         `[groups]`. Methods of pairs take the mean over the pairs that a row's order decides.
@@ -86,7 +86,7 @@ def method_losses(
 
 
 def implicit_rewards(args: SPOConfig, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-    """What the policy implies of each completion, up to a constant of the prompt: `[sequences]`.
+    """The reward that the policy implies for each completion, up to a constant of the prompt: `[sequences]`.
 
     It is α·(logp − anchor·logp_ref) for `spo`, β·(logp − logp_ref) for the others.
     """
@@ -101,9 +101,9 @@ def preference_metrics(
     """`logps/*` and `rewards/*` of each row of a batch, `[groups]` each.
 
     For rewards see `implicit_rewards`. `rewards/saturated` is the share of margins beyond 5, where a logistic
-    loss has no curvature left: softness has no effect there. `logps/accuracies` compares bare
-    log-probabilities. Rejected is the last of a row, or in a best-of-n row, which tells the others not apart,
-    all of them: the metrics are then means over these.
+    loss has no curvature left: softness has no effect there. `logps/accuracies` compares plain
+    log-probabilities. Rejected is the last of a row; a best-of-n row does not rank its others, so there the
+    metrics are means over all of them.
 
     Args:
         logps, rows, ref_logps: as in `method_losses`.
@@ -114,7 +114,7 @@ def preference_metrics(
     rewards = implicit_rewards(args, logps, ref_logps)
     chosen, rejected, groups = _chosen_and_rejected(sizes, kinds)
     margins = rewards[chosen] - rewards[rejected]
-    # where policy and reference are one model, a margin is what rounding left of the log-probabilities: a tie
+    # where policy and reference are the same, the margin is only rounding of the log-probabilities: a tie
     rounding = 0 * logps if ref_logps is None else 1e-6 * scale * (logps.abs() + base.abs())
     ties = margins.abs() <= rounding[chosen] + rounding[rejected]
     each = {

@@ -1,7 +1,7 @@
-"""The objective of a micro-batch: the losses of its rows and of its samples, and what is measured on the way.
+"""The objective of a micro-batch: the losses of its rows and of its samples, and their metrics.
 
-The mathematics is in `softpref.objectives`; here it meets a batch, a policy and its reference. Draws nothing,
-and knows nothing of steps and processes.
+The mathematics is in `softpref.objectives`; here it is applied to a batch, a policy and its reference. Draws
+nothing, and knows nothing of steps and processes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from softpref.spo.losses import implicit_rewards, method_losses, preference_metr
 
 
 class RowLosses(NamedTuple):
-    """Of a batch's rows.
+    """Losses of a batch's rows.
 
     Attributes:
         losses: the preference loss of each row, `[rows]`.
-        kl: where the KL term is one of rows, in training, that of each, `[rows]`.
+        kl: in training with a KL term on rows, that of each row, `[rows]`; else None.
         logps, rewards: of each completion, `[sequences]`, without gradient.
     """
 
@@ -47,8 +47,8 @@ class Objective:
         stop_ids: ids that end a completion.
 
     Attributes:
-        means: of training and of evaluation, what `SPOTrainer` says of its metrics.
-        step_weights, log_weights: importance weights since they were last taken, for two who take them.
+        means: of training and of evaluation: the metrics of `SPOTrainer`.
+        step_weights, log_weights: importance weights since they were last taken, for two readers.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Objective:
         return self.means["train" if model.training else "eval"]
 
     def row_losses(self, model: Any, inputs: Mapping[str, Any]) -> RowLosses:
-        """What a batch's rows cost, and what the policy makes of them."""
+        """The losses of a batch's rows, and the policy's log-probabilities and rewards of them."""
         means = self.means_of(model)
         args, sizes = self.args, inputs["group_sizes"]
         batch = packed(inputs)
@@ -75,8 +75,8 @@ class Objective:
         ref_logps, divergences, row_kl = inputs.get("ref_logps"), None, None
         regularises = args.regularises_rows and model.training
         lacks_logps = args.scores_reference and ref_logps is None
-        theirs: Any = None  # what the reference knows of the rows, and how far it lies from the policy
-        found: Any = None
+        theirs: Any = None  # the reference's hidden states of the rows
+        found: Any = None  # its divergence from the policy
         if regularises or lacks_logps or args.method == "tdpo":
             theirs = self._reference_hidden(model, batch)
         if args.method == "tdpo":
@@ -100,7 +100,7 @@ class Objective:
             weight_scores=self._weight_scores(logps, batch),
             weighted=model.training,  # weights have mean 1 over a step; an evaluation has none
         )
-        own = inputs.get("own_rows", len(sizes))  # those behind them are counted in another batch
+        own = inputs.get("own_rows", len(sizes))  # the others are counted in another batch
         figures = {
             name: values[:own] for name, values in preference_metrics(args, logps, inputs, ref_logps).items()
         }
@@ -208,11 +208,11 @@ class Objective:
 
 
 def sample_tensors(samples: list[Sample], states: list[Tensor | None], age: float) -> dict[str, Any]:
-    """What a batch holds of its samples.
+    """A batch's tensors of its samples.
 
     Args:
         states: the reference's, see `Objective.reference_states`.
-        age: optimizer steps since they were drawn.
+        age: optimizer steps since the samples were drawn.
     """
     if not samples:
         return {}
@@ -232,7 +232,7 @@ def packed(inputs: Mapping[str, Any], prefix: str = "") -> PackedBatch:
 
 
 def by_row(values: Tensor, sizes: Tensor, most: int) -> Tensor:
-    """Values of completions as a line of each row: `[sequences] -> [rows, at least most]`, the rest NaN."""
+    """Values of completions, one line for each row, NaN behind them: `[sequences] -> [rows, ≥ most]`."""
     lines = torch.split(values, sizes.tolist())
     width = max(most, *map(len, lines))
     return torch.stack([nn.functional.pad(one, (0, width - len(one)), value=torch.nan) for one in lines])

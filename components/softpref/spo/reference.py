@@ -1,7 +1,7 @@
-"""Log-probabilities of the reference, kept on disk: computed once, never taken for another model's or data's.
+"""Log-probabilities of the reference on disk: computed once, never mistaken for another model's or data's.
 
-A file holds them for the rows of one data set under one model. Its name and its metadata bear the hashes of
-both. Runs no model.
+A file holds those of the rows of one data set under one model. Its name and its metadata contain the hashes
+of both. Runs no model.
 """
 
 from __future__ import annotations
@@ -34,16 +34,15 @@ def add_reference_logps(
     writes: bool = True,
     everywhere: Callable[[bool], bool] = bool,
 ) -> None:
-    """Give every row its `ref_logps`, one for each completion, from the cache; compute what has no file yet.
+    """Give every row its `ref_logps`, one for each completion, from the cache; compute what is not there yet.
 
     Args:
-        rows: tokenized, with `prompt` and `completions`.
         folder: where the files are.
-        model_hash: of the reference, see `model_fingerprint`, and of whatever else its values depend on.
+        model_hash: of the reference, and of whatever else its values depend on (`scorer_fingerprint`).
         score: computes log-probabilities; called on every process or on none.
         writes: whether this process writes the file.
         everywhere: whether something holds on every process. Another run may write the file at any moment,
-            and all processes must take the same way.
+            and all processes must do the same.
 
     Raises:
         ConfigError: the file found belongs to another model or other rows, or cannot be read.
@@ -97,7 +96,7 @@ def scorer_fingerprint(model: Any, args: SPOConfig) -> str:
 
 
 def set_reference_logps(rows: Sequence[Row], score: Scorer) -> None:
-    """Give every row its `ref_logps`, computed now and kept nowhere else."""
+    """Give every row its `ref_logps`, computed now and not cached."""
     logps = iter(score([(row["prompt"], one) for row in rows for one in row["completions"]]))
     for row in rows:
         row["ref_logps"] = [next(logps) for _ in row["completions"]]
@@ -140,4 +139,4 @@ def _write(file: Path, identity: dict[str, str], known: dict[str, float]) -> Non
     tensors = {"keys": keys.view(-1, 16), "logps": torch.tensor(list(known.values()))}
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # containers often share process ids
     save_file(tensors, partial, metadata=identity)
-    os.replace(partial, file)  # whole or not at all, also where two runs write it at once
+    os.replace(partial, file)  # atomic, also where two runs write it at once

@@ -1,6 +1,6 @@
-"""Training rows that change with each round: drawn from the policy as it stands, judged, made into rows.
+"""Training rows that change with each round: drawn from the present policy, judged, made into rows.
 
-Knows no trainer: drawing, scoring and what other processes did are the caller's functions.
+Knows no trainer: drawing, scoring and gathering over processes are the caller's functions.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from softpref.errors import ConfigError
 from softpref.judges import as_text
 from softpref.lm.sampling import Sample, sampling_noise
-from softpref.lm.tokenization import decode_completion
+from softpref.lm.tokenization import Text, decode_completion
 from softpref.objectives.preference import PreferenceKind
 from softpref.progress import progress
 from softpref.spo.config import SPOConfig
@@ -43,25 +44,25 @@ class RoundRows(Dataset[Row]):
             given rows or the first completion is the answer of self-play.
         prompts: the same prompts, text or messages.
         args: see `SPOConfig`: `rounds`, `train_on`, `completions_per_prompt`, `method`.
-        tokenizer: makes texts of what was drawn.
-        stop_ids: ids that end a completion; one that ends with no other was cut.
+        tokenizer: decodes what was drawn.
+        stop_ids: ids that end a completion; one that ends with another id was cut.
         judge: see `softpref.judges`; None in self-play.
         draw: `(prompts, noise [n, max_completion_length], progress) -> samples` of the present policy.
         score: sequence log-probabilities under the present policy of `(prompt, completion)` ids.
-        shares: this process's part of a list to the whole, where part r of w has every w-th element from r.
+        shares: from this process's part of a list to the whole; part r of w has every w-th element from r.
         rank, world_size: of this process.
     """
 
     def __init__(
         self,
         rows: Sequence[Row],
-        prompts: Sequence[Any],
+        prompts: Sequence[Text],
         args: SPOConfig,
         *,
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: Sequence[int],
         judge: Judge | None,
-        draw: Callable[[list[list[int]], Any, Callable[[int], Any]], list[Sample]],
+        draw: Callable[[list[list[int]], Tensor, Callable[[int], object]], list[Sample]],
         score: Callable[[list[tuple[list[int], list[int]]]], list[float]],
         shares: Callable[[list[Any], int], list[Any]],
         rank: int = 0,
@@ -75,7 +76,7 @@ class RoundRows(Dataset[Row]):
         self.number: int | None = None
         """The present round, from 0; None before the first."""
         self.left_out = 0.0
-        """Share of the rows drawn last that take no part, see `SPOConfig.cut_rows`."""
+        """Share of the rows drawn last that are left out, see `SPOConfig.cut_rows`."""
 
     def __len__(self) -> int:
         return len(self._given)
@@ -84,7 +85,7 @@ class RoundRows(Dataset[Row]):
         return self.rows[index]
 
     def begin(self, number: int) -> None:
-        """Draw the rows of round `number`, unless they are here already (from a checkpoint)."""
+        """Draw the rows of round `number`, unless they are here (from a checkpoint)."""
         if self.number == number:
             return
         if self._args.train_on == "preferences" and number == 0:
@@ -152,7 +153,7 @@ class RoundRows(Dataset[Row]):
         ) as loop:
             for start in range(0, len(self), at_once):
                 here = range(start, min(start + at_once, len(self)))
-                # the 1 keeps the seed apart from those of `SampleBuffer`: zeros at a seed's end do not count
+                # the 1 separates the seed from those of `SampleBuffer`: zeros at a seed's end do not count
                 rows += self._chunk(here, count, (self._args.seed, number, start, 1), loop.update)
         if self._args.cut_rows == "leave_out":
             self._leave_cut_rows_out(rows, number)
@@ -171,8 +172,8 @@ class RoundRows(Dataset[Row]):
         weights = [row.get("weight", 1.0) * kept for row, kept in zip(rows, whole, strict=True)]
         if not any(weights) and number == 0:
             raise ConfigError(
-                f"in every row drawn for the first round a completion reached {limit}, so that none takes "
-                "part; raise it, or set cut_rows to keep"
+                f"in every row drawn for the first round a completion reached {limit}, so none takes part; "
+                "raise it, or set cut_rows to keep"
             )
         if cut and self._rank == 0:
             logger.warning(
@@ -191,9 +192,9 @@ class RoundRows(Dataset[Row]):
         return completion[-1] in self._stop_ids
 
     def _chunk(
-        self, here: range, count: int, seed: tuple[int, ...], progress: Callable[[int], Any]
+        self, here: range, count: int, seed: tuple[int, ...], progress: Callable[[int], object]
     ) -> list[Row]:
-        """Rows of some prompts; samples, and then judging, are dealt to the processes round robin."""
+        """Rows of some prompts; samples and judging are dealt to the processes round robin."""
         total = len(here) * count
         noise = sampling_noise(
             total,
@@ -223,9 +224,9 @@ class RoundRows(Dataset[Row]):
         return self._row(index, [answer, completion], 1.0, "pairwise", [1.0, 0.0])
 
     def _judged(self, index: int, completions: list[list[int]], table: np.ndarray) -> Row:
-        """A row of all that was drawn, or of the two that the judge thinks farthest apart.
+        """A row of all completions drawn, or of the two that the judge thinks farthest apart.
 
-        Where two at least have ended and cut ones are to be left out, of those.
+        If cut ones are to be left out and at least two have ended, only those that have.
         """
         ended = [place for place, one in enumerate(completions) if self._ended(one)]
         if self._args.cut_rows == "leave_out" and len(ended) > 1:

@@ -6,7 +6,7 @@ with a `prompt` or with one that both begin with. Computes no loss.
 
 from __future__ import annotations
 
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
@@ -310,26 +310,28 @@ def _implicit_prompt(completions: list[Any]) -> tuple[Any, list[Any]] | None:
 
 
 def _probability(row: Mapping[str, Any], count: int) -> float:
-    probability = row.get("probability")
-    if probability is None:
-        return 1.0
-    if isinstance(probability, bool) or not isinstance(probability, Real) or not 0 <= float(probability) <= 1:
-        raise DataError(f"probability must be a number in [0, 1], or null, got {probability!r}")
+    probability = _number(row, "probability", 1.0, "in [0, 1]")
     if count > 2 and probability != 1:
         raise DataError(
-            f"probability {probability} belongs to a pair, but there are {count} completions; leave it null"
+            f"probability {row['probability']} belongs to a pair, but there are {count} completions; leave "
+            "it null"
         )
-    return float(probability)
+    return probability
+
+
+def _number(row: Mapping[str, Any], column: str, most: float, range_: str) -> float:
+    """A number of at least 0 from a row; 1 where there is none."""
+    value = row.get(column)
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= most:
+        raise DataError(f"{column} must be a number {range_}, or null, got {value!r}")
+    return float(value)
 
 
 def _weight(row: Mapping[str, Any]) -> float:
-    """How much a row counts beside the others; 1 where nothing is said."""
-    weight = row.get("weight")
-    if weight is None:
-        return 1.0
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) < math.inf:
-        raise DataError(f"weight must be a number of at least 0, or null, got {weight!r}")
-    return float(weight)
+    """How much a row counts beside the others."""
+    return _number(row, "weight", sys.float_info.max, "of at least 0")
 
 
 def _settle_weights(rows: list[Row], name: str) -> bool:

@@ -40,29 +40,14 @@ _DEFINING = (
     "train_on",
     "judge",
 )
-_TRACKED = (
-    *_DEFINING,
-    "weight_scores",
-    "tdpo_alpha",
-    "kl_gradient",
-    "kl_prompts",
-    "samples_per_refresh",
-    "sampling_interval",
-    "refresh",
-    "min_ess",
-    "max_importance_ratio",
-    "completions_per_prompt",
-    "round_reference",
-    "max_prompt_length",
-    "max_completion_length",
-    "cut_rows",
-    "model_init_kwargs",
-    *TRAINING_OPTIONS,
-    "use_peft",
-    "lora_r",
-    "lora_alpha",
-    "lora_target_modules",
-)
+# Of its own options, where and how it is computed, which changes nothing of what a run is.
+_NOT_TRACKED = {
+    *("output_dir", "reference_cache", "sampling_engine", "vllm_server", "sampling_batch_size", "gpus"),
+    *("temperature", "top_p", "top_k", "repetition_penalty", "dataset_num_proc", "plain_forward"),
+    *("extrapolation", "merge_adapter", "trust_remote_code", "logging_steps", "save_total_limit"),
+    "remove_unused_columns",
+}
+_TRACKED = (*(name for name in SPOConfig.__annotations__ if name not in _NOT_TRACKED), *TRAINING_OPTIONS)
 # Logged of steps, each a mean over those since the log before.
 _OF_STEPS = (
     "rewards/saturated",

@@ -87,30 +87,30 @@ class SPOTrainer(RowsTrainer):
         model: the policy to train, as it was before training, also when a run is resumed: the reference is
             copied from it. A causal language model of transformers or peft; or the Hub id, folder or URL of
             one, which is loaded in fp32 (see `SPOConfig.model_init_kwargs`).
-        args: see `SPOConfig`; `args.method` picks the objective. By default its defaults.
+        args: see `SPOConfig`; `args.method` picks the objective.
         train_dataset: rows with `prompt`, `completions` (best first) and optionally `probability`
             (P(first beats second), None for a hard label), `kind` and `weight` (≥ 0, how much a row counts
-            beside the others); also rows with `chosen` and `rejected`, whose `prompt` may be what both begin
-            with. Text or messages. Any sequence of mappings, such as a `datasets.Dataset`; an iterable is
-            read to its end. With `train_on=samples` only the prompt is read; with `self_play`, `prompt` and
-            `completion` will do.
-        eval_dataset: rows alike, or a dict of several sets of them, whose metrics bear their names.
+            relative to the others); or rows with `chosen` and `rejected`, where the `prompt` may be what both
+            begin with. Text or messages. Any sequence of mappings, such as a `datasets.Dataset`; an iterable
+            is read to its end. With `train_on=samples` only the prompt is read; `self_play` needs only
+            `prompt` and `completion`.
+        eval_dataset: such rows, or a dict of several sets of them, whose metrics carry their names.
         processing_class: the tokenizer; by default that of the model's name.
-        ref_model: the frozen reference, a model or its name; by default the model as handed in (with an
-            adapter: the adapter off).
+        ref_model: the frozen reference, a model or its name; by default a copy of the model (with an adapter:
+            the model with the adapter off).
         prompt_dataset: rows with `prompt` from which the KL term draws (see `SPOConfig.kl_prompts`); by
             default the training prompts.
         peft_config: a `peft.LoraConfig`, to train an adapter; by default what `SPOConfig.use_peft` says.
         callbacks: as in `transformers.Trainer`.
-        judge: who judges completions drawn in rounds: anything with
+        judge: judges completions drawn in rounds: anything with
             `probabilities(prompts, first, second) -> P(first beats second)` of texts, see `softpref.judges`.
-        model_init: makes the model in its place, anew for each call of `train`.
-        compute_metrics: as in `transformers.Trainer`; what it is given is what `predict` returns.
+        model_init: makes the model, anew for each call of `train`; given in place of `model`.
+        compute_metrics: as in `transformers.Trainer`; it is given what `predict` returns.
         optimizers: optimizer and scheduler of the model's own parameters.
 
     Metrics, averaged over all rows or samples since the last log: `loss/preference`; `logps/chosen`,
-    `logps/rejected`, `logps/accuracies` (chosen likelier than rejected) and `logps/end` (of the end token
-    behind the chosen); `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (the
+    `logps/rejected`, `logps/accuracies` (chosen likelier than rejected) and `logps/end` (of the end
+    token of chosen ones); `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (the
     method's own implicit reward: α·(logp − anchor·logp_ref) for `spo`, β·(logp − logp_ref) for the others;
     rejected is the last of a row, or the mean of a best-of-n row's others) and `rewards/saturated` (share of
     margins beyond 5 nats, where softness has no effect); of samples `kl/sequence` and `kl/token` (nats),
@@ -208,8 +208,8 @@ class SPOTrainer(RowsTrainer):
             )
         if args.uses_judge and judge is None:
             raise ConfigError(
-                f"rounds={args.rounds}, train_on={args.train_on} draw completions that somebody must judge: "
-                "give SPOTrainer a judge (see softpref.judges)"
+                f"rounds={args.rounds}, train_on={args.train_on} draw completions that must be judged: give "
+                "SPOTrainer a judge (see softpref.judges)"
             )
         if judge is not None and not hasattr(judge, "probabilities"):
             raise ConfigError(
@@ -389,7 +389,7 @@ class SPOTrainer(RowsTrainer):
     # ------------------------------------------------------------------ sampling
 
     def _draw(
-        self, prompts: list[list[int]], noise: Any, progress: Callable[[int], Any] | None = None
+        self, prompts: list[list[int]], noise: Tensor, progress: Callable[[int], object] | None = None
     ) -> list[Sample]:
         assert self._engine is not None
         started = time.perf_counter()

@@ -1,10 +1,10 @@
 """One vLLM engine inside this process: weights and token ids go in, sampled tokens come out.
 
-Used by the in-process sampling engine and by the server alike; knows neither trainer nor network. It samples
-from exactly the model's own distribution: temperature 1 over the whole vocabulary, with double-precision
-noise, for single precision never draws tokens below a probability of about 1e-7. What it reports are the
-log-probabilities of the distribution that was sampled, after all processing, so that a setting which had
-changed the distribution would show when they are compared with the trainer's.
+Used by the in-process sampling engine and by the server; knows neither trainer nor network. It samples from
+exactly the model's own distribution: temperature 1 over the whole vocabulary, with double-precision noise,
+since in single precision tokens below a probability of about 1e-7 are never drawn. It reports the
+log-probabilities of the distribution that was sampled, after all processing, so that a setting that changed
+the distribution would show in the comparison with the trainer's.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from softpref.errors import ConfigError, SoftprefError
 
-_KV_BLOCK = 128  # tokens; the largest block of vLLM's back ends, a sequence's cache is rounded up to it
+_KV_BLOCK = 128  # tokens, the largest block of vLLM's back ends; a sequence's cache is rounded up to blocks
 
 
 class EngineSpec(NamedTuple):
-    """What decides how an engine is built; one with the same spec can be used again.
+    """What an engine is built from; one with the same spec can be used again.
 
     Attributes:
         config: the model's `config.json` as a dictionary, `architectures` included.
@@ -57,12 +57,12 @@ class VLLMCore:
         spec: the model and its limits.
         tensor_parallel_size: GPUs that share the model; above 1 vLLM starts processes of its own.
         gpu_memory_utilization: share of the device's memory for weights and key-value cache together. None
-            takes what `spec.max_sequences` need, no more, and leaves the rest to the trainer.
+            takes only what `spec.max_sequences` need, and leaves the rest to the trainer.
         trust_remote_code: run model code that comes with a checkpoint.
-        beside_trainer: whether the model that is trained lives in this process too.
+        beside_trainer: whether the trained model is in this process too.
 
     Raises:
-        ConfigError: vLLM is not installed, or cannot run this model here; the message says why.
+        ConfigError: vLLM is not installed, or cannot run this model here.
     """
 
     def __init__(
@@ -125,9 +125,8 @@ class VLLMCore:
                     )
                 self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
             _engines.append(self._engine)
-            self.sample(
-                [[0]], [0], max_new_tokens=1, stop_ids=[]
-            )  # some shapes have no kernel on some devices
+            # on some devices some shapes have no kernel
+            self.sample([[0]], [0], max_new_tokens=1, stop_ids=[])
         except SoftprefError:
             raise
         except (ValueError, RuntimeError, NotImplementedError, torch.OutOfMemoryError) as error:
@@ -137,13 +136,13 @@ class VLLMCore:
             ) from error
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace all weights by `(checkpoint name, tensor)` pairs; what was cached of the old is dropped."""
+        """Replace all weights by `(checkpoint name, tensor)` pairs; caches of the old ones are dropped."""
         with _isolated():
             self._engine.collective_rpc(_load_tensors, args=(weights,))
         self._forget_prefixes()
 
     def load_files(self, files: Sequence[str]) -> None:
-        """As `load`, from safetensors files, which every worker process reads by itself."""
+        """As `load`, from safetensors files, which every worker process reads for itself."""
         with _isolated():
             self._engine.collective_rpc(_load_files, args=(list(files),))
         self._forget_prefixes()
@@ -155,7 +154,7 @@ class VLLMCore:
         *,
         max_new_tokens: int,
         stop_ids: Sequence[int],
-        progress: Callable[[int], Any] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Drawn]:
         """One completion for each prompt, in the order given.
 
@@ -164,7 +163,7 @@ class VLLMCore:
             seeds: fixes each sample's randomness.
             max_new_tokens: limit on a completion's length.
             stop_ids: tokens that end a completion; no other does.
-            progress: called with the number of completions that have been finished since the last call.
+            progress: called with the number of completions finished since the last call.
 
         Raises:
             ConfigError: a prompt leaves no room for `max_new_tokens` in the engine's length limit.
@@ -179,7 +178,7 @@ class VLLMCore:
                 f"the {self.spec.max_model_len} tokens of the vLLM engine; lower max_prompt_length or "
                 "max_completion_length"
             )
-        # a token that the model does not have is never drawn; vLLM refuses to be told of it
+        # a token that the model does not have is never drawn; vLLM refuses it
         stops = sorted({stop for stop in stop_ids if self._vocabulary is None or stop < self._vocabulary})
         names = [str(self._requests + i) for i in range(len(prompts))]
         self._requests += len(prompts)
@@ -195,7 +194,7 @@ class VLLMCore:
                         seed=seed,
                         max_tokens=max_new_tokens,
                         stop_token_ids=stops,
-                        ignore_eos=True,  # the checkpoint's end tokens mean nothing here, stop_ids alone do
+                        ignore_eos=True,  # of end tokens only stop_ids count, not the checkpoint's
                         logprobs=0,
                         detokenize=False,
                         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -218,14 +217,14 @@ class VLLMCore:
 
 
 _engines: list[Any] = []
-"""All engines of this process, none of which is let go: vLLM ends an engine, be it only that the last
-reference to it goes, by ending all of `torch.distributed`, other engines' and the trainer's groups too."""
+"""All engines of this process, kept forever: when an engine is garbage-collected, vLLM shuts down all of
+`torch.distributed`, with the groups of other engines and of the trainer."""
 
 _cores: dict[str, VLLMCore] = {}
 
 
 def shared_core(spec: EngineSpec, *, trust_remote_code: bool = False) -> VLLMCore:
-    """The engine of `spec` beside the trainer, built when it is first asked for.
+    """The engine of `spec` beside the trainer, built at the first call.
 
     It is kept until the process ends; the next trainer of a model of the same shape uses it again.
     """
@@ -269,10 +268,10 @@ def _load_files(worker: Any, files: list[str]) -> None:
 
 
 def _pack_output_layer(worker: Any) -> None:
-    """Make vLLM's CPU kernel of the output layer anew: it keeps a packed copy of the weights.
+    """Rebuild vLLM's CPU kernel of the output layer, which keeps a packed copy of the weights.
 
-    A reload does so for layers that it loads; an output layer tied to the embeddings is none of them, and
-    would go on with the old weights.
+    Reloading does this for the layers that it loads. An output layer tied to the embeddings is not among
+    them, and would keep the old weights.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -300,7 +299,7 @@ def _prepare_environment() -> None:
 
 @contextmanager
 def _isolated() -> Iterator[None]:
-    """What vLLM does inside leaves the trainer's random state, precision and thread settings alone."""
+    """Inside, vLLM cannot change the trainer's random state, precision and thread settings."""
     import numpy as np
 
     states = random.getstate(), np.random.get_state()

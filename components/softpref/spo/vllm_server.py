@@ -36,6 +36,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,14 @@ class EngineServer(ThreadingHTTPServer):
         self._core: VLLMCore | None = None
         self._version = ""
 
-    def alone(self, task: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    def alone(self, task: Callable[..., dict[str, object]], *arguments: Any) -> dict[str, object]:
         """What a task of the engine answers, in the engine's own thread."""
         return self._worker.submit(task, *arguments).result()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         return {"built": self._core is not None}
 
-    def store(self, version: str, part: int, body: Any, size: int) -> dict[str, Any]:
+    def store(self, version: str, part: int, body: BufferedIOBase, size: int) -> dict[str, object]:
         """Keep a part of the weights until they are loaded."""
         folder = Path(self._folder.name, version)
         folder.mkdir(exist_ok=True)
@@ -104,7 +105,7 @@ class EngineServer(ThreadingHTTPServer):
         self._worker.shutdown(wait=False, cancel_futures=True)
         self._folder.cleanup()
 
-    def build(self, spec: EngineSpec) -> dict[str, Any]:
+    def build(self, spec: EngineSpec) -> dict[str, object]:
         """Build the engine of `spec`, unless it is there."""
         if self._core is None:
             logger.info("building the engine: %s, %s", spec.config.get("architectures"), spec.dtype)
@@ -117,7 +118,7 @@ class EngineServer(ThreadingHTTPServer):
             )
         return {}
 
-    def load(self, version: str, parts: int) -> dict[str, Any]:
+    def load(self, version: str, parts: int) -> dict[str, object]:
         """Load the weights that came in `parts` parts."""
         core = self._engine()
         if self._version == version:  # the trainer got no answer and asks again
@@ -133,7 +134,7 @@ class EngineServer(ThreadingHTTPServer):
             shutil.rmtree(old, ignore_errors=True)
         return {}
 
-    def sample(self, request: dict[str, Any]) -> dict[str, Any]:
+    def sample(self, request: dict[str, Any]) -> dict[str, object]:
         """Sample from the weights that the request names."""
         core = self._engine()
         if request["weights"] != self._version:
@@ -180,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_PUT = do_POST = _answer
 
-    def _handle(self) -> dict[str, Any]:
+    def _handle(self) -> dict[str, object]:
         server, asked = self.server, (self.command, self.path)
         if asked == ("GET", "/health"):
             return {"status": "ok"}
