@@ -104,6 +104,9 @@ def test_completion_offers_every_option(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
     assert offered("sw") == ["sweep"]
+    assert offered("compile", "s") == ["sweep"]
+    assert offered("compile", "''")[:3] == ["sweep", "run", "components"]
+    assert offered("sweep", "com") == ["compile", "components"]
     assert offered("train", "--lora_") == ["--lora_r", "--lora_alpha", "--lora_target_modules"]
     assert "--train-overrides" in offered("sweep", "--t")
     assert offered("compare", "a", "--sel") == ["--selection_rule"]

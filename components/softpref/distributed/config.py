@@ -13,8 +13,8 @@ from typing import Any
 from softpref.config import build_config, parse_overrides
 from softpref.errors import ConfigError
 
-_DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
-_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|[EPTGMK]i?)?")
+DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|[EPTGMK]i?)?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -96,7 +96,7 @@ class TrainJobConfig:
         if not self.volume_claim:
             refuse("volume_claim", "the name of a ReadWriteMany claim that the nodes and this step mount")
         for name in ("runtime", "volume_claim", "namespace", "service_account"):
-            if (name == "runtime" or getattr(self, name)) and not _DNS_NAME.fullmatch(getattr(self, name)):
+            if (name == "runtime" or getattr(self, name)) and not DNS_NAME.fullmatch(getattr(self, name)):
                 refuse(name, "the name of a Kubernetes object: lower-case letters, digits, '-' and '.'")
         for name, least in (
             ("nodes", 1),
@@ -126,7 +126,7 @@ class TrainJobConfig:
         if twice := sorted({*self.env} & {*self.secrets}):
             refuse("env", f"without {', '.join(twice)}, which secrets has too")
         for name in ("cpu", "memory", "shared_memory"):
-            if getattr(self, name) and not _QUANTITY.fullmatch(getattr(self, name)):
+            if getattr(self, name) and not QUANTITY.fullmatch(getattr(self, name)):
                 refuse(name, "a quantity like 500m or 8Gi")
         if not all(isinstance(toleration, dict) for toleration in self.tolerations):
             refuse("tolerations", 'a list like [{"key": "nvidia.com/gpu", "operator": "Exists"}]')
