@@ -278,7 +278,7 @@ def test_a_failed_step_of_the_loop_is_named_with_its_model(wait, message, log, r
         status, _, errors = wait(server, "--ui-host", "https://kubeflow.example/pipeline/")
     assert status == 1
     assert f"error: Evaluate (dpo-beta-1) failed: {reason}\n" in errors
-    assert "shown at https://kubeflow.example/pipeline/#/runs/details/" in errors
+    assert "see https://kubeflow.example/pipeline/#/runs/details/" in errors
 
 
 def test_a_failed_driver_is_named_with_its_message(wait):
