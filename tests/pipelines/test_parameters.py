@@ -148,7 +148,7 @@ def test_recipes_for_natural_text_are_anchored_and_others_are_warned(sweep, capl
         ({"baselines": ["ppo:0.1"]}, r"write METHOD:BETA, such as dpo:0.1; did you mean '\w+'\?$"),
         ({"baselines": ["dpo=0.1"]}, r"write METHOD:BETA, such as dpo:0.1; did you mean 'dpo'\?$"),
         ({"baselines": ["dpo:0.1,learning_rat=1e-6"]}, "did you mean 'learning_rate'"),
-        ({"baselines": ["dpo:0.1,1e-6"]}, "no OPTION=VALUE"),
+        ({"baselines": ["dpo:0.1,1e-6"]}, "must be OPTION=VALUE"),
         ({"baselines": ["dpo:0.1,beta=2"]}, "beta comes first"),
         ({"baselines": ["dpo:0.1", "dpo:0.1,learning_rate=1e-6"]}, "name=slow-dpo"),
         ({"baselines": ["sppo:1,rounds=0"]}, "rounds must be at least 1"),

@@ -283,7 +283,7 @@ def _fitting(value: Any, option: Option) -> Any:
     return value
 
 
-def _argument_type(name: str, kind: type, many: bool) -> Callable[[str], Any]:
+def _argument_type(name: str, kind: type, many: bool = False) -> Callable[[str], Any]:
     """Converts the text of a parameter, or of an element of a list."""
 
     expected = "true or false" if kind is bool else "a number"
