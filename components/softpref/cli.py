@@ -22,7 +22,12 @@ from softpref.options import CONFIGURATIONS, HIDDEN, REQUIRED, Option, instead, 
 from softpref.preflight.early import check_early
 
 if TYPE_CHECKING:
+    from softpref.data.config import DataConfig
+    from softpref.evaluation.config import EvaluationConfig
     from softpref.records import Evaluation
+    from softpref.registry.config import RegistryConfig
+    from softpref.sft.config import SFTConfig
+    from softpref.spo.config import SPOConfig
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -312,7 +317,7 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _data(folders: Folders, config: Any) -> object:
+def _data(folders: Folders, config: DataConfig) -> object:
     from softpref.data.stage import run
 
     stats = run(config, folders["output"])
@@ -320,13 +325,13 @@ def _data(folders: Folders, config: Any) -> object:
     return {key: stats[key] for key in shown if key in stats}
 
 
-def _sft(folders: Folders, config: Any) -> object:
+def _sft(folders: Folders, config: SFTConfig) -> object:
     from softpref.sft.stage import run
 
     return run(config, **_training(folders))
 
 
-def _train(folders: Folders, config: Any) -> object:
+def _train(folders: Folders, config: SPOConfig) -> object:
     from softpref.spo.stage import run
 
     return run(config, **_training(folders))
@@ -338,7 +343,7 @@ def _training(folders: Folders) -> dict[str, str]:
     return {f"{key}_dir" if key not in _TRAINING else key: value for key, value in given.items()}
 
 
-def _evaluate(folders: Folders, config: Any) -> object:
+def _evaluate(folders: Folders, config: EvaluationConfig) -> object:
     from softpref.evaluation.stage import run
     from softpref.lm.extrapolation import extrapolated_folders
     from softpref.records import Evaluation
@@ -352,7 +357,7 @@ def _figures(evaluation: Evaluation) -> dict[str, object]:
     return {key: value for key, value in evaluation.as_dict().items() if key in ("metrics", "exact")}
 
 
-def _register(folders: Folders, config: Any) -> object:
+def _register(folders: Folders, config: RegistryConfig) -> object:
     from softpref.registry.stage import run
 
     decision = run(

@@ -99,10 +99,10 @@ def progress(
     return Lines(title, total, unit)
 
 
-def follow(rows: Iterable[Row], title: str, *, unit: str = "row", disable: bool = False) -> Iterator[Row]:
+def follow(rows: Iterable[Row], title: str, *, disable: bool = False) -> Iterator[Row]:
     """The rows, with `progress` as they are consumed."""
     total = len(rows) if isinstance(rows, Sized) else None
-    with progress(title, total=total, unit=unit, disable=disable) as loop:
+    with progress(title, total=total, disable=disable) as loop:
         for row in rows:
             yield row
             loop.update(1)

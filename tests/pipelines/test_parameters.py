@@ -159,7 +159,7 @@ def test_recipes_for_natural_text_are_anchored_and_others_are_warned(sweep, capl
                 "data_overrides": {},
                 "baselines": ["sppo:1,rounds=2,num_train_epochs=1,judge=expert"],
             },
-            "sppo-beta-1: judge expert knows embedded sources alone",
+            "sppo-beta-1: judge expert knows only embedded sources",
         ),
         (
             {"data_overrides": {"story_kind": "best_of_n"}, "baselines": ["sppo"]},

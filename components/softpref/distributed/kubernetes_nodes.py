@@ -138,7 +138,7 @@ class KubernetesNodes:
                 )
             )
         )
-        options: list[Any] = [
+        options: list[object] = [
             sdk.Name(name),
             sdk.Labels({"app.kubernetes.io/part-of": "softpref", **job.labels}),
             sdk.TrainerCommand(["python", "-m", "softpref.distributed.node", str(self.folder(name))]),

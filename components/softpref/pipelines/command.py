@@ -98,7 +98,7 @@ def _for_cluster(pipeline: GraphComponent, given: dict[str, Any], options: argpa
         print(compile_package(pipeline, path, profile, parameters))
         return 0
     print(_planned(pipeline, options, members))
-    # the form shows the recipe; what was given besides belongs to the run, except what shapes the graph
+    # the form shows the recipe; other values given belong to the run, except those that shape the graph
     shown = pipeline_parameters(form, options.recipe, {})
     if parameters["source"].startswith(ARTIFACT_SCHEME):
         shown["source"] = parameters["source"]

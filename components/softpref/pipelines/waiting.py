@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict
 
 from softpref.pipelines.screen import outcome, plain_lines, refusal
 
@@ -51,6 +51,22 @@ class Node(TypedDict, total=False):
     message: str
     startedAt: str | None
     finishedAt: str | None
+
+
+class Status(TypedDict, total=False):
+    """The status of an Argo workflow; the nodes of a large one are compressed."""
+
+    nodes: dict[str, Node]
+    compressedNodes: str
+    message: str
+
+
+class Workflow(TypedDict, total=False):
+    """An Argo workflow."""
+
+    metadata: dict[str, str]
+    spec: dict[str, object] | None
+    status: Status | None
 
 
 class Step(NamedTuple):
@@ -145,7 +161,7 @@ def display_names(package: Path) -> dict[str, str]:
 
 
 def steps_of(
-    workflow: Mapping[str, Any], names: Mapping[str, str], models: Sequence[str]
+    workflow: Workflow, names: Mapping[str, str], models: Sequence[str]
 ) -> dict[tuple[str, ...], Step]:
     """The steps of an Argo workflow that have begun, in their order, by the path of tasks to each.
 
@@ -153,7 +169,7 @@ def steps_of(
     runs its container. The drivers of the graph and of the loop count as steps if they fail.
     """
     found: dict[tuple[str, ...], dict[str, list[Node]]] = {}
-    nodes: Mapping[str, Node] = (workflow.get("status") or {}).get("nodes") or {}
+    nodes = (workflow.get("status") or {}).get("nodes") or {}
     for node in sorted(nodes.values(), key=lambda node: (node.get("startedAt") or "", node["name"])):
         template = node.get("templateName") or ""
         part = next((part for suffix, part in _TEMPLATES.items() if template.endswith(suffix)), None)
@@ -194,7 +210,7 @@ def _path(node_name: str) -> tuple[str, ...]:
 
 
 def _step(
-    workflow: Mapping[str, Any],
+    workflow: Workflow,
     path: tuple[str, ...],
     parts: Mapping[str, Sequence[Node]],
     names: Mapping[str, str],
@@ -243,7 +259,7 @@ def _name(path: tuple[str, ...], names: Mapping[str, str], models: Sequence[str]
     return f"{name} ({models[indices[0]] if indices[0] < len(models) else indices[0]})"
 
 
-def _pod(workflow: Mapping[str, Any], node: Node) -> str:
+def _pod(workflow: Workflow, node: Node) -> str:
     """A pod's name as Argo builds it: workflow, template, and the hash at the end of the node's id."""
     return f"{workflow['metadata']['name']}-{node['templateName']}-{node['id'].rpartition('-')[2]}"
 
@@ -262,7 +278,7 @@ def _in_words(step: Step, terminated: bool) -> str:
     return {"running": "started", "cached": "succeeded, from the cache"}.get(step.state, step.state)
 
 
-def _is_terminated(run: V2beta1Run, workflow: Mapping[str, Any]) -> bool:
+def _is_terminated(run: V2beta1Run, workflow: Workflow) -> bool:
     """Whether a person ended the run: Kubeflow then sets the workflow's deadline to zero."""
     states = [run.state, *(status.state for status in run.state_history or ())]
     deadline = (workflow.get("spec") or {}).get("activeDeadlineSeconds")
@@ -273,7 +289,7 @@ def _is_terminated(run: V2beta1Run, workflow: Mapping[str, Any]) -> bool:
 
 
 def _report(
-    client: Api, run_id: str, workflow: Mapping[str, Any], steps: Mapping[tuple[str, ...], Step], address: str
+    client: Api, run_id: str, workflow: Workflow, steps: Mapping[tuple[str, ...], Step], address: str
 ) -> None:
     """Print the outcome from the last steps' logs: figures, choice, warnings, places.
 
@@ -296,9 +312,7 @@ _SPEAKERS = ("evaluate-model", "compare-models", "register-model")
 # ---------------------------------------------------------------------- why a run failed
 
 
-def _explain(
-    client: Api, run: V2beta1Run, workflow: Mapping[str, Any], steps: Iterable[Step], address: str
-) -> None:
+def _explain(client: Api, run: V2beta1Run, workflow: Workflow, steps: Iterable[Step], address: str) -> None:
     """Print what failed and why: the end of the first failed step's log, then a sentence for each step."""
     failed = sorted((step for step in steps if step.state == "failed"), key=lambda step: step.ended)
     logs = [_log(client, run.run_id, workflow, step.pod, address) if step.pod else [] for step in failed]
@@ -338,7 +352,7 @@ _EXITED = re.compile(r"(Error|.*failed to execute.*): (exit status \d+|signal: [
 _ARGO = re.compile(r'^(time=|\{").*\bargo"?[=:] ?true')
 
 
-def _log(client: Api, run_id: str, workflow: Mapping[str, Any], pod: str, address: str) -> list[str]:
+def _log(client: Api, run_id: str, workflow: Workflow, pod: str, address: str) -> list[str]:
     """A step's output, without Kubeflow's and Argo's own lines; empty if there is no log.
 
     Both the API and the UI serve logs, those of succeeded pods only from an archive. The endpoint may be
@@ -374,15 +388,15 @@ def _own_lines(text: str) -> list[str]:
     return [line for line in lines if not _EXITED.match(line)]
 
 
-def _workflow(client: Api, run_id: str) -> dict[str, Any]:
+def _workflow(client: Api, run_id: str) -> Workflow:
     """The run's Argo workflow as last reported; empty where the API does not give it."""
     import kfp_server_api
 
     try:
         run = json.loads(client.get_text(f"/apis/v1beta1/runs/{run_id}"))
-        workflow: dict[str, Any] = json.loads(run["pipeline_runtime"]["workflow_manifest"])
-        if packed := workflow["status"].get("compressedNodes"):  # of a large workflow
-            workflow["status"]["nodes"] = json.loads(gzip.decompress(base64.b64decode(packed)))
+        workflow: Workflow = json.loads(run["pipeline_runtime"]["workflow_manifest"])
+        if (status := workflow["status"]) and (packed := status.get("compressedNodes")):
+            status["nodes"] = json.loads(gzip.decompress(base64.b64decode(packed)))
         return workflow
     except (ValueError, KeyError, TypeError, OSError):
         return {}

@@ -128,7 +128,7 @@ class _Table:
         ["dpo:0.1"],
         "plan",
         "Further models on the same rows, METHOD[:BETA][,OPTION=VALUE...]: dpo, rdpo, ipo, slic, tdpo, sppo "
-        "(or spo), with options of the training stage for this model alone and perhaps its name, such as "
+        "(or spo), with options of the training stage for this model only and optionally its name, such as "
         '"sppo:1,train_on=samples,rounds=3".',
         pipelines=("sweep",),
         shown=True,
@@ -234,7 +234,9 @@ def signature(
     return inspect.Signature([*first, *known])
 
 
-def declared(summary: str, parameters: Iterable[Parameter], **arguments: Any) -> Callable[[Any], Any]:
+def declared(
+    summary: str, parameters: Iterable[Parameter], **arguments: Any
+) -> Callable[[Callable[[Mapping[str, Any]], None]], Callable[..., None]]:
     """Makes a function of one mapping take the parameters one by one, so that KFP can trace it.
 
     Args:
@@ -243,9 +245,9 @@ def declared(summary: str, parameters: Iterable[Parameter], **arguments: Any) ->
     parameters = list(parameters)
     shown = signature(parameters, **arguments)
 
-    def decorate(function: Callable[[Mapping[str, Any]], None]) -> Any:
+    def decorate(function: Callable[[Mapping[str, Any]], None]) -> Callable[..., None]:
         @functools.wraps(function)
-        def traced(*given: Any, **named: Any) -> None:
+        def traced(*given: object, **named: object) -> None:
             function(shown.bind(*given, **named).arguments)
 
         traced.__signature__ = shown  # type: ignore[attr-defined]
@@ -265,9 +267,9 @@ def reference() -> str:
     lines = [
         "# Parameters of the pipelines",
         "",
-        "What a recipe or a cluster profile sets wins over these defaults. `make packages` writes this page.",
+        "Recipes and cluster profiles override these defaults. `make packages` writes this page.",
         "",
-        "| parameter | type | default | what it says | pipelines | stages |",
+        "| parameter | type | default | description | pipelines | stages |",
         "| :-- | :-- | :-- | :-- | :-- | :-- |",
     ]
     for one in TABLE.values():

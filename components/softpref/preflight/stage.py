@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from softpref.config import COMMIT, build_config, closest, parse_overrides, without_secrets
+from softpref.config import COMMIT, Config, build_config, closest, parse_overrides, without_secrets
 from softpref.errors import ConfigError
 from softpref.preflight.parameters import PLANNED, STAGES, TABLE, of_stage
 from softpref.remote import Pinned, public_url
@@ -268,7 +268,7 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
         config = check_early("train", *training_layers(stages["train"], member))
         if config.uses_judge and config.judge == "expert" and not data.embedded:
             raise ConfigError(
-                f"{member.name}: judge expert knows embedded sources alone, and the source is {shown}; use "
+                f"{member.name}: judge expert knows only embedded sources, and the source is {shown}; use "
                 "judge bradley-terry, which learns from the training preferences, or auto"
             )
         if config.method == "sppo" and config.train_on == "preferences" and data.story_kind == "best_of_n":
@@ -278,7 +278,7 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
             )
     if _build(EvaluationConfig, stages["evaluate"]).judge == "expert" and not data.embedded:
         raise ConfigError(
-            f"judge expert knows embedded sources alone, and the source is {shown}; use judge bradley-terry, "
+            f"judge expert knows only embedded sources, and the source is {shown}; use judge bradley-terry, "
             "which learns from the training preferences, or auto"
         )
     check_rule(stages["compare"].get("selection_rule", "expected_reward"), stages["compare"].get("max_kl"))
@@ -344,7 +344,7 @@ def _baseline(text: str, anchored: Mapping[str, str]) -> Member:
     return Member(name, method, alpha, beta, options)
 
 
-def _build(cls: type, values: Mapping[str, Any]) -> Any:
+def _build(cls: type[Config], values: Mapping[str, Any]) -> Config:
     return build_config(cls, *_layers(values))
 
 

@@ -90,7 +90,7 @@ class Tracker:
         self.output_dir = Path(output_dir)
         self.tracking_uri = resolve_tracking_uri(tracking_uri)
         pipeline_run = current_pipeline_run()
-        # in a pipeline this variable names the run that KFP's plugin opened for the step alone
+        # in a pipeline this variable names the run that KFP's plugin opened only for the step
         inherited = None if pipeline_run else os.environ.get("MLFLOW_RUN_ID")
         attached = inherited or run_id or None
         root = root and pipeline_run is not None
