@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _build(command: list[str]) -> tuple[int, str]:
-    """Run the engine; returns its exit status and the recipe's last own error, which its output would bury."""
+    """Run the engine; returns its exit status, and the recipe's last own error: more output follows it."""
     said = ""
     engine = subprocess.Popen(
         command,
@@ -103,8 +103,8 @@ def _build(command: list[str]) -> tuple[int, str]:
 def pip_configuration(environment: Mapping[str, str] = os.environ) -> dict[str, list[str]]:
     """The options of this machine's pip that a build may need.
 
-    From pip's files in its own order, then PIP_… of the environment; later ones win. `cert` may also come from
-    REQUESTS_CA_BUNDLE or SSL_CERT_FILE, or be the system's.
+    From pip's files in its own order, then PIP_… of the environment; later ones win. `cert` may also come
+    from REQUESTS_CA_BUNDLE or SSL_CERT_FILE, or be the system's.
     """
     home = Path(environment.get("HOME", "~")).expanduser()
     user = Path(environment.get("XDG_CONFIG_HOME", home / ".config"))

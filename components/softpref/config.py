@@ -42,7 +42,7 @@ RENAMED = {  # former names, and names in the other console
 }
 COMMIT = "commit "  # prefix of a Hub version that the plan has pinned
 
-_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 _WORDS = ("prompt_template", "system_prompt", "implicit_prompt_end")  # text that is never a URL
 _MOST_VALUES = 100_000  # in one configuration, YAML's aliases expanded
 _BROKEN_JSON = (ValueError, RecursionError)  # ValueError also for numbers of thousands of digits
@@ -322,8 +322,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         elif option is bool:
             if isinstance(value, bool):
                 return value
-            if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
-                return value.lower() in _TRUE
+            if isinstance(value, str) and value.lower() in TRUE | _FALSE:
+                return value.lower() in TRUE
         elif option is int:
             if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
                 return value

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from softpref.config import build_config
+from softpref.config import TRUE, build_config
 from softpref.distributed.command import Stage, job_name, make_on_volume, read_result, stage_arguments
 from softpref.distributed.config import parse_launcher
 from softpref.distributed.processes import (
@@ -71,7 +71,7 @@ def run_stage(
         return run(build_config(config_class, values), **paths, **where)
     from softpref.lm.arguments import require_devices
 
-    use_cpu = str(values.get("use_cpu", "")).lower() in ("true", "1", "yes", "on")
+    use_cpu = str(values.get("use_cpu", "")).lower() in TRUE
     require_devices(gpus, 1 if use_cpu else processes)
     logger.warning("training in %d processes on this machine", processes)
     with tempfile.TemporaryDirectory(prefix="softpref-") as folder:

@@ -6,11 +6,13 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from softpref.config import COMMIT, Config, build_config, closest, parse_overrides, without_secrets
+from softpref.config import COMMIT, TRUE, Config, build_config, closest, parse_overrides, without_secrets
 from softpref.errors import ConfigError
 from softpref.preflight.parameters import PLANNED, STAGES, TABLE, of_stage
 from softpref.remote import Pinned, public_url
@@ -64,8 +66,6 @@ def begin_run(parameters: Mapping[str, Any], record_dir: str) -> Begun:
         parameters: of the pipeline, and `run_name`.
         record_dir: folder of the tracking records, which a later step may have to deliver.
     """
-    import os
-
     from softpref.data.sources import pin
     from softpref.lm.loading import pin_model
     from softpref.tracking import RUN_NAME, Tracker, check_server, current_pipeline_run, watch_termination
@@ -113,8 +113,6 @@ def outcome(
         task: name of the task that holds all others.
         api: address of KFP's API inside the cluster.
     """
-    import urllib.request
-
     from softpref.tracking import current_pipeline_run
 
     if state in _ENDED_WELL:
@@ -210,7 +208,7 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
         raise ConfigError(f"gpus must be a whole number of at least 0, got {parameters['gpus']!r}")
     if int(gpus or 0):
         for name in ("sft_overrides", "train_overrides"):
-            if str(parse_overrides(parameters.get(name, "")).get("use_cpu", "")).lower() in ("true", "1"):
+            if str(parse_overrides(parameters.get(name, "")).get("use_cpu", "")).lower() in TRUE:
                 raise ConfigError(
                     f"{name} has use_cpu, and gpus is {parameters['gpus']}: the GPUs would be held without "
                     "being used; set use_cpu to false, or gpus to 0"
@@ -264,22 +262,22 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
             ", ".join(bare),
         )
     check_early("sft", *_layers(stages["sft"]))
+    experts = []  # prefixes of the message for those that ask for the judge expert
     for member in members:
         config = check_early("train", *training_layers(stages["train"], member))
-        if config.uses_judge and config.judge == "expert" and not data.embedded:
-            raise ConfigError(
-                f"{member.name}: judge expert knows only embedded sources, and the source is {shown}; use "
-                "judge bradley-terry, which learns from the training preferences, or auto"
-            )
+        if config.uses_judge and config.judge == "expert":
+            experts.append(f"{member.name}: ")
         if config.method == "sppo" and config.train_on == "preferences" and data.story_kind == "best_of_n":
             raise ConfigError(
-                f"{member.name}: a best-of-n row tells only of its best, and sppo needs to know how often "
-                "each completion wins; use story_kind pairwise or ranking, or train_on=samples"
+                f"{member.name}: a best-of-n row tells only its best, and sppo needs to know how often each "
+                "completion wins; use story_kind pairwise or ranking, or train_on=samples"
             )
-    if _build(EvaluationConfig, stages["evaluate"]).judge == "expert" and not data.embedded:
+    if _build(EvaluationConfig, stages["evaluate"]).judge == "expert":
+        experts.append("")
+    if experts and not data.embedded:
         raise ConfigError(
-            f"judge expert knows only embedded sources, and the source is {shown}; use judge bradley-terry, "
-            "which learns from the training preferences, or auto"
+            f"{experts[0]}judge expert knows only embedded sources, and the source is {shown}; use judge "
+            "bradley-terry, which learns from the training preferences, or auto"
         )
     check_rule(stages["compare"].get("selection_rule", "expected_reward"), stages["compare"].get("max_kl"))
     _build(RegistryConfig, {"registered_model_name": "none", **stages["register"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -258,10 +259,8 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _free_name(folder: Path) -> Path:
-    number = 1
-    while (path := folder / f"tracking-{number}.jsonl").exists():
-        number += 1
-    return path
+    paths = (folder / f"tracking-{number}.jsonl" for number in itertools.count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def lock(file: IO[bytes], patience: float = 2.0) -> bool:

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, SupportsFloat
 
 from softpref.errors import ConfigError
 from softpref.tracking.delivery import Delivery
@@ -106,7 +106,8 @@ class Tracker:
         self._short_requests = ExitStack()
         header: Record = {
             "kind": "run",
-            "key": _key(pipeline_run.id, run_name) if pipeline_run else uuid.uuid4().hex,
+            # in a pipeline the same for every attempt of the step
+            "key": _hash(f"{pipeline_run.id}\n{run_name}") if pipeline_run else uuid.uuid4().hex,
             "run_id": attached,
             "owned": attached is None and not root,
             "experiment": experiment,
@@ -158,12 +159,13 @@ class Tracker:
             return
         numbers: dict[str, float] = {}
         for key, value in values.items():
-            try:
-                numbers[usable_name(key)] = float(value)  # type: ignore[arg-type]  # refused just below
-            except (TypeError, ValueError):
-                if key not in self._unusable:
-                    self._unusable.add(key)
-                    logger.warning("metric %s is not tracked: %r is no number", key, value)
+            with suppress(TypeError, ValueError):
+                if isinstance(value, (SupportsFloat, str)):
+                    numbers[usable_name(key)] = float(value)
+                    continue
+            if key not in self._unusable:
+                self._unusable.add(key)
+                logger.warning("metric %s is not tracked: %r is no number", key, value)
         with self._changed:
             for moment, group in self._mirror.times(numbers, int(step)):
                 self._append({"kind": "metrics", "step": int(step), "time": moment, "values": group})
@@ -477,6 +479,5 @@ def _texts(values: Mapping[str, object]) -> dict[str, str]:
     return {usable_name(key): as_text(value) for key, value in values.items()}
 
 
-def _key(*parts: str) -> str:
-    """The same key in every attempt of a step."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

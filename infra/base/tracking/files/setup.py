@@ -1,4 +1,4 @@
-"""Prepares the MLflow server's database and buckets before it starts. Safe to repeat, even by pods in parallel.
+"""Prepares the MLflow server's database and buckets before it starts. Safe to repeat, even in parallel.
 
     setup.py database          create or upgrade the tables, then create or update the users
     setup.py buckets URI...    create missing buckets (for an object store in the cluster)
