@@ -152,7 +152,7 @@ def _kind(node: ast.expr, known: _Names) -> str:
     hint = known.value(node)
     if typing.get_origin(hint) is typing.Literal:
         return "|".join(map(str, typing.get_args(hint)))
-    return "" if hint is None else ast.unparse(node)
+    return "" if hint is None else ast.unparse(node).removesuffix("[str, Any]")
 
 
 def _texts(docstring: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Mistakes that people make at the command line: each is answered with what to write, and at once."""
 
+import fnmatch
 import subprocess
 import sys
 
@@ -33,7 +34,7 @@ MISTAKES = [
     (["sweep", "--baselines", "dpo=0.1"], "write METHOD:BETA, such as dpo:0.1; did you mean 'dpo'?"),
     (["sweep", "--baselines", "ppo:0.1"], "write METHOD:BETA, such as dpo:0.1; did you mean "),
     (["sweep", "--source", "owner/pairs"], "data_overrides has votes and story_kind: settings"),
-    (["sweep", "--source", "owner/pairs"], "take those of the recipe own (--recipe own"),
+    (["sweep", "--source", "owner/pairs"], "use the recipe own (--recipe own"),
     (["sweep", "--precompute-ref-log-probs", "true"], """--train-overrides '{"reference_cache": "…"}'"""),
     (["sweep", "--use_weighting", "true"], """--train-overrides '{"weight_exponent": "…"}'"""),
     (["compile", "swep"], "did you mean 'sweep'?"),
@@ -65,11 +66,12 @@ def test_a_warning_of_the_parameters_is_said_once(capsys, caplog, tmp_path, monk
 
 
 def test_gpus_that_this_machine_lacks_are_refused_at_once(capsys, monkeypatch):
-    monkeypatch.setattr("softpref.pipelines.local.os.path.exists", lambda path: not path.startswith("/dev/"))
+    monkeypatch.setattr("softpref.pipelines.local.glob", lambda pattern: [])
     monkeypatch.setattr("sys.platform", "linux")
     assert "gpus is 1, and this machine has none" in error_of(["sweep", "--gpus", "1"], capsys)
-    devices = {"/dev/nvidiactl"}
-    monkeypatch.setattr("softpref.pipelines.local.os.path.exists", devices.__contains__)
+    monkeypatch.setattr(
+        "softpref.pipelines.local.glob", lambda pattern: fnmatch.filter(["/dev/nvidia0"], pattern)
+    )
     assert "the GPUs would be held without being used" in error_of(["sweep", "--gpus", "1"], capsys)
 
 

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,9 +48,14 @@ def task_server(parameters: Mapping[str, Any]) -> contextlib.AbstractContextMana
 
 
 def require_gpus(count: str) -> None:
-    """Refuse the parameter `gpus` on a Linux machine without any GPU; the stages count them."""
-    devices = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either in WSL
-    if count.strip() not in ("", "0") and sys.platform == "linux" and not any(map(os.path.exists, devices)):
+    """Refuse the parameter `gpus` on a Linux machine that has no device of a GPU; a stage counts them.
+
+    Raises:
+        ConfigError: says what would be right.
+    """
+    # of NVIDIA, its Jetson boards, AMD, either in WSL; torch, whose import takes seconds, knows no others
+    devices = ("/dev/nvidia*", "/dev/nvhost*", "/dev/kfd", "/dev/dxg")
+    if count.strip() not in ("", "0") and sys.platform == "linux" and not any(map(glob, devices)):
         raise ConfigError(
             f"gpus is {count}, and this machine has none: leave it out to train on the CPU, or give "
             "--runner cluster"
