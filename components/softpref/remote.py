@@ -169,11 +169,9 @@ def fetch(
     names = set(found.files if choose is None or found.single else choose(found.files))
     files = {name: file for name, file in sorted(found.files.items()) if name in names}
     if not files or all(file.size == 0 for file in files.values()):
-        raise ConfigError(
-            f"{what} {public_url(url)} is empty"
-            if found.single or not found.files
-            else f"{what} {public_url(url)} holds no file of use, only {_few(found.files)}"
-        )
+        some = ", ".join([*sorted(found.files)[:3], *("…" for _ in [*found.files][3:4])])
+        why = "is empty" if found.single or not found.files else f"holds no file of use, only {some}"
+        raise ConfigError(f"{what} {public_url(url)} {why}")
     name = _last_name(url)
     key = [public_url(url), name, _digest(files) or uuid.uuid4().hex]
     folder = kept(key, lambda partial: _download(found, files, url, what, partial, name))
@@ -460,8 +458,3 @@ def _last_name(url: str) -> str:
     parts = urlsplit(url)
     names = [part for part in PurePosixPath(unquote(parts.path)).parts if part not in ("/", "..")]
     return names[-1] if names else parts.netloc.rpartition("@")[2] or "data"
-
-
-def _few(names: Iterable[str]) -> str:
-    some = sorted(names)
-    return ", ".join(some[:3]) + (" …" if some[3:] else "")

@@ -88,7 +88,7 @@ def _explained(name: str, summary: str, parameters: Mapping[str, Parameter]) -> 
     fields = [f"- {one.name}: {one.text}" for one in parameters.values() if one.shown]
     script = f"`python pipelines/{name.replace('-', '_')}.py --help`"
     return "\n".join(
-        [summary, "The form's fields that matter most:", *fields, f"{script} explains them all."]
+        [summary, "The most important fields of the form:", *fields, f"{script} explains all fields."]
     )
 
 

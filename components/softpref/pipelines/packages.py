@@ -38,6 +38,14 @@ def compile_package(
     return path
 
 
+def read_package(path: Path) -> dict[str, Any]:
+    """The specification of the pipeline in a package."""
+    import yaml
+
+    specification: dict[str, Any] = next(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    return specification
+
+
 _DEFAULT = re.compile(r"^(#.*\[Default: )(\{.*\})(?=\])", re.MULTILINE)
 
 

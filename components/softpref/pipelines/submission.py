@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softpref.errors import ConfigError
+from softpref.pipelines.packages import read_package
 from softpref.pipelines.profiles import Profile
 from softpref.pipelines.waiting import TERMINATED, display_names, wait_for
 from softpref.remote import public_url
@@ -74,13 +75,17 @@ def submit(
 
     if not options.endpoint:
         raise ConfigError("--runner cluster needs --endpoint, the URL of the Kubeflow Pipelines API")
-    submitted = ""
+    submitted, specification = "", read_package(package)
     with _quiet_retries():
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # kfp prints a link for each thing it makes
                 client = _client(options)
                 namespace = _namespace(client, options)
-                pipeline_id, version_id = _version(client, pipeline_name, package, namespace, options)
+                digest = hashlib.sha256(package.read_bytes()).hexdigest()[:12]
+                version = f"{Path(options.recipe).stem}-{digest}"
+                # KFP's UI shows only the description of the upload, not the package's
+                text = str(specification["pipelineInfo"].get("description", ""))
+                pipeline_id, version_id = _version(client, pipeline_name, package, namespace, version, text)
                 experiment = client.create_experiment(parameters["experiment"], namespace=namespace)
                 run = client.run_pipeline(
                     experiment_id=experiment.experiment_id,
@@ -94,7 +99,7 @@ def submit(
             print(f"submitted run {run.display_name} ({run.run_id}): {address}", flush=True)
             submitted = f"; the run goes on: {address}"
             if options.wait:
-                return wait_for(client, run.run_id, address, display_names(package), models)
+                return wait_for(client, run.run_id, address, display_names(specification), models)
             return 0
         except kfp_server_api.ApiException as error:
             raise ConfigError(_explained(error, options) + submitted) from error
@@ -188,15 +193,12 @@ def _namespace(client: kfp.Client, options: argparse.Namespace) -> str | None:
 
 
 def _version(
-    client: kfp.Client, name: str, package: Path, namespace: str | None, options: argparse.Namespace
+    client: kfp.Client, name: str, package: Path, namespace: str | None, version_name: str, text: str
 ) -> tuple[str, str]:
-    """Ids of the pipeline and of the version with this package's content; uploaded if absent."""
+    """Ids of the pipeline and of its version, which are uploaded, with a description, if absent."""
     import kfp_server_api
 
-    digest = hashlib.sha256(package.read_bytes()).hexdigest()[:12]
-    version_name = f"{Path(options.recipe).stem}-{digest}"
     # kfp's own get_pipeline_id names no namespace, and so finds no team's pipeline
-    text = _description(package)
     named = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
     found = client.list_pipelines(filter=json.dumps({"predicates": [named]}), namespace=namespace).pipelines
     pipeline_id = found[0].pipeline_id if found else None
@@ -216,14 +218,6 @@ def _version(
         str(package), version_name, pipeline_id=pipeline_id, description=text
     )
     return pipeline_id, version.pipeline_version_id
-
-
-def _description(package: Path) -> str:
-    """The description in a package: KFP's UI shows only that of the upload."""
-    import yaml
-
-    spec = next(yaml.safe_load_all(package.read_text(encoding="utf-8")))
-    return str(spec["pipelineInfo"].get("description", ""))
 
 
 def _explained(error: ApiException, options: argparse.Namespace) -> str:

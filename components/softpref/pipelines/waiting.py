@@ -15,8 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 from softpref.pipelines.screen import outcome, plain_lines, refusal
 
@@ -147,11 +146,8 @@ def wait_for(client: Api, run_id: str, address: str, names: Mapping[str, str], m
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def display_names(package: Path) -> dict[str, str]:
+def display_names(specification: Mapping[str, Any]) -> dict[str, str]:
     """The names that the UI shows for the tasks of a compiled pipeline, by task."""
-    import yaml
-
-    specification = next(yaml.safe_load_all(package.read_text(encoding="utf-8")))
     parts = [specification["root"], *specification["components"].values()]
     return {
         task: description["taskInfo"]["name"]

@@ -38,13 +38,13 @@ def {name}(
 """
 _FURTHER = """
     run_name: Name of the pipeline run, for its run in MLflow.
-    record: What the pipeline's run in MLflow is told here; a later step delivers what MLflow missed.
+    record: The tracking records of this step; a later step sends what MLflow missed.
 
 Returns:
     {models}: A JSON object per model: name, method, alpha, beta, options.
-    code_version: Version of the code. This and what follows is part of the key of KFP's cache.
+    code_version: Version of the code. Like the outputs below, part of KFP's cache key.
     source_version: Version of the source.
-    base_model: The base model, a registry's alias replaced by the version behind it.
+    base_model: The base model, with a registry's alias replaced by its version.
     base_model_version: Version of the base model.
 """
 
