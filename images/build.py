@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Builds the container images with Podman or Docker, and says their names and sizes.
+"""Builds the container images with Podman or Docker, and prints their names and sizes.
 
     python3 images/build.py                                          # all four, for the CPU
     python3 images/build.py --accelerator cuda --prefix registry.example/team/softpref --push
     python3 images/build.py --torch-index URL                        # where pip's default torch brings CUDA
 
-Needs Python 3.9 and an engine, nothing else. Packages come from where this machine's pip gets them: its
-configuration, its credentials and its CA certificates reach the build as secrets, which no layer keeps.
-Folders of packages that it names are served to the build on the loopback address while the build runs.
+Needs only Python 3.9 and an engine. Packages come from the sources of this machine's pip: its configuration,
+credentials and CA certificates reach the build as secrets, which no layer keeps. Local folders of packages
+are served to the build on the loopback address.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ sys.path.insert(0, str(REPOSITORY / "components"))
 from softpref import __version__  # noqa: E402
 from softpref.images import PREFIX, STAGES, image_name  # noqa: E402
 
-# what a build may need of pip's options; the others are for people or for environments
+# pip's options that a build may need
 _SOURCES = ("index-url", "extra-index-url", "find-links")
 _OPTIONS = (*_SOURCES, "no-index", "trusted-host", "proxy", "timeout", "default-timeout", "retries")
 
 
 def main(arguments: list[str]) -> int:
-    """Build what the command line asks for; returns the exit status."""
+    """Build the images of the command line; returns the exit status."""
     options = _parse(arguments)
     engine = options.engine or next(filter(shutil.which, ("podman", "docker")), None)
     if engine is None or not shutil.which(engine):
@@ -56,11 +56,11 @@ def main(arguments: list[str]) -> int:
             began = time.monotonic()
             command = [engine, "build", "--file", "images/Dockerfile", "--target", stage, "--tag", name]
             command += ["--network=host", *secrets]
-            # Docker's format is the one of the two that has health checks
+            # only Docker's format has health checks
             command += ["--format=docker"] if engine == "podman" else []
             for argument, value in _build_arguments(options).items():
                 command += ["--build-arg", f"{argument}={value}"]
-            if engine == "docker":  # predefined there, kept out of the history; Podman passes them by itself
+            if engine == "docker":  # predefined arguments, kept out of the history; Podman passes them itself
                 for variable in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
                     if variable in os.environ or variable.lower() in os.environ:
                         command += ["--build-arg", variable]
@@ -81,10 +81,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _build(command: list[str]) -> tuple[int, str]:
-    """Run the engine; returns its exit status, and the last error that the recipe itself printed.
-
-    What the engine prints after an error, and Docker's prefix of each line, would bury it.
-    """
+    """Run the engine; returns its exit status, and the recipe's last own error: more output follows it."""
     said = ""
     engine = subprocess.Popen(
         command,
@@ -104,10 +101,10 @@ def _build(command: list[str]) -> tuple[int, str]:
 
 
 def pip_configuration(environment: Mapping[str, str] = os.environ) -> dict[str, list[str]]:
-    """What pip is configured with on this machine, of the options that a build may need; later ones win.
+    """The options of this machine's pip that a build may need.
 
-    Files in pip's own order, then the environment's PIP_…; `cert` comes with them, or from what other
-    programs are told (REQUESTS_CA_BUNDLE, SSL_CERT_FILE), or is the system's.
+    From pip's files in its own order, then PIP_… of the environment; later ones win. `cert` may also come
+    from REQUESTS_CA_BUNDLE or SSL_CERT_FILE, or be the system's.
     """
     home = Path(environment.get("HOME", "~")).expanduser()
     user = Path(environment.get("XDG_CONFIG_HOME", home / ".config"))
@@ -137,14 +134,14 @@ def pip_configuration(environment: Mapping[str, str] = os.environ) -> dict[str, 
 
 @contextlib.contextmanager
 def _reachable(configuration: dict[str, list[str]]) -> Iterator[dict[str, list[str]]]:
-    """The configuration with local folders of packages replaced by addresses that a build reaches."""
+    """The configuration, with local folders of packages served at addresses that a build can reach."""
     with contextlib.ExitStack() as stack:
 
         def address(source: str, is_index: bool) -> str:
             path = Path(unquote(urlsplit(source).path) if source.startswith("file:") else source)
             if "://" in source.replace("file://", "") or not path.exists():
                 return source
-            # the pages of an index name files of a neighbouring folder
+            # an index's pages refer to files of a neighbouring folder
             root = path.parent if is_index or path.is_file() else path
             handler = functools.partial(_QuietHandler, directory=str(root))
             server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), handler))
@@ -166,7 +163,7 @@ class _QuietHandler(SimpleHTTPRequestHandler):
 
 
 def _write_secrets(configuration: Mapping[str, list[str]], folder: Path) -> list[str]:
-    """Write pip's configuration and the certificates into `folder`; returns the engine's options for them."""
+    """Write pip's configuration into `folder`; returns the engine's options for it and the certificates."""
     lines = ["[global]"]
     for key, values in configuration.items():
         lines.append(f"{key} = /run/secrets/ca" if key == "cert" else "\n    ".join([f"{key} =", *values]))
@@ -187,7 +184,7 @@ def _build_arguments(options: argparse.Namespace) -> dict[str, str]:
 
 
 def revision() -> str:
-    """The commit that is built, with "-modified" when the working tree differs; "unknown" without git."""
+    """The present commit, with "-modified" if the working tree differs; "unknown" without git."""
     try:
         commit = _output("git", "-C", str(REPOSITORY), "rev-parse", "HEAD")
         changed = _output("git", "-C", str(REPOSITORY), "status", "--porcelain", "components", "images")
@@ -197,7 +194,7 @@ def revision() -> str:
 
 
 def _environment() -> dict[str, str]:
-    """The engine's environment: the loopback address is never asked of a proxy."""
+    """The engine's environment, which uses no proxy for the loopback address."""
     environment = {**os.environ, "DOCKER_BUILDKIT": "1"}
     for name in ("NO_PROXY", "no_proxy"):
         environment[name] = ",".join(filter(None, [environment.get(name), "127.0.0.1"]))

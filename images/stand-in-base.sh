@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes a stand-in for the images' base where no registry can be reached: Debian's own Python, from Debian's
-# archive. Everything else of a build is as always. The container tests call this; needs root, Podman, debootstrap.
+# Builds a substitute for the images' base where no registry is reachable: Debian's own Python, from Debian's archive.
+# The rest of a build is unchanged. For the container tests; needs root, Podman, debootstrap.
 #
-#   images/stand-in-base.sh          does nothing where the base is there or can be pulled
+#   images/stand-in-base.sh          does nothing if the base exists or can be pulled
 #
-# Where containers do not start for limits or a runtime that this kernel does not have (seen in small virtual
-# machines), it also writes Podman's settings for that, into a file of its own.
+# If containers do not start because this kernel lacks their limits or runtime (as in some small virtual machines), it
+# also writes a separate file of Podman settings.
 set -euo pipefail
 
 base=python:3.11-slim-bookworm
@@ -23,7 +23,7 @@ if ! podman image exists "$base" && ! podman pull --quiet "$base" 2>/dev/null; t
     trap 'rm -rf "$folder"' EXIT
     debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$folder/base" \
         >"$folder/log" 2>&1 || { tail -n 20 "$folder/log" >&2; exit 1; }
-    # as small as the base it stands for: neither package lists, documents nor messages in other languages
+    # as small as the real base: no package lists, documents, or messages in other languages
     rm -rf "$folder"/base/var/cache/apt/* "$folder"/base/var/lib/apt/lists/* \
         "$folder"/base/usr/share/{doc,man,info,locale}/*
     tar -C "$folder/base" -c . |
@@ -31,12 +31,12 @@ if ! podman image exists "$base" && ! podman pull --quiet "$base" 2>/dev/null; t
             --change 'LABEL org.opencontainers.image.title="stand-in for '"$base"'"' - "localhost/$base" >/dev/null
 fi
 
-# --network=host, as the builds: what is tried is the runtime and the limits
+# --network=host, like the builds: this tests only the runtime and the limits
 starts() { podman run --rm --network=host "$base" true >/dev/null 2>&1; }
 if ! starts; then
     mkdir -p "$(dirname "$settings")"
     cat >"$settings" <<'SETTINGS'
-# Written by softpref's images/stand-in-base.sh, for containers did not start without; delete it at will.
+# Written by softpref's images/stand-in-base.sh, because containers did not start without it; may be deleted.
 [containers]
 default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
 [engine]

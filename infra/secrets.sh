@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Makes the Secrets that the manifests refer to, in the cluster that kubectl is pointed at. What exists is kept, so
-# it may be run again; values are random unless the environment gives them, and none is printed or passed as an
-# argument. (No validation by the server: the tests have checked what is made here.)
+# Creates the Secrets that the manifests refer to, in kubectl's current cluster. Existing ones are kept, so it may be
+# run again. Values are random unless the environment sets them; none is printed or passed as an argument. (The server
+# does not validate the Secrets; the tests do.)
 #
 #   infra/secrets.sh [RUNS_NAMESPACE]     `kubeflow` (single-user KFP, the default) or `softpref` (multi-user)
 #
 #   DATABASE_USERNAME, DATABASE_PASSWORD            of a managed PostgreSQL
 #   STORE_ACCESS_KEY, STORE_SECRET_KEY              of a bucket
 #   HUB_TOKEN                                       for models and data sets that the Hub gates
-#   DATA_ACCESS_KEY, DATA_SECRET_KEY, DATA_ENDPOINT of a bucket with data or models of your own; the last is the URL
-#                                                   of a store that is not Amazon's
+#   DATA_ACCESS_KEY, DATA_SECRET_KEY, DATA_ENDPOINT of a bucket with your own data or models; the last is the URL of a
+#                                                   store other than Amazon's
 set -euo pipefail
 
 runs=${1:-kubeflow}
@@ -19,7 +19,7 @@ serving=softpref-serving
 random() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
 encode() { printf %s "$1" | base64 | tr -d '\n'; }
 
-# make NAMESPACE NAME KEY=VALUE...: create a Secret unless it is there
+# make NAMESPACE NAME KEY=VALUE...: create a Secret unless it exists
 make() {
     local namespace=$1 name=$2 data='' pair
     shift 2
@@ -33,7 +33,7 @@ make() {
     echo "$namespace/$name made"
 }
 
-# value NAMESPACE NAME KEY: what a Secret holds
+# value NAMESPACE NAME KEY: print a value of a Secret
 value() {
     kubectl --namespace "$1" get secret "$2" --output "jsonpath={.data.$3}" | base64 --decode
 }
@@ -57,7 +57,7 @@ make "$tracking" mlflow-admin username=admin "password=$(random)"
 make "$tracking" mlflow-credentials username=softpref "password=$(random)"
 make "$tracking" mlflow-serving-credentials username=serving "password=$(random)"
 
-# the same logins where they are used; KFP's MLflow plugin asks for a Secret of just this name
+# the same logins in the namespaces of their users; KFP's MLflow plugin requires the name kfp-mlflow-credentials
 user=$(value "$tracking" mlflow-credentials username)
 password=$(value "$tracking" mlflow-credentials password)
 make "$runs" mlflow-credentials "username=$user" "password=$password"

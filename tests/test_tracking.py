@@ -307,6 +307,19 @@ def test_second_resume_still_knows_the_points_forgotten_by_the_first(tmp_path, s
     assert history(client, first.run_id, "loss") == [(step, step) for step in range(8)]
 
 
+def test_a_forgotten_nan_stays_one_point_when_a_restart_logs_it_again(tmp_path, store, client):
+    first = tracker(tmp_path / "out", store)
+    first.metrics({"loss": float("nan")}, 4)
+    first.close("FAILED")
+    second = tracker(tmp_path / "out", store)
+    second.rewind(3)
+    second.close("FAILED")
+    with tracker(tmp_path / "out", store) as third:
+        third.metrics({"loss": float("nan")}, 4)
+    points = [(point.step, str(point.value)) for point in client.get_metric_history(first.run_id, "loss")]
+    assert points == [(4, "nan")]
+
+
 def test_nothing_is_stored_twice_when_an_answer_is_lost(tmp_path, store, client, monkeypatch):
     from mlflow import MlflowClient
 

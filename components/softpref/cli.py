@@ -1,4 +1,4 @@
-"""The console command `softpref`: the pipelines, and every stage without KFP. Imports what is run alone."""
+"""The console command `softpref`: the pipelines, and every stage without KFP. Imports only what it runs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softpref import __version__
 from softpref.config import build_config, closest, convert, holding, read_mapping
@@ -20,47 +21,48 @@ from softpref.errors import ConfigError, SoftprefError
 from softpref.options import CONFIGURATIONS, HIDDEN, REQUIRED, Option, instead, read_options
 from softpref.preflight.early import check_early
 
-Values = dict[str, Any]
+if TYPE_CHECKING:
+    from softpref.data.config import DataConfig
+    from softpref.evaluation.config import EvaluationConfig
+    from softpref.records import Evaluation
+    from softpref.registry.config import RegistryConfig
+    from softpref.sft.config import SFTConfig
+    from softpref.spo.config import SPOConfig
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+Folders = dict[str, str]
 
 
 class Place(NamedTuple):
-    """An option that is no parameter of the stage's configuration: a folder, or where something is kept."""
+    """An option outside the stage's configuration: a folder, or where something is kept."""
 
     text: str
     required: bool = False
 
 
 class Stage(NamedTuple):
-    """A subcommand: what it is for, its places, and what runs it."""
+    """A subcommand: its purpose, its places, and the function that runs it with a configuration."""
 
     summary: str
     places: Mapping[str, Place]
-    run: Callable[[Values, Any], Any]
+    run: Callable[[Folders, Any], object]
 
 
-_SWITCH: Values = {"nargs": "?", "const": "true"}  # may stand alone
-_OF_THE_DISK = {
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EEXIST,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-}
+_DISK_ERRORS = ("EACCES", "EDQUOT", "EEXIST", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status: 0, or 2 for an error that a person can mend."""
+    """Run one subcommand; returns the exit status: 0, or 2 for an error that the user can fix."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # texts hold characters that not every terminal knows
+        sys.stdout.reconfigure(errors="replace")  # not every terminal can show all characters
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in _PIPELINES:
         return _pipeline(*arguments)
     arguments = _joined(arguments)
     parser, commands = _parser(arguments)
     options, rest = parser.parse_known_args(arguments)
-    if not _is_first_process():  # whose warnings are everybody's
+    if not _is_first_process():  # the first one warns for all
         logging.getLogger("softpref").setLevel(logging.ERROR)
     try:
         if own := _OTHERS.get(options.command):
@@ -85,13 +87,13 @@ def main(arguments: list[str] | None = None) -> int:
     except SoftprefError as error:
         return _refused(options, str(error))
     except OSError as error:
-        if error.errno not in _OF_THE_DISK:
+        if errno.errorcode.get(error.errno or 0) not in _DISK_ERRORS:
             raise
-        return _refused(options, f"{error}; give a folder that can be written, on a disk with space")
+        return _refused(options, f"{error}; give a writable folder, on a disk with space")
 
 
-def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, Any]:
-    """The parser, and its commands; of stages, those that `arguments` name have all their options."""
+def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, Commands]:
+    """The parser, and its commands; only the stages that `arguments` name get all their options."""
     parser = argparse.ArgumentParser(
         prog="softpref",
         description="Soft preference optimization: the pipelines, and their stages one by one.",
@@ -107,7 +109,7 @@ def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, Any]:
     compare = commands.add_parser(
         "compare", help="Compare evaluated models and choose one.", allow_abbrev=False
     )
-    compare.add_argument("evaluations", nargs="+", help="folders of `softpref evaluate`, one a model")
+    compare.add_argument("evaluations", nargs="+", help="folders of `softpref evaluate`, one per model")
     compare.add_argument("--output", required=True, help="folder to write: the report, its data and figures")
     compare.add_argument(
         "--selection_rule", default="expected_reward", help="what ranks models: expected_reward or win_rate"
@@ -122,7 +124,7 @@ def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, Any]:
     sync.add_argument("--tracking_uri", default="", help="MLflow server (default: the run's own)")
     commands.add_parser(
         "completion",
-        help="Print what completes words in bash and zsh.",
+        help="Print a completion script for bash and zsh.",
         description='eval "$(softpref completion)" in ~/.bashrc, or in ~/.zshrc after '
         "`autoload -U bashcompinit && bashcompinit`.",
         allow_abbrev=False,
@@ -131,21 +133,20 @@ def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, Any]:
 
 
 def _pipeline(command: str, *arguments: str) -> int:
-    """Run a pipeline's command line; that of `compile` is of the one named first, by default the sweep."""
+    """Run a pipeline's command line; for `compile`, of the pipeline named first, by default the sweep."""
     from softpref.pipelines import graph
     from softpref.pipelines.command import main
 
-    if command != "compile":
-        return main(getattr(graph, _PIPELINES[command][0]), [*arguments], f"softpref {command}")
-    what, rest = "sweep", [*arguments]
-    if rest and not rest[0].startswith("-"):
-        what = rest.pop(0)
-    if what not in ("sweep", "run", "components"):
-        known = closest(what, ("sweep", "run", "components"))
-        print(f"error: softpref compile takes sweep, run or components, got {what!r}{known}", file=sys.stderr)
-        return 2
-    command, task = ("sweep", what) if what == "components" else (what, "compile")
-    return main(getattr(graph, _PIPELINES[command][0]), [task, *rest], f"softpref {command}")
+    rest = [*arguments]
+    if command == "compile":
+        what = rest.pop(0) if rest and not rest[0].startswith("-") else "sweep"
+        if what not in _COMPILED:
+            known = closest(what, _COMPILED)
+            print(f"error: compile takes sweep, run or components, got {what!r}{known}", file=sys.stderr)
+            return 2
+        command, task = ("sweep", what) if what == "components" else (what, "compile")
+        rest = [task, *rest]
+    return main(getattr(graph, _PIPELINES[command][0]), rest, f"softpref {command}")
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -176,13 +177,15 @@ def _track_sync(options: argparse.Namespace) -> int:
 
 
 def _completion(_: argparse.Namespace) -> int:
-    """Print a script of bash with all commands and options as they are now."""
+    """Print a bash script with all present commands and options."""
     from softpref.pipelines import graph
-    from softpref.pipelines.command import parser_of
+    from softpref.pipelines.command import COMMANDS, parser_of
 
     parsers = {**_parser([*_STAGES])[1].choices}
     parsers |= {name: parser_of(getattr(graph, place)) for name, (place, _) in _PIPELINES.items()}
-    cases = [f"{name}) words='{' '.join(one._option_string_actions)}' ;;" for name, one in parsers.items()]
+    first = {"sweep": COMMANDS, "run": COMMANDS, "compile": _COMPILED}  # words that are no options
+    words = {name: [*first.get(name, ()), *one._option_string_actions] for name, one in parsers.items()}
+    cases = [f"{name}) words='{' '.join(those)}' ;;" for name, those in words.items()]
     lines = "\n    ".join([*cases, f"*) words='{' '.join(parsers)} --help --version' ;;"])
     print(_COMPLETION.format(cases=lines))
     return 0
@@ -204,70 +207,63 @@ def _joined(arguments: list[str]) -> list[str]:
     """`--a-b value` as `--a_b=value`: an option has one spelling, and a value may begin with a minus."""
     joined: list[str] = []
     for argument in arguments:
+        last = joined[-1] if joined else ""
         if argument.startswith("--"):
             key, equals, value = argument[2:].partition("=")
             joined.append(f"--{key.replace('-', '_')}{equals}{value}")
-        elif (
-            joined
-            and joined[-1].startswith("--")
-            and "=" not in joined[-1]
-            and joined[-1] not in ("--help", "--version")
-            and argument != "-h"
-        ):
+        elif re.fullmatch("--(?!help$|version$)[^=]*", last) and argument != "-h":
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
     return joined
 
 
-def _add_stage(commands: Any, name: str, stage: Stage, *, listed: bool) -> None:
-    """A stage's subcommand, with all its options where they are wanted: they are read from sources."""
+def _add_stage(commands: Commands, name: str, stage: Stage, *, listed: bool) -> None:
+    """A stage's subcommand; with all its options, which takes a moment to read, if `listed`."""
     required = " ".join(f"--{one} {one.upper()}" for one, place in stage.places.items() if place.required)
     parser = commands.add_parser(
         name,
         help=stage.summary,
         usage=f"softpref {name} {required} [--config FILE] [--OPTION VALUE ...]",
-        description=f"{stage.summary} --a-b and --a_b are the same option, a_b in a file; values that are "
-        "dict or list are written as JSON; what is given here wins over --config.",
+        description=f"{stage.summary} --a-b and --a_b are the same option, a_b in a file; values of type "
+        "dict or list are JSON; options given here win over --config.",
         allow_abbrev=False,
     )
     places = parser.add_argument_group("places")
     for key, place in stage.places.items():
         places.add_argument(f"--{key}", default="", help=place.text)
-    places.add_argument(
-        "--config", metavar="FILE", default="", help="YAML or JSON file with any of the options"
-    )
-    places.add_argument(
-        "--result",
-        metavar="FILE",
-        default="",
-        help="JSON file to write: what is printed at the end, or the error (the first process's)",
-    )
+    for key, text in (
+        ("config", "YAML or JSON file with any of the options"),
+        ("result", "JSON file to write: what is printed at the end, or the error (of the first process)"),
+    ):
+        places.add_argument(f"--{key}", metavar="FILE", default="", help=text)
     own = parser.add_argument_group("options of the stage")
     inherited = parser.add_argument_group("options of transformers.TrainingArguments")
     for option in read_options(*CONFIGURATIONS[name]).values() if listed else ():
         if option.name not in HIDDEN:
+            switch = "bool" in option.kind or option.name == "fsdp"  # may stand without a value
             (inherited if option.inherited else own).add_argument(
                 f"--{option.name}",
                 metavar=option.kind,
                 default=argparse.SUPPRESS,
                 help=_help(option),
-                **(_SWITCH if "bool" in option.kind or option.name == "fsdp" else {}),
+                nargs="?" if switch else None,
+                const="true" if switch else None,
             )
 
 
 def _help(option: Option) -> str:
-    """What an option is for, and its default."""
+    """The text of an option, and its default."""
     default = "required"
     if option.default is not REQUIRED:
         default = f"default: {json.dumps(option.default, ensure_ascii=False)}"
     return f"{option.text} ({default})".replace("%", "%%")
 
 
-def _settle(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, str], Values]:
+def _settle(options: argparse.Namespace, rest: list[str]) -> tuple[Folders, dict[str, Any]]:
     """Folders and parameters of a stage, from its file and its arguments, each known and of the right type.
 
-    All that can be found wrong without the stage's libraries is said here, in a fraction of a second.
+    Checks all that can be checked without the stage's libraries, in a fraction of a second.
     """
     for argument in rest:
         if not argument.startswith("--"):
@@ -289,20 +285,16 @@ def _settle(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, str
 
 
 def _whereabouts(name: str, command: str) -> str:
-    """Where an option is to be found that a stage does not have, or which is meant."""
-    known = {one: read_options(*place).values() for one, place in CONFIGURATIONS.items()}
-    having = [
-        f"softpref {one}"
-        for one, stage in _STAGES.items()
-        if name in {*stage.places, *(option.name for option in known[one])}
-    ]
-    options = [option for option in known[command] if option.name not in HIDDEN]
+    """Which stages have an option that this one lacks, or which option may be meant."""
+    known = {one: read_options(*place) for one, place in CONFIGURATIONS.items()}
+    having = [f"softpref {one}" for one in _STAGES if name in {*_STAGES[one].places, *known[one]}]
+    options = [option for option in known[command].values() if option.name not in HIDDEN]
     own = [*_STAGES[command].places, "config", *(one.name for one in options if not one.inherited)]
     inherited = [one.name for one in options if one.inherited]
-    exact = f"; {', '.join(having)} {'has' if len(having) == 1 else 'have'} it" if having else ""
-    return instead(
-        name, "" if holding(name, [*own, *inherited]) else exact, own, inherited, lambda one: [repr(one)]
-    )
+    exact = ""
+    if having and not holding(name, [*own, *inherited]):
+        exact = f"; {', '.join(having)} {'has' if len(having) == 1 else 'have'} it"
+    return instead(name, exact, own, inherited, lambda one: [repr(one)])
 
 
 def _refused(options: argparse.Namespace, message: str) -> int:
@@ -312,8 +304,8 @@ def _refused(options: argparse.Namespace, message: str) -> int:
     return 2
 
 
-def _write_result(path: str, values: Values) -> None:
-    """Write the file as a whole: of several processes that refuse alike, any may come last."""
+def _write_result(path: str, values: Mapping[str, object]) -> None:
+    """Write the file in one step: several processes may report the same error at once."""
     file = Path(path)
     part = file.with_name(f"{file.name}.{os.getpid()}")
     part.write_text(json.dumps(values, default=str, ensure_ascii=False), encoding="utf-8")
@@ -325,63 +317,47 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _data(folders: Values, config: Any) -> Any:
+def _data(folders: Folders, config: DataConfig) -> object:
     from softpref.data.stage import run
 
     stats = run(config, folders["output"])
-    return {
-        key: stats[key]
-        for key in ("rows", "rejected", "left_out", "duplicates", "dataset_hash")
-        if key in stats
-    }
+    shown = ("rows", "rejected", "left_out", "duplicates", "dataset_hash")
+    return {key: stats[key] for key in shown if key in stats}
 
 
-def _sft(folders: Values, config: Any) -> Any:
+def _sft(folders: Folders, config: SFTConfig) -> object:
     from softpref.sft.stage import run
 
-    return run(config, dataset_dir=folders["dataset"], output_dir=folders["output"], **_where(folders))
+    return run(config, **_training(folders))
 
 
-def _train(folders: Values, config: Any) -> Any:
+def _train(folders: Folders, config: SPOConfig) -> object:
     from softpref.spo.stage import run
 
-    return run(
-        config,
-        dataset_dir=folders["dataset"],
-        reference_dir=folders["reference"],
-        output_dir=folders["output"],
-        **_where(folders),
-    )
+    return run(config, **_training(folders))
 
 
-def _where(folders: Values) -> Values:
-    """Name, tracking and checkpoints of a training stage, as far as they were given."""
-    return {key: folders[key] for key in _TRAINING if folders[key]}
+def _training(folders: Folders) -> dict[str, str]:
+    """Arguments of a training stage: its folders, and the name, tracking and checkpoints that were given."""
+    given = {key: value for key, value in folders.items() if value}
+    return {f"{key}_dir" if key not in _TRAINING else key: value for key, value in given.items()}
 
 
-def _evaluate(folders: Values, config: Any) -> Any:
+def _evaluate(folders: Folders, config: EvaluationConfig) -> object:
     from softpref.evaluation.stage import run
     from softpref.lm.extrapolation import extrapolated_folders
     from softpref.records import Evaluation
 
-    evaluation = run(
-        config,
-        dataset_dir=folders["dataset"],
-        reference_dir=folders["reference"],
-        policy_dir=folders["policy"],
-        output_dir=folders["output"],
-    )
-    result = _figures(evaluation)
-    for folder in extrapolated_folders(folders["output"]):
-        result[folder.name] = _figures(Evaluation.read(folder))
-    return result
+    evaluation = run(config, **{f"{key}_dir": value for key, value in folders.items()})
+    extrapolated = extrapolated_folders(folders["output"])
+    return _figures(evaluation) | {one.name: _figures(Evaluation.read(one)) for one in extrapolated}
 
 
-def _figures(evaluation: Any) -> dict[str, Any]:
+def _figures(evaluation: Evaluation) -> dict[str, object]:
     return {key: value for key, value in evaluation.as_dict().items() if key in ("metrics", "exact")}
 
 
-def _register(folders: Values, config: Any) -> Any:
+def _register(folders: Folders, config: RegistryConfig) -> object:
     from softpref.registry.stage import run
 
     decision = run(
@@ -395,21 +371,13 @@ _OUTPUT = Place("folder to write", required=True)
 _TRAINING = {
     "name": Place("name of the model and of its tracking run"),
     "experiment": Place("MLflow experiment"),
-    "parent_run_id": Place("MLflow run under which the stage's run is put"),
+    "parent_run_id": Place("MLflow run that becomes the parent of the stage's run"),
     "tracking_uri": Place("MLflow server (default: the environment's, or a local store)"),
-    "checkpoint_dir": Place("where checkpoints are kept while training (default: inside the output)"),
+    "checkpoint_dir": Place("folder for checkpoints during training (default: inside the output)"),
 }
 _STAGES = {
-    "data": Stage(
-        "Turn preferences of any source into a checked dataset.",
-        {"output": _OUTPUT},
-        _data,
-    ),
-    "sft": Stage(
-        "Train the reference model.",
-        {"dataset": _DATASET, "output": _OUTPUT, **_TRAINING},
-        _sft,
-    ),
+    "data": Stage("Turn preferences of any source into a checked dataset.", {"output": _OUTPUT}, _data),
+    "sft": Stage("Train the reference model.", {"dataset": _DATASET, "output": _OUTPUT, **_TRAINING}, _sft),
     "train": Stage(
         "Align the reference to preferences.",
         {
@@ -425,7 +393,7 @@ _STAGES = {
         {
             "dataset": _DATASET,
             "reference": Place("the reference: a model folder, a URL of one, or models:/NAME@ALIAS", True),
-            "policy": Place("the model to measure, likewise", True),
+            "policy": Place("the model to measure, given in the same ways", True),
             "output": _OUTPUT,
         },
         _evaluate,
@@ -443,6 +411,7 @@ _STAGES = {
 }
 
 _OTHERS = {"compare": _compare, "track-sync": _track_sync, "completion": _completion}
+_COMPILED = ("sweep", "run", "components")
 _PIPELINES = {
     "sweep": ("spo_sweep", "Train, evaluate and compare models of several softness values."),
     "run": ("spo_pipeline", "Train and evaluate a model of one softness value."),

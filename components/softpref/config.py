@@ -1,7 +1,4 @@
-"""From a file, keyword values and an `overrides` string to one checked dataclass, alike in every stage.
-
-Knows nothing of any stage: a stage hands in its own dataclass.
-"""
+"""Builds a stage's checked configuration, a dataclass, from files, values and an `overrides` string."""
 
 from __future__ import annotations
 
@@ -24,52 +21,52 @@ from softpref.records import PARAMETERS_FILE
 from softpref.remote import public_url
 
 Config = TypeVar("Config")
-NULL = "$null"  # stands for a null where KFP bears none
-REFUSED = {  # options of transformers that a stage settles by itself
+NULL = "$null"  # stands for null where KFP allows none
+REFUSED = {  # options of transformers that a stage sets itself
     "resume_from_checkpoint": "a run that was cut off continues from its last complete checkpoint when the "
     "same command is given again",
 }
-RENAMED = {  # names that options had, or that the other console has
+RENAMED = {  # former names, and names in the other console
     "epochs": "num_train_epochs",
     "sft_epochs": "sft_num_train_epochs",
     "rule": "selection_rule",
     "model_name": "registered_model_name",
     "config": "recipe",
     "recipe": "config",
-    # as TRL's trainers have them
+    # TRL's names
     "loss_type": "method",
     "precompute_ref_log_probs": "reference_cache",
     "use_weighting": "weight_exponent",
     "model_kwargs": "model_init_kwargs",
     "num_generations": "completions_per_prompt",
 }
-COMMIT = "commit "  # how the version of something on the Hub begins, as the plan settles it
+COMMIT = "commit "  # prefix of a Hub version that the plan has pinned
 
-_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
-_WORDS = ("prompt_template", "system_prompt", "implicit_prompt_end")  # parameters that are no addresses
-_MOST_VALUES = 100_000  # in one configuration, aliases of YAML expanded
-_BROKEN_JSON = (ValueError, RecursionError)  # also numbers of thousands of digits, and deep nesting
+TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+_WORDS = ("prompt_template", "system_prompt", "implicit_prompt_end")  # text that is never a URL
+_MOST_VALUES = 100_000  # in one configuration, YAML's aliases expanded
+_BROKEN_JSON = (ValueError, RecursionError)  # ValueError also for numbers of thousands of digits
 _repr = reprlib.Repr()
 _repr.maxlevel, _repr.maxstring, _repr.maxother = 2, 200, 200
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """Read a YAML or JSON file that holds one mapping, in UTF-8, or UTF-16 with its mark.
+    """Read a YAML or JSON file that holds one mapping, in UTF-8 or UTF-16 with a byte order mark.
 
-    Keys are text as they are written: `yes`, `no` and `0` of YAML too.
+    All keys are text as written, even YAML's `yes`, `no` and `0`.
 
     Raises:
-        ConfigError: the file is absent, is not YAML, or holds something else than a mapping.
+        ConfigError: the file is absent, is not YAML, or holds something other than a mapping.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def compose_mapping_node(self, anchor: Any) -> Any:
-            node = super().compose_mapping_node(anchor)  # before other mappings are laid under it
-            _once([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)  # before `<<` merges others into it
+            _refuse_repeated([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
             return node
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             self.flatten_mapping(node)
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode):
@@ -82,10 +79,10 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     content = path.read_bytes()
     try:
         try:
-            values = _from_json(content)  # whose pairs of \\u escapes YAML does not know
+            values = _from_json(content)  # YAML does not know JSON's pairs of \\u escapes
         except _BROKEN_JSON:
             values = yaml.load(content, Loader)
-    except Exception as error:  # the parser's own, and what its values' types raise
+    except Exception as error:  # of the parser, or of the types of its values
         raise ConfigError(
             f"configuration file {path} is not valid YAML or JSON: {_in_words(error)}"
         ) from error
@@ -98,10 +95,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def parse_overrides(overrides: str | Mapping[str, Any] | None, name: str = "overrides") -> dict[str, Any]:
-    """Read a parameter that is a JSON object, by default `overrides`; an empty string or None means none.
-
-    Args:
-        name: of the parameter, for messages.
+    """Read the JSON object of a parameter, called `name` in messages; empty text and None give an empty one.
 
     Raises:
         ConfigError: the text is not JSON, or not a JSON object.
@@ -109,7 +103,7 @@ def parse_overrides(overrides: str | Mapping[str, Any] | None, name: str = "over
     if overrides is None or overrides == "":
         return {}
     if isinstance(overrides, Mapping):
-        return {key: _whole(value) for key, value in overrides.items()}
+        return {key: _from_struct(value) for key, value in overrides.items()}
     try:
         values = _from_json(overrides)
     except _BROKEN_JSON as error:
@@ -124,21 +118,21 @@ def parse_overrides(overrides: str | Mapping[str, Any] | None, name: str = "over
 
 def _from_json(text: str | bytes) -> Any:
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        _once([key for key, _ in pairs])
+        _refuse_repeated([key for key, _ in pairs])
         return dict(pairs)
 
     return json.loads(text, object_pairs_hook=mapping)
 
 
-def _once(keys: list[str]) -> None:
-    """Refuse a key that stands twice in a mapping, of which only the last would count."""
+def _refuse_repeated(keys: list[str]) -> None:
+    """Of a repeated key only the last value would count; YAML's merge key may be repeated."""
     for key, count in Counter(keys).items():
-        if count > 1 and key != "<<":  # YAML's way to lay mappings under one
+        if count > 1 and key != "<<":
             raise ValueError(f"it names {shown(key)} twice")
 
 
-def shown(value: Any) -> str:
-    """A value for a message: `repr`, cut short."""
+def shown(value: object) -> str:
+    """The `repr` of a value for a message, cut short."""
     try:
         return _repr.repr(value)
     except ValueError:
@@ -149,8 +143,8 @@ def _in_words(error: Exception) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def _check_values(values: Any, where: str) -> None:
-    """Refuse text that no file could hold, and values without end (YAML's aliases can multiply them)."""
+def _check_values(values: object, where: str) -> None:
+    """Refuse text that no file can hold, and too many values, as YAML's aliases can make."""
     waiting = [values]
     for _ in range(_MOST_VALUES):
         if not waiting:
@@ -165,19 +159,19 @@ def _check_values(values: Any, where: str) -> None:
     raise ConfigError(f"{where} holds more than {_MOST_VALUES:,} values")
 
 
-def _whole(value: Any) -> Any:
-    """KFP hands numbers of a struct over as floats; those without a fraction were written as integers."""
+def _from_struct(value: Any) -> Any:
+    """Undo what KFP's structs do: they make all numbers floats, and allow no null."""
     if isinstance(value, dict):
-        return {key: _whole(one) for key, one in value.items()}
+        return {key: _from_struct(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_whole(one) for one in value]
+        return [_from_struct(one) for one in value]
     if value == NULL:
         return None
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def hub_revision(version: str) -> dict[str, str]:
-    """The parameter `revision` that a version settled by the plan stands for; none where it is no commit."""
+    """The parameter `revision` for a version that the plan has pinned; none where it is not a commit."""
     if not version.startswith(COMMIT):
         return {}
     return {"revision": version.removeprefix(COMMIT).partition(";")[0]}
@@ -186,17 +180,14 @@ def hub_revision(version: str) -> dict[str, str]:
 def build_config(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
     """Build `cls`, a dataclass, from layers of values, later ones winning.
 
-    Text values are turned into the field's type (`"0.5"` into a float), so that the console, a recipe and
-    the KFP form can share one path. A float without a fraction is accepted where an integer is asked for,
-    because KFP hands integers inside JSON over as floats.
+    Text is converted to the field's type (`"0.5"` to a float), so that the console, recipes and the KFP form
+    share one path. Integer fields accept a float without a fraction: KFP turns integers in JSON into floats.
 
     Raises:
         ConfigError: an unknown key (the closest known one is named), a value of a wrong type, a missing
-            required field, or whatever the dataclass itself refuses.
+            required field, or what the dataclass itself refuses.
     """
-    values: dict[str, Any] = {}
-    for layer in layers:
-        values.update(layer)
+    values = {key: value for layer in layers for key, value in layer.items()}
     fields = check_names(cls, values)
     converted = convert(f"{cls.__name__}.", values, typing.get_type_hints(cls))
     missing = [
@@ -216,11 +207,11 @@ def build_config(cls: type[Config], *layers: Mapping[str, Any]) -> Config:
         raise ConfigError(f"{cls.__name__}: {error}") from error
 
 
-def check_names(cls: type, names: typing.Iterable[str]) -> dict[str, dataclasses.Field]:
-    """The fields of a dataclass by name, which are all that its constructor takes.
+def check_names(cls: type, names: typing.Iterable[str]) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of a dataclass's constructor by name.
 
     Raises:
-        ConfigError: one of `names` is none of them; the closest is named.
+        ConfigError: one of `names` is not a field; the closest field is named.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     own = {
@@ -237,12 +228,9 @@ def check_names(cls: type, names: typing.Iterable[str]) -> dict[str, dataclasses
 
 
 def write_parameters(config: Any, folder: str | Path) -> None:
-    """Write all parameters of a stage beside its result, as it ran; `--config` takes the file again.
+    """Write a stage's configuration (a dataclass) beside its result, in a file for `--config`.
 
-    Passwords in URLs and tokens are left out, and so is what the stage settles by itself.
-
-    Args:
-        config: the stage's configuration, a dataclass.
+    Passwords in URLs and tokens are left out, and so is what the stage sets itself.
     """
     import yaml
 
@@ -251,7 +239,7 @@ def write_parameters(config: Any, folder: str | Path) -> None:
         key: value if key in _WORDS else without_secrets(value)
         for key, value in values.items()
         if key not in ("output_dir", *REFUSED)
-        and value != f"<{key.upper()}>"  # transformers masks its tokens so
+        and value != f"<{key.upper()}>"  # how transformers masks its tokens
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
     with (Path(folder) / PARAMETERS_FILE).open("w", encoding="utf-8") as file:
@@ -259,23 +247,22 @@ def write_parameters(config: Any, folder: str | Path) -> None:
 
 
 def without_secrets(value: Any) -> Any:
-    """Parameters as they may be recorded: a URL, however deep, can hold a password or a signature."""
+    """Parameters fit to be recorded: without the passwords and signatures of URLs, however deep."""
     if isinstance(value, dict):
         return {public_url(str(key)): without_secrets(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_secrets(one) for one in value]
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        with contextlib.suppress(*_BROKEN_JSON):  # a mapping within a text
+        with contextlib.suppress(*_BROKEN_JSON):
             return json.dumps(without_secrets(json.loads(value)))
     return public_url(value) if isinstance(value, str) else value
 
 
 def convert(prefix: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as the types of their fields.
+    """Values converted to the types of their fields (`hints`); `Any` leaves a value as it is.
 
     Args:
-        prefix: what stands before a parameter's name in messages.
-        hints: type of each field; `Any` takes a value as it is.
+        prefix: of a parameter's name in messages.
 
     Raises:
         ConfigError: names the parameter, and what would be right.
@@ -291,7 +278,7 @@ def closest(key: str, known: typing.Iterable[str], others: typing.Iterable[str] 
     """`"; did you mean 'x'?"` for the known names most like `key`, or the known names when none is close.
 
     Args:
-        others: names that are known too, but meant only with the key's words, or nearly its letters.
+        others: known names that are suggested only for the same words or a much closer spelling.
     """
     known = sorted(known)
     if near := nearest(key, known, others):
@@ -300,7 +287,7 @@ def closest(key: str, known: typing.Iterable[str], others: typing.Iterable[str] 
 
 
 def nearest(key: str, known: typing.Iterable[str], others: typing.Iterable[str] = ()) -> list[str]:
-    """The names most like `key`, as `closest` has them: up to four, best first."""
+    """The names that `closest` suggests: up to four, best first."""
     known, others, key = sorted(known), sorted(others), str(key)
     if RENAMED.get(key) in [*known, *others]:
         return [RENAMED[key]]
@@ -312,14 +299,15 @@ def nearest(key: str, known: typing.Iterable[str], others: typing.Iterable[str] 
 
 
 def holding(key: str, names: typing.Iterable[str]) -> list[str]:
-    """The names that hold all words of a key of several, as `num_train_epochs` those of `num_epochs`."""
+    """The names with all words of a key of several words, as `num_train_epochs` has those of `num_epochs`."""
     words = set(key.split("_"))
     return [name for name in names if len(words) > 1 and words < set(name.split("_"))]
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
     """`value` as the annotated type, or a ConfigError that names the parameter."""
-    options, broken = _flatten(hint), ""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options, broken = typing.get_args(hint) if union else (hint,), ""
     if value is None or (isinstance(value, str) and value == "" and str not in options):
         if type(None) in options or Any in options:
             return None
@@ -334,8 +322,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         elif option is bool:
             if isinstance(value, bool):
                 return value
-            if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
-                return value.lower() in _TRUE
+            if isinstance(value, str) and value.lower() in TRUE | _FALSE:
+                return value.lower() in TRUE
         elif option is int:
             if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
                 return value
@@ -352,7 +340,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         elif option is str:
             if isinstance(value, str):
                 return value
-            if name.endswith("fsdp") and isinstance(value, bool):  # transformers says str, and wants True
+            if name.endswith("fsdp") and isinstance(value, bool):  # transformers declares str and wants True
                 return value
         elif (origin or option) in (dict, list, tuple):
             container = origin or option
@@ -368,7 +356,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         elif isinstance(option, type) and isinstance(value, option):
             return value
         elif isinstance(option, type) and not option.__module__.startswith("builtins"):
-            return value  # an enum or class that the dataclass converts by itself
+            return value  # an enum or class that the dataclass converts itself
     allowed = " or ".join(
         " | ".join(repr(choice) for choice in typing.get_args(option))
         if typing.get_origin(option) is typing.Literal
@@ -380,27 +368,19 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
 
 
 def _meant(text: str, container: type) -> str:
-    """The JSON that may have been meant by text that is none: `a=b`, YAML, or words with commas between."""
+    """The JSON that text of another form may mean: `a=b`, YAML, or words separated by commas."""
     import yaml
 
     meant: Any = None
     parts = [part.strip() for part in text.split(",")]
     if len(text) <= 200:
         with contextlib.suppress(Exception):
-            # YAML takes `a:1` for one word; the colon of an address is none between key and value
+            # YAML takes `a:1` for one word; the colon of a URL separates no key
             meant = yaml.safe_load(re.sub(r"(?<=\w):(?=[^\s/])", ": ", text))
     if container is dict and all("=" in part for part in parts):
         meant = dict(part.partition("=")[::2] for part in parts)
     elif container is not dict and isinstance(meant, str):
         meant = parts
-    known = isinstance(meant, dict if container is dict else list)
-    return (
-        json.dumps(meant, default=str) if known else '{"KEY": "VALUE"}' if container is dict else '["VALUE"]'
-    )
-
-
-def _flatten(hint: Any) -> list[Any]:
-    """The members of a union, narrow types first so that `"5"` for `int | str` stays what was meant."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return [option for member in typing.get_args(hint) for option in _flatten(member)]
-    return [hint]
+    if isinstance(meant, dict if container is dict else list):
+        return json.dumps(meant, default=str)
+    return '{"KEY": "VALUE"}' if container is dict else '["VALUE"]'

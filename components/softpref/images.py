@@ -1,8 +1,4 @@
-"""Names of the container images, the one place that says them. Holds no code that builds or pulls.
-
-The stages' faces carry these default names; a cluster's own stand in its profile and replace them when a
-pipeline is compiled. `images/build.py` builds images of these names.
-"""
+"""Default names of the container images; a cluster's profile replaces them when a pipeline is compiled."""
 
 from softpref import __version__
 
@@ -19,4 +15,3 @@ DATA_IMAGE = image_name("data")
 TRAIN_IMAGE = image_name("train")
 EVALUATE_IMAGE = image_name("evaluate")
 REGISTER_IMAGE = EVALUATE_IMAGE
-TRACKING_IMAGE = image_name("tracking")

@@ -1,7 +1,7 @@
-"""What a stage's configuration takes, read from its source. Imports none of it.
+"""The options of each stage's configuration, read from its source without importing it.
 
-The configurations of `sft` and `train` build on `transformers.TrainingArguments`, whose import takes five
-seconds of CPU. Read so, every option is listed, and a wrong one refused, in a fraction of one.
+The configurations of `sft` and `train` extend `transformers.TrainingArguments`, whose import takes five
+seconds of CPU. From the source, all options are listed and checked in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any
 from softpref.config import REFUSED, nearest
 
 REQUIRED = dataclasses.MISSING  # the default of an option that has none
-CONFIGURATIONS = {  # module and class of each stage's
+CONFIGURATIONS = {  # module and class by stage
     "data": ("softpref.data.config", "DataConfig"),
     "sft": ("softpref.sft.config", "SFTConfig"),
     "train": ("softpref.spo.config", "SPOConfig"),
     "evaluate": ("softpref.evaluation.config", "EvaluationConfig"),
     "register": ("softpref.registry.config", "RegistryConfig"),
 }
-HIDDEN = {  # options of transformers that no console has, and why
+HIDDEN = {  # options of transformers that the console does not offer, and what to do instead
     "output_dir": "--output names the folder to write",
     **REFUSED,
 }
@@ -38,11 +38,11 @@ class Option(typing.NamedTuple):
     """One field of a configuration.
 
     Args:
-        hint: its type; `Any` stands for a class that only an import would give.
+        hint: its type; `Any` for a class that only an import would give.
         kind: its type in words.
         default: its value, or `REQUIRED`.
         text: what it is for.
-        inherited: whether the configuration has it from transformers, default and all.
+        inherited: whether it comes unchanged from transformers.
     """
 
     name: str
@@ -60,12 +60,12 @@ def instead(
     inherited: Iterable[str],
     written: Callable[[str], Iterable[str]],
 ) -> str:
-    """What to write for an option that a console does not have, as the end of a sentence that says so.
+    """What to write instead of an unknown option, as the end of the sentence that refuses it.
 
     Args:
-        exact: the answer where something else has an option of just this name; else empty.
+        exact: the answer where something else has an option of exactly this name; else empty.
         own, inherited: the names that may be meant; see `closest`.
-        written: how one of them is written; empty if it is of no use here.
+        written: how to write one of them; nothing if it is of no use here.
     """
     if name in HIDDEN:
         return f"; {HIDDEN[name]}"
@@ -78,10 +78,10 @@ def read_options(module: str, name: str) -> dict[str, Option]:
     """The options of a configuration by name, its own before those that it inherits from transformers.
 
     Args:
-        module, name: where its dataclass is, such as `softpref.spo.config`, `SPOConfig`.
+        module, name: of its dataclass, such as `softpref.spo.config`, `SPOConfig`.
     """
     package, *path = module.split(".")
-    found = importlib.util.find_spec(package)  # which does not import a package that is in no other
+    found = importlib.util.find_spec(package)  # imports nothing for a top-level package
     if found is None or not found.submodule_search_locations:
         return {}  # the data stage's image has no transformers
     file = Path(found.submodule_search_locations[0], *path).with_suffix(".py")
@@ -104,7 +104,7 @@ def read_options(module: str, name: str) -> dict[str, Option]:
 
 
 class _Names(dict[str, Any]):
-    """What expressions of a class may name: Python's own, and what the module and the class assign."""
+    """The names that a class's expressions may use: builtins, typing's, and the module's and class's own."""
 
     def __init__(self, module: ast.Module, class_: ast.ClassDef) -> None:
         super().__init__({**vars(builtins), **vars(typing)})
@@ -121,7 +121,7 @@ class _Names(dict[str, Any]):
         return self.value(self._assigned[name]) if name in self._assigned else Any
 
     def value(self, node: ast.expr) -> Any:
-        """What an expression means; `Any` where only an import could tell."""
+        """The value of an expression; `Any` where only an import could tell."""
         try:
             return eval(compile(ast.Expression(node), "", "eval"), {}, self)
         except Exception:
@@ -146,7 +146,7 @@ def _default(node: ast.expr | None, known: _Names) -> tuple[Any, str]:
 
 
 def _kind(node: ast.expr, known: _Names) -> str:
-    """A type in words: choices as they are written, without the None of an optional one."""
+    """A type in words: choices as they are written, without None."""
     if isinstance(node, ast.BinOp):
         return " | ".join(filter(None, (_kind(node.left, known), _kind(node.right, known))))
     hint = known.value(node)

@@ -1,7 +1,6 @@
-"""Progress of long loops: a bar on a terminal, elsewhere a plain line now and then. Knows no loop.
+"""Progress of long loops: a bar on a terminal, elsewhere a plain line now and then.
 
-A log that is read afterwards, a pod's or a file's, shows every state of a bar side by side: thousands of
-characters that say one thing.
+In a log, a pod's or a file's, every state of a bar would stay: thousands of characters for one number.
 """
 
 from __future__ import annotations
@@ -11,12 +10,15 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from tqdm.auto import tqdm
 
 Row = TypeVar("Row")
 
-_SECONDS, _SHARE = 10.0, 0.05  # of a loop, at least, between two lines
-_OFF = {  # what the libraries read, some of them when they are imported
+_SECONDS, _SHARE = 10.0, 0.05  # least time, and share of the loop, between two lines
+_OFF = {  # some libraries read these when they are imported
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -31,20 +33,20 @@ _SWITCHES = {
 class Lines:
     """Lines on standard error: "policy samples: sample 640 of 3200, 40 s left".
 
-    At most one in ten seconds and in a twentieth of the loop, and one at the end of a loop that took so long.
+    At most one per ten seconds and per twentieth of the loop, and one at the end of a loop of ten seconds.
 
     Args:
         title: of the loop.
-        total: how many there are to do; None: that is not known.
-        unit: one of them.
-        done: how many had been done before.
+        total: number of units; None if unknown.
+        unit: name of one unit.
+        done: units that were done before.
     """
 
     def __init__(self, title: str, total: int | None = None, unit: str = "row", done: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.count = self._first = self._reported = done
         self.note = ""
-        """What the lines say besides, such as "loss 0.41"."""
+        """An addition to the lines, such as "loss 0.41"."""
         self._began = self._spoke = time.monotonic()
 
     def update(self, count: int = 1) -> None:
@@ -63,7 +65,7 @@ class Lines:
             self._say(f"{in_words(max(0.0, left))} left")
 
     def close(self) -> None:
-        """Say how long it took, where it was long."""
+        """Print how long a long loop took."""
         passed = time.monotonic() - self._began
         if passed >= _SECONDS:
             self._say(f"took {in_words(passed)}")
@@ -81,7 +83,9 @@ class Lines:
         print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
 
-def progress(title: str, *, total: int | None = None, unit: str = "row", disable: bool = False) -> Any:
+def progress(
+    title: str, *, total: int | None = None, unit: str = "row", disable: bool = False
+) -> tqdm[None] | Lines:
     """A loop's progress, a context with `update(count)`: a bar that shows after a second, or `Lines`.
 
     Args:
@@ -95,26 +99,23 @@ def progress(title: str, *, total: int | None = None, unit: str = "row", disable
     return Lines(title, total, unit)
 
 
-def follow(rows: Iterable[Row], title: str, *, unit: str = "row", disable: bool = False) -> Iterator[Row]:
-    """The rows, with the `progress` of whoever takes them."""
+def follow(rows: Iterable[Row], title: str, *, disable: bool = False) -> Iterator[Row]:
+    """The rows, with `progress` as they are consumed."""
     total = len(rows) if isinstance(rows, Sized) else None
-    with progress(title, total=total, unit=unit, disable=disable) as loop:
+    with progress(title, total=total, disable=disable) as loop:
         for row in rows:
             yield row
             loop.update(1)
 
 
 def on_terminal() -> bool:
-    """Whether standard error is a terminal, which shows a bar as one."""
+    """Whether standard error is a terminal."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 def settle_output() -> None:
-    """Where no terminal is, have the libraries draw no bars; everywhere, have them say a warning once.
-
-    A stage calls it when it begins.
-    """
-    # both have a handler of their own, and hand to the root logger's too, where KFP or the user set one up
+    """For the start of a stage: no bars of libraries without a terminal, and each warning only once."""
+    # both print by handlers of their own, and again by the root logger's if KFP or the user has set one up
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).propagate = False
     if on_terminal():
@@ -127,7 +128,7 @@ def settle_output() -> None:
 
 
 def in_words(seconds: float) -> str:
-    """A duration for people: "40 s", "2 min 10 s", "3 h 5 min"."""
+    """A duration in words: "40 s", "2 min 10 s", "3 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,7 +1,7 @@
-"""What lies behind a URL of any store that fsspec knows, or on the Hub: seen, and fetched. Reads nothing.
+"""Lists and fetches what a URL of any fsspec store, or the Hub, holds. Does not read the content.
 
-Credentials come from the environment, as each store's own client takes them. What a URL itself holds of them
-(user and password, a signature in its query) is used, and appears in no message and no record.
+Credentials come from the environment, as each store's own client takes them. Those in a URL (user and
+password, a signature in its query) are used, but appear in no message and no record.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from softpref.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +33,7 @@ Result = TypeVar("Result")
 
 
 class _Store(NamedTuple):
-    """A kind of store: what reading from it needs, and what a person sets for it."""
+    """A kind of store: the package and extra that read it, and the environment variables to set."""
 
     package: str
     extra: str
@@ -64,7 +68,7 @@ _STORES = {
     "hf": _HUB,
 }
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-# what a store says of a file's content, the best first; a time where it says nothing better
+# keys under which stores identify a file's content, the best first; a time as the last resort
 _MARKS = (
     *("ETag", "etag", "e_tag", "md5Hash", "Content-MD5", "Digest", "xet_hash", "blob_id"),
     *("LastModified", "last_modified", "Last-Modified", "mtime", "updated", "created"),
@@ -72,20 +76,20 @@ _MARKS = (
 _CREDENTIALS = re.compile(r"credential|authenticat|authoriz|account_name", re.IGNORECASE)
 _CONNECTION = re.compile(r"Connect|Timeout|Transport|ServiceRequest|DNS|gaierror|Offline")
 _MB = 1 << 20
-_LOOK, _LIST = 20.0, 300.0  # seconds that a store may take to say what it has, for a pin and for a download
+_LOOK, _LIST = 20.0, 300.0  # seconds that a store may take to list, for a fingerprint and for a download
 
 
 class NotReached(ConfigError):
-    """Whether a source exists cannot be told from here: no network, no permission, no package."""
+    """Whether a source exists is unknown: no network, no permission, no package."""
 
 
 class Pinned(NamedTuple):
-    """A source as it was when it was looked at.
+    """A source at one version.
 
     Attributes:
-        source: what to read from then on; the alias of a registered model has become its version.
-        revision: of a Hub repository, the commit.
-        fingerprint: another text when the content has changed; empty where that cannot be told.
+        source: what to read from now on; a registered model's alias is replaced by its version.
+        revision: the commit of a Hub repository.
+        fingerprint: changes when the content does; empty where that is unknown.
     """
 
     source: str
@@ -100,7 +104,7 @@ class _File(NamedTuple):
 
 
 class _Listing(NamedTuple):
-    store: Any  # an fsspec file system
+    store: AbstractFileSystem
     root: str
     files: dict[str, _File]  # by name below the root; a single file by its own name
     single: bool
@@ -124,18 +128,18 @@ def public_url(source: str) -> str:
 
 
 def check_url(url: str, what: str) -> None:
-    """Refuse a URL of a kind that nothing here can read; asks no network.
+    """Refuse a URL of a kind that cannot be read here; uses no network.
 
     Args:
-        what: how to call the URL in messages, such as "source".
+        what: what messages call the URL, such as "source".
     """
     from fsspec import available_protocols
 
     scheme = _scheme(url)
     if scheme not in available_protocols():
         raise ConfigError(
-            f"{what} {public_url(url)}: {scheme}:// is no kind of URL that can be read; give s3://, gs://, "
-            "abfs://, https:// or hf://, or another that fsspec knows"
+            f"{what} {public_url(url)}: {scheme}:// cannot be read; give s3://, gs://, abfs://, https:// or "
+            "hf://, or another scheme that fsspec knows"
         )
     if not url[len(scheme) + 3 :].strip("/"):
         raise ConfigError(f"{what} {public_url(url)} names no file or folder; give {scheme}://PLACE/PATH")
@@ -144,15 +148,15 @@ def check_url(url: str, what: str) -> None:
 def fetch(
     url: str, what: str = "source", choose: Callable[[Iterable[str]], Iterable[str]] | None = None
 ) -> Path:
-    """Bring the file or folder that a URL names onto this machine; returns its path here.
+    """Download the file or folder that a URL names; returns its local path.
 
-    It is kept in `$XDG_CACHE_HOME/softpref` under what the store says of its content, and so is fetched again
-    only when that changes. A `file://` URL is read where it is.
+    It is cached in `$XDG_CACHE_HOME/softpref` by its fingerprint, so it is fetched again only when the
+    content changes. A `file://` URL is read where it is.
 
     Args:
         url: of a file, or of a folder (a prefix).
-        what: how to call the URL in messages.
-        choose: which of a folder's files to fetch, by their names below it; default all.
+        what: what messages call the URL.
+        choose: picks from the names of a folder's files; default all.
 
     Raises:
         ConfigError: it does not exist, is empty, or cannot be read; the message says what to set.
@@ -165,11 +169,9 @@ def fetch(
     names = set(found.files if choose is None or found.single else choose(found.files))
     files = {name: file for name, file in sorted(found.files.items()) if name in names}
     if not files or all(file.size == 0 for file in files.values()):
-        raise ConfigError(
-            f"{what} {public_url(url)} is empty"
-            if found.single or not found.files
-            else f"{what} {public_url(url)} holds nothing of use, only {_few(found.files)}"
-        )
+        some = ", ".join([*sorted(found.files)[:3], *("…" for _ in [*found.files][3:4])])
+        why = "is empty" if found.single or not found.files else f"holds no file of use, only {some}"
+        raise ConfigError(f"{what} {public_url(url)} {why}")
     name = _last_name(url)
     key = [public_url(url), name, _digest(files) or uuid.uuid4().hex]
     folder = kept(key, lambda partial: _download(found, files, url, what, partial, name))
@@ -177,7 +179,7 @@ def fetch(
 
 
 def fingerprint(url: str, what: str = "source") -> str:
-    """Another text when the content behind a URL has changed, as the store tells; empty where it does not.
+    """A text that changes with the content behind a URL; empty, with a warning, where that is unknown.
 
     Reads no content; takes seconds.
 
@@ -187,21 +189,21 @@ def fingerprint(url: str, what: str = "source") -> str:
     try:
         found = _digest(_list(url, what, _LOOK).files)
     except NotReached as error:
-        logger.warning("%s. That it changes will not be noticed", error)
+        logger.warning("%s. Changes will not be noticed", error)
         return ""
     if not found:
-        logger.warning("%s %s: its store does not say when it changes", what, public_url(url))
+        logger.warning("%s %s: its store does not tell when it changes", what, public_url(url))
     return found
 
 
 def pin_repository(kind: str, name: str, revision: str | None, what: str) -> Pinned:
-    """A Hub repository at the commit that `revision` (default the main branch) is now.
+    """A Hub repository at the present commit of `revision` (default: the main branch).
 
     Args:
         kind: `dataset` or `model`.
 
     Raises:
-        ConfigError: the Hub certainly has no such repository, or it has no such revision.
+        ConfigError: the Hub certainly has no such repository or revision.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -214,25 +216,24 @@ def pin_repository(kind: str, name: str, revision: str | None, what: str) -> Pin
         if isinstance(error, RepositoryNotFoundError) and _status(error) == 404:
             raise ConfigError(f"{what} {name}: the Hub has no such {kind}; check its id") from error
         logger.warning(
-            "%s %s: the Hub does not say its commit (%s). That it changes will not be noticed",
-            *(what, name, _reason(error)),
+            f"{what} {name}: the Hub does not say its commit ({_reason(error)}). Changes will not be noticed"
         )
         return Pinned(name, revision, "")
     return Pinned(name, commit, commit or "")
 
 
 def fingerprint_of_path(path: Path) -> str:
-    """Another text when sizes or times of the files at a local path have changed."""
+    """A text that changes with the sizes and times of the files at a local path."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     states = [(str(file.relative_to(path)), file.stat()) for file in files]
     return _digest({name: _File("", state.st_size, str(state.st_mtime_ns)) for name, state in states})
 
 
-def kept(key: Any, fill: Callable[[Path], None]) -> Path:
-    """The folder of the cache that `fill` fills, once: whoever asks meanwhile waits for it.
+def kept(key: object, fill: Callable[[Path], None]) -> Path:
+    """The cached folder of a key, filled once by `fill`; other processes wait meanwhile.
 
     Args:
-        key: what the content is; JSON.
+        key: identifies the content; JSON.
     """
     from filelock import FileLock
 
@@ -265,11 +266,11 @@ def _cache() -> Path:
 
 
 def _list(url: str, what: str, seconds: float) -> _Listing:
-    """What a URL names.
+    """The files that a URL names.
 
     Raises:
-        ConfigError: nothing, certainly.
-        NotReached: that cannot be told.
+        ConfigError: there are certainly none.
+        NotReached: whether there are any is unknown.
     """
     check_url(url, what)
     try:
@@ -281,18 +282,18 @@ def _list(url: str, what: str, seconds: float) -> _Listing:
 def _listing(url: str) -> _Listing:
     import fsspec
 
-    scheme, options = _scheme(url), dict[str, Any](skip_instance_cache=True)  # nor what it listed before
-    for client in ("gcsfs", "azure"):  # whose pages on every attempt would hide the one sentence
+    scheme, options = _scheme(url), dict[str, Any](skip_instance_cache=True)  # nor an earlier listing
+    for client in ("gcsfs", "azure"):  # they log pages on every attempt
         logging.getLogger(client).setLevel(logging.CRITICAL)
     if scheme in ("http", "https"):
         import aiohttp
 
-        # proxies and logins from the environment; a long download is no stalled one
+        # proxies and logins from the environment; no limit on a whole download, only on a stalled one
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=120)
         options |= {"client_kwargs": {"trust_env": True, "timeout": timeout}}
     store, root = fsspec.url_to_fs(url, **options)
     if scheme in ("http", "https"):
-        if not urlsplit(url).path.endswith("/"):  # any page looks like a folder, for it has links
+        if not urlsplit(url).path.endswith("/"):  # to fsspec any page with links looks like a folder
             return _Listing(store, root, {_last_name(url): _file(store.info(root))}, True)
         infos = {path: store.info(path) for path in store.find(root, maxdepth=1)}
     else:
@@ -306,18 +307,18 @@ def _listing(url: str) -> _Listing:
     return _Listing(store, root, files, False)
 
 
-def _file(info: dict[str, Any]) -> _File:
+def _file(info: Mapping[str, Any]) -> _File:
     mark = next((str(info[key]) for key in _MARKS if info.get(key)), "")
     return _File(info["name"], info.get("size"), mark)
 
 
 def _below(root: str, path: str) -> str:
-    """A file's name below the root; stores let keys be any text, also one that would leave the folder."""
+    """A file's name below the root. A store's key can be any text, even a path out of the folder."""
     name = path.removeprefix(root).lstrip("/")
     if is_url(root):
         name = unquote(name.partition("?")[0])
     if not name or any(part in ("", ".", "..") for part in name.split("/")):
-        raise OSError(f"the name {path!r} cannot be a file's")
+        raise OSError(f"{path!r} is not a usable file name")
     return name
 
 
@@ -336,23 +337,21 @@ def _download(
     from softpref.progress import progress
 
     total = sum(file.size or 0 for file in files.values())
+    done = shown = 0
 
-    class Fetched(Callback):
-        bytes = shown = 0
-
-        def relative_update(self, inc: int = 1) -> None:
-            self.bytes += inc
-            whole = min(self.bytes, total) // _MB
-            loop.update(whole - self.shown)
-            self.shown = whole
+    def update(size: int, value: int, **_: object) -> None:
+        """Called after every block with the bytes of this file so far."""
+        nonlocal shown
+        whole = min(done + value, total) // _MB
+        loop.update(whole - shown)
+        shown = whole
 
     with progress(f"fetching {public_url(url)}", total=total // _MB, unit="MB") as loop:
-        fetched = Fetched()
         for below, file in files.items():
             target = partial / name if found.single else partial / name / below
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                found.store.get_file(file.path, str(target), callback=fetched)
+                found.store.get_file(file.path, str(target), callback=Callback(hooks={"bar": update}))
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -363,34 +362,33 @@ def _download(
                     f"{what} {public_url(url)}: {below} broke off after {size:,} of {file.size:,} bytes, or "
                     "was replaced meanwhile; try again"
                 )
+            done += size
 
 
 def _within(seconds: float, look: Callable[[], Result]) -> Result:
-    """Stop waiting after `seconds`: some clients that find no credentials try others for minutes."""
-    answers: list[tuple[Result | None, BaseException | None]] = []
+    """Stop waiting after `seconds`: some clients without credentials search for them for minutes."""
+    answer: Future[Result] = Future()
 
     def ask() -> None:
         try:
-            answers.append((look(), None))
+            answer.set_result(look())
         except BaseException as error:
-            answers.append((None, error))
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not answers:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    result, error = answers[0]
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+    threading.Thread(target=ask, daemon=True).start()  # an executor would wait for it at exit
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        if answer.done():  # the client's own
+            raise
+        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
 
 
 # ---------------------------------------------------------------------- errors
 
 
 def _refusal(error: BaseException, url: str, what: str) -> ConfigError:
-    """What an error of any store means, and what to set."""
+    """The error of any store in words, with what to set."""
     scheme, shown = _scheme(url), f"{what} {public_url(url)}"
     store, reason = _STORES.get(scheme, _OTHER), _reason(error)
     if isinstance(error, ImportError):
@@ -409,7 +407,7 @@ def _refusal(error: BaseException, url: str, what: str) -> ConfigError:
             f"{store.credentials}" + (f", and {store.address}" if store.address else "")
         )
     if _CONNECTION.search(names) or any(isinstance(one, ConnectionError) for one in chain):
-        # a client that finds no credentials may look for them until its time is over
+        # a client without credentials may search for them until it times out
         settings = [store.address, store.credentials if isinstance(error, TimeoutError) else ""]
         check = "; ".join(["check the network", *(f"set {setting}" for setting in settings if setting)])
         return NotReached(f"{shown} cannot be reached ({reason}); {check}")
@@ -426,10 +424,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error stands for, wherever its library keeps it."""
+    """The HTTP status of an error, wherever its library keeps it."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
-        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return status if isinstance(status, int) else None
     for holder in (error, response):
         for name in ("status", "status_code", "code"):
             if isinstance(value := getattr(holder, name, None), int):
@@ -438,10 +437,10 @@ def _status(error: BaseException) -> int | None:
 
 
 def _reason(error: BaseException) -> str:
-    """One line of an error and what caused it, without the secrets of URLs in it."""
+    """One line of an error or its cause, without the secrets of URLs in it."""
     cause = error.__cause__ or error.__context__
     text = str(error)
-    if cause is not None and (not text or is_url(text)):  # fsspec's own errors are often the URL alone
+    if cause is not None and (not text or is_url(text)):  # fsspec's errors are often just the URL
         text = str(cause)
     text = re.sub(r"(://)[^/\s'\"]*@", r"\1", text)
     text = re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)
@@ -459,8 +458,3 @@ def _last_name(url: str) -> str:
     parts = urlsplit(url)
     names = [part for part in PurePosixPath(unquote(parts.path)).parts if part not in ("/", "..")]
     return names[-1] if names else parts.netloc.rpartition("@")[2] or "data"
-
-
-def _few(names: Iterable[str]) -> str:
-    some = sorted(names)
-    return ", ".join(some[:3]) + (" …" if some[3:] else "")

@@ -217,7 +217,7 @@ def terminated(cluster):
 
 
 def test_terminated_run_is_no_failed_one(terminated):
-    assert f"error: the run was terminated; what it did is shown at {terminated.address}" in terminated.text
+    assert f"error: the run was terminated; see {terminated.address}" in terminated.text
     assert terminated.steps["Align the policy (spo-alpha-2)"] == "was stopped"
 
 

@@ -47,7 +47,7 @@ def test_a_checkpoint_in_s3_is_loaded_like_one_here_and_its_pickles_stay_there(s
             "memory://model-0: the folder holds no .*unpickling",
         ),
         ({"model.safetensors": b"x"}, r"memory://model-1: the folder holds no config\.json"),
-        ({"pytorch_model.bin": b"x"}, r"memory://model-2 holds nothing of use, only pytorch_model\.bin"),
+        ({"pytorch_model.bin": b"x"}, r"memory://model-2 holds no file of use, only pytorch_model\.bin"),
         ({}, r"memory://model-3 does not exist"),
     ],
 )

@@ -34,7 +34,7 @@ MISTAKES = [
     (["sweep", "--baselines", "dpo=0.1"], "write METHOD:BETA, such as dpo:0.1; did you mean 'dpo'?"),
     (["sweep", "--baselines", "ppo:0.1"], "write METHOD:BETA, such as dpo:0.1; did you mean "),
     (["sweep", "--source", "owner/pairs"], "data_overrides has votes and story_kind: settings"),
-    (["sweep", "--source", "owner/pairs"], "take those of the recipe own (--recipe own"),
+    (["sweep", "--source", "owner/pairs"], "use the recipe own (--recipe own"),
     (["sweep", "--precompute-ref-log-probs", "true"], """--train-overrides '{"reference_cache": "…"}'"""),
     (["sweep", "--use_weighting", "true"], """--train-overrides '{"weight_exponent": "…"}'"""),
     (["compile", "swep"], "did you mean 'sweep'?"),
@@ -106,6 +106,9 @@ def test_completion_offers_every_option(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
     assert offered("sw") == ["sweep"]
+    assert offered("compile", "s") == ["sweep"]
+    assert offered("compile", "''")[:3] == ["sweep", "run", "components"]
+    assert offered("sweep", "com") == ["compile", "components"]
     assert offered("train", "--lora_") == ["--lora_r", "--lora_alpha", "--lora_target_modules"]
     assert "--train-overrides" in offered("sweep", "--t")
     assert offered("compare", "a", "--sel") == ["--selection_rule"]

@@ -251,7 +251,7 @@ def test_a_failed_step_is_named_with_the_reason_that_its_log_gives(wait, wrapped
         "        run(config)",
         "    softpref.errors.DataError: row 7 has no prompt; name its column in columns",
         "error: Prepare preferences failed: row 7 has no prompt; name its column in columns",
-        f"error: the run failed; all of it is shown at {server.url}/#/runs/details/{run.run_id}",
+        f"error: the run failed; see {server.url}/#/runs/details/{run.run_id}",
     ]
 
 
@@ -266,7 +266,7 @@ def test_a_failed_step_is_named_with_the_reason_that_its_log_gives(wait, wrapped
             "its pod was ended from outside, as by a deletion or an eviction (exit code 143)",
         ),
         ("OOMKilled (exit code 137)", "the last word\n", "OOMKilled (exit code 137)"),
-        ("main: Error (exit code 1)", "", "main: Error (exit code 1); its log is not to be had from here"),
+        ("main: Error (exit code 1)", "", "main: Error (exit code 1); its log is not available here"),
     ],
 )
 def test_a_failed_step_of_the_loop_is_named_with_its_model(wait, message, log, reason):
@@ -278,7 +278,7 @@ def test_a_failed_step_of_the_loop_is_named_with_its_model(wait, message, log, r
         status, _, errors = wait(server, "--ui-host", "https://kubeflow.example/pipeline/")
     assert status == 1
     assert f"error: Evaluate (dpo-beta-1) failed: {reason}\n" in errors
-    assert "shown at https://kubeflow.example/pipeline/#/runs/details/" in errors
+    assert "see https://kubeflow.example/pipeline/#/runs/details/" in errors
 
 
 def test_a_failed_driver_is_named_with_its_message(wait):

@@ -1,4 +1,4 @@
-"""A training stage as a command of another process: its arguments, its result, its name. Starts nothing."""
+"""A training stage as the command of another process: its arguments, result and name. Starts nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from softpref.errors import ConfigError, SoftprefError
 from softpref.records import METADATA_FILE, STATS_FILE
@@ -20,23 +20,24 @@ Stage = Literal["sft", "train"]
 def stage_arguments(
     folders: Mapping[str, str], where: Mapping[str, str], *, config: Path, result: Path
 ) -> list[str]:
-    """What the console command of a stage takes, for folders, place and files; options may be left empty."""
+    """The arguments of a stage's console command; empty options are left out."""
     options = {**folders, **where, "config": str(config), "result": str(result)}
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value]
 
 
 def read_result(file: Path) -> dict[str, float]:
-    """The metrics that a stage left in its `--result`; empty if it left nothing.
+    """The metrics in a stage's `--result` file; empty if there is none.
 
     Raises:
-        SoftprefError: the stage refused, and this is why.
+        SoftprefError: the stage's own error.
     """
     if not file.is_file():
         return {}
     found = json.loads(file.read_text(encoding="utf-8"))
     if "error" in found:
         raise SoftprefError(found["error"])
-    return found["result"]
+    metrics: dict[str, float] = found["result"]
+    return metrics
 
 
 def make_on_volume(folder: Path) -> None:
@@ -49,20 +50,20 @@ def make_on_volume(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"the shared volume cannot be written ({error}); it must belong to this step's user, "
+            f"the shared volume is not writable ({error}); it must belong to this step's user, "
             f'{os.getuid()}: see "The shared volume" in infra/README.md'
         ) from error
 
 
 def job_name(
-    stage: str, values: Mapping[str, Any], folders: Mapping[str, str], where: Mapping[str, str]
+    stage: str, values: Mapping[str, object], folders: Mapping[str, str], where: Mapping[str, str]
 ) -> str:
-    """A DNS label for the job or checkpoints of a step, which the same step of the same run finds again."""
+    """A DNS label for a step's job or checkpoints: the same whenever that step of that run is repeated."""
     identity = {
         "stage": stage,
         "values": dict(values),
         "name": where.get("name", ""),
-        # one run of a pipeline, or without tracking the one place that the model goes to
+        # the pipeline's run; without tracking, the output folder
         "run": run.id if (run := current_pipeline_run()) else where.get("parent_run_id") or folders["output"],
         "dataset": _stamp(Path(folders["dataset"]) / STATS_FILE),
         "reference": _stamp(Path(folders["reference"]) / METADATA_FILE) if "reference" in folders else "",

@@ -1,7 +1,7 @@
 """Where a training stage runs: in this process, in several on this machine, or as a Kubeflow TrainJob.
 
-A cluster profile holds these values; the training faces take them as one JSON string, `launcher`. Starts
-nothing, and imports nothing heavy, so that a compiler can check a profile with it.
+A cluster profile has these values; the training faces take them as one JSON string, `launcher`. Imports
+nothing heavy, because the compiler checks profiles with it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from softpref.config import build_config, parse_overrides
 from softpref.errors import ConfigError
 
-_DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
-_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|[EPTGMK]i?)?")
+DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|[EPTGMK]i?)?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -22,43 +22,43 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 class TrainJobConfig:
     """A training stage as a `TrainJob` of Kubeflow Trainer: several nodes, folders on one shared volume.
 
-    The step that submits the job needs no GPU. It must have the same volume claim mounted at the same path,
-    and a service account that may create, get and delete TrainJobs and read pods, their logs and events in
-    the job's namespace, and read TrainingRuntimes and ClusterTrainingRuntimes.
+    The step that submits the job needs no GPU. It must mount the same volume claim at the same path, and have
+    a service account that may create, get and delete TrainJobs and read pods, their logs and events in the
+    job's namespace, and read TrainingRuntimes and ClusterTrainingRuntimes.
 
     Args:
-        runtime: name of a TrainingRuntime or ClusterTrainingRuntime whose policy is torch, and whose job and
-            container are called `node`, as those that come with Kubeflow Trainer do.
-        namespace: where the job runs; empty: the namespace of the step that submits it.
-        nodes: pods of the job.
-        gpus_per_node: GPUs of each node, one process for each. None: the stage's parameter `gpus`.
-        gpu_resource: the resource by which the cluster's device plugin offers them.
+        runtime: a TrainingRuntime or ClusterTrainingRuntime for torch, whose job and container are called
+            `node`, like those that come with Kubeflow Trainer.
+        namespace: of the job; empty: that of the submitting step.
+        nodes: number of pods.
+        gpus_per_node: GPUs of each node, one process each. None: the stage's parameter `gpus`.
+        gpu_resource: the resource of the cluster's device plugin.
         processes_per_node: processes of a node without GPUs.
-        image: the training image; empty: the one that this version of softpref is built into.
+        image: the training image; empty: the one of this version of softpref.
         volume_claim: PersistentVolumeClaim (ReadWriteMany) for data, checkpoints and results, in the job's
-            namespace; needed.
-        mount_path: where the claim is mounted, in the nodes and in the step that submits.
-        folder: folder of the volume under which each job has one of its own.
-        cpu, memory: what each node requests and is limited to, as Kubernetes writes it (`8`, `64Gi`). Empty:
-            as the runtime says.
-        shared_memory: size of `/dev/shm`, as Kubernetes writes it; counted against memory. Empty: the
-            container engine's own, mostly 64 MiB, too small for NCCL on several GPUs.
-        service_account: of the nodes; empty: the namespace's default one. They need no rights.
+            namespace; required.
+        mount_path: where the claim is mounted, in the nodes and in the submitting step.
+        folder: folder of the volume that holds each job's own.
+        cpu, memory: request and limit of each node, as Kubernetes writes them (`8`, `64Gi`). Empty: the
+            runtime's.
+        shared_memory: size of `/dev/shm`, as Kubernetes writes it; counts as memory. Empty: the container
+            engine's, mostly 64 MiB, too small for NCCL on several GPUs.
+        service_account: of the nodes, which need no rights; empty: the namespace's default.
         node_selector: labels that a node must have.
-        tolerations: taints that are tolerated, as in a pod's specification.
+        tolerations: as in a pod's specification.
         image_pull_secrets: names of secrets for the image's registry.
         secrets: environment variable → `SECRET/KEY`, read by Kubernetes when a node starts. With `?` at the
-            end, the variable is left out where there is no such secret or key.
-        env: further environment variables. Never a secret: everybody who may see the job can read them.
-        labels: labels of the job, such as the queue of Kueue.
+            end, a missing secret or key leaves the variable out.
+        env: further environment variables. Never secrets: everybody who may see the job can read them.
+        labels: labels of the job, such as Kueue's queue.
         pod_labels, pod_annotations: of each node's pod, such as `sidecar.istio.io/inject: "false"`.
-        user: the user and group id of the nodes; the step that submits must have the same.
-        timeout: seconds that a job may take; the cluster then ends it. 0: no limit.
-        start_timeout: seconds within which all nodes must run; a job that a queue or a lack of GPUs holds
-            back longer is removed and the step fails. 0: no limit.
-        retries: how often a failed job is submitted again, to continue from its last checkpoint. A wrong
-            parameter is not tried again.
-        poll_interval: seconds between two looks at the job.
+        user: user and group id of the nodes; must be those of the submitting step.
+        timeout: seconds after which the cluster ends the job. 0: no limit.
+        start_timeout: seconds within which all nodes must run, in spite of queues and busy GPUs; a later
+            job is removed and the step fails. 0: no limit.
+        retries: how often a failed job is submitted again, to continue from its last checkpoint; not after
+            a wrong parameter.
+        poll_interval: seconds between two checks of the job.
     """
 
     runtime: str = "torch-distributed"
@@ -96,15 +96,10 @@ class TrainJobConfig:
         if not self.volume_claim:
             refuse("volume_claim", "the name of a ReadWriteMany claim that the nodes and this step mount")
         for name in ("runtime", "volume_claim", "namespace", "service_account"):
-            if (name == "runtime" or getattr(self, name)) and not _DNS_NAME.fullmatch(getattr(self, name)):
+            if (name == "runtime" or getattr(self, name)) and not DNS_NAME.fullmatch(getattr(self, name)):
                 refuse(name, "the name of a Kubernetes object: lower-case letters, digits, '-' and '.'")
-        for name, least in (
-            ("nodes", 1),
-            ("processes_per_node", 1),
-            ("timeout", 0),
-            ("start_timeout", 0),
-            ("retries", 0),
-        ):
+        for name in ("nodes", "processes_per_node", "timeout", "start_timeout", "retries"):
+            least = 1 if name in ("nodes", "processes_per_node") else 0
             if getattr(self, name) < least:
                 refuse(name, f"at least {least}")
         if self.gpus_per_node is not None and self.gpus_per_node < 0:
@@ -117,16 +112,14 @@ class TrainJobConfig:
             refuse("folder", "a relative path inside the volume")
         for name, reference in self.secrets.items():
             if not _ENV_NAME.fullmatch(name) or not re.fullmatch(r"[^/\s]+/[^/\s?]+\??", str(reference)):
-                refuse(
-                    "secrets", 'environment variables with "SECRET/KEY", like {"HF_TOKEN": "hub-token/token"}'
-                )
+                refuse("secrets", 'variables with "SECRET/KEY", like {"HF_TOKEN": "hub-token/token"}')
         for name, value in self.env.items():
             if not _ENV_NAME.fullmatch(name) or not isinstance(value, str):
-                refuse("env", 'environment variables with text, like {"NCCL_DEBUG": "INFO"}')
+                refuse("env", 'variables with text, like {"NCCL_DEBUG": "INFO"}')
         if twice := sorted({*self.env} & {*self.secrets}):
             refuse("env", f"without {', '.join(twice)}, which secrets has too")
         for name in ("cpu", "memory", "shared_memory"):
-            if getattr(self, name) and not _QUANTITY.fullmatch(getattr(self, name)):
+            if getattr(self, name) and not QUANTITY.fullmatch(getattr(self, name)):
                 refuse(name, "a quantity like 500m or 8Gi")
         if not all(isinstance(toleration, dict) for toleration in self.tolerations):
             refuse("tolerations", 'a list like [{"key": "nvidia.com/gpu", "operator": "Exists"}]')
@@ -134,14 +127,14 @@ class TrainJobConfig:
 
 @dataclass
 class LauncherConfig:
-    """What the faces' parameter `launcher` holds.
+    """The faces' parameter `launcher`.
 
     Args:
-        processes: processes on this machine, under `accelerate launch`. 0: one for each GPU that is asked
-            for. Above 0 it is for machines without GPUs, or must equal the number of GPUs asked for.
-        checkpoints: folder, on a volume that outlives the step, under which each training keeps its
-            checkpoints while it lasts; the same step of the same pipeline run, run again, continues from
-            them. Empty: inside the output, which a pod takes with it.
+        processes: processes on this machine, under `accelerate launch`. 0: one for each requested GPU. Above
+            0 only without GPUs, or equal to their number.
+        checkpoints: folder on a lasting volume for the checkpoints of each training while it runs; the same
+            step of the same pipeline run continues from them. Empty: inside the output, which is lost with
+            the pod.
         trainjob: the parameters of `TrainJobConfig`; then nothing is trained on this machine.
     """
 
@@ -152,21 +145,13 @@ class LauncherConfig:
     def __post_init__(self) -> None:
         if self.processes < 0:
             raise ConfigError(f"LauncherConfig.processes must be at least 0, got {self.processes}")
-        if self.processes and self.trainjob is not None:
+        self.job = None if self.trainjob is None else build_config(TrainJobConfig, self.trainjob)
+        if self.processes and self.job:
             raise ConfigError(
                 "LauncherConfig has processes and trainjob; for a TrainJob give trainjob.processes_per_node"
             )
-        if self.checkpoints and self.trainjob is not None:
-            raise ConfigError(
-                "LauncherConfig has checkpoints and trainjob; a TrainJob keeps its own on its volume"
-            )
-        if self.trainjob is not None:
-            build_config(TrainJobConfig, self.trainjob)
-
-    @property
-    def job(self) -> TrainJobConfig | None:
-        """The TrainJob's configuration, or None to train on this machine."""
-        return None if self.trainjob is None else build_config(TrainJobConfig, self.trainjob)
+        if self.checkpoints and self.job:
+            raise ConfigError("LauncherConfig has checkpoints and trainjob; a TrainJob keeps its own")
 
 
 def parse_launcher(text: str) -> LauncherConfig:

@@ -1,4 +1,4 @@
-"""Nodes of a TrainJob as pods of a cluster, by the Kubeflow SDK. Knows no training."""
+"""The nodes of a TrainJob, as pods of a cluster, through the Kubeflow SDK. Knows no training."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softpref.distributed.config import TrainJobConfig
 from softpref.distributed.node import SECRETS_VARIABLE
 from softpref.errors import ConfigError
 from softpref.images import TRAIN_IMAGE
 
+if TYPE_CHECKING:
+    from kubernetes.client import ApiException
+
 logger = logging.getLogger(__name__)
 
 _SECRETS = "/var/run/softpref-secrets"
-_GONE_WITHIN = 120.0  # seconds for a removed job's pods to end: they have 30 of grace
+_GONE_WITHIN = 120.0  # seconds for a removed job's pods to end; their grace period is 30
 _TAIL = 60
-# caches that libraries would put into a home that cannot be written
+# the libraries' default caches are in a home that is not writable
 _HOMES = {
     "HOME": "/tmp/home",
     "HF_HOME": "/tmp/huggingface",
@@ -32,12 +35,11 @@ _HOMES = {
 
 
 class State(NamedTuple):
-    """What is known of a job.
+    """The state of a job.
 
     Attributes:
-        status: `waiting` until all nodes have run, `running`, `complete`, `failed`, or `gone` if somebody
-            has removed it.
-        nodes: the state of each node that there is, by its name, as the SDK calls it.
+        status: `waiting` until all nodes run, `running`, `complete`, `failed`, or `gone` after a removal.
+        nodes: the SDK's state of each existing node, by name.
     """
 
     status: str
@@ -45,13 +47,13 @@ class State(NamedTuple):
 
 
 class KubernetesNodes:
-    """The pods of a TrainJob, in the cluster that this step runs in, or of the kubeconfig's current context.
+    """The pods of a TrainJob, in this step's cluster or that of the kubeconfig's current context.
 
     Args:
         gpus: of each node.
 
     Raises:
-        ConfigError: the SDK is not installed, or no cluster is known.
+        ConfigError: the SDK is not installed, or there is no cluster.
     """
 
     def __init__(self, job: TrainJobConfig, gpus: int) -> None:
@@ -69,7 +71,7 @@ class KubernetesNodes:
                 f"a TrainJob needs a cluster, and none is known here ({error}); run the step in one, or "
                 "give a kubeconfig"
             ) from error
-        self._printed: dict[tuple[str, int], int] = {}  # lines of each start of a pod that were passed on
+        self._printed: dict[tuple[str, int], int] = {}  # lines printed so far, by pod and its restarts
 
     def folder(self, name: str) -> Path:
         """The job's folder on the shared volume, as this step and its nodes see it."""
@@ -87,7 +89,7 @@ class KubernetesNodes:
         self._own(name)
 
     def request(self, name: str, env: Mapping[str, str]) -> dict[str, Any]:
-        """What `TrainerClient.train` is called with."""
+        """The arguments for `TrainerClient.train`."""
         from kubeflow.trainer import CustomTrainerContainer
         from kubeflow.trainer import options as sdk
 
@@ -125,12 +127,9 @@ class KubernetesNodes:
             node_selector=job.node_selector or None,
             tolerations=job.tolerations or None,
         )
-        about = {
-            key: values
-            for key, values in (("labels", job.pod_labels), ("annotations", job.pod_annotations))
-            if values
-        }
-        pods = sdk.PodTemplatePatch(metadata=about or None, spec=pod)
+        about = {"labels": job.pod_labels, "annotations": job.pod_annotations}
+        metadata = {key: values for key, values in about.items() if values}
+        pods = sdk.PodTemplatePatch(metadata=metadata or None, spec=pod)
         template = sdk.JobTemplatePatch(spec=sdk.JobSpecPatch(template=pods))
         patch = sdk.TrainingRuntimeSpecPatch(
             template=sdk.JobSetTemplatePatch(
@@ -139,7 +138,7 @@ class KubernetesNodes:
                 )
             )
         )
-        options: list[Any] = [
+        options: list[object] = [
             sdk.Name(name),
             sdk.Labels({"app.kubernetes.io/part-of": "softpref", **job.labels}),
             sdk.TrainerCommand(["python", "-m", "softpref.distributed.node", str(self.folder(name))]),
@@ -155,21 +154,22 @@ class KubernetesNodes:
         )
         return {"runtime": job.runtime, "trainer": trainer, "options": options}
 
-    def _volumes(self) -> tuple[list[dict], list[dict]]:
-        """The pod's volumes, and where the container has them."""
+    def _volumes(self) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+        """The pod's volumes, and the container's mounts of them."""
         job = self._job
-        memory = {"medium": "Memory", **({"sizeLimit": job.shared_memory} if job.shared_memory else {})}
-        volumes: list[dict] = [
+        volumes: list[dict[str, object]] = [
             {"name": "shared", "persistentVolumeClaim": {"claimName": job.volume_claim}},
             {"name": "tmp", "emptyDir": {}},
-            *([{"name": "shm", "emptyDir": memory}] if job.shared_memory else []),
         ]
-        mounts: list[dict] = [
+        mounts: list[dict[str, object]] = [
             {"name": "shared", "mountPath": job.mount_path},
             {"name": "tmp", "mountPath": "/tmp"},
-            *([{"name": "shm", "mountPath": "/dev/shm"}] if job.shared_memory else []),
         ]
-        # files, for variables of this container cannot be taken from secrets by a TrainJob's patches
+        if job.shared_memory:
+            memory = {"medium": "Memory", "sizeLimit": job.shared_memory}
+            volumes.append({"name": "shm", "emptyDir": memory})
+            mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+        # mounted as files: a TrainJob's patches cannot set this container's variables from secrets
         for secret in sorted({reference.partition("/")[0] for reference in job.secrets.values()}):
             volume = f"secret-{secret}".replace(".", "-")
             needed = any(one.startswith(f"{secret}/") and one[-1] != "?" for one in job.secrets.values())
@@ -179,7 +179,7 @@ class KubernetesNodes:
         return volumes, mounts
 
     def _own(self, name: str) -> None:
-        """Have the cluster remove the job with this step's pod, should nobody live to do it."""
+        """Make this step's pod the job's owner, so that the cluster removes the job if the step cannot."""
         pod, uid = os.environ.get("KFP_POD_NAME"), os.environ.get("KFP_POD_UID")
         backend = self._client.backend
         if not (pod and uid) or self._job.namespace not in ("", backend.namespace):
@@ -194,11 +194,11 @@ class KubernetesNodes:
                 name,
                 {"metadata": {"ownerReferences": [owner]}},
             )
-        except Exception as error:  # the job runs all the same, and is removed by this step's own hand
+        except Exception as error:  # the job runs anyway, and this step removes it itself
             logger.warning("TrainJob %s is not owned by this step's pod: %s", name, _reason(error))
 
     def state(self, name: str) -> State:
-        """How the job stands; raises OSError while that cannot be found out."""
+        """The job's state; raises OSError while it is unknown."""
         try:
             job = self._client.get_job(name)
         except (RuntimeError, TimeoutError) as error:
@@ -212,7 +212,7 @@ class KubernetesNodes:
         return State("running" if len(going) == self._job.nodes else "waiting", steps)
 
     def output(self, name: str) -> Iterator[str]:
-        """What the first node prints, from its beginning, as it comes, until it ends or the stream breaks."""
+        """The first node's output, each line once, until the node ends or the stream breaks."""
         try:
             pods = [step.pod_name for step in self._client.get_job(name).steps if step.name == "node-0"]
             if not pods:
@@ -226,18 +226,18 @@ class KubernetesNodes:
             raise OSError(_reason(error)) from error
 
     def _restarts(self, pod: str) -> int:
-        """How often a pod's container has been started again, each time with a log of its own."""
+        """The restarts of a pod's container; each has a log of its own."""
         from kubernetes.client import ApiException
 
         backend = self._client.backend
         try:
             found = backend.core_api.read_namespaced_pod(pod, backend.namespace)
-        except ApiException:  # it is going; its log then tells
+        except ApiException:  # the pod is being removed
             return 0
         return sum(each.restart_count for each in found.status.container_statuses or ())
 
     def failure(self, name: str) -> list[str]:
-        """Last lines of the nodes that failed, and what the cluster says about them."""
+        """The last lines of the failed nodes, and the cluster's events about them."""
         lines: list[str] = []
         try:
             job = self._client.get_job(name)
@@ -250,11 +250,11 @@ class KubernetesNodes:
                 for event in self._client.get_job_events(name)[-10:]
             ]
         except (RuntimeError, TimeoutError) as error:
-            lines.append(f"nothing more can be found out: {_reason(error)}")
+            lines.append(f"no more is known: {_reason(error)}")
         return lines
 
     def delete(self, name: str) -> None:
-        """Remove the job and its nodes, if they are there; returns when they are gone."""
+        """Remove the job and its nodes, if there are any; returns when they are gone."""
         from kubernetes.client import ApiException
 
         try:
@@ -263,15 +263,13 @@ class KubernetesNodes:
             if _status(error) == 404:
                 return
             logger.warning(
-                "TrainJob %s cannot be removed: %s; remove it by kubectl delete trainjob %s",
-                name,
-                _reason(error),
-                name,
+                f"TrainJob {name} cannot be removed: {_reason(error)}; "
+                f"remove it with kubectl delete trainjob {name}"
             )
             return
         logger.warning("TrainJob %s: removed", name)
         backend, until = self._client.backend, time.monotonic() + _GONE_WITHIN
-        while time.monotonic() < until:  # its pods write checkpoints until they end
+        while time.monotonic() < until:  # the pods may write checkpoints until they end
             try:
                 pods = backend.core_api.list_namespaced_pod(
                     backend.namespace, label_selector=f"jobset.sigs.k8s.io/jobset-name={name}"
@@ -279,30 +277,32 @@ class KubernetesNodes:
                 if not pods.items and self.state(name).status == "gone":
                     return
             except (ApiException, OSError) as error:
-                logger.warning("whether TrainJob %s is gone is unknown: %s", name, _reason(error))
+                logger.warning("TrainJob %s may not be gone: %s", name, _reason(error))
                 return
             time.sleep(min(1.0, self._job.poll_interval))
         logger.warning("TrainJob %s: pods are still there after %d s", name, _GONE_WITHIN)
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error of the SDK goes back to, if any."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(status := getattr(cause, "status", None), int):
-            return status
-        cause = cause.__cause__
-    return None
+    """The HTTP status behind an error of the SDK, if any."""
+    return next((cause.status for cause in _api_errors(error)), None)
 
 
 def _reason(error: BaseException) -> str:
-    """What the API said, where an error of the SDK goes back to an answer of it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if body := getattr(cause, "body", None):
+    """The API's answer behind an error of the SDK, if any; else the error and its cause."""
+    for cause in _api_errors(error):
+        if cause.body:
             try:
-                return str(json.loads(body)["message"])
+                return str(json.loads(cause.body)["message"])
             except (ValueError, KeyError, TypeError):
-                return str(body)
-        cause = cause.__cause__
+                return str(cause.body)
     return f"{error}" + (f" ({error.__cause__})" if error.__cause__ else "")
+
+
+def _api_errors(error: BaseException | None) -> Iterator[ApiException]:
+    from kubernetes.client import ApiException
+
+    while error is not None:
+        if isinstance(error, ApiException):
+            yield error
+        error = error.__cause__

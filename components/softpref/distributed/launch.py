@@ -1,4 +1,4 @@
-"""The one function that the training faces call: a stage in this process, in several, or on other nodes."""
+"""Runs a training stage for its face: in this process, in several, or on other nodes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from softpref.config import build_config
+from softpref.config import TRUE, build_config
 from softpref.distributed.command import Stage, job_name, make_on_volume, read_result, stage_arguments
-from softpref.distributed.config import LauncherConfig, parse_launcher
+from softpref.distributed.config import parse_launcher
 from softpref.distributed.processes import (
     StageFailed,
     launch_command,
@@ -36,18 +36,18 @@ def run_stage(
 
     Args:
         stage: `sft` or `train`.
-        config_class, run: its configuration, and what runs it in this process.
+        config_class, run: its configuration, and the function that runs it in this process.
         layers: parameters of the stage's configuration, later layers winning; see `build_config`.
         folders: `dataset` and `output`, and `reference` of the stage `train`.
         launcher: see `softpref.distributed.config.LauncherConfig`.
-        where: what the stage's `run` takes besides: `name`, `experiment`, `parent_run_id`, `tracking_uri`.
+        where: further arguments of `run`: `name`, `experiment`, `parent_run_id`, `tracking_uri`.
 
     Returns:
         The stage's final metrics.
 
     Raises:
-        SoftprefError: what the stage refuses, wherever it runs.
-        StageFailed: it ran in other processes, and failed there.
+        SoftprefError: the stage's own, wherever it runs.
+        StageFailed: it failed in other processes.
     """
     values = {key: value for layer in layers for key, value in layer.items()}
     config = parse_launcher(launcher)
@@ -59,14 +59,19 @@ def run_stage(
         checkpoints = Path(config.checkpoints) / job_name(stage, values, folders, where)
         make_on_volume(checkpoints)
         where["checkpoint_dir"] = str(checkpoints)
-    processes = _processes(config, _count(values.get("gpus", 0)))
+    gpus = _count(values.get("gpus", 0))
+    if config.processes and gpus and config.processes != gpus:
+        raise ConfigError(
+            f"launcher.processes is {config.processes}, and gpus is {gpus}: each process trains on one GPU; "
+            "leave one of them out"
+        )
+    processes = config.processes or max(1, gpus)
     if processes == 1:
         paths = {f"{name}_dir": path for name, path in folders.items()}
         return run(build_config(config_class, values), **paths, **where)
     from softpref.lm.arguments import require_devices
 
-    gpus = _count(values.get("gpus", 0))
-    use_cpu = str(values.get("use_cpu", "")).lower() in ("true", "1", "yes", "on")
+    use_cpu = str(values.get("use_cpu", "")).lower() in TRUE
     require_devices(gpus, 1 if use_cpu else processes)
     logger.warning("training in %d processes on this machine", processes)
     with tempfile.TemporaryDirectory(prefix="softpref-") as folder:
@@ -80,23 +85,14 @@ def run_stage(
                 what=f"the stage {stage} in {processes} processes",
             )
         except StageFailed:
-            read_result(result)  # a refusal says more than the launcher's account of its processes
+            read_result(result)  # the stage's own error says more than the launcher's
             raise
         return read_result(result)
 
 
-def _processes(config: LauncherConfig, gpus: int) -> int:
-    if config.processes and gpus and config.processes != gpus:
-        raise ConfigError(
-            f"launcher.processes is {config.processes}, and gpus is {gpus}: each process trains on one GPU; "
-            "leave one of them out"
-        )
-    return config.processes or max(1, gpus)
-
-
-def _count(value: Any) -> int:
-    """`gpus` as a number; what is none is refused by the stage itself."""
+def _count(value: object) -> int:
+    """`gpus` as a number; the stage itself refuses anything else."""
     try:
-        return int(value)
-    except (TypeError, ValueError):
+        return int(value) if isinstance(value, (str, int, float)) else 0
+    except ValueError:
         return 0

@@ -1,8 +1,8 @@
-"""A training stage as a `TrainJob` of Kubeflow Trainer, from the step that submits it: copy, submit, watch.
+"""Runs a training stage as a `TrainJob` of Kubeflow Trainer, from the step that submits it.
 
-Folders go to the shared volume, the job's nodes train there (`softpref.distributed.node`), and the result is
-copied back. The job's name is made of what is trained: the step that is run again finds what it left, removes
-a job that is still there, and continues from the checkpoints. Whatever ends the step, the job ends with it.
+Folders are copied to the shared volume, the job's nodes train there (`softpref.distributed.node`), and the
+result is copied back. The job's name depends only on what is trained: a repeated step finds its folder,
+removes a job left behind, and continues from the checkpoints. However the step ends, the job ends with it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import shutil
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from softpref.distributed.command import Stage, job_name, make_on_volume, read_result
 from softpref.distributed.config import TrainJobConfig
-from softpref.distributed.kubernetes_nodes import KubernetesNodes, State
+from softpref.distributed.kubernetes_nodes import KubernetesNodes
 from softpref.distributed.node import CHECKPOINTS, OUTPUT, PARAMETERS_FILE, RESULT_FILE, NodeTask, finished
 from softpref.distributed.processes import StageFailed, cancellable
 from softpref.errors import ConfigError
@@ -38,10 +37,9 @@ _FORWARDED = (
     "MLFLOW_EXPERIMENT_NAME",
     "HF_HUB_OFFLINE",
 )
-"""Variables of this step that hold no secret, and say to the nodes where to track and what to read."""
+"""Variables that the nodes get from this step; none holds a secret."""
 
-_PATIENCE = 300.0  # seconds that the cluster's API may be away before the step gives up
-_LAST_LINES = 60
+_PATIENCE = 300.0  # seconds without the cluster's API until the step gives up
 
 
 def run_trainjob(
@@ -52,16 +50,10 @@ def run_trainjob(
     folders: Mapping[str, str],
     where: Mapping[str, str],
 ) -> dict[str, float]:
-    """Run a training stage as a TrainJob and wait for its end.
-
-    Args:
-        values, folders, where: see `softpref.distributed.launch.run_stage`.
-
-    Returns:
-        The stage's final metrics; its model is in `folders["output"]`.
+    """Run a training stage as a TrainJob and wait for it; see `softpref.distributed.launch.run_stage`.
 
     Raises:
-        SoftprefError: what the stage refuses.
+        SoftprefError: the stage's own.
         StageFailed: the job failed, more often than `job.retries` allows, or did not start in time.
     """
     folders = {name: os.path.abspath(path) for name, path in folders.items()}
@@ -84,7 +76,7 @@ def run_trainjob(
     with cancellable():
         _require_volume(job, folder)
         try:
-            nodes.delete(name)  # of a step that was killed before it could
+            nodes.delete(name)  # left by a step that was killed
             if not finished(folder / RESULT_FILE):
                 _prepare(folder, task, values, folders)
                 _attempts(job, nodes, name, folder)
@@ -97,12 +89,12 @@ def run_trainjob(
 
 
 def node_environment(job: TrainJobConfig) -> dict[str, str]:
-    """Variables for the nodes: the profile's, and those of this step that are no secret."""
+    """Variables for the nodes: the profile's, and this step's without secrets."""
     return {key: os.environ[key] for key in _FORWARDED if os.environ.get(key)} | job.env
 
 
 def _require_volume(job: TrainJobConfig, folder: Path) -> None:
-    """Refuse a volume that is not mounted here: data would be copied to where no node finds them."""
+    """Without the mount, no node would find the copied data."""
     if not os.path.ismount(job.mount_path):
         raise ConfigError(
             f"nothing is mounted at {job.mount_path} in this step; mount the claim {job.volume_claim} there, "
@@ -111,8 +103,8 @@ def _require_volume(job: TrainJobConfig, folder: Path) -> None:
     make_on_volume(folder)
 
 
-def _prepare(folder: Path, task: NodeTask, values: Mapping[str, Any], folders: Mapping[str, str]) -> None:
-    """Put data, reference and parameters where the nodes find them; what stands there already stays."""
+def _prepare(folder: Path, task: NodeTask, values: Mapping[str, object], folders: Mapping[str, str]) -> None:
+    """Copy data, reference and parameters to the volume; folders that are already there stay."""
     for kind, source in folders.items():
         target = folder / kind
         if kind == "output" or target.is_dir():
@@ -120,28 +112,27 @@ def _prepare(folder: Path, task: NodeTask, values: Mapping[str, Any], folders: M
         part = folder / f"{kind}.part"
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(source, part)
-        part.replace(target)  # a folder of this name is whole
-    (folder / RESULT_FILE).unlink(missing_ok=True)  # an earlier refusal
+        part.replace(target)  # so a folder of this name is complete
+    (folder / RESULT_FILE).unlink(missing_ok=True)  # an earlier error
     (folder / PARAMETERS_FILE).write_text(json.dumps(dict(values)), encoding="utf-8")
     task.write(folder)
 
 
 def _attempts(job: TrainJobConfig, nodes: KubernetesNodes, name: str, folder: Path) -> None:
-    """Submit the job until it completes, as often as is allowed."""
-    env = node_environment(job)
+    """Submit the job until it completes, at most `job.retries` times again."""
+    env, result = node_environment(job), folder / RESULT_FILE
     for attempt in range(job.retries + 1):
         if attempt:
             nodes.delete(name)
         nodes.submit(name, env)
         logger.warning("TrainJob %s: submitted, %d nodes", name, job.nodes)
-        if (state := _watch(job, nodes, name, folder / RESULT_FILE)).status == "complete" and finished(
-            folder / RESULT_FILE
-        ):
+        status = _watch(job, nodes, name, result)
+        if status == "complete" and finished(result):
             return
-        read_result(folder / RESULT_FILE)  # a refusal is said as such
-        what = f"TrainJob {name} {state.status}"
-        if state.status == "complete":
-            what += f", and left no result in {folder / RESULT_FILE}; is this the volume that its nodes have?"
+        read_result(result)  # raises the stage's own error
+        what = f"TrainJob {name} {status}"
+        if status == "complete":
+            what += f", and left no result in {result}; do its nodes mount this volume?"
         lines = nodes.failure(name)
         if attempt < job.retries:
             logger.warning("%s; submitted again, to continue from its last checkpoint", what)
@@ -149,15 +140,15 @@ def _attempts(job: TrainJobConfig, nodes: KubernetesNodes, name: str, folder: Pa
     raise StageFailed("\n".join([f"{what} ({kept}); last lines of its nodes:", *lines]))
 
 
-def _watch(job: TrainJobConfig, nodes: KubernetesNodes, name: str, result: Path) -> State:
-    """Wait for the job's end, its output passed on meanwhile.
+def _watch(job: TrainJobConfig, nodes: KubernetesNodes, name: str, result: Path) -> str:
+    """Print the job's output until it ends; returns its final status.
 
     Args:
-        result: the file where the stage leaves its result, or says what it refuses.
+        result: the file where the stage leaves its result, or its error.
 
     Raises:
-        SoftprefError: what the stage refuses; the runtime may be about to start it again, in vain.
-        StageFailed: its nodes did not start in time, or nobody could say for too long how it stands.
+        SoftprefError: the stage's own; the runtime may be about to start it again, in vain.
+        StageFailed: the nodes did not start in time, or the state was unknown for too long.
     """
     over = threading.Event()
     printer = threading.Thread(target=_print_output, args=(nodes, name, over), daemon=True)
@@ -171,8 +162,8 @@ def _watch(job: TrainJobConfig, nodes: KubernetesNodes, name: str, result: Path)
                 answered = time.monotonic()
             except OSError as error:
                 if time.monotonic() - answered > _PATIENCE:
-                    raise StageFailed(f"how TrainJob {name} stands cannot be found out: {error}") from error
-                logger.warning("how TrainJob %s stands cannot be found out now: %s", name, error)
+                    raise StageFailed(f"the state of TrainJob {name} is unknown: {error}") from error
+                logger.warning("the state of TrainJob %s is unknown now: %s", name, error)
                 time.sleep(job.poll_interval)
                 continue
             now = ", ".join(f"{node} {status}" for node, status in sorted(state.nodes.items()))
@@ -183,37 +174,31 @@ def _watch(job: TrainJobConfig, nodes: KubernetesNodes, name: str, result: Path)
             read_result(result)
             if state.status in ("complete", "failed", "gone"):
                 over.set()
-                printer.join(30)  # for what is still under way; after an exception nobody waits
-                return state
+                printer.join(30)  # for output still on its way; not after an exception
+                return state.status
             if job.start_timeout and not was_running and time.monotonic() - started > job.start_timeout:
-                raise StageFailed(
-                    "\n".join(
-                        [
-                            f"TrainJob {name} did not start within {job.start_timeout} s ({said}); look at "
-                            "quota, queue and free GPUs, or raise start_timeout",
-                            *nodes.failure(name),
-                        ]
-                    )
-                )
+                what = f"TrainJob {name} did not start within {job.start_timeout} s ({said}); check quota, "
+                what += "queue and free GPUs, or raise start_timeout"
+                raise StageFailed("\n".join([what, *nodes.failure(name)]))
             time.sleep(job.poll_interval)
     finally:
         over.set()
 
 
 def _print_output(nodes: KubernetesNodes, name: str, over: threading.Event) -> None:
-    """Pass on what the first node prints; a stream that breaks is taken up where it broke."""
-    printed: deque[str] = deque(maxlen=1)
+    """Print the first node's output; a broken stream is continued where it broke."""
+    last = "\n"
     while True:
         last_round = over.is_set()
         try:
             for text in nodes.output(name):
                 sys.stdout.write(text)
                 sys.stdout.flush()
-                printed.append(text)
+                last = text
         except OSError as error:
             logger.debug("the output of TrainJob %s broke off: %s", name, error)
         if last_round:
-            if printed and not printed[0].endswith("\n"):
+            if not last.endswith("\n"):
                 sys.stdout.write("\n")
             return
         over.wait(1)

@@ -1,8 +1,4 @@
-"""The command line of the pipelines: compiles one, or runs it here, in containers, or on a cluster.
-
-The graph and its parameters are the same in all cases: a recipe and the command line give the parameters,
-one planning function checks them before anything starts.
-"""
+"""The command line of the pipelines: compiles one, or runs it here, in containers, or on a cluster."""
 
 from __future__ import annotations
 
@@ -16,34 +12,38 @@ import re
 import shlex
 import sys
 import tempfile
-import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softpref import __version__
 from softpref.config import closest, convert, parse_overrides
 from softpref.data.config import EMBEDDED
 from softpref.errors import ConfigError, SoftprefError
-from softpref.options import CONFIGURATIONS, HIDDEN, instead, read_options
+from softpref.options import CONFIGURATIONS, HIDDEN, Option, instead, read_options
 from softpref.pipelines import graph
 from softpref.pipelines.local import require_gpus, run_here, task_server
 from softpref.pipelines.packages import compile_components, compile_package, packages_folder
 from softpref.pipelines.profiles import CLUSTERS, read_profile
-from softpref.pipelines.recipes import RECIPES, inputs, names_in, pipeline_parameters, typed
+from softpref.pipelines.recipes import RECIPES, element_type, inputs, names_in, pipeline_parameters, typed
 from softpref.pipelines.submission import add_client_options, submit, ui_address
 from softpref.preflight.parameters import PLANNED, TABLE
-from softpref.preflight.stage import ARTIFACT_SCHEME, check, further_sources, plan
+from softpref.preflight.stage import ARTIFACT_SCHEME, Member, check, further_sources, plan
+
+if TYPE_CHECKING:
+    from kfp.dsl.graph_component import GraphComponent
+
+COMMANDS = ("run", "compile", "components")
 
 
-def main(pipeline: Any, arguments: list[str], name: str = "") -> int:
+def main(pipeline: GraphComponent, arguments: list[str], name: str = "") -> int:
     """Run the command line of one pipeline; returns the exit status.
 
     Args:
         name: of the command; by default the script's, such as spo_sweep.py.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # texts hold characters that not every terminal knows
+        sys.stdout.reconfigure(errors="replace")  # not every terminal can show all characters
     try:
         options = _parse(pipeline, arguments, name)
         if options.command == "components":
@@ -63,7 +63,7 @@ def main(pipeline: Any, arguments: list[str], name: str = "") -> int:
         return 2
 
 
-def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
+def _for_cluster(pipeline: GraphComponent, given: dict[str, Any], options: argparse.Namespace) -> int:
     """Compile a package for a cluster, or submit a run to it."""
     profile = read_profile(options.cluster)
     if not profile.kfp_ui and (ui := options.ui_host or options.endpoint):
@@ -77,8 +77,8 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
             typed(name, value, shape[name])
     if profile.trainjob and profile.trainjob.gpus_per_node is not None and given.get("gpus") is not None:
         raise ConfigError(
-            f"the cluster profile {options.cluster} gives a node {profile.trainjob.gpus_per_node} GPUs "
-            "(trainjob.gpus_per_node); leave one of the two out"
+            f"gpus is given, and the cluster profile {options.cluster} gives a node "
+            f"{profile.trainjob.gpus_per_node} GPUs (trainjob.gpus_per_node); leave one of the two out"
         )
     form = graph.pipeline(pipeline.name, profile)
     parameters = pipeline_parameters(form, options.recipe, given)
@@ -98,7 +98,7 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
         print(compile_package(pipeline, path, profile, parameters))
         return 0
     print(_planned(pipeline, options, members))
-    # the form shows the recipe; what was given on top of it belongs to the run, but for what shapes the graph
+    # the form shows the recipe; other values given belong to the run, except those that shape the graph
     shown = pipeline_parameters(form, options.recipe, {})
     if parameters["source"].startswith(ARTIFACT_SCHEME):
         shown["source"] = parameters["source"]
@@ -109,7 +109,7 @@ def _for_cluster(pipeline: Any, given: dict[str, Any], options: argparse.Namespa
 
 
 def _filled(parameters: dict[str, Any]) -> dict[str, Any]:
-    """A form whose source and base model are left to whoever fills it, as if somebody had."""
+    """A form whose source and base model are left empty, filled in so that the rest can be checked."""
     left = [name for name in ("source", "base_model") if not parameters[name]]
     if "model_config" in parameters["sft_overrides"]:  # a model from nothing
         left = [name for name in left if name != "base_model"]
@@ -117,7 +117,7 @@ def _filled(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_local(name: str, value: str) -> None:
-    if os.path.exists(os.path.expanduser(value)):  # which a signed URL, too long for a path, passes
+    if os.path.exists(os.path.expanduser(value)):  # unlike Path.exists, takes a URL too long for a path
         raise ConfigError(
             f"{name} {value} is on this machine, and no step of the cluster sees it: give a Hub id, a "
             "URL (s3://, gs://, https:// …), or a path of a volume that the profile mounts"
@@ -128,31 +128,25 @@ def _components(options: argparse.Namespace) -> int:
     """Write the stages' component files for a cluster."""
     profile = read_profile(options.cluster)
     suffix = "" if options.cluster == "default" else f"-{profile.name}"
-    for path in compile_components(
-        Path(options.output or packages_folder() / f"components{suffix}"), profile
-    ):
-        print(path)
+    folder = Path(options.output or packages_folder() / f"components{suffix}")
+    print("\n".join(map(str, compile_components(folder, profile))))
     return 0
 
 
-def _planned(pipeline: Any, options: argparse.Namespace, members: Iterable[Any]) -> str:
+def _planned(pipeline: GraphComponent, options: argparse.Namespace, members: Iterable[Member]) -> str:
     return f"{_name(pipeline)}, recipe {options.recipe}: {', '.join(member.name for member in members)}"
 
 
 # ---------------------------------------------------------------------- the command line
 
 
-def parser_of(pipeline: Any, name: str = "", recipe: str | None = None) -> argparse.ArgumentParser:
-    """All that the command line of a pipeline takes.
-
-    Args:
-        recipe: whose defaults `--help` shows.
-    """
+def parser_of(pipeline: GraphComponent, name: str = "", recipe: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a pipeline's command line; `--help` shows the defaults of `recipe`."""
     name = name or f"{_name(pipeline)}.py"
     defaults = pipeline_parameters(pipeline, recipe, {}) if recipe else {}
     parser = argparse.ArgumentParser(
         prog=name,
-        usage=f"{name} [run|compile|components] [--recipe NAME] [--OPTION VALUE ...]",
+        usage=f"{name} [{'|'.join(COMMANDS)}] [--recipe NAME] [--OPTION VALUE ...]",
         description=pipeline.component_spec.description,
         allow_abbrev=False,
     )
@@ -160,9 +154,9 @@ def parser_of(pipeline: Any, name: str = "", recipe: str | None = None) -> argpa
     parser.add_argument(
         "command",
         nargs="?",
-        metavar="{run,compile,components}",
+        metavar=f"{{{','.join(COMMANDS)}}}",
         default="run",
-        help="run (default), compile: write a package for the KFP UI whose form shows the parameters, or "
+        help="run (default); compile: write a package for the KFP UI, whose form shows the parameters; "
         "components: write every stage as a file for kfp.components.load_component_from_file",
     )
     parser.add_argument(
@@ -172,8 +166,8 @@ def parser_of(pipeline: Any, name: str = "", recipe: str | None = None) -> argpa
     )
     parser.add_argument(
         "--output",
-        help="new folder for the results (default: runs/RECIPE-TIME); the package to write, for compile; the "
-        "folder to write, for components",
+        help="new folder for the results (default: runs/RECIPE-TIME); with compile, the package to write; "
+        "with components, the folder to write",
     )
     parser.add_argument(
         "--runner",
@@ -188,19 +182,16 @@ def parser_of(pipeline: Any, name: str = "", recipe: str | None = None) -> argpa
         help=f"profile: {', '.join(names_in(CLUSTERS))}, or a YAML file (default: default)",
     )
     add_client_options(cluster)
-    group = parser.add_argument_group(
-        "pipeline parameters (they win over the recipe's, which --recipe chooses)"
-    )
+    group = parser.add_argument_group("pipeline parameters (they win over those of --recipe)")
     for name, parameter in inputs(pipeline).items():
-        many = typing.get_origin(parameter.annotation) is list
-        kind = typing.get_args(parameter.annotation)[0] if many else parameter.annotation
+        kind, many = element_type(parameter.annotation)
         default = defaults.get(name, parameter.default)
         shown = json.dumps(default, ensure_ascii=False)
         where = f"default: {shown}" if default == parameter.default else f"recipe {recipe}: {shown}"
         group.add_argument(
             f"--{_dashed(name)}",
             dest=name,
-            type=_argument_type(name, parameter.annotation),
+            type=_argument_type(name, kind, many),
             nargs="*" if many else None,
             metavar="JSON" if kind is dict else kind.__name__.upper(),
             help=f"{TABLE[name].text} ({where})".replace("%", "%%"),
@@ -211,7 +202,7 @@ def parser_of(pipeline: Any, name: str = "", recipe: str | None = None) -> argpa
 _CLUSTER = "compile, components, and --runner cluster"
 
 
-def _parse(pipeline: Any, arguments: list[str], name: str = "") -> argparse.Namespace:
+def _parse(pipeline: GraphComponent, arguments: list[str], name: str = "") -> argparse.Namespace:
     recipe = None
     if {"-h", "--help"} & {*arguments}:
         chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -222,7 +213,7 @@ def _parse(pipeline: Any, arguments: list[str], name: str = "") -> argparse.Name
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.error(_unknown(arguments[arguments.index(unknown[0]) :], vars(options).keys() - {"command"}))
-    if options.command not in ("run", "compile", "components"):
+    if options.command not in COMMANDS:
         parser.error(f"there is no command {options.command!r}: it is run, compile or components")
     to_cluster = options.command != "run" or options.runner == "cluster"
     (cluster,) = [group for group in parser._action_groups if group.title == _CLUSTER]
@@ -236,9 +227,7 @@ def _parse(pipeline: Any, arguments: list[str], name: str = "") -> argparse.Name
             if getattr(options, name) != parser.get_default(name):
                 parser.error(f"--{_dashed(name)} is for pipelines; components have all their inputs")
     if options.command == "run" and options.runner == "cluster" and options.output:
-        parser.error(
-            "--output is for runs on this machine; the results of a cluster's are in MLflow and in KFP"
-        )
+        parser.error("--output is for runs on this machine; a cluster's results are in MLflow and in KFP")
     return options
 
 
@@ -247,7 +236,7 @@ def _dashed(name: str) -> str:
 
 
 def _unknown(arguments: list[str], known: Collection[str]) -> str:
-    """What to write in place of the first argument, which nothing takes."""
+    """What to write instead of the first argument, which is unknown."""
     option, equals, value = arguments[0].partition("=")
     if not option.startswith("--"):
         return f"{option!r} belongs to no option"
@@ -257,14 +246,14 @@ def _unknown(arguments: list[str], known: Collection[str]) -> str:
         value = json.loads(value)
     stage, _, name = option[2:].replace("-", "_").rpartition(".")
     stages = {one: read_options(*place) for one, place in CONFIGURATIONS.items()}
-    stages["compare"] = stages["register"]  # what is chosen must pass its gate
+    stages["compare"] = stages["register"]  # the chosen model must pass the gate of registration
     if stage and stage not in stages:
         return f"{option} is unknown: there is no stage {stage!r}{closest(stage, stages)}"
     meant = [stage] if stage else [*stages]
     options = [other for one in meant for other in stages[one].values()]
 
     def written(name: str) -> list[str]:
-        """As a parameter of the pipeline, else in the overrides of each stage that has it."""
+        """As the pipeline's parameter, else in the overrides of each stage that has it."""
         if not stage and name in known:
             return [f"--{_dashed(name)}"]
         found = []
@@ -285,8 +274,8 @@ def _unknown(arguments: list[str], known: Collection[str]) -> str:
     return f"{option} is unknown{instead(name, exact, own, inherited, written)}"
 
 
-def _fitting(value: Any, option: Any) -> Any:
-    """The value, or a mark of something to fill in where yes or no is no answer to this option."""
+def _fitting(value: Any, option: Option) -> Any:
+    """The value; a mark to fill in instead of true or false for an option that is no switch."""
     try:
         convert("", {option.name: value}, {option.name: option.hint})
     except ConfigError:
@@ -294,42 +283,26 @@ def _fitting(value: Any, option: Any) -> Any:
     return value
 
 
-def _argument_type(name: str, annotation: Any) -> Any:
-    """What argparse makes of a parameter's text."""
-    if annotation is bool:
-        return _truth
-    if typing.get_origin(annotation) is list:
-        return _element(name, typing.get_args(annotation)[0])
-    if annotation is not dict:
-        return annotation
+def _argument_type(name: str, kind: type, many: bool = False) -> Callable[[str], Any]:
+    """Converts the text of a parameter, or of an element of a list."""
 
-    def mapping(text: str) -> dict[str, Any]:
+    expected = "true or false" if kind is bool else "a number"
+    if many:
+        default = " ".join(map(str, TABLE[name].default))
+        expected = f"numbers with spaces between them, as in --{name} {default}"
+
+    def converted(text: str) -> Any:
         try:
-            return parse_overrides(text, name)
+            if kind is dict:
+                return parse_overrides(text, name)
+            return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except ConfigError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
+        except (KeyError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"must be {expected}; got {text!r}") from error
 
-    return mapping
-
-
-def _element(name: str, kind: type) -> Any:
-    def element(text: str) -> Any:
-        try:
-            return kind(text)
-        except ValueError as error:
-            default = " ".join(map(str, TABLE[name].default))
-            raise argparse.ArgumentTypeError(
-                f"must be numbers with spaces between them, as in --{name} {default}; got {text!r}"
-            ) from error
-
-    return element
+    return converted
 
 
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
-    return text.lower() == "true"
-
-
-def _name(pipeline: Any) -> str:
-    return pipeline.name.replace("-", "_")
+def _name(pipeline: GraphComponent) -> str:
+    return str(pipeline.name).replace("-", "_")

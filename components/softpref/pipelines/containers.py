@@ -1,7 +1,7 @@
-"""Runs the tasks of a pipeline in containers, through the API that Docker and Podman share. Knows no stage.
+"""Runs the tasks of a pipeline in containers, through the API that Docker and Podman share.
 
-A container runs as the user who started the pipeline, sees the folders of this run and what its parameters
-name, can write to nothing else but its own /tmp, has no capabilities, and goes when the run is interrupted.
+A container runs as the calling user, sees only this run's folders and the paths in its parameters, writes
+only to the former and its own /tmp, has no capabilities, and is removed when the run is interrupted.
 """
 
 from __future__ import annotations
@@ -18,15 +18,21 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softpref.errors import ConfigError
 from softpref.preflight.stage import further_sources
 from softpref.tracking import RUN_ID, RUN_NAME
+from softpref.tracking.mlflow_store import artifact_folder, sqlite_file
 
-# the environment that tasks get of the launcher's, where it is set
+if TYPE_CHECKING:
+    from docker import DockerClient
+    from docker.models.containers import Container
+    from kfp.local import DockerRunner
+
+# variables of the launcher's environment that tasks get
 _FORWARDED = (
     *(RUN_ID, RUN_NAME),
     *("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
@@ -38,16 +44,16 @@ _FORWARDED = (
 )
 OUTPUT_LABEL = "softpref.output"  # of a container: the folder of its run
 _UNPRIVILEGED = 1000  # the images' user
-_GRACE = 10.0  # seconds that an interrupted task has to end its tracking run
-_PATIENCE = 60.0  # seconds that an engine's or a tracking server's process may take to answer
+_GRACE = 10.0  # seconds for an interrupted task to end its tracking run
+_PATIENCE = 60.0  # seconds for an engine or a tracking server to start
 
 
 class Engine(NamedTuple):
-    """What answers at `DOCKER_HOST`.
+    """The container engine at `DOCKER_HOST`.
 
     Attributes:
         name: "podman" or "docker".
-        rootless: whether the root of its containers is this machine's calling user.
+        rootless: whether root in its containers is this machine's calling user.
     """
 
     name: str
@@ -56,27 +62,20 @@ class Engine(NamedTuple):
 
 @contextlib.contextmanager
 def engine() -> Iterator[Engine]:
-    """Podman or Docker: the one that `DOCKER_HOST` names, else Podman, whose API is started, else Docker.
+    """The engine of `DOCKER_HOST`, else Podman, whose API is started meanwhile, else Docker.
 
     Raises:
         ConfigError: there is neither, or it does not answer.
     """
     with contextlib.ExitStack() as stack:
         if "DOCKER_HOST" not in os.environ and shutil.which("podman"):
-            os.environ["DOCKER_HOST"] = stack.enter_context(_podman_service())
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="softpref-")))
+            path, log = folder / "podman.sock", folder / "log"
+            command = ["podman", "system", "service", "--time=0", f"unix://{path}"]
+            _await(path.exists, stack.enter_context(_process(command, log)), log, "podman system service")
+            os.environ["DOCKER_HOST"] = f"unix://{path}"
             stack.callback(os.environ.pop, "DOCKER_HOST")
         yield _who_answers()
-
-
-@contextlib.contextmanager
-def _podman_service() -> Iterator[str]:
-    """Podman's API for as long as this lasts; its address."""
-    with tempfile.TemporaryDirectory(prefix="softpref-") as folder:
-        path = Path(folder, "podman.sock")
-        command = ["podman", "system", "service", "--time=0", f"unix://{path}"]
-        with _process(command, Path(folder, "log")) as process:
-            _await(path.exists, process, Path(folder, "log"), "podman system service")
-            yield f"unix://{path}"
 
 
 def _who_answers() -> Engine:
@@ -102,10 +101,10 @@ def _who_answers() -> Engine:
 
 
 def require_images(names: Iterable[str], engine: Engine) -> None:
-    """Pull the images that are not here.
+    """Pull the images that are not on this machine.
 
     Raises:
-        ConfigError: some cannot be had; it names them all, and the command that builds them.
+        ConfigError: some are not available; names them all, and the command that builds them.
     """
     import docker
 
@@ -117,7 +116,7 @@ def require_images(names: Iterable[str], engine: Engine) -> None:
                 client.images.get(name)
             except docker.errors.ImageNotFound:
                 try:
-                    if name.startswith("localhost/"):  # where no registry is
+                    if name.startswith("localhost/"):  # no registry
                         raise
                     print(f"pulling {name}", flush=True)
                     client.images.pull(name)
@@ -131,18 +130,17 @@ def require_images(names: Iterable[str], engine: Engine) -> None:
 
 
 @contextlib.contextmanager
-def served(tracking_uri: str, log_file: Path) -> Iterator[str]:
-    """An MLflow server before a SQLite store, which containers cannot share as a file; its address.
+def served(store: Path, log_file: Path) -> Iterator[str]:
+    """The address of an MLflow server for a SQLite store, which containers cannot share as a file.
 
-    Only the loopback interface reaches it. Runs and artifacts end where they would without it, because the
-    store's experiments say where their artifacts are.
+    Only the loopback interface reaches it. Runs and artifacts are stored where they would be without it.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--workers", "1", "--backend-store-uri", tracking_uri, "--no-serve-artifacts"]
-    command += ["--default-artifact-root", artifact_folder(tracking_uri).as_uri()]
+    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{store}", "--no-serve-artifacts"]
+    command += ["--default-artifact-root", artifact_folder(store).as_uri()]
     address = f"http://127.0.0.1:{port}"
 
     def answers() -> bool:
@@ -156,22 +154,16 @@ def served(tracking_uri: str, log_file: Path) -> Iterator[str]:
         yield address
 
 
-def artifact_folder(tracking_uri: str) -> Path:
-    """Where a SQLite store's experiments keep their artifacts (see `softpref.tracking`)."""
-    return Path(tracking_uri.removeprefix("sqlite:///")).parent / "mlartifacts"
-
-
 class Containers:
-    """The containers of one run of a pipeline: `run` takes the place of KFP's `run_docker_container`.
+    """The containers of one run of a pipeline: `run` replaces KFP's `run_docker_container`.
 
-    Entered, it has an engine that has every image; `open` then makes ready what the tasks need.
+    Entering it finds an engine and pulls the tasks' `images`; `open` then prepares what the tasks need.
     """
 
     def __init__(self, images: Iterable[str]) -> None:
-        """Args: images: names of the images of all tasks."""
         self._images = set(images)
         self._stack = contextlib.ExitStack()
-        self._running: dict[str, Any] = {}
+        self._running: dict[str, Container] = {}
         self._lock = threading.Lock()
         self._interrupted = False
         self._user, self._gpus = "", 0
@@ -190,21 +182,21 @@ class Containers:
         self._stack.close()
 
     def open(self, output: Path, parameters: Mapping[str, Any]) -> str:
-        """Make the folders that tasks write to, and an address of the tracking store that they can reach.
+        """Make the folders that tasks write to, and serve a SQLite tracking store.
 
         Args:
             output: folder of the run; the tasks' outputs will be in its `pipeline`.
             parameters: of the pipeline; tasks can read the files and folders that they name.
 
         Returns:
-            The tracking URI for the tasks: the given one, or that of a server before a SQLite file.
+            The tracking URI for the tasks: the given one, or that of the server.
         """
         address = str(parameters["tracking_uri"])
         self._labels = {OUTPUT_LABEL: str(output.absolute())}
         writable = [output / "pipeline"]
-        if address.startswith("sqlite:"):
-            writable.append(artifact_folder(address))
-            address = self._stack.enter_context(served(address, output / "mlflow-server.log"))
+        if store := sqlite_file(address):
+            writable.append(artifact_folder(store))
+            address = self._stack.enter_context(served(store, output / "mlflow-server.log"))
         forwarded = {name: os.environ[name] for name in _FORWARDED if os.environ.get(name)}
         self._environment = {**forwarded, "MLFLOW_TRACKING_URI": address}
         self._gpus = int(parameters.get("gpus") or 0)
@@ -212,11 +204,11 @@ class Containers:
         for path in _paths_in([dict(parameters), further, forwarded]):
             self._volumes[str(path.absolute())] = "ro"
         hub_cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-        if self._engine.rootless:  # its root is the user who called, and its other users are not
+        if self._engine.rootless:  # only its root is the calling user
             self._user = "0:0"
         elif os.getuid():
             self._user = f"{os.getuid()}:{os.getgid()}"
-        else:  # no container is root: the images' user runs it, and gets what is written to
+        else:  # never root: the images' user, who then owns the writable folders
             self._user = f"{_UNPRIVILEGED}:{_UNPRIVILEGED}"
             hub_cache = output / "hub-cache"
         for folder in [*writable, hub_cache]:
@@ -227,8 +219,8 @@ class Containers:
         self._environment["HF_HOME"] = str(hub_cache.absolute())
         return address
 
-    def runner(self) -> Any:
-        """KFP's runner, with this machine's network and the containers' confinement."""
+    def runner(self) -> DockerRunner:
+        """KFP's runner, with this machine's network and confined containers."""
         from docker.types import DeviceRequest
         from kfp import local
 
@@ -245,17 +237,22 @@ class Containers:
         }
         here = Path.cwd()
         if any(here in Path(path).parents for path in self._volumes):
-            options["working_dir"] = str(here)  # relative paths in parameters then mean the same
+            options["working_dir"] = str(here)  # for relative paths in parameters
         if self._gpus:
             options["device_requests"] = [DeviceRequest(count=self._gpus, capabilities=[["gpu"]])]
         return local.DockerRunner(**options)
 
     def run(
-        self, client: Any, image: str, command: list[str], volumes: dict[str, Any], **options: Any
+        self,
+        client: DockerClient,
+        image: str,
+        command: list[str],
+        volumes: dict[str, dict[str, str]],
+        **options: Any,
     ) -> int:
-        """Run one task in a container, print what it prints, and return its exit status.
+        """Run one task in a container, print its output, and return its exit status.
 
-        KFP's own function removes the container before it asks for the status, and then takes a failure for a
+        KFP's own function asks for the status after removing the container, and so reports a failure as a
         success (kubeflow/pipelines 13332).
         """
         if self._interrupted:
@@ -273,7 +270,7 @@ class Containers:
                 container.kill()
             for line in container.logs(stream=True, follow=True):
                 print(line.decode(errors="replace"), end="")
-            status = container.wait()["StatusCode"]
+            status = int(container.wait()["StatusCode"])
             if status == 137 and not self._interrupted:
                 print("ERROR - the task's container was killed, perhaps for want of memory\n")
             return status
@@ -284,7 +281,7 @@ class Containers:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within it, SIGINT and SIGTERM end the containers and raise KeyboardInterrupt; a second kills."""
+        """Within it SIGINT and SIGTERM end the containers and raise KeyboardInterrupt; a second one kills."""
 
         def interrupt(number: int, frame: object) -> None:
             again, self._interrupted = self._interrupted, True
@@ -300,13 +297,13 @@ class Containers:
                 signal.signal(number, handler)
 
     def _end(self, grace: float) -> None:
-        """Interrupt every task as Ctrl-C would, and kill what is still there after `grace` seconds."""
+        """Interrupt every task as Ctrl-C would, and kill those still running after `grace` seconds."""
         with self._lock:
             running = list(self._running.values())
         if grace:
             for container in running:
                 with contextlib.suppress(Exception):  # it has just ended
-                    # everything but the shell that KFP starts a task with, which then ends by itself
+                    # reaches all but the shell that KFP starts a task with, which then ends by itself
                     container.exec_run(["sh", "-c", "kill -INT -1"], detach=True)
         until = time.monotonic() + grace
         while time.monotonic() < until and any(container.id in self._running for container in running):
@@ -317,8 +314,8 @@ class Containers:
                     container.kill()
 
 
-def _paths_in(value: Any) -> Iterator[Path]:
-    """Files and folders of this machine that parameters name, also those within JSON."""
+def _paths_in(value: object) -> Iterator[Path]:
+    """The files and folders of this machine that parameters name, even within JSON."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list):
@@ -345,7 +342,7 @@ def _give(folder: Path, user: int) -> None:
 def _process(
     command: list[str], log_file: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of a session of its own, which Ctrl-C does not reach; it ends with this."""
+    """A process that Ctrl-C does not reach, in a session of its own; it ends with this context."""
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -367,7 +364,7 @@ def _process(
                 process.wait()
 
 
-def _await(ready: Any, process: subprocess.Popen[bytes], log_file: Path, what: str) -> None:
+def _await(ready: Callable[[], bool], process: subprocess.Popen[bytes], log_file: Path, what: str) -> None:
     until = time.monotonic() + _PATIENCE
     while not ready():
         if process.poll() is not None or time.monotonic() > until:

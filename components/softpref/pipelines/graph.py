@@ -1,6 +1,6 @@
 """The graph of both pipelines: plan → data → reference → [train → evaluate] → compare → register.
 
-A sweep goes through the brackets once for each model, and compares them; a single run has one model.
+A sweep runs the part in brackets once for each model and compares them; a single run has one model.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Any
 
 from kfp import dsl
 from kfp.dsl import Artifact, Input
+from kfp.dsl.base_component import BaseComponent
+from kfp.dsl.graph_component import GraphComponent
+from kfp.dsl.pipeline_channel import PipelineChannel
 
 from softpref.data.component import prepare_data
 from softpref.evaluation.component import compare_models, evaluate_model
@@ -35,16 +38,15 @@ from softpref.spo.component import train_policy
 Values = Mapping[str, Any]  # of a pipeline's parameters, by name
 
 
-def pipeline(name: str, profile: Profile | None = None, defaults: Mapping[str, Any] | None = None) -> Any:
-    """One of the two pipelines.
+def pipeline(
+    name: str, profile: Profile | None = None, defaults: Mapping[str, Any] | None = None
+) -> GraphComponent:
+    """One of the two pipelines, without the parameter `gpus` where the profile fixes their number.
 
     Args:
         name: spo-sweep or spo-pipeline.
         profile: of the cluster that it is for; None: for this machine.
-        defaults: values that the parameters take when the form is left alone; they win over the profile's.
-
-    Returns:
-        A pipeline of KFP, without the parameter `gpus` where the profile fixes their number.
+        defaults: defaults of the parameters; they win over the profile's.
 
     Raises:
         ConfigError: the profile sets a parameter that the pipeline does not have.
@@ -60,7 +62,7 @@ def pipeline(name: str, profile: Profile | None = None, defaults: Mapping[str, A
         fixed = {} if profile.fixed_gpus is None else {"gpus": str(profile.fixed_gpus or "")}
     shown |= defaults or {}
     form = [
-        # a profile writes the text `gpus` as the number that it is
+        # a profile writes `gpus` as a number, the parameter is text
         replace(one, default=str(shown[one.name]) if one.type is str else shown[one.name])
         for one in parameters.values()
         if one.name not in fixed
@@ -82,20 +84,20 @@ _SINGLE = "Align a language model to preferences at one softness."
 
 
 def _explained(name: str, summary: str, parameters: Mapping[str, Parameter]) -> str:
-    """The pipeline's description with the fields that most people fill: KFP's form shows no texts."""
+    """The pipeline's description with the most important fields: KFP's form shows no texts."""
     fields = [f"- {one.name}: {one.text}" for one in parameters.values() if one.shown]
     script = f"`python pipelines/{name.replace('-', '_')}.py --help`"
     return "\n".join(
-        [summary, "The form's fields that matter most:", *fields, f"{script} explains them all."]
+        [summary, "The most important fields of the form:", *fields, f"{script} explains all fields."]
     )
 
 
-def _steps(values: Values, register_chosen: Any) -> None:
-    """The steps of a sweep, or, without a part that registers what it has chosen, of a single run."""
+def _steps(values: Values, register_chosen: GraphComponent | None) -> None:
+    """The steps of a sweep; without `register_chosen`, those of a single run."""
     sweep, step = register_chosen is not None, partial(_step, values)
     plan = (plan_sweep if sweep else plan_run)(**values, run_name=run_name())
     plan.set_display_name("Check, plan the sweep" if sweep else "Check every parameter")
-    place(plan, "plan", cache=False)  # it opens the run's own in MLflow
+    place(plan, "plan", cache=False)  # it opens the pipeline's run in MLflow
     planned = plan.outputs
     data = step(
         prepare_data,
@@ -128,12 +130,12 @@ def _steps(values: Values, register_chosen: Any) -> None:
             compare_models,
             "compare",
             "Compare and choose",
-            cache=False,  # this run's tree in MLflow gets it
+            cache=False,  # it writes to this run's tree in MLflow
             evaluations=dsl.Collected(evaluated["evaluation"]),
             record=planned["record"],
         )
     with dsl.If(values["registered_model_name"] != "", name="registration"):
-        if sweep:
+        if register_chosen:
             register_chosen(
                 **{name: values[name] for name in _AT_REGISTRATION},
                 model_uri=comparison["model_uri"],
@@ -142,34 +144,33 @@ def _steps(values: Values, register_chosen: Any) -> None:
                 record=planned["record"],
             ).set_display_name("Register chosen")
         else:
-            _register(
-                values,
-                model=policy["policy"],
-                evaluation=evaluated["evaluation"],
-                record=planned["record"],
-            )
+            evaluation = evaluated["evaluation"]
+            _register(values, model=policy["policy"], evaluation=evaluation, record=planned["record"])
 
 
-def _step(values: Values, face: Any, stage: str, shown: str, *, cache: bool = True, **inputs: Any) -> Any:
+def _step(
+    values: Values, face: BaseComponent, stage: str, shown: str, *, cache: bool = True, **inputs: object
+) -> Mapping[str, PipelineChannel]:
     """The outputs of a task, which gets the parameters that reach its stage."""
     task = face(**{**of_stage(stage, values), **inputs})
     task.set_display_name(shown)
     place(task, stage, gpus=values.get("gpus", 0), cache=cache)
-    return task.outputs
+    outputs: Mapping[str, PipelineChannel] = task.outputs
+    return outputs
 
 
-def _register(values: Values, **inputs: Any) -> None:
-    # what the registry holds decides, not the inputs: not from the cache
+def _register(values: Values, **inputs: object) -> None:
+    # not from the cache: the registry's content decides, not only the inputs
     _step(values, register_model, "register", "Register", cache=False, **inputs)
 
 
 _AT_REGISTRATION = {name: one for name, one in SWEEP.items() if one.key("register")}
 
 
-def _register_chosen() -> Any:
-    """A part of its own: KFP's importer starts with the pipeline it belongs to, and knows its inputs alone.
+def _register_chosen() -> GraphComponent:
+    """A graph of its own, because KFP's importer starts with its graph and sees only that graph's inputs.
 
-    A model from the cache lies outside of the run, where no output of a task may point.
+    A model from the cache needs the importer: it is outside the run, where no task's output may point.
     """
 
     @declared(
@@ -183,7 +184,7 @@ def _register_chosen() -> Any:
     )
     def register_chosen(values: Values) -> None:
         inputs = {name: values[name] for name in ("evaluation", "comparison", "record")}
-        # KFP looks `artifact_uri` up by this very name
+        # KFP looks up `artifact_uri` by this very name
         model = dsl.importer(artifact_uri=values["model_uri"], artifact_class=dsl.Model)
         _register(values, model=model.output, **inputs)
 

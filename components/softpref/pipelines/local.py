@@ -1,4 +1,4 @@
-"""Runs a pipeline on this machine, its tasks as processes or in containers, and says what came of it."""
+"""Runs a pipeline on this machine, its tasks as processes or in containers, and reports the result."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Mapping
 from glob import glob
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from softpref.errors import ConfigError
 from softpref.pipelines.containers import Containers
 from softpref.pipelines.screen import log_and_screen
 from softpref.pipelines.tasks import TaskServer
-from softpref.timings import TIMINGS_FILE
+from softpref.records import TIMINGS_FILE
 from softpref.tracking import (
     RUN_ID,
     RUN_NAME,
@@ -33,13 +33,16 @@ from softpref.tracking import (
     where_to_look,
 )
 
-_BEGAN = time.time() - time.process_time()  # of this process, which has done nothing but compute so far
+if TYPE_CHECKING:
+    from kfp.dsl.graph_component import GraphComponent
+
+_BEGAN = time.time() - time.process_time()  # this process has only computed so far
 
 
 def task_server(parameters: Mapping[str, Any]) -> contextlib.AbstractContextManager[TaskServer | None]:
-    """Begins the imports that all tasks need, while this process checks the parameters."""
+    """Starts the imports that all tasks need, while this process checks the parameters."""
     share_cores()
-    if not sys.platform.startswith("linux"):  # elsewhere forks of a process with these libraries may crash
+    if not sys.platform.startswith("linux"):  # elsewhere such forks may crash
         return contextlib.nullcontext()
     return TaskServer(resolve_tracking_uri(parameters["tracking_uri"] or None))
 
@@ -66,8 +69,12 @@ def share_cores() -> None:
 
 
 def run_here(
-    pipeline: Any, parameters: dict[str, Any], options: argparse.Namespace, tasks: TaskServer | None
+    pipeline: GraphComponent,
+    parameters: dict[str, Any],
+    options: argparse.Namespace,
+    tasks: TaskServer | None,
 ) -> int:
+    """Run a pipeline on this machine and print its results; returns the exit status."""
     name = f"{Path(options.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     output = Path(options.output or Path("runs") / name)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -95,7 +102,7 @@ def run_here(
             return 130
         finally:
             if not uri.startswith("sqlite:"):
-                sync_below(output / "pipeline", uri)  # what a server that was away has not heard
+                sync_below(output / "pipeline", uri)  # the server may have been away
             finish_pipeline_run(
                 status,
                 name=name,
@@ -121,20 +128,20 @@ def run_here(
     return 0
 
 
-def _images(pipeline: Any) -> set[str]:
+def _images(pipeline: GraphComponent) -> set[str]:
     """The images of a pipeline's tasks."""
     executors = dict(pipeline.pipeline_spec.deployment_spec)["executors"]
     return {executor["container"]["image"] for executor in executors.values() if "container" in executor}
 
 
 def _execute(
-    pipeline: Any,
+    pipeline: GraphComponent,
     parameters: dict[str, Any],
     containers: Containers | None,
     root: Path,
     tasks: TaskServer | None,
 ) -> str | None:
-    """Run the pipeline's tasks in the containers, or as processes; returns what failed."""
+    """Run the pipeline's tasks in containers or as processes; returns KFP's error, if any."""
     import warnings
 
     from kfp import local
@@ -155,12 +162,12 @@ def _execute(
         print(f"ERROR - {error}")
         return re.sub(r"\x1b\[\d+m", "", str(error))
     finally:
-        builtins.print = original_print  # KFP indents it, and tasks side by side leave it so
+        builtins.print = original_print  # KFP replaces it to indent lines, and parallel tasks leave it so
     return None
 
 
 def _refusal(tasks: Path) -> str:
-    """Why no model could be registered, where all steps did their work; empty if that is not so."""
+    """Why no model was registered although all steps succeeded; empty if one was."""
     for name, decided in (("registration.json", "registered"), ("comparison.json", "chosen")):
         for file in tasks.rglob(name):
             decision = json.loads(file.read_text(encoding="utf-8"))
@@ -169,7 +176,7 @@ def _refusal(tasks: Path) -> str:
 
 
 def _times(tasks: Path) -> str:
-    """One line: how long it all took, and what the tasks' processes did for half a second or more."""
+    """One line: the whole time, and the phases of the tasks' processes of half a second or more."""
     seconds: Counter[str] = Counter()
     for file in tasks.rglob(TIMINGS_FILE):
         seconds.update(json.loads(file.read_text(encoding="utf-8")))
@@ -178,7 +185,7 @@ def _times(tasks: Path) -> str:
 
 
 def _summarise(output: Path, tracking_uri: str, run_id: str | None = None) -> None:
-    """Bring the results to the top of the output folder and say what they are and where."""
+    """Copy the results to the top of the output folder, and print what they are and where."""
     from softpref.evaluation.compare import evaluation_folders, outcome_lines, warning_lines
     from softpref.evaluation.tables import format_table
     from softpref.records import Comparison, Evaluation, Registration

@@ -1,4 +1,4 @@
-"""Compiles a pipeline to the package that is uploaded in the KFP UI, and the stages to components."""
+"""Compiles a pipeline to a package for the KFP UI, and the stages to components."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softpref.config import parse_overrides
 from softpref.pipelines import graph
 from softpref.pipelines.profiles import STAGES, Profile
 from softpref.pipelines.recipes import RECIPES
 
+if TYPE_CHECKING:
+    from kfp.dsl.graph_component import GraphComponent
+
 
 def packages_folder() -> Path:
-    """Where packages go unless it is said: `pipelines/packages` of a checkout, else `packages` here."""
+    """The default folder for packages: `pipelines/packages` of a checkout, else `packages` here."""
     folder = RECIPES.resolve().parent / "packages"
     return folder if folder.is_dir() else Path("packages")
 
 
 def compile_package(
-    pipeline: Any, path: Path, profile: Profile, parameters: Mapping[str, Any] | None = None
+    pipeline: GraphComponent, path: Path, profile: Profile, parameters: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write the pipeline's package, the file to upload in the KFP UI.
-
-    Args:
-        parameters: what the form shows before anybody fills it.
-    """
+    """Write the pipeline's package, whose form shows `parameters` as defaults; returns its path."""
     from kfp import compiler
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,21 +38,25 @@ def compile_package(
     return path
 
 
+def read_package(path: Path) -> dict[str, Any]:
+    """The specification of the pipeline in a package."""
+    import yaml
+
+    specification: dict[str, Any] = next(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    return specification
+
+
 _DEFAULT = re.compile(r"^(#.*\[Default: )(\{.*\})(?=\])", re.MULTILINE)
 
 
 def _in_order(match: re.Match[str]) -> str:
-    """KFP's comment on a mapping has its keys in another order each time."""
-    values = parse_overrides(ast.literal_eval(match[2]))
-    return match[1] + json.dumps(values, sort_keys=True)
+    """A mapping in KFP's comments with sorted keys; KFP's order changes each time."""
+    return match[1] + json.dumps(parse_overrides(ast.literal_eval(match[2])), sort_keys=True)
 
 
 def compile_components(folder: Path, profile: Profile) -> list[Path]:
-    """Write each stage as a component of its own, to be loaded into other people's pipelines.
-
-    Args:
-        profile: names the images. What else a stage gets of a cluster is up to the pipeline that loads it.
-    """
+    """Write each stage as a component for other pipelines; of the profile, only the images go into it."""
+    import docstring_parser
     from kfp import compiler, dsl
 
     from softpref.data.component import prepare_data
@@ -73,19 +76,11 @@ def compile_components(folder: Path, profile: Profile) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for stage, face in faces.items():
-        image = profile.images[STAGES[stage]]
-        component = dsl.component(face.python_func, base_image=image, install_kfp_package=False)
-        texts = _argument_texts(face.python_func)  # KFP takes those of inputs alone
-        for name, output in component.component_spec.outputs.items():
-            output.description = texts.get(name, output.description)
-        written.append(folder / f"{face.python_func.__name__}.yaml")
+        image, function = profile.images[STAGES[stage]], face.python_func
+        component = dsl.component(function, base_image=image, install_kfp_package=False)
+        for entry in docstring_parser.parse(inspect.getdoc(function) or "").params:
+            if output := component.component_spec.outputs.get(entry.arg_name):  # KFP describes inputs only
+                output.description = " ".join((entry.description or "").split())
+        written.append(folder / f"{function.__name__}.yaml")
         compiler.Compiler().compile(component, str(written[-1]))
     return written
-
-
-def _argument_texts(function: Any) -> dict[str, str]:
-    """What the docstring of a component says of each argument."""
-    import docstring_parser
-
-    parsed = docstring_parser.parse(inspect.getdoc(function) or "")
-    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parsed.params}

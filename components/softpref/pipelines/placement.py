@@ -1,7 +1,4 @@
-"""Gives the steps of a pipeline what a cluster's profile says: `place` alone knows Kubernetes.
-
-Runs on this machine apply no profile: they trace the pipelines without one.
-"""
+"""Applies a cluster's profile to the steps of a pipeline. Pipelines for this machine have no profile."""
 
 from __future__ import annotations
 
@@ -10,21 +7,25 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING
 
 from softpref.pipelines.profiles import STAGES, TRAINING, Profile, threads
 from softpref.preflight.stage import ARTIFACT_SCHEME
 from softpref.tracking import KFP_UI, RUN_ID, RUN_NAME
 
+if TYPE_CHECKING:
+    from kfp.dsl import PipelineTask
+    from kfp.dsl.pipeline_channel import PipelineChannel
+
 _profile: ContextVar[Profile | None] = ContextVar("profile", default=None)
-_artifact: ContextVar[str] = ContextVar("artifact", default="")  # address of a KFP artifact to begin with
-_LONG = 30 * 86400  # seconds within which a step without timeout is tried again
+_artifact: ContextVar[str] = ContextVar("artifact", default="")  # address of a source in KFP's own store
+_LONG = 30 * 86400  # seconds within which a step without timeout is retried
 _BACKOFF = 30
 
 
 @contextlib.contextmanager
 def applied(profile: Profile | None, source: str) -> Iterator[None]:
-    """Within it, a pipeline is traced for a cluster, and begins with the source where that is KFP's."""
+    """Within it a pipeline is traced for a cluster, and for a source, which may be a KFP artifact."""
     tokens = _profile.set(profile), _artifact.set(source if source.startswith(ARTIFACT_SCHEME) else "")
     try:
         yield
@@ -33,12 +34,14 @@ def applied(profile: Profile | None, source: str) -> Iterator[None]:
         _artifact.reset(tokens[1])
 
 
-def place(task: Any, stage: str, *, gpus: Any = 0, cache: bool = True) -> None:
-    """Give a task what the profile that is being compiled for says of its stage; nothing without a profile.
+def place(
+    task: PipelineTask, stage: str, *, gpus: PipelineChannel | str | int = 0, cache: bool = True
+) -> None:
+    """Give a task its stage's settings in the present profile, if there is one.
 
     Args:
-        gpus: the pipeline's parameter, or its fixed number, for a training stage.
-        cache: False for a task that must run anew whatever the profile says.
+        gpus: of a training stage: the pipeline's parameter, or the fixed number.
+        cache: False for a task that must always run, whatever the profile says.
     """
     profile = _profile.get()
     if profile is None:
@@ -48,7 +51,7 @@ def place(task: Any, stage: str, *, gpus: Any = 0, cache: bool = True) -> None:
     from kfp import kubernetes
 
     settings = profile.stages[stage]
-    if profile.trainjob and stage in TRAINING:  # the work is done by the job's nodes; the task waits
+    if profile.trainjob and stage in TRAINING:  # the task only waits for the job's nodes
         waiting = profile.stages["plan"]
         settings = dataclasses.replace(
             settings, cpu=waiting.cpu, memory=waiting.memory, gpus=0, node_selector={}, tolerations=[]
@@ -60,7 +63,7 @@ def place(task: Any, stage: str, *, gpus: Any = 0, cache: bool = True) -> None:
     if settings.memory:
         task.set_memory_request(settings.memory).set_memory_limit(settings.memory)
     if settings.retries:
-        # of all attempts together: an hour, unless it is given
+        # the maximum covers all attempts together; by default it is an hour
         whole = (settings.retries + 1) * settings.timeout + _BACKOFF * 2**settings.retries
         task.set_retry(
             settings.retries,
@@ -112,7 +115,7 @@ def place(task: Any, stage: str, *, gpus: Any = 0, cache: bool = True) -> None:
 
 
 def launcher() -> str:
-    """The training stages' parameter of that name on the cluster that is being compiled for."""
+    """The training stages' parameter `launcher` for the present profile."""
     profile = _profile.get()
     if profile and profile.trainjob:
         return json.dumps({"trainjob": dataclasses.asdict(profile.trainjob)})
@@ -123,12 +126,8 @@ def launcher() -> str:
 
 
 @contextlib.contextmanager
-def ended(**where: Any) -> Iterator[None]:
-    """Steps after which, on a cluster, a last one ends the run in MLflow, however they have ended.
-
-    Args:
-        where: `experiment` and `tracking_uri`.
-    """
+def ended(experiment: object, tracking_uri: object) -> Iterator[None]:
+    """On a cluster, after the steps traced within it a last one ends the run in MLflow, whatever happened."""
     if _profile.get() is None:  # on this machine the runner does it
         yield
         return
@@ -136,7 +135,7 @@ def ended(**where: Any) -> Iterator[None]:
 
     from softpref.preflight.component import finish_run
 
-    finish = finish_run(run_name=run_name(), **where)
+    finish = finish_run(run_name=run_name(), experiment=experiment, tracking_uri=tracking_uri)
     finish.set_display_name("End the run in MLflow")
     place(finish, "finish", cache=False)
     with dsl.ExitHandler(finish, name="steps"):
@@ -144,14 +143,14 @@ def ended(**where: Any) -> Iterator[None]:
 
 
 def run_name() -> str:
-    """The name of the pipeline run, as KFP puts it in."""
+    """The placeholder of the pipeline run's name, which KFP fills in."""
     from kfp import dsl
 
-    return dsl.PIPELINE_JOB_NAME_PLACEHOLDER if _profile.get() else ""
+    return str(dsl.PIPELINE_JOB_NAME_PLACEHOLDER) if _profile.get() else ""
 
 
-def source_artifact() -> dict[str, Any]:
-    """The data stage's artifact, where the source is the address of one in KFP's own store."""
+def source_artifact() -> dict[str, PipelineChannel]:
+    """The data stage's input artifact, for a source in KFP's own store."""
     if not _artifact.get():
         return {}
     from kfp import dsl
@@ -161,6 +160,6 @@ def source_artifact() -> dict[str, Any]:
 
 
 def models_at_once() -> int | None:
-    """How many models of a sweep train at the same time; None sets no limit."""
+    """The limit on models of a sweep that train at the same time; None: no limit."""
     profile = _profile.get()
     return (profile.models_at_once or None) if profile else None

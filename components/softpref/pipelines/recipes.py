@@ -1,4 +1,4 @@
-"""A recipe's values over the pipelines' defaults, and a person's over both. Checks their types alone."""
+"""Merges a pipeline's defaults, a recipe and the values given. Checks only their types."""
 
 from __future__ import annotations
 
@@ -6,39 +6,51 @@ import inspect
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softpref.config import NULL, closest, read_mapping
 from softpref.errors import ConfigError
 from softpref.preflight.parameters import SWEEP
 
+if TYPE_CHECKING:
+    from kfp.dsl.graph_component import GraphComponent
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
 def names_in(folder: Path) -> list[str]:
-    """The recipes, or the cluster profiles, that a folder holds."""
+    """The recipes or cluster profiles in a folder."""
     return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
-def inputs(pipeline: Any) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a pipeline of `@dsl.pipeline`, as its function has them."""
+def find_file(name: str, folder: Path, what: str) -> Path:
+    """The YAML file of a name in a folder, or of a path.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"there is no {what} {name!r}{closest(name, names_in(folder))}")
+    return path
+
+
+def inputs(pipeline: GraphComponent) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a pipeline's function."""
     return inspect.signature(pipeline.pipeline_func).parameters
 
 
-def pipeline_parameters(pipeline: Any, recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def pipeline_parameters(pipeline: GraphComponent, recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """All parameters of a pipeline: its defaults, then the recipe's, then those given (None is not given).
 
     Args:
         recipe: name of a file in `recipes/`, or the path of one. A mapping given for one of the recipe's
-            (`train_overrides:` and the like) is laid over it, key by key; an empty one takes nothing of it.
+            (such as `train_overrides`) is merged into it by key; an empty one replaces it.
 
     Raises:
         ConfigError: there is no such recipe, or it names a parameter that no pipeline has.
     """
-    known = inputs(pipeline)
-    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"there is no recipe {recipe!r}{closest(recipe, names_in(RECIPES))}")
+    known, path = inputs(pipeline), find_file(recipe, RECIPES, "recipe")
     parameters = {name: spec.default for name, spec in known.items()}
     mappings = set()
     for name, value in read_mapping(path).items():
@@ -46,7 +58,7 @@ def pipeline_parameters(pipeline: Any, recipe: str, given: Mapping[str, Any]) ->
             if isinstance(value, dict):
                 mappings.add(name)
             parameters[name] = value
-        elif name not in SWEEP:  # recipes are for single runs, too, and for clusters that fix their GPUs
+        elif name not in SWEEP:  # a recipe also serves single runs, and clusters with a fixed number of GPUs
             raise ConfigError(f"recipe {path}: no parameter {name!r}{closest(name, {*known, *SWEEP})}")
     for name, value in given.items():
         if value is not None:
@@ -54,10 +66,15 @@ def pipeline_parameters(pipeline: Any, recipe: str, given: Mapping[str, Any]) ->
     return {name: typed(name, value, known[name].annotation) for name, value in parameters.items()}
 
 
-def typed(name: str, value: Any, annotation: Any) -> Any:
-    """A value as KFP wants it: YAML's 1 is a float where the pipeline says float."""
+def element_type(annotation: Any) -> tuple[type, bool]:
+    """The type of a parameter, or of the elements of a list, and whether it is a list."""
     many = typing.get_origin(annotation) is list
-    kind = typing.get_args(annotation)[0] if many else annotation
+    return typing.get_args(annotation)[0] if many else annotation, many
+
+
+def typed(name: str, value: Any, annotation: Any) -> Any:
+    """A value of the type that KFP expects: YAML's 1 becomes a float for a float parameter."""
+    kind, many = element_type(annotation)
     try:
         if many and isinstance(value, list):
             return [typed(name, element, kind) for element in value]
@@ -76,7 +93,7 @@ def typed(name: str, value: Any, annotation: Any) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """KFP's structs on this machine bear no null: a text stands for it, which `parse_overrides` undoes."""
+    """KFP's local runner allows no null in a struct: `NULL` replaces it until `parse_overrides`."""
     if isinstance(value, dict):
         return {key: _without_nulls(one) for key, one in value.items()}
     if isinstance(value, list):

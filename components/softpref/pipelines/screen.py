@@ -1,7 +1,4 @@
-"""What a run on this machine shows: all of it in a log file, the course of events on the screen.
-
-Reads what steps print: it knows colours, progress bars and the refusals of the stages.
-"""
+"""The output of a run on this machine: everything in a log file, the main events on the screen."""
 
 from __future__ import annotations
 
@@ -24,28 +21,24 @@ _BAR = re.compile(r"\d+%\|.*?\| *\S+/\S+ \[[^\]]*\]")  # of other programs
 
 
 def plain_lines(text: str) -> list[str]:
-    """The lines of what a step printed: without colours, progress and empty ones."""
-    lines = _COLOUR.sub("", text).replace("\r", "\n").split("\n")
-    return [line.rstrip() for line in lines if line.strip() and not _is_progress(line)]
-
-
-def _is_progress(line: str) -> bool:
-    return bool(_PROGRESS.search(line.rstrip()) or _BAR.search(line))
+    """The lines that a step printed, without colours, progress and empty lines."""
+    lines = map(str.rstrip, _COLOUR.sub("", text).replace("\r", "\n").split("\n"))
+    return [line for line in lines if line and not _PROGRESS.search(line) and not _BAR.search(line)]
 
 
 def outcome(lines: Iterable[str]) -> list[str]:
-    """What a step said of its outcome, for the end of the run."""
+    """The lines in which a step tells its outcome, for the end of the run."""
     return [match[1] for line in lines if (match := _OUTCOME.match(line))]
 
 
 def refusal(lines: Sequence[str]) -> str:
-    """What a stage said last of what it refuses; empty if none did."""
+    """The last error in which a stage refuses something; empty if there is none."""
     said = [line.partition("Error: ")[2] for line in lines if _REFUSAL.search(line)]
     return said[-1] if said else ""
 
 
 class Screen:
-    """What a local run prints: everything goes to a log file, the course of events to the screen."""
+    """The standard output of a local run: all goes to a log file, the main events also to the screen."""
 
     _EVENT = re.compile(r"^([\d:]+)\.\d+ - INFO - (Executing task|Task|Pipeline) '(.*?)'(.*)")
     _TROUBLE = re.compile(r"Traceback|Error\b|ERROR|WARNING|warning: ")
@@ -74,11 +67,11 @@ class Screen:
         return False
 
     def last_lines(self, count: int) -> str:
-        """What was printed last, without progress."""
+        """The last lines printed, without progress."""
         return "\n".join(plain_lines("\n".join(self._recent))[-count:])
 
     def reason(self) -> str:
-        """What a stage said last of what it refuses, for the end; empty if none did."""
+        """The last `refusal`, after a colon; empty if there is none."""
         said = refusal(self._recent)
         return f": {said}" if said else ""
 
@@ -91,12 +84,11 @@ class Screen:
             line = f"          {line}"
         elif event:
             clock, what, name, rest = event.groups()
-            if what != "Executing task" and "finished" not in rest:
+            if what == "Executing task":
+                rest = " started"
+            elif "finished" not in rest:
                 return
-            rest = (
-                rest.replace("finished with status ", "").lower() if what != "Executing task" else " started"
-            )
-            line = f"{clock}  {name}{rest}"
+            line = f"{clock}  {name}{rest.replace('finished with status ', '').lower()}"
         elif _OUTCOME.match(line) or not self._TROUBLE.search(line):
             return
         self._screen.write(line + "\n")
@@ -105,8 +97,8 @@ class Screen:
 
 @contextlib.contextmanager
 def log_and_screen(log_file: Path) -> Iterator[Screen]:
-    """What is printed within goes to the file, the course of events to the screen."""
+    """Within it, standard output is a `Screen`."""
     with log_file.open("w", encoding="utf-8") as log:
         screen = Screen(sys.stdout, log)
-        with contextlib.redirect_stdout(screen):  # type: ignore[type-var]
+        with contextlib.redirect_stdout(screen):
             yield screen

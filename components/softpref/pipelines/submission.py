@@ -1,7 +1,7 @@
-"""Submits a pipeline to Kubeflow Pipelines: a version of it, a run in an experiment.
+"""Submits a pipeline to Kubeflow Pipelines: uploads a version and starts a run in an experiment.
 
-Secrets come from the environment: `KFP_TOKEN` a bearer token, `KFP_COOKIES` the cookies of a session (such as
-Dex's `authservice_session=…`), `KFP_OTHER_CLIENT_SECRET` the secret that belongs to --other-client-id.
+Secrets come from the environment: `KFP_TOKEN` (bearer token), `KFP_COOKIES` (of a session, such as Dex's
+`authservice_session=…`), `KFP_OTHER_CLIENT_SECRET` (for --other-client-id).
 """
 
 from __future__ import annotations
@@ -18,32 +18,39 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softpref.errors import ConfigError
+from softpref.pipelines.packages import read_package
 from softpref.pipelines.profiles import Profile
 from softpref.pipelines.waiting import TERMINATED, display_names, wait_for
 from softpref.remote import public_url
 
+if TYPE_CHECKING:
+    import kfp
+    from kfp_server_api import ApiException
 
-def add_client_options(group: Any) -> None:
-    """The options by which `kfp.Client` finds a cluster and is let in."""
+_REQUEST_SECONDS = 60
+
+
+def add_client_options(group: argparse._ArgumentGroup) -> None:
+    """The options with which `kfp.Client` finds a cluster and logs in."""
     group.add_argument("--endpoint", help="URL of the Kubeflow Pipelines API")
     group.add_argument(
-        "--namespace", default="", help="namespace of the run; needed where Kubeflow serves several users"
+        "--namespace", default="", help="namespace of the run; required where Kubeflow serves several users"
     )
     group.add_argument("--token-file", help="file with a bearer token, such as a service account's")
     group.add_argument("--client-id", help="client id of the Identity-Aware Proxy")
-    group.add_argument("--other-client-id", help="client id by which the tokens for it are obtained")
+    group.add_argument("--other-client-id", help="client id that obtains the tokens for it")
     group.add_argument("--proxy", help="HTTP proxy to the API")
     group.add_argument("--ssl-ca-cert", help="certificate of the authority that signed the API's")
-    group.add_argument("--no-verify-ssl", action="store_true", help="take the API's certificate as it is")
-    group.add_argument("--ui-host", help="URL of the UI, where it is not the endpoint's")
+    group.add_argument("--no-verify-ssl", action="store_true", help="do not verify the API's certificate")
+    group.add_argument("--ui-host", help="URL of the UI, if it differs from the endpoint")
     group.add_argument(
         "--wait",
         action="store_true",
-        help="until the run ends, saying what its steps do; exit status 0: it succeeded, 1: it failed, "
-        "130: it was terminated, or waiting was interrupted",
+        help="wait for the run and report its steps; exit status 0: it succeeded, 1: it failed, 130: it was "
+        "terminated, or waiting was interrupted",
     )
 
 
@@ -58,23 +65,27 @@ def submit(
     """Upload the package unless the cluster has this very version, and start a run; returns the exit status.
 
     Args:
-        models: names of the models in the order of the pipeline's loop, for what is said while waiting.
+        models: names of the models in the order of the pipeline's loop, for messages while waiting.
 
     Raises:
-        ConfigError: the API is not to be reached, refuses, or needs what was not given.
+        ConfigError: the API cannot be reached, refuses, or needs an option that was not given.
     """
     import kfp_server_api
     import urllib3
 
     if not options.endpoint:
         raise ConfigError("--runner cluster needs --endpoint, the URL of the Kubeflow Pipelines API")
-    submitted = ""
-    with _retries_unsaid():
+    submitted, specification = "", read_package(package)
+    with _quiet_retries():
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # kfp prints a link for each thing it makes
                 client = _client(options)
                 namespace = _namespace(client, options)
-                pipeline_id, version_id = _version(client, pipeline_name, package, namespace, options)
+                digest = hashlib.sha256(package.read_bytes()).hexdigest()[:12]
+                version = f"{Path(options.recipe).stem}-{digest}"
+                # KFP's UI shows only the description of the upload, not the package's
+                text = str(specification["pipelineInfo"].get("description", ""))
+                pipeline_id, version_id = _version(client, pipeline_name, package, namespace, version, text)
                 experiment = client.create_experiment(parameters["experiment"], namespace=namespace)
                 run = client.run_pipeline(
                     experiment_id=experiment.experiment_id,
@@ -84,11 +95,11 @@ def submit(
                     params=parameters,
                     service_account=profile.service_account or None,
                 )
-            address = _address(options, run.run_id)
+            address = f"{ui_address(options.ui_host or options.endpoint)}/#/runs/details/{run.run_id}"
             print(f"submitted run {run.display_name} ({run.run_id}): {address}", flush=True)
             submitted = f"; the run goes on: {address}"
             if options.wait:
-                return wait_for(client, run.run_id, address, display_names(package), models)
+                return wait_for(client, run.run_id, address, display_names(specification), models)
             return 0
         except kfp_server_api.ApiException as error:
             raise ConfigError(_explained(error, options) + submitted) from error
@@ -105,8 +116,8 @@ def submit(
 
 
 @contextlib.contextmanager
-def _retries_unsaid() -> Iterator[None]:
-    """urllib3 warns of each request that it tries again; what matters of that is said once."""
+def _quiet_retries() -> Iterator[None]:
+    """Within it urllib3 does not warn of each retried request; the last failure is an error anyway."""
     logger = logging.getLogger("urllib3.connectionpool")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -116,34 +127,29 @@ def _retries_unsaid() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _address(options: argparse.Namespace, run_id: str) -> str:
-    """The page of a run in the UI."""
-    return f"{ui_address(options.ui_host or options.endpoint)}/#/runs/details/{run_id}"
-
-
 def ui_address(host: str) -> str:
-    """The address of the UI as it may be shown: with its scheme, and without a password."""
+    """The UI's address for messages: with a scheme, and without a password."""
     return public_url(host if "://" in host else f"http://{host}").rstrip("/")
 
 
-def _client(options: argparse.Namespace) -> Any:
+def _client(options: argparse.Namespace) -> kfp.Client:
     import kfp
     from kfp.client import ServiceAccountTokenVolumeCredentials
 
-    class Client(kfp.Client):
+    class Client(kfp.Client):  # type: ignore[misc]  # kfp has no types
         def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
-            """Asks once: kfp's own asks five times, with pauses, and keeps the refusal to itself."""
+            """Asks once: kfp's own asks five times, with pauses, and hides the refusal."""
             return self._healthz_api.healthz_service_get_healthz()
 
         def get_run(self, run_id: str) -> Any:
-            """Waits no longer than a minute for an answer: kfp's own waits for as long as it takes."""
+            """Waits at most a minute for an answer: kfp's own has no limit."""
             return self._run_api.run_service_get_run(run_id, _request_timeout=_REQUEST_SECONDS)
 
         def get_text(self, path: str, query: Sequence[tuple[str, str]] = (), host: str | None = None) -> str:
-            """What is answered to a GET that the generated client does not have, by the endpoint or a `host`.
+            """The answer of the endpoint, or of `host`, to a GET that the generated client lacks.
 
             Raises:
-                ApiException: with another status than 200.
+                ApiException: the status is not 200.
             """
             answer = self._run_api.api_client.call_api(
                 path,
@@ -155,13 +161,13 @@ def _client(options: argparse.Namespace) -> Any:
                 _request_timeout=_REQUEST_SECONDS,
                 _host=host,
             )
-            return answer.data.decode(errors="replace")
+            return str(answer.data, errors="replace")
 
     if options.token_file and not Path(options.token_file).is_file():
         raise ConfigError(f"--token-file {options.token_file} does not exist")
     credentials = ServiceAccountTokenVolumeCredentials(options.token_file) if options.token_file else None
     with warnings.catch_warnings():
-        # it warns at each start that it is for Kubeflow Pipelines of version 2
+        # kfp warns at each start that it needs Kubeflow Pipelines 2
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"kfp\.client")
         return Client(
             host=options.endpoint,
@@ -178,30 +184,25 @@ def _client(options: argparse.Namespace) -> Any:
         )
 
 
-def _namespace(client: Any, options: argparse.Namespace) -> str | None:
-    """The run's namespace where Kubeflow serves several users; elsewhere the API refuses to be given one."""
+def _namespace(client: kfp.Client, options: argparse.Namespace) -> str | None:
+    """The run's namespace where Kubeflow serves several users; elsewhere the API accepts none."""
     several = client.get_kfp_healthz().multi_user
     if several and not options.namespace:
-        raise ConfigError(
-            "this Kubeflow serves several users; name the namespace of the run with --namespace"
-        )
+        raise ConfigError("this Kubeflow serves several users; give the run's namespace with --namespace")
     return options.namespace if several else None
 
 
 def _version(
-    client: Any, name: str, package: Path, namespace: str | None, options: argparse.Namespace
+    client: kfp.Client, name: str, package: Path, namespace: str | None, version_name: str, text: str
 ) -> tuple[str, str]:
-    """Ids of the pipeline and of the version with this package's content; uploaded unless it is there."""
+    """Ids of the pipeline and of its version, which are uploaded, with a description, if absent."""
     import kfp_server_api
 
-    digest = hashlib.sha256(package.read_bytes()).hexdigest()[:12]
-    version_name = f"{Path(options.recipe).stem}-{digest}"
     # kfp's own get_pipeline_id names no namespace, and so finds no team's pipeline
-    text = _description(package)
     named = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
     found = client.list_pipelines(filter=json.dumps({"predicates": [named]}), namespace=namespace).pipelines
     pipeline_id = found[0].pipeline_id if found else None
-    if pipeline_id is None:  # kfp's upload_pipeline would make a version of the pipeline's name besides
+    if pipeline_id is None:  # kfp's upload_pipeline would also make a version of the pipeline's name
         made = kfp_server_api.V2beta1Pipeline(display_name=name, description=text, namespace=namespace)
         pipeline_id = client.pipelines.pipeline_service_create_pipeline(made).pipeline_id
     token = ""
@@ -219,22 +220,11 @@ def _version(
     return pipeline_id, version.pipeline_version_id
 
 
-def _description(package: Path) -> str:
-    """What the package says of its pipeline: KFP's UI shows the text of an upload, never the package's."""
-    import yaml
-
-    spec = next(yaml.safe_load_all(package.read_text(encoding="utf-8")))
-    return spec["pipelineInfo"].get("description", "")
-
-
-_REQUEST_SECONDS = 60
-
-
-def _explained(error: Any, options: argparse.Namespace) -> str:
+def _explained(error: ApiException, options: argparse.Namespace) -> str:
     remedy = {
         401: "; set KFP_TOKEN, KFP_COOKIES or --token-file",
         403: "; the token's user may not do this in that namespace",
-        404: "; the endpoint is the API's URL, often ending in /pipeline",
+        404: "; --endpoint must be the API's URL, which often ends in /pipeline",
     }.get(error.status, "")
     body = " ".join(str(error.body or error.reason).split())[:300]
     return f"Kubeflow Pipelines at {options.endpoint} answered {error.status} {error.reason}: {body}{remedy}"

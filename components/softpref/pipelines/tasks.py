@@ -1,11 +1,11 @@
-"""Runs a local pipeline's tasks as forks of one process that has done the imports. Knows no stage's logic.
+"""Runs a local pipeline's tasks as forks of one process that has done the imports.
 
-KFP's local runner starts a Python process for every task; each begins with seconds of importing torch,
-transformers and MLflow, and ends with another two of taking them down. Here one process imports them once,
-while the launcher checks the parameters, and every task is a fork of it: as separate as before, with its own
-environment, output and exit status, but without that beginning and end.
+KFP's local runner starts a Python process for every task, which spends seconds on importing torch,
+transformers and MLflow, and two more on tearing them down. Here one process imports them once, while the
+launcher checks the parameters, and forks for every task. Tasks stay separate: each has its own environment,
+output and exit status.
 
-The process runs no thread of Python and never asks for a GPU, so that its forks are free to.
+The process starts no Python thread and uses no GPU, so its forks may do both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# what the stages import when they run, and what those modules import only when they are used
+# what the stages import at run time, and what those modules import lazily
 _IMPORTS = (
     "kfp.dsl.executor_main",
     "softpref.preflight.stage",
@@ -49,10 +49,9 @@ _IMPORTS = (
 
 
 class TaskServer:
-    """The process that is forked, started at once; `run` takes the place of KFP's `run_local_subprocess`."""
+    """Starts the process that is forked; `run` replaces KFP's `run_local_subprocess`."""
 
     def __init__(self, tracking_uri: str) -> None:
-        """Args: tracking_uri: of the MLflow store that the tasks will speak to."""
         self._control, there = socket.socketpair()
         with there:
             self._process = subprocess.Popen(
@@ -72,11 +71,11 @@ class TaskServer:
         self._process.wait()
 
     def run(self, full_command: Sequence[str], env_vars: Mapping[str, str] | None = None) -> int:
-        """Run one task, print what it prints, and return its exit status.
+        """Run one task, print its output, and return its exit status.
 
         Args:
             full_command: of a lightweight component: a shell, its script, the component's program, arguments.
-            env_vars: added to the environment of this process.
+            env_vars: added to this process's environment.
         """
         start = 1 + next(i for i, part in enumerate(full_command) if "kfp.dsl.executor_main" in part)
         request = {
@@ -91,7 +90,7 @@ class TaskServer:
             json.dump(request, file)
             file.flush()
             file.seek(0)
-            with contextlib.suppress(OSError):  # the process is gone: the task then has no status
+            with contextlib.suppress(OSError):  # the process has died; then there is no status below
                 socket.send_fds(self._control, [b"."], [file.fileno(), write_output, write_status])
         os.close(write_output)
         os.close(write_status)
@@ -107,8 +106,8 @@ class TaskServer:
 def serve(control: socket.socket, tracking_uri: str) -> None:
     """Import, then fork a task for every request, until the launcher closes its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher and the tasks
-    os.environ["_KFP_RUNTIME"] = "true"  # of kfp, what tasks need and no more
-    with contextlib.suppress(Exception):  # a task that needs what cannot be imported will say so
+    os.environ["_KFP_RUNTIME"] = "true"  # makes kfp import only what tasks need
+    with contextlib.suppress(Exception):  # a task that needs the missing module reports it
         for name in _IMPORTS:
             importlib.import_module(name)
         from softpref.tracking import mlflow_ready
@@ -116,7 +115,7 @@ def serve(control: socket.socket, tracking_uri: str) -> None:
         mlflow_ready(tracking_uri)
     gc.collect()
     gc.freeze()  # or the first collection in each fork would copy every page
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a fork: it reports its own end
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no fork is waited for: each reports its own status
     while True:
         message, files, _, _ = socket.recv_fds(control, 1, 3)
         if not message:
@@ -150,7 +149,7 @@ def _run_task(request: int, output: int, status: int) -> None:
         traceback.print_exc()
     finally:
         with contextlib.suppress(BaseException):
-            # the end of an interpreter, but for taking down every object
+            # as an interpreter ends, but without destroying every object
             threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()
             sys.stdout.flush()
@@ -162,7 +161,7 @@ def _run_task(request: int, output: int, status: int) -> None:
 def _execute(program: str, arguments: Sequence[str]) -> None:
     from kfp.dsl import executor_main
 
-    with contextlib.suppress(ImportError):  # its fingerprints name cache files; all forks would draw the same
+    with contextlib.suppress(ImportError):  # or all forks would draw the same names of cache files
         from datasets.fingerprint import fingerprint_rng
 
         fingerprint_rng.seed()

@@ -1,1 +1,1 @@
-"""Before the first stage: every parameter of a pipeline is checked and the members of a sweep are planned."""
+"""The first step of a pipeline: checks every parameter and plans the members of a sweep."""

@@ -1,4 +1,4 @@
-"""What is wrong with a stage's options, found in a fraction of a second: without what they configure."""
+"""Checks a stage's options in a fraction of a second, without importing what they configure."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ from softpref.spo.checks import Derived, check_options
 
 
 def check_early(stage: str, *layers: Mapping[str, Any]) -> Any:
-    """Check names, types and ranges of the options of a stage, as its configuration will once more.
-
-    Args:
-        layers: options by name, later ones winning.
+    """Check names, types and ranges of a stage's options, given in layers, later ones winning.
 
     Returns:
-        The options, with what is `Derived` of them.
+        The options, with their `Derived` properties.
 
     Raises:
-        ConfigError: what the stage's configuration would say.
+        ConfigError: the same as of the stage's configuration.
     """
     module, name = CONFIGURATIONS[stage]
     known = read_options(module, name)

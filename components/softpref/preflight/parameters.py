@@ -1,8 +1,8 @@
-"""Every parameter of the pipelines, in one table. Checks none: `preflight.stage` does.
+"""The table of all parameters of the pipelines. `preflight.stage` checks their values.
 
-The pipelines' signatures and docstrings, the face of their first step, what each stage is handed, the command
-line and `docs/parameters.md` are made from it. To add one: a line here, an argument of the stage's
-`component.py`, and `make packages`.
+The pipelines' signatures and docstrings, the face of their first step, the arguments of each stage, the
+command line and `docs/parameters.md` are made from it. To add a parameter: an entry here, an argument of the
+stage's `component.py`, and `make packages`.
 """
 
 import functools
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, List  # noqa: UP035  # KFP reads the element type from typing.List
 
+Struct = dict[str, Any]  # a JSON object; KFP knows it as dict
 STAGES = ("data", "sft", "train", "evaluate", "compare", "register")
 
 
@@ -20,14 +21,14 @@ class Parameter:
     """One parameter of the pipelines.
 
     Attributes:
-        default: decides nothing where a recipe or a cluster profile has another.
-        reaches: the stages that take it: `STAGE`, or `STAGE.KEY` where its name there is another; `*`: every
-            step. What `plan` alone takes is what it makes the models of.
-        text: what a person reads of it, wherever they meet it.
+        default: may be replaced by a recipe or a cluster profile.
+        reaches: the stages that take it: `STAGE`, or `STAGE.KEY` if its name there is another; `*`: every
+            step. Those of `plan` alone define the models.
+        text: its description in help, forms and documentation.
         type: as KFP reads it; `dict` is a JSON object.
-        pipelines: that have it.
-        optional: empty (a form knows no other than "", 0 and {}) leaves the stage's own default.
-        shown: the package's description names it too, for KFP's form shows no texts.
+        pipelines: those that have it.
+        optional: empty (in a form "", 0 or {}) means the stage's own default.
+        shown: also named in the package's description, because KFP's form shows no texts.
     """
 
     default: Any
@@ -68,7 +69,7 @@ class _Table:
         "the address of a KFP artifact (minio://) or a path (JSONL, CSV, Parquet).",
         shown=True,
     )
-    columns: dict = _parameter(
+    columns: Struct = _parameter(
         {},
         "data",
         "From role to column of the source; empty uses columns named like the roles.",
@@ -84,7 +85,7 @@ class _Table:
     rows: int = _parameter(
         0, "data", "Preference rows to draw or to sample; 0 takes the default or all.", optional=True
     )
-    data_overrides: dict = _overrides("data", "data.overrides")
+    data_overrides: Struct = _overrides("data", "data.overrides")
 
     base_model: str = _parameter(
         "",
@@ -100,7 +101,7 @@ class _Table:
         "sft.num_train_epochs",
         "Passes over the demonstrations; 0 takes the base model as the reference.",
     )
-    sft_overrides: dict = _overrides("SFT", "sft.overrides")
+    sft_overrides: Struct = _overrides("SFT", "sft.overrides")
 
     alpha: float = _parameter(
         1.0,
@@ -127,7 +128,7 @@ class _Table:
         ["dpo:0.1"],
         "plan",
         "Further models on the same rows, METHOD[:BETA][,OPTION=VALUE...]: dpo, rdpo, ipo, slic, tdpo, sppo "
-        "(or spo), with options of the training stage for this model alone and perhaps its name, such as "
+        "(or spo), with options of the training stage for this model only and optionally its name, such as "
         '"sppo:1,train_on=samples,rounds=3".',
         pipelines=("sweep",),
         shown=True,
@@ -139,7 +140,7 @@ class _Table:
     num_train_epochs: float = _parameter(1.0, "train", "Passes over the preferences.", shown=True)
     samples_per_refresh: int = _parameter(64, "train", "Completions drawn from the policy at each refresh.")
     sampling_interval: int = _parameter(8, "train", "Optimizer steps between refreshes.")
-    train_overrides: dict = _overrides("training", "train.overrides")
+    train_overrides: Struct = _overrides("training", "train.overrides")
 
     judge: str = _parameter(
         "auto",
@@ -149,7 +150,7 @@ class _Table:
     samples_per_prompt: int = _parameter(
         32, "evaluate", "Completions drawn per held-out prompt, from policy and reference."
     )
-    evaluation_overrides: dict = _overrides("evaluation", "evaluate.overrides")
+    evaluation_overrides: Struct = _overrides("evaluation", "evaluate.overrides")
 
     selection_rule: str = _parameter(
         "expected_reward",
@@ -179,7 +180,7 @@ class _Table:
         "Gate: the low end of the win rate's interval must be above this, or the model is not registered; "
         "above 0.5, it is better than its reference. 0 asks for no win rate.",
     )
-    registry_overrides: dict = _overrides("registration", "compare register.overrides")
+    registry_overrides: Struct = _overrides("registration", "compare register.overrides")
 
     gpus: str = _parameter(
         "",
@@ -200,7 +201,8 @@ class _Table:
 
 
 TABLE: dict[str, Parameter] = {
-    name: replace(vars(_Table)[name], name=name, type=kind) for name, kind in _Table.__annotations__.items()
+    name: replace(vars(_Table)[name], name=name, type=dict if kind == Struct else kind)
+    for name, kind in _Table.__annotations__.items()
 }
 SWEEP, SINGLE = (
     {name: one for name, one in TABLE.items() if pipeline in one.pipelines}
@@ -211,31 +213,31 @@ PLANNED = {"method": ["baselines"], "alpha": ["alpha", "alphas"], "beta": ["beta
 
 
 def of_stage(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a pipeline's parameters that reach a stage, by their names there."""
+    """The parameters that reach a stage, by their names there."""
     return {key: values[one.name] for one in TABLE.values() if one.name in values and (key := one.key(stage))}
 
 
 def signature(
     parameters: Iterable[Parameter], *, required: bool = False, **further: Any
 ) -> inspect.Signature:
-    """A signature that takes the parameters, with their defaults unless they are `required`.
+    """A signature of the parameters, with their defaults unless they are `required`.
 
     Args:
         further: types of arguments that come first.
     """
-    known = [(one.name, one.type, inspect.Parameter.empty if required else one.default) for one in parameters]
-    first = [(name, kind, inspect.Parameter.empty) for name, kind in further.items()]
-    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Signature(
-        [
-            inspect.Parameter(name, either, annotation=kind, default=default)
-            for name, kind, default in [*first, *known]
-        ]
-    )
+    none, either = inspect.Parameter.empty, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    first = [inspect.Parameter(name, either, annotation=kind) for name, kind in further.items()]
+    known = [
+        inspect.Parameter(one.name, either, annotation=one.type, default=none if required else one.default)
+        for one in parameters
+    ]
+    return inspect.Signature([*first, *known])
 
 
-def declared(summary: str, parameters: Iterable[Parameter], **arguments: Any) -> Callable[[Any], Any]:
-    """Decorates a function of one mapping: it takes the parameters one by one, as KFP traces a pipeline.
+def declared(
+    summary: str, parameters: Iterable[Parameter], **arguments: Any
+) -> Callable[[Callable[[Mapping[str, Any]], None]], Callable[..., None]]:
+    """Makes a function of one mapping take the parameters one by one, so that KFP can trace it.
 
     Args:
         arguments: of `signature`.
@@ -243,9 +245,9 @@ def declared(summary: str, parameters: Iterable[Parameter], **arguments: Any) ->
     parameters = list(parameters)
     shown = signature(parameters, **arguments)
 
-    def decorate(function: Callable[[Mapping[str, Any]], None]) -> Any:
+    def decorate(function: Callable[[Mapping[str, Any]], None]) -> Callable[..., None]:
         @functools.wraps(function)
-        def traced(*given: Any, **named: Any) -> None:
+        def traced(*given: object, **named: object) -> None:
             function(shown.bind(*given, **named).arguments)
 
         traced.__signature__ = shown  # type: ignore[attr-defined]
@@ -256,7 +258,7 @@ def declared(summary: str, parameters: Iterable[Parameter], **arguments: Any) ->
 
 
 def docstring(summary: str, parameters: Iterable[Parameter]) -> str:
-    """A docstring that explains the parameters, as KFP reads it."""
+    """A docstring of the parameters, in KFP's format."""
     return "\n".join([f"{summary}\n\nArgs:", *(f"    {one.name}: {one.text}" for one in parameters)])
 
 
@@ -265,9 +267,9 @@ def reference() -> str:
     lines = [
         "# Parameters of the pipelines",
         "",
-        "What a recipe or a cluster profile sets wins over these defaults. `make packages` writes this page.",
+        "Recipes and cluster profiles override these defaults. `make packages` writes this page.",
         "",
-        "| parameter | type | default | what it says | pipelines | stages |",
+        "| parameter | type | default | description | pipelines | stages |",
         "| :-- | :-- | :-- | :-- | :-- | :-- |",
     ]
     for one in TABLE.values():

@@ -1,4 +1,4 @@
-"""Checks all parameters of a pipeline within seconds and plans its members. Reads no data, trains nothing."""
+"""Checks all parameters of a pipeline within seconds and plans its members. Reads no data."""
 
 from __future__ import annotations
 
@@ -6,30 +6,32 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from softpref.config import COMMIT, build_config, closest, parse_overrides, without_secrets
+from softpref.config import COMMIT, TRUE, Config, build_config, closest, parse_overrides, without_secrets
 from softpref.errors import ConfigError
 from softpref.preflight.parameters import PLANNED, STAGES, TABLE, of_stage
 from softpref.remote import Pinned, public_url
 
 logger = logging.getLogger(__name__)
 
-_DECIDE = ("torch", "transformers", "tokenizers", "datasets")  # packages whose versions decide results, too
+_DECIDE = ("torch", "transformers", "tokenizers", "datasets")  # packages whose versions change results
 DEFAULT_BASELINE_BETA = 0.1
 _ENDED_WELL = {"COMPLETE", "CACHED", "SUCCEEDED"}  # states of KFP's metadata and of its API
 _OF_STORIES = ("votes", "story_kind")  # options of the data stage
 _FURTHER_SOURCES = ("sft_source", "prompts_source")
-ARTIFACT_SCHEME = "minio://"  # by which KFP addresses what its own store holds
+ARTIFACT_SCHEME = "minio://"  # of addresses in KFP's own store
 
 
 class Member(NamedTuple):
-    """One model of a sweep: what differs from the others.
+    """One model of a sweep.
 
     Attributes:
-        options: parameters of the training stage for this model alone; they win over all others.
+        options: parameters of the training stage for this model only; they win over all others.
     """
 
     name: str
@@ -40,14 +42,13 @@ class Member(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """What the first step of a pipeline run hands to the others.
+    """The outputs of a pipeline's first step.
 
     Attributes:
-        members: JSON objects, one a model.
+        members: JSON objects, one per model.
         code_version: see the function.
-        source_version: `commit SHA` of a dataset on the Hub, else a mark that changes when the source does;
-            empty where none can be had.
-        base_model: with a registry's alias replaced by the version behind it.
+        source_version: `commit SHA` of a dataset on the Hub, else a fingerprint; empty if unknown.
+        base_model: with a registry's alias replaced by its version.
         base_model_version: as `source_version`.
     """
 
@@ -59,14 +60,12 @@ class Begun(NamedTuple):
 
 
 def begin_run(parameters: Mapping[str, Any], record_dir: str) -> Begun:
-    """Check all parameters of a pipeline, open its run in MLflow and settle the versions of what it reads.
+    """Check all parameters of a pipeline, open its run in MLflow and pin the versions of what it reads.
 
     Args:
         parameters: of the pipeline, and `run_name`.
-        record_dir: folder for what the run in MLflow is told, so that a later step can deliver it again.
+        record_dir: folder of the tracking records, which a later step may have to deliver.
     """
-    import os
-
     from softpref.data.sources import pin
     from softpref.lm.sources import pin_model
     from softpref.tracking import RUN_NAME, Tracker, check_server, current_pipeline_run, watch_termination
@@ -82,7 +81,7 @@ def begin_run(parameters: Mapping[str, Any], record_dir: str) -> Begun:
             tracker.params(without_secrets(values))
             tracker.tags({"mlflow.runName": parameters["run_name"], "models": [one.name for one in members]})
     source = Pinned(values["source"], None, "")
-    if not values["source"].startswith(ARTIFACT_SCHEME):  # KFP itself knows what has changed there
+    if not values["source"].startswith(ARTIFACT_SCHEME):  # KFP itself notices changes there
         source = pin(values["source"], parse_overrides(values["data_overrides"]).get("revision"))
     base = pin_model(
         values["base_model"],
@@ -103,19 +102,17 @@ def begin_run(parameters: Mapping[str, Any], record_dir: str) -> Begun:
 def outcome(
     state: str, task: str, api: str = "http://ml-pipeline.kubeflow:8888"
 ) -> Literal["FINISHED", "FAILED", "KILLED"]:
-    """How the steps of this run of a pipeline have ended.
+    """How the steps of this pipeline run have ended.
 
-    What KFP 2.17 tells the last step is not enough: a terminated run is "RUNNING" or "FAILED", and one whose
-    loop ends with a step from the cache "RUNNING" too. Its API knows better; where that cannot be asked (it
-    is elsewhere, or wants a token), whatever did not surely succeed is called failed.
+    KFP 2.17 tells its last step too little: a terminated run is "RUNNING" or "FAILED", and one whose loop
+    ends with a cached step is "RUNNING" too. Its API knows more; where it cannot be asked (it is elsewhere,
+    or needs a token), all that has not surely succeeded counts as failed.
 
     Args:
-        state: as `PipelineTaskFinalStatus` says it.
+        state: of `PipelineTaskFinalStatus`.
         task: name of the task that holds all others.
-        api: address of KFP's API inside of the cluster.
+        api: address of KFP's API inside the cluster.
     """
-    import urllib.request
-
     from softpref.tracking import current_pipeline_run
 
     if state in _ENDED_WELL:
@@ -134,7 +131,7 @@ def outcome(
 
 
 class FurtherSource(NamedTuple):
-    """What the data stage reads besides `source`: the parameter that names it, its place and Hub revision."""
+    """Another source of the data stage: the parameter that names it, its place and Hub revision."""
 
     name: str
     place: str
@@ -142,7 +139,7 @@ class FurtherSource(NamedTuple):
 
 
 def further_sources(data_overrides: str | Mapping[str, Any] | None) -> list[FurtherSource]:
-    """What `data_overrides` that `plan` has accepted name as sources."""
+    """The sources in `data_overrides` that `plan` has accepted."""
     overrides = parse_overrides(data_overrides, "data_overrides")
     further = [FurtherSource(name, overrides[name], None) for name in _FURTHER_SOURCES if overrides.get(name)]
     for place, given in parse_overrides(overrides.get("mixture"), "mixture").items():
@@ -153,9 +150,9 @@ def further_sources(data_overrides: str | Mapping[str, Any] | None) -> list[Furt
 
 
 def code_version() -> str:
-    """What this installation computes with: the package's version and a hash of its stages and main packages.
+    """The package's version, and a hash of its stages and main packages.
 
-    Part of the key of KFP's cache, so that an image built anew under an old tag is not taken for the old one.
+    Part of KFP's cache key, so that a rebuilt image under an old tag does not get the old image's results.
     """
     import softpref
 
@@ -175,13 +172,11 @@ def plan(
     """Build every stage's configuration, so that a wrong parameter fails here, and list the models to train.
 
     Args:
-        parameters: a pipeline's parameters by name. `alphas` (softness values) and `baselines`, or a single
-            `alpha`; `anchor` and `beta` of the `spo` members; and those of the stages, `data_overrides`
-            and the like (JSON) among them. A baseline is `METHOD[:BETA][,OPTION=VALUE…]`, such as `dpo:0.1`
-            or `sppo:1,train_on=samples,rounds=3`, options being those of `SPOConfig`, and `name`.
-
+        parameters: a pipeline's parameters by name, with either `alpha` or `alphas` and `baselines`. A
+            baseline is `METHOD[:BETA][,OPTION=VALUE…]`, such as `dpo:0.1` or
+            `sppo:1,train_on=samples,rounds=3`; options are `name` and those of `SPOConfig`.
         here: whether the stages will see the files that this process sees.
-        checked: what `check` returned for them, where it was called before: its warnings are said once.
+        checked: the result of an earlier `check`, whose warnings then are not repeated.
 
     Raises:
         ConfigError: the first wrong parameter, with what would be right.
@@ -198,7 +193,7 @@ def plan(
 
 
 def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
-    """As `plan`, as far as it goes without importing a training library: in a fraction of a second."""
+    """The part of `plan` that imports no training library and takes a fraction of a second."""
     from softpref.data.config import DataConfig
     from softpref.evaluation.choice import check_rule
     from softpref.evaluation.config import EvaluationConfig
@@ -213,7 +208,7 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
         raise ConfigError(f"gpus must be a whole number of at least 0, got {parameters['gpus']!r}")
     if int(gpus or 0):
         for name in ("sft_overrides", "train_overrides"):
-            if str(parse_overrides(parameters.get(name, "")).get("use_cpu", "")).lower() in ("true", "1"):
+            if str(parse_overrides(parameters.get(name, "")).get("use_cpu", "")).lower() in TRUE:
                 raise ConfigError(
                     f"{name} has use_cpu, and gpus is {parameters['gpus']}: the GPUs would be held without "
                     "being used; set use_cpu to false, or gpus to 0"
@@ -238,10 +233,7 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
         )
     for name in TABLE:
         if name.endswith("_overrides") and "trust_remote_code" in parse_overrides(parameters.get(name), name):
-            raise ConfigError(
-                f"{name} must not hold trust_remote_code; "
-                "the pipeline's parameter of that name reaches every stage"
-            )
+            raise ConfigError(f"{name} must not hold trust_remote_code; use the pipeline's parameter")
     stages = _by_stage(parameters)
     data = _build(DataConfig, stages["data"])
     source, shown = data.source, public_url(data.source)
@@ -251,14 +243,14 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     if stories and not (data.embedded or source.startswith(ARTIFACT_SCHEME)):
         raise ConfigError(
             f"source is {shown}, and data_overrides has {' and '.join(stories)}: settings of the embedded "
-            "stories do not suit data of your own; take those of the recipe own (--recipe own, or the "
-            "package spo_own.yaml), or leave them out (data_overrides {})"
+            "stories do not suit your own data; use the recipe own (--recipe own, or the package "
+            "spo_own.yaml), or leave them out (data_overrides {})"
         )
     for further in further_sources(parameters.get("data_overrides")):
         if further.place.startswith(ARTIFACT_SCHEME):
             raise ConfigError(
-                f"{further.name}: {further.place} lies in KFP's own store, and only the parameter source "
-                "may name what lies there"
+                f"{further.name}: {further.place} is in KFP's own store, which only the parameter source may "
+                "name"
             )
         if here:
             _check_local_source(further.place, further.name)
@@ -270,22 +262,22 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
             ", ".join(bare),
         )
     check_early("sft", *_layers(stages["sft"]))
+    experts = []  # prefixes of the message for those that ask for the judge expert
     for member in members:
         config = check_early("train", *training_layers(stages["train"], member))
-        if config.uses_judge and config.judge == "expert" and not data.embedded:
-            raise ConfigError(
-                f"{member.name}: judge expert knows embedded sources alone, and the source is {shown}; use "
-                "judge bradley-terry, which learns from the training preferences, or auto"
-            )
+        if config.uses_judge and config.judge == "expert":
+            experts.append(f"{member.name}: ")
         if config.method == "sppo" and config.train_on == "preferences" and data.story_kind == "best_of_n":
             raise ConfigError(
-                f"{member.name}: a best-of-n row tells only of its best, and sppo needs to know how often "
-                "each completion wins; use story_kind pairwise or ranking, or train_on=samples"
+                f"{member.name}: a best-of-n row tells only its best, and sppo needs to know how often each "
+                "completion wins; use story_kind pairwise or ranking, or train_on=samples"
             )
-    if _build(EvaluationConfig, stages["evaluate"]).judge == "expert" and not data.embedded:
+    if _build(EvaluationConfig, stages["evaluate"]).judge == "expert":
+        experts.append("")
+    if experts and not data.embedded:
         raise ConfigError(
-            f"judge expert knows embedded sources alone, and the source is {shown}; use judge bradley-terry, "
-            "which learns from the training preferences, or auto"
+            f"{experts[0]}judge expert knows only embedded sources, and the source is {shown}; use judge "
+            "bradley-terry, which learns from the training preferences, or auto"
         )
     check_rule(stages["compare"].get("selection_rule", "expected_reward"), stages["compare"].get("max_kl"))
     _build(RegistryConfig, {"registered_model_name": "none", **stages["register"]})
@@ -293,22 +285,21 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
 
 
 def _by_stage(parameters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What each stage's configuration gets of a pipeline's parameters."""
+    """Each stage's part of a pipeline's parameters."""
     given = {name: value for name, value in parameters.items() if name in TABLE and TABLE[name].given(value)}
     return {stage: of_stage(stage, given) for stage in STAGES}
 
 
 def training_layers(shared: Mapping[str, Any], member: Member) -> list[Mapping[str, Any]]:
-    """The training stage's parameters for one member as layers of `build_config`, later ones winning.
+    """The training stage's parameters for one member, as layers of `build_config`.
 
     Args:
-        shared: those that all members share, `overrides` (JSON) among them.
+        shared: the parameters of all members, with `overrides` (JSON).
 
     Raises:
-        ConfigError: the overrides set for all what distinguishes the members.
+        ConfigError: the overrides set what distinguishes the members.
     """
-    values = dict(shared)
-    overrides = parse_overrides(values.pop("overrides", ""))
+    values, overrides = _layers(shared)
     for name, parameters in PLANNED.items():
         if name in overrides:
             raise ConfigError(
@@ -319,7 +310,7 @@ def training_layers(shared: Mapping[str, Any], member: Member) -> list[Mapping[s
 
 
 def _baseline(text: str, anchored: Mapping[str, str]) -> Member:
-    """A further model; `spo` among them has the options of the softness values unless it names its own."""
+    """A further model; one of `spo` has the `anchored` options unless it sets its own."""
     from softpref.spo.checks import METHODS, member_name
 
     head, *settings = [part.strip() for part in text.split(",")]
@@ -336,7 +327,7 @@ def _baseline(text: str, anchored: Mapping[str, str]) -> Member:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not (key and equals):
-            raise ConfigError(f"baseline {text!r}: {setting!r} is no OPTION=VALUE, like learning_rate=1e-6")
+            raise ConfigError(f"baseline {text!r}: {setting!r} must be OPTION=VALUE, like learning_rate=1e-6")
         options[key.strip()] = value.strip()
     try:
         alpha = float(options.pop("alpha", 1.0))
@@ -345,27 +336,25 @@ def _baseline(text: str, anchored: Mapping[str, str]) -> Member:
     name = options.pop("name", "") or member_name(method, alpha, beta)
     for key in ("method", "beta"):
         if key in options:
-            raise ConfigError(f"baseline {text!r}: {key} stands in front, as in {method}:0.1")
+            raise ConfigError(f"baseline {text!r}: {key} comes first, as in {method}:0.1")
     if "trust_remote_code" in options:
-        raise ConfigError(
-            f"baseline {text!r}: trust_remote_code is a parameter of the pipeline, for all stages"
-        )
+        raise ConfigError(f"baseline {text!r}: trust_remote_code is a parameter of the pipeline")
     return Member(name, method, alpha, beta, options)
 
 
-def _build(cls: type, values: Mapping[str, Any]) -> Any:
+def _build(cls: type[Config], values: Mapping[str, Any]) -> Config:
     return build_config(cls, *_layers(values))
 
 
 def _layers(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A stage's parameters, and the overrides among them, which win."""
+    """A stage's parameters, and the overrides in them, which win."""
     values = dict(values)
     overrides = parse_overrides(values.pop("overrides", ""))
     return values, overrides
 
 
 def _check_local_source(source: str, name: str = "source") -> None:
-    """A source that can only be a path must exist; whether a Hub id does is known when it is read."""
+    """Refuse a source that can only be a path and does not exist; a Hub id is checked when it is read."""
     suffixes = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
     looks_local = "://" not in source and (
         source.startswith(("/", "./", "../", "~")) or Path(source).suffix.lower() in suffixes

@@ -1,17 +1,16 @@
-"""Tracking training can rely on: a JSONL mirror first, MLflow behind it. Decides nothing, stops nothing.
+"""Tracking that cannot stop training: first a JSONL mirror on disk, then MLflow.
 
-Every call writes one line to `<output_dir>/tracking.jsonl` and returns; a background thread carries the
-lines to MLflow in order and notes in `tracking.sent` how far it came. While the server is away the lines
-wait; a restart of the stage, or `sync(output_dir)`, delivers the rest.
+Every call appends one line to `<output_dir>/tracking.jsonl` and returns; a background thread sends the
+lines to MLflow in order and notes its progress in `tracking.sent`. While the server is away the lines wait;
+a restart of the stage, or `sync(output_dir)`, sends the rest.
 
-What makes a second delivery harmless: a point keeps the time of its first writing, and MLflow's store drops
-a metric whose run, key, step, time and value it already has; a parameter may be sent again with the same
-value; tags and files replace themselves; a run carries the tag `softpref.tracking_key`, by which a run
-whose creation was never acknowledged is found again.
+Sending twice is harmless: a point keeps its first time, and MLflow drops a metric whose run, key, step, time
+and value it already has; a parameter may be sent again with the same value; tags and files replace
+themselves; and the tag `softpref.tracking_key` finds a run whose creation was never acknowledged.
 
-What MLflow cannot do is forget. After `rewind(step)` the mirror holds one trajectory only; a point that is
-logged again with the same value takes its old time, so MLflow keeps one; with another value MLflow shows
-the new point as the latest and keeps the old one in the history at the same step.
+MLflow cannot forget. After `rewind(step)` the mirror holds one trajectory only; a point that is logged again
+with the same value takes its old time, so MLflow keeps one; with another value MLflow shows the new point as
+the latest and keeps the old one in the history of the same step.
 """
 
 from softpref.tracking.mlflow_store import (

@@ -1,12 +1,14 @@
-"""Carries the records of a mirror to MLflow, in order and nothing twice. Decides no pauses."""
+"""Carries a mirror's records to MLflow, in order and none twice. Decides no pauses."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-from softpref.tracking.mirror import Mirror
+from softpref.tracking.mirror import HOUSEKEEPING, NAME_LENGTH, TAG_LENGTH, Mirror, Record
 from softpref.tracking.mlflow_store import RunGone, in_short, open_client
 from softpref.tracking.pipeline_run import (
     KEY_TAG,
@@ -17,14 +19,18 @@ from softpref.tracking.pipeline_run import (
     find_or_open_root,
 )
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param, Run, RunTag
+
 logger = logging.getLogger(__name__)
 
-PARAM_LENGTH, TAG_LENGTH, NAME_LENGTH = 6000, 8000, 250  # MLflow's own limits
+_PARAM_LENGTH = 6000  # MLflow's own limit
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
 
 
 class Delivery:
-    """Carries a mirror's records to MLflow, a batch a call; raises when the server does not take them."""
+    """Delivers one batch per call; raises when the server does not take it. Call `mlflow_ready` first."""
 
     def __init__(
         self, mirror: Mirror, uri: str, lock: threading.Condition, artifact_attempts: int = 3
@@ -32,20 +38,23 @@ class Delivery:
         self._mirror = mirror
         self._uri = uri
         self._lock = lock
-        self._client: Any = None
         self._artifact_attempts = artifact_attempts
         self._failed_artifact = (-1, 0)  # its number, how often
 
+    @cached_property
+    def _client(self) -> MlflowClient:
+        return open_client(self._uri)
+
     def deliver_batch(self) -> int:
         """Deliver the next records and note it; returns how many."""
-        if self._client is None:
-            self._client = open_client(self._uri)
+        from mlflow.entities import Metric
+
         with self._lock:
             records, place = self._mirror.next_records()
         if not records:
             return 0
         run_id = self._mirror.run_id or self._open_run()
-        points: list[Any] = []
+        points: list[Metric] = []
         params: dict[str, str] = {}
         tags: dict[str, str] = {}
 
@@ -55,8 +64,6 @@ class Delivery:
             params.clear()
             tags.clear()
 
-        from mlflow.entities import Metric
-
         for record in records:
             kind = record["kind"]
             if kind == "metrics":
@@ -65,16 +72,17 @@ class Delivery:
                     for key, value in record["values"].items()
                 ]
             elif kind == "params":
-                if any(params.get(key, value) != value for key, value in record["values"].items()):
+                values = {key: str(value) for key, value in record["values"].items()}
+                if any(params.get(key, value) != value for key, value in values.items()):
                     send()
-                params.update(record["values"])
+                params.update(values)
             elif kind == "tags":
-                tags.update(record["values"])
+                tags.update({key: str(value) for key, value in record["values"].items()})
             elif kind == "reopen":
                 self._existing_run(run_id)
                 self._client.update_run(run_id, status="RUNNING")
-                if record.get("parent_run_id"):
-                    tags[PARENT_TAG] = record["parent_run_id"]
+                if parent := record.get("parent_run_id"):
+                    tags[PARENT_TAG] = parent
             elif kind == "artifact":
                 send()
                 self._upload(run_id, record)
@@ -86,16 +94,16 @@ class Delivery:
         with self._lock:
             self._mirror.delivered(records[-1]["n"], place)
             self._lock.notify_all()
-        return sum(record["kind"] not in ("rewind", "run", "reopen") for record in records)
+        return sum(record["kind"] not in HOUSEKEEPING for record in records)
 
     def _open_run(self) -> str:
-        """Open the run, or find the one that an earlier attempt opened: its answer or its pod was lost."""
+        """Open the run, or find the one of an earlier attempt whose answer or pod was lost."""
         header = self._mirror.header
         experiment_id = experiment_of(self._client, header["experiment"], self._uri)
         parent = header["parent_run_id"]
         if pipeline_run := header.get("pipeline_run"):
             parent = find_or_open_root(self._client, experiment_id, PipelineRun(**pipeline_run))
-        if header.get("root"):
+        if parent and header.get("root"):
             run_id = parent
         else:
             tags = {PARENT_TAG: parent} if parent else {}
@@ -108,12 +116,14 @@ class Delivery:
             self._mirror.remember_run(run_id)
         return run_id
 
-    def _log(self, run_id: str, points: list[Any], params: dict[str, str], tags: dict[str, str]) -> None:
+    def _log(
+        self, run_id: str, points: Sequence[Metric], params: dict[str, str], tags: dict[str, str]
+    ) -> None:
         from mlflow.entities import Param, RunTag
 
-        short = {key: cut(value, PARAM_LENGTH) for key, value in params.items()}
-        entities = [*points, *(Param(*item) for item in short.items())]
-        entities += [RunTag(key, cut(value, TAG_LENGTH)) for key, value in tags.items()]
+        short = {key: _cut(value, _PARAM_LENGTH) for key, value in params.items()}
+        entities: list[Metric | Param | RunTag] = [*points, *(Param(*item) for item in short.items())]
+        entities += [RunTag(key, _cut(value, TAG_LENGTH)) for key, value in tags.items()]
         if not entities:
             return
         self._log_entities(run_id, entities)
@@ -122,13 +132,11 @@ class Delivery:
                 try:
                     self._client.log_text(run_id, value, f"params/{key}.txt")
                 except Exception as error:
-                    self._existing_run(run_id)  # raises when it is the server that is away
-                    logger.warning(
-                        "the whole value of parameter %s is not uploaded: %s", key, in_short(error)
-                    )
+                    self._existing_run(run_id)  # raises when the server is away
+                    logger.warning("parameter %s is not uploaded whole: %s", key, in_short(error))
 
-    def _log_entities(self, run_id: str, entities: list[Any]) -> None:
-        """Log a batch; when the server refuses it, log its parts, so that one bad value holds up nothing."""
+    def _log_entities(self, run_id: str, entities: Sequence[Metric | Param | RunTag]) -> None:
+        """Log a batch; if the server refuses it, log its halves, so that one bad value blocks no other."""
         from mlflow.entities import Metric, Param, RunTag
         from mlflow.exceptions import MlflowException
 
@@ -152,19 +160,16 @@ class Delivery:
             return
         entity = entities[0]
         if isinstance(entity, Param) and run.data.params.get(entity.key, entity.value) != entity.value:
+            key, known = entity.key, run.data.params[entity.key]
             logger.warning(
-                "parameter %s of run %s stays %r; %r goes to the tag param_changed.%s",
-                entity.key,
-                run_id,
-                run.data.params[entity.key],
-                entity.value,
-                entity.key,
+                f"parameter {key} of run {run_id} stays {known!r}; "
+                f"{entity.value!r} goes to the tag param_changed.{key}"
             )
-            self._client.set_tag(run_id, f"param_changed.{entity.key}"[:NAME_LENGTH], entity.value)
+            self._client.set_tag(run_id, f"param_changed.{key}"[:NAME_LENGTH], entity.value)
         else:
             logger.warning("MLflow refuses %s %r: %s", type(entity).__name__.lower(), entity.key, refusal)
 
-    def _existing_run(self, run_id: str) -> Any:
+    def _existing_run(self, run_id: str) -> Run:
         from mlflow.exceptions import MlflowException
 
         try:
@@ -177,19 +182,17 @@ class Delivery:
             raise RunGone(f"run {run_id} is deleted; `mlflow runs restore --run-id {run_id}` brings it back")
         return run
 
-    def _upload(self, run_id: str, record: dict[str, Any]) -> None:
-        """Upload a file or folder; while the server answers, a few failures are enough to go on without."""
+    def _upload(self, run_id: str, record: Record) -> None:
+        """Upload a file or folder; given up after a few failures while the server answers."""
         path = self._mirror.path.parent / record["path"]
         if not path.exists():
-            logger.warning("artifact %s is not uploaded: it is not there any more", path)
+            logger.warning("artifact %s is not uploaded: it no longer exists", path)
             return
         try:
-            if path.is_dir():
-                self._client.log_artifacts(run_id, str(path), record["folder"] or None)
-            else:
-                self._client.log_artifact(run_id, str(path), record["folder"] or None)
+            upload = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+            upload(run_id, str(path), record["folder"] or None)
         except Exception as error:
-            self._existing_run(run_id)  # raises when it is the server that is away
+            self._existing_run(run_id)  # raises when the server is away
             n, failures = self._failed_artifact
             failures = failures + 1 if n == record["n"] else 1
             self._failed_artifact = (record["n"], failures)
@@ -198,6 +201,6 @@ class Delivery:
             logger.warning("artifact %s is not uploaded: %s", path, in_short(error))
 
 
-def cut(text: str, length: int) -> str:
+def _cut(text: str, length: int) -> str:
     note = " … [cut]"
     return text if len(text) <= length else text[: length - len(note)] + note

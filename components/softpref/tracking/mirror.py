@@ -1,7 +1,8 @@
-"""One run's records on disk, and how far they were delivered. Knows no server."""
+"""One run's records on disk, and how many of them are delivered. Knows no server."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -11,27 +12,50 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Literal, TypedDict
 
 logger = logging.getLogger(__name__)
 
-_NAME_LENGTH = 250  # MLflow's own limit
+TAG_LENGTH, NAME_LENGTH = 8000, 250  # MLflow's own limits
+HOUSEKEEPING = ("run", "reopen", "rewind")  # kinds of records that send nothing
 _BATCH_RECORDS, _BATCH_BYTES = 200, 400_000
 
 
+class Record(TypedDict, total=False):
+    """A line of the mirror. Every record has the first three keys; the others belong to some kinds only."""
+
+    n: int
+    kind: Literal["run", "reopen", "metrics", "params", "tags", "artifact", "rewind", "end"]
+    time: int  # milliseconds since 1970
+    values: Mapping[str, float | str]  # metrics, params, tags
+    step: int  # metrics, rewind
+    replaced: list[tuple[str, int, float | str, int]]  # rewind: key, step, value, time
+    path: str  # artifact
+    folder: str
+    status: str  # end
+    parent_run_id: str | None  # run, reopen
+    run_id: str | None  # run, and what follows
+    key: str
+    owned: bool
+    experiment: str
+    run_name: str
+    pipeline_run: dict[str, str] | None
+    root: bool
+    tracking_uri: str
+
+
 class Unreadable(Exception):
-    """A file that should be a mirror is none."""
+    """The file is no mirror."""
 
 
 class Mirror:
-    """One run's records on disk (NAME.jsonl) and how far they were delivered (NAME.sent). Knows no server.
+    """A run's records (NAME.jsonl), and the number of the last one delivered (NAME.sent).
 
-    Records are numbered by `n`, never reused, so that lines may be removed by `rewind` without touching
-    what NAME.sent says. Both files are only appended to, whole lines at a time: a process killed in the
-    middle of a line leaves a torn one, which is cut off when the file is opened again.
+    Numbers (`n`) are never reused, so `rewind` may remove lines without touching NAME.sent. Both files are
+    only appended to, in whole lines: the torn line of a killed process is cut off when the file is reopened.
     """
 
-    def __init__(self, path: Path, sent: IO[bytes], header: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, sent: IO[bytes], header: Record | None = None) -> None:
         self.path = path
         self._sent_file = sent
         self._sent = -1
@@ -54,9 +78,8 @@ class Mirror:
             if record["kind"] in ("end", "reopen"):
                 self.status = record.get("status")
             elif record["kind"] == "rewind":
-                self._replaced.update(
-                    {(key, step): (value, moment) for key, step, value, moment in record["replaced"]}
-                )
+                for key, step, value, moment in record["replaced"]:
+                    self._replaced[key, step] = (float(value), moment)
             elif record["kind"] == "metrics":
                 for key in record["values"]:
                     self._replaced.pop((key, record["step"]), None)
@@ -68,8 +91,8 @@ class Mirror:
         self._seek()
 
     @classmethod
-    def for_run(cls, folder: Path, header: dict[str, Any]) -> Mirror:
-        """Continue the folder's mirror if it is of the same unfinished run; else set it aside, start one."""
+    def for_run(cls, folder: Path, header: Record) -> Mirror:
+        """Continue the folder's mirror if it belongs to this unfinished run; else set it aside and start."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "tracking.jsonl"
         if path.exists():
@@ -81,26 +104,21 @@ class Mirror:
                 path.with_suffix(".sent").unlink(missing_ok=True)
             else:
                 if mirror is None:
-                    path = _free_name(folder)  # some process still writes there; leave it its file
-                elif mirror.continues(header):
+                    path = _free_name(folder)  # another process still writes to the file
+                elif mirror._continues(header):
                     if mirror.owned:
-                        mirror.append(
-                            {
-                                "kind": "reopen",
-                                "time": milliseconds(),
-                                "parent_run_id": header["parent_run_id"],
-                            }
-                        )
+                        parent = header["parent_run_id"]
+                        mirror.append({"kind": "reopen", "time": milliseconds(), "parent_run_id": parent})
                     return mirror
                 else:
-                    mirror.set_aside(folder)
+                    mirror._set_aside(folder)
         sent = path.with_suffix(".sent").open("ab")
         lock(sent)
         return cls(path, sent, header)
 
     @classmethod
     def existing(cls, path: Path) -> Mirror | None:
-        """Open a mirror that is there; None while another process has it open."""
+        """Open an existing mirror; None while another process has it open."""
         sent = path.with_suffix(".sent").open("ab")
         if not lock(sent):
             sent.close()
@@ -111,16 +129,17 @@ class Mirror:
             sent.close()
             raise Unreadable(f"{path} is no tracking mirror ({error})") from error
 
-    def continues(self, header: Mapping[str, Any]) -> bool:
+    def _continues(self, header: Record) -> bool:
+        names: tuple[Literal["tracking_uri", "run_id", "experiment", "run_name"], ...]
         if header["run_id"] is not None:
-            same = self.header["run_id"] == header["run_id"]
+            names, unfinished = ("tracking_uri", "run_id"), True
         else:
-            same = self.owned and self.status != "FINISHED"
-            same = same and all(self.header[name] == header[name] for name in ("experiment", "run_name"))
-        return same and self.header["tracking_uri"] == header["tracking_uri"]
+            names = ("tracking_uri", "experiment", "run_name")
+            unfinished = self.owned and self.status != "FINISHED"
+        return unfinished and all(self.header[name] == header[name] for name in names)
 
-    def set_aside(self, folder: Path) -> None:
-        """Close the mirror and give its files the next free name, for another run begins in its folder."""
+    def _set_aside(self, folder: Path) -> None:
+        """Close the mirror and rename its files, because another run begins in its folder."""
         left = self.waiting_records()
         aside = _free_name(folder)
         self.close()
@@ -128,21 +147,18 @@ class Mirror:
         self.path.with_suffix(".sent").rename(aside.with_suffix(".sent"))
         if left:
             logger.warning(
-                "%d tracking records of an earlier run never reached MLflow; they are in %s, "
-                "and `softpref track-sync %s` sends them",
-                left,
-                aside,
-                folder,
+                f"{left} tracking records of an earlier run never reached MLflow; they are in {aside}, "
+                f"and `softpref track-sync {folder}` sends them"
             )
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         self._file.write(_line({"n": self._last + 1, **record}))
         self._file.flush()
         self._last += 1
         self._end = self._file.tell()
 
     def times(self, numbers: dict[str, float], step: int) -> list[tuple[int, dict[str, float]]]:
-        """The numbers grouped by the time they get: now, or the old one of a forgotten point they repeat."""
+        """The numbers grouped by their time: now, or that of the removed point which a number repeats."""
         now = milliseconds()
         groups: dict[int, dict[str, float]] = {}
         for key, number in numbers.items():
@@ -152,7 +168,7 @@ class Mirror:
         return sorted(groups.items())
 
     def rewind(self, step: int) -> None:
-        """Take the metrics after `step` out of the file, and keep their values and times in one record."""
+        """Remove the metrics after `step` from the file; one record keeps their values and times."""
         replaced = dict(self._replaced)
         kept: list[bytes] = []
         for record, line in _records(self.path):
@@ -162,15 +178,10 @@ class Mirror:
             elif record["kind"] != "rewind":
                 kept.append(line)
         self._last += 1
-        record = {
-            "n": self._last,
-            "kind": "rewind",
-            "time": milliseconds(),
-            "step": step,
-            "replaced": [[key, at, _plain(value), moment] for (key, at), (value, moment) in replaced.items()],
-        }
+        note: Record = {"n": self._last, "kind": "rewind", "time": milliseconds(), "step": step}
+        note["replaced"] = [(key, at, _plain(value), time) for (key, at), (value, time) in replaced.items()]
         new = self.path.with_suffix(".new")
-        new.write_bytes(b"".join([*kept, _line(record)]))
+        new.write_bytes(b"".join([*kept, _line(note)]))
         os.replace(new, self.path)
         self._file.close()
         self._file = self.path.open("ab")
@@ -182,15 +193,15 @@ class Mirror:
         return self._cursor < self._end
 
     def waiting_records(self) -> int:
-        """How many records are not delivered, housekeeping ones not counted."""
+        """How many records are not delivered, without those of housekeeping."""
         return sum(
-            record["n"] > self._sent and record["kind"] not in ("rewind", "run", "reopen")
+            record["n"] > self._sent and record["kind"] not in HOUSEKEEPING
             for record, _ in _records(self.path)
         )
 
-    def next_records(self) -> tuple[list[dict[str, Any]], tuple[int, int]]:
+    def next_records(self) -> tuple[list[Record], tuple[int, int]]:
         """A batch of undelivered records, oldest first, and the place after it for `delivered`."""
-        records: list[dict[str, Any]] = []
+        records: list[Record] = []
         size = 0
         with self.path.open("rb") as file:
             file.seek(self._cursor)
@@ -208,7 +219,7 @@ class Mirror:
         generation, cursor = place
         if generation == self._generation:
             self._cursor = cursor
-        else:  # rewound meanwhile, so places have shifted
+        else:  # `rewind` has shifted all places meanwhile
             self._seek()
 
     def remember_run(self, run_id: str) -> None:
@@ -220,7 +231,7 @@ class Mirror:
         unlock(self._sent_file)
         self._sent_file.close()
 
-    def _note(self, note: dict[str, Any]) -> None:
+    def _note(self, note: Record) -> None:
         self._sent_file.write(_line(note))
         self._sent_file.flush()
 
@@ -234,7 +245,7 @@ class Mirror:
             self._cursor += len(line)
 
 
-def _records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+def _records(path: Path) -> Iterator[tuple[Record, bytes]]:
     with path.open("rb") as file:
         for line in file:
             yield json.loads(line), line
@@ -248,20 +259,19 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _free_name(folder: Path) -> Path:
-    number = 1
-    while (path := folder / f"tracking-{number}.jsonl").exists():
-        number += 1
-    return path
+    paths = (folder / f"tracking-{number}.jsonl" for number in itertools.count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def lock(file: IO[bytes], patience: float = 2.0) -> bool:
-    """Claim a file for this process until it is closed; False when another keeps it for `patience` seconds.
+    """Lock a file for this process until it is closed; False if another holds it for `patience` seconds.
 
-    The patience is for the orphaned workers of a process that was killed a moment ago.
+    The patience is for the orphaned workers of a process that was killed a moment ago. Systems without such
+    locks count as locked.
     """
     try:
         import fcntl
-    except ImportError:  # no such lock on this system
+    except ImportError:
         return True
     deadline = time.monotonic() + patience
     while True:
@@ -278,38 +288,36 @@ def lock(file: IO[bytes], patience: float = 2.0) -> bool:
 
 
 def unlock(file: IO[bytes]) -> None:
-    """Give the claim up although a forked worker may still hold the file open."""
+    """Release the lock even if a forked worker still has the file open."""
     with suppress(ImportError, OSError, ValueError):
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _line(record: dict[str, Any]) -> bytes:
+def _line(record: Record) -> bytes:
     if record.get("kind") == "metrics":
         record = {**record, "values": {key: _plain(value) for key, value in record["values"].items()}}
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def _plain(value: float) -> float | str:
-    """JSON knows no NaN and no infinity; their names do, and `float` reads them back."""
-    return value if math.isfinite(value) else str(value)
+def _plain(value: float | str) -> float | str:
+    """JSON has no NaN and no infinity; `float` reads their names back."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def usable_name(key: Any) -> str:
-    """A name that MLflow takes."""
-    return re.sub(r"[^\w\-. :/]", "_", str(key))[:_NAME_LENGTH]
+def usable_name(key: object) -> str:
+    """A name that MLflow accepts."""
+    return re.sub(r"[^\w\-. :/]", "_", str(key))[:NAME_LENGTH]
 
 
-def as_text(value: Any) -> str:
-    """A parameter's or tag's text; JSON for what holds others."""
-    if isinstance(value, str):
-        return value
+def as_text(value: object) -> str:
+    """The text of a parameter or tag; a container as JSON."""
     if isinstance(value, (dict, list, tuple)):
         return json.dumps(value, ensure_ascii=False, default=str)
     return str(value)
 
 
 def milliseconds() -> int:
-    """The time of a record: since 1970, as MLflow counts."""
+    """Now, since 1970, as MLflow counts."""
     return int(time.time() * 1000)

@@ -1,4 +1,4 @@
-"""How MLflow's store is opened and spoken to, and what its errors mean. Knows no mirror."""
+"""Opens MLflow's store and explains its errors. Knows no mirror."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from softpref.remote import public_url
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 _short_lock = threading.Lock()
 _short_users = 0
@@ -28,16 +31,25 @@ class RunGone(Exception):
 def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
     """The argument, else `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db`; a SQLite path made absolute."""
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    file = sqlite_file(uri)
+    return f"sqlite:///{file.resolve()}" if file else uri
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store; None for any other store."""
     path = uri.removeprefix("sqlite:///")
-    if path != uri and path != ":memory:":
-        uri = f"sqlite:///{Path(path).resolve()}"
-    return uri
+    return None if path in (uri, ":memory:") else Path(path)
+
+
+def artifact_folder(file: Path) -> Path:
+    """Where a SQLite store keeps artifacts; MLflow's own choice is the stage's current directory."""
+    return file.parent / "mlartifacts"
 
 
 def mlflow_ready(uri: str) -> bool:
-    """Import what speaking to `uri` needs; False when mlflow is not installed.
+    """Import what the store at `uri` needs; False when mlflow is not installed.
 
-    Done in the caller's thread before a sender starts, since imports from two threads can tangle.
+    Call it before a sender thread starts: imports from two threads can deadlock.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
@@ -54,31 +66,28 @@ def mlflow_ready(uri: str) -> bool:
     return True
 
 
-def open_client(uri: str) -> Any:
-    """A client of the store at `uri`, which `mlflow_ready` has been asked about.
+def open_client(uri: str) -> MlflowClient:
+    """A client of the store at `uri`; call `mlflow_ready` first.
 
-    MLflow makes a SQLite file's tables when it is first opened, and two processes that do so at once leave a
-    file that nobody can open again: here the second waits for the first.
+    The first client of a SQLite file makes its tables; two at once would break the file, so one waits.
     """
     from filelock import FileLock
     from mlflow import MlflowClient
 
-    path = uri.removeprefix("sqlite:///")
-    if path == uri or path == ":memory:":
+    file = sqlite_file(uri)
+    if file is None:
         return MlflowClient(uri)
-    with FileLock(f"{path}.lock"):
+    with FileLock(f"{file}.lock"):
         return MlflowClient(uri)
 
 
 def where_to_look(uri: str, run_id: str | None) -> str:
-    """How a person gets to see a run and those beside it in MLflow's own UI: an address, or what opens one.
-
-    MLflow opens an experiment in its view of traces, which is empty, unless the address asks for the other.
-    """
-    page = ""
-    if run_id and (not uri.startswith("sqlite:") or Path(uri.removeprefix("sqlite:///")).exists()):
-        with suppress(Exception), short_requests():  # without it the page is missing, no more
+    """The address of a run's experiment in MLflow's UI, or the command that starts the UI."""
+    page, file = "", sqlite_file(uri)
+    if run_id and (file is None or file.exists()):
+        with suppress(Exception), short_requests():  # on failure only the link is missing
             experiment = open_client(uri).get_run(run_id).info.experiment_id
+            # without the query MLflow shows the experiment's traces, of which there are none
             page = f"/#/experiments/{experiment}?workflowType=machine_learning"
     if uri.startswith(("http://", "https://")):
         return f"{public_url(uri).rstrip('/')}{page}"
@@ -86,18 +95,20 @@ def where_to_look(uri: str, run_id: str | None) -> str:
     return f"{uri}; look at it with: mlflow ui --backend-store-uri {uri}{opened}"
 
 
-def find_experiment(client: Any, name: str, uri: str) -> str:
-    """The id of an experiment; made when absent, also when another process makes it at the same moment."""
+def find_experiment(client: MlflowClient, name: str, uri: str) -> str:
+    """The id of an experiment; made when absent, even if another process makes it at the same moment."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
+        file, folder = sqlite_file(uri), re.sub(r"[^\w.-]+", "_", name)
+        location = (artifact_folder(file) / folder).as_uri() if file else None  # None: the server decides
         try:
-            return client.create_experiment(name, artifact_location=_artifact_location(name, uri))
+            return client.create_experiment(name, artifact_location=location)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
             found = client.get_experiment_by_name(name)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+                raise
     if found.lifecycle_stage == "deleted":
         raise RunGone(
             f"experiment {name!r} is deleted; `mlflow experiments restore --experiment-id "
@@ -106,16 +117,8 @@ def find_experiment(client: Any, name: str, uri: str) -> str:
     return found.experiment_id
 
 
-def _artifact_location(experiment: str, uri: str) -> str | None:
-    """Beside a SQLite store (MLflow's own choice is the stage's current directory); else the server's."""
-    path = uri.removeprefix("sqlite:///")
-    if path == uri or path == ":memory:":
-        return None
-    return (Path(path).parent / "mlartifacts" / re.sub(r"[^\w.-]+", "_", experiment)).as_uri()
-
-
 def source_tags() -> dict[str, str]:
-    """The tags by which MLflow shows who ran what; its low-level client leaves them out."""
+    """MLflow's tags for who ran what; its low-level client does not set them."""
     program = Path(sys.argv[0]).name or "python"
     if program == "executor_main.py":  # KFP's, which runs every step
         program = "softpref"
@@ -127,21 +130,15 @@ def source_tags() -> dict[str, str]:
 
 @contextmanager
 def short_requests(retries: int = 0, timeout: int = 10) -> Iterator[None]:
-    """Within it MLflow's requests end soon (its own default is about four minutes of retries).
+    """Within it MLflow's requests fail soon; by default MLflow retries for about four minutes.
+
+    Set through the environment, the only way MLflow offers. The user's own values win, and where contexts
+    overlap, the first one's.
 
     Args:
         retries: attempts after the first one.
         timeout: seconds per attempt.
     """
-    hold_short_requests(retries, timeout)
-    try:
-        yield
-    finally:
-        release_short_requests()
-
-
-def hold_short_requests(retries: int = 0, timeout: int = 10) -> None:
-    """By the environment, the one way MLflow has; the user's own values, and the first holder's, win."""
     global _short_users
     limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries, "MLFLOW_HTTP_REQUEST_TIMEOUT": timeout}
     with _short_lock:
@@ -150,16 +147,15 @@ def hold_short_requests(retries: int = 0, timeout: int = 10) -> None:
             if name not in os.environ:
                 os.environ[name] = str(value)
                 _short_set.append(name)
-
-
-def release_short_requests() -> None:
-    global _short_users
-    with _short_lock:
-        _short_users -= 1
-        if _short_users == 0:
-            for name in _short_set:
-                os.environ.pop(name, None)
-            _short_set.clear()
+    try:
+        yield
+    finally:
+        with _short_lock:
+            _short_users -= 1
+            if _short_users == 0:
+                for name in _short_set:
+                    os.environ.pop(name, None)
+                _short_set.clear()
 
 
 def in_short(error: BaseException) -> str:
@@ -172,7 +168,7 @@ def in_short(error: BaseException) -> str:
 
 
 def refusal_of(error: BaseException) -> str | None:
-    """What a server that answers does not accept of this client, and what to do; None for any other error."""
+    """What a server that answers refuses, and what to do about it; None for any other error."""
     code = getattr(error, "error_code", None)
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     if code == "PERMISSION_DENIED" and "Permission denied" in str(error):
@@ -182,9 +178,9 @@ def refusal_of(error: BaseException) -> str | None:
         )
     if code == "UNAUTHENTICATED":
         if os.environ.get("MLFLOW_TRACKING_TOKEN"):
-            return "refuses the login: set MLFLOW_TRACKING_TOKEN to a token that it knows"
+            return "refuses the login: set MLFLOW_TRACKING_TOKEN to a valid token"
         who = f"the login of user {user!r}" if user else "a client without login"
-        return f"refuses {who}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a login it knows"
+        return f"refuses {who}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a valid login"
     if "Invalid Host header" in str(error):
-        return "does not answer to the name in its URL: it must stand in the server's --allowed-hosts"
+        return "does not answer to the host name in its URL: add the name to the server's --allowed-hosts"
     return None

@@ -1,9 +1,8 @@
-"""The run of a whole pipeline in MLflow: every step finds it by the pipeline run's id. Knows no mirror.
+"""The MLflow run of a whole pipeline: every step finds it by the pipeline run's id. Knows no mirror.
 
-The id comes from the environment, so that no parameter of a step, and no key of KFP's cache, holds it: the
-cluster profile has Kubernetes set it from the pod's labels, the local runner sets it itself. The run bears it
-as the tag by which KFP's own MLflow plugin marks the run that it opens; where the plugin is on, that one is
-taken.
+The id comes from the environment, so that it enters no step's parameters and no key of KFP's cache: on a
+cluster Kubernetes sets it from the pod's labels, on this machine the runner does. It is stored under the tag
+that KFP's own MLflow plugin uses, so where the plugin is on, its run is the one found.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from softpref.tracking.mirror import as_text, usable_name
+from softpref.tracking.mirror import TAG_LENGTH, as_text, usable_name
 from softpref.tracking.mlflow_store import (
     find_experiment,
     in_short,
@@ -25,21 +24,24 @@ from softpref.tracking.mlflow_store import (
     source_tags,
 )
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
 logger = logging.getLogger(__name__)
 
 RUN_ID, RUN_NAME, KFP_UI = "SOFTPREF_RUN_ID", "SOFTPREF_RUN_NAME", "SOFTPREF_KFP_UI"
 KEY_TAG = "softpref.tracking_key"  # of every run that a stage opens
 PARENT_TAG = "mlflow.parentRunId"
 _ID_TAG, _ADDRESS_TAG = "kfp.pipeline_run_id", "kfp.pipeline_run_url"
-_TAG_LENGTH = 8000
-_SETTLE = 1.0  # seconds after which a run that another step opened at the same moment can be seen
+_SETTLE = 1.0  # seconds until a run that another step opened at the same moment is visible
 
 
 class PipelineRun(NamedTuple):
     """One run of a pipeline, on a cluster or on this machine.
 
     Attributes:
-        name: for people; on a cluster, until the plan has told the run's own, that of its workflow.
+        name: for people; on a cluster the workflow's, until the plan step has told the run's own.
     """
 
     id: str
@@ -52,8 +54,8 @@ def current_pipeline_run() -> PipelineRun | None:
     return PipelineRun(run_id, os.environ.get(RUN_NAME) or run_id) if run_id else None
 
 
-def experiment_of(client: Any, name: str, uri: str) -> str:
-    """Id of the experiment: that of KFP's MLflow plugin where it opened the pipeline's run, else by name."""
+def experiment_of(client: MlflowClient, name: str, uri: str) -> str:
+    """Id of the experiment: KFP's MLflow plugin's where it opened the pipeline's run, else by name."""
     given = os.environ.get("MLFLOW_EXPERIMENT_ID")
     by_plugin = current_pipeline_run() and os.environ.get("MLFLOW_RUN_ID")
     if given and by_plugin and os.environ.get("MLFLOW_TRACKING_URI", uri).rstrip("/") == uri.rstrip("/"):
@@ -62,24 +64,27 @@ def experiment_of(client: Any, name: str, uri: str) -> str:
 
 
 def find_or_open(
-    client: Any, experiment_id: str, key: tuple[str, str], name: str, tags: Mapping[str, str], began: int
-) -> tuple[Any, bool]:
+    client: MlflowClient,
+    experiment_id: str,
+    key: tuple[str, str],
+    name: str,
+    tags: Mapping[str, str],
+    began: int,
+) -> tuple[Run, bool]:
     """The run with a tag, opened when there is none; of several opened at the same moment, the oldest.
 
     Args:
         key: the tag and its value.
-        tags: of a run that is opened, besides the key.
+        tags: further tags of a run that is opened here.
         began: milliseconds since 1970.
 
     Returns:
-        The run, and whether it was there already.
+        The run, and whether it existed before.
     """
 
-    def search() -> list[Any]:
+    def search() -> list[Run]:
         query = f"tags.`{key[0]}` = '{key[1]}'"
-        return client.search_runs(
-            [experiment_id], filter_string=query, order_by=["attributes.start_time ASC"]
-        )
+        return client.search_runs([experiment_id], query, order_by=["attributes.start_time ASC"])
 
     if found := search():
         return found[0], True
@@ -93,21 +98,22 @@ def find_or_open(
     return oldest, False
 
 
-def find_or_open_root(client: Any, experiment_id: str, run: PipelineRun) -> str:
-    """Id of the MLflow run of a pipeline run; one that a step which was stopped had ended is open again.
+def find_or_open_root(client: MlflowClient, experiment_id: str, run: PipelineRun) -> str:
+    """Id of the MLflow run of a pipeline run; reopened where a stopped step had ended it.
 
-    Of another pipeline run than this process's own, whose records come late, it stays as it is.
+    The run of another pipeline run, whose records arrive late, is not reopened.
     """
     tags = {_ADDRESS_TAG: address} if (address := run_address(run)) else {}
     now = int(time.time() * 1000)
     root, was_there = find_or_open(client, experiment_id, (_ID_TAG, run.id), run.name, tags, now)
     if was_there and root.info.status != "RUNNING" and run.id == os.environ.get(RUN_ID):
         client.update_run(root.info.run_id, status="RUNNING")
-    return root.info.run_id
+    run_id: str = root.info.run_id  # MLflow's decorator loses the type
+    return run_id
 
 
 def run_address(run: PipelineRun) -> str:
-    """Where KFP's UI shows the run; empty where nobody has said where the UI is."""
+    """Where KFP's UI shows the run; empty where the UI's address is unknown."""
     ui = os.environ.get(KFP_UI, "").rstrip("/")
     return f"{ui}/#/runs/details/{run.id}" if ui else ""
 
@@ -116,20 +122,20 @@ def finish_pipeline_run(
     status: Literal["FINISHED", "FAILED", "KILLED"],
     *,
     name: str = "",
-    tags: Mapping[str, Any] | None = None,
+    tags: Mapping[str, object] | None = None,
     experiment: str = "softpref",
     tracking_uri: str | None = None,
     patience: float = 30.0,
 ) -> None:
-    """End the MLflow run of this pipeline run and whatever below it no step has ended. Raises nothing.
+    """End the MLflow run of this pipeline run and all runs below it that are still open. Never raises.
 
-    A run that a terminated step marked KILLED stays so. Runs that KFP's MLflow plugin opened for each step
-    and loop hold nothing that the stages' own do not say better; they are deleted (MLflow can restore them).
+    A run that a terminated step marked KILLED stays so. The runs that KFP's MLflow plugin opened for each
+    step and loop only repeat what the stages' own hold; they are deleted (MLflow can restore them).
 
     Args:
-        status: how its steps ended.
+        status: how the steps ended.
         name: of the pipeline run, as people see it.
-        tags: for the run of the pipeline.
+        tags: for the pipeline's run.
         patience: seconds to wait for a server that is away.
     """
     run, uri = current_pipeline_run(), resolve_tracking_uri(tracking_uri)
@@ -142,26 +148,26 @@ def finish_pipeline_run(
                 client = open_client(uri)
                 _finish(client, experiment_of(client, experiment, uri), run, status, tags or {})
             return
-        except Exception as error:  # whatever the network, the store or its driver came up with
+        except Exception as error:  # of the network, the store or its driver
             if time.monotonic() > deadline or uri.startswith("sqlite:"):
-                logger.warning(
-                    "the run of the pipeline was not ended: MLflow at %s: %s", uri, in_short(error)
-                )
+                logger.warning("MLflow at %s: the pipeline's run was not ended: %s", uri, in_short(error))
                 return
             time.sleep(5)
 
 
-def _finish(client: Any, experiment_id: str, run: PipelineRun, status: str, tags: Mapping[str, Any]) -> None:
+def _finish(
+    client: MlflowClient, experiment_id: str, run: PipelineRun, status: str, tags: Mapping[str, object]
+) -> None:
     now = int(time.time() * 1000)
     root, _ = find_or_open(client, experiment_id, (_ID_TAG, run.id), run.name, {}, now)
-    own = {"mlflow.runName": run.name, **tags}
+    own: dict[str, object] = {"mlflow.runName": run.name, **tags}
     if status == "FAILED" and root.info.status == "KILLED":
         status = "KILLED"
     own["softpref.ended"] = status  # KFP's plugin, which ends the run after all steps, calls KILLED failed
     if address := run_address(run):
         own[_ADDRESS_TAG] = address
     for key, value in own.items():
-        client.set_tag(root.info.run_id, usable_name(key), as_text(value)[:_TAG_LENGTH])
+        client.set_tag(root.info.run_id, usable_name(key), as_text(value)[:TAG_LENGTH])
     parents = [root.info.run_id]
     for parent in parents:  # grows: the plugin's runs of loops have children
         for child in client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'"):

@@ -1,4 +1,4 @@
-"""The tracker of a stage, and what is sent after its end. Knows neither files nor MLflow's API."""
+"""The tracker of a stage, and what sends the rest after its end. Knows neither files nor MLflow's API."""
 
 from __future__ import annotations
 
@@ -13,36 +13,37 @@ import time
 import uuid
 import weakref
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, SupportsFloat
 
 from softpref.errors import ConfigError
 from softpref.tracking.delivery import Delivery
-from softpref.tracking.mirror import Mirror, Unreadable, as_text, milliseconds, usable_name
+from softpref.tracking.mirror import Mirror, Record, Unreadable, as_text, milliseconds, usable_name
 from softpref.tracking.mlflow_store import (
     RunGone,
-    hold_short_requests,
     in_short,
     mlflow_ready,
     open_client,
     refusal_of,
-    release_short_requests,
     resolve_tracking_uri,
     short_requests,
 )
 from softpref.tracking.pipeline_run import current_pipeline_run, experiment_of, find_or_open_root
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 logger = logging.getLogger(__name__)
 
 _BATCH_SECONDS, _LONGEST_PAUSE = 1.0, 60.0
-# seconds that a run waits at its end: for a server that never answered, one that did (it restarts in two
-# minutes), and at most
+# seconds that a run waits at its end: for a server that never answered, for one that did (a restart takes
+# two minutes), and at most
 _EXIT_WAIT, _RESTART_WAIT, _LONGEST_EXIT_WAIT = 30.0, 180.0, 900.0
 
 
 class SyncResult(NamedTuple):
-    """What `sync` did: records delivered now, and the run they went to."""
+    """What `sync` delivered: the number of records, and the run they went to."""
 
     delivered: int
     run_id: str | None
@@ -51,11 +52,10 @@ class SyncResult(NamedTuple):
 class Tracker:
     """Parameters, metrics, tags and files of one run, mirrored to disk and carried to MLflow.
 
-    The run is, in this order: outside of a pipeline the one named by the environment's `MLFLOW_RUN_ID`, the
-    one named by `run_id`, the unfinished one that an earlier process tracked from the same folder, or a new
-    one. In a step of a pipeline a new one is put under the pipeline's run (`softpref.tracking.pipeline_run`),
-    and a step that is tried again goes on in the run of its first attempt. Only a run that the tracker itself
-    opened gets its status set.
+    The run is the first of these that exists: outside a pipeline, that of the environment's `MLFLOW_RUN_ID`;
+    that of `run_id`; the unfinished run that an earlier process tracked in the same folder; a new one. In a
+    step of a pipeline a new run is a child of the pipeline's run (`softpref.tracking.pipeline_run`), and a
+    retried step continues the run of its first attempt. Only a run opened here gets its status set.
 
     No method raises for trouble with the server or the disk: it is logged once, and training goes on.
 
@@ -64,14 +64,14 @@ class Tracker:
         experiment: MLflow experiment; made when absent.
         run_name: Name of a run that is opened here.
         parent_run_id: Parent of a run that is opened here; in a step of a pipeline, the pipeline's run is.
-        root: Track the pipeline's run itself; without a pipeline, a run as ever.
+        root: Track the pipeline's run itself; no effect outside a pipeline.
         run_id: An existing run to continue; it is neither opened nor ended.
         tags: Tags of the run.
         tracking_uri: MLflow store. Default: `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` in the
             current directory.
-        exit_wait: Seconds that `close` waits at most for what is not yet delivered. Default: a tenth of the
-            run's time so far and at most a quarter of an hour, but three minutes at least for a server that
-            has answered before, and half a minute for one that never has. A killed run waits half a minute.
+        exit_wait: Seconds that `close` waits at most for undelivered records. Default: a tenth of the run's
+            time, at most 15 minutes, and at least three for a server that has answered before, half a minute
+            for one that never has. A killed run waits half a minute.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Tracker:
         run_name: str,
         parent_run_id: str | None = None,
         run_id: str | None = None,
-        tags: Mapping[str, Any] | None = None,
+        tags: Mapping[str, object] | None = None,
         tracking_uri: str | None = None,
         exit_wait: float | None = None,
         root: bool = False,
@@ -90,9 +90,8 @@ class Tracker:
         self.output_dir = Path(output_dir)
         self.tracking_uri = resolve_tracking_uri(tracking_uri)
         pipeline_run = current_pipeline_run()
-        inherited = (
-            None if pipeline_run else os.environ.get("MLFLOW_RUN_ID")
-        )  # the plugin's, of this step alone
+        # in a pipeline this variable names the run that KFP's plugin opened only for the step
+        inherited = None if pipeline_run else os.environ.get("MLFLOW_RUN_ID")
         attached = inherited or run_id or None
         root = root and pipeline_run is not None
         self._exit_wait = exit_wait
@@ -104,9 +103,11 @@ class Tracker:
         self._unusable: set[str] = set()
         self._sender: threading.Thread | None = None
         self._mirror: Mirror | None = None
-        header = {
+        self._short_requests = ExitStack()
+        header: Record = {
             "kind": "run",
-            "key": _key(pipeline_run.id, run_name) if pipeline_run else uuid.uuid4().hex,
+            # in a pipeline the same for every attempt of the step
+            "key": _hash(f"{pipeline_run.id}\n{run_name}") if pipeline_run else uuid.uuid4().hex,
             "run_id": attached,
             "owned": attached is None and not root,
             "experiment": experiment,
@@ -125,68 +126,67 @@ class Tracker:
             self.tags(tags)
         if not mlflow_ready(self.tracking_uri):
             logger.warning(
-                "mlflow is not installed here: metrics go to %s only; where it is installed, "
-                "`softpref track-sync %s` sends them",
-                self._mirror.path,
-                self.output_dir,
+                f"mlflow is not installed here: metrics go to {self._mirror.path} only; where it is "
+                f"installed, `softpref track-sync {self.output_dir}` sends them"
             )
             return
-        hold_short_requests()
+        self._short_requests.enter_context(short_requests())
         self._sender = threading.Thread(target=self._send, name="softpref-tracking", daemon=True)
         self._sender.start()
         _open_trackers.add(self)
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run, or None while the server has not yet answered (`flush` waits for it)."""
+        """The MLflow run; None until the server has answered (`flush` waits for it)."""
         return self._mirror.run_id if self._mirror is not None else None
 
     @property
     def owned(self) -> bool:
-        """Whether the run was opened here, so that its end is said here."""
+        """Whether the run was opened here, and is therefore ended here."""
         return self._mirror is not None and self._mirror.owned
 
-    def params(self, values: Mapping[str, Any]) -> None:
+    def params(self, values: Mapping[str, object]) -> None:
         """Record parameters. A value over MLflow's length limit is cut and kept whole as a text artifact.
 
         MLflow's parameters never change: a different value for a known name goes to the tag
         `param_changed.NAME`, with a warning.
         """
-        self._write("params", values={usable_name(key): as_text(value) for key, value in values.items()})
+        self._write({"kind": "params", "values": _texts(values)})
 
-    def metrics(self, values: Mapping[str, Any], step: int) -> None:
-        """Record numbers at one step, now. NaN and infinities are kept; what is no number is left out."""
+    def metrics(self, values: Mapping[str, object], step: int) -> None:
+        """Record numbers at one step, now. NaN and infinities are kept; anything else is left out."""
         if self._mirror is None:
             return
         numbers: dict[str, float] = {}
         for key, value in values.items():
-            try:
-                numbers[usable_name(key)] = float(value)
-            except (TypeError, ValueError):
-                if key not in self._unusable:
-                    self._unusable.add(key)
-                    logger.warning("metric %s is not tracked: %r is no number", key, value)
+            with suppress(TypeError, ValueError):
+                if isinstance(value, (SupportsFloat, str)):
+                    numbers[usable_name(key)] = float(value)
+                    continue
+            if key not in self._unusable:
+                self._unusable.add(key)
+                logger.warning("metric %s is not tracked: %r is no number", key, value)
         with self._changed:
             for moment, group in self._mirror.times(numbers, int(step)):
                 self._append({"kind": "metrics", "step": int(step), "time": moment, "values": group})
             self._changed.notify_all()
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
-        """Upload a file, or what a folder holds, to `folder` of the run's artifacts, as it is when sent."""
+        """Upload a file, or a folder's content, to `folder` of the run's artifacts, as it is when sent."""
         path = Path(path).absolute()
         with suppress(ValueError):  # relative, so that a moved output folder can still be synced
             path = path.relative_to(self.output_dir.absolute())
-        self._write("artifact", path=str(path), folder=folder)
+        self._write({"kind": "artifact", "path": str(path), "folder": folder})
 
-    def tags(self, values: Mapping[str, Any]) -> None:
+    def tags(self, values: Mapping[str, object]) -> None:
         """Set tags of the run; a later value replaces an earlier one."""
-        self._write("tags", values={usable_name(key): as_text(value) for key, value in values.items()})
+        self._write({"kind": "tags", "values": _texts(values)})
 
     def rewind(self, step: int) -> None:
-        """Forget the mirror's points after `step`, for they will be logged again after a resume from `step`.
+        """Remove the mirror's points after `step`: a resume from `step` logs them again.
 
-        In MLflow a repeated point of equal value stays one point; of another value it becomes the latest
-        one of its step and the old one stays in the history.
+        In MLflow a point repeated with the same value stays one point; with another value it becomes the
+        latest of its step, and the old one stays in the history.
         """
         if self._mirror is None:
             return
@@ -197,7 +197,7 @@ class Tracker:
                 self._mirror_failed(error)
 
     def flush(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds until everything is delivered; True when it is."""
+        """Wait up to `timeout` seconds until everything is delivered; returns whether it is."""
         if self._mirror is None or self._sender is None:
             return False
         mirror = self._mirror
@@ -205,22 +205,22 @@ class Tracker:
             return self._changed.wait_for(lambda: not mirror.waiting(), timeout)
 
     def close(self, status: str = "FINISHED") -> None:
-        """End the run when it was opened here (`FINISHED`, `FAILED` or `KILLED`) and deliver what is left.
+        """End a run that was opened here (`FINISHED`, `FAILED` or `KILLED`), and deliver what is left.
 
-        Waits at most `exit_wait` seconds; what is still undelivered then is named in a warning.
+        Waits at most `exit_wait` seconds; a warning names what is still undelivered then.
         """
+        if self._closed or self._mirror is None:
+            return
         wait = self._exit_wait
         if wait is None:
             wait = _EXIT_WAIT
             if status != "KILLED":
                 least = _RESTART_WAIT if self._answered else _EXIT_WAIT
                 wait = min(max(least, (time.monotonic() - self._opened) / 10), _LONGEST_EXIT_WAIT)
-        if self._closed or self._mirror is None:
-            return
         self._closed = True
         _open_trackers.discard(self)
         if self._mirror.owned:
-            self._write("end", status=status)
+            self._write({"kind": "end", "status": status})
         sender = self._sender
         if sender is None:
             self._mirror.close()
@@ -235,18 +235,14 @@ class Tracker:
             left = self._mirror.waiting_records()
         if left:
             logger.warning(
-                "%d tracking records did not reach MLflow at %s (%s); they are in %s, "
-                "and `softpref track-sync %s` sends them",
-                left,
-                self.tracking_uri,
-                self._trouble or "it is slow",
-                self._mirror.path,
-                self.output_dir,
+                f"{left} tracking records did not reach MLflow at {self.tracking_uri} "
+                f"({self._trouble or 'it is slow'}); they are in {self._mirror.path}, "
+                f"and `softpref track-sync {self.output_dir}` sends them"
             )
         sender.join(0.5)
         if not sender.is_alive():  # else it closes the mirror itself, when its last request has returned
             self._mirror.close()
-        release_short_requests()
+        self._short_requests.close()
 
     def __enter__(self) -> Tracker:
         return self
@@ -257,12 +253,12 @@ class Tracker:
         else:
             self.close("FAILED" if issubclass(kind, Exception) else "KILLED")
 
-    def _write(self, kind: str, **content: Any) -> None:
+    def _write(self, record: Record) -> None:
         with self._changed:
-            self._append({"kind": kind, "time": milliseconds(), **content})
+            self._append({"kind": record["kind"], "time": milliseconds(), **record})
             self._changed.notify_all()
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def _append(self, record: Record) -> None:
         if self._mirror is None:
             return
         try:
@@ -292,20 +288,16 @@ class Tracker:
                 self._trouble = str(error)
                 logger.warning("MLflow tracking stops: %s; records stay in %s", error, mirror.path)
                 break
-            except Exception as error:  # whatever the network, the store or its driver came up with
+            except Exception as error:  # of the network, the store or its driver
                 failures += 1
                 self._trouble = in_short(error)
                 if failures == 1:
                     logger.warning(
-                        "MLflow at %s cannot be reached (%s); going on, records wait in %s",
-                        self.tracking_uri,
-                        self._trouble,
-                        mirror.path,
+                        f"MLflow at {self.tracking_uri} cannot be reached ({self._trouble}); going on, "
+                        f"records wait in {mirror.path}"
                     )
                 with self._changed:
-                    self._changed.wait_for(
-                        lambda: self._closing or self._abandoned, min(2.0**failures, _LONGEST_PAUSE)
-                    )
+                    self._changed.wait_for(self._is_ending, min(2.0**failures, _LONGEST_PAUSE))
                     if self._closing:
                         self._changed.wait_for(lambda: self._abandoned, 1.0)
             else:
@@ -314,20 +306,23 @@ class Tracker:
                     logger.warning("MLflow at %s answers again", self.tracking_uri)
                     failures, self._trouble = 0, None
                 with self._changed:  # gather the next batch
-                    self._changed.wait_for(lambda: self._closing or self._abandoned, _BATCH_SECONDS)
+                    self._changed.wait_for(self._is_ending, _BATCH_SECONDS)
         if self._abandoned:
             mirror.close()
 
+    def _is_ending(self) -> bool:
+        return self._closing or self._abandoned
+
 
 def sync(output_dir: str | Path, tracking_uri: str | None = None) -> SyncResult:
-    """Deliver to MLflow what the stage that wrote `output_dir` could not, in order, nothing twice.
+    """Deliver to MLflow what the stage that wrote `output_dir` could not, in order and nothing twice.
 
     Args:
         output_dir: Folder with `tracking.jsonl`, as a stage left it.
-        tracking_uri: Another address of the same store; default is the one the stage used.
+        tracking_uri: Another address of the same store; default: the one that the stage used.
 
     Raises:
-        ConfigError: no mirror there, another process is writing it, mlflow is not installed, the server
+        ConfigError: there is no mirror, another process writes to it, mlflow is not installed, the server
             does not answer, or the run was deleted. What was delivered until then is remembered.
     """
     paths = sorted(Path(output_dir).glob("tracking*.jsonl"))
@@ -340,7 +335,7 @@ def sync(output_dir: str | Path, tracking_uri: str | None = None) -> SyncResult:
         except Unreadable as error:
             raise ConfigError(str(error)) from error
         if mirror is None:
-            raise ConfigError(f"{path} is being written by a running stage, which delivers it by itself")
+            raise ConfigError(f"{path} is being written by a running stage, which delivers it itself")
         try:
             uri = resolve_tracking_uri(tracking_uri) if tracking_uri else mirror.header["tracking_uri"]
             if not mirror.waiting():
@@ -355,7 +350,7 @@ def sync(output_dir: str | Path, tracking_uri: str | None = None) -> SyncResult:
             run_id = mirror.run_id
         except ConfigError:
             raise
-        except Exception as error:
+        except Exception as error:  # of the network, the store or its driver
             raise ConfigError(
                 f"MLflow at {uri}: {in_short(error)}; {mirror.waiting_records()} records of {path} wait"
             ) from error
@@ -365,23 +360,20 @@ def sync(output_dir: str | Path, tracking_uri: str | None = None) -> SyncResult:
 
 
 def deliver_missed(*folders: str | Path) -> None:
-    """Deliver what earlier steps, whose outputs these are, could not; never fails.
+    """Deliver what earlier steps could not, from their output folders; never fails.
 
-    A pod's records outlive it in its outputs alone, and this is the first that sees them again.
+    A pod's records survive only in its outputs, so a later step sends them.
     """
     for folder in folders:
         if any(Path(folder).glob("tracking*.jsonl")):
             try:
                 sync(folder)
-            except (
-                ConfigError,
-                OSError,
-            ) as error:  # another step delivers it now, or the server is still away
+            except (ConfigError, OSError) as error:  # another step delivers, or the server is still away
                 logger.info("tracking of %s: %s", folder, error)
 
 
 def run_tracked_in(folder: str | Path) -> str | None:
-    """Id of the MLflow run that a stage's output folder was tracked in, as far as MLflow has said it."""
+    """Id of the MLflow run that tracked a stage's output folder; None if unknown."""
     path = Path(folder) / "tracking.jsonl"
     with suppress(OSError, Unreadable):
         if path.is_file() and (mirror := Mirror.existing(path)):
@@ -391,10 +383,9 @@ def run_tracked_in(folder: str | Path) -> str | None:
 
 
 def sync_below(root: str | Path, tracking_uri: str | None = None) -> int:
-    """Deliver what any stage below a folder could not, as `sync` does; returns how many records that were.
+    """`sync` of every stage below a folder, for the end of a pipeline; returns the number of records.
 
-    For the end of a pipeline: by then a server that was away while a stage ended may be back. A folder whose
-    records still cannot be delivered is a warning.
+    A folder whose records still cannot be delivered is a warning.
     """
     delivered = 0
     for folder in sorted({path.parent for path in Path(root).rglob("tracking*.jsonl")}):
@@ -406,13 +397,11 @@ def sync_below(root: str | Path, tracking_uri: str | None = None) -> int:
 
 
 def check_server(experiment: str, tracking_uri: str | None = None) -> str | None:
-    """Id of the pipeline run's run in MLflow, opened when absent; None, with a warning, while MLflow is away.
-
-    For the beginning of a pipeline: what MLflow refuses is said before anything costly runs.
+    """Id of the pipeline's run in MLflow, opened when absent; None, with a warning, while MLflow is away.
 
     Raises:
-        ConfigError: the server is there and refuses the login or its own name. Waiting would not change that,
-            and a sweep that begins here would find it out at its end, when it registers the model.
+        ConfigError: the server answers and refuses the login or its own host name. Waiting would not help,
+            and without this check a sweep would fail only at its end, when it registers the model.
     """
     uri, run = resolve_tracking_uri(tracking_uri), current_pipeline_run()
     try:
@@ -426,20 +415,16 @@ def check_server(experiment: str, tracking_uri: str | None = None) -> str | None
         refusal = refusal_of(error)
         if refusal:
             raise ConfigError(f"MLflow at {uri} {refusal}") from error
-        logger.warning(
-            "MLflow at %s cannot be reached (%s); going on, what is tracked waits for it",
-            uri,
-            in_short(error),
-        )
+        logger.warning("MLflow at %s cannot be reached (%s); going on, records wait", uri, in_short(error))
         return None
 
 
 def watch_termination(experiment: str, tracking_uri: str | None = None) -> None:
-    """From now on SIGTERM marks what this step of a pipeline tracks, and the pipeline's run, as KILLED.
+    """From now on SIGTERM marks the runs of this step and of its pipeline as KILLED.
 
-    A pod that is deleted has seconds, which one long step of training may take up: a thread of its own does
-    it, woken by the signal itself. If the step is tried again, it opens both runs again. Does nothing outside
-    of a pipeline, or in another thread than the main one.
+    A deleted pod has only seconds, which a long training step may take up; so a thread of its own does it,
+    woken by the signal itself. A retried step reopens both runs. Does nothing outside a pipeline, or in
+    another thread than the main one.
     """
     run, uri = current_pipeline_run(), resolve_tracking_uri(tracking_uri)
     if run is None or threading.current_thread() is not threading.main_thread() or not mlflow_ready(uri):
@@ -449,23 +434,18 @@ def watch_termination(experiment: str, tracking_uri: str | None = None) -> None:
     terminated, said = threading.Event(), threading.Event()
 
     def wait() -> None:
-        known: list[
-            Any
-        ] = []  # client and root, looked up now: a container that is ended has less than a second
-
-        def look_up() -> None:
+        def look_up() -> tuple[MlflowClient, str] | None:
             with suppress(Exception), short_requests(timeout=5):
                 client = open_client(uri)
-                # of a step that is tried again the first attempt had ended the run
-                known[:] = [client, find_or_open_root(client, experiment_of(client, experiment, uri), run)]
+                # reopens the run, which an earlier attempt of this step had ended
+                return client, find_or_open_root(client, experiment_of(client, experiment, uri), run)
+            return None
 
-        if not uri.startswith("sqlite:"):
-            look_up()
+        # now already: once told to stop, a container has less than a second
+        known = None if uri.startswith("sqlite:") else look_up()
         while (number := os.read(woken, 1)) and number[0] != signal.SIGTERM:
             pass
-        if not known:
-            look_up()
-        if known:
+        if known := known or look_up():
             client, root = known
             own = [tracker.run_id for tracker in list(_open_trackers) if tracker.run_id and tracker.owned]
             with suppress(Exception), short_requests(timeout=2):
@@ -473,7 +453,7 @@ def watch_termination(experiment: str, tracking_uri: str | None = None) -> None:
                     client.set_terminated(run_id, "KILLED")
         said.set()
 
-    def leave(*_: Any) -> None:
+    def leave(*_: object) -> None:
         terminated.set()
         sys.exit(128 + signal.SIGTERM)
 
@@ -486,7 +466,7 @@ def watch_termination(experiment: str, tracking_uri: str | None = None) -> None:
 
 
 def _watch_no_more() -> None:
-    """A worker that is forked ends as it pleases."""
+    """In a forked worker, signals act as usual again."""
     if threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -495,6 +475,9 @@ def _watch_no_more() -> None:
 _open_trackers: weakref.WeakSet[Tracker] = weakref.WeakSet()
 
 
-def _key(*parts: str) -> str:
-    """A key that every attempt of a step finds again."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+def _texts(values: Mapping[str, object]) -> dict[str, str]:
+    return {usable_name(key): as_text(value) for key, value in values.items()}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

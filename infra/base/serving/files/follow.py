@@ -1,10 +1,10 @@
-"""Rolls a Deployment over when the registry's alias names another version. Standard library only.
+"""Rolls a Deployment over when the registry's alias moves to another version. Standard library only.
 
     follow.py DEPLOYMENT
 
-The version that the pods were started for stands in an annotation of the pod template; changing it is what
-makes Kubernetes start new pods. Reads MODEL_NAME, MODEL_ALIAS, NAMESPACE, MLFLOW_TRACKING_URI, _USERNAME and
-_PASSWORD, and the pod's own service account.
+An annotation of the pod template holds the served version; changing it makes Kubernetes start new pods. Reads
+MODEL_NAME, MODEL_ALIAS, NAMESPACE, MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, and the pod's own service
+account.
 """
 
 import base64
@@ -23,7 +23,7 @@ ACCOUNT = Path(os.environ.get("SERVICE_ACCOUNT_FOLDER", "/var/run/secrets/kubern
 
 
 def main(deployment: str) -> str:
-    """Compare and, where they differ, patch; returns what was done, in words."""
+    """Patch the Deployment if the alias has moved; returns in words what was done."""
     name, alias = os.environ["MODEL_NAME"], os.environ["MODEL_ALIAS"]
     version = _aliased_version(name, alias)
     path = f"/apis/apps/v1/namespaces/{os.environ['NAMESPACE']}/deployments/{deployment}"
@@ -43,7 +43,7 @@ def _aliased_version(name: str, alias: str) -> str:
         f"{os.environ['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/registered-models/alias?{query}",
         headers={"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"},
     )
-    return _answer(request, "MLflow")["model_version"]["version"]
+    return str(_answer(request, "MLflow")["model_version"]["version"])
 
 
 def _kubernetes(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -61,10 +61,13 @@ def _kubernetes(method: str, path: str, body: dict[str, Any] | None = None) -> d
     return _answer(request, "Kubernetes", ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt")))
 
 
-def _answer(request: urllib.request.Request, server: str, context: Any = None) -> dict[str, Any]:
+def _answer(
+    request: urllib.request.Request, server: str, context: ssl.SSLContext | None = None
+) -> dict[str, Any]:
     try:
-        with urllib.request.urlopen(request, timeout=30, context=context) as answer:
-            return json.load(answer)
+        with urllib.request.urlopen(request, timeout=30, context=context) as response:
+            answer: dict[str, Any] = json.load(response)
+            return answer
     except urllib.error.HTTPError as error:
         detail = error.read().decode(errors="replace")[:300]
         raise SystemExit(f"{server}, {request.full_url}: {error.code} {detail}") from error

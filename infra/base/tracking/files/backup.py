@@ -1,18 +1,16 @@
-"""Backups of the tracking server to an object store, and the way back. Reads no database by itself.
+"""Stores backups of the tracking server in an object store, and fetches them. Does not read the database.
 
     backup.py put FILE s3://BUCKET/PREFIX --keep N    store a dump under its time; keep the newest N
     backup.py get s3://BUCKET/PREFIX FILE             fetch the newest dump, or the one named by --name
     backup.py copy s3://FROM s3://TO                  copy objects that are missing or differ; deletes nothing
 
-The backup's store may be another one: BACKUP_S3_ENDPOINT_URL, BACKUP_AWS_ACCESS_KEY_ID and
-BACKUP_AWS_SECRET_ACCESS_KEY name it and take the place of MLFLOW_S3_ENDPOINT_URL and AWS_* for URIs that
-begin with BACKUP_DESTINATION.
+For URIs below BACKUP_DESTINATION, BACKUP_S3_ENDPOINT_URL, BACKUP_AWS_ACCESS_KEY_ID and
+BACKUP_AWS_SECRET_ACCESS_KEY replace MLFLOW_S3_ENDPOINT_URL and AWS_*, where they are set.
 """
 
 import argparse
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +37,7 @@ class Place(NamedTuple):
 
 def place(uri: str) -> Place:
     if not uri.startswith("s3://") or len(uri) < 6:
-        raise SystemExit(f"{uri!r} is no s3://BUCKET/PREFIX")
+        raise SystemExit(f"{uri!r} must be s3://BUCKET/PREFIX")
     bucket, _, prefix = uri.removeprefix("s3://").strip("/").partition("/")
     endpoint, key, secret = (
         _setting(name, uri) for name in ("S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -56,7 +54,7 @@ def _setting(name: str, uri: str) -> str | None:
 
 
 def put(file: Path, uri: str, keep: int) -> None:
-    """Store a dump; an empty one is refused, and old ones go only after the new one is there."""
+    """Store a dump, unless it is empty; only then delete old ones."""
     size = file.stat().st_size
     if size == 0:
         raise SystemExit(f"{file} is empty: the dump failed, nothing is stored and nothing removed")
@@ -69,7 +67,7 @@ def put(file: Path, uri: str, keep: int) -> None:
     print(f"s3://{to.bucket}/{key}: {size} bytes", flush=True)
     for old in _dumps(to)[:-keep]:
         to.client.delete_object(Bucket=to.bucket, Key=old)
-        print(f"s3://{to.bucket}/{old}: removed, {keep} newer ones are there", flush=True)
+        print(f"s3://{to.bucket}/{old}: removed, there are {keep} newer ones", flush=True)
 
 
 def get(uri: str, file: Path, name: str | None) -> None:
@@ -89,23 +87,20 @@ def _dumps(at: Place) -> list[str]:
 
 
 def copy(source_uri: str, target_uri: str) -> None:
-    """Copy what is missing or of another size or newer than its copy."""
+    """Copy the objects that are missing, of another size, or newer than their copies."""
     source, target = place(source_uri), place(target_uri)
-    there = {
-        found["Key"][len(target.prefix) :]: (found["Size"], found["LastModified"])
-        for found in target.objects()
-    }
+    known = {found["Key"][len(target.prefix) :]: found for found in target.objects()}
     copied = same = 0
     for found in source.objects():
         name = found["Key"][len(source.prefix) :]
-        size, at = there.get(name, (None, None))
-        if size == found["Size"] and at is not None and at >= found["LastModified"]:
+        copy_of = known.get(name)
+        if copy_of and copy_of["Size"] == found["Size"] and copy_of["LastModified"] >= found["LastModified"]:
             same += 1
             continue
         body = source.client.get_object(Bucket=source.bucket, Key=found["Key"])["Body"]
         target.client.upload_fileobj(body, target.bucket, target.prefix + name)
         copied += 1
-    print(f"{source_uri} → {target_uri}: {copied} copied, {same} were there", flush=True)
+    print(f"{source_uri} → {target_uri}: {copied} copied, {same} unchanged", flush=True)
 
 
 def main() -> None:
@@ -126,17 +121,18 @@ def main() -> None:
     one.add_argument("target")
     options = parser.parse_args()
     try:
-        if options.command == "put":
-            if options.keep < 1:
-                raise SystemExit(f"--keep {options.keep}: at least 1")
-            put(options.file, options.uri, options.keep)
-        elif options.command == "get":
-            get(options.uri, options.file, options.name or None)
-        else:
-            copy(options.source, options.target)
+        match options.command:
+            case "put" if options.keep < 1:
+                raise SystemExit(f"--keep must be at least 1, got {options.keep}")
+            case "put":
+                put(options.file, options.uri, options.keep)
+            case "get":
+                get(options.uri, options.file, options.name or None)
+            case "copy":
+                copy(options.source, options.target)
     except (BotoCoreError, ClientError, OSError) as error:
         raise SystemExit(f"{options.command}: {error}") from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,11 +1,11 @@
-"""Prepares what the MLflow server expects, before it starts. Safe to repeat, also by several pods at once.
+"""Prepares the MLflow server's database and buckets before it starts. Safe to repeat, even in parallel.
 
-    setup.py database          make or upgrade the tables, then make or update the users
-    setup.py buckets URI...    make the buckets that do not exist (for an object store of one's own)
+    setup.py database          create or upgrade the tables, then create or update the users
+    setup.py buckets URI...    create missing buckets (for an object store in the cluster)
 
-The database is the one that the PG* variables name. A user is a folder of /etc/mlflow/users (or of
-$MLFLOW_USERS), a mounted Secret with the files `username` and `password`; the folder `admin` is the
-administrator. A changed Secret takes effect with the next start of the pod.
+The PG* variables name the database. Each folder of /etc/mlflow/users (or $MLFLOW_USERS) is a user, a mounted
+Secret with the files `username` and `password`; the folder `admin` is the administrator. A changed Secret
+takes effect when the pod restarts.
 """
 
 import contextlib
@@ -13,14 +13,18 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psycopg2.extensions
 
 DATABASE = "postgresql+psycopg2:///mlflow"
-_LOCK = 7_100_514  # any number; only one pod at a time changes tables
-_PATIENCE = 180  # seconds; a database that starts together with this pod needs a while
+_LOCK = 7_100_514  # any number; lets one pod at a time change tables
+_PATIENCE = 180  # seconds, for a database that starts together with this pod
 
 
 def database() -> None:
-    """Tables and users, under a lock of the database."""
+    """Create or upgrade tables and users, under a lock in the database."""
     import psycopg2
     from mlflow.db import upgrade
 
@@ -28,7 +32,7 @@ def database() -> None:
         connection.autocommit = True
         cursor.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
         try:
-            upgrade.callback(DATABASE)  # `mlflow db upgrade`, without another start of the interpreter
+            upgrade.callback(DATABASE)  # `mlflow db upgrade`, without starting another interpreter
             _users()
         except psycopg2.Error as error:
             raise SystemExit(f"PostgreSQL: {error}") from error
@@ -36,7 +40,7 @@ def database() -> None:
             cursor.execute("SELECT pg_advisory_unlock(%s)", (_LOCK,))
 
 
-def _connection():
+def _connection() -> "psycopg2.extensions.connection":
     import psycopg2
 
     deadline = time.monotonic() + _PATIENCE
@@ -86,7 +90,7 @@ def _text(path: Path) -> str:
 
 
 def buckets(uris: list[str]) -> None:
-    """Make the buckets of s3:// URIs that are not there yet."""
+    """Create the missing buckets of s3:// URIs."""
     import boto3
     from botocore.exceptions import ClientError, EndpointConnectionError
 
