@@ -145,6 +145,8 @@ def test_a_switch_leaves_the_next_word_alone(capsys):
 
 @pytest.mark.parametrize("command", [["-m", "softpref.cli", "train"], ["pipelines/spo_sweep.py"]])
 def test_help_is_printed_where_the_terminal_knows_few_characters(command):
+    if command[0].startswith("pipelines"):
+        pytest.importorskip("kfp", reason="kfp is not installed here; make setup installs it")
     result = subprocess.run(
         [sys.executable, *command, "--help"],
         capture_output=True,
