@@ -10,7 +10,7 @@ from ssl import SSLContext
 from typing import Any, NoReturn
 
 from werkzeug import Request, Response
-from werkzeug.exceptions import abort
+from werkzeug.exceptions import HTTPException, abort
 from werkzeug.routing import Map, Rule
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -52,7 +52,10 @@ def routes(calls: dict[tuple[str, str], Callable[..., Any]]) -> Callable[[Reques
     rules = Map([Rule(path, methods=[method], endpoint=call) for (method, path), call in calls.items()])
 
     def answer(request: Request) -> Any:
-        call, given = rules.bind_to_environ(request.environ).match()
+        try:
+            call, given = rules.bind_to_environ(request.environ).match()
+        except HTTPException:
+            refuse(404, f"{request.method} {request.path} not found")
         return call(request, **given)
 
     return answer

@@ -14,8 +14,8 @@ import pytest
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ["training", "memory", "sampling", "products", "precision"]
 SMALLEST = "--size tiny --scale 0.1 --batch 2 --steps 1 --rounds 1 --threads 1"
-# Libraries take seconds to import: here scripts run in one process, and of those that should have one of their
-# own the first alone gets it.
+# Libraries take seconds to import: here all scripts run in one process, and of the figures that should have
+# their own process only the first does.
 ALL_IN_ONE = """
 import contextlib, io, json, runpy, sys
 import harness

@@ -128,7 +128,7 @@ class Cluster:
         assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name), name
         assert len(name) <= 50, name  # pods are NAME-node-0-0-xxxxx, hosts NAME-node-0-0.NAME
         body["metadata"] |= {"namespace": NAMESPACE, "creationTimestamp": CREATED}
-        self.jobs[name] = {"body": body, "nodes": []}
+        self.jobs[name] = {"body": body, "nodes": [], "pods": f"x{len(self.posted)}"}
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             port = one.getsockname()[1]
@@ -188,13 +188,18 @@ class Cluster:
 
     def pods(self, name):
         items = []
-        for rank, (process, _) in enumerate(self.jobs.get(name, {"nodes": []})["nodes"]):
+        job = self.jobs.get(name, {"nodes": [], "pods": ""})
+        for rank, (process, _) in enumerate(job["nodes"]):
             labels = {
                 "jobset.sigs.k8s.io/jobset-name": name,
                 "jobset.sigs.k8s.io/replicatedjob-name": "node",
                 "batch.kubernetes.io/job-completion-index": str(rank),
             }
-            metadata = {"name": f"{name}-node-0-{rank}-x", "labels": labels, "creationTimestamp": CREATED}
+            metadata = {
+                "name": f"{name}-node-0-{rank}-{job['pods']}",
+                "labels": labels,
+                "creationTimestamp": CREATED,
+            }
             items.append(
                 {
                     "metadata": metadata,
@@ -234,7 +239,7 @@ class Cluster:
         return self.pods(re.search("jobset-name=([^,]+)", request.args["labelSelector"])[1])
 
     def _log(self, request, pod):
-        name, rank = re.fullmatch(r"(.+)-node-0-(\d+)-x", pod).groups()
+        name, rank = re.fullmatch(r"(.+)-node-0-(\d+)-x\d+", pod).groups()
         process, file = self.jobs[name]["nodes"][int(rank)]
 
         def lines():

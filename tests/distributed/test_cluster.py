@@ -84,7 +84,7 @@ def nodes_run(cluster):
 def test_a_job_that_fails_fails_the_step_with_the_last_lines_of_the_node(
     cluster, train, launcher, nodes_run, tmp_path
 ):
-    nodes_run("sys.exit('this node was preempted') if rank == '1' else time.sleep(60)")
+    nodes_run("sys.exit('this node was preempted') if rank == '1' else time.sleep(1)")
     with pytest.raises(
         StageFailed, match=r"TrainJob train-policy-\w+ failed \(checkpoints are kept"
     ) as failed:
