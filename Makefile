@@ -36,7 +36,8 @@ lint: setup
 LONGEST := tests/test_story_world.py tests/distributed tests/pipelines/test_runs.py tests/tracking_stack \
 	tests/benchmarks tests/docs tests/test_tracking.py
 
-test: lint check-infra  ## all but the slow ones; two workers, one thread each
+test: setup  ## all but the slow ones; two workers, one thread each
+	$(MAKE) --jobs 2 lint check-infra
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" \
 		$(LONGEST) tests --ignore tests/infra --ignore tests/cluster
 

@@ -1,11 +1,18 @@
-"""A server on this machine whose answers a test writes: `served`. The stand-ins for other APIs are such."""
+"""Servers on this machine: those whose answers a test writes (`served`), and programs (`start_server`)."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
+import socket
+import subprocess
 import threading
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from ssl import SSLContext
 from typing import Any, NoReturn
 
@@ -65,3 +72,29 @@ def refuse(status: int, message: str, reason: str = "") -> NoReturn:
     """End a request with an error, as Kubernetes and Kubeflow Pipelines write theirs."""
     body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": status, "reason": reason}
     abort(Response(json.dumps({**body, "message": message}), status, mimetype="application/json"))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_server(command: list[str], url: str, log: Path, **options: Any) -> subprocess.Popen[bytes]:
+    """A program that serves, once `url` answers; `kill_server` ends it with all that it started."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, **options)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(url, timeout=1).close()
+            return process
+        time.sleep(0.1)
+    kill_server(process)
+    raise AssertionError(log.read_text())
+
+
+def kill_server(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

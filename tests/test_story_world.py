@@ -42,10 +42,7 @@ def world(tmp_path_factory):
         make_dataset(folder / "dataset")
         config = build_config(
             SFTConfig,
-            {
-                "learning_rate": RECIPE["sft_learning_rate"],
-                "num_train_epochs": RECIPE["sft_num_train_epochs"],
-            },
+            {"learning_rate": RECIPE["sft_learning_rate"], "num_train_epochs": 0.75},
             RECIPE["sft_overrides"],
             {"disable_tqdm": True},
         )
@@ -72,7 +69,7 @@ def evaluated(world):
             )
             folders = {"dataset_dir": str(world / dataset), "reference_dir": str(world / "reference")}
             spo.run(config, **folders, output_dir=str(world / name))
-            settings = {"samples_per_prompt": 4, "exact_prompts": 4, "bootstrap_samples": 100}
+            settings = {"samples_per_prompt": 4, "exact_prompts": 2, "bootstrap_samples": 100}
             evaluation.run(
                 build_config(EvaluationConfig, settings),
                 **folders,

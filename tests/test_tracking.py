@@ -5,12 +5,10 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
 import time
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -27,6 +25,8 @@ from softpref.tracking import (
     sync,
     sync_below,
 )
+
+from tests.served import free_port, kill_server, start_server
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def client(store):
 @pytest.fixture
 def dead_uri():
     """The address of a server that is not there."""
-    return f"http://127.0.0.1:{_free_port()}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 def tracker(folder, store, **changes):
@@ -79,17 +79,11 @@ def mirrored(folder, kind="metrics"):
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def _free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 class Server:
     """An `mlflow server` of the test's own on one port and one store, to be killed and started again."""
 
     def __init__(self, folder):
-        self.folder, self.port = folder, _free_port()
+        self.folder, self.port = folder, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.store = f"sqlite:///{folder}/server.db"
 
@@ -97,27 +91,12 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", self.store]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                cwd=self.folder,
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(self.uri + "/health", timeout=1).close()
-                return
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError((self.folder / "server.log").read_text())
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        log = self.folder / "server.log"
+        self.process = start_server(command, self.uri + "/health", log, cwd=self.folder, env=environment)
 
     def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        kill_server(self.process)
 
 
 @pytest.fixture

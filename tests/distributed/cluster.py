@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 import jsonschema
 from werkzeug import Response
 
-from tests.served import refuse, routes, served
+from tests.served import free_port, refuse, routes, served
 
 RECORDED = json.loads((Path(__file__).parent / "trainjob_schema.json").read_text())
 NAMESPACE = "softpref"
@@ -129,9 +128,7 @@ class Cluster:
         assert len(name) <= 50, name  # pods are NAME-node-0-0-xxxxx, hosts NAME-node-0-0.NAME
         body["metadata"] |= {"namespace": NAMESPACE, "creationTimestamp": CREATED}
         self.jobs[name] = {"body": body, "nodes": [], "pods": f"x{len(self.posted)}"}
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
+        port = free_port()
         given = {each["name"]: each["value"] for each in trainer.get("env", [])}
         for rank in range(0 if self.held else trainer["numNodes"]):
             policy = {

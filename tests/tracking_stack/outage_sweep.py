@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .stack import REPOSITORY, SECRETS, free_port, manifests, missing_tools, running_stack, tool
+from ..served import free_port
+from .stack import REPOSITORY, SECRETS, manifests, missing_tools, running_stack, tool
 
 OUTAGE = 60  # seconds
 
