@@ -5,28 +5,11 @@ from importlib.util import find_spec
 
 import pytest
 
-_PACKAGES = (
-    "boto3",
-    "jsonschema",
-    "kfp",
-    "kubeflow",
-    "mkdocs",
-    "mlflow",
-    "moto",
-    "nbformat",
-    "trl",
-    "werkzeug",
-)
+_PACKAGES = ("boto3", "jsonschema", "kfp", "kubeflow", "mkdocs", "mlflow", "moto", "trl", "werkzeug")
 ABSENT = {name for name in _PACKAGES if not find_spec(name)}
 """Packages that `make setup` installs, and that are not here: tests that import one are skipped."""
-FOLDERS = {
-    "docs": "mkdocs",
-    "infra": "werkzeug",
-    "pipelines": "kfp",
-    "registry": "mlflow",
-    "tracking_stack": "moto",
-}
-"""Tests that would start programs which import these."""
+FOLDERS = {"docs": "mkdocs", "pipelines": "kfp", "registry": "mlflow", "tracking_stack": "moto"}
+"""Where tests start programs that import these."""
 
 
 @contextmanager
@@ -52,8 +35,8 @@ def pytest_make_collect_report(collector):
     collect = collector.collect
 
     def collect_or_skip():
-        folder = collector.path.relative_to(collector.config.rootpath).parts[1:2]
-        if isinstance(collector, pytest.Module) and (package := FOLDERS.get(*folder, "")) in ABSENT:
+        package = FOLDERS.get(collector.path.parent.name)
+        if isinstance(collector, pytest.Module) and package in ABSENT:
             skip_without(package)
         with skipping_what_is_absent():
             return list(collect())
@@ -68,10 +51,7 @@ def pytest_runtest_setup():
         return (yield)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call():
-    with skipping_what_is_absent():
-        return (yield)
+pytest_runtest_call = pytest_runtest_setup
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from softpref.errors import ConfigError, DataError
+from softpref.errors import DataError
 from softpref.lm import tokenizing
 from softpref.lm.row_files import read_rows, write_rows
 from softpref.lm.tokenization import TokenizedSequence, tokenize_prompt, tokenize_row
-from softpref.lm.tokenizing import RowText, check_num_proc, tokenize_here, tokenize_rows, usable_cpus
+from softpref.lm.tokenizing import RowText, tokenize_here, tokenize_rows, usable_cpus
 
 LIMITS = {"max_prompt_length": 12, "max_completion_length": 8}
 KNOWN = [TokenizedSequence([1, 2], [3], False)]
@@ -162,12 +162,6 @@ def test_cpus_are_those_that_the_process_is_bound_to_within_its_containers_limit
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(tokenizing, "_CGROUP", tmp_path)
     assert usable_cpus() == (limit or len(os.sched_getaffinity(0)))
-
-
-def test_less_than_one_process_is_refused():
-    check_num_proc(SimpleNamespace(dataset_num_proc=1))
-    with pytest.raises(ConfigError, match="dataset_num_proc must be at least 1"):
-        check_num_proc(SimpleNamespace(dataset_num_proc=0))
 
 
 class Process(SimpleNamespace):

@@ -246,14 +246,6 @@ def test_rows_of_other_code_are_not_taken(copies, monkeypatch, caplog):
     assert "made from other code" in caplog.text
 
 
-def test_a_damaged_part_changes_no_training(command, copies, made, tmp_path):
-    flipped_byte(*copies)
-    assert command("damaged", str(copies[0]), "--reference", str(copies[1]), **QUICK) == 0
-    assert command("whole", made[0], "--reference", made[1], **QUICK) == 0
-    damaged, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("damaged", "whole"))
-    assert all(torch.equal(damaged[name], whole[name]) for name in whole)
-
-
 @pytest.mark.parametrize("function", ["_hashes", "_data_hash", "write_rows"])
 def test_what_was_killed_while_writing_is_not_taken(copies, monkeypatch, caplog, function):
     dataset, reference = copies
