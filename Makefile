@@ -16,6 +16,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): a minute or two, more where packages must be downloaded"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[dev]'
+	@rm -f $(VENV)/.core
 	@touch $@
 
 setup-core:  ## what make test-fast needs, without KFP, MLflow, kubectl and moto
