@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from softpref.distributed.processes import Rendezvous, StageFailed, launch_command, run_watched
 from softpref.errors import ConfigError, SoftprefError
 
@@ -70,22 +71,51 @@ def test_a_failure_in_the_processes_is_raised_with_their_last_lines(train, tmp_p
     assert not (tmp_path / "policy" / "model.safetensors").exists()
 
 
-def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_loses_nothing(in_two_processes, tmp_path):
-    from safetensors.torch import load_file
-
-    batches = {"accumulated": 2, "one batch a step": 4}  # rows of a process's step: 4
+@pytest.fixture(scope="module")
+def trained(in_two_processes, tmp_path_factory):
+    """Folder of a reference and of two policies whose loss is not finite in the second process."""
+    folder = tmp_path_factory.mktemp("trained")
     runs = {
         name: {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 4 // rows}
-        for name, rows in batches.items()
+        for name, rows in BATCHES.items()
     }
-    in_two_processes(tmp_path, runs, "nan_in_the_second_process")
-    for name, rows in batches.items():
-        refused = json.loads((tmp_path / f"{name}.json").read_text())["error"]
-        assert "gradient norm became nan at optimizer step 3" in refused
-        checkpoints = tmp_path / name / "checkpoints"
-        kept = load_file(checkpoints / "checkpoint-2" / "model.safetensors")
-        assert all(weight.isfinite().all() for weight in kept.values())
-        assert len(load_file(checkpoints / "nonfinite_batch-1.safetensors")["group_sizes"]) == rows
+    reference = {"stage": "sft", "keep_reference_logps": True}
+    in_two_processes(folder, {"reference": reference, **runs}, "nan_in_the_second_process")
+    return folder
+
+
+BATCHES = {"accumulated": 2, "one batch a step": 4}  # rows of a process's step: 4
+
+
+@pytest.mark.parametrize(("name", "rows"), BATCHES.items())
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_loses_nothing(trained, name, rows):
+    refused = json.loads((trained / f"{name}.json").read_text())["error"]
+    assert "gradient norm became nan at optimizer step 3" in refused
+    checkpoints = trained / name / "checkpoints"
+    kept = load_file(checkpoints / "checkpoint-2" / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in kept.values())
+    assert len(load_file(checkpoints / "nonfinite_batch-1.safetensors")["group_sizes"]) == rows
+
+
+def test_the_reference_is_the_same_in_two_processes(trained, train_reference, same_reference):
+    one, single = train_reference("single", keep_reference_logps=True)
+    two = json.loads((trained / "reference.json").read_text())["result"]
+    same_reference(one, single, {key: two[key] for key in one}, trained / "reference")
+
+
+def test_the_face_of_the_reference_launches_processes_too(train_reference, monkeypatch):
+    started = []
+
+    def start(command, **options):
+        started.append(command)
+        raise StageFailed("that is enough")
+
+    monkeypatch.setattr("softpref.distributed.launch.run_watched", start)
+    with pytest.raises(StageFailed, match="that is enough"):
+        train_reference("reference", 2)
+    (command,) = started
+    assert command[command.index("--num_processes") + 1] == "2"
+    assert "softpref.sft" in command
 
 
 def test_devices_are_asked_for_before_processes_start(train, monkeypatch):
@@ -194,9 +224,3 @@ def _alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def test_the_stage_of_the_reference_runs_in_processes_too(train_reference, same_reference):
-    one, single = train_reference("one", keep_reference_logps=True)
-    two, double = train_reference("two", 2, keep_reference_logps=True)
-    same_reference(one, single, two, double)
