@@ -8,7 +8,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # mkdocs-material's announcement of its successor is no warning about the pages
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: setup sweep test test-fast test-vllm lint docs bench packages check-infra test-tracking images test-containers test-cluster
+.PHONY: setup setup-core sweep test test-fast test-slow test-vllm lint docs bench packages check-infra test-tracking images test-containers test-cluster
 
 setup: $(VENV)/.ready
 
@@ -16,7 +16,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): a minute or two, more where packages must be downloaded"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[dev]'
+	@rm -f $(VENV)/.core
 	@touch $@
+
+setup-core:  ## what make test-fast needs, without KFP, MLflow, kubectl and moto
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --requirement tests/requirements.txt
+	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --no-deps --editable .
+	@touch $(VENV)/.core
 
 sweep: setup  ## the whole softness sweep on the embedded story world
 	$(BIN)/python pipelines/spo_sweep.py
@@ -26,10 +33,19 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint check-infra  ## two workers, one thread each; the longest files first
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_story_world.py tests/distributed tests/tracking_stack tests --ignore tests/infra --ignore tests/cluster
+# the longest files first, so that the two workers end together
+LONGEST := tests/test_story_world.py tests/distributed tests/pipelines/test_runs.py tests/tracking_stack \
+	tests/benchmarks tests/docs tests/test_tracking.py
 
-test-fast: setup  ## the tests marked fast, in under a minute; only their files are collected
+test: setup  ## all but the slow ones; two workers, one thread each
+	$(MAKE) --jobs 2 lint check-infra
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" \
+		$(LONGEST) tests --ignore tests/infra --ignore tests/cluster
+
+test-slow: setup  ## the tests marked slow, which show at full size what make test shows at a smaller one
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $$(grep -rl --include='test_*.py' 'pytest.mark.slow' tests)
+
+test-fast: $(if $(wildcard $(VENV)/.core),,setup)  ## the tests marked fast, in under a minute; only their files are collected
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m fast $$(grep -rl --include='test_*.py' 'pytest.mark.fast' tests)
 
 check-infra: setup  ## manifests, YAML and Dockerfiles; offline, in seconds

@@ -76,14 +76,15 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"softpref {softpref.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "arguments", [["train", "--help"], [*TRAIN, "--alhpa", "1"], [*TRAIN, "--lora-r", "x"]]
-)
-def test_help_and_refusals_load_no_training_library(arguments):
-    script = (
-        f"import sys\nfrom softpref.cli import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
-        "print(sorted({'torch', 'transformers', 'mlflow', 'kfp', 'datasets'} & set(sys.modules)))"
-    )
+def test_help_and_refusals_load_no_training_library():
+    script = f"""
+import contextlib, sys
+from softpref.cli import main
+for arguments in {[["train", "--help"], [*TRAIN, "--alhpa", "1"], [*TRAIN, "--lora-r", "x"]]}:
+    with contextlib.suppress(SystemExit):
+        main(arguments)
+print(sorted({{"torch", "transformers", "mlflow", "kfp", "datasets"}} & set(sys.modules)))
+"""
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("[]"), result.stdout + result.stderr
 
@@ -145,6 +146,8 @@ def test_a_switch_leaves_the_next_word_alone(capsys):
 
 @pytest.mark.parametrize("command", [["-m", "softpref.cli", "train"], ["pipelines/spo_sweep.py"]])
 def test_help_is_printed_where_the_terminal_knows_few_characters(command):
+    if command[0].startswith("pipelines"):
+        pytest.importorskip("kfp", reason="kfp is not installed here; make setup installs it")
     result = subprocess.run(
         [sys.executable, *command, "--help"],
         capture_output=True,

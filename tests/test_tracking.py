@@ -5,11 +5,10 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+import textwrap
 import time
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -26,6 +25,8 @@ from softpref.tracking import (
     sync,
     sync_below,
 )
+
+from tests.served import free_port, kill_server, start_server
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def client(store):
 @pytest.fixture
 def dead_uri():
     """The address of a server that is not there."""
-    return f"http://127.0.0.1:{_free_port()}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 def tracker(folder, store, **changes):
@@ -78,17 +79,11 @@ def mirrored(folder, kind="metrics"):
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def _free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 class Server:
     """An `mlflow server` of the test's own on one port and one store, to be killed and started again."""
 
     def __init__(self, folder):
-        self.folder, self.port = folder, _free_port()
+        self.folder, self.port = folder, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.store = f"sqlite:///{folder}/server.db"
 
@@ -96,27 +91,12 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", self.store]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                cwd=self.folder,
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(self.uri + "/health", timeout=1).close()
-                return
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError((self.folder / "server.log").read_text())
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        log = self.folder / "server.log"
+        self.process = start_server(command, self.uri + "/health", log, cwd=self.folder, env=environment)
 
     def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        kill_server(self.process)
 
 
 @pytest.fixture
@@ -226,24 +206,40 @@ def test_the_end_of_a_run_waits_for_a_server_as_long_as_it_is_worth(
     assert waits[0] == pytest.approx(longest, abs=3)
 
 
+def in_processes_at_once(code, count):
+    """Run `code` in so many forks of a process that has imported what is needed; the words they printed."""
+    script = f"""
+import os, sys, time
+import mlflow.store.tracking.sqlalchemy_store
+from softpref.tracking import Tracker, check_server
+forks = []
+for number in range({count}):
+    forks.append(os.fork())
+    if not forks[-1]:
+{textwrap.indent(code, "        ")}
+        sys.stdout.flush()
+        os._exit(0)
+sys.exit(max(os.waitpid(fork, 0)[1] for fork in forks) > 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
 def test_two_processes_may_make_one_sqlite_store_at_once_and_all_points_arrive(tmp_path):
     from mlflow import MlflowClient
 
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    script = f"""
-import sys, time
-from softpref.tracking import Tracker
-time.sleep(max(0, float(sys.argv[2]) - time.time()))
-with Tracker(sys.argv[1], experiment="race", run_name=sys.argv[1], tracking_uri={store!r}) as tracked:
+    in_processes_at_once(
+        f"""
+folder = {str(tmp_path)!r} + f"/{{number}}"
+with Tracker(folder, experiment="race", run_name=folder, tracking_uri={store!r}) as tracked:
     for step in range(200):
         tracked.metrics({{"loss": step}}, step)
         time.sleep(0.005)
-"""
-    start = str(time.time() + 1)
-    processes = [
-        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / name), start]) for name in ("a", "b")
-    ]
-    assert [process.wait(60) for process in processes] == [0, 0]
+""",
+        2,
+    )
     client = MlflowClient(store)
     runs = client.search_runs([client.get_experiment_by_name("race").experiment_id])
     assert len(runs) == 2
@@ -585,16 +581,10 @@ def test_records_that_come_late_open_no_ended_pipeline_run_again(
 
 
 def test_steps_that_open_the_pipelines_run_at_the_same_moment_agree_on_one(store, client, pipeline_run):
-    code = (
-        "import sys; from softpref.tracking import check_server; print(check_server('stories', sys.argv[1]))"
-    )
     client.create_experiment("stories")
-    steps = [
-        subprocess.Popen([sys.executable, "-c", code, store], stdout=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
-    ids = {step.communicate(timeout=120)[0].strip() for step in steps}
-    assert len(ids) == 1
+    ids = in_processes_at_once(f"print(check_server('stories', {store!r}))", 4)
+    assert len(ids) == 4
+    assert len({*ids}) == 1
     assert tree(client) == {"spo-sweep-x7k2p": (None, "RUNNING")}
 
 

@@ -39,8 +39,10 @@ def test_every_stage_has_a_target_of_the_recipe_and_an_image_with_the_packages_v
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "softpref.__version__"}
 
 
-@pytest.mark.parametrize("requirements", REQUIREMENTS, ids=lambda path: path.stem)
-def test_an_image_gets_only_packages_whose_version_the_constraints_say(requirements):
+@pytest.mark.parametrize(
+    "requirements", [*REQUIREMENTS, REPOSITORY / "tests/requirements.txt"], ids=lambda path: path.stem
+)
+def test_images_and_the_core_set_up_get_only_packages_whose_version_the_constraints_say(requirements):
     constraints = (REPOSITORY / "constraints.txt").read_text().lower()
     for name in names_in(requirements):
         assert re.search(rf"^{re.escape(name)}==", constraints, re.MULTILINE), name

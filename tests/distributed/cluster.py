@@ -9,16 +9,16 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import jsonschema
+from werkzeug import Response
+
+from tests.served import free_port, refuse, routes, served
 
 RECORDED = json.loads((Path(__file__).parent / "trainjob_schema.json").read_text())
 NAMESPACE = "softpref"
@@ -78,10 +78,23 @@ class Cluster:
         self.node_environment, self.held = {}, False  # held: a queue keeps nodes from starting
         # what to run for a node's command with its variables: by itself the same, by this Python
         self.started_as = lambda command, variables: [sys.executable, *command[1:]]
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        api, core = f"/apis/{RECORDED['api_version']}", f"/api/v1/namespaces/{NAMESPACE}"
+        jobs = f"{api}/namespaces/{NAMESPACE}/trainjobs"
+        runtime = f"{api}/clustertrainingruntimes/{RUNTIME['metadata']['name']}"
+        self._call = routes(
+            {
+                ("POST", jobs): self._create,
+                ("GET", f"{jobs}/<name>"): lambda request, name: self.job(name),
+                ("PATCH", f"{jobs}/<name>"): self._patch,
+                ("DELETE", f"{jobs}/<name>"): self._delete,
+                ("GET", runtime): lambda request: RUNTIME,
+                ("GET", f"{core}/pods"): self._pods,
+                ("GET", f"{core}/pods/<pod>/log"): self._log,
+                ("GET", f"{core}/events"): lambda request: {"kind": "EventList", "metadata": {}, "items": []},
+            }
+        )
+        self._open = ExitStack()
+        self.url = self._open.enter_context(served(self._answer))
 
     def kubeconfig(self):
         """A file for `KUBECONFIG`."""
@@ -104,8 +117,7 @@ class Cluster:
     def close(self):
         for name in list(self.jobs):
             self.delete(name)
-        self._server.shutdown()
-        self._server.server_close()
+        self._open.close()
 
     # ------------------------------------------------------------------ what controllers do
 
@@ -115,10 +127,8 @@ class Cluster:
         assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name), name
         assert len(name) <= 50, name  # pods are NAME-node-0-0-xxxxx, hosts NAME-node-0-0.NAME
         body["metadata"] |= {"namespace": NAMESPACE, "creationTimestamp": CREATED}
-        self.jobs[name] = {"body": body, "nodes": []}
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
+        self.jobs[name] = {"body": body, "nodes": [], "pods": f"x{len(self.posted)}"}
+        port = free_port()
         given = {each["name"]: each["value"] for each in trainer.get("env", [])}
         for rank in range(0 if self.held else trainer["numNodes"]):
             policy = {
@@ -157,6 +167,8 @@ class Cluster:
                     process.wait()
 
     def job(self, name):
+        if name not in self.jobs:
+            refuse(404, f"trainjob {name} not found")
         body = self.jobs[name]["body"]
         states = [self._phase(process) for process, _ in self.jobs[name]["nodes"]]
         done = "Failed" if "Failed" in states else "Complete" if set(states) == {"Succeeded"} else ""
@@ -173,13 +185,18 @@ class Cluster:
 
     def pods(self, name):
         items = []
-        for rank, (process, _) in enumerate(self.jobs.get(name, {"nodes": []})["nodes"]):
+        job = self.jobs.get(name, {"nodes": [], "pods": ""})
+        for rank, (process, _) in enumerate(job["nodes"]):
             labels = {
                 "jobset.sigs.k8s.io/jobset-name": name,
                 "jobset.sigs.k8s.io/replicatedjob-name": "node",
                 "batch.kubernetes.io/job-completion-index": str(rank),
             }
-            metadata = {"name": f"{name}-node-0-{rank}-x", "labels": labels, "creationTimestamp": CREATED}
+            metadata = {
+                "name": f"{name}-node-0-{rank}-{job['pods']}",
+                "labels": labels,
+                "creationTimestamp": CREATED,
+            }
             items.append(
                 {
                     "metadata": metadata,
@@ -196,85 +213,39 @@ class Cluster:
 
     # ------------------------------------------------------------------ the API
 
-    def _handler(cluster):
-        jobs = f"/apis/{RECORDED['api_version']}/namespaces/{NAMESPACE}/trainjobs"
-        pods = f"/api/v1/namespaces/{NAMESPACE}/pods"
+    def _answer(self, request):
+        self.calls.append(f"{request.method} {request.full_path}")
+        return self._call(request)
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *arguments): ...
+    def _create(self, request):
+        try:
+            return Response(json.dumps(self.create(request.json)), 201, mimetype="application/json")
+        except (AssertionError, jsonschema.ValidationError) as error:
+            refuse(422, str(error))
 
-            def answer(self, status, body):
-                content = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
+    def _patch(self, request, name):
+        self.patched.append(request.get_json(force=True))
+        return self.job(name)
 
-            def none(self):
-                self.answer(404, {"kind": "Status", "message": f"{self.path} not found", "code": 404})
+    def _delete(self, request, name):
+        self.job(name)
+        self.delete(name)
+        return {"kind": "Status", "status": "Success"}
 
-            def body(self):
-                return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    def _pods(self, request):
+        return self.pods(re.search("jobset-name=([^,]+)", request.args["labelSelector"])[1])
 
-            def path_and_query(self):
-                cluster.calls.append(f"{self.command} {self.path}")
-                parts = urlsplit(self.path)
-                return parts.path, {key: value[0] for key, value in parse_qs(parts.query).items()}
+    def _log(self, request, pod):
+        name, rank = re.fullmatch(r"(.+)-node-0-(\d+)-x\d+", pod).groups()
+        process, file = self.jobs[name]["nodes"][int(rank)]
 
-            def do_GET(self):
-                path, query = self.path_and_query()
-                name = path.rpartition("/")[2]
-                if path == f"{jobs}/{name}" and name in cluster.jobs:
-                    self.answer(200, cluster.job(name))
-                elif path == f"/apis/{RECORDED['api_version']}/clustertrainingruntimes/{name}":
-                    self.answer(200, RUNTIME) if name == RUNTIME["metadata"]["name"] else self.none()
-                elif path == pods:
-                    self.answer(
-                        200, cluster.pods(re.search("jobset-name=([^,]+)", query["labelSelector"])[1])
-                    )
-                elif path.startswith(pods) and path.endswith("/log"):
-                    self.log(path.split("/")[-2], "follow" in query)
-                elif path == f"/api/v1/namespaces/{NAMESPACE}/events":
-                    self.answer(200, {"apiVersion": "v1", "kind": "EventList", "metadata": {}, "items": []})
-                else:
-                    self.none()
+        def lines():
+            with file.open("rb") as stream:
+                while True:
+                    ended = process.poll() is not None
+                    yield stream.read()
+                    if ended or "follow" not in request.args:
+                        return
+                    time.sleep(0.05)
 
-            def do_POST(self):
-                path, _ = self.path_and_query()
-                try:
-                    assert path == jobs, path
-                    self.answer(201, cluster.create(self.body()))
-                except (AssertionError, jsonschema.ValidationError) as error:
-                    self.answer(422, {"kind": "Status", "message": str(error), "code": 422})
-
-            def do_PATCH(self):
-                path, _ = self.path_and_query()
-                name = path.rpartition("/")[2]
-                cluster.patched.append(self.body())
-                self.answer(200, cluster.job(name)) if name in cluster.jobs else self.none()
-
-            def do_DELETE(self):
-                path, _ = self.path_and_query()
-                name = path.rpartition("/")[2]
-                if name not in cluster.jobs:
-                    return self.none()
-                cluster.delete(name)
-                self.answer(200, {"kind": "Status", "status": "Success"})
-
-            def log(self, pod, follow):
-                name, rank = re.fullmatch(r"(.+)-node-0-(\d+)-x", pod).groups()
-                process, file = cluster.jobs[name]["nodes"][int(rank)]
-                self.send_response(200)
-                self.send_header("Content-Type", "text/plain")
-                self.end_headers()
-                with file.open("rb") as stream:
-                    while True:
-                        ended = process.poll() is not None
-                        self.wfile.write(stream.read())
-                        self.wfile.flush()
-                        if ended or not follow:
-                            return
-                        time.sleep(0.05)
-
-        return Handler
+        return Response(lines(), mimetype="text/plain")

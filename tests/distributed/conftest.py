@@ -1,12 +1,17 @@
 """A small dataset and reference, and the training faces run as the pipeline runs them, wherever they run."""
 
 import json
+import os
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from softpref.distributed.command import stage_arguments
+from softpref.distributed.processes import MODULES, launch_command, launch_environment, run_watched
+from softpref.lm.row_files import read_rows
 
 STEP = 8  # rows of an optimizer step, in one process or in several
 OPTIONS = {
@@ -21,11 +26,24 @@ OPTIONS = {
     "logging_steps": 1,
     "save_strategy": "no",
 }
+SETTINGS = {  # parameters of the face of stage 3
+    "learning_rate": 0.05,
+    "num_train_epochs": 2,
+    "samples_per_refresh": 26,
+    "sampling_interval": 3,
+    "seed": 3,
+}
 # what tells of time, or of the place within an epoch
 UNLIKE = ("epoch", "sampling/t", "seconds/", "total_flos")
 UNLIKE += tuple(
     f"{split}_{what}" for split in ("train", "eval") for what in ("runtime", "samples_", "steps_")
 )
+
+
+def options_of(world_size, **options):
+    """The stage's other options: as many rows in a step, whatever the processes."""
+    batch = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    return {**OPTIONS, **batch, "gradient_accumulation_steps": STEP // (2 * world_size), **options}
 
 
 @pytest.fixture(scope="session")
@@ -78,20 +96,8 @@ def train(tmp_path, folders, monkeypatch):
             policy,
             SimpleNamespace(log_metric=logged.__setitem__, metadata={}),
             json.dumps({"name": name, "method": "spo", "alpha": 0.5, "beta": 0.3, "options": {}}),
-            learning_rate=0.05,
-            num_train_epochs=2,
-            samples_per_refresh=26,
-            sampling_interval=3,
-            seed=3,
-            overrides=json.dumps(
-                {
-                    **OPTIONS,
-                    "per_device_train_batch_size": 2,
-                    "per_device_eval_batch_size": 2,
-                    "gradient_accumulation_steps": STEP // (2 * world_size),
-                    **options,
-                }
-            ),
+            **SETTINGS,
+            overrides=json.dumps(options_of(world_size, **options)),
             launcher=json.dumps(launcher) if launcher else "",
         )
         said = {key: policy.metadata[key] for key in ("name", "stage", "method", "alpha", "beta")}
@@ -99,6 +105,47 @@ def train(tmp_path, folders, monkeypatch):
         return logged, tmp_path / name
 
     return run
+
+
+def reference_options(world_size, **options):
+    """The same of stage 2; evaluation takes single rows, for a mean over rows however they are dealt out."""
+    once = {"num_train_epochs": 1, "learning_rate": 0.05, "per_device_eval_batch_size": 1}
+    return options_of(world_size, **once, **options)
+
+
+@pytest.fixture(scope="session")
+def in_two_processes(folders):
+    """`in_two_processes(folder, runs, first)`: the stage of each of `runs`, one after another in one launch.
+
+    `runs` has the options of each by its name, and may have its `stage` and its `reference`. Both processes
+    import the module `first` of `tests/distributed` before, to change what they do. `folder` gets `NAME`, the
+    model, and `NAME.json`, the stage's result.
+    """
+
+    def launch(folder, runs, first):
+        cases = []
+        for name, options in runs.items():
+            stage, reference = options.get("stage", "train"), options.get("reference", folders.reference)
+            options = {key: options[key] for key in options.keys() - {"stage", "reference"}}
+            places = {"dataset": folders.dataset, "output": str(folder / name)}
+            if stage == "sft":
+                values = {"base_model": reference, **reference_options(2, **options)}
+            else:
+                values = {"method": "spo", "alpha": 0.5, "beta": 0.3, **SETTINGS, **options_of(2, **options)}
+                places["reference"] = reference
+            config, result = folder / f"{name}.parameters.json", folder / f"{name}.json"
+            config.write_text(json.dumps(values))
+            cases.append([stage, *stage_arguments(places, {"name": name}, config=config, result=result)])
+        (folder / "cases.json").write_text(json.dumps([first, cases]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(MODULES, "train", "tests.distributed.one_after_another")
+            patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+            patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
+            patch.setenv("OMP_NUM_THREADS", "1")
+            command = launch_command("train", [str(folder / "cases.json")], processes=2)
+            run_watched(command, env=launch_environment(2, gpus=0), what="the trainings")
+
+    return launch
 
 
 @pytest.fixture
@@ -136,21 +183,12 @@ def train_reference(tmp_path, folders, monkeypatch):
 
     def run(name, processes=1, **options):
         logged = {}
-        overrides = {
-            **OPTIONS,
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 3,  # of eight rows: two processes fill up their last batches
-            "gradient_accumulation_steps": STEP // (2 * processes),
-            **options,
-        }
         train_reference.python_func(
             SimpleNamespace(path=folders.dataset),
             SimpleNamespace(path=str(tmp_path / name), metadata={}),
             SimpleNamespace(log_metric=logged.__setitem__, metadata={}),
             base_model=folders.reference,
-            learning_rate=0.05,
-            overrides=json.dumps(overrides),
+            overrides=json.dumps(reference_options(processes, **options)),
             launcher=json.dumps({"processes": processes}),
         )
         return logged, tmp_path / name
@@ -175,11 +213,7 @@ def same_trajectory():
             for key, value in values.items():
                 if not key.startswith(unlike):
                     assert found[step][key] == pytest.approx(value, rel=2e-4, abs=2e-4), (step, key)
-        weights = load_file(one / "model.safetensors")
-        others = load_file(other / "model.safetensors")
-        assert weights.keys() == others.keys()
-        for key, tensor in weights.items():
-            torch.testing.assert_close(others[key], tensor, rtol=0, atol=1e-5, msg=key)
+        same_weights(one, other)
 
     return check
 
@@ -192,3 +226,30 @@ def _steps(folder):
         if record["kind"] == "metrics":
             metrics.setdefault(record["step"], {}).update(record["values"])
     return metrics
+
+
+@pytest.fixture
+def same_reference():
+    """Asserts that a reference of `in_two_processes` has the face's figures, weights, rows and logps."""
+    from softpref.sft.stage import headline
+
+    def check(figures, one, other):
+        result = json.loads(other.with_suffix(".json").read_text())["result"]
+        assert headline(result) == pytest.approx(figures, rel=1e-4)
+        same_weights(one, other)
+        kept, others = (
+            [sequence for row in read_rows(folder / "rows" / "train") for sequence in row]
+            for folder in (one, other)
+        )
+        assert [sequence[:-1] for sequence in others] == [sequence[:-1] for sequence in kept]
+        logps = [[sequence.reference_logp for sequence in sequences] for sequences in (kept, others)]
+        assert logps[1] == pytest.approx(logps[0], abs=1e-3)
+
+    return check
+
+
+def same_weights(one, other):
+    weights, others = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert weights.keys() == others.keys()
+    for key, tensor in weights.items():
+        torch.testing.assert_close(others[key], tensor, rtol=0, atol=1e-5, msg=key)

@@ -16,6 +16,7 @@ pytest.importorskip("kubeflow.trainer", reason="the extra cluster is not install
 
 from softpref.distributed.config import TrainJobConfig
 from softpref.distributed.kubernetes_nodes import KubernetesNodes
+from softpref.distributed.launch import run_stage
 from softpref.distributed.processes import StageFailed
 from softpref.distributed.trainjob import node_environment
 from softpref.errors import ConfigError, SoftprefError
@@ -37,57 +38,53 @@ if os.environ.get("RANK") == "1" and mark.parent.is_dir() and not mark.exists():
 """
 
 
-@pytest.fixture
-def faulty(tmp_path, cluster):
-    """Has the second node fail once, at its fifth step."""
-    (tmp_path / "fault").mkdir()
-    (tmp_path / "fault" / "sitecustomize.py").write_text(FAULT)
-    path = f"{tmp_path / 'fault'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    cluster.node_environment = {"FAULT_MARK": str(tmp_path / "fault" / "mark"), "PYTHONPATH": path}
-
-
-def test_two_nodes_take_the_steps_of_one_process(
+def test_two_nodes_take_the_steps_of_one_though_the_second_fails_once_and_the_job_is_submitted_again(
     cluster, train, launcher, same_trajectory, capfd, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("KFP_POD_NAME", "step-1")
     monkeypatch.setenv("KFP_POD_UID", "1234")
-    one, single = train("policy")
+    mark = tmp_path / "fault" / "mark"
+    mark.parent.mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(FAULT)
+    path = f"{tmp_path / 'fault'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    cluster.node_environment = {"FAULT_MARK": str(mark), "PYTHONPATH": path}
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    one, single = train("policy", **saving)
     single = single.rename(tmp_path / "single")
-    two, double = train("policy", launcher(), world_size=2)
-    same_trajectory(single, double)
+    two, double = train("policy", launcher(retries=1), world_size=2, **saving)
+    same_trajectory(single, double, resumed=True)
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
     assert sorted(path.name for path in double.iterdir()) == sorted(path.name for path in single.iterdir())
-    printed = capfd.readouterr().out
-    assert printed.count("node 0 of 2: 1 processes") == 1  # the log is passed on, and no line twice
-    assert printed.count("'train_runtime'") == 2  # the one process's, and the first node's
-    assert "'rewards/margins'" in printed
-    [job] = cluster.posted
-    assert job["spec"]["trainer"]["numNodes"] == 2
-    assert not cluster.jobs
-    assert not list((tmp_path / "shared" / "training").iterdir())
-    owner = {"apiVersion": "v1", "kind": "Pod", "name": "step-1", "uid": "1234"}
-    assert cluster.patched == [{"metadata": {"ownerReferences": [owner]}}]
-
-
-def test_a_job_that_failed_is_submitted_again_and_goes_on_from_its_checkpoint(
-    cluster, train, launcher, faulty, same_trajectory, capfd, tmp_path
-):
-    saving = {"save_strategy": "steps", "save_steps": 3}
-    _, single = train("policy", **saving)
-    single = single.rename(tmp_path / "single")
-    _, double = train("policy", launcher(retries=1), world_size=2, **saving)
-    same_trajectory(single, double, resumed=True)
-    assert len(cluster.posted) == 2
+    assert mark.exists()
     second = next((tmp_path / "cluster").glob("*-0-1.log")).read_text()
     steps = [line for line in second.splitlines() if "'rewards/margins'" in line and "eval" not in line]
     assert len(steps) == 3  # of six
-    assert (tmp_path / "fault" / "mark").exists()
+    printed = capfd.readouterr().out
+    assert printed.count("node 0 of 2: 1 processes") == 2  # each job's log is passed on, and no line twice
+    assert printed.count("'train_runtime'") == 2  # the one process's, and the first node's
+    assert [job["spec"]["trainer"]["numNodes"] for job in cluster.posted] == [2, 2]
     assert not cluster.jobs
+    assert not list((tmp_path / "shared" / "training").iterdir())
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": "step-1", "uid": "1234"}
+    assert cluster.patched == [{"metadata": {"ownerReferences": [owner]}}] * 2
+
+
+@pytest.fixture
+def nodes_run(cluster):
+    """`nodes_run(program)`: nodes run this Python; it has the job's folder in `job`, its rank in `rank`."""
+
+    def run(program):
+        head = "import json, os, pathlib, sys, time\n"
+        head += "job, rank = pathlib.Path(sys.argv[1]), os.environ['PET_NODE_RANK']\n"
+        cluster.started_as = lambda command, variables: [sys.executable, "-c", head + program, command[-1]]
+
+    return run
 
 
 def test_a_job_that_fails_fails_the_step_with_the_last_lines_of_the_node(
-    cluster, train, launcher, faulty, tmp_path
+    cluster, train, launcher, nodes_run, tmp_path
 ):
+    nodes_run("sys.exit('this node was preempted') if rank == '1' else time.sleep(1)")
     with pytest.raises(
         StageFailed, match=r"TrainJob train-policy-\w+ failed \(checkpoints are kept"
     ) as failed:
@@ -105,50 +102,59 @@ def test_a_refusal_on_the_nodes_is_the_faces_own_and_is_not_repeated(cluster, tr
     assert not cluster.jobs
 
 
-def test_a_refusal_ends_a_job_that_its_runtime_would_start_again(cluster, train, launcher):
-    refuse = """
-import pathlib, sys, time
-pathlib.Path(sys.argv[-1], "result.json").write_text('{"error": "alpha must be at least 0"}')
-time.sleep(600)
-"""
-    cluster.started_as = lambda command, variables: [sys.executable, "-c", refuse, command[-1]]
+def test_a_refusal_ends_a_job_that_its_runtime_would_start_again(cluster, train, launcher, nodes_run):
+    nodes_run("(job / 'result.json').write_text('{\"error\": \"alpha must be at least 0\"}'); time.sleep(60)")
     with pytest.raises(SoftprefError, match="alpha must be at least 0"):
         train("policy", launcher(), world_size=2)
     assert not cluster.jobs
 
 
+TRAINS_FOR_EVER = """
+for step in range(1, 1000):
+    (job / f"checkpoints/checkpoint-{step}").mkdir(parents=True, exist_ok=True)
+    time.sleep(0.1)
+"""
+CONTINUES_TO_THE_END = """
+kept = [path.name for path in (job / "checkpoints").iterdir()]
+(job / "output").mkdir(exist_ok=True)
+if rank == "0":
+    (job / "output" / "model").write_text("trained")
+    (job / "result.json").write_text(json.dumps({"result": {"checkpoints found": len(kept)}}))
+"""
+
+
 def test_a_step_that_is_stopped_takes_its_job_with_it_and_goes_on_when_it_is_run_again(
-    cluster, train, launcher, same_trajectory, folders, tmp_path, monkeypatch
+    cluster, launcher, folders, nodes_run, tmp_path
 ):
-    saving = {"save_strategy": "steps", "save_steps": 1}
-    _, single = train("policy", **saving)
-    single = single.rename(tmp_path / "single")
-    slow = tmp_path / "slow"
-    slow.mkdir()
-    (slow / "sitecustomize.py").write_text(
-        "import transformers\nstep = transformers.Trainer.training_step\n"
-        "def slowly(*a):\n    import time; time.sleep(0.7); return step(*a)\n"
-        "transformers.Trainer.training_step = slowly\n"
-    )
-    cluster.node_environment = {"PYTHONPATH": f"{slow}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    jobs = []
+    places = {"dataset": folders.dataset, "reference": folders.reference, "output": str(tmp_path / "policy")}
+    options = {"folders": places, "launcher": json.dumps(launcher()), "name": "policy"}
+    # the step in a process of its own, as a pod would have it
+    script = f"""
+import os
+from softpref.distributed.launch import run_stage
+os.path.ismount = lambda path: path == {str(tmp_path / "shared")!r}
+run_stage("train", dict, dict, {{}}, **{options!r})
+"""
+    nodes_run(TRAINS_FOR_EVER)
+    jobs, trained = [], 0
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        begun = newest_checkpoint(tmp_path)
-        step = start_step(tmp_path, launcher())
-        wait_for(lambda last=begun: newest_checkpoint(tmp_path) > last, 300)
+        step = subprocess.Popen([sys.executable, "-c", script])
+        wait_for(lambda before=trained: checkpoints(tmp_path) > before + 2)
         step.send_signal(sign)
-        assert step.wait(120) == -sign
+        assert step.wait(60) == -sign
         jobs.append(set(cluster.jobs))
+        trained = checkpoints(tmp_path)
+        nodes_run(TRAINS_FOR_EVER.replace("range(1,", f"range({trained},"))
     assert not jobs[0]
     assert len(jobs[1]) == 1  # nobody was left to remove it
-    cluster.node_environment = {}
     begun = len(cluster.calls)
-    _, double = train("policy", launcher(), world_size=2, **saving)
-    same_trajectory(single, double, resumed=True)
+    nodes_run(CONTINUES_TO_THE_END)
+    result = run_stage("train", dict, dict, {}, **options)
+    assert result["checkpoints found"] >= trained
+    assert (tmp_path / "policy" / "model").read_text() == "trained"
     assert {body["metadata"]["name"] for body in cluster.posted} == jobs[1]  # always the same name
     calls = [call for call in cluster.calls[begun:] if "/trainjobs" in call]
     assert calls[0].startswith("DELETE")  # the orphan goes before the new one comes
-    assert "node 0 of 2" in next((tmp_path / "cluster").glob("*-0-2.log")).read_text()
     assert not cluster.jobs
 
 
@@ -285,37 +291,13 @@ def test_the_recorded_schema_tells_right_from_wrong(manifest):
             jsonschema.validate(wrong, SCHEMA)
 
 
-def start_step(tmp_path, launcher):
-    """The test's own face in a process of its own, as a pod would have it."""
-    script = f"""
-import os, pathlib, sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-os.path.ismount = lambda path: path == {str(tmp_path / "shared")!r}
-import pytest, tests.distributed.conftest as own
-from types import SimpleNamespace
-folders = SimpleNamespace(**{json.dumps(dict(_inputs))})
-run = own.train.__wrapped__(pathlib.Path({str(tmp_path)!r}), folders, pytest.MonkeyPatch())
-run("policy", {launcher!r}, world_size=2, save_strategy="steps", save_steps=1)
-"""
-    return subprocess.Popen([sys.executable, "-c", script])
+def checkpoints(tmp_path):
+    """How many there are on the shared volume."""
+    return len([*(tmp_path / "shared").glob("training/*/checkpoints/checkpoint-*")])
 
 
-_inputs = {}
-
-
-@pytest.fixture(autouse=True)
-def _known_inputs(folders):
-    _inputs.update(vars(folders))
-
-
-def newest_checkpoint(tmp_path):
-    """The step of the last whole checkpoint on the shared volume; 0 if there is none."""
-    files = (tmp_path / "shared").glob("training/*/checkpoints/checkpoint-*/trainer_state.json")
-    return max((int(file.parent.name.rpartition("-")[2]) for file in files), default=0)
-
-
-def wait_for(condition, seconds):
+def wait_for(condition, seconds=60):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
-        time.sleep(0.1)
+        time.sleep(0.05)

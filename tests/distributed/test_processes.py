@@ -1,21 +1,44 @@
 """A training face in several processes of one machine: the same trajectory, and every end of them seen."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from softpref.distributed.processes import Rendezvous, StageFailed, launch_command, run_watched
 from softpref.errors import ConfigError, SoftprefError
 
 
-def test_two_processes_take_the_steps_of_one(train, same_trajectory, capfd):
+@pytest.fixture
+def in_the_second_process(tmp_path, monkeypatch):
+    """`in_the_second_process(code)`: the second process of each launch runs this before anything else."""
+
+    def run(code):
+        (tmp_path / "fault").mkdir()
+        code = "import os\nif os.environ.get('RANK') == '1':\n" + textwrap.indent(code, "    ")
+        (tmp_path / "fault" / "sitecustomize.py").write_text(code)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fault"), prepend=os.pathsep)
+
+    return run
+
+
+def test_two_processes_take_the_steps_of_one_and_the_first_tokenizes_for_both(
+    train, same_trajectory, capfd, in_the_second_process
+):
     one, single = train("single")
     assert "training in 2 processes" not in capfd.readouterr().err
+    in_the_second_process(
+        "from softpref.lm import tokenizing\n"
+        "def fail(*a, **k): raise RuntimeError('the second process tokenizes')\n"
+        "tokenizing.tokenize_row = tokenizing.tokenize_prompt = fail\n"
+    )
     two, double = train("double", {"processes": 2}, world_size=2)
     printed = capfd.readouterr()
     same_trajectory(single, double)
@@ -25,6 +48,7 @@ def test_two_processes_take_the_steps_of_one(train, same_trajectory, capfd):
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
     assert "'rewards/margins'" in printed.out  # what the processes print is passed on
     assert sorted(path.name for path in double.iterdir()) == sorted(path.name for path in single.iterdir())
+    assert not list(double.rglob("*rows-*"))
 
 
 def test_a_refusal_in_the_processes_is_the_faces_own(train):
@@ -33,15 +57,12 @@ def test_a_refusal_in_the_processes_is_the_faces_own(train):
     assert "ended with exit status" not in str(refused.value)
 
 
-def test_a_failure_in_the_processes_is_raised_with_their_last_lines(train, monkeypatch, tmp_path):
-    (tmp_path / "fault").mkdir()
-    (tmp_path / "fault" / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('RANK') == '1':\n"
-        "    import transformers\n"
-        "    def fail(*a, **k): raise RuntimeError('the second process fails')\n"
-        "    transformers.Trainer.train = fail\n"
+def test_a_failure_in_the_processes_is_raised_with_their_last_lines(train, tmp_path, in_the_second_process):
+    in_the_second_process(
+        "from softpref import cli\n"
+        "def fail(*a): raise RuntimeError('the second process fails')\n"
+        "cli.main = fail\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fault'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     with pytest.raises(
         StageFailed, match="the stage train in 2 processes ended with exit status 1"
     ) as failed:
@@ -50,49 +71,50 @@ def test_a_failure_in_the_processes_is_raised_with_their_last_lines(train, monke
     assert not (tmp_path / "policy" / "model.safetensors").exists()
 
 
-NAN_IN_ONE = """
-import os
-if os.environ.get("RANK") == "1":
-    from softpref.spo.trainer import SPOTrainer
-    compute_loss = SPOTrainer.compute_loss
-    def poisoned(self, model, inputs, *args, **options):
-        loss = compute_loss(self, model, inputs, *args, **options)
-        steps_first = self.state.global_step == 2 and self._suspect is None
-        return loss * float("nan") if steps_first else loss
-    SPOTrainer.compute_loss = poisoned
-"""
+@pytest.fixture(scope="module")
+def trained(in_two_processes, tmp_path_factory):
+    """Folder of a reference and of two policies whose loss is not finite in the second process."""
+    folder = tmp_path_factory.mktemp("trained")
+    runs = {
+        name: {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 4 // rows}
+        for name, rows in BATCHES.items()
+    }
+    reference = {"stage": "sft", "keep_reference_logps": True}
+    in_two_processes(folder, {"reference": reference, **runs}, "nan_in_the_second_process")
+    return folder
 
 
-@pytest.mark.parametrize("rows", [2, 4], ids=["accumulated", "one batch a step"])
-def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_loses_nothing(
-    train, monkeypatch, tmp_path, rows
-):
-    from safetensors.torch import load_file
+BATCHES = {"accumulated": 2, "one batch a step": 4}  # rows of a process's step: 4
 
-    (tmp_path / "fault").mkdir()
-    (tmp_path / "fault" / "sitecustomize.py").write_text(NAN_IN_ONE)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fault'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 4 // rows}
-    with pytest.raises(SoftprefError, match="gradient norm became nan at optimizer step 3"):
-        train("policy", {"processes": 2}, world_size=2, **options)
-    kept = load_file(tmp_path / "policy" / "checkpoints" / "checkpoint-2" / "model.safetensors")
+
+@pytest.mark.parametrize(("name", "rows"), BATCHES.items())
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_loses_nothing(trained, name, rows):
+    refused = json.loads((trained / f"{name}.json").read_text())["error"]
+    assert "gradient norm became nan at optimizer step 3" in refused
+    checkpoints = trained / name / "checkpoints"
+    kept = load_file(checkpoints / "checkpoint-2" / "model.safetensors")
     assert all(weight.isfinite().all() for weight in kept.values())
-    batch = load_file(tmp_path / "policy" / "checkpoints" / "nonfinite_batch-1.safetensors")
-    assert len(batch["group_sizes"]) == rows
+    assert len(load_file(checkpoints / "nonfinite_batch-1.safetensors")["group_sizes"]) == rows
 
 
-def test_the_first_process_tokenizes_for_both(train, monkeypatch, tmp_path):
-    (tmp_path / "fault").mkdir()
-    (tmp_path / "fault" / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('RANK') == '1':\n"
-        "    from softpref.lm import tokenizing\n"
-        "    def fail(*a, **k): raise RuntimeError('the second process tokenizes')\n"
-        "    tokenizing.tokenize_row = tokenizing.tokenize_prompt = fail\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fault'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    _, folder = train("policy", {"processes": 2}, world_size=2)
-    assert (folder / "model.safetensors").is_file()
-    assert not list(folder.rglob("*rows-*"))
+def test_the_reference_is_the_same_in_two_processes(trained, train_reference, same_reference):
+    one, single = train_reference("single", keep_reference_logps=True)
+    same_reference(one, single, trained / "reference")
+
+
+def test_the_face_of_the_reference_launches_processes_too(train_reference, monkeypatch):
+    started = []
+
+    def start(command, **options):
+        started.append(command)
+        raise StageFailed("that is enough")
+
+    monkeypatch.setattr("softpref.distributed.launch.run_watched", start)
+    with pytest.raises(StageFailed, match="that is enough"):
+        train_reference("reference", 2)
+    (command,) = started
+    assert command[command.index("--num_processes") + 1] == "2"
+    assert "softpref.sft" in command
 
 
 def test_devices_are_asked_for_before_processes_start(train, monkeypatch):
@@ -201,10 +223,3 @@ def _alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def test_the_stage_of_the_reference_runs_in_processes_too(train_reference):
-    one, _ = train_reference("one")
-    two, folder = train_reference("two", 2)
-    assert two == pytest.approx(one, rel=1e-4)
-    assert (folder / "model.safetensors").is_file()

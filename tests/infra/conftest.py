@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .cluster import api_server, run_secrets_script
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 INFRA = REPOSITORY / "infra"
 OVERLAYS = sorted(path.parent.name for path in INFRA.glob("overlays/*/kustomization.yaml"))
@@ -51,6 +49,8 @@ def profile():
 @pytest.fixture(scope="session")
 def made_secrets(kubectl, tmp_path_factory):
     """(namespace, name) → keys that infra/secrets.sh makes, for single-user and multi-user KFP."""
+    from .cluster import api_server, run_secrets_script
+
     made = {}
     for runs in ("kubeflow", "softpref"):
         with api_server(tmp_path_factory.mktemp("api")) as cluster:

@@ -11,15 +11,13 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import threading
 import uuid
 import zlib
-from email.parser import BytesParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlsplit
 
 import kfp_server_api as api
 import yaml
+
+from tests.served import refuse, routes, served
 
 _SERVICES = (
     api.ExperimentServiceApi,
@@ -41,12 +39,6 @@ def described_calls() -> set[tuple[str, str]]:
             )
         }
     return found
-
-
-class Refusal(Exception):
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class PipelinesApi:
@@ -86,85 +78,91 @@ class PipelinesApi:
             calls["GET", "/k8s/pod/logs"] = self.get_log_of_ui
         else:
             calls["GET", "/apis/v1alpha1/runs/{run_id}/nodes/{pod}/log"] = self.get_log
-        self._calls = [
-            (method, re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/:]+)", path) + "$"), function)
-            for (method, path), function in calls.items()
-        ]
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._call = routes(
+            {(way, re.sub(r"\{(\w+)\}", r"<\1>", path)): one for (way, path), one in calls.items()}
+        )
 
     def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._served = served(self._answer)
+        self.url = self._served.__enter__()
         return self
 
     def __exit__(self, *error):
-        self._server.shutdown()
-        self._server.server_close()
+        self._served.__exit__(*error)
+
+    def _answer(self, request):
+        self.headers.append(request.headers)
+        if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
+            refuse(401, "who are you?")
+        return api.ApiClient().sanitize_for_serialization(self._call(request))
 
     # ------------------------------------------------------------------ the calls
 
-    def healthz(self, query):
+    def healthz(self, request):
         return api.V2beta1GetHealthzResponse(multi_user=self.multi_user)
 
-    def list_pipelines(self, query):
-        self._check_namespace(query.get("namespace"))
-        found = _found(self.pipelines, query)
+    def list_pipelines(self, request):
+        self._check_namespace(request.args.get("namespace"))
+        found = _found(self.pipelines, request.args)
         return api.V2beta1ListPipelinesResponse(pipelines=found or None, total_size=len(found))
 
-    def create_pipeline(self, query, body):
-        pipeline = _message(api.V2beta1Pipeline, body)
+    def create_pipeline(self, request):
+        pipeline = _message(api.V2beta1Pipeline, request.json)
         self._check_namespace(pipeline.namespace)
         there = {(one.namespace, one.display_name) for one in self.pipelines}
         if (pipeline.namespace, pipeline.display_name) in there:
-            raise Refusal(409, f"a pipeline {pipeline.display_name} exists")
+            refuse(409, f"a pipeline {pipeline.display_name} exists")
         pipeline.pipeline_id = _id()
         self.pipelines.append(pipeline)
         return pipeline
 
-    def upload_version(self, query, package):
-        if query["pipelineid"] not in [one.pipeline_id for one in self.pipelines]:
-            raise Refusal(404, "no such pipeline")
-        return self._add_version(query["pipelineid"], query["name"], package, query.get("description"))
+    def upload_version(self, request):
+        if request.args["pipelineid"] not in [one.pipeline_id for one in self.pipelines]:
+            refuse(404, "no such pipeline")
+        package = request.files["uploadfile"].read()
+        return self._add_version(
+            request.args["pipelineid"], request.args["name"], package, request.args.get("description")
+        )
 
-    def list_versions(self, query, pipeline_id):
+    def list_versions(self, request, pipeline_id):
         found = [one for one in self.versions if one.pipeline_id == pipeline_id]
-        size, start = int(query["page_size"]), int(query.get("page_token") or 0)
+        size, start = int(request.args["page_size"]), int(request.args.get("page_token") or 0)
         following = str(start + size) if start + size < len(found) else None
         return api.V2beta1ListPipelineVersionsResponse(
             pipeline_versions=found[start : start + size], next_page_token=following
         )
 
-    def list_experiments(self, query):
-        self._check_namespace(query.get("namespace"))
-        found = _found(self.experiments, query)
+    def list_experiments(self, request):
+        self._check_namespace(request.args.get("namespace"))
+        found = _found(self.experiments, request.args)
         return api.V2beta1ListExperimentsResponse(experiments=found or None)
 
-    def create_experiment(self, query, body):
-        experiment = _message(api.V2beta1Experiment, body)
+    def create_experiment(self, request):
+        experiment = _message(api.V2beta1Experiment, request.json)
         self._check_namespace(experiment.namespace)
         experiment.experiment_id = _id()
         self.experiments.append(experiment)
         return experiment
 
-    def create_run(self, query, body):
-        run = _message(api.V2beta1Run, body)
+    def create_run(self, request):
+        run = _message(api.V2beta1Run, request.json)
         if run.experiment_id not in [one.experiment_id for one in self.experiments]:
-            raise Refusal(404, "no such experiment")
-        reference = _message(api.V2beta1PipelineVersionReference, body["pipeline_version_reference"])
+            refuse(404, "no such experiment")
+        reference = _message(api.V2beta1PipelineVersionReference, request.json["pipeline_version_reference"])
         version = [one for one in self.versions if one.pipeline_version_id == reference.pipeline_version_id]
         if not version or version[0].pipeline_id != reference.pipeline_id:
-            raise Refusal(404, "no such version")
+            refuse(404, "no such version")
         inputs = version[0].pipeline_spec["root"]["inputDefinitions"]["parameters"]
-        if unknown := set(body["runtime_config"]["parameters"]) - set(inputs):
-            raise Refusal(400, f"the pipeline has no parameters {sorted(unknown)}")
+        if unknown := set(request.json["runtime_config"]["parameters"]) - set(inputs):
+            refuse(400, f"the pipeline has no parameters {sorted(unknown)}")
         run.run_id = _id()
         self.runs.append(run)
         return run
 
-    def get_run(self, query, run_id):
+    def get_run(self, request, run_id):
         if self.failures:
             self.failures -= 1
-            raise Refusal(503, "later")
+            refuse(503, "later")
         state = self.states[min(self.looks, len(self.states) - 1)]
         self.looks += 1
         failed = state == "FAILED"
@@ -177,20 +175,20 @@ class PipelinesApi:
             error=api.GoogleRpcStatus(code=2, message="a task failed") if failed else None,
         )
 
-    def get_workflow(self, query, run_id):
+    def get_workflow(self, request, run_id):
         if not self.workflows:
-            raise Refusal(404, "not here")
+            refuse(404, "not here")
         manifest = json.dumps(self.workflows[min(self.looks, len(self.workflows)) - 1])
         return {"run": {"id": run_id}, "pipeline_runtime": {"workflow_manifest": manifest}}
 
-    def get_log(self, query, run_id, pod):
+    def get_log(self, request, run_id, pod):
         # a log that is not there comes with status 200: the answer has begun when that turns out
         return self.logs.get(pod) or json.dumps({"error_message": "no log", "error_details": f"pod {pod}"})
 
-    def get_log_of_ui(self, query):
-        if query["podnamespace"] != NAMESPACE or query["podname"] not in self.logs:
-            raise Refusal(500, "Could not get main container logs")
-        return self.logs[query["podname"]]
+    def get_log_of_ui(self, request):
+        if request.args["podnamespace"] != NAMESPACE or request.args["podname"] not in self.logs:
+            refuse(500, "Could not get main container logs")
+        return self.logs[request.args["podname"]]
 
     # ------------------------------------------------------------------ what they share
 
@@ -208,59 +206,7 @@ class PipelinesApi:
 
     def _check_namespace(self, namespace):
         if bool(namespace) != self.multi_user:
-            raise Refusal(400, "a namespace must be given exactly where several users are served")
-
-    def _handler(api_server):
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):
-                self._answer("GET")
-
-            def do_POST(self):
-                self._answer("POST")
-
-            def _answer(self, method):
-                content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                api_server.headers.append(dict(self.headers))
-                try:
-                    status, answer = 200, self._call(method, content)
-                except Refusal as refusal:
-                    status, answer = refusal.status, {"message": str(refusal)}
-                is_text = isinstance(answer, str)
-                body = answer if is_text else json.dumps(api.ApiClient().sanitize_for_serialization(answer))
-                body = body.encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "text/plain" if is_text else "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def _call(self, method, content):
-                if api_server.token and self.headers.get("Authorization") != f"Bearer {api_server.token}":
-                    raise Refusal(401, "who are you?")
-                address = urlsplit(self.path)
-                query = {key: values[0] for key, values in parse_qs(address.query).items()}
-                for expected, pattern, function in api_server._calls:
-                    found = pattern.match(address.path)
-                    if method == expected and found:
-                        given = dict(found.groupdict())
-                        if "upload" in address.path:
-                            given["package"] = self._uploaded(content)
-                        elif method == "POST":
-                            given["body"] = json.loads(content)
-                        return function(query, **given)
-                raise Refusal(404, f"{method} {address.path} is not here")
-
-            def _uploaded(self, content):
-                head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
-                (part,) = BytesParser().parsebytes(head + content).get_payload()
-                assert part.get_param("name", header="content-disposition") == "uploadfile"
-                return part.get_payload(decode=True).decode()
-
-            def log_message(self, *arguments): ...
-
-        return Handler
+            refuse(400, "a namespace must be given exactly where several users are served")
 
 
 NAMESPACE = "team"
@@ -361,7 +307,7 @@ def _message(kind, body):
     """A message of the client's description from JSON; unknown fields are refused."""
     names = {field: attribute for attribute, field in kind.attribute_map.items()}
     if unknown := set(body) - set(names):
-        raise Refusal(400, f"{kind.__name__} has no field {sorted(unknown)}")
+        refuse(400, f"{kind.__name__} has no field {sorted(unknown)}")
     return kind(**{names[field]: value for field, value in body.items()})
 
 

@@ -1,32 +1,23 @@
 """What a run on this machine says at its end of where to look."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
+from werkzeug.exceptions import abort
+
+from tests.served import served
 
 
 @pytest.fixture
 def server():
     """An MLflow server that knows one run, "r1", of experiment 7; its address."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            known = self.path.startswith("/api/2.0/mlflow/runs/get?") and "run_id=r1" in self.path
-            info = {"run_id": "r1", "experiment_id": "7", "status": "FINISHED", "artifact_uri": "x"}
-            body = json.dumps({"run": {"info": info, "data": {}}} if known else {}).encode()
-            self.send_response(200 if known else 404)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(request):
+        if request.path != "/api/2.0/mlflow/runs/get" or request.args.get("run_id") != "r1":
+            abort(404)
+        info = {"run_id": "r1", "experiment_id": "7", "status": "FINISHED", "artifact_uri": "x"}
+        return {"run": {"info": info, "data": {}}}
 
-        def log_message(self, *arguments): ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with served(answer) as url:
+        yield url
 
 
 @pytest.fixture

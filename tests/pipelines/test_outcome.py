@@ -1,12 +1,12 @@
 """How a run of a pipeline ended, as its last step finds out; the answers are those of a real KFP 2.17."""
 
-import http.server
-import json
-import threading
+from contextlib import ExitStack
 
 import pytest
 from softpref.preflight.stage import outcome
 from softpref.tracking import RUN_ID
+
+from tests.served import routes, served
 
 pytestmark = pytest.mark.fast
 
@@ -18,7 +18,6 @@ TERMINATED = [{"state": "RUNNING"}, {"state": "CANCELING"}]
 def api(monkeypatch):
     """A function: the address of an API that knows one run."""
     monkeypatch.setenv(RUN_ID, "a-run")
-    servers = []
 
     def serve(history, state):
         # a pod that was deleted has failed, and its step went on in another one
@@ -29,25 +28,12 @@ def api(monkeypatch):
         ]
         run = {"state": "RUNNING", "state_history": history, "run_details": {"task_details": tasks}}
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                found = self.path == "/apis/v2beta1/runs/a-run"
-                self.send_response(200 if found else 404)
-                self.end_headers()
-                self.wfile.write(json.dumps(run if found else {}).encode())
+        return servers.enter_context(
+            served(routes({("GET", "/apis/v2beta1/runs/a-run"): lambda request: run}))
+        )
 
-            def log_message(self, *_):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with ExitStack() as servers:
+        yield serve
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Registration in a real MLflow store of small models that nobody trained."""
 
 import json
-import socket
 import time
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from softpref.registry.config import RegistryConfig
 from softpref.registry.served import model_hash
 from softpref.registry.stage import decision_markdown, run
 from softpref.tracking import Tracker
+
+from tests.served import free_port
 
 
 def config(store, **changes):
@@ -215,9 +216,7 @@ def test_retry_after_a_crash_registers_nothing_twice(
 
 
 def test_unreachable_server_is_said_in_seconds(tmp_path, model, evaluation):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        uri = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    uri = f"http://127.0.0.1:{free_port()}"
     begun = time.monotonic()
     with pytest.raises(ConfigError, match=uri) as error:
         run(config(uri), model, evaluation, tmp_path / "out")

@@ -2,19 +2,15 @@
 
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from softpref.registry.config import RegistryConfig
 from softpref.registry.stage import run
+
+from tests.served import free_port, kill_server, start_server
 
 
 def registered(tmp_path, store, model, write_evaluation):
@@ -36,37 +32,16 @@ def answer(uri, **request):
 @pytest.fixture
 def served(tmp_path, store, write_model, write_evaluation):
     registered(tmp_path, store, write_model(tmp_path / "model"), write_evaluation)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/story@champion"]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     # `mlflow models serve` calls uvicorn by name, as it would in an activated environment
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    log = (tmp_path / "serve.log").open("wb")
-    process = subprocess.Popen(
-        command,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-        env={**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": store},
-    )
-    uri, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(uri + "/ping", timeout=1).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline, (tmp_path / "serve.log").read_text()
-                assert process.poll() is None, (tmp_path / "serve.log").read_text()
-                time.sleep(0.2)
-        yield uri
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        log.close()
+    environment = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": store}
+    uri = f"http://127.0.0.1:{port}"
+    process = start_server(command, f"{uri}/ping", tmp_path / "serve.log", env=environment)
+    yield uri
+    kill_server(process)
 
 
 def test_served_champion_samples_and_honours_the_request(served):

@@ -3,11 +3,8 @@
 import json
 import logging
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -249,14 +246,6 @@ def test_rows_of_other_code_are_not_taken(copies, monkeypatch, caplog):
     assert "made from other code" in caplog.text
 
 
-def test_a_damaged_part_changes_no_training(command, copies, made, tmp_path):
-    flipped_byte(*copies)
-    assert command("damaged", str(copies[0]), "--reference", str(copies[1]), **QUICK) == 0
-    assert command("whole", made[0], "--reference", made[1], **QUICK) == 0
-    damaged, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("damaged", "whole"))
-    assert all(torch.equal(damaged[name], whole[name]) for name in whole)
-
-
 @pytest.mark.parametrize("function", ["_hashes", "_data_hash", "write_rows"])
 def test_what_was_killed_while_writing_is_not_taken(copies, monkeypatch, caplog, function):
     dataset, reference = copies
@@ -409,18 +398,6 @@ def test_those_of_other_weights_or_precision_are_not_taken(scored, tmp_path, cap
     assert rows
     assert all(one.reference_logp is None for row in rows for one in row)
     assert "its log-probabilities are of other weights" in caplog.text
-
-
-def test_two_processes_keep_what_one_keeps(scored, reference_folder, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = [*launch, "-m", "softpref.sft", *keeping_logps(tmp_path, scored[0], reference_folder)]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    for one, two in zip(logps_kept(*scored), logps_kept(scored[0], tmp_path / "reference"), strict=True):
-        for single, double in zip(one, two, strict=True):
-            assert double[:-1] == single[:-1]
-            assert double.reference_logp == pytest.approx(single.reference_logp, abs=1e-4)
 
 
 def test_what_cannot_be_scored_is_left_to_the_trainings(scored, copies):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 SCRIPT = '''
-"""Trains the toy model as told: output folder, folder of the start, step to be killed at, rows, runs."""
+"""Trains the toy model as told: folder of the start, rows, runs (folder, step to be killed at, options)."""
 import json, os, signal, sys
 from pathlib import Path
 
@@ -30,6 +29,9 @@ class Steps(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         Path(self.output, "steps.log").open("a").write(f"{state.global_step}\\n")
         if state.global_step == self.dies_at:
+            # a checkpoint that a kill cut off: everything but the file that comes last
+            Path(self.output, "checkpoint-12").mkdir()
+            Path(self.output, "checkpoint-12", "model.safetensors").write_bytes(b"")
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -66,10 +68,18 @@ def train(output, start, dies_at, rows, options):
 
 
 if __name__ == "__main__":
-    output, start = sys.argv[1:3]
-    dies_at, rows, runs = map(eval, sys.argv[3:6])
-    for name, options in runs.items():
-        train(f"{output}/{name}".rstrip("/"), start, dies_at, rows, options)
+    start = sys.argv[1]
+    rows, runs = map(json.loads, sys.argv[2:])
+    if "RANK" in os.environ:
+        for output, _, options in runs:
+            train(output, start, None, rows, options)
+    else:  # each in a process of its own, and only this one imports anything
+        for output, dies_at, options in runs:
+            if not os.fork():
+                train(output, start, dies_at, rows, options)
+                os._exit(0)
+            status = os.waitstatus_to_exitcode(os.wait()[1])
+            assert status == (-signal.SIGKILL if dies_at else 0), output
 '''
 
 RESUMED = {
@@ -91,14 +101,13 @@ def start(tmp_path, model, tokenizer):
 
 @pytest.fixture
 def launch(tmp_path, start):
-    """`launch(name, rows, runs, dies_at, prefix) -> Popen` of the training script, one run after another."""
+    """`launch(rows, runs, prefix) -> Popen` of the training script."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-    def popen(name, rows, runs, *, dies_at=None, prefix=(sys.executable,)):
-        arguments = (tmp_path / name, start, dies_at, repr(rows), repr(runs))
-        command = [*prefix, str(script), *map(str, arguments)]
+    def popen(rows, runs, prefix=(sys.executable,)):
+        command = [*prefix, str(script), str(start), json.dumps(rows), json.dumps(runs)]
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
@@ -107,34 +116,28 @@ def launch(tmp_path, start):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
 
 
-@pytest.mark.parametrize("kl_on", ["samples", "data"])
-def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, launch, make_rows, kl_on):
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, launch, make_rows):
     rows = make_rows(13, soft=True)  # 4 steps an epoch, the last of one row; 16 steps in all
-    run = {**RESUMED, "kl_on": kl_on}
-    whole = launch("whole", rows, {"": run})
-    # between the checkpoints at 8 and 12, with half of the samples drawn after step 5 consumed at step 8
-    killed = launch("killed", rows, {"": run}, dies_at=10)
-    killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL
-    # a checkpoint that a kill cut off: everything but the file that comes last
-    half = tmp_path / "killed" / "checkpoint-12"
-    assert not half.exists()
-    half.mkdir()
-    (half / "model.safetensors").write_bytes(b"")
-    finish(whole)
-    finish(launch("killed", rows, {"": run}))
-    steps = (tmp_path / "killed" / "steps.log").read_text().split()
-    assert steps[10:] == [str(step) for step in range(9, 17)]  # it did not start anew
-    expected = load_file(tmp_path / "whole" / "final" / "model.safetensors")
-    resumed = load_file(tmp_path / "killed" / "final" / "model.safetensors")
+    runs = []
+    for kl_on in ("samples", "data"):
+        options = {**RESUMED, "kl_on": kl_on}
+        whole, killed = (str(tmp_path / kl_on / name) for name in ("whole", "killed"))
+        # between the checkpoints at 8 and 12, with half of the samples drawn after step 5 consumed at step 8
+        runs += [(whole, None, options), (killed, 10, options), (killed, None, options)]
+    finish(launch(rows, runs))
     begun = load_file(tmp_path / "start" / "model.safetensors")
-    assert expected.keys() == resumed.keys()
-    assert all(bool((expected[name] == resumed[name]).all()) for name in expected)
-    assert any(float((expected[name] - begun[name]).abs().max()) > 1e-2 for name in expected)
+    for kl_on in ("samples", "data"):
+        whole, killed = (tmp_path / kl_on / name for name in ("whole", "killed"))
+        steps = (killed / "steps.log").read_text().split()
+        assert steps[10:] == [str(step) for step in range(9, 17)]  # it did not start anew
+        expected, resumed = (load_file(one / "final" / "model.safetensors") for one in (whole, killed))
+        assert expected.keys() == resumed.keys()
+        assert all(bool((expected[name] == resumed[name]).all()) for name in expected)
+        assert any(float((expected[name] - begun[name]).abs().max()) > 1e-2 for name in expected)
 
 
 SHARED = {
@@ -170,7 +173,8 @@ def test_two_processes_train_as_one(tmp_path, launch, make_rows, start):
         runs[name]["reference_cache"] = str(tmp_path / "kept")
     cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    two = launch("two", rows, {name: {**run, **cut} for name, run in runs.items()}, prefix=launcher)
+    double = [(str(tmp_path / "two" / name), None, {**run, **cut}) for name, run in runs.items()]
+    two = launch(rows, double, launcher)
     script: dict = {"__name__": "script"}
     exec(SCRIPT, script)
     for name, run in runs.items():

@@ -4,11 +4,9 @@ The real pipeline on this machine logs to the real stack as a user without speci
 train, the server is killed, stays away for a minute, and is started again.
 """
 
-import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .stack import REPOSITORY, SECRETS, free_port, manifests, missing_tools, running_stack, tool
+from ..served import free_port, kill_server, start_server
+from .stack import REPOSITORY, SECRETS, manifests, missing_tools, running_stack, tool
 
 OUTAGE = 60  # seconds
 
@@ -244,25 +243,11 @@ def test_the_champion_is_served_as_the_deployment_serves_it(stack, sweep, tmp_pa
         re.sub(r"\$\((\w+)\)", lambda found: environment[found[1]], settings.get(part, part))
         for part in container["args"]
     ]
-    log = tmp_path / "serving.log"
-    with log.open("wb") as text:
-        process = subprocess.Popen(
-            [str(tool("mlflow")), *container["command"][1:], *arguments],
-            stdout=text,
-            stderr=text,
-            env=environment,
-            cwd=tmp_path,
-            start_new_session=True,
-        )
     address = f"http://127.0.0.1:{port}"
     probe = container["readinessProbe"]["httpGet"]["path"]
-
-    def answers():
-        with contextlib.suppress(OSError):
-            return urllib.request.urlopen(address + probe, timeout=5).status == 200
-
+    command = [str(tool("mlflow")), *container["command"][1:], *arguments]
+    process = start_server(command, address + probe, tmp_path / "log", env=environment, cwd=tmp_path)
     try:
-        _wait(process, log, answers)
         request = urllib.request.Request(
             address + "/invocations",
             data=json.dumps({"prompt": "Write a very short story about a brave fox.\n"}).encode(),
@@ -271,6 +256,5 @@ def test_the_champion_is_served_as_the_deployment_serves_it(stack, sweep, tmp_pa
         with urllib.request.urlopen(request, timeout=60) as answer:
             (told,) = json.load(answer)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_server(process)
     assert len(told["choices"][0]["text"].split()) > 3

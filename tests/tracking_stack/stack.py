@@ -23,6 +23,8 @@ from typing import Any
 
 import yaml
 
+from ..served import free_port
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECRETS = {
     # as infra/secrets.sh makes them; characters that a URL would not bear are on purpose
@@ -66,12 +68,6 @@ def manifests(overlay: str) -> dict[tuple[str, str], dict[str, Any]]:
             name = re.sub(r"-[a-z0-9]{10}$", "", name)
         found[document["kind"], name] = document
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Stack:

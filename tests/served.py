@@ -1,0 +1,100 @@
+"""Servers on this machine: those whose answers a test writes (`served`), and programs (`start_server`)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from ssl import SSLContext
+from typing import Any, NoReturn
+
+from werkzeug import Request, Response
+from werkzeug.exceptions import HTTPException, abort
+from werkzeug.routing import Map, Rule
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+
+class _Quiet(WSGIRequestHandler):
+    def log(self, *arguments: Any) -> None: ...
+
+
+@contextlib.contextmanager
+def served(answer: Callable[[Request], Any], ssl_context: SSLContext | None = None) -> Iterator[str]:
+    """Serve what `answer` returns for each request, until the block ends; gives the server's URL.
+
+    A `Response` is sent as it is, a string as text, anything else as JSON; `refuse` ends a request.
+    """
+
+    @Request.application
+    def application(request: Request) -> Response:
+        found = answer(request)
+        if isinstance(found, Response):
+            return found
+        is_text = isinstance(found, str)
+        return Response(
+            found if is_text else json.dumps(found), mimetype="text/plain" if is_text else "application/json"
+        )
+
+    server = make_server(
+        "127.0.0.1", 0, application, threaded=True, request_handler=_Quiet, ssl_context=ssl_context
+    )
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield f"http{'s' if ssl_context else ''}://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def routes(calls: dict[tuple[str, str], Callable[..., Any]]) -> Callable[[Request], Any]:
+    """An `answer` by method and path: `("GET", "/runs/<run_id>")` is called with the request and `run_id`."""
+    rules = Map([Rule(path, methods=[method], endpoint=call) for (method, path), call in calls.items()])
+
+    def answer(request: Request) -> Any:
+        try:
+            call, given = rules.bind_to_environ(request.environ).match()
+        except HTTPException:
+            refuse(404, f"{request.method} {request.path} not found")
+        return call(request, **given)
+
+    return answer
+
+
+def refuse(status: int, message: str, reason: str = "") -> NoReturn:
+    """End a request with an error, as Kubernetes and Kubeflow Pipelines write theirs."""
+    body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": status, "reason": reason}
+    abort(Response(json.dumps({**body, "message": message}), status, mimetype="application/json"))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_server(command: list[str], url: str, log: Path, **options: Any) -> subprocess.Popen[bytes]:
+    """A program that serves, once `url` answers; `kill_server` ends it with all that it started."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, **options)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(url, timeout=1).close()
+            return process
+        time.sleep(0.1)
+    kill_server(process)
+    raise AssertionError(log.read_text())
+
+
+def kill_server(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
