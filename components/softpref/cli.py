@@ -320,7 +320,7 @@ def _is_first_process() -> bool:
 def _data(folders: Folders, config: DataConfig) -> object:
     from softpref.data.stage import run
 
-    stats = run(config, folders["output"])
+    stats: Mapping[str, object] = run(config, folders["output"])
     shown = ("rows", "rejected", "left_out", "duplicates", "dataset_hash")
     return {key: stats[key] for key in shown if key in stats}
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
@@ -35,8 +35,8 @@ PARAMETERS_FILE, TIMINGS_FILE = "parameters.yaml", "timings.json"
 
 Message = dict[str, str]
 """A message of a conversation: `role` and `content`."""
-Text = str | list[Message]
-"""A prompt or a completion: plain text, or a conversation."""
+Text = str | Sequence[Message]
+"""A prompt or a completion: plain text, or messages such as `[{"role": "user", "content": "…"}]`."""
 
 
 class PreferenceRow(TypedDict):

@@ -15,14 +15,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softpref.errors import ConfigError, DataError
+from softpref.records import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-Text = str | Sequence[dict[str, str]]
-"""A prompt or completion: plain text, or messages such as `[{"role": "user", "content": "…"}]`."""
 
 _CUTS = 3  # how often a message is cut: alone, the rest may have other tokens than within the whole
 _TAIL = 40  # characters by which the end of the ids is found in the prompt

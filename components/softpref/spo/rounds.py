@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 from softpref.errors import ConfigError
 from softpref.judges import as_text
 from softpref.lm.sampling import Sample, sampling_noise
-from softpref.lm.tokenization import Text, decode_completion
+from softpref.lm.tokenization import decode_completion
 from softpref.objectives.preference import PreferenceKind
 from softpref.progress import progress
+from softpref.records import Text
 from softpref.spo.config import SPOConfig
 from softpref.spo.reference import set_reference_logps
 from softpref.spo.rows import Row
