@@ -108,7 +108,7 @@ def train(tmp_path, folders, monkeypatch):
 
 
 def reference_options(world_size, **options):
-    """The same of stage 2; two processes fill up their last batches of the evaluation, whose rows are eight."""
+    """The same of stage 2; of eight rows to evaluate, two processes fill up their last batches."""
     once = {"num_train_epochs": 1, "learning_rate": 0.05, "per_device_eval_batch_size": 3}
     return options_of(world_size, **once, **options)
 
