@@ -77,7 +77,7 @@ def test_sources_elsewhere_pass_the_first_check_which_asks_nobody(source):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("s4://bucket/model", "no kind of URL"),
+        ("s4://bucket/model", "s4:// cannot be read"),
         ("models:/m", "models:/NAME@ALIAS"),
         ("models:/m/champion", "models:/NAME@ALIAS"),
         ("models:/m/3/model", "models:/NAME@ALIAS"),
