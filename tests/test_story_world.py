@@ -19,8 +19,6 @@ from softpref.spo.config import SPOConfig
 RECIPE = yaml.safe_load(
     (Path(__file__).parents[1] / "pipelines/recipes/embedded.yaml").read_text(encoding="utf-8")
 )
-
-
 # passes over the preferences, of which the recipe has 1.5; the sharper optimum is further from the reference
 PASSES = {0.5: 1, 1.0: 1, 2.0: 0.5}
 
@@ -43,10 +41,7 @@ def world(tmp_path_factory):
         make_dataset(folder / "dataset")
         config = build_config(
             SFTConfig,
-            {
-                "learning_rate": RECIPE["sft_learning_rate"],
-                "num_train_epochs": RECIPE["sft_num_train_epochs"],
-            },
+            {key: RECIPE[f"sft_{key}"] for key in ("learning_rate", "num_train_epochs")},
             RECIPE["sft_overrides"],
             {"disable_tqdm": True},
         )
