@@ -19,10 +19,8 @@ from softpref.spo.config import SPOConfig
 RECIPE = yaml.safe_load(
     (Path(__file__).parents[1] / "pipelines/recipes/embedded.yaml").read_text(encoding="utf-8")
 )
-
-
 # passes over the preferences, of which the recipe has 1.5; the sharper optimum is further from the reference
-PASSES = {0.5: 1.0, 1.0: 1.0, 2.0: 0.5}
+PASSES = {0.5: 1, 1.0: 1, 2.0: 0.5}
 
 
 def make_dataset(folder, **changes):
@@ -43,7 +41,7 @@ def world(tmp_path_factory):
         make_dataset(folder / "dataset")
         config = build_config(
             SFTConfig,
-            {"learning_rate": RECIPE["sft_learning_rate"], "num_train_epochs": 0.75},
+            {key: RECIPE[f"sft_{key}"] for key in ("learning_rate", "num_train_epochs")},
             RECIPE["sft_overrides"],
             {"disable_tqdm": True},
         )
@@ -61,7 +59,7 @@ def evaluated(world):
 
     def train(alpha: float, beta: float = RECIPE["beta"], dataset: str = "dataset") -> Evaluation:
         if (alpha, beta, dataset) not in known:
-            name, passes = f"{alpha}-{beta}-{dataset}", PASSES[alpha] if beta else 0.5
+            name, passes = f"{alpha}-{beta}-{dataset}", PASSES[alpha]
             config = build_config(
                 SPOConfig,
                 {key: RECIPE[key] for key in ("learning_rate", "samples_per_refresh", "sampling_interval")},
@@ -70,7 +68,7 @@ def evaluated(world):
             )
             folders = {"dataset_dir": str(world / dataset), "reference_dir": str(world / "reference")}
             spo.run(config, **folders, output_dir=str(world / name))
-            settings = {"samples_per_prompt": 4, "exact_prompts": 2, "bootstrap_samples": 100}
+            settings = {"samples_per_prompt": 4, "exact_prompts": 4, "bootstrap_samples": 100}
             evaluation.run(
                 build_config(EvaluationConfig, settings),
                 **folders,
@@ -96,13 +94,8 @@ def test_entropy_rises_and_reward_falls_with_softness_and_both_follow_the_exact_
         assert abs(figures[what] - figures[f"optimum_{what}"]) < 0.15
 
 
-def test_no_softness_is_taken_for_a_breakage_and_what_leaks_without_the_regulariser_is(
-    evaluated, exact_figures
-):
+def test_no_softness_is_taken_for_a_breakage(evaluated):
     assert [ailments(evaluated(alpha)) for alpha in (0.5, 2.0)] == [[], []]
-    leaked = exact_figures(1.0, beta=0.0)
-    assert leaked["mass_on_set"] < leaked["reference_mass_on_set"] - 0.1
-    assert any("on the known set" in ailment for ailment in ailments(evaluated(1.0, beta=0.0)))
 
 
 @pytest.mark.slow
@@ -112,6 +105,14 @@ def test_at_softness_one_the_experts_distribution_is_learned(evaluated, exact_fi
     assert figures["mass_on_set"] >= 0.97
     assert exact_figures(0.5)["entropy"] < figures["entropy"] < exact_figures(2.0)["entropy"]
     assert ailments(evaluated(1.0)) == []
+
+
+@pytest.mark.slow
+def test_without_the_regulariser_probability_leaks_off_the_set_and_is_taken_for_a_breakage(
+    evaluated, exact_figures
+):
+    assert exact_figures(1.0, beta=0.0)["mass_on_set"] < exact_figures(1.0)["mass_on_set"] - 0.1
+    assert any("on the known set" in ailment for ailment in ailments(evaluated(1.0, beta=0.0)))
 
 
 @pytest.mark.slow
