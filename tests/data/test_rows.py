@@ -87,6 +87,17 @@ def test_rows_with_too_few_votes_are_left_out():
         read(voted(2, 0), VOTES, min_votes=3)
 
 
+def test_shares_of_votes_that_sum_to_one_but_for_rounding_are_a_vote():
+    assert 0.7 + 0.2 + 0.1 < 1
+    assert read(voted(0.7, 0.2, 0.1), TIED_VOTES).probability == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("ties", ["half", "drop"])
+def test_a_row_without_any_vote_is_refused(ties):
+    with pytest.raises(Refused, match="no votes"):
+        read(voted(0, 0, 0), TIED_VOTES, ties=ties)
+
+
 def test_annotator_columns_are_votes():
     columns = {"prompt": "q", "completion_a": "x", "completion_b": "y", "votes": ["n1", "n2", "n3"]}
     row = read({"q": "q", "x": "X", "y": "Y", "n1": 2, "n2": 2, "n3": 0}, columns)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +151,11 @@ def test_training_goes_on_from_a_checkpoint_folder_with_its_tokenizer(
     before, after = (loss_by_hand(load_model(m), tokenizer, rows) for m in (base, str(tmp_path / "out")))
     assert after < 0.5 * before
     assert load_metadata(tmp_path / "out")["base_model"] == base
+
+
+def test_a_base_model_may_be_a_path_or_none(trained):
+    assert SFTConfig(base_model=Path(trained[0])).base_model == str(trained[0])
+    assert SFTConfig(base_model=None, model_config={"model_type": "llama"}).base_model == ""
 
 
 def test_no_epochs_keep_the_base_model_as_it_is(

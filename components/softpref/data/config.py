@@ -56,8 +56,8 @@ class DataConfig:
             "rejected": "worse"}}}`. The dataset is the largest seeded sample with these shares, each exact to
             one row, or has `rows` rows with them. Each further source has its own `format`, `subset`, `split`
             and `revision`; how its rows are read (`columns` to `system_prompt`, `list_kind` to `min_votes`,
-            `max_source_rows`) is as given here, unless it has its own. With `source` among its options its
-            key is only a name, so that two splits of one source can be mixed. Splits go by prompt across all
+            `max_source_rows`) is as given here, unless it has its own. If the options include `source`, the
+            key is just a name, so that two splits of one source can be mixed. Splits go by prompt across all
             sources, and so do contradictions and duplicates, of which the first source keeps its own. Where
             some rows have weights, rows of a source without any weigh 1. Not for embedded sources.
         subset: configuration name of a Hub dataset, or of a folder whose dataset card (`README.md`) names
@@ -85,8 +85,8 @@ class DataConfig:
             with `weight` (at least 0, kept as a column of the dataset). `completions`, `scores`, `ranks`,
             `verdicts` and `votes` take one list column or a list of columns. A path such as `answers[].text`
             or `meta.score` reaches into nested columns. Empty: columns named like a role, or by a well-known
-            name, are used; log, page and `stats.json` say which. Prompt, system and weight columns are found
-            by their names in either case; `{"prompt": null}` forbids it.
+            name, are used; log, page and `stats.json` say which. Prompt, system and weight columns are
+            found by name whether or not `columns` is given; `{"prompt": null}` switches that off.
         preference_values: what the labels of `preference`, `votes` or a list of `verdicts` mean, from value
             to `"a"`, `"b"` or `"tie"`. Empty: `a`, `b`, `tie`, also 1, 2 and `model_a`, `model_b`; for
             `votes` 0 is a tie.
@@ -95,8 +95,8 @@ class DataConfig:
             0.73, 0.88, 0.95. Scores and margins beside `chosen` and `rejected` are used only when this is
             given or `columns` names them.
         prompt_template: builds the prompt from `{column}` fields instead of a prompt column. In it and in
-            `implicit_prompt_end`, `\\n`, `\\t` and `\\\\` stand for a line break, a tab and a backslash: a
-            shell or a form takes neither of the first two.
+            `implicit_prompt_end`, `\\n`, `\\t` and `\\\\` stand for a line break, a tab and a backslash,
+            for line breaks and tabs are hard to give in a shell or a form.
         implicit_prompt: for plain texts without a prompt column, take the words that all completions of a row
             begin with as the prompt. Otherwise this is done only where a source has `chosen` and `rejected`
             alone, TRL's implicit format, and other rows are refused.

@@ -208,14 +208,14 @@ def _by_votes(
         least: votes that a pair needs.
     """
     first, second, equal = votes
+    if not first + second + equal:
+        raise Refused("no votes")
     if config.ties == "drop":
         equal = 0.0
     total = first + second + equal
-    if total == 0:
-        if config.ties == "drop":
-            raise LeftOut("tie")
-        raise Refused("no votes")
-    if total < least:
+    if not total:
+        raise LeftOut("tie")
+    if total < least and not math.isclose(total, least):  # shares of votes sum to 0.999…
         raise LeftOut("fewer votes than min_votes", f"{total:g} of {config.min_votes}")
     hard = total == 1 and {first, second} == {0, 1}
     return _pair((first + equal / 2) / total, hard, config, places)

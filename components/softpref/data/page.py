@@ -32,7 +32,8 @@ def _name(stats: DatasetStats) -> str:
 
 def _example(row: PreferenceRow) -> dict[str, object]:
     if row["kind"] != "pairwise":
-        label = f"{row['kind'].replace('_', ' ')} of {len(row['completions'])}, best first"
+        what = "ranking of" if row["kind"] == "ranking" else "best of"
+        label = f"{what} {len(row['completions'])}, best first"
     elif row["probability"] is None:
         label = "hard label"
     else:

@@ -246,14 +246,17 @@ def _against_kl(axes: Axes, drawn: Sequence[Curve], chosen: str | None, metric: 
             label="π_ref · exp(reward / τ), the most possible",
         )  # fmt: skip
         labels.keep_clear([Point(*pair) for pair in most])
+        optima = 0
         for curve in drawn:
             for member in curve.members:
                 ours, best = place_of(member), theory_point(member)
                 if ours and best:
+                    optima += 1
                     look = {"color": _look(curve, drawn)["color"], "zorder": 2}
                     axes.plot(*zip(ours, best, strict=True), linewidth=0.9, **look)
                     axes.plot(*best, marker="_", markersize=11, markeredgewidth=2, **look)
-        _note(axes, 0.98, 0.12, "Bars: the optimum of each one's own objective.", side="right")
+        if optima:
+            _note(axes, 0.98, 0.12, "Bars: the optimum of each one's own objective.", side="right")
     _spread(axes, [member.metrics["kl_sequence"].value for member in members])
     axes.set_title(f"{title.capitalize()} of samples", loc="left")
     axes.set(xlabel="KL to the reference, nats", ylabel=title if metric == "win_rate" else f"{title}, nats")

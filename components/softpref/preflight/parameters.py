@@ -155,9 +155,9 @@ class _Table:
     selection_rule: str = _parameter(
         "expected_reward",
         "compare",
-        '"expected_reward" or "win_rate": what ranks the models. Of those that keep nine tenths of what the '
-        "best gains over the reference, the softest is chosen; a broken one never is. If it does not pass "
-        "the gate, the next that does is chosen; if none does, the run fails.",
+        '"expected_reward" or "win_rate": what ranks the models. Of the healthy ones that keep nine tenths '
+        "of the best one's gain over the reference, the softest is chosen. If it does not pass the gate, the "
+        "next that does is chosen; if none does, the run fails.",
         pipelines=("sweep",),
     )
     max_kl: float = _parameter(
@@ -177,15 +177,15 @@ class _Table:
     min_win_rate: float = _parameter(
         0.5,
         "compare register",
-        "Gate: the low end of the win rate's interval must be above this, or the model is not registered; "
-        "above 0.5, it is better than its reference. 0 asks for no win rate.",
+        "Gate: the low end of the win rate's interval must be above this, or the model is not registered. "
+        "0.5 means that it must beat its reference; 0 asks for no win rate.",
     )
     registry_overrides: Struct = _overrides("registration", "compare register.overrides")
 
     gpus: str = _parameter(
         "",
         "sft train",
-        "GPUs of the training stages; empty trains on the CPU.",
+        "GPUs that the training stages ask for; empty asks for none.",
         optional=True,
         shown=True,
     )

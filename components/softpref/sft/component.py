@@ -1,7 +1,5 @@
 """The KFP face of stage 2. Holds no logic: parameters go to `softpref.sft.stage.run`, wherever it runs."""
 
-from typing import Any
-
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
 
@@ -21,7 +19,7 @@ def train_reference(
     trust_remote_code: bool = False,
     experiment: str = "softpref",
     tracking_uri: str = "",
-    overrides: dict[str, Any] = {},  # noqa: B006
+    overrides: dict = {},  # type: ignore[type-arg]  # noqa: B006
     launcher: str = "",
     base_model_version: str = "",
 ) -> None:

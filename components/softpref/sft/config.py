@@ -62,7 +62,7 @@ class SFTConfig(StageArguments, TrainingArguments):
     save_total_limit: int | None = 2
 
     def _check_own(self) -> None:
-        self.base_model = str(self.base_model)  # a Path is taken, too
+        self.base_model = str(self.base_model or "")  # a Path is taken, too
         if self.base_model:
             check_model_source(self.base_model)
             check_remote_code(self.base_model, self.trust_remote_code)

@@ -1,7 +1,5 @@
 """The KFP face of stage 3. Holds no logic: parameters go to `softpref.spo.stage.run`, wherever it runs."""
 
-from typing import Any
-
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
 
@@ -24,7 +22,7 @@ def train_policy(
     trust_remote_code: bool = False,
     experiment: str = "softpref",
     tracking_uri: str = "",
-    overrides: dict[str, Any] = {},  # noqa: B006
+    overrides: dict = {},  # type: ignore[type-arg]  # noqa: B006
     launcher: str = "",
 ) -> None:
     """Align the reference to preferences: soft preference optimization, or a baseline on the same rows.

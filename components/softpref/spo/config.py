@@ -60,8 +60,8 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
             of a step have an effective sample size below `min_ess`.
         min_ess: that threshold, a fraction in (0, 1).
         max_importance_ratio: weigh stale samples by the ratio of the present policy to the one that drew
-            them, clipped to this value (≥ 1; inf clips nothing). None takes them as they are: biased by what
-            changed since the refresh, with less variance.
+            them, clipped to this value (≥ 1; inf clips nothing). None applies no weights: less variance, but
+            biased by what changed since the refresh.
         rounds: how often training rows are drawn anew from the present policy; each round makes
             `num_train_epochs` passes over as many rows as the training data have (`max_steps` ends rounds
             early, or extends the last). With `train_on=preferences` the first round takes the data as they
@@ -92,8 +92,9 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
             text its end.
         max_completion_length: tokens kept of a completion, its end token included; also the limit of sampled
             ones.
-        cut_rows: rows with a longer completion than that, drawn ones too: `leave_out` of the preference loss
-            (a cut completion has no end and teaches the policy not to stop), or `keep`.
+        cut_rows: what happens to rows, given or drawn, with a completion over that limit: `leave_out` keeps
+            them out of the preference loss (a cut completion has no end, and teaches not to stop),
+            `keep` keeps them.
         dataset_num_proc: processes that tokenize rows. By default this one alone for some thousands of rows,
             else one for each CPU, four at most (each takes some 100 MB).
         model_init_kwargs: further arguments of `from_pretrained`, such as

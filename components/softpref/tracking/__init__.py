@@ -24,6 +24,7 @@ from softpref.tracking.mlflow_store import (
     where_to_look,
 )
 from softpref.tracking.pipeline_run import KFP_UI, RUN_ID, RUN_NAME, current_pipeline_run, finish_pipeline_run
+from softpref.tracking.termination import watch_termination
 from softpref.tracking.tracker import (
     SyncResult,
     Tracker,
@@ -32,7 +33,6 @@ from softpref.tracking.tracker import (
     run_tracked_in,
     sync,
     sync_below,
-    watch_termination,
 )
 
 __all__ = [

@@ -1,13 +1,11 @@
-"""The tracker of a stage, and what sends the rest after its end. Knows neither files nor MLflow's API."""
+"""The tracker of a stage, and what sends the rest after its end. Files are the mirror's, requests the
+delivery's."""
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import logging
 import os
-import signal
-import sys
 import threading
 import time
 import uuid
@@ -32,7 +30,7 @@ from softpref.tracking.mlflow_store import (
 from softpref.tracking.pipeline_run import current_pipeline_run, experiment_of, find_or_open_root
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +131,7 @@ class Tracker:
         self._short_requests.enter_context(short_requests())
         self._sender = threading.Thread(target=self._send, name="softpref-tracking", daemon=True)
         self._sender.start()
-        _open_trackers.add(self)
+        open_trackers.add(self)
 
     @property
     def run_id(self) -> str | None:
@@ -218,7 +216,7 @@ class Tracker:
                 least = _RESTART_WAIT if self._answered else _EXIT_WAIT
                 wait = min(max(least, (time.monotonic() - self._opened) / 10), _LONGEST_EXIT_WAIT)
         self._closed = True
-        _open_trackers.discard(self)
+        open_trackers.discard(self)
         if self._mirror.owned:
             self._write({"kind": "end", "status": status})
         sender = self._sender
@@ -419,60 +417,8 @@ def check_server(experiment: str, tracking_uri: str | None = None) -> str | None
         return None
 
 
-def watch_termination(experiment: str, tracking_uri: str | None = None) -> None:
-    """From now on SIGTERM marks the runs of this step and of its pipeline as KILLED.
-
-    A deleted pod has only seconds, which a long training step may take up; so a thread of its own does it,
-    woken by the signal itself. A retried step reopens both runs. Does nothing outside a pipeline, or in
-    another thread than the main one.
-    """
-    run, uri = current_pipeline_run(), resolve_tracking_uri(tracking_uri)
-    if run is None or threading.current_thread() is not threading.main_thread() or not mlflow_ready(uri):
-        return
-    woken, wakes = os.pipe()
-    os.set_blocking(wakes, False)
-    terminated, said = threading.Event(), threading.Event()
-
-    def wait() -> None:
-        def look_up() -> tuple[MlflowClient, str] | None:
-            with suppress(Exception), short_requests(timeout=5):
-                client = open_client(uri)
-                # reopens the run, which an earlier attempt of this step had ended
-                return client, find_or_open_root(client, experiment_of(client, experiment, uri), run)
-            return None
-
-        # now already: once told to stop, a container has less than a second
-        known = None if uri.startswith("sqlite:") else look_up()
-        while (number := os.read(woken, 1)) and number[0] != signal.SIGTERM:
-            pass
-        if known := known or look_up():
-            client, root = known
-            own = [tracker.run_id for tracker in list(_open_trackers) if tracker.run_id and tracker.owned]
-            with suppress(Exception), short_requests(timeout=2):
-                for run_id in (root, *own):
-                    client.set_terminated(run_id, "KILLED")
-        said.set()
-
-    def leave(*_: object) -> None:
-        terminated.set()
-        sys.exit(128 + signal.SIGTERM)
-
-    atexit.register(lambda: terminated.is_set() and said.wait(10))
-    threading.Thread(target=wait, name="softpref-termination", daemon=True).start()
-    signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=_watch_no_more)
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, leave)
-
-
-def _watch_no_more() -> None:
-    """In a forked worker, signals act as usual again."""
-    if threading.current_thread() is threading.main_thread():
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-_open_trackers: weakref.WeakSet[Tracker] = weakref.WeakSet()
+open_trackers: weakref.WeakSet[Tracker] = weakref.WeakSet()
+"""Of this process; `softpref.tracking.termination` ends their runs."""
 
 
 def _texts(values: Mapping[str, object]) -> dict[str, str]:
