@@ -147,6 +147,7 @@ class _Table:
         "evaluate",
         '"auto", "expert" (known reward) or "bradley-terry" (learned from the training preferences).',
     )
+    max_prompts: int = _parameter(100, "evaluate", "Held-out prompts that models are measured on; 0: all.")
     samples_per_prompt: int = _parameter(
         32, "evaluate", "Completions drawn per held-out prompt, from policy and reference."
     )
