@@ -109,7 +109,7 @@ def test_a_launcher_that_is_none_is_refused_with_what_would_be_right(launcher, s
         ("folder", "../other", "relative path inside the volume"),
         ("runtime", "Torch Distributed", "name of a Kubernetes object"),
         ("secrets", {"HF_TOKEN": "hub-token"}, "SECRET/KEY"),
-        ("env", {"A-B": "1"}, "environment variables with text"),
+        ("env", {"A-B": "1"}, "variables with text"),
         ("volume_claim", "", "ReadWriteMany claim"),
     ],
 )

@@ -50,7 +50,7 @@ def test_all_that_the_data_stage_reads_is_listed():
     ("mixture", "says"),
     [
         ({"absent.jsonl": 0.3}, r"mixture\['absent.jsonl'\] absent.jsonl does not exist"),
-        ({"minio://mlpipeline/x": 0.3}, "KFP's own store, and only the parameter source may name"),
+        ({"minio://mlpipeline/x": 0.3}, "KFP's own store, which only the parameter source may name"),
         ({"b.jsonl": 30}, "needs its share of the dataset"),
         ({"b.jsonl": {"share": 0.3, "colums": {}}}, "did you mean 'columns'"),
         ({"story": 0.3}, "cannot be mixed"),
