@@ -207,7 +207,8 @@ def test_failing_run_is_failed_in_mlflow(cluster, failing):
 
 @pytest.fixture(scope="module")
 def terminated(cluster):
-    run = cluster.submit("spo_sweep", "--alphas", "2", "--baselines")
+    # far longer than it takes to stop it
+    run = cluster.submit("spo_sweep", "--alphas", "2", "--baselines", "--num-train-epochs", "50")
     run.says(r"Align the policy \(.*\) started")
     if cluster.mlflow:
         until(lambda: cluster.losses(run.run_id, "spo-alpha-2"), "the first loss", 600)
