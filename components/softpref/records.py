@@ -175,6 +175,23 @@ class Figure(NamedTuple):
 Figures = Mapping[str, Figure]
 
 
+class Reliability(NamedTuple):
+    """A bin of the reliability diagram: held-out pairs of like confidence.
+
+    Attributes:
+        confidence: mean probability that the model gives to the completion that it prefers.
+        share: mean share of votes of that completion; equals the confidence in a calibrated model.
+        low, high: interval of the share; None with fewer than two prompts.
+        pairs: how many.
+    """
+
+    confidence: float
+    share: float
+    low: float | None
+    high: float | None
+    pairs: int
+
+
 def figures_of(values: Mapping[str, Mapping[str, Any]] | None) -> Figures | None:
     """Figures by name, from JSON; None stays."""
     return None if values is None else {name: Figure.of(one) for name, one in values.items()}
@@ -237,6 +254,8 @@ class Evaluation:
         metrics: every figure of samples and held-out rows.
         exact, softmax_frontier: figures of enumerated sets, and the most entropy at each expected reward;
             None where sets are not known.
+        reliability: bins of the reliability diagram, the least confident first; None where the method implies
+            no preferences.
         theory, reward_frontier: the optimum estimated from samples of the reference, and the most expected
             reward at each KL; None where rewards are not known.
         by_prompt: expected reward and win rate of each prompt, for paired comparisons.
@@ -261,6 +280,7 @@ class Evaluation:
     evaluated_on: EvaluatedOn | None = None
     judge: JudgedBy
     metrics: Figures
+    reliability: list[Reliability] | None = None
     exact: Figures | None
     softmax_frontier: list[list[float]] | None
     theory: Figures | None = None
@@ -287,6 +307,8 @@ class Evaluation:
         known["judge"] = JudgedBy(**{**judge, "accuracy": Figure.of(accuracy) if accuracy else None})
         for group in ("metrics", "exact", "theory"):
             known[group] = figures_of(known.get(group))
+        if bins := known.get("reliability"):
+            known["reliability"] = [Reliability(**one) for one in bins]
         return cls(**known)
 
     @classmethod
@@ -460,7 +482,7 @@ def _plain(value: object) -> object:
     """Named tuples as dictionaries; a sample without KL has none."""
     if isinstance(value, DrawnText):
         return {name: part for name, part in value._asdict().items() if name != "kl" or part is not None}
-    if isinstance(value, (Figure, JudgedBy, PromptRecord)):
+    if isinstance(value, (Figure, JudgedBy, PromptRecord, Reliability)):
         return _plain(value._asdict())
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}

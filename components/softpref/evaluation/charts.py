@@ -18,6 +18,8 @@ from softpref.evaluation.exact import ExactPrompt, entropy, expected_reward
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+from softpref.records import Reliability
+
 POLICY, REFERENCE, OPTIMUM = "#2f7fc1", "#8c8c8c", "#e0822c"
 INK = "#0a0b0c"  # stands for the page's text colour in inline drawings
 
@@ -46,6 +48,33 @@ def reward_distribution(
         axes.hist(rewards, edges, weights=masses, histtype="step", color=OPTIMUM, linewidth=1.6, label=label)
     axes.set_xlabel("judge's score, nats")
     axes.set_ylabel("share of samples")
+    axes.legend(frameon=False, loc="upper left")
+    return svg(figure)
+
+
+def reliability_diagram(bins: Sequence[Reliability]) -> str:
+    """SVG: the share of votes for what the model prefers, by how sure it is; the diagonal is calibration."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(4.6, 3.6))
+    axes.plot([0.5, 1], [0.5, 1], color=OPTIMUM, linewidth=1.4, label="calibrated")
+    x, y = np.array([[one.confidence, one.share] for one in bins]).T
+    arms = np.array(
+        [
+            (0.0, 0.0) if one.low is None or one.high is None else (one.share - one.low, one.high - one.share)
+            for one in bins
+        ]
+    )
+    axes.errorbar(
+        x,
+        y,
+        yerr=np.maximum(arms.T, 0),
+        color=POLICY,
+        marker="o",
+        markersize=4,
+        linewidth=1.2,
+        label="policy",
+    )
+    axes.set(xlabel="confidence of the model", ylabel="share of votes", xlim=(0.48, 1.02))
     axes.legend(frameon=False, loc="upper left")
     return svg(figure)
 

@@ -168,8 +168,10 @@ def _write_report(output: Path, comparison: Comparison, samples: Mapping[str, li
 
 
 _ON_THE_PAGE = (
-    Column("preference accuracy", "metrics", "preference_accuracy"),
-    Column("self-BLEU", "metrics", "self_bleu"),
+    Column("relative accuracy", "metrics", "relative_accuracy"),
+    Column("divergence from the votes", "metrics", "vote_divergence"),
+    Column("win rate at equal length", "metrics", "length_controlled_win_rate"),
+    Column("variety among good answers", "metrics", "good_diversity"),
 )
 _HEALTH = {  # figures that show a broken model, each beside its reference's
     "mass on the set": "mass_on_set",

@@ -17,8 +17,9 @@ class EvaluationConfig:
 
     Args:
         split: split of the dataset to measure on.
-        max_prompts: distinct prompts measured, drawn with `seed`; 0 takes all.
-        max_rows: preference rows of those prompts that are scored, drawn with `seed`; 0 takes all.
+        max_prompts: distinct prompts that are sampled on, drawn with `seed`; 0 takes all.
+        max_rows: preference rows that are scored, of all prompts of the split, drawn with `seed`; 0
+            takes all.
         samples_per_prompt: completions drawn for each prompt, from the policy and from the reference.
             Distinct-n and self-BLEU depend on it: compare them only at the same number.
         max_new_tokens: longest completion in tokens, end token included; 0 takes `max_completion_length` from

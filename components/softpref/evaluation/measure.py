@@ -11,7 +11,15 @@ from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.models import Models
 from softpref.judges import as_text
 from softpref.progress import progress
-from softpref.records import DrawnText, Figures, PreferenceRow, PromptRecord, Text
+from softpref.records import (
+    DrawnText,
+    Figures,
+    ModelMetadata,
+    PreferenceRow,
+    PromptRecord,
+    Reliability,
+    Text,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,18 +27,38 @@ if TYPE_CHECKING:
     from softpref.evaluation.intervals import Bootstrap
     from softpref.judges import Judge
     from softpref.lm.sampling import Sample
-    from softpref.lm.tokenization import TokenizedPrompt
+    from softpref.lm.tokenization import TokenizedPrompt, TokenizedSequence
 
 Progress = Callable[[int], object]
 Ids = Sequence[int]
+Scores = list[list[float]]  # of the completions of each row
+
+
+class HeldOut(NamedTuple):
+    """What the held-out preferences tell of a policy.
+
+    Attributes:
+        figures: by name.
+        reliability: bins of the reliability diagram; None where the method implies no preferences.
+        warnings: about rows.
+    """
+
+    figures: Figures
+    reliability: list[Reliability] | None
+    warnings: list[str]
 
 
 def held_out(
-    models: Models, rows: Sequence[PreferenceRow], bootstrap: Bootstrap
-) -> tuple[Figures, list[str]]:
-    """Score the held-out preferences under the policy: its figures, and warnings about rows."""
+    models: Models, rows: Sequence[PreferenceRow], metadata: ModelMetadata, bootstrap: Bootstrap
+) -> HeldOut:
+    """Score the held-out preferences under the policy and under its reference.
+
+    `preference_accuracy` goes by log π, `relative_accuracy` by log π − log π_ref, `reference_accuracy` by
+    log π_ref; the figures of `softpref.evaluation.calibration` by the preferences that the policy's method
+    implies.
+    """
+    from softpref.evaluation.calibration import calibration
     from softpref.evaluation.metrics import PerplexityMetric, PreferenceMetric, prompt_key
-    from softpref.lm.scoring import score_sequences
     from softpref.lm.tokenization import findings_text, row_findings, stop_token_ids, tokenize_row
 
     stop_ids = stop_token_ids(models.tokenizer, models.policy)
@@ -51,20 +79,23 @@ def held_out(
         tokens.append(sequences)
     if not used:
         raise DataError("no held-out row can be tokenized with the policy's tokenizer")
-    pairs = [(sequence.prompt, sequence.completion) for group in tokens for sequence in group]
-    with progress("held-out preferences", total=len(pairs), unit="sequence") as loop:
-        scores = score_sequences(models.policy, pairs, **models.scoring, progress=loop.update)
-    flat = iter(scores.tolist())
-    logps = [[next(flat) for _ in group] for group in tokens]
     keys = [prompt_key(row["prompt"]) for row in used]
-    figures = {
-        **PreferenceMetric.figures(
+    logps, ref_logps = _scored(models, tokens)
+
+    def ranked(scores: Scores, name: str) -> Figures:
+        found = PreferenceMetric.figures(
             bootstrap,
-            scores=logps,
+            scores=scores,
             kind=[row["kind"] for row in used],
             probability=[row["probability"] for row in used],
             prompt=keys,
-        ),
+        )
+        return {figure.replace("preference", name, 1): value for figure, value in found.items()}
+
+    figures = {
+        **ranked(logps, "preference"),
+        **ranked(_less(logps, ref_logps, 1.0), "relative"),
+        "reference_accuracy": ranked(ref_logps, "reference")["reference_accuracy"],
         **PerplexityMetric.figures(
             bootstrap,
             logp=[group[0] for group in logps],
@@ -72,6 +103,18 @@ def held_out(
             prompt=keys,
         ),
     }
+    reliability = None
+    pairs = [place for place, row in enumerate(used) if row["kind"] == "pairwise"]
+    if pairs and (implied := implied_preferences(metadata)):
+        scale, anchor = implied
+        scores = _less(logps, ref_logps, anchor)
+        found = calibration(
+            [scale * (scores[place][0] - scores[place][1]) for place in pairs],
+            [1.0 if (share := used[place]["probability"]) is None else share for place in pairs],
+            [keys[place] for place in pairs],
+            bootstrap=bootstrap,
+        )
+        figures, reliability = {**figures, **found.figures}, found.bins
     warnings = []
     if len(used) < len(rows):
         warnings.append(
@@ -79,7 +122,41 @@ def held_out(
         )
     counts = Counter(name for group in tokens for name in row_findings(group))
     counts["given"] = len(tokens)
-    return figures, warnings + findings_text(counts, "held-out rows")
+    return HeldOut(figures, reliability, warnings + findings_text(counts, "held-out rows"))
+
+
+def implied_preferences(metadata: ModelMetadata) -> tuple[float, float] | None:
+    """Scale s and anchor a of P(first beats second) = σ(s · (m_first − m_second)), m = log π − a · log π_ref.
+
+    None for a method whose loss is no likelihood of preferences.
+    """
+    method = metadata.get("method")
+    if method == "spo" and (alpha := metadata.get("alpha")):
+        return alpha, metadata.get("anchor") or 0.0
+    if method in ("dpo", "rdpo") and (beta := metadata.get("beta")):
+        return beta, 1.0
+    return None
+
+
+def _scored(models: Models, rows: Sequence[Sequence[TokenizedSequence]]) -> tuple[Scores, Scores]:
+    """Log-probabilities of the completions of each row, under the policy and under the reference."""
+    from softpref.lm.scoring import score_sequences
+
+    pairs = [(sequence.prompt, sequence.completion) for group in rows for sequence in group]
+    found = []
+    with progress("held-out preferences", total=2 * len(pairs), unit="sequence") as loop:
+        for model in (models.policy, models.reference):
+            scores = iter(score_sequences(model, pairs, **models.scoring, progress=loop.update).tolist())
+            found.append([[next(scores) for _ in group] for group in rows])
+    return found[0], found[1]
+
+
+def _less(logps: Scores, ref_logps: Scores, anchor: float) -> Scores:
+    """log π − anchor · log π_ref."""
+    return [
+        [ours - anchor * theirs for ours, theirs in zip(*pair, strict=True)]
+        for pair in zip(logps, ref_logps, strict=True)
+    ]
 
 
 def draw_samples(
@@ -138,7 +215,9 @@ def sampled(
     bootstrap: Bootstrap,
 ) -> tuple[Figures, list[PromptRecord]]:
     """Draw from the policy: its figures, and its samples beside those of the `reference`."""
+    from softpref.evaluation.diversity import variety
     from softpref.evaluation.metrics import DiversityMetric, HealthMetric, SampleMetric, WinRateMetric
+    from softpref.evaluation.quality import quality
 
     count = config.samples_per_prompt
     drawn, shown = draw_samples(models, "policy", prompts, tokenized, judge, config)
@@ -159,8 +238,10 @@ def sampled(
         **WinRateMetric.figures(bootstrap, policy=_each(shown, "score"), reference=_each(reference, "score")),
         **SampleMetric.figures(bootstrap, kl=kl, entropy=entropy, length=_each(shown, "tokens")),
         **DiversityMetric.figures(bootstrap, completions=[[text.text for text in group] for group in shown]),
+        **quality(shown, reference, bootstrap),
     }
     for prefix, side in (("", shown), ("reference_", reference)):
+        figures |= {f"{prefix}{name}": one for name, one in variety(side, reference, bootstrap).items()}
         health = HealthMetric.figures(
             bootstrap,
             length=_each(side, "tokens"),

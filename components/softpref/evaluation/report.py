@@ -19,12 +19,35 @@ LABELS = {
     "reference_expected_reward": ("Expected reward of the reference", "the same for the SFT model"),
     "kl_sequence": ("KL to the reference", "per completion, from its own samples"),
     "entropy_sequence": ("Entropy", "per completion: how varied its answers are"),
-    "preference_accuracy": ("Preference accuracy", "held-out pairs ranked as people did"),
+    "length_controlled_win_rate": ("Win rate at equal length", "what it would be without longer answers"),
+    "best_of_8": ("Best of eight", "expected score of the best of eight samples"),
+    "reference_best_of_8": ("Best of eight, of the reference's", "the same of its samples"),
+    "preference_accuracy": ("Preference accuracy", "held-out pairs ranked as people did, by log π"),
     "preference_margin": ("Preference margin", "log-probability of preferred minus other"),
+    "relative_accuracy": ("… relative to the reference", "the same, by log π − log π_ref"),
+    "relative_margin": ("Relative margin", "the same difference, less the reference's"),
+    "reference_accuracy": ("… of the reference alone", "the same, by log π_ref"),
+    "implied_accuracy": ("Accuracy of implied preferences", "majorities that the model is with"),
+    "implied_log_loss": ("Log-loss of implied preferences", "against shares of votes"),
+    "vote_entropy": ("Entropy of the votes", "the log-loss of a perfect model"),
+    "vote_divergence": ("Divergence from the votes", "Jensen-Shannon; 0: the voters' own distribution"),
+    "overconfidence": ("Overconfidence", "mean confidence less the share of votes; below 0: too cautious"),
+    "calibration_error": ("Calibration error", "mean distance of confidence from share, by bins"),
+    "calibration_floor": ("… by chance alone", "what a calibrated model would show here"),
     "perplexity": ("Perplexity", "per token, on the best held-out completions"),
     "distinct_1": ("Distinct-1", "distinct words among all words of a prompt's samples"),
     "distinct_2": ("Distinct-2", "distinct word pairs among all"),
     "self_bleu": ("Self-BLEU", "likeness of a prompt's samples to each other; 1 = all equal"),
+    "good_diversity": ("Variety among good answers", "unlikeness of two, 0 unless both are good"),
+    "reference_good_diversity": ("… of the reference's", "the same of its samples"),
+    "vendi_score": ("Vendi score", "effective number of different answers"),
+    "reference_vendi_score": ("… of the reference's", "the same of its samples"),
+    "distinct_answers": ("Distinct answers", "answers that are not nearly another one"),
+    "reference_distinct_answers": ("… of the reference's", "the same of its samples"),
+    "mode_share": ("Share of the commonest answer", "1: the model has collapsed on one"),
+    "reference_mode_share": ("… of the reference's", "the same of its samples"),
+    "compression_ratio": ("Compression ratio", "higher: samples repeat each other"),
+    "reference_compression_ratio": ("… of the reference's", "the same of its samples"),
     "completion_length": ("Completion length", "tokens, end included"),
     "kl_token": ("KL to the reference per token", "the same, by the tokens"),
     "truncated_fraction": ("Truncated", "samples that reached the length limit"),
@@ -80,6 +103,8 @@ def write_report(
     policy = [sample.score for record in records for sample in record.policy]
     reference = [sample.score for record in records for sample in record.reference]
     drawings = {"scores": charts.reward_distribution(policy, reference, exact), "optimum": ""}
+    if evaluation.reliability:
+        drawings["reliability"] = charts.reliability_diagram(evaluation.reliability)
     if exact:
         if evaluation.exact and evaluation.exact["optimum_entropy"].value is not None:
             drawings["optimum"] = charts.optimum_against_policy(exact)

@@ -242,8 +242,7 @@ def _prepare(
         {prompt_key(row["prompt"]): row["prompt"] for row in rows}, config.max_prompts, config.seed
     )
     prompts = list(chosen.values())
-    kept = [row for row in rows if prompt_key(row["prompt"]) in chosen]
-    kept = list(_choose(dict(enumerate(kept)), config.max_rows, config.seed).values())
+    kept = list(_choose(dict(enumerate(rows)), config.max_rows, config.seed).values())
     outcomes_path = Path(places["dataset"]) / OUTCOMES_FILE
     outcomes = read_outcomes(outcomes_path) if outcomes_path.is_file() else {}
     judge, judge_accuracy = _judge(config, dataset, places["dataset"], outcomes, bootstrap)
@@ -286,9 +285,10 @@ def _evaluate(
     check_prompts(models.policy, models, task.tokenized)
     timer.enter("evaluation")
 
-    figures, warnings = held_out(models, task.rows, bootstrap)
+    preferences = held_out(models, task.rows, metadata, bootstrap)
+    warnings = list(preferences.warnings)
     of_samples, records = sampled(models, prompts, task.tokenized, task.reference, judge, config, bootstrap)
-    figures = {**figures, **of_samples}
+    figures = {**preferences.figures, **of_samples}
     stats = read_stats(places["dataset"])
     exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings)
     theory = against_theory(task.theory, records, metadata, stats, config.seed, warnings)
@@ -313,6 +313,7 @@ def _evaluate(
         evaluated_on=task.identity_parts,
         judge=JudgedBy(judge.name, judge.description, task.judge_accuracy),
         metrics=dict(sorted(figures.items())),
+        reliability=preferences.reliability,
         exact=exact_figures(exact, bootstrap) if exact else None,
         softmax_frontier=softmax_frontier(exact) if exact else None,
         theory=sampled_figures(theory, bootstrap) if theory else None,

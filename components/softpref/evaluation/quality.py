@@ -1,0 +1,125 @@
+"""How good answers are when length is taken out, and when the best of several counts. Functions of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from softpref.evaluation.intervals import (
+    DEFAULT_BOOTSTRAP,
+    Bootstrap,
+    over_prompts,
+    percentiles,
+    resampled,
+)
+from softpref.judges import sigmoid
+from softpref.records import DrawnText, Figure
+
+SEARCHED = 8
+"""Answers of which search takes the best, in the figure `best_of_8`."""
+_STEPS = 25  # of Newton's method, which takes four to eight
+_TIE = 1e-3  # curvature added, so that length alone that decides every pair gives no infinite effect
+
+
+def quality(
+    samples: Sequence[Sequence[DrawnText]],
+    reference: Sequence[Sequence[DrawnText]],
+    bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
+) -> dict[str, Figure]:
+    """`length_controlled_win_rate` against the reference, and `best_of_8`, the expected best score of eight.
+
+    The n-th sample of a prompt is compared with the n-th of the reference.
+
+    Args:
+        samples, reference: of the model that is measured, and of its reference, by prompt.
+    """
+    pairs = [list(zip(ours, theirs, strict=True)) for ours, theirs in zip(samples, reference, strict=True)]
+    figures = {
+        f"{prefix}best_of_{SEARCHED}": over_prompts(
+            [best_of([text.score for text in group], SEARCHED) for group in side], bootstrap=bootstrap
+        )
+        for prefix, side in (("", samples), ("reference_", reference))
+    }
+    figures["length_controlled_win_rate"] = length_controlled_win_rate(
+        [[float(sigmoid(np.array(ours.score - theirs.score))) for ours, theirs in row] for row in pairs],
+        [[ours.tokens for ours, _ in row] for row in pairs],
+        [[theirs.tokens for _, theirs in row] for row in pairs],
+        bootstrap=bootstrap,
+    )
+    return figures
+
+
+def best_of(scores: Sequence[float], count: int) -> float:
+    """Expected greatest score of `count` answers drawn from these without replacement: what search finds.
+
+    An estimate without bias of best-of-`count` sampling, from all subsets at once. NaN where fewer answers
+    than `count` are known.
+    """
+    ordered = np.sort(np.asarray(scores, dtype=np.float64))
+    total = len(ordered)
+    if not 1 <= count <= total:
+        return float("nan")
+    # the i-th smallest is the greatest of C(i - 1, count - 1) subsets
+    weights = np.zeros(total)
+    weights[-1] = count / total
+    for i in range(total - 1, count - 1, -1):
+        weights[i - 1] = weights[i] * (i - count + 1) / i
+    return float(weights @ ordered)
+
+
+def length_controlled_win_rate(
+    wins: Sequence[Sequence[float]],
+    lengths: Sequence[Sequence[float]],
+    reference_lengths: Sequence[Sequence[float]],
+    *,
+    bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
+) -> Figure:
+    """The win rate that a model would have if its answers were as long as the reference's.
+
+    A logistic model of a win, with an effect of the model and one of the difference in length; the win rate
+    is that at no difference (Dubois et al., "Length-Controlled AlpacaEval", 2024, without their term of a
+    prompt's difficulty, which needs many models). The difference is squashed by tanh after division by its
+    standard deviation, as there. Intervals resample prompts.
+
+    Args:
+        wins: P(the model's answer beats the reference's) of each compared pair, one row per prompt.
+        lengths, reference_lengths: of the answers of these pairs, in any one unit.
+    """
+    sizes = [len(row) for row in wins]
+    observations = sum(sizes)
+    if not observations:
+        return Figure(None, None, None, 0, 0, "probability")
+    won, ours, theirs = (
+        np.concatenate([np.asarray(row, dtype=np.float64) for row in rows])
+        for rows in (wins, lengths, reference_lengths)
+    )
+    prompt = np.repeat(np.arange(len(sizes)), sizes)
+    difference = ours - theirs
+    longer = np.tanh(difference / (difference.std() or 1.0))
+    value = float(sigmoid(_effects(won, longer, np.ones(observations)))[0])
+    count = len(sizes)
+    if count < 2:
+        return Figure(value, None, None, observations, count, "probability")
+    found = []
+    for drawn in resampled(count, bootstrap):
+        for places in drawn:
+            weights = np.bincount(places, minlength=count)[prompt]
+            found.append(sigmoid(_effects(won, longer, weights))[0])
+    low, high = percentiles(np.array(found), count, bootstrap.confidence)
+    return Figure(value, low, high, observations, count, "probability")
+
+
+def _effects(won: np.ndarray, longer: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """`[2]`: log-odds of a win at equal length, and the effect of length, by weighted maximum likelihood."""
+    design = np.stack([np.ones_like(longer), longer], axis=1)
+    effects = np.zeros(2)
+    for _ in range(_STEPS):
+        chance = sigmoid(design @ effects)
+        slope = design.T @ (weights * (won - chance)) - _TIE * effects
+        curvature = (design * (weights * chance * (1 - chance))[:, None]).T @ design + _TIE * np.eye(2)
+        step = np.linalg.solve(curvature, slope)
+        effects = effects + np.clip(step, -2.0, 2.0)
+        if np.abs(step).max() < 1e-9:
+            break
+    return effects
