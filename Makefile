@@ -33,14 +33,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# the longest files first, so that the two workers end together
-LONGEST := tests/test_story_world.py tests/distributed tests/pipelines/test_runs.py tests/tracking_stack \
-	tests/benchmarks tests/docs tests/test_tracking.py
-
-test: setup  ## all but the slow ones; two workers, one thread each
+test: setup  ## all but the slow ones; three workers of one thread each for two cores, for tests wait for servers
 	$(MAKE) --jobs 2 lint check-infra
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" \
-		$(LONGEST) tests --ignore tests/infra --ignore tests/cluster
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow" \
+		tests --ignore tests/infra --ignore tests/cluster
 
 test-slow: setup  ## the tests marked slow, which show at full size what make test shows at a smaller one
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $$(grep -rl --include='test_*.py' 'pytest.mark.slow' tests)

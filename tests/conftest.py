@@ -45,6 +45,24 @@ def pytest_make_collect_report(collector):
     return (yield)
 
 
+# What takes longest is begun first, so that all workers end together. (pytest drops the order of paths on its
+# command line where one lies within another.)
+LONGEST = (
+    "test_story_world.py", "distributed/test_sharding.py", "pipelines/test_runs.py",
+    "distributed/test_processes.py", "distributed/test_cluster.py", "docs/test_examples.py",
+    "benchmarks/test_benchmarks.py", "tracking_stack/", "test_tracking.py", "spo/test_resume.py",
+    "lm/test_tokenizing.py", "registry/test_serving.py", "sft/", "pipelines/", "spo/", "evaluation/",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.nodeid.removeprefix("tests/")
+        return next((i for i, start in enumerate(LONGEST) if name.startswith(start)), len(LONGEST))
+
+    items.sort(key=place)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup():
     with skipping_what_is_absent():
