@@ -35,7 +35,7 @@ lint: setup
 
 test: setup  ## all but the slow ones; three workers of one thread each for two cores, for tests wait for servers
 	$(MAKE) --jobs 2 lint check-infra
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow" \
+	ALL_TESTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow" \
 		tests --ignore tests/infra --ignore tests/cluster
 
 test-slow: setup  ## the tests marked slow, which show at full size what make test shows at a smaller one

@@ -1,5 +1,6 @@
 """Toy language models shared by several test folders; and what is skipped where a package is absent."""
 
+import os
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -10,6 +11,13 @@ ABSENT = {name for name in _PACKAGES if not find_spec(name)}
 """Packages that `make setup` installs, and that are not here: tests that import one are skipped."""
 FOLDERS = {"docs": "mkdocs", "pipelines": "kfp", "registry": "mlflow", "tracking_stack": "moto"}
 """Where tests start programs that import these."""
+
+
+def pytest_configure():
+    if ABSENT and os.environ.get("ALL_TESTS"):
+        raise pytest.UsageError(
+            f"{', '.join(sorted(ABSENT))} not installed, whose tests would be skipped; make setup"
+        )
 
 
 @contextmanager
