@@ -77,7 +77,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(make_tokenizer, make_model,
 @pytest.mark.parametrize("source", ["", "/nowhere/model", "./model", "../model", "some/deep/path", "m.gguf"])
 def test_a_source_that_is_neither_there_nor_a_hub_id_is_refused(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="base model"):
+    with pytest.raises(ConfigError, match="model"):
         check_model_source(source)
 
 

@@ -55,7 +55,7 @@ def test_what_is_no_loadable_checkpoint_is_refused_by_its_url(memory, cache, req
     url = f"memory://model-{message.partition('model-')[2][0]}"
     for name, content in files.items():
         memory.pipe(f"/{url.partition('://')[2]}/{name}", content)
-    with pytest.raises(ConfigError, match=f"base model {message}"):
+    with pytest.raises(ConfigError, match=f"model {message}"):
         load_model(url)
 
 
@@ -63,7 +63,7 @@ def test_a_gguf_file_behind_a_url_is_one_file(memory, cache):
     memory.pipe("/quantized/toy.gguf", b"GGUF")
     assert local_source("memory://quantized/toy.gguf").endswith("/toy.gguf")
     memory.pipe("/quantized/toy.onnx", b"x")
-    with pytest.raises(ConfigError, match=r"base model memory://quantized/toy\.onnx is a file"):
+    with pytest.raises(ConfigError, match=r"model memory://quantized/toy\.onnx is a file"):
         local_source("memory://quantized/toy.onnx")
 
 

@@ -96,7 +96,7 @@ def test_pickled_weights_and_models_of_another_flavor_are_refused(register, stor
     register(0)
     kept = logged(tmp_path)
     (kept / "model" / "model.safetensors").rename(kept / "model" / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"base model models:/story/1: .*unpickling can run code"):
+    with pytest.raises(ConfigError, match=r"model models:/story/1: .*unpickling can run code"):
         local_source("models:/story/1", tracking_uri=store)
     shutil.rmtree(kept.parents[4] / "cache")
     shutil.rmtree(kept / "model")

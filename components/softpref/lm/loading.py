@@ -78,7 +78,7 @@ def load_model(
             )
             _check_weights(source, found)
     except (OSError, ValueError, ImportError, TypeError) as error:
-        raise ConfigError(f"base model {source} cannot be loaded: {error}") from error
+        raise ConfigError(f"model {source} cannot be loaded: {error}") from error
     settle_generation_config(model)
     return model.to(device) if device else model
 
@@ -226,7 +226,7 @@ def _check_weights(source: str, found: Mapping[str, Any]) -> None:
     if faults:
         faults += [f"it holds {some(unexpected)}, which the model does not have"] if unexpected else []
         raise ConfigError(
-            f"base model {source}: its weights are not those of its config.json: {'; '.join(faults)}; what "
+            f"model {source}: its weights are not those of its config.json: {'; '.join(faults)}; what "
             "is missing would be random numbers: correct config.json, or complete the weights"
         )
     if unexpected:
@@ -269,7 +269,7 @@ def _check_hub_model(source: str, revision: str | None) -> None:
     except Exception as error:  # the Hub client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[:1]
         raise ConfigError(
-            f"base model {source} is no folder here, and the Hub does not provide it "
+            f"model {source} is no folder here, and the Hub does not provide it "
             f"({type(error).__name__}: {''.join(reason)}); check the name and the network, or download "
             "it and give its folder"
         ) from error

@@ -58,23 +58,23 @@ def check_model_source(source: str) -> None:
     path = Path(source)
     if source.endswith(".gguf"):
         if not path.is_file():
-            raise ConfigError(f"base model {source}: there is no such GGUF file")
+            raise ConfigError(f"model {source}: there is no such GGUF file")
     elif path.is_dir():
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise ConfigError(
-                f"base model {source}: the folder holds no config.json and no adapter_config.json; "
+                f"model {source}: the folder holds no config.json and no adapter_config.json; "
                 "is it a checkpoint?"
             )
         if not any(path.glob("*.safetensors")):
             raise ConfigError(
-                f"base model {source}: the folder holds no *.safetensors; "
+                f"model {source}: the folder holds no *.safetensors; "
                 "convert other weights first, they are not loaded because unpickling can run code"
             )
     elif path.is_file():
-        raise ConfigError(f"base model {source} is a file; give a checkpoint folder, or a .gguf file")
+        raise ConfigError(f"model {source} is a file; give a checkpoint folder, or a .gguf file")
     elif path.is_absolute() or source.startswith(("./", "../", "~")) or source.count("/") > 1 or not source:
         raise ConfigError(
-            f"base model {source!r} does not exist; give a checkpoint folder, a .gguf file, a URL of one, "
+            f"model {source!r} does not exist; give a checkpoint folder, a .gguf file, a URL of one, "
             "models:/NAME@ALIAS of the MLflow registry, or a Hub id like owner/name"
         )
 
@@ -113,7 +113,7 @@ def check_remote_code(source: str, trusted: bool) -> None:
         }
     )
     raise ConfigError(
-        f"base model {source} is of the type {config.get('model_type')!r}, which transformers does not have, "
+        f"model {source} is of the type {config.get('model_type')!r}, which transformers does not have, "
         f"and brings code of its own ({', '.join(files)}); read that code, and if you trust it set "
         "trust_remote_code to true"
     )
@@ -196,7 +196,7 @@ def _parse(source: str) -> re.Match[str]:
     match = _REGISTERED.fullmatch(source)
     if match is None:
         raise ConfigError(
-            f"base model {source!r} names no model of the MLflow registry; write models:/NAME/VERSION or "
+            f"model {source!r} names no model of the MLflow registry; write models:/NAME/VERSION or "
             "models:/NAME@ALIAS"
         )
     return match
@@ -214,7 +214,7 @@ def _ask_version(source: str, tracking_uri: str, retries: int = 2) -> _Version:
     match = _parse(source)
     uri = resolve_tracking_uri(tracking_uri or None)
     if not mlflow_ready(uri):
-        raise NotReached(f"base model {source}: MLflow at {uri} cannot be asked: mlflow is not installed")
+        raise NotReached(f"model {source}: MLflow at {uri} cannot be asked: mlflow is not installed")
     try:
         with short_requests(retries):
             client = open_client(uri)
@@ -223,7 +223,7 @@ def _ask_version(source: str, tracking_uri: str, retries: int = 2) -> _Version:
             else:
                 found = client.get_model_version(match["name"], match["version"])
     except Exception as error:  # also those of sqlalchemy and requests
-        why = f"base model {source}: MLflow at {uri}: {in_short(error)}"
+        why = f"model {source}: MLflow at {uri}: {in_short(error)}"
         if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise ConfigError(why) from error
         raise NotReached(f"{why}; MLFLOW_TRACKING_URI says where the registry is") from error
@@ -250,13 +250,13 @@ def _downloaded(version: _Version) -> str:
             )
         except Exception as error:  # also ImportError, where the server gives no files itself
             raise NotReached(
-                f"base model {version.source}: MLflow at {version.uri} does not provide its files "
+                f"model {version.source}: MLflow at {version.uri} does not provide its files "
                 f"({in_short(error)})"
             ) from error
         checkpoint = logged / "model"
         if not checkpoint.is_dir():
             raise ConfigError(
-                f"base model {version.source} holds no checkpoint in model/; only models that "
+                f"model {version.source} holds no checkpoint in model/; only models that "
                 "mlflow.transformers logged with their weights can be loaded"
             )
         for part in (logged / "components").glob("tokenizer/*"):
