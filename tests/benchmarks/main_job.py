@@ -1,19 +1,23 @@
 """Runs the main job over seeds, threads and instruction sets, and says how its worst run came out.
 
-    python tests/benchmarks/main_job.py --seeds 10 --output main-job
+    python tests/benchmarks/main_job.py --seeds 10
 
-Takes some four minutes for each seed and setting on two cores. Runs that are there already are not repeated,
-so that it can be stopped and started again. Writes `main-job.md`.
+Takes some four minutes for each seed and setting on two cores. Each run adds a line to `main-job.jsonl`, and
+those that have one are not run again: it can be stopped and started again, here or on another machine. Further
+options are `spo_sweep.py`'s. Prints a table.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,25 +43,30 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=10, help="seeds 0 … SEEDS-1 (default 10)")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--instructions", nargs="*", default=["avx2", "default"], help="ATEN_CPU_CAPABILITY")
-    parser.add_argument("--output", type=Path, default=Path("main-job"), help="folder of runs and table")
+    parser.add_argument("--output", type=Path, default=Path("main-job"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("main-job.jsonl"))
     options, further = parser.parse_known_args()
-    settings = list(
-        itertools.starmap(
-            Setting, itertools.product(range(options.seeds), options.threads, options.instructions)
-        )
-    )
-    for setting in settings:
-        run(setting, options.output, further)
-        (options.output / "main-job.md").write_text(table(settings, options.output), encoding="utf-8")
-    print(table(settings, options.output))
+    for setting in itertools.starmap(
+        Setting, itertools.product(range(options.seeds), options.threads, options.instructions)
+    ):
+        if setting not in {Setting(**line["setting"]) for line in read(options.results)}:
+            line = run(setting, options.output, further)
+            with options.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+    print(table(read(options.results)))
     return 0
 
 
-def run(setting: Setting, output: Path, further: list[str]) -> None:
-    """Run the sweep in a process of its own, unless its results are there; keep how it ended."""
+def read(results: Path) -> list[dict[str, Any]]:
+    """The lines so far."""
+    return [json.loads(line) for line in results.open(encoding="utf-8")] if results.is_file() else []
+
+
+def run(setting: Setting, output: Path, further: list[str]) -> dict[str, Any]:
+    """Run the sweep in a process of its own; a run that failed leaves its folder and `.log` behind."""
     folder = output / setting.name
-    if (folder / "ended.json").is_file():
-        return
+    shutil.rmtree(folder, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(setting.threads),
@@ -67,47 +76,54 @@ def run(setting: Setting, output: Path, further: list[str]) -> None:
     command = [sys.executable, str(ROOT / "pipelines" / "spo_sweep.py"), "--seed", str(setting.seed)]
     command += ["--output", str(folder), "--evaluation-overrides", '{"exact_prompts": 100}', *further]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    report = {"status": ended.returncode, "output": ended.stdout[-4000:] + ended.stderr[-4000:]}
-    (folder / "ended.json").write_text(json.dumps(report), encoding="utf-8")
-
-
-def members(folder: Path) -> list[dict[str, Any]]:
-    """The comparison's members, empty where the run did not come so far."""
+    (output / f"{setting.name}.log").write_text(ended.stdout + ended.stderr, encoding="utf-8")
     found = sorted(folder.rglob("comparison.json"))
-    return json.loads(found[0].read_text(encoding="utf-8"))["members"] if found else []
+    members = json.loads(found[0].read_text(encoding="utf-8"))["members"] if found else []
+    if ended.returncode == 0:
+        shutil.rmtree(folder)
+    return {
+        "setting": setting._asdict(),
+        "status": ended.returncode,  # 0: a model was registered
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "options": further,
+        "models": [figures(member) for member in members],
+    }
 
 
-def table(settings: list[Setting], output: Path) -> str:
+def figures(member: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a member of the comparison: exact values over all held-out prompts."""
+    kept = ("kl_optimum_to_policy", "mass_on_set", "least_mass_on_set", "expected_reward")
+    values = {name: member["exact"][name]["value"] for name in (*kept, "optimum_expected_reward")}
+    return {**{name: member[name] for name in ("name", "method", "alpha")}, **values}
+
+
+def table(lines: Iterable[dict[str, Any]]) -> str:
     """A line for each model of the sweep, over all runs: least and greatest of its figures."""
-    done = [setting for setting in settings if (output / setting.name / "ended.json").is_file()]
+    lines = list(lines)
     by_name: dict[str, list[dict[str, Any]]] = {}
-    registered = 0
-    for setting in done:
-        folder = output / setting.name
-        ended = json.loads((folder / "ended.json").read_text(encoding="utf-8"))
-        registered += ended["status"] == 0
-        for member in members(folder):
-            by_name.setdefault(member["name"], []).append(member)
-    lines = [
-        f"{len(done)} of {len(settings)} runs; {registered} ended well, with a model registered.",
+    for line in lines:
+        for model in line["models"]:
+            by_name.setdefault(model["name"], []).append(model)
+    registered = sum(line["status"] == 0 for line in lines)
+    rows = [
+        f"{len(lines)} runs; {registered} ended well, with a model registered.",
         "",
-        "| model | runs | greatest KL(optimum‖policy) | goal: at most | least mass of a prompt on the set "
-        "| goal: at least | expected reward |",
-        "| :-- | --: | --: | --: | --: | --: | --: |",
+        "| model | runs | KL(optimum‖policy) | goal: at most | least mass of a prompt on the set "
+        "| goal: at least | expected reward on set | optimum's |",
+        "| :-- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for name, group in sorted(by_name.items()):
-        exact = [member["exact"] for member in group]
-        kl = max(one["kl_optimum_to_policy"]["value"] for one in exact)
-        mass = min(one["least_mass_on_set"]["value"] for one in exact)
-        rewards = [member["metrics"]["expected_reward"]["value"] for member in group]
+
+        def span(figure: str, digits: int, group: list[dict[str, Any]] = group) -> str:
+            values = [model[figure] for model in group]
+            return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
         ours = group[0]["method"] == "spo"
-        limit = MOST_KL.get(group[0]["alpha"]) if ours else None
-        lines.append(
-            f"| {name} | {len(group)} | {kl:.3f} | {'–' if limit is None else limit} | {mass:.3f} "
-            f"| {LEAST_MASS if ours else '–'} | {min(rewards):.2f} to {max(rewards):.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+        limit = MOST_KL.get(group[0]["alpha"], "–") if ours else "–"
+        cells = [name, len(group), span("kl_optimum_to_policy", 3), limit, span("least_mass_on_set", 3)]
+        cells += [LEAST_MASS if ours else "–", span("expected_reward", 2), span("optimum_expected_reward", 2)]
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":

@@ -3,30 +3,34 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
-from tests.benchmarks.main_job import ROOT, Setting, run, table
+from tests.benchmarks.main_job import LEAST_MASS, MOST_KL, ROOT, Setting, main, read, run, table
+
+EXACT = {
+    "kl_optimum_to_policy": 0.03,
+    "mass_on_set": 0.995,
+    "least_mass_on_set": 0.9,
+    "expected_reward": 1.25,
+    "optimum_expected_reward": 1.5,
+}
 
 
-def planted(folder, kl, mass, status=0):
-    member = {
-        "name": "spo-alpha-1",
-        "method": "spo",
-        "alpha": 1.0,
-        "exact": {"kl_optimum_to_policy": {"value": kl}, "least_mass_on_set": {"value": mass}},
-        "metrics": {"expected_reward": {"value": 1 + kl}},
+def line(kl, mass, status=0):
+    model = {"name": "spo-alpha-1", "method": "spo", "alpha": 1.0}
+    return {
+        "status": status,
+        "models": [model | EXACT | {"kl_optimum_to_policy": kl, "least_mass_on_set": mass}],
     }
-    (folder / "comparison").mkdir(parents=True)
-    (folder / "comparison" / "comparison.json").write_text(json.dumps({"members": [member]}))
-    (folder / "ended.json").write_text(json.dumps({"status": status, "output": ""}))
 
 
-def test_the_worst_of_all_runs_counts(tmp_path):
-    settings = [Setting(seed, 1, "default") for seed in range(3)]
-    planted(tmp_path / settings[0].name, 0.01, 0.99)
-    planted(tmp_path / settings[1].name, 0.03, 0.90, status=1)
-    text = table(settings, tmp_path)
-    assert text.startswith("2 of 3 runs; 1 ended well, with a model registered.")
-    assert "| spo-alpha-1 | 2 | 0.030 | 0.04 | 0.900 | 0.98 | 1.01 to 1.03 |" in text
+def test_the_worst_of_all_runs_counts():
+    text = table([line(0.01, 0.99), line(0.03, 0.90, status=1), {"status": 2, "models": []}])
+    assert text.startswith("3 runs; 1 ended well, with a model registered.")
+    assert (
+        "| spo-alpha-1 | 2 | 0.010 to 0.030 | 0.04 | 0.900 to 0.990 | 0.98 | 1.25 to 1.25 | 1.50 to 1.50 |"
+        in text
+    )
 
 
 def test_a_run_has_its_seed_threads_and_instruction_set(tmp_path, monkeypatch):
@@ -34,15 +38,40 @@ def test_a_run_has_its_seed_threads_and_instruction_set(tmp_path, monkeypatch):
 
     def pretend(command, env, **_):
         started.append((command, env))
+        folder = Path(command[command.index("--output") + 1]) / "comparison"
+        folder.mkdir(parents=True)
+        exact = {name: {"value": value} for name, value in EXACT.items()}
+        member = {"name": "spo-alpha-1", "method": "spo", "alpha": 1.0, "exact": exact, "metrics": {}}
+        (folder / "comparison.json").write_text(json.dumps({"members": [member]}))
         return subprocess.CompletedProcess(command, 3, "", "error: it broke")
 
     monkeypatch.setattr("tests.benchmarks.main_job.subprocess.run", pretend)
-    run(Setting(7, 2, "avx2"), tmp_path, ["--rows", "10"])
+    found = run(Setting(7, 2, "avx2"), tmp_path, ["--rows", "10"])
     (command, environment), *_ = started
     assert command[:4] == [sys.executable, str(ROOT / "pipelines" / "spo_sweep.py"), "--seed", "7"]
     assert command[-2:] == ["--rows", "10"]
     assert (environment["OMP_NUM_THREADS"], environment["ATEN_CPU_CAPABILITY"]) == ("2", "avx2")
-    ended = json.loads((tmp_path / "seed-7-threads-2-avx2" / "ended.json").read_text())
-    assert ended["status"] == 3
-    run(Setting(7, 2, "avx2"), tmp_path, [])
-    assert len(started) == 1  # what has ended is not run again
+    assert found["status"] == 3
+    assert found["models"] == [{"name": "spo-alpha-1", "method": "spo", "alpha": 1.0, **EXACT}]
+    assert "it broke" in (tmp_path / "seed-7-threads-2-avx2.log").read_text()
+
+    asked = ["main_job.py", "--seeds", "1", "--threads", "2", "--instructions", "avx2", "default"]
+    asked += ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results.jsonl")]
+    monkeypatch.setattr(sys, "argv", asked)
+    assert main() == 0
+    assert len(started) == 3
+    assert len(read(tmp_path / "results.jsonl")) == 2
+    assert main() == 0
+    assert len(started) == 3  # what has a line is not run again
+
+
+def test_what_is_on_record_holds():
+    """The runs that RESULTS.md quotes, wherever they were made: each registered a model and met the goals."""
+    lines = read(Path(__file__).with_name("main-job.jsonl"))
+    assert len({tuple(line["setting"].values()) for line in lines}) == len(lines)
+    for line in lines:
+        assert line["status"] == 0, line["setting"]
+        for model in line["models"]:
+            if model["method"] == "spo":
+                assert model["kl_optimum_to_policy"] <= MOST_KL[model["alpha"]], line["setting"]
+                assert model["least_mass_on_set"] >= LEAST_MASS, line["setting"]
