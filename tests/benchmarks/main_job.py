@@ -3,8 +3,8 @@
     python tests/benchmarks/main_job.py --seeds 10
 
 Takes some four minutes for each seed and setting on two cores. Each run adds a line to `main-job.jsonl`, and
-those that have one are not run again: it can be stopped and started again, here or on another machine. Further
-options are `spo_sweep.py`'s. Prints a table.
+those that have one are not run again: it can be stopped and started again, here or on another machine.
+Further options are `spo_sweep.py`'s. Prints a table.
 """
 
 from __future__ import annotations
