@@ -7,15 +7,11 @@ import sys
 import numpy as np
 import pytest
 from softpref.errors import ConfigError, DataError
-from softpref.judges import (
-    BradleyTerryJudge,
-    ExpertJudge,
-    Outcomes,
-    check_judge,
-    load_judge,
-    preference_pairs,
-    read_outcomes,
-)
+from softpref.judges.bradley_terry import BradleyTerryJudge
+from softpref.judges.expert import ExpertJudge
+from softpref.judges.loading import check_judge, load_judge
+from softpref.judges.outcomes import Outcomes, read_outcomes
+from softpref.judges.texts import preference_pairs
 
 ADJECTIVES = {"kind": 1.5, "warm": 1.0, "plain": 0.0, "rude": -1.0, "cruel": -1.5}
 NOUNS = ["stone", "river", "song", "road", "tree", "lamp"]

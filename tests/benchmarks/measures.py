@@ -19,7 +19,7 @@ from softpref.evaluation.metrics import PreferenceMetric, prompt_key
 from softpref.evaluation.models import load_policy, load_reference
 from softpref.evaluation.optima import enumerated
 from softpref.evaluation.stage import run as evaluate
-from softpref.judges import read_outcomes
+from softpref.judges.outcomes import read_outcomes
 from softpref.lm.head import completion_hidden
 from softpref.lm.loading import load_model, load_tokenizer
 from softpref.lm.sampling import Sample

@@ -14,7 +14,7 @@ from softpref.data.config import DataConfig
 from softpref.data.stage import run
 from softpref.data.story_world import STORIES, StoryWorld
 from softpref.errors import ConfigError
-from softpref.judges import Outcomes
+from softpref.judges.outcomes import Outcomes
 
 REWARDS = np.array([1.2, -0.4, 0.3, 0.0, -1.0])
 WEIGHTS = np.array([0.1, 0.4, 0.2, 0.05, 0.25])

@@ -9,7 +9,7 @@ from softpref.data.config import DataConfig
 from softpref.data.stage import run
 from softpref.data.storyteller import REWARD, Storyteller
 from softpref.errors import DataError
-from softpref.judges import load_judge
+from softpref.judges.loading import load_judge
 from softpref.rewards import TextReward, read_reward
 
 

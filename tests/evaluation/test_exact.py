@@ -21,7 +21,7 @@ from softpref.evaluation.exact import (
 )
 from softpref.evaluation.measure import divergences, draw
 from softpref.evaluation.models import check_same_vocabulary
-from softpref.judges import Outcomes
+from softpref.judges.outcomes import Outcomes
 from softpref.lm.sampling import Sample
 from softpref.lm.scoring import score_sequences
 from softpref.objectives import dpo_loss, ipo_loss, ordered_pairs, preference_loss

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from softpref.evaluation.exact import Objective, exact_prompt
 from softpref.evaluation.theory import TRUSTED, reward_frontier, sampled_figures, sampled_prompt
-from softpref.judges import Outcomes
+from softpref.judges.outcomes import Outcomes
 
 pytestmark = pytest.mark.fast
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from softpref.data.config import EMBEDDED
-from softpref.judges import as_text
+from softpref.judges.texts import as_text
 from softpref.pages import render
 from softpref.records import DatasetStats, PreferenceRow, Text
 

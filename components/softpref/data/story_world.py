@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from softpref.judges import Outcomes
+from softpref.judges.outcomes import Outcomes
 
 _TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 _SLOTS: list[list[str]] = [*_TABLES["slots"].values()]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from softpref.evaluation.config import EvaluationConfig
 from softpref.fitness import MUCH_SATURATED, number, saturation_remedy, saturation_warning
-from softpref.judges import ExpertJudge, Judge
+from softpref.judges.expert import ExpertJudge
+from softpref.judges.protocol import Judge
 from softpref.records import Figure, Figures, ModelMetadata, PromptRecord, read_stats
 
 _FEW_PROMPTS = 20

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, over_prompts
-from softpref.judges import Outcomes
+from softpref.judges.outcomes import Outcomes
 from softpref.records import DatasetStats, Figure, ModelMetadata
 
 # Sets are drawn instead of enumerated: so many that the optimum is within about 0.001 nats (KL) of the true

@@ -12,7 +12,7 @@ from softpref.evaluation.config import EvaluationConfig
 from softpref.records import EvaluatedOn, PreferenceRow
 
 if TYPE_CHECKING:
-    from softpref.judges import Judge
+    from softpref.judges.protocol import Judge
 
 # what changes the meaning of a figure; batch sizes, devices and addresses do not
 DEFINING = ("split", "max_prompts", "max_rows", "samples_per_prompt", "judge_max_rows", "seed")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from softpref.errors import DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.models import Models
-from softpref.judges import as_text
+from softpref.judges.texts import as_text
 from softpref.progress import progress
 from softpref.records import (
     DrawnText,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from softpref.evaluation.intervals import Bootstrap
-    from softpref.judges import Judge
+    from softpref.judges.protocol import ScoringJudge
     from softpref.lm.sampling import Sample
     from softpref.lm.tokenization import TokenizedPrompt, TokenizedSequence
 
@@ -164,7 +164,7 @@ def draw_samples(
     side: Literal["policy", "reference"],
     prompts: Sequence[Text],
     tokenized: Sequence[TokenizedPrompt],
-    judge: Judge,
+    judge: ScoringJudge,
     config: EvaluationConfig,
 ) -> tuple[list[list[Sample]], list[list[DrawnText]]]:
     """Draw from one model for each prompt: the samples, and their texts with the judge's scores."""
@@ -210,7 +210,7 @@ def sampled(
     prompts: Sequence[Text],
     tokenized: Sequence[TokenizedPrompt],
     reference: Sequence[list[DrawnText]],
-    judge: Judge,
+    judge: ScoringJudge,
     config: EvaluationConfig,
     bootstrap: Bootstrap,
 ) -> tuple[Figures, list[PromptRecord]]:

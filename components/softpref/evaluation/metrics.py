@@ -17,7 +17,7 @@ import evaluate
 import numpy as np
 
 from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval, over_prompts
-from softpref.judges import sigmoid
+from softpref.judges.protocol import sigmoid
 from softpref.records import Figure, Figures, Text
 
 Token = TypeVar("Token")

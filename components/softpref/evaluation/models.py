@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
-from softpref.judges import as_text
+from softpref.judges.texts import as_text
 from softpref.records import ModelMetadata, PreferenceRow, Text
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.measure import draw_samples
 from softpref.evaluation.models import Models
-from softpref.judges import RewardJudge
+from softpref.judges.expert import RewardJudge
 from softpref.progress import progress
 from softpref.records import DatasetStats, ModelMetadata, PromptRecord, Text
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from softpref.evaluation.exact import ExactPrompt
     from softpref.evaluation.theory import SampledPrompt
-    from softpref.judges import Judge, Outcomes
+    from softpref.judges.outcomes import Outcomes
+    from softpref.judges.protocol import Judge
     from softpref.lm.tokenization import TokenizedPrompt
 
 

@@ -13,7 +13,7 @@ from softpref.evaluation.intervals import (
     percentiles,
     resampled,
 )
-from softpref.judges import sigmoid
+from softpref.judges.protocol import sigmoid
 from softpref.records import DrawnText, Figure
 
 SEARCHED = 8

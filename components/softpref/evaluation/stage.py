@@ -16,7 +16,10 @@ from softpref.evaluation.measure import draw_samples, held_out, sampled
 from softpref.evaluation.models import Models, check_prompts, load_policy, load_reference, tokenize_prompts
 from softpref.evaluation.optima import against_theory, enumerated, theory_samples
 from softpref.fitness import ailments
-from softpref.judges import check_judge, load_judge, read_outcomes, sigmoid, text_rows
+from softpref.judges.loading import check_judge, load_judge
+from softpref.judges.outcomes import read_outcomes
+from softpref.judges.protocol import sigmoid
+from softpref.judges.texts import text_rows
 from softpref.lm.extrapolation import extrapolated_folders
 from softpref.lm.sources import check_model_source, check_remote_code, local_source, source_name
 from softpref.progress import settle_output
@@ -46,7 +49,8 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
     from softpref.evaluation.intervals import Bootstrap
-    from softpref.judges import Judge, Outcomes
+    from softpref.judges.outcomes import Outcomes
+    from softpref.judges.protocol import ScoringJudge
     from softpref.lm.tokenization import TokenizedPrompt
 
 Key = TypeVar("Key")
@@ -198,7 +202,7 @@ class _Task(NamedTuple):
     tokenized: list[TokenizedPrompt]
     rows: list[PreferenceRow]
     outcomes: dict[str, Outcomes]
-    judge: Judge
+    judge: ScoringJudge
     judge_accuracy: Figure | None
     bootstrap: Bootstrap
     models: Models
@@ -337,7 +341,7 @@ def _judge(
     dataset_dir: str,
     outcomes: dict[str, Outcomes],
     bootstrap: Bootstrap,
-) -> tuple[Judge, Figure | None]:
+) -> tuple[ScoringJudge, Figure | None]:
     """The judge, and the validation accuracy of a trained one where there are rows for it."""
     from softpref.evaluation.metrics import PreferenceMetric
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from softpref.errors import ConfigError
-from softpref.judges import as_text
+from softpref.judges.texts import as_text
 from softpref.lm.sampling import Sample, sampling_noise
 from softpref.lm.tokenization import decode_completion
 from softpref.objectives.preference import PreferenceKind
@@ -29,7 +29,7 @@ from softpref.spo.rows import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from softpref.judges import Judge
+    from softpref.judges.protocol import Judge
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class RoundRows(Dataset[Row]):
         args: see `SPOConfig`: `rounds`, `train_on`, `completions_per_prompt`, `method`.
         tokenizer: decodes what was drawn.
         stop_ids: ids that end a completion; one that ends with another id was cut.
-        judge: see `softpref.judges`; None in self-play.
+        judge: see `softpref.judges.protocol`; None in self-play.
         draw: `(prompts, noise [n, max_completion_length], progress) -> samples` of the present policy.
         score: sequence log-probabilities under the present policy of `(prompt, completion)` ids.
         shares: from this process's part of a list to the whole; part r of w has every w-th element from r.

@@ -9,7 +9,8 @@ from typing import Any
 
 from softpref.artifacts import readable, strengths
 from softpref.errors import DataError
-from softpref.judges import as_text, check_judge, load_judge
+from softpref.judges.loading import check_judge, load_judge
+from softpref.judges.texts import as_text
 from softpref.lm.course import TRAINING_OPTIONS, Course, dataset_stats
 from softpref.lm.extrapolation import parse_weights, write_extrapolations
 from softpref.lm.kept_rows import kept_rows

@@ -75,7 +75,7 @@ from softpref.spo.rows import (
 )
 
 if TYPE_CHECKING:
-    from softpref.judges import Judge
+    from softpref.judges.protocol import Judge
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,8 @@ class SPOTrainer(RowsTrainer):
         peft_config: a `peft.LoraConfig`, to train an adapter; by default what `SPOConfig.use_peft` says.
         callbacks: as in `transformers.Trainer`.
         judge: judges completions drawn in rounds: anything with
-            `probabilities(prompts, first, second) -> P(first beats second)` of texts, see `softpref.judges`.
+            `probabilities(prompts, first, second) -> P(first beats second)` of texts; see
+            `softpref.judges.protocol`.
         model_init: makes the model, anew for each call of `train`; given in place of `model`.
         compute_metrics: as in `transformers.Trainer`; it is given what `predict` returns.
         optimizers: optimizer and scheduler of the model's own parameters.
@@ -209,12 +210,12 @@ class SPOTrainer(RowsTrainer):
         if args.uses_judge and judge is None:
             raise ConfigError(
                 f"rounds={args.rounds}, train_on={args.train_on} draw completions that must be judged: give "
-                "SPOTrainer a judge (see softpref.judges)"
+                "SPOTrainer a judge (see softpref.judges.protocol)"
             )
         if judge is not None and not hasattr(judge, "probabilities"):
             raise ConfigError(
                 f"judge must have a method probabilities(prompts, first, second), got {judge!r:.60}; "
-                "softpref.judges has some"
+                "softpref.judges.loading has some"
             )
 
     def call_model_init(self, trial: Any = None) -> Any:

@@ -1,0 +1,48 @@
+"""Every completion that belongs to a prompt, as a dataset of known rewards lists them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from softpref.errors import DataError
+
+
+class Outcomes(NamedTuple):
+    """Every completion that belongs to a prompt.
+
+    Attributes:
+        completions: `N` texts.
+        rewards: `[N]`, the expert's, in nats.
+        weights: `[N]`, the probability that one candidate of a pair is this one; sums to 1.
+    """
+
+    completions: list[str]
+    rewards: np.ndarray
+    weights: np.ndarray
+
+
+def read_outcomes(path: str | Path) -> dict[str, Outcomes]:
+    """Read `outcomes.jsonl`: prompt → every completion that belongs to its set.
+
+    Raises:
+        DataError: a line is not JSON, lacks a field, or its lists differ in length.
+    """
+    outcomes = {}
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                completions, rewards, weights = row["completions"], row["rewards"], row["weights"]
+                entry = Outcomes(completions, np.asarray(rewards, float), np.asarray(weights, float))
+                outcomes[row["prompt"]] = entry
+            except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"{path}, line {number}: expected prompt, completions, rewards, weights ({error!r})"
+                ) from error
+            if not len(completions) == len(rewards) == len(weights) or not completions:
+                raise DataError(f"{path}, line {number}: completions, rewards and weights differ in length")
+    return outcomes

@@ -1,0 +1,51 @@
+"""Dataset rows and samples as the texts that judges are asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypedDict
+
+from softpref.records import PreferenceRow, Text
+
+
+def as_text(text: Text, *, roles: bool = False) -> str:
+    """Plain text unchanged; messages as lines of their contents, with `roles` in front."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(
+        f"{message['role']}: {message['content']}" if roles else message["content"] for message in text
+    )
+
+
+class TextRow(TypedDict):
+    """A row of the dataset as judges are asked about it: all messages as texts, the prompt's with roles."""
+
+    prompt: str
+    completions: list[str]
+    kind: str
+    probability: float | None
+
+
+def text_rows(rows: Iterable[PreferenceRow]) -> Iterator[TextRow]:
+    """Dataset rows as judges are asked about them."""
+    for row in rows:
+        yield {
+            "prompt": as_text(row["prompt"], roles=True),
+            "completions": [as_text(completion) for completion in row["completions"]],
+            "kind": row["kind"],
+            "probability": row["probability"],
+        }
+
+
+def preference_pairs(rows: Iterable[TextRow]) -> Iterator[tuple[str, str, str, float]]:
+    """Dataset rows with text prompts and completions as `(prompt, better, worse, P(better wins))`.
+
+    Rankings and best-of-n rows give hard pairs: all ordered ones, or the best against each other.
+    """
+    for row in rows:
+        completions = row["completions"]
+        last = len(completions) - 1 if row["kind"] == "ranking" else 1
+        for better in range(last):
+            for worse in range(better + 1, len(completions)):
+                share = row["probability"] if len(completions) == 2 else None
+                yield row["prompt"], completions[better], completions[worse], 1.0 if share is None else share
