@@ -258,7 +258,7 @@ class Evaluation:
             no preferences.
         theory, reward_frontier: the optimum estimated from samples of the reference, and the most expected
             reward at each KL; None where rewards are not known.
-        by_prompt: expected reward and win rate of each prompt, for paired comparisons.
+        by_prompt: values of each prompt, by figure, for paired comparisons.
         settings: those that change a figure's meaning.
     """
 
@@ -339,6 +339,24 @@ class Evaluation:
         }
 
 
+class BestFor(NamedTuple):
+    """The member that serves a use best.
+
+    Attributes:
+        use: what a model is wanted for, in words.
+        figure: the name of the figure that tells.
+        best: the member's name.
+        alike: members that cannot be told from it: the interval of their difference includes 0.
+        differences: of every other healthy member to the best, prompt by prompt.
+    """
+
+    use: str
+    figure: str
+    best: str
+    alike: list[str]
+    differences: Figures
+
+
 class EqualRewardRow(TypedDict):
     """An SPO member: its expected reward, and each curve's entropy there in nats, None outside its range."""
 
@@ -368,6 +386,7 @@ class Comparison:
         chosen: a member's name; None where none may be chosen.
         passed_over: members that the rule ranks higher, with what keeps each from passing the gate.
         equal_reward: None without SPO members, or with nothing beside them.
+        best_for: by use.
     """
 
     rule: str
@@ -376,6 +395,7 @@ class Comparison:
     passed_over: dict[str, list[str]]
     equal_reward: EqualReward | None
     members: list[Evaluation]
+    best_for: list[BestFor] = field(default_factory=list)
 
     @property
     def chosen_member(self) -> Evaluation | None:
@@ -391,15 +411,20 @@ class Comparison:
         path = Path(folder) / COMPARISON_FILE
         known = _read(path, "a comparison folder")
         members = [Evaluation.of(member, path) for member in known.get("members", ())]
+        uses = [
+            BestFor(**{**one, "differences": figures_of(one["differences"])})
+            for one in known.get("best_for", ())
+        ]
         others: dict[str, Any] = {one.name: known.get(one.name) for one in fields(cls)}
-        return cls(**{**others, "members": members})
+        return cls(**{**others, "members": members, "best_for": uses})
 
     def write(self, folder: Path) -> None:
         members = [
             {name: value for name, value in member.as_dict().items() if name not in _OF_ONE_MODEL}
             for member in self.members
         ]
-        _write(folder / COMPARISON_FILE, {**vars(self), "members": members})
+        uses = [_plain(one) for one in self.best_for]
+        _write(folder / COMPARISON_FILE, {**vars(self), "members": members, "best_for": uses})
 
 
 @dataclass(kw_only=True)
@@ -482,7 +507,7 @@ def _plain(value: object) -> object:
     """Named tuples as dictionaries; a sample without KL has none."""
     if isinstance(value, DrawnText):
         return {name: part for name, part in value._asdict().items() if name != "kl" or part is not None}
-    if isinstance(value, (Figure, JudgedBy, PromptRecord, Reliability)):
+    if isinstance(value, (BestFor, Figure, JudgedBy, PromptRecord, Reliability)):
         return _plain(value._asdict())
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}

@@ -152,15 +152,21 @@ def run(
 
 
 def by_prompt(records: Sequence[PromptRecord]) -> dict[str, list[float]]:
-    """Expected reward and win rate of each prompt, for paired comparisons of members of a sweep."""
+    """Values of each prompt, by figure, for paired comparisons of members of a sweep."""
     import numpy as np
+
+    from softpref.evaluation.diversity import variety_by_prompt
+    from softpref.evaluation.quality import SEARCHED, best_of
 
     values: dict[str, list[float]] = {"expected_reward": [], "win_rate": []}
     for record in records:
         ours, theirs = (np.array([s.score for s in side]) for side in (record.policy, record.reference))
         values["expected_reward"].append(float(ours.mean()))
         values["win_rate"].append(float(sigmoid(ours[:, None] - theirs).mean()))
-    return values
+    values[f"best_of_{SEARCHED}"] = [best_of([s.score for s in one.policy], SEARCHED) for one in records]
+    variety = variety_by_prompt([one.policy for one in records], [one.reference for one in records])
+    values["good_diversity"] = variety["good_diversity"]
+    return {name: found for name, found in values.items() if np.isfinite(found).all()}
 
 
 def headline(evaluation: Evaluation) -> dict[str, float]:
@@ -322,7 +328,7 @@ def _evaluate(
         softmax_frontier=softmax_frontier(exact) if exact else None,
         theory=sampled_figures(theory, bootstrap) if theory else None,
         reward_frontier=reward_frontier(theory) if theory else None,
-        by_prompt=by_prompt(records),
+        by_prompt={**by_prompt(records), **preferences.by_prompt},
         settings={key: getattr(config, key) for key in (*DEFINING, *_SHOWN_SETTINGS)}
         | {"max_new_tokens": models.max_new_tokens},
         warnings=warnings,
