@@ -28,6 +28,7 @@ STATS_FILE, REJECTED_FILE, PAGE_FILE = "stats.json", "rejected.jsonl", "page.htm
 OUTCOMES_FILE, REWARD_FILE = "outcomes.jsonl", "reward.json"
 METADATA_FILE = "softpref.json"
 EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl", "report.html"
+SAMPLES_TABLE_FILE = "samples.json"
 COMPARISON_FILE, FRONTIER_FILE, CHOSEN_FOLDER = "comparison.json", "frontier.png", "chosen"
 REGISTRATION_FILE = "registration.json"
 PARAMETERS_FILE, TIMINGS_FILE = "parameters.yaml", "timings.json"
@@ -260,6 +261,7 @@ class Evaluation:
             reward at each KL; None where rewards are not known.
         by_prompt: values of each prompt, by figure, for paired comparisons.
         settings: those that change a figure's meaning.
+        example: the first prompt that was drawn from, as a user would send it.
     """
 
     name: str
@@ -287,6 +289,7 @@ class Evaluation:
     reward_frontier: list[list[float]] | None = None
     by_prompt: dict[str, list[float]]
     settings: dict[str, object] = field(default_factory=dict)
+    example: Text | None = None
     warnings: list[str]
 
     @classmethod
@@ -328,14 +331,18 @@ class Evaluation:
         """As JSON has it."""
         return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
 
-    def values(self, prefix: str = "") -> dict[str, float]:
-        """`{NAME: value, exact/NAME: value, theory/NAME: value}` of the figures that have a value."""
+    def values(self, prefix: str = "", part: str = "value") -> dict[str, float]:
+        """`{NAME: value, exact/NAME: value, theory/NAME: value}` of the figures that have a value.
+
+        Args:
+            part: what to take of a figure, `value`, or `low` or `high` of its interval.
+        """
         groups = {"": self.metrics, "exact/": self.exact or {}, "theory/": self.theory or {}}
         return {
-            f"{prefix}{group}{name}": figure.value
+            f"{prefix}{group}{name}": value
             for group, figures in groups.items()
             for name, figure in figures.items()
-            if figure.value is not None
+            if (value := getattr(figure, part)) is not None
         }
 
 
@@ -374,7 +381,13 @@ class EqualReward(TypedDict):
     rows: list[EqualRewardRow]
 
 
-_OF_ONE_MODEL = ("reference_uri", "dataset_hash", "evaluated_on", "settings")  # no part of a comparison
+_OF_ONE_MODEL = (
+    "reference_uri",
+    "dataset_hash",
+    "evaluated_on",
+    "settings",
+    "example",
+)  # no part of a comparison
 
 
 @dataclass
@@ -465,6 +478,18 @@ def write_samples(folder: Path, records: Iterable[PromptRecord]) -> None:
     with open(folder / SAMPLES_FILE, "w", encoding="utf-8") as lines:
         for record in records:
             lines.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
+
+
+def write_samples_table(folder: Path, records: Iterable[PromptRecord]) -> None:
+    """Write `samples.json`, the policy's samples in the format of MLflow's tables."""
+    columns = ["prompt", "completion", "score", "truncated", "tokens", "kl"]
+    rows = [
+        [record.prompt, text.text, text.score, text.truncated, text.tokens, text.kl]
+        for record in records
+        for text in record.policy
+    ]
+    table = json.dumps({"columns": columns, "data": rows}, ensure_ascii=False)
+    (folder / SAMPLES_TABLE_FILE).write_text(table, encoding="utf-8")
 
 
 def read_samples(folder: str | Path, most: int) -> list[PromptRecord]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -29,6 +30,7 @@ from softpref.records import (
     OUTCOMES_FILE,
     REPORT_FILE,
     SAMPLES_FILE,
+    SAMPLES_TABLE_FILE,
     DrawnText,
     EvaluatedOn,
     Evaluation,
@@ -41,6 +43,7 @@ from softpref.records import (
     load_metadata,
     read_stats,
     write_samples,
+    write_samples_table,
 )
 from softpref.timings import PhaseTimer
 
@@ -74,8 +77,10 @@ def run(
 ) -> Evaluation:
     """Evaluate `policy_dir` against `reference_dir` on `dataset_dir`; write `output_dir`; return the figures.
 
-    Writes `evaluation.json` (last, so that its presence means success), `samples.jsonl` and `report.html`,
-    and logs every figure as `eval/NAME` (`eval/exact/NAME`) to the policy's own MLflow run. Models that were
+    Writes `evaluation.json` (last, so that its presence means success), `samples.jsonl` (and the policy's as
+    MLflow's table, `samples.json`) and `report.html`, and logs every figure as `eval/NAME`
+    (`eval/exact/NAME`), its interval as `eval/low/NAME` and `eval/high/NAME`, to the policy's own MLflow run.
+    Models that were
     extrapolated from the policy (`extrapolated-W` in its folder) are evaluated before it, on the same prompts
     with the same seeds, into `output_dir/extrapolated-W`; the same run has their figures, `eval/expo-W/NAME`.
 
@@ -133,6 +138,7 @@ def run(
         }
         run_id = own_run or tracker.run_id
         task = _prepare(config, dataset, places, metadata, timer)
+        tables = []
         for member in members:
             folder = output / member.subfolder
             folder.mkdir(exist_ok=True)
@@ -140,10 +146,22 @@ def run(
             evaluation.write(folder)
             weight = member.metadata.get("extrapolation")
             prefix = f"eval/expo-{weight:g}/" if weight else "eval/"
-            tracker.metrics(evaluation.values(prefix), step=0)
-            for file in (EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE):
-                tracker.artifact(folder / file, folder=f"evaluation/{member.subfolder}".rstrip("/"))
-        tracker.tags({"evaluation_id": evaluation.evaluation_id})
+            tracker.metrics(
+                {
+                    **evaluation.values(prefix),
+                    **evaluation.values(f"{prefix}low/", "low"),
+                    **evaluation.values(f"{prefix}high/", "high"),
+                },
+                step=0,
+            )
+            place = f"evaluation/{member.subfolder}".rstrip("/")
+            for file in (EVALUATION_FILE, SAMPLES_FILE, SAMPLES_TABLE_FILE, REPORT_FILE):
+                tracker.artifact(folder / file, folder=place)
+            tables.append({"path": f"{place}/{SAMPLES_TABLE_FILE}", "type": "table"})
+        tracker.dataset(read_stats(dataset_dir), "evaluation")
+        tracker.tags(
+            {"evaluation_id": evaluation.evaluation_id, "mlflow.loggedArtifacts": json.dumps(tables)}
+        )
         timer.enter("tracking")
         tracker.metrics({f"{prefix}{name}": value for name, value in timer.metrics().items()}, step=0)
     write_parameters(config, output)
@@ -331,12 +349,14 @@ def _evaluate(
         by_prompt={**by_prompt(records), **preferences.by_prompt},
         settings={key: getattr(config, key) for key in (*DEFINING, *_SHOWN_SETTINGS)}
         | {"max_new_tokens": models.max_new_tokens},
+        example=prompts[0],
         warnings=warnings,
     )
     if ills := ailments(evaluation):
         warnings.append(f"The model is broken, and will not be registered: it {' and '.join(ills)}.")
     timer.enter("report")
     write_samples(output, records)
+    write_samples_table(output, records)
     write_report(output / REPORT_FILE, evaluation, records, exact)
     return evaluation
 
