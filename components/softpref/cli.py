@@ -23,7 +23,7 @@ from softpref.preflight.early import check_early
 
 if TYPE_CHECKING:
     from softpref.data.config import DataConfig
-    from softpref.evaluation.config import EvaluationConfig
+    from softpref.evaluation.config import BenchmarkConfig, EvaluationConfig
     from softpref.records import Evaluation
     from softpref.registry.config import RegistryConfig
     from softpref.sft.config import SFTConfig
@@ -365,6 +365,12 @@ def _figures(evaluation: Evaluation) -> dict[str, object]:
     return {key: value for key, value in evaluation.as_dict().items() if key in ("metrics", "exact")}
 
 
+def _benchmark(folders: Folders, config: BenchmarkConfig) -> object:
+    from softpref.evaluation.benchmark import run
+
+    return run(config, **{f"{key}_dir": value for key, value in folders.items()})
+
+
 def _register(folders: Folders, config: RegistryConfig) -> object:
     from softpref.registry.stage import run
 
@@ -415,6 +421,15 @@ _STAGES = {
             "output": _OUTPUT,
         },
         _register,
+    ),
+    "benchmark": Stage(
+        "Answer a public benchmark for its leaderboard.",
+        {
+            "policy": Place("the model: a folder, a URL of one, models:/NAME@ALIAS, or a Hub id", True),
+            "reference": Place("its reference, for RewardBench (default: the reward is log π alone)"),
+            "output": _OUTPUT,
+        },
+        _benchmark,
     ),
 }
 

@@ -292,9 +292,11 @@ def test_figures_go_to_the_run_of_the_policy(world, evaluating, recorded, tmp_pa
     assert logged["eval/exact/mass_on_set"] == evaluation["exact"]["mass_on_set"]["value"]
     assert {call[1] for call in recorded if call[0] == "artifact"} == {
         "evaluation.json",
+        "samples.json",
         "samples.jsonl",
         "report.html",
     }
+    assert ("dataset", "evaluation") in recorded
 
 
 def test_extrapolated_models_are_evaluated_beside_their_policy(
