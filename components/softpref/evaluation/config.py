@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from softpref.errors import ConfigError
@@ -34,6 +34,8 @@ class EvaluationConfig:
             enumerates them, else see `theory_samples`; 0 leaves theory out.
         theory_samples: samples of the reference for each of these prompts, from which the optimum is
             estimated where the reward of any text is known; 0 leaves that out.
+        lm_eval_tasks: tasks of the LM Evaluation Harness to measure the policy by as well, names or files of
+            tasks (`.yaml`); needs `softpref[lm-eval]`.
         bootstrap_samples: resamples per confidence interval.
         confidence: coverage of the intervals, in (0, 1).
         seed: of the choice of prompts and rows, the sampling, the judge and the bootstrap.
@@ -56,6 +58,7 @@ class EvaluationConfig:
     judge_max_rows: int = 20000
     exact_prompts: int = 8
     theory_samples: int = 1024
+    lm_eval_tasks: list[str] = field(default_factory=list)
     bootstrap_samples: int = 1000
     confidence: float = 0.95
     seed: int = 0

@@ -12,6 +12,7 @@ from softpref.config import write_parameters
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.doubts import doubts, outside_the_set
+from softpref.evaluation.harness import Tasks, find_tasks, measured
 from softpref.evaluation.identity import DEFINING, identify
 from softpref.evaluation.measure import draw_samples, held_out, sampled
 from softpref.evaluation.models import Models, check_prompts, load_policy, load_reference, tokenize_prompts
@@ -117,6 +118,7 @@ def run(
             f"{policy_dir} has no {METADATA_FILE} with max_completion_length; set max_new_tokens"
         )
     dataset = _load_dataset(dataset_dir, config)
+    tasks = find_tasks(config.lm_eval_tasks)
     output.mkdir(parents=True, exist_ok=True)
 
     from softpref.tracking import Tracker, run_tracked_in
@@ -137,7 +139,7 @@ def run(
             "reference_uri": reference_uri,
         }
         run_id = own_run or tracker.run_id
-        task = _prepare(config, dataset, places, metadata, timer)
+        task = _prepare(config, dataset, places, metadata, tasks, timer)
         tables = []
         for member in members:
             folder = output / member.subfolder
@@ -218,6 +220,7 @@ class _Task(NamedTuple):
         models: without the policy.
         reference: samples of the reference, by prompt.
         theory: see `theory_samples`.
+        tasks: of the LM Evaluation Harness, if any are asked for.
     """
 
     identity: str
@@ -232,6 +235,7 @@ class _Task(NamedTuple):
     models: Models
     reference: list[list[DrawnText]]
     theory: list[tuple[np.ndarray, np.ndarray]]
+    tasks: Tasks | None
 
 
 def _extrapolated(policy: _Member) -> list[_Member]:
@@ -258,6 +262,7 @@ def _prepare(
     dataset: DatasetDict,
     places: Mapping[str, str],
     metadata: ModelMetadata,
+    tasks: Tasks | None,
     timer: PhaseTimer,
 ) -> _Task:
     """Choose prompts and rows, find the judge, load the reference and draw its samples."""
@@ -290,6 +295,7 @@ def _prepare(
         models,
         draw_samples(models, "reference", prompts, tokenized, judge, config)[1],
         theory_samples(models, prompts, tokenized, judge, config),
+        tasks,
     )
 
 
@@ -317,6 +323,14 @@ def _evaluate(
     warnings = list(preferences.warnings)
     of_samples, records = sampled(models, prompts, task.tokenized, task.reference, judge, config, bootstrap)
     figures = {**preferences.figures, **of_samples}
+    if task.tasks:
+        figures |= measured(
+            task.tasks,
+            models.policy,
+            models.tokenizer,
+            batch_size=config.batch_size,
+            confidence=config.confidence,
+        )
     stats = read_stats(places["dataset"])
     exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings)
     theory = against_theory(task.theory, records, metadata, stats, config.seed, warnings)
