@@ -27,6 +27,7 @@ from softpref.errors import ConfigError, DataError
 STATS_FILE, REJECTED_FILE, PAGE_FILE = "stats.json", "rejected.jsonl", "page.html"
 OUTCOMES_FILE, REWARD_FILE = "outcomes.jsonl", "reward.json"
 METADATA_FILE = "softpref.json"
+REWARD_STAGE = "judge"  # the stage of a model folder that is a reward model
 EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl", "report.html"
 COMPARISON_FILE, FRONTIER_FILE, CHOSEN_FOLDER = "comparison.json", "frontier.png", "chosen"
 REGISTRATION_FILE = "registration.json"
@@ -123,6 +124,7 @@ class ModelMetadata(TypedDict, total=False):
     Attributes:
         row_counts: what was counted of the rows of each split.
         saturated: share of saturated margins at the end of training.
+        split, heads, max_length: of a reward model: what it learned from, its heads, tokens that it reads.
     """
 
     name: str
@@ -147,6 +149,9 @@ class ModelMetadata(TypedDict, total=False):
     saturated: float | None
     max_prompt_length: int | None
     max_completion_length: int
+    split: str
+    heads: int
+    max_length: int
 
 
 class Figure(NamedTuple):

@@ -348,6 +348,10 @@ def _judge(
     judge = load_judge(
         config.judge,
         dataset_dir,
+        model=config.judge_model,
+        trust_remote_code=config.trust_remote_code,
+        device=config.device,
+        tracking_uri=config.tracking_uri,
         splits=dataset,
         outcomes=outcomes,
         seed=config.seed,
@@ -376,7 +380,7 @@ def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> DatasetDict:
     path, split = Path(dataset_dir), config.split
     if not (path / "dataset_dict.json").is_file():
         raise ConfigError(f"{path} is not a dataset folder of the data stage (it has no dataset_dict.json)")
-    check_judge(config.judge, path)  # before the import below, which takes seconds
+    check_judge(config.judge, path, model=config.judge_model)  # before the import below, which takes seconds
     import datasets
 
     dataset = datasets.load_from_disk(str(path))

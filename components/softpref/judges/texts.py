@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypedDict
 
-from softpref.records import PreferenceRow, Text
+from softpref.records import Message, PreferenceRow, Text
+
+
+class Conversation(str):
+    """Messages as one text that remembers them.
+
+    Most judges read the text. A reward model writes the messages in its own chat template.
+    """
+
+    messages: Sequence[Message]
 
 
 def as_text(text: Text, *, roles: bool = False) -> str:
     """Plain text unchanged; messages as lines of their contents, with `roles` in front."""
     if isinstance(text, str):
         return text
-    return "\n".join(
-        f"{message['role']}: {message['content']}" if roles else message["content"] for message in text
-    )
+    lines = (f"{message['role']}: {message['content']}" if roles else message["content"] for message in text)
+    conversation = Conversation("\n".join(lines))
+    conversation.messages = text
+    return conversation
+
+
+def as_given(text: str) -> Text:
+    """The messages that a text was made of, or the text."""
+    return text.messages if isinstance(text, Conversation) else text
 
 
 class TextRow(TypedDict):
