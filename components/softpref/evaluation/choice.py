@@ -162,7 +162,7 @@ def _not_inferior(member: Evaluation, best: Evaluation, rule: str, margin: float
 
     Prompts differ more than members do, so only paired differences tell members apart.
     """
-    from softpref.evaluation.intervals import interval
+    from softpref.intervals import interval
 
     pairs = zip(member.by_prompt[rule], best.by_prompt[rule], strict=True)
     differences = [ours - theirs for ours, theirs in pairs]

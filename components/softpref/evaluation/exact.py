@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, over_prompts
+from softpref.intervals import DEFAULT_BOOTSTRAP, Bootstrap, over_prompts
 from softpref.judges.outcomes import Outcomes
 from softpref.records import DatasetStats, Figure, ModelMetadata
 

@@ -13,7 +13,7 @@ from softpref.judges.outcomes import Outcomes, read_outcomes
 from softpref.judges.protocol import ScoringJudge
 from softpref.judges.reward_model import load_reward_judge
 from softpref.judges.texts import preference_pairs, text_rows
-from softpref.records import OUTCOMES_FILE, REWARD_FILE, PreferenceRow
+from softpref.records import JUDGE_SPLIT, OUTCOMES_FILE, REWARD_FILE, PreferenceRow
 from softpref.rewards import read_reward
 
 JudgeName = Literal["auto", "expert", "bradley-terry", "reward-model"]
@@ -82,7 +82,7 @@ def load_judge(
         model, trust_remote_code, device, tracking_uri: of a `reward-model`; see
             `softpref.judges.reward_model.load_reward_judge`.
         splits, outcomes: those of that folder, if they have been read; None reads them as needed.
-        seed, max_rows: of a `bradley-terry` judge.
+        seed, max_rows: of a `bradley-terry` judge, which learns from the split `judge` where there is one.
 
     Raises:
         ConfigError: there is no such judge, or this dataset cannot provide it.
@@ -105,5 +105,6 @@ def load_judge(
         import datasets
 
         splits = datasets.load_from_disk(str(dataset_dir))
-    pairs = preference_pairs(text_rows(splits.get("train", ())))
-    return BradleyTerryJudge(pairs, seed=seed, max_rows=max_rows)
+    split = JUDGE_SPLIT if JUDGE_SPLIT in splits else "train"
+    pairs = preference_pairs(text_rows(splits.get(split, ())))
+    return BradleyTerryJudge(pairs, seed=seed, max_rows=max_rows, split=split)

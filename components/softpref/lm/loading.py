@@ -5,6 +5,7 @@ Weights are read from safetensors (or GGUF) only, and code from a checkpoint is 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -126,6 +127,37 @@ def load_reward_model(
         )
     _check_weights(source, found)
     return model.to(device) if device else model
+
+
+def with_reward_heads(model: Any, heads: int, pad_id: int) -> Any:
+    """A sequence-classification model on the body of a causal language model.
+
+    Its heads begin at zero, where every pair is even: they differ by what they learn, and by nothing else.
+
+    Raises:
+        ConfigError: transformers has no such model of this architecture.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(model.config)
+    config.num_labels = heads
+    config.get_text_config().pad_token_id = pad_id
+    from_config: Callable[..., PreTrainedModel] = AutoModelForSequenceClassification.from_config
+    try:
+        rated: Any = from_config(config, dtype=model.dtype)
+    except ValueError as error:
+        raise ConfigError(
+            f"transformers has no sequence classification for the architecture {config.model_type!r}, which "
+            "a reward model needs; take another base_model"
+        ) from error
+    rated.base_model.load_state_dict(model.base_model.state_dict())
+    body = {id(weights) for weights in rated.base_model.parameters()}
+    with torch.no_grad():
+        for weights in rated.parameters():
+            if id(weights) not in body:
+                weights.zero_()
+    return rated
 
 
 def load_tokenizer(
