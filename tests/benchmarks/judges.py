@@ -101,7 +101,7 @@ def table(folder: Path) -> str:
     from softpref.intervals import interval
 
     lines = [
-        "| preferences | splits | pairs learned from | prompts held out | pairs | judge | agreement | less length |",
+        "| preferences | splits | rows | held-out prompts | pairs | judge | agreement | less length |",
         "| :-- | --: | --: | --: | --: | :-- | :-- | :-- |",
     ]
     for name in DATA:

@@ -52,7 +52,7 @@ def launch_command(
     """The command that runs a training stage in `processes` processes of this machine.
 
     Args:
-        stage: `sft` or `train`.
+        stage: `sft`, `train` or `judge`.
         arguments: of the stage, as on the console.
         processes: on this machine; every node must have as many.
         rendezvous: of several nodes; None: this machine alone.
