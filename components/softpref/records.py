@@ -227,9 +227,10 @@ class JudgedBy(NamedTuple):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> JudgedBy:
-        return cls(
-            **{name: Figure.of(one) if isinstance(one, Mapping) else one for name, one in values.items()}
-        )
+        known: dict[str, Any] = {
+            name: Figure.of(one) if isinstance(one, Mapping) else one for name, one in values.items()
+        }
+        return cls(**known)
 
 
 class DrawnText(NamedTuple):

@@ -75,7 +75,8 @@ def measured(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any
     columns = {"columns": CONVARG_COLUMNS} if name == "convarg" else {}
     source = {"source": str(options.data / name / "pairs.jsonl"), "seed": seed, **columns}
     given = {"as_messages": True, **SPLITS, **DATA[name], **REAL[name], **source}
-    prepare(build_config(DataConfig, given, json.loads(options.data_overrides)), str(data))
+    if not (data / "stats.json").is_file():
+        prepare(build_config(DataConfig, given, json.loads(options.data_overrides)), str(data))
     splits = datasets.load_from_disk(str(data))
     pairs = decided_pairs(text_rows(splits["validation"]))
     prompts, better, worse = (list(part) for part in zip(*pairs, strict=True))

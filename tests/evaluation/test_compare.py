@@ -13,7 +13,7 @@ from softpref.errors import ConfigError, DataError
 from softpref.evaluation import choice, compare, tables
 from softpref.evaluation.compare import evaluation_folders, outcome_lines
 from softpref.fitness import Limits
-from softpref.records import Comparison
+from softpref.records import Comparison, JudgedBy
 
 from tests.evaluations import evaluations
 
@@ -65,7 +65,7 @@ def member(name, alpha, rewards, kl, entropy, method="spo"):
         "run_id": None,
         "dataset_hash": "abc",
         "evaluation_id": "same",
-        "judge": {"name": "expert", "description": "the experts' own rewards", "accuracy": None},
+        "judge": JudgedBy("expert", "the experts' own rewards")._asdict(),
         "metrics": {
             "expected_reward": figure(mean, 1.0),
             "win_rate": figure(0.5 + mean / 10, 0.05),

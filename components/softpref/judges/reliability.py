@@ -41,8 +41,11 @@ def agreement(judge: Judge, rows: Iterable[TextRow], bootstrap: Bootstrap = DEFA
     longer = right(np.array([len(one) - len(other) for _, one, other in pairs], float))
     length = longer if longer.mean() >= 0.5 else 1 - longer
 
+    places: dict[str, int] = {}
+    of_prompt = [places.setdefault(prompt, len(places)) for prompt in prompts]
+
     def share(values: np.ndarray) -> Figure:
-        return interval(values, prompts, unit="probability", bootstrap=bootstrap)
+        return interval(values, of_prompt, unit="probability", bootstrap=bootstrap)
 
     return {
         "accuracy": share(own),

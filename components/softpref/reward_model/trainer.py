@@ -146,7 +146,8 @@ def row_losses(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     sizes = batch["rows"]
     row = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
     by_row = losses.new_zeros(len(sizes), losses.shape[1]).index_add(0, row, losses) / sizes[:, None]
-    return (by_row * batch["weights"]).mean(1)
+    weighted: Tensor = by_row * batch["weights"]
+    return weighted.mean(1)
 
 
 _OF_PAIRS = ("rows", "weights", "better", "worse", "share")
