@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from softpref.evaluation.config import BenchmarkConfig, EvaluationConfig
     from softpref.records import Evaluation
     from softpref.registry.config import RegistryConfig
+    from softpref.reward_model.config import RewardModelConfig
     from softpref.sft.config import SFTConfig
     from softpref.spo.config import SPOConfig
 
@@ -345,6 +346,12 @@ def _train(folders: Folders, config: SPOConfig) -> object:
     return run(config, **_training(folders))
 
 
+def _judge(folders: Folders, config: RewardModelConfig) -> object:
+    from softpref.reward_model.stage import run
+
+    return run(config, **_training(folders))
+
+
 def _training(folders: Folders) -> dict[str, str]:
     """Arguments of a training stage: its folders, and the name, tracking and checkpoints that were given."""
     given = {key: value for key, value in folders.items() if value}
@@ -401,6 +408,11 @@ _STAGES = {
             **_TRAINING,
         },
         _train,
+    ),
+    "judge": Stage(
+        "Train a judge on preferences that the policy never sees.",
+        {"dataset": _DATASET, "output": _OUTPUT, **_TRAINING},
+        _judge,
     ),
     "evaluate": Stage(
         "Measure a model on held-out prompts.",
