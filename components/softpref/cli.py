@@ -51,7 +51,7 @@ class Stage(NamedTuple):
 
 
 _WHERE = "default: the environment's, or a local store"
-_DISK_ERRORS = ("EACCES", "EDQUOT", "EEXIST", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
+_DISK_ERRORS = ("EACCES", "EDQUOT", "EEXIST", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,7 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if errno.errorcode.get(error.errno or 0) not in _DISK_ERRORS:
             raise
-        return _refused(options, f"{error}; give a writable folder, on a disk with space")
+        said = str(error) if len(str(error)) < 500 else f"{str(error)[:500]} …"
+        return _refused(options, f"{said}; give a writable folder, on a disk with space")
 
 
 def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, Commands]:
