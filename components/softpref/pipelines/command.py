@@ -27,7 +27,7 @@ from softpref.pipelines.packages import compile_components, compile_package, pac
 from softpref.pipelines.profiles import CLUSTERS, read_profile
 from softpref.pipelines.recipes import RECIPES, element_type, inputs, names_in, pipeline_parameters, typed
 from softpref.pipelines.submission import add_client_options, submit, ui_address
-from softpref.preflight.parameters import PLANNED, TABLE
+from softpref.preflight.parameters import PLANNED, STAGES, TABLE
 from softpref.preflight.stage import ARTIFACT_SCHEME, Member, check, further_sources, plan
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def _unknown(arguments: list[str], known: Collection[str]) -> str:
     with contextlib.suppress(ValueError):
         value = json.loads(value)
     stage, _, name = option[2:].replace("-", "_").rpartition(".")
-    stages = {one: read_options(*place) for one, place in CONFIGURATIONS.items()}
+    stages = {one: read_options(*place) for one, place in CONFIGURATIONS.items() if one in STAGES}
     stages["compare"] = stages["register"]  # the chosen model must pass the gate of registration
     if stage and stage not in stages:
         return f"{option} is unknown: there is no stage {stage!r}{closest(stage, stages)}"
