@@ -40,15 +40,21 @@ TRAINING = {"heads": 8, "max_length": 256, "per_device_train_batch_size": 4, "sa
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("judges"), help="folder of runs and table")
-    parser.add_argument("--base-model", required=True, help="of the reward model")
+    parser.add_argument("--base-model", default="", help="of the reward model")
     parser.add_argument("--datasets", nargs="+", choices=list(DATA), default=list(DATA))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="where they are")
     parser.add_argument("--seeds", type=int, default=1, help="splits by seeds 0 … SEEDS-1 (default 1)")
     parser.add_argument("--data-overrides", default="{}", help="JSON, options of `softpref data`")
     parser.add_argument("--overrides", default="{}", help="JSON, options of `softpref judge`")
+    parser.add_argument(
+        "--shares", nargs="+", type=float, help="of the training prompts; then of words and lengths alone"
+    )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{options.output.absolute()}/mlflow.db")
+    if options.shares:
+        print("\n".join(line for name in options.datasets for line in by_share(name, options)))
+        return 0
     for name in options.datasets:
         for seed in range(options.seeds):
             file = options.output / f"{name}-{seed}.json"
@@ -63,8 +69,6 @@ def measured(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any
     """Whether each judge is right on each held-out pair of one split, and the pair's prompt."""
     import datasets
     from softpref.config import build_config
-    from softpref.data.config import DataConfig
-    from softpref.data.stage import run as prepare
     from softpref.judges.loading import load_judge
     from softpref.judges.reliability import decided_pairs, right
     from softpref.judges.texts import text_rows
@@ -72,11 +76,7 @@ def measured(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any
     from softpref.reward_model.stage import run as train
 
     data = options.output / f"{name}-{seed}-data"
-    columns = {"columns": CONVARG_COLUMNS} if name == "convarg" else {}
-    source = {"source": str(options.data / name / "pairs.jsonl"), "seed": seed, **columns}
-    given = {"as_messages": True, **SPLITS, **DATA[name], **REAL[name], **source}
-    if not (data / "stats.json").is_file():
-        prepare(build_config(DataConfig, given, json.loads(options.data_overrides)), str(data))
+    prepare(name, data, options, seed=seed, **SPLITS)
     splits = datasets.load_from_disk(str(data))
     pairs = decided_pairs(text_rows(splits["validation"]))
     prompts, better, worse = (list(part) for part in zip(*pairs, strict=True))
@@ -95,6 +95,58 @@ def measured(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any
     longer = right(np.array([len(one) - len(other) for _, one, other in pairs], float)).tolist()
     rows = len(splits["judge"])
     return {"prompts": prompts, "rows": rows, "metrics": metrics, "right": {**found, "longer": longer}}
+
+
+def by_share(name: str, options: argparse.Namespace) -> list[str]:
+    """Agreement of words and lengths that learn from a share of the training prompts, beside all of them."""
+    import datasets
+    from softpref.data.splits import assign_splits, prompt_key
+    from softpref.intervals import interval
+    from softpref.judges.bradley_terry import BradleyTerryJudge
+    from softpref.judges.reliability import decided_pairs, right
+    from softpref.judges.texts import preference_pairs, text_rows
+
+    folder = options.output / f"{name}-whole"
+    prepare(name, folder, options, seed=0, validation_fraction=0.0, test_fraction=0.0)
+    rows = list(text_rows(datasets.load_from_disk(str(folder))["train"]))
+    keys = [prompt_key(row["prompt"]) for row in rows]
+    found: dict[float, list[float]] = {share: [] for share in (1.0, *options.shares)}
+    longer, prompts = [], []
+    for seed in range(options.seeds):
+        for share, values in found.items():
+            given = {"validation_fraction": 0.3, "test_fraction": 0.0, "seed": seed}
+            split = assign_splits(keys, judge_fraction=share % 1, **given)
+            part = {
+                name: [row for row, key in zip(rows, keys, strict=True) if split[key] == name]
+                for name in ("train", "judge", "validation")
+            }
+            judge = BradleyTerryJudge(preference_pairs(part["judge"] or part["train"]), seed=seed)
+            asked, better, worse = zip(*decided_pairs(part["validation"]), strict=True)
+            values += right(judge.probabilities(asked, better, worse) - 0.5).tolist()
+        prompts += map(str, asked)
+        longer += right(
+            np.array([len(a) - len(b) for a, b in zip(better, worse, strict=True)], float)
+        ).tolist()
+    lines = []
+    for share, values in {**found, "longer is better": longer}.items():
+        own, less = interval(values, prompts), interval(np.subtract(values, found[1.0]), prompts)
+        spans = [f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in (own, less)]
+        lines.append(f"| {name} | {own.prompts} | {own.n} | {share} | {spans[0]} | {spans[1]} |")
+    return lines
+
+
+def prepare(name: str, folder: Path, options: argparse.Namespace, **given: Any) -> None:
+    """A dataset folder of the data stage, unless it is there."""
+    from softpref.config import build_config
+    from softpref.data.config import DataConfig
+    from softpref.data.stage import run
+
+    if (folder / "stats.json").is_file():
+        return
+    columns = {"columns": CONVARG_COLUMNS} if name == "convarg" else {}
+    source = {"source": str(options.data / name / "pairs.jsonl"), **columns}
+    values = {"as_messages": True, **DATA[name], **REAL[name], **source, **given}
+    run(build_config(DataConfig, values, json.loads(options.data_overrides)), str(folder))
 
 
 def table(folder: Path) -> str:

@@ -200,6 +200,7 @@ def test_a_trained_judge_knows_a_lexicon_and_length_does_not(tmp_path, settings,
     assert metrics["eval_loss"] < 0.5 < math.log(2)
     assert headline(metrics)["accuracy"] == pytest.approx(metrics["accuracy"], rel=1e-5)
 
+    assert '"judge/accuracy/low"' in (tmp_path / "judge" / "tracking.jsonl").read_text()
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
     assert model.config.num_labels == 4
     said = json.loads((tmp_path / "judge" / "softpref.json").read_text())

@@ -27,7 +27,7 @@ from softpref.pipelines.packages import compile_components, compile_package, pac
 from softpref.pipelines.profiles import CLUSTERS, STAGES, read_profile
 from softpref.pipelines.recipes import RECIPES, element_type, inputs, names_in, pipeline_parameters, typed
 from softpref.pipelines.submission import add_client_options, submit, ui_address
-from softpref.preflight.parameters import PLANNED, TABLE
+from softpref.preflight.parameters import PLANNED, STAGES, TABLE
 from softpref.preflight.stage import ARTIFACT_SCHEME, Member, check, further_sources, plan
 
 if TYPE_CHECKING:

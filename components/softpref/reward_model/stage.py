@@ -112,6 +112,7 @@ def run(
             judge = RewardModelJudge(whole, tokenizer, max_length=config.max_length)
             found = agreement(judge, text_rows(held_out or ()))
             trained.metrics.update(_numbers(found))
+            trainer.log({f"judge/{one}": value for one, value in _numbers(found).items()})  # and so tracked
             _say(found)
             course.timer.enter("saving")
             description = course.description(trained, base_model=config.base_model, dataset_hash=dataset_hash)
