@@ -260,6 +260,7 @@ class Evaluation:
             reward at each KL; None where rewards are not known.
         by_prompt: expected reward and win rate of each prompt, for paired comparisons.
         settings: those that change a figure's meaning.
+        data_source, base_model: where the rows came from, and what the reference was trained from.
     """
 
     name: str
@@ -287,6 +288,8 @@ class Evaluation:
     reward_frontier: list[list[float]] | None = None
     by_prompt: dict[str, list[float]]
     settings: dict[str, object] = field(default_factory=dict)
+    data_source: str = ""
+    base_model: str = ""
     warnings: list[str]
 
     @classmethod
@@ -356,7 +359,14 @@ class EqualReward(TypedDict):
     rows: list[EqualRewardRow]
 
 
-_OF_ONE_MODEL = ("reference_uri", "dataset_hash", "evaluated_on", "settings")  # no part of a comparison
+_OF_ONE_MODEL = (
+    "reference_uri",
+    "dataset_hash",
+    "evaluated_on",
+    "settings",
+    "data_source",
+    "base_model",
+)  # no part of a comparison
 
 
 @dataclass

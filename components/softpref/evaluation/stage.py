@@ -325,6 +325,8 @@ def _evaluate(
         by_prompt=by_prompt(records),
         settings={key: getattr(config, key) for key in (*DEFINING, *_SHOWN_SETTINGS)}
         | {"max_new_tokens": models.max_new_tokens},
+        data_source=stats.get("source") or "",
+        base_model=metadata.get("base_model") or "",
         warnings=warnings,
     )
     if ills := ailments(evaluation):

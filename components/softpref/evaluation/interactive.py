@@ -1,0 +1,212 @@
+"""What the pages' script draws and lets readers browse, as JSON. Draws, measures and decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from softpref.evaluation.curves import (
+    Curve,
+    all_exact,
+    curves,
+    parameter,
+    softmax_points,
+    theory_point,
+    theory_points,
+)
+from softpref.evaluation.frontier import look
+from softpref.evaluation.meanings import LABELS, of_reference, title
+from softpref.fitness import number
+from softpref.records import DrawnText, Evaluation, Reliability
+
+MOST_PROMPTS = 200
+_MOST_SAMPLES = 8  # of a model, for a prompt
+_MOST_CHARACTERS = 1_500_000  # in one page
+
+_SYMBOLS = {  # matplotlib's markers and lines, as Plotly calls them
+    "o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "P": "cross",
+    "X": "x", "h": "hexagon",
+}  # fmt: skip
+_DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+_VIEWS = (
+    ("Entropy for reward", "exact/expected_reward", "exact/entropy"),
+    ("Reward for KL", "kl_sequence", "expected_reward"),
+    ("Win rate for KL", "kl_sequence", "win_rate"),
+    ("Entropy for reward, of samples", "expected_reward", "entropy_sequence"),
+    ("Good variety for reward", "expected_reward", "good_diversity"),
+    ("Good variety for win rate", "win_rate", "good_diversity"),
+    ("Calibration for reward", "expected_reward", "calibration_error"),
+)
+
+
+class Calibrated(NamedTuple):
+    """A model on the reliability diagram."""
+
+    name: str
+    color: str
+    bins: Sequence[Reliability]
+
+
+def frontier_data(members: Sequence[Evaluation], chosen: str | None) -> dict[str, object]:
+    """A sweep's figures by curve, the axes to choose from, theory's lines and optima, and the reference.
+
+    Figures of samples have their own names, exact ones `exact/NAME`; a value is `[value, low, high]`.
+
+    Args:
+        chosen: name of the member to ring.
+    """
+    drawn = curves(members)
+    known = {
+        key: _unit(members, key)
+        for key in (*LABELS, *(f"exact/{name}" for name in LABELS))
+        if any(_figure(member, key) for member in members)
+    }
+    views = [(name, x, y) for name, x, y in _VIEWS if x in known and y in known]
+    if not all_exact(members):
+        views = [view for view in views if "exact/" not in view[1]]
+        if not theory_points(members):  # as the drawing: entropy for reward comes first
+            views.sort(key=lambda view: view[2] != "entropy_sequence")
+    return {
+        "axes": [{"key": key, "title": _title(key), "unit": unit} for key, unit in known.items()],
+        "views": [{"title": name, "x": x, "y": y} for name, x, y in views],
+        "curves": [_curve(curve, drawn, chosen) for curve in drawn],
+        "reference": _reference(members[0]) if members else {},
+        "lines": [
+            {"title": name, "x": x, "y": y, "points": points}
+            for name, x, y, points in (
+                (
+                    "most entropy possible: softmax(reward / τ)",
+                    "exact/expected_reward",
+                    "exact/entropy",
+                    [list(point) for point in softmax_points(members)] if all_exact(members) else [],
+                ),
+                (
+                    "most reward possible: π_ref · exp(reward / τ)",
+                    "kl_sequence",
+                    "expected_reward",
+                    [list(point) for point in theory_points(members)],
+                ),
+            )
+            if points
+        ],
+    }
+
+
+def calibrated(members: Sequence[Evaluation]) -> list[Calibrated]:
+    """Those of the members that have bins, in the colour of their method: lighter, the larger α or β."""
+    drawn = curves(members)
+    return [
+        Calibrated(
+            member.name,
+            _shade(look(curve, drawn)["color"], place / max(1, len(curve.members) - 1)),
+            member.reliability,
+        )
+        for curve in drawn
+        for place, member in enumerate(curve.members)
+        if member.reliability
+    ]
+
+
+def _shade(colour: str, lightness: float) -> str:
+    """A hexadecimal colour, from a third darker at lightness 0 to half way to white at 1."""
+    share, target = (lightness - 0.4) * 0.8, 255 if lightness > 0.4 else 0
+    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(part + abs(share) * (target - part)):02x}" for part in parts)
+
+
+def samples_data(
+    sides: Mapping[str, Sequence[Sequence[DrawnText]]], prompts: Sequence[str], *, of: int
+) -> dict[str, object]:
+    """Samples by prompt, of the reference and of models; as many prompts as fit in a page.
+
+    Args:
+        sides: by title, the samples of each prompt; one that ends early has none for the rest.
+        prompts: in the same order.
+        of: how many prompts there were.
+    """
+    shown: list[dict[str, object]] = []
+    left = _MOST_CHARACTERS
+    for i, prompt in enumerate(prompts):
+        drawn = [list(side[i][:_MOST_SAMPLES]) if i < len(side) else [] for side in sides.values()]
+        left -= len(prompt) + sum(len(sample.text) for side in drawn for sample in side)
+        if shown and left < 0:
+            break
+        shown.append({"prompt": prompt, "sides": [[_sample(sample) for sample in side] for side in drawn]})
+    scored = any(s.score is not None for side in sides.values() for samples in side for s in samples)
+    return {"sides": list(sides), "prompts": shown, "of": of, "scored": scored}
+
+
+def _sample(sample: DrawnText) -> dict[str, object]:
+    """What a reader sees of a sample; what a judge did not give is left out."""
+    values = sample._asdict()
+    wanted = ("text", "score", "tokens", "truncated", "win", "reason")
+    return {name: value for name in wanted if (value := values.get(name)) is not None}
+
+
+def _curve(curve: Curve, drawn: Sequence[Curve], chosen: str | None) -> dict[str, object]:
+    return {"name": f"{curve.name} ({curve.symbol})", **_look(curve, drawn)} | {
+        "members": [
+            {
+                "name": member.name,
+                "label": "" if (value := parameter(member)) is None else f"{value:g}",
+                "chosen": member.name == chosen,
+                "values": _values(member),
+                "optimum": _optimum(member),
+            }
+            for member in curve.members
+        ]
+    }
+
+
+def _look(curve: Curve, drawn: Sequence[Curve]) -> dict[str, object]:
+    """The colour, marker and line that the drawing gives a curve."""
+    style = look(curve, drawn)
+    return {
+        "color": style["color"],
+        "symbol": _SYMBOLS[style["marker"]] + ("-open" if style["markerfacecolor"] == "none" else ""),
+        "dash": _DASHES.get(style["linestyle"], "longdashdot"),
+    }
+
+
+def _values(member: Evaluation) -> dict[str, list[float | None]]:
+    found = {key: _figure(member, key) for key in (*LABELS, *(f"exact/{name}" for name in LABELS))}
+    return {key: values for key, values in found.items() if values}
+
+
+def _figure(member: Evaluation, key: str) -> list[float | None] | None:
+    """Value, low and high; None where the value is unknown."""
+    group, _, name = key.rpartition("/")
+    figure = ((member.exact if group else member.metrics) or {}).get(name)
+    return None if figure is None or figure.value is None else [figure.value, figure.low, figure.high]
+
+
+def _optimum(member: Evaluation) -> dict[str, float]:
+    """Where the optimum of a member's own objective lies, by theory."""
+    exact = member.exact or {}
+    found = {f"exact/{name}": number(exact, f"optimum_{name}") for name in ("expected_reward", "entropy")}
+    if best := theory_point(member):
+        found |= dict(zip(("kl_sequence", "expected_reward"), best, strict=True))
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _reference(member: Evaluation) -> dict[str, float]:
+    """The reference's figures, as far as one evaluation knows them."""
+    groups = {"": member.metrics, "exact/": member.exact or {}}
+    found = {
+        f"{group}{name}": number(figures, of_reference(name))
+        for group, figures in groups.items()
+        for name in LABELS
+    }
+    found |= {"kl_sequence": 0.0, "kl_token": 0.0, "win_rate": 0.5, "length_controlled_win_rate": 0.5}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _title(key: str) -> str:
+    name = key.removeprefix("exact/")
+    return f"{title(name)}, exact" if key == "exact/expected_reward" else title(name)
+
+
+def _unit(members: Sequence[Evaluation], key: str) -> str:
+    group, _, name = key.rpartition("/")
+    units = (((one.exact if group else one.metrics) or {}).get(name) for one in members)
+    return next((figure.unit for figure in units if figure), "")
