@@ -87,7 +87,8 @@ class DatasetStats(TypedDict, total=False):
     """What a dataset holds and what became of its source's rows: `stats.json`.
 
     Counts are by split (`rows`, `prompts`, `sft`, `extra_prompts`), by reason (`rejected`, `left_out`), by
-    kind of row or label, or by number of completions.
+    kind of row or label, or by number of completions. `longer_chosen` is the share of pairs whose better
+    completion has more characters; pairs of equal length count half.
     """
 
     stage: str
@@ -109,6 +110,7 @@ class DatasetStats(TypedDict, total=False):
     labels: dict[str, int]
     confidence: dict[str, list[float]]
     characters: dict[str, dict[str, object]]
+    longer_chosen: float
     dataset_hash: str
     test_hash: str
     mixture: list[MixedSource]

@@ -197,7 +197,7 @@ def _what_was_run(members: Sequence[Evaluation]) -> list[str]:
         f"{len(members)} model{'s' if len(members) > 1 else ''}",
         f"trained from {first.base_model}" if first.base_model else "",
         f"on {first.data_source}" if first.data_source else "",
-        f"{prompts:,} prompts of its {split} split" if split and prompts else "",
+        f"{prompts:,} prompts of the {split} split" if split and prompts else "",
         f"{samples} samples of each" if samples else "",
         f"judge: {first.judge.description or first.judge.name}",
     ]
@@ -206,7 +206,7 @@ def _what_was_run(members: Sequence[Evaluation]) -> list[str]:
 
 def _sampled_prompts(members: Sequence[Evaluation]) -> int:
     """How many prompts there are samples of."""
-    return max((number(member.metrics, "kl_sequence", "prompts") or 0 for member in members), default=0)
+    return max(int(number(member.metrics, "kl_sequence", "prompts") or 0) for member in members)
 
 
 def _origin(member: Evaluation) -> list[tuple[str, object]]:

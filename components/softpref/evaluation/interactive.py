@@ -34,8 +34,6 @@ _VIEWS = (
     ("Win rate for KL", "kl_sequence", "win_rate"),
     ("Entropy for reward, of samples", "expected_reward", "entropy_sequence"),
     ("Good variety for reward", "expected_reward", "good_diversity"),
-    ("Good variety for win rate", "win_rate", "good_diversity"),
-    ("Calibration for reward", "expected_reward", "calibration_error"),
 )
 
 

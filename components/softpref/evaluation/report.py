@@ -70,7 +70,6 @@ def write_report(
         data={
             "samples": samples,
             "reliability": [one._asdict() for one in calibrated([evaluation])],
-            "by_prompt": evaluation.by_prompt,
         },
         evaluation=evaluation,
         settings=evaluation.settings,

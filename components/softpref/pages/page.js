@@ -18,10 +18,17 @@
     return element;
   }
 
+  // A control below its label.
+  let fields = 0;
+  function labelled(label, control) {
+    control.id = `field-${++fields}`;
+    return make("div", { class: "field" }, make("label", { for: control.id }, label), control);
+  }
+
   function choice(label, options, chosen, change) {
     const select = make("select", { change: () => change(select.value) });
     for (const [value, text] of options) select.append(make("option", { value, selected: value === chosen }, short(text, 90)));
-    return [make("label", {}, make("span", {}, label), select), select];
+    return [labelled(label, select), select];
   }
 
   const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
@@ -67,7 +74,7 @@
       for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
       found.textContent = wanted ? `${rows.filter((row) => !row.hidden).length} of ${rows.length}` : "";
     }
-    const controls = make("div", { class: "controls" }, make("label", {}, make("span", {}, table.dataset.filter), input), found);
+    const controls = make("div", { class: "controls" }, labelled(table.dataset.filter, input), found);
     table.closest(".scroll").before(controls);
   }
 
@@ -301,7 +308,7 @@
           },
         ],
         x: { title: { text: "mean score of the reference's samples", standoff: 8 } },
-        y: { title: { text: "of the policy's", standoff: 8 } },
+        y: { title: { text: "mean score of the policy's samples", standoff: 8 } },
       };
     });
     drawn.canvas.on("plotly_click", ({ points: [point] }) => point.curveNumber === 1 && open(known[point.pointIndex][3]));
@@ -370,7 +377,7 @@
       make(
         "div",
         { class: "controls" },
-        make("label", {}, make("span", {}, "Search prompts and samples"), search),
+        labelled("Search prompts and samples", search),
         ...(scored ? [orderLabel] : []),
         ...(several ? [leftLabel, rightLabel] : []),
         ...(scored ? [check("best first", false, (best) => update({ best }, true))] : []),
@@ -411,12 +418,12 @@
       for (let i = 0; i < Math.max(columns[0].length, columns[1].length); i++) {
         const [a, b] = columns.map((column) => column[i]);
         const pieces = state.marks && a && b ? compare(a.text, b.text).map(marked) : [a, b].map((sample) => (sample ? [sample.text] : []));
-        rows.push(card(a, pieces[0]), card(b, pieces[1]));
+        rows.push(card(a, pieces[0], sides[state.left]), card(b, pieces[1], sides[state.right]));
       }
       view.replaceChildren(make("div", { class: "prompt" }, one.prompt.trim()), make("div", { class: "pairs" }, ...heads, ...rows));
     }
 
-    function card(sample, pieces) {
+    function card(sample, pieces, who) {
       if (!sample) return make("div", { class: "sample absent" });
       const facts = [
         sample.score == null ? "" : `score ${sample.score.toFixed(2)}`,
@@ -428,7 +435,7 @@
         "div",
         { class: "sample" },
         make("div", { class: "text" }, ...(sample.text ? pieces : [make("i", {}, "(empty)")])),
-        make("div", { class: "score" }, facts.join(" · ")),
+        make("div", { class: "score" }, make("b", { class: "who" }, `${who} · `), facts.join(" · ")),
         ...(sample.reason ? [make("div", { class: "reason" }, make("b", {}, "Judge: "), sample.reason)] : []),
       );
     }
