@@ -183,7 +183,7 @@ def _write_report(output: Path, comparison: Comparison, samples: Mapping[str, li
         health_titles=list(_HEALTH),
         health=[_health(member, comparison.passed_over) for member in members],
         samples=browsed,
-        models=[(member, ", ".join(chips(member))) for member in members],
+        models=[(member, ", ".join(chips(member)[:-1])) for member in members],  # the judge is said above
     )
     (output / REPORT_FILE).write_text(page, encoding="utf-8")
 

@@ -61,16 +61,18 @@ def frontier(members: Sequence[Evaluation], chosen: str | None, png: Path) -> st
     grid = figure.add_gridspec(2, 12, height_ratios=(1.3, 1))
     upper = [figure.add_subplot(grid[0, :7] if maximum else grid[0, :])]
     theory = not maximum and bool(theory_points(members))
+    below = [("win_rate", "win rate"), ("expected_reward", "expected reward")]
     if theory:
         panels = [_against_kl(upper[0], drawn, chosen, "expected_reward", "expected reward")]
-    else:
+    elif any(point(member, exact) for member in members):
         panels = [_entropy_and_reward(upper[0], drawn, chosen, maximum, exact)]
+    else:  # a judge that gives no scores
+        panels = [_against_kl(upper[0], drawn, chosen, *below[0])]
+        below = []
     if maximum:
         panels.append(_shortfall(figure.add_subplot(grid[0, 7:]), drawn, chosen, maximum))
-    wide = 4 if swept else 6
-    for place, (metric, title) in enumerate(
-        (("win_rate", "win rate"), ("expected_reward", "expected reward"))
-    ):
+    wide = 12 // max(1, len(below) + bool(swept))
+    for place, (metric, title) in enumerate(below):
         axes = figure.add_subplot(grid[1, wide * place : wide * (place + 1)])
         if theory and metric == "expected_reward":  # it is above, and large
             panels.append(_entropy_and_reward(axes, drawn, chosen, maximum, exact, noted=False))
@@ -84,7 +86,7 @@ def frontier(members: Sequence[Evaluation], chosen: str | None, png: Path) -> st
     if "chosen" in handles:
         handles["chosen"] = handles.pop("chosen")  # last, behind the methods
     if swept:
-        _entropy_by_alpha(figure.add_subplot(grid[1, 8:]), swept)
+        _entropy_by_alpha(figure.add_subplot(grid[1, wide * len(below) :]), swept)
     columns = min(5, len(handles))
     figure.legend(
         handles.values(),

@@ -106,8 +106,8 @@ def calibrated(members: Sequence[Evaluation]) -> list[Calibrated]:
 
 
 def _shade(colour: str, lightness: float) -> str:
-    """A hexadecimal colour, from a third darker at lightness 0 to half way to white at 1."""
-    share, target = (lightness - 0.4) * 0.8, 255 if lightness > 0.4 else 0
+    """A hexadecimal colour, from a little darker at lightness 0 to nearly half way to white at 1."""
+    share, target = (lightness - 0.25) * 0.6, 255 if lightness > 0.25 else 0
     parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return "#" + "".join(f"{round(part + abs(share) * (target - part)):02x}" for part in parts)
 
@@ -123,15 +123,16 @@ def samples_data(
         of: how many prompts there were.
     """
     shown: list[dict[str, object]] = []
-    left = _MOST_CHARACTERS
+    judged, left = False, _MOST_CHARACTERS
     for i, prompt in enumerate(prompts):
         drawn = [list(side[i][:_MOST_SAMPLES]) if i < len(side) else [] for side in sides.values()]
         left -= len(prompt) + sum(len(sample.text) for side in drawn for sample in side)
         if shown and left < 0:
             break
-        shown.append({"prompt": prompt, "sides": [[_sample(sample) for sample in side] for side in drawn]})
-    scored = any(s.score is not None for side in sides.values() for samples in side for s in samples)
-    return {"sides": list(sides), "prompts": shown, "of": of, "scored": scored}
+        told = [[_sample(sample) for sample in side] for side in drawn]
+        judged |= any("score" in sample or "win" in sample for side in told for sample in side)
+        shown.append({"prompt": prompt, "sides": told})
+    return {"sides": list(sides), "prompts": shown, "of": of, "judged": judged}
 
 
 def _sample(sample: DrawnText) -> dict[str, object]:

@@ -33,6 +33,7 @@
 
   const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
   const digits = (value) => (value == null ? "–" : Math.abs(value) >= 100 ? value.toFixed(1) : value.toFixed(3));
+  const worth = ({ score, win }) => score ?? win ?? null; // of a sample, to its judge
   const mean = (values) => (values.length ? values.reduce((sum, one) => sum + one, 0) / values.length : null);
 
   // Tables
@@ -121,7 +122,7 @@
         plot_bgcolor: "rgba(0,0,0,0)",
         font: { color: ink, family: style.fontFamily, size: 13 },
         margin: { l: 10, r: 10, t: 10, b: 10 },
-        height: narrow.matches ? 460 : 520,
+        height: narrow.matches ? 380 + 14 * traces.filter(({ showlegend }) => showlegend !== false).length : 520,
         xaxis: axis(x),
         yaxis: axis(y),
         hoverlabel: { bgcolor: dark.matches ? "#23272b" : "#ffffff", font: { color: ink }, align: "left" },
@@ -288,7 +289,7 @@
 
   // Mean score of each prompt under the two models beside one another; a click opens the prompt below.
   function prompts(Plotly, place, samples, open) {
-    const side = (one, i) => mean(one.sides[i].map(({ score }) => score).filter((score) => score != null));
+    const side = (one, i) => mean(one.sides[i].map(worth).filter((value) => value !== null));
     const known = samples.prompts.map((one, i) => [side(one, 0), side(one, 1), one.prompt, i]).filter(([a, b]) => a != null && b != null);
     if (known.length < 2) return;
     const drawn = chart(Plotly, place, "Mean score of each prompt, of the policy and of the reference; the samples are below.", (ink) => {
@@ -351,12 +352,12 @@
     });
   }
 
-  function browse(place, { sides, prompts, scored }, chosen) {
+  function browse(place, { sides, prompts, judged }, chosen) {
     place.hidden = false;
     const state = { query: "", order: "drawn", best: false, marks: true, left: 0, right: Math.max(1, sides.indexOf(chosen)), at: 0, found: [] };
     if (sides.length < 2) state.right = 0;
     const several = sides.length > 2;
-    const score = (one, side) => mean(one.sides[side].map((sample) => sample.score).filter((value) => value != null));
+    const score = (one, side) => mean(one.sides[side].map(worth).filter((value) => value !== null));
     const gap = (one) => (score(one, state.right) ?? 0) - (score(one, state.left) ?? 0);
 
     const search = make("input", { type: "search", input: () => update({ query: search.value }) });
@@ -378,9 +379,9 @@
         "div",
         { class: "controls" },
         labelled("Search prompts and samples", search),
-        ...(scored ? [orderLabel] : []),
+        ...(judged ? [orderLabel] : []),
         ...(several ? [leftLabel, rightLabel] : []),
-        ...(scored ? [check("best first", false, (best) => update({ best }, true))] : []),
+        ...(judged ? [check("best first", false, (best) => update({ best }, true))] : []),
         check("mark differences", true, (marks) => update({ marks }, true)),
       ),
       make("div", { class: "controls prompts" }, promptLabel, make("div", { class: "buttons" }, previous, next), count),
@@ -409,7 +410,7 @@
 
     function render(one) {
       if (!one) return view.replaceChildren(make("p", {}, "No prompt or sample has these words."));
-      const columns = [state.left, state.right].map((side) => (state.best ? [...one.sides[side]].sort((a, b) => (b.score ?? -Infinity) - (a.score ?? -Infinity)) : one.sides[side]));
+      const columns = [state.left, state.right].map((side) => (state.best ? [...one.sides[side]].sort((a, b) => (worth(b) ?? -Infinity) - (worth(a) ?? -Infinity)) : one.sides[side]));
       const heads = [state.left, state.right].map((side) => {
         const average = score(one, side);
         return make("h3", {}, sides[side], ...(average == null ? [] : [make("span", { class: "score" }, ` mean ${digits(average)}`)]));
