@@ -54,7 +54,7 @@ def member(place, name):
             "entropy_sequence": figure(5.0 - place),
             **({"good_diversity": figure(0.3)} if place else {}),
             "calibration_error": figure(0.02 + place / 100),
-            "unheard_of": figure(0.5),
+            "lm_eval/unheard_of/acc": figure(0.5),
         },
         by_prompt={"expected_reward": [reward] * len(PROMPTS), "win_rate": [0.6] * len(PROMPTS)},
         reliability=[
@@ -371,7 +371,7 @@ def test_figures_stand_beside_the_references_and_unknown_ones_are_shown_too(open
     table = page.get_by_role("table", name="Figures of held-out rows and samples")
     cells = table.get_by_role("row", name="Expected reward").get_by_role("cell").all_inner_texts()
     assert [cell.split("\n")[0] for cell in cells[:3]] == ["2.000", "0.000", "nats"]
-    assert page.get_by_role("rowheader", name="Unheard of").is_visible()
+    assert page.get_by_role("rowheader", name="lm_eval/unheard_of/acc").is_visible()
     assert "better than its reference" in page.inner_text(".verdict")
 
 

@@ -408,6 +408,25 @@ def test_evaluation_continues_the_training_run_and_runs_have_their_parent(tmp_pa
     assert run.data.tags["mlflow.parentRunId"] == parent
 
 
+def test_a_dataset_is_an_input_of_the_runs_that_used_it_each_once(tmp_path, store, client):
+    stats = {
+        "source": "s3://bucket/pairs.jsonl",
+        "dataset_hash": "d" * 64,
+        "rows": {"train": 90, "test": 10},
+        "rejected": {},
+    }
+    with tracker(tmp_path / "train", store) as training:
+        training.dataset(stats, "training")
+        training.dataset({}, "training")  # of no data stage: there is nothing to say
+    with tracker(tmp_path / "again", store, run_id=training.run_id) as evaluation:
+        evaluation.dataset(stats, "training")
+        evaluation.dataset(stats, "evaluation")
+    (used,) = client.get_run(training.run_id).inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("pairs.jsonl", "d" * 36)
+    assert json.loads(used.dataset.source) == {"uri": "s3://bucket/pairs.jsonl"}
+    assert json.loads(used.dataset.profile) == {"rows": {"train": 90, "test": 10}}
+
+
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
 def test_status_of_the_run_says_how_the_stage_ended(error, status, tmp_path, store, client):
     with pytest.raises(error), tracker(tmp_path / "out", store) as tracked:

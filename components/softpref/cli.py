@@ -23,7 +23,7 @@ from softpref.preflight.early import check_early
 
 if TYPE_CHECKING:
     from softpref.data.config import DataConfig
-    from softpref.evaluation.config import EvaluationConfig
+    from softpref.evaluation.config import BenchmarkConfig, EvaluationConfig
     from softpref.records import Evaluation
     from softpref.registry.config import RegistryConfig
     from softpref.sft.config import SFTConfig
@@ -49,6 +49,7 @@ class Stage(NamedTuple):
     run: Callable[[Folders, Any], object]
 
 
+_WHERE = "default: the environment's, or a local store"
 _DISK_ERRORS = ("EACCES", "EDQUOT", "EEXIST", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
 
 
@@ -109,7 +110,12 @@ def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, Commands]:
     compare = commands.add_parser(
         "compare", help="Compare evaluated models and choose one.", allow_abbrev=False
     )
-    compare.add_argument("evaluations", nargs="+", help="folders of `softpref evaluate`, one per model")
+    compare.add_argument(
+        "evaluations",
+        nargs="+",
+        help="folders of `softpref evaluate`, one per model, or runs:/ID, models:/NAME/VERSION, "
+        "models:/NAME@ALIAS, or models:/NAME for all versions",
+    )
     compare.add_argument("--output", required=True, help="folder to write: the report, its data and figures")
     compare.add_argument(
         "--selection_rule", default="expected_reward", help="what ranks models: expected_reward or win_rate"
@@ -119,6 +125,7 @@ def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, Commands]:
         ("min_win_rate", "the low end of a chosen model's win rate must be above this"),
     ):
         compare.add_argument(f"--{name}", type=float, help=f"{text} (default: no limit)")
+    compare.add_argument("--tracking_uri", default="", help=f"MLflow server of runs and models ({_WHERE})")
     sync = commands.add_parser("track-sync", help="Send what a tracking server missed.", allow_abbrev=False)
     sync.add_argument("folder", help="output folder of a stage, with its tracking.jsonl")
     sync.add_argument("--tracking_uri", default="", help="MLflow server (default: the run's own)")
@@ -162,6 +169,7 @@ def _compare(options: argparse.Namespace) -> int:
         options.max_kl,
         limits=None if options.min_win_rate is None else Limits(options.min_win_rate),
         required=False,
+        tracking_uri=options.tracking_uri or None,
     )
     report = f"report:   {Path(options.output, REPORT_FILE)}"
     print("\n".join([format_table(comparison.members), "", *outcome_lines(comparison), report]))
@@ -357,6 +365,12 @@ def _figures(evaluation: Evaluation) -> dict[str, object]:
     return {key: value for key, value in evaluation.as_dict().items() if key in ("metrics", "exact")}
 
 
+def _benchmark(folders: Folders, config: BenchmarkConfig) -> object:
+    from softpref.evaluation.benchmark import run
+
+    return run(config, **{f"{key}_dir": value for key, value in folders.items()})
+
+
 def _register(folders: Folders, config: RegistryConfig) -> object:
     from softpref.registry.stage import run
 
@@ -372,7 +386,7 @@ _TRAINING = {
     "name": Place("name of the model and of its tracking run"),
     "experiment": Place("MLflow experiment"),
     "parent_run_id": Place("MLflow run that becomes the parent of the stage's run"),
-    "tracking_uri": Place("MLflow server (default: the environment's, or a local store)"),
+    "tracking_uri": Place(f"MLflow server ({_WHERE})"),
     "checkpoint_dir": Place("folder for checkpoints during training (default: inside the output)"),
 }
 _STAGES = {
@@ -407,6 +421,15 @@ _STAGES = {
             "output": _OUTPUT,
         },
         _register,
+    ),
+    "benchmark": Stage(
+        "Answer a public benchmark for its leaderboard.",
+        {
+            "policy": Place("the model: a folder, a URL of one, models:/NAME@ALIAS, or a Hub id", True),
+            "reference": Place("its reference, for RewardBench (default: the reward is log π alone)"),
+            "output": _OUTPUT,
+        },
+        _benchmark,
     ),
 }
 

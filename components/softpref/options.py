@@ -27,6 +27,7 @@ CONFIGURATIONS = {  # module and class by stage
     "train": ("softpref.spo.config", "SPOConfig"),
     "evaluate": ("softpref.evaluation.config", "EvaluationConfig"),
     "register": ("softpref.registry.config", "RegistryConfig"),
+    "benchmark": ("softpref.evaluation.config", "BenchmarkConfig"),
 }
 HIDDEN = {  # options of transformers that the console does not offer, and what to do instead
     "output_dir": "--output names the folder to write",

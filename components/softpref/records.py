@@ -28,6 +28,7 @@ STATS_FILE, REJECTED_FILE, PAGE_FILE = "stats.json", "rejected.jsonl", "page.htm
 OUTCOMES_FILE, REWARD_FILE = "outcomes.jsonl", "reward.json"
 METADATA_FILE = "softpref.json"
 EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl", "report.html"
+SAMPLES_TABLE_FILE = "samples.json"
 COMPARISON_FILE, FRONTIER_FILE, CHOSEN_FOLDER = "comparison.json", "frontier.png", "chosen"
 REGISTRATION_FILE = "registration.json"
 PARAMETERS_FILE, TIMINGS_FILE = "parameters.yaml", "timings.json"
@@ -260,9 +261,10 @@ class Evaluation:
             no preferences.
         theory, reward_frontier: the optimum estimated from samples of the reference, and the most expected
             reward at each KL; None where rewards are not known.
-        by_prompt: expected reward and win rate of each prompt, for paired comparisons.
+        by_prompt: values of each prompt, by figure, for paired comparisons.
         settings: those that change a figure's meaning.
         data_source, base_model: where the rows came from, and what the reference was trained from.
+        example: the first prompt that was drawn from, as a user would send it.
     """
 
     name: str
@@ -292,6 +294,7 @@ class Evaluation:
     settings: dict[str, object] = field(default_factory=dict)
     data_source: str = ""
     base_model: str = ""
+    example: Text | None = None
     warnings: list[str]
 
     @classmethod
@@ -333,15 +336,37 @@ class Evaluation:
         """As JSON has it."""
         return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
 
-    def values(self, prefix: str = "") -> dict[str, float]:
-        """`{NAME: value, exact/NAME: value, theory/NAME: value}` of the figures that have a value."""
+    def values(self, prefix: str = "", part: str = "value") -> dict[str, float]:
+        """`{NAME: value, exact/NAME: value, theory/NAME: value}` of the figures that have a value.
+
+        Args:
+            part: what to take of a figure, `value`, or `low` or `high` of its interval.
+        """
         groups = {"": self.metrics, "exact/": self.exact or {}, "theory/": self.theory or {}}
         return {
-            f"{prefix}{group}{name}": figure.value
+            f"{prefix}{group}{name}": value
             for group, figures in groups.items()
             for name, figure in figures.items()
-            if figure.value is not None
+            if (value := getattr(figure, part)) is not None
         }
+
+
+class BestFor(NamedTuple):
+    """The member that serves a use best.
+
+    Attributes:
+        use: what a model is wanted for, in words.
+        figure: the name of the figure that tells.
+        best: the member's name.
+        alike: members that cannot be told from it: the interval of their difference includes 0.
+        differences: of every other healthy member to the best, prompt by prompt.
+    """
+
+    use: str
+    figure: str
+    best: str
+    alike: list[str]
+    differences: Figures
 
 
 class EqualRewardRow(TypedDict):
@@ -368,6 +393,7 @@ _OF_ONE_MODEL = (
     "settings",
     "data_source",
     "base_model",
+    "example",
 )  # no part of a comparison
 
 
@@ -380,6 +406,7 @@ class Comparison:
         chosen: a member's name; None where none may be chosen.
         passed_over: members that the rule ranks higher, with what keeps each from passing the gate.
         equal_reward: None without SPO members, or with nothing beside them.
+        best_for: by use.
     """
 
     rule: str
@@ -388,6 +415,7 @@ class Comparison:
     passed_over: dict[str, list[str]]
     equal_reward: EqualReward | None
     members: list[Evaluation]
+    best_for: list[BestFor] = field(default_factory=list)
 
     @property
     def chosen_member(self) -> Evaluation | None:
@@ -403,15 +431,20 @@ class Comparison:
         path = Path(folder) / COMPARISON_FILE
         known = _read(path, "a comparison folder")
         members = [Evaluation.of(member, path) for member in known.get("members", ())]
+        uses = [
+            BestFor(**{**one, "differences": figures_of(one["differences"])})
+            for one in known.get("best_for", ())
+        ]
         others: dict[str, Any] = {one.name: known.get(one.name) for one in fields(cls)}
-        return cls(**{**others, "members": members})
+        return cls(**{**others, "members": members, "best_for": uses})
 
     def write(self, folder: Path) -> None:
         members = [
             {name: value for name, value in member.as_dict().items() if name not in _OF_ONE_MODEL}
             for member in self.members
         ]
-        _write(folder / COMPARISON_FILE, {**vars(self), "members": members})
+        uses = [_plain(one) for one in self.best_for]
+        _write(folder / COMPARISON_FILE, {**vars(self), "members": members, "best_for": uses})
 
 
 @dataclass(kw_only=True)
@@ -454,6 +487,18 @@ def write_samples(folder: Path, records: Iterable[PromptRecord]) -> None:
             lines.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
 
 
+def write_samples_table(folder: Path, records: Iterable[PromptRecord]) -> None:
+    """Write `samples.json`, the policy's samples in the format of MLflow's tables."""
+    columns = ["prompt", "completion", "score", "truncated", "tokens", "kl"]
+    rows = [
+        [record.prompt, text.text, text.score, text.truncated, text.tokens, text.kl]
+        for record in records
+        for text in record.policy
+    ]
+    table = json.dumps({"columns": columns, "data": rows}, ensure_ascii=False)
+    (folder / SAMPLES_TABLE_FILE).write_text(table, encoding="utf-8")
+
+
 def read_samples(folder: str | Path, most: int) -> list[PromptRecord]:
     """The first `most` prompts of `samples.jsonl`; empty where it is absent."""
     path = Path(folder) / SAMPLES_FILE
@@ -494,7 +539,7 @@ def _plain(value: object) -> object:
     """Named tuples as dictionaries; a sample without KL has none."""
     if isinstance(value, DrawnText):
         return {name: part for name, part in value._asdict().items() if name != "kl" or part is not None}
-    if isinstance(value, (Figure, JudgedBy, PromptRecord, Reliability)):
+    if isinstance(value, (BestFor, Figure, JudgedBy, PromptRecord, Reliability)):
         return _plain(value._asdict())
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}

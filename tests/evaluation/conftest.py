@@ -135,6 +135,9 @@ class Recorder:
     def tags(self, values):
         self.calls.append(("tags", values))
 
+    def dataset(self, stats, context):
+        self.calls.append(("dataset", context))
+
     def artifact(self, path, folder=""):
         self.calls.append(("artifact", Path(path).name))
 

@@ -11,7 +11,8 @@ import pytest
 from softpref.cli import main
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation import choice, compare, tables
-from softpref.evaluation.compare import evaluation_folders, outcome_lines
+from softpref.evaluation.addresses import evaluation_folders
+from softpref.evaluation.compare import outcome_lines
 from softpref.fitness import Limits
 from softpref.records import Comparison
 
@@ -255,7 +256,12 @@ def test_the_terminal_has_the_choice_its_place_and_every_warning_once(tmp_path):
     warned = [SHARP | {"warnings": ["all", "own"]}, EVEN | {"warnings": ["all"]}]
     lines = outcome_lines(compare.run(save(tmp_path, *warned), str(tmp_path / "out")))
     assert lines[0].startswith("chosen:   even. sharp has the best")
-    assert lines[1:] == ["model:    s3://even", "warning:  all", "warning:  sharp: own"]
+    assert lines[1:] == [
+        "model:    s3://even",
+        "best for one answer: sharp (not told from it: even)",
+        "warning:  all",
+        "warning:  sharp: own",
+    ]
 
 
 def test_members_too_far_from_the_reference_cannot_be_chosen():
@@ -359,6 +365,11 @@ def test_members_evaluated_differently_are_refused_by_name(tmp_path):
     with pytest.raises(DataError, match=r"sharp, even \(same\); soft \(other\)"):
         run(save(tmp_path, SHARP, EVEN, other), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+    alike = {"data": "d", "judge": "expert e", "reference": "r", "settings": {"seed": 0}}
+    first = SHARP | {"evaluated_on": alike}
+    then = other | {"evaluated_on": alike | {"judge": "llm f", "settings": {"seed": 1}}}
+    with pytest.raises(DataError, match="evaluated on different judge and settings: "):
+        run(save(tmp_path / "more", first, then), str(tmp_path / "out"))
 
 
 def test_when_every_member_is_too_far_the_report_is_kept_and_the_run_fails(tmp_path):

@@ -21,7 +21,7 @@ from softpref.evaluation.stage import headline
 from softpref.fitness import ailments
 from softpref.lm.loading import load_model, load_tokenizer
 from softpref.lm.tokenization import stop_token_ids, tokenize_row
-from softpref.records import Evaluation, load_metadata, save_metadata
+from softpref.records import Evaluation, load_metadata, read_samples, save_metadata
 
 METRICS = {
     "preference_accuracy", "preference_margin", "win_rate", "expected_reward", "reference_expected_reward",
@@ -304,9 +304,11 @@ def test_figures_go_to_the_run_of_the_policy(world, evaluating, recorded, tmp_pa
     assert logged["eval/exact/mass_on_set"] == evaluation["exact"]["mass_on_set"]["value"]
     assert {call[1] for call in recorded if call[0] == "artifact"} == {
         "evaluation.json",
+        "samples.json",
         "samples.jsonl",
         "report.html",
     }
+    assert ("dataset", "evaluation") in recorded
 
 
 def test_extrapolated_models_are_evaluated_beside_their_policy(
@@ -517,13 +519,29 @@ def test_component_writes_artifacts_and_tracks_to_a_real_store(world, extrapolat
     assert evaluation.metadata["evaluation_id"] == written["evaluation_id"]
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/own.db")
     [run] = client.search_runs([client.get_experiment_by_name("component").experiment_id])
-    assert run.data.metrics["eval/win_rate"] == written["metrics"]["win_rate"]["value"]
+    win_rate = written["metrics"]["win_rate"]
+    for key, part in {
+        "eval/win_rate": "value",
+        "eval/low/win_rate": "low",
+        "eval/high/win_rate": "high",
+    }.items():
+        assert run.data.metrics[key] == win_rate[part]
+    (used,) = run.inputs.dataset_inputs
+    assert used.dataset.digest == written["dataset_hash"][:36]
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/own.db")
+    try:
+        table = client.load_table(run.info.experiment_id, "evaluation/samples.json", [run.info.run_id])
+    finally:
+        mlflow.set_tracking_uri(None)
+    samples = read_samples(tmp_path / "evaluation", 1000)
+    assert table["completion"].tolist() == [text.text for one in samples for text in one.policy]
+    assert table["prompt"][0] == samples[0].prompt == written["example"]
     member = json.loads((tmp_path / "evaluation/extrapolated-0.5/evaluation.json").read_text())
     assert member["model_uri"] == "s3://models/spo-1/extrapolated-0.5"
     win_rate = run.data.metrics["eval/expo-0.5/win_rate"]
     assert win_rate == pytest.approx(member["metrics"]["win_rate"]["value"])
     files = client.list_artifacts(run.info.run_id, "evaluation/extrapolated-0.5")
-    assert len(files) == 3
+    assert len(files) == 4
 
 
 def test_models_that_were_broken_on_purpose_are_told_from_sharper_and_softer_ones(

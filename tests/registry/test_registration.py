@@ -47,7 +47,7 @@ def test_registered_version_says_where_it_comes_from_and_how_good_it_is(
     decision = run(
         config(store),
         model,
-        write_evaluation(tmp_path / "evaluation"),
+        write_evaluation(tmp_path / "evaluation", example="a small fox"),
         tmp_path / "registration",
         tmp_path / "comparison",
     )
@@ -70,6 +70,8 @@ def test_registered_version_says_where_it_comes_from_and_how_good_it_is(
     assert logged.source_run_id == tracker.run_id
     assert logged.experiment_id == client.get_experiment_by_name("sweep").experiment_id
     assert Path(logged.artifact_location.removeprefix("file://")).is_relative_to(tmp_path)
+    example = Path(logged.artifact_location.removeprefix("file://")) / "input_example.json"
+    assert json.loads(example.read_text()) == {"prompt": "a small fox"}
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     assert {path.name: path.stat().st_mtime_ns for path in model.iterdir()} == before
 

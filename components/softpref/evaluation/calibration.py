@@ -22,10 +22,17 @@ BINS = 10
 
 
 class Calibration(NamedTuple):
-    """Figures by name, and the bins of the reliability diagram, least confident first."""
+    """What is found of a model's implied preferences.
+
+    Attributes:
+        figures: by name.
+        bins: of the reliability diagram, least confident first.
+        divergence: mean `vote_divergence` of each prompt, in the order of the sorted prompts.
+    """
 
     figures: dict[str, Figure]
     bins: list[Reliability]
+    divergence: list[float]
 
 
 def calibration(
@@ -83,7 +90,11 @@ def calibration(
                 float(confidence[group].mean()), found.value or 0.0, found.low, found.high, len(group)
             )
         )
-    return Calibration(figures | _calibration_error(confidence - share, groups, labels, bootstrap), bins)
+    _, cluster = np.unique(labels.astype(str), return_inverse=True)
+    by_prompt = np.bincount(cluster, divergence) / np.bincount(cluster)
+    return Calibration(
+        figures | _calibration_error(confidence - share, groups, labels, bootstrap), bins, by_prompt.tolist()
+    )
 
 
 def _calibration_error(

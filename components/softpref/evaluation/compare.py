@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from softpref.artifacts import plain
 from softpref.errors import ConfigError, DataError
+from softpref.evaluation.addresses import find_evaluations
 from softpref.evaluation.choice import check_rule, choose, rule_in_words
 from softpref.evaluation.curves import all_exact, equal_reward, position
 from softpref.evaluation.interactive import MOST_PROMPTS
 from softpref.evaluation.meanings import title
 from softpref.evaluation.report import chips
 from softpref.evaluation.tables import Column, columns, softness
+from softpref.evaluation.uses import best_for, use_lines
 from softpref.fitness import Limits, ailments, number
-from softpref.lm.extrapolation import extrapolated_folders
 from softpref.pages import render
 from softpref.records import (
     CHOSEN_FOLDER,
@@ -32,7 +34,7 @@ from softpref.tracking import current_pipeline_run
 
 
 def run(
-    evaluation_dirs: Sequence[str],
+    evaluations: Sequence[str],
     output_dir: str,
     rule: str = "expected_reward",
     max_kl: float | None = None,
@@ -43,14 +45,15 @@ def run(
     experiment: str = "softpref",
     tracking_uri: str | None = None,
 ) -> Comparison:
-    """Compare evaluation folders; write `output_dir`; return what `comparison.json` holds.
+    """Compare evaluations; write `output_dir`; return what `comparison.json` holds.
 
     The members are these evaluations and those of extrapolated models in their folders. Writes
     `comparison.json`, `report.html`, `frontier.png`, and the chosen member's `chosen/evaluation.json`, which
     is all that registration needs beside the model. With `parent_run_id` they are logged to that MLflow run.
 
     Args:
-        evaluation_dirs: folders of stage 4, one per trained model, all evaluated in the same way.
+        evaluations: folders of stage 4, one per trained model, or addresses in MLflow (see
+            `find_evaluations`), all evaluated in the same way.
         rule: the metric that ranks members, `expected_reward` or `win_rate`.
         max_kl: members whose sequence KL to the reference, in nats, exceeds this cannot be chosen.
         limits: of the registry's gate, so that the chosen model can be registered; None sets none.
@@ -64,12 +67,11 @@ def run(
             chosen though one is `required` (the report is written in any case).
     """
     check_rule(rule, max_kl)
-    folders = evaluation_folders(evaluation_dirs)
-    evaluations = [Evaluation.read(folder) for folder in folders]
-    members = sorted(evaluations, key=position)
+    output = Path(output_dir)
+    found = find_evaluations(evaluations, output / "evaluations", tracking_uri)
+    members = sorted((one.evaluation for one in found), key=position)
     check_comparable(members)
     choice = choose(members, rule, max_kl, limits)
-    output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     comparison = Comparison(
         rule=rule_in_words(rule, max_kl, limits),
@@ -78,8 +80,9 @@ def run(
         passed_over=dict(choice.passed_over),
         equal_reward=equal_reward(members),
         members=members,
+        best_for=best_for(members),
     )
-    folder_of = {evaluation.name: folder for evaluation, folder in zip(evaluations, folders, strict=True)}
+    folder_of = {one.evaluation.name: one.folder for one in found}
     samples = {name: read_samples(folder, MOST_PROMPTS) for name, folder in folder_of.items()}
     _write_report(output, comparison, samples)
     if choice.name is not None:
@@ -98,18 +101,13 @@ def outcome_lines(comparison: Comparison) -> list[str]:
     lines = [f"chosen:   {comparison.chosen or 'none'}. {comparison.reason}"]
     if chosen := comparison.chosen_member:
         lines.append(f"model:    {chosen.model_uri}")
+    lines += use_lines(comparison.best_for)
     return lines + warning_lines(comparison.members)
 
 
 def warning_lines(members: Sequence[Evaluation]) -> list[str]:
     """What a terminal shows of the warnings that a report has, each once, by model."""
     return [f"warning:  {text}" for text in gathered_warnings(members)]
-
-
-def evaluation_folders(folders: Iterable[str | Path]) -> list[Path]:
-    """These evaluation folders, each followed by those of the models extrapolated from its policy."""
-    found = ((Path(folder), *extrapolated_folders(folder)) for folder in folders)
-    return list(dict.fromkeys(folder for group in found for folder in group))
 
 
 def check_comparable(members: Sequence[Evaluation]) -> None:
@@ -130,9 +128,15 @@ def check_comparable(members: Sequence[Evaluation]) -> None:
         groups.setdefault(member.evaluation_id, []).append(member.name)
     if len(groups) > 1:
         parts = "; ".join(f"{', '.join(group)} ({identity})" for identity, group in groups.items())
+        known = [member.evaluated_on for member in members if member.evaluated_on]
+        differing = [
+            name
+            for name in ("data", "judge", "reference", "settings")
+            if len({json.dumps(one.get(name), sort_keys=True) for one in known}) > 1
+        ]
+        what = " and ".join(differing) if len(known) == len(members) else "data, judge, reference or settings"
         raise DataError(
-            f"members were evaluated on different data, judge, reference or settings: {parts}; evaluate them "
-            "in the same way first"
+            f"members were evaluated on different {what}: {parts}; evaluate them in the same way first"
         )
 
 
@@ -150,10 +154,10 @@ def _write_report(output: Path, comparison: Comparison, samples: Mapping[str, li
     calibration = calibrated(members)
     listed = {member.name: records for member in members if (records := samples[member.name])}
     first = next(iter(listed.values()), [])
-    sides = {
-        "Reference": [record.reference for record in first],
-        **{name: [record.policy for record in records] for name, records in listed.items()},
-    }
+    sides = [
+        ("Reference", [record.reference for record in first]),
+        *((name, [record.policy for record in records]) for name, records in listed.items()),
+    ]
     prompts = [record.prompt for record in first]
     browsed = samples_data(sides, prompts, of=max(len(prompts), _sampled_prompts(members)))
     page = render(
@@ -165,6 +169,7 @@ def _write_report(output: Path, comparison: Comparison, samples: Mapping[str, li
             "chosen": comparison.chosen,
         },
         comparison=comparison,
+        names_of={one.figure: title(one.figure) for one in comparison.best_for},
         run=_what_was_run(members),
         origin=_origin(members[0]),
         warnings=gathered_warnings(members),

@@ -118,6 +118,7 @@ def compare_models(
     registry_overrides: dict = {},  # type: ignore[type-arg]  # noqa: B006
     experiment: str = "softpref",
     tracking_uri: str = "",
+    others: list = [],  # type: ignore[type-arg]  # noqa: B006
     record: Input[Artifact] = None,
 ) -> NamedTuple("Outputs", [("model_uri", str), ("name", str)]):  # type: ignore[valid-type]
     """Compare the members of a sweep and choose one by a stated rule.
@@ -137,6 +138,8 @@ def compare_models(
         registry_overrides: Any other parameter of the registration stage; of the gate it is max_kl.
         experiment: MLflow experiment of the sweep's run, which receives report and figures.
         tracking_uri: MLflow server. Empty: MLFLOW_TRACKING_URI, or a local store.
+        others: Further evaluations, done in the same way: runs:/ID, models:/NAME/VERSION,
+            models:/NAME@ALIAS, or models:/NAME for all versions.
         record: What the plan logged to MLflow; delivered here if MLflow was unreachable then.
 
     Returns:
@@ -162,7 +165,7 @@ def compare_models(
         asked = {"registered_model_name": registered_model_name, "min_win_rate": min_win_rate}
         gate = build_config(RegistryConfig, asked, parse_overrides(registry_overrides))
     result = run(
-        [evaluation.path for evaluation in evaluations],
+        [*(evaluation.path for evaluation in evaluations), *others],
         comparison.path,
         selection_rule,
         max_kl or None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from softpref.errors import ConfigError
@@ -34,6 +34,8 @@ class EvaluationConfig:
             enumerates them, else see `theory_samples`; 0 leaves theory out.
         theory_samples: samples of the reference for each of these prompts, from which the optimum is
             estimated where the reward of any text is known; 0 leaves that out.
+        lm_eval_tasks: tasks of the LM Evaluation Harness to measure the policy by as well, names or files of
+            tasks (`.yaml`); needs `softpref[lm-eval]`.
         bootstrap_samples: resamples per confidence interval.
         confidence: coverage of the intervals, in (0, 1).
         seed: of the choice of prompts and rows, the sampling, the judge and the bootstrap.
@@ -56,6 +58,7 @@ class EvaluationConfig:
     judge_max_rows: int = 20000
     exact_prompts: int = 8
     theory_samples: int = 1024
+    lm_eval_tasks: list[str] = field(default_factory=list)
     bootstrap_samples: int = 1000
     confidence: float = 0.95
     seed: int = 0
@@ -87,3 +90,61 @@ class EvaluationConfig:
             raise ConfigError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
         if not self.split:
             raise ConfigError("split needs a name, like 'test'")
+
+
+@dataclass
+class BenchmarkConfig:
+    """How a model answers a public benchmark, or is measured by its pairs.
+
+    Answers are drawn from exactly the model's own distribution, as in evaluation: softness is what a
+    leaderboard is to see.
+
+    Args:
+        questions: the benchmark's file: AlpacaEval's JSON, or JSON lines of MT-Bench, Arena-Hard or
+            RewardBench.
+        name: the model's name on the leaderboard; empty takes that of its `softpref.json`, or of its folder.
+        choices: answers to each question, where the format has room for more than one.
+        prompt_template: how a model without chat template is asked, with `{question}` at its place.
+        system_prompt: system message of each conversation; empty has none.
+        max_new_tokens: longest answer in tokens, end token included; 0 takes `max_completion_length` from
+            the model's `softpref.json`.
+        max_prompt_length: longest question in tokens; of a longer one the beginning is cut off; 0 has no
+            limit.
+        batch_size: sequences per forward pass.
+        seed: of the sampling.
+        dtype: weights of the models.
+        trust_remote_code: run model code that comes with the models.
+        device: where the models run; empty takes a GPU when there is one.
+    """
+
+    questions: str = ""
+    name: str = ""
+    choices: int = 1
+    prompt_template: str = "{question}\n"
+    system_prompt: str = ""
+    max_new_tokens: int = 0
+    max_prompt_length: int = 0
+    batch_size: int = 64
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    trust_remote_code: bool = False
+    device: str = ""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("choices", 1),
+            ("max_new_tokens", 0),
+            ("max_prompt_length", 0),
+            ("batch_size", 1),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
+        if not self.questions:
+            raise ConfigError("questions needs a benchmark's file")
+        if "{question}" not in self.prompt_template:
+            raise ConfigError(
+                f"prompt_template needs {{question}} at its place, got {self.prompt_template!r}"
+            )

@@ -29,13 +29,25 @@ def variety(
     reference: Sequence[Sequence[DrawnText]],
     bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
 ) -> dict[str, Figure]:
-    """`vendi_score`, `distinct_answers`, `mode_share`, `compression_ratio` and `good_diversity`, by prompt.
-
-    Texts are cut to the lower quartile of the lengths of the reference's samples, in words and marks; good is
-    a sample that scores at least as high as the median of the reference's on its prompt.
+    """`vendi_score`, `distinct_answers`, `mode_share`, `compression_ratio` and `good_diversity`.
 
     Args:
         samples, reference: of the model that is measured, and of its reference, by prompt.
+    """
+    units = {"vendi_score": "answers", "distinct_answers": "answers", "compression_ratio": "ratio"}
+    return {
+        name: over_prompts(values, units.get(name, "fraction"), bootstrap)
+        for name, values in variety_by_prompt(samples, reference).items()
+    }
+
+
+def variety_by_prompt(
+    samples: Sequence[Sequence[DrawnText]], reference: Sequence[Sequence[DrawnText]]
+) -> dict[str, list[float]]:
+    """The figures of `variety`, a value for each prompt.
+
+    Texts are cut to the lower quartile of the lengths of the reference's samples, in words and marks; good is
+    a sample that scores at least as high as the median of the reference's on its prompt.
     """
     lengths = [len(words(text.text)) for group in reference for text in group]
     length = int(np.quantile(lengths, 0.25)) if lengths else 0
@@ -52,10 +64,7 @@ def variety(
             "good_diversity": good_diversity(alike, scores, least),
         }.items():
             found.setdefault(name, []).append(value)
-    units = {"vendi_score": "answers", "distinct_answers": "answers", "compression_ratio": "ratio"}
-    return {
-        name: over_prompts(values, units.get(name, "fraction"), bootstrap) for name, values in found.items()
-    }
+    return found
 
 
 def at_length(texts: Sequence[str], length: int) -> list[str]:

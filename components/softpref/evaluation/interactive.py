@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from softpref.evaluation.curves import (
@@ -36,6 +36,8 @@ _VIEWS = (
     ("Good variety for reward", "expected_reward", "good_diversity"),
 )
 
+_KEYS = (*LABELS, *(f"exact/{name}" for name in LABELS))
+
 
 class Calibrated(NamedTuple):
     """A model on the reliability diagram."""
@@ -54,11 +56,8 @@ def frontier_data(members: Sequence[Evaluation], chosen: str | None) -> dict[str
         chosen: name of the member to ring.
     """
     drawn = curves(members)
-    known = {
-        key: _unit(members, key)
-        for key in (*LABELS, *(f"exact/{name}" for name in LABELS))
-        if any(_figure(member, key) for member in members)
-    }
+    known = {key: unit for member in members for key, (_, unit) in _figures(member).items()}
+    known = {key: known[key] for key in (*_KEYS, *known) if key in known}  # in the order of the labels
     views = [(name, x, y) for name, x, y in _VIEWS if x in known and y in known]
     if not all_exact(members):
         views = [view for view in views if "exact/" not in view[1]]
@@ -113,26 +112,26 @@ def _shade(colour: str, lightness: float) -> str:
 
 
 def samples_data(
-    sides: Mapping[str, Sequence[Sequence[DrawnText]]], prompts: Sequence[str], *, of: int
+    sides: Sequence[tuple[str, Sequence[Sequence[DrawnText]]]], prompts: Sequence[str], *, of: int
 ) -> dict[str, object]:
     """Samples by prompt, of the reference and of models; as many prompts as fit in a page.
 
     Args:
-        sides: by title, the samples of each prompt; one that ends early has none for the rest.
+        sides: a title and the samples of each prompt; one that ends early has none for the rest.
         prompts: in the same order.
         of: how many prompts there were.
     """
     shown: list[dict[str, object]] = []
     judged, left = False, _MOST_CHARACTERS
     for i, prompt in enumerate(prompts):
-        drawn = [list(side[i][:_MOST_SAMPLES]) if i < len(side) else [] for side in sides.values()]
+        drawn = [list(side[i][:_MOST_SAMPLES]) if i < len(side) else [] for _, side in sides]
         left -= len(prompt) + sum(len(sample.text) for side in drawn for sample in side)
         if shown and left < 0:
             break
         told = [[_sample(sample) for sample in side] for side in drawn]
         judged |= any("score" in sample or "win" in sample for side in told for sample in side)
         shown.append({"prompt": prompt, "sides": told})
-    return {"sides": list(sides), "prompts": shown, "of": of, "judged": judged}
+    return {"sides": [title for title, _ in sides], "prompts": shown, "of": of, "judged": judged}
 
 
 def _sample(sample: DrawnText) -> dict[str, object]:
@@ -149,7 +148,7 @@ def _curve(curve: Curve, drawn: Sequence[Curve], chosen: str | None) -> dict[str
                 "name": member.name,
                 "label": "" if (value := parameter(member)) is None else f"{value:g}",
                 "chosen": member.name == chosen,
-                "values": _values(member),
+                "values": {key: values for key, (values, _) in _figures(member).items()},
                 "optimum": _optimum(member),
             }
             for member in curve.members
@@ -167,16 +166,15 @@ def _look(curve: Curve, drawn: Sequence[Curve]) -> dict[str, object]:
     }
 
 
-def _values(member: Evaluation) -> dict[str, list[float | None]]:
-    found = {key: _figure(member, key) for key in (*LABELS, *(f"exact/{name}" for name in LABELS))}
-    return {key: values for key, values in found.items() if values}
-
-
-def _figure(member: Evaluation, key: str) -> list[float | None] | None:
-    """Value, low and high; None where the value is unknown."""
-    group, _, name = key.rpartition("/")
-    figure = ((member.exact if group else member.metrics) or {}).get(name)
-    return None if figure is None or figure.value is None else [figure.value, figure.low, figure.high]
+def _figures(member: Evaluation) -> dict[str, tuple[list[float | None], str]]:
+    """Value, low and high, and unit, of each figure whose value is known and that is a model's own."""
+    others = {of_reference(name) for name in LABELS}
+    return {
+        f"{group}{name}": ([figure.value, figure.low, figure.high], figure.unit)
+        for group, figures in (("", member.metrics), ("exact/", member.exact or {}))
+        for name, figure in figures.items()
+        if figure.value is not None and name not in others and not name.startswith("optimum_")
+    }
 
 
 def _optimum(member: Evaluation) -> dict[str, float]:
@@ -203,9 +201,3 @@ def _reference(member: Evaluation) -> dict[str, float]:
 def _title(key: str) -> str:
     name = key.removeprefix("exact/")
     return f"{title(name)}, exact" if key == "exact/expected_reward" else title(name)
-
-
-def _unit(members: Sequence[Evaluation], key: str) -> str:
-    group, _, name = key.rpartition("/")
-    units = (((one.exact if group else one.metrics) or {}).get(name) for one in members)
-    return next((figure.unit for figure in units if figure), "")

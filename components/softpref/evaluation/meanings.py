@@ -59,8 +59,8 @@ class Row(NamedTuple):
 
 
 def title(name: str) -> str:
-    """What a figure is called; one that has no label keeps its name."""
-    return LABELS[name][0] if name in LABELS else name.replace("_", " ").capitalize()
+    """What a figure is called; one that has no label, such as a benchmark's, keeps its name."""
+    return LABELS[name][0] if name in LABELS else name
 
 
 def of_reference(name: str) -> str:

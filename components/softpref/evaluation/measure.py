@@ -40,11 +40,13 @@ class HeldOut(NamedTuple):
     Attributes:
         figures: by name.
         reliability: bins of the reliability diagram; None where the method implies no preferences.
+        by_prompt: values of each prompt, by figure.
         warnings: about rows.
     """
 
     figures: Figures
     reliability: list[Reliability] | None
+    by_prompt: dict[str, list[float]]
     warnings: list[str]
 
 
@@ -103,7 +105,7 @@ def held_out(
             prompt=keys,
         ),
     }
-    reliability = None
+    reliability, by_prompt = None, dict[str, list[float]]()
     pairs = [place for place, row in enumerate(used) if row["kind"] == "pairwise"]
     if pairs and (implied := implied_preferences(metadata)):
         scale, anchor = implied
@@ -115,6 +117,7 @@ def held_out(
             bootstrap=bootstrap,
         )
         figures, reliability = {**figures, **found.figures}, found.bins
+        by_prompt["vote_divergence"] = found.divergence
     warnings = []
     if len(used) < len(rows):
         warnings.append(
@@ -122,7 +125,7 @@ def held_out(
         )
     counts = Counter(name for group in tokens for name in row_findings(group))
     counts["given"] = len(tokens)
-    return HeldOut(figures, reliability, warnings + findings_text(counts, "held-out rows"))
+    return HeldOut(figures, reliability, by_prompt, warnings + findings_text(counts, "held-out rows"))
 
 
 def implied_preferences(metadata: ModelMetadata) -> tuple[float, float] | None:

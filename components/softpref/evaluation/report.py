@@ -63,7 +63,7 @@ def write_report(
         if evaluation.exact and number(evaluation.exact, "optimum_entropy") is not None:
             drawings["optimum"] = charts.optimum_against_policy(exact)
         drawings["entropy"] = charts.entropy_and_reward(exact)
-    shown = {"Reference": sides["reference"], evaluation.name: sides["policy"]}
+    shown = [("Reference", sides["reference"]), (evaluation.name, sides["policy"])]
     samples = samples_data(shown, [record.prompt for record in records[:MOST_PROMPTS]], of=len(records))
     page = render(
         "evaluation.html",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -11,6 +12,7 @@ from softpref.config import write_parameters
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.doubts import doubts, outside_the_set
+from softpref.evaluation.harness import Tasks, find_tasks, measured
 from softpref.evaluation.identity import DEFINING, identify
 from softpref.evaluation.measure import draw_samples, held_out, sampled
 from softpref.evaluation.models import Models, check_prompts, load_policy, load_reference, tokenize_prompts
@@ -29,6 +31,7 @@ from softpref.records import (
     OUTCOMES_FILE,
     REPORT_FILE,
     SAMPLES_FILE,
+    SAMPLES_TABLE_FILE,
     DrawnText,
     EvaluatedOn,
     Evaluation,
@@ -41,6 +44,7 @@ from softpref.records import (
     load_metadata,
     read_stats,
     write_samples,
+    write_samples_table,
 )
 from softpref.timings import PhaseTimer
 
@@ -74,8 +78,10 @@ def run(
 ) -> Evaluation:
     """Evaluate `policy_dir` against `reference_dir` on `dataset_dir`; write `output_dir`; return the figures.
 
-    Writes `evaluation.json` (last, so that its presence means success), `samples.jsonl` and `report.html`,
-    and logs every figure as `eval/NAME` (`eval/exact/NAME`) to the policy's own MLflow run. Models that were
+    Writes `evaluation.json` (last, so that its presence means success), `samples.jsonl` (and the policy's as
+    MLflow's table, `samples.json`) and `report.html`, and logs every figure as `eval/NAME`
+    (`eval/exact/NAME`), its interval as `eval/low/NAME` and `eval/high/NAME`, to the policy's own MLflow run.
+    Models that were
     extrapolated from the policy (`extrapolated-W` in its folder) are evaluated before it, on the same prompts
     with the same seeds, into `output_dir/extrapolated-W`; the same run has their figures, `eval/expo-W/NAME`.
 
@@ -112,6 +118,7 @@ def run(
             f"{policy_dir} has no {METADATA_FILE} with max_completion_length; set max_new_tokens"
         )
     dataset = _load_dataset(dataset_dir, config)
+    tasks = find_tasks(config.lm_eval_tasks)
     output.mkdir(parents=True, exist_ok=True)
 
     from softpref.tracking import Tracker, run_tracked_in
@@ -132,7 +139,8 @@ def run(
             "reference_uri": reference_uri,
         }
         run_id = own_run or tracker.run_id
-        task = _prepare(config, dataset, places, metadata, timer)
+        task = _prepare(config, dataset, places, metadata, tasks, timer)
+        tables = []
         for member in members:
             folder = output / member.subfolder
             folder.mkdir(exist_ok=True)
@@ -140,10 +148,22 @@ def run(
             evaluation.write(folder)
             weight = member.metadata.get("extrapolation")
             prefix = f"eval/expo-{weight:g}/" if weight else "eval/"
-            tracker.metrics(evaluation.values(prefix), step=0)
-            for file in (EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE):
-                tracker.artifact(folder / file, folder=f"evaluation/{member.subfolder}".rstrip("/"))
-        tracker.tags({"evaluation_id": evaluation.evaluation_id})
+            tracker.metrics(
+                {
+                    **evaluation.values(prefix),
+                    **evaluation.values(f"{prefix}low/", "low"),
+                    **evaluation.values(f"{prefix}high/", "high"),
+                },
+                step=0,
+            )
+            place = f"evaluation/{member.subfolder}".rstrip("/")
+            for file in (EVALUATION_FILE, SAMPLES_FILE, SAMPLES_TABLE_FILE, REPORT_FILE):
+                tracker.artifact(folder / file, folder=place)
+            tables.append({"path": f"{place}/{SAMPLES_TABLE_FILE}", "type": "table"})
+        tracker.dataset(read_stats(dataset_dir), "evaluation")
+        tracker.tags(
+            {"evaluation_id": evaluation.evaluation_id, "mlflow.loggedArtifacts": json.dumps(tables)}
+        )
         timer.enter("tracking")
         tracker.metrics({f"{prefix}{name}": value for name, value in timer.metrics().items()}, step=0)
     write_parameters(config, output)
@@ -152,15 +172,21 @@ def run(
 
 
 def by_prompt(records: Sequence[PromptRecord]) -> dict[str, list[float]]:
-    """Expected reward and win rate of each prompt, for paired comparisons of members of a sweep."""
+    """Values of each prompt, by figure, for paired comparisons of members of a sweep."""
     import numpy as np
+
+    from softpref.evaluation.diversity import variety_by_prompt
+    from softpref.evaluation.quality import SEARCHED, best_of
 
     values: dict[str, list[float]] = {"expected_reward": [], "win_rate": []}
     for record in records:
         ours, theirs = (np.array([s.score for s in side]) for side in (record.policy, record.reference))
         values["expected_reward"].append(float(ours.mean()))
         values["win_rate"].append(float(sigmoid(ours[:, None] - theirs).mean()))
-    return values
+    values[f"best_of_{SEARCHED}"] = [best_of([s.score for s in one.policy], SEARCHED) for one in records]
+    variety = variety_by_prompt([one.policy for one in records], [one.reference for one in records])
+    values["good_diversity"] = variety["good_diversity"]
+    return {name: found for name, found in values.items() if np.isfinite(found).all()}
 
 
 def headline(evaluation: Evaluation) -> dict[str, float]:
@@ -194,6 +220,7 @@ class _Task(NamedTuple):
         models: without the policy.
         reference: samples of the reference, by prompt.
         theory: see `theory_samples`.
+        tasks: of the LM Evaluation Harness, if any are asked for.
     """
 
     identity: str
@@ -208,6 +235,7 @@ class _Task(NamedTuple):
     models: Models
     reference: list[list[DrawnText]]
     theory: list[tuple[np.ndarray, np.ndarray]]
+    tasks: Tasks | None
 
 
 def _extrapolated(policy: _Member) -> list[_Member]:
@@ -234,6 +262,7 @@ def _prepare(
     dataset: DatasetDict,
     places: Mapping[str, str],
     metadata: ModelMetadata,
+    tasks: Tasks | None,
     timer: PhaseTimer,
 ) -> _Task:
     """Choose prompts and rows, find the judge, load the reference and draw its samples."""
@@ -266,6 +295,7 @@ def _prepare(
         models,
         draw_samples(models, "reference", prompts, tokenized, judge, config)[1],
         theory_samples(models, prompts, tokenized, judge, config),
+        tasks,
     )
 
 
@@ -293,6 +323,14 @@ def _evaluate(
     warnings = list(preferences.warnings)
     of_samples, records = sampled(models, prompts, task.tokenized, task.reference, judge, config, bootstrap)
     figures = {**preferences.figures, **of_samples}
+    if task.tasks:
+        figures |= measured(
+            task.tasks,
+            models.policy,
+            models.tokenizer,
+            batch_size=config.batch_size,
+            confidence=config.confidence,
+        )
     stats = read_stats(places["dataset"])
     exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings)
     theory = against_theory(task.theory, records, metadata, stats, config.seed, warnings)
@@ -322,17 +360,19 @@ def _evaluate(
         softmax_frontier=softmax_frontier(exact) if exact else None,
         theory=sampled_figures(theory, bootstrap) if theory else None,
         reward_frontier=reward_frontier(theory) if theory else None,
-        by_prompt=by_prompt(records),
+        by_prompt={**by_prompt(records), **preferences.by_prompt},
         settings={key: getattr(config, key) for key in (*DEFINING, *_SHOWN_SETTINGS)}
         | {"max_new_tokens": models.max_new_tokens},
         data_source=stats.get("source") or "",
         base_model=metadata.get("base_model") or "",
+        example=prompts[0],
         warnings=warnings,
     )
     if ills := ailments(evaluation):
         warnings.append(f"The model is broken, and will not be registered: it {' and '.join(ills)}.")
     timer.enter("report")
     write_samples(output, records)
+    write_samples_table(output, records)
     write_report(output / REPORT_FILE, evaluation, records, exact)
     return evaluation
 

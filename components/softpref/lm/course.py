@@ -24,6 +24,8 @@ from softpref.timings import PhaseTimer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from softpref.records import DatasetStats
+
 TRAINING_OPTIONS = (  # of transformers, which say what a run was
     "learning_rate",
     "lr_scheduler_type",
@@ -121,11 +123,16 @@ class Course:
 
     @contextmanager
     def trained(
-        self, trainer: GuardedTrainer, row_counts: Mapping[str, Mapping[str, int]], **parameters: object
+        self,
+        trainer: GuardedTrainer,
+        stats: DatasetStats,
+        row_counts: Mapping[str, Mapping[str, int]],
+        **parameters: object,
     ) -> Iterator[Trained]:
         """Train and evaluate; the caller saves inside, and then the run is ended.
 
         Args:
+            stats: of the dataset, which is tracked too.
             row_counts: what was counted of each split's rows.
             parameters: tracked beside the run's identity.
         """
@@ -134,6 +141,7 @@ class Course:
         with stage_tracker(config, self._output_dir, **self._tracking) as tracker:  # of the first process
             if tracker is not None:
                 tracker.params({"stage": self._stage, **parameters, **self._identity})
+                tracker.dataset(stats, "training")
             add_stage_callbacks(trainer, self._name, tracker)
             metrics: dict[str, float] = {}
             if config.num_train_epochs > 0 or config.max_steps > 0:
@@ -178,7 +186,7 @@ class Course:
         save_model_folder(model, tokenizer, self._output_dir, description)
 
 
-def dataset_stats(dataset_dir: str | Path) -> dict[str, Any]:
+def dataset_stats(dataset_dir: str | Path) -> DatasetStats:
     """`stats.json` of a dataset folder of the data stage.
 
     Raises:
@@ -188,5 +196,5 @@ def dataset_stats(dataset_dir: str | Path) -> dict[str, Any]:
     for file in ("stats.json", "dataset_dict.json"):
         if not (folder / file).is_file():
             raise DataError(f"{folder} is not a dataset folder of the data stage: it holds no {file}")
-    stats: dict[str, Any] = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+    stats: DatasetStats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
     return stats

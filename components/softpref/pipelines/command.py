@@ -24,7 +24,7 @@ from softpref.options import CONFIGURATIONS, HIDDEN, Option, instead, read_optio
 from softpref.pipelines import graph
 from softpref.pipelines.local import require_gpus, run_here, task_server
 from softpref.pipelines.packages import compile_components, compile_package, packages_folder
-from softpref.pipelines.profiles import CLUSTERS, read_profile
+from softpref.pipelines.profiles import CLUSTERS, STAGES, read_profile
 from softpref.pipelines.recipes import RECIPES, element_type, inputs, names_in, pipeline_parameters, typed
 from softpref.pipelines.submission import add_client_options, submit, ui_address
 from softpref.preflight.parameters import PLANNED, TABLE
@@ -245,7 +245,7 @@ def _unknown(arguments: list[str], known: Collection[str]) -> str:
     with contextlib.suppress(ValueError):
         value = json.loads(value)
     stage, _, name = option[2:].replace("-", "_").rpartition(".")
-    stages = {one: read_options(*place) for one, place in CONFIGURATIONS.items()}
+    stages = {one: read_options(*place) for one, place in CONFIGURATIONS.items() if one in STAGES}
     stages["compare"] = stages["register"]  # the chosen model must pass the gate of registration
     if stage and stage not in stages:
         return f"{option} is unknown: there is no stage {stage!r}{closest(stage, stages)}"

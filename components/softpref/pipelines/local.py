@@ -186,7 +186,8 @@ def _times(tasks: Path) -> str:
 
 def _summarise(output: Path, tracking_uri: str, run_id: str | None = None) -> None:
     """Copy the results to the top of the output folder, and print what they are and where."""
-    from softpref.evaluation.compare import evaluation_folders, outcome_lines, warning_lines
+    from softpref.evaluation.addresses import evaluation_folders
+    from softpref.evaluation.compare import outcome_lines, warning_lines
     from softpref.evaluation.tables import format_table
     from softpref.records import Comparison, Evaluation, Registration
     from softpref.registry import stage as registry

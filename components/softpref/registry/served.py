@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softpref.errors import ConfigError
+from softpref.judges.texts import as_text
 from softpref.lm.loading import load_tokenizer
 from softpref.lm.sources import check_model_source
-from softpref.records import METADATA_FILE, ModelMetadata
+from softpref.records import METADATA_FILE, ModelMetadata, Text
 from softpref.registry.config import RegistryConfig
 from softpref.tracking import in_short
 
@@ -155,6 +156,16 @@ def serving_task(config: RegistryConfig, checkpoint: Path) -> str:
         raise ConfigError("RegistryConfig.task is chat, but the model's tokenizer has no chat template")
     chat = has_template if config.task == "auto" else config.task == "chat"
     return "llm/v1/chat" if chat else "llm/v1/completions"
+
+
+def request_example(task: str, prompt: Text | None) -> dict[str, Any] | None:
+    """A request that the served model answers, with this prompt; None where none is known."""
+    if prompt is None:
+        return None
+    if task == "llm/v1/chat":
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return {"messages": [dict(message) for message in messages]}
+    return {"prompt": as_text(prompt)}
 
 
 def _generation_config(model_dir: Path) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def run(
         tracking_uri=tracking_uri,
         checkpoint_dir=checkpoint_dir,
     )
-    dataset_hash = dataset_stats(dataset_dir).get("dataset_hash", "")
+    stats = dataset_stats(dataset_dir)
+    dataset_hash = stats.get("dataset_hash", "")
     demonstrations = _load_demonstrations(dataset_dir)
     if config.base_model:
         options: dict[str, Any] = {
@@ -99,7 +100,7 @@ def run(
     )
     row_counts = {split: dict(rows.counts) for split, rows in splits.items()}
     weights = sum(parameter.numel() for parameter in model.parameters())
-    with course.trained(trainer, row_counts, parameters=weights) as trained:
+    with course.trained(trainer, stats, row_counts, parameters=weights) as trained:
         if trained.model is not None:
             description = course.description(trained, base_model=config.base_model, dataset_hash=dataset_hash)
             description |= {"row_counts": row_counts, "adapter": False}

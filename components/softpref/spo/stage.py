@@ -101,7 +101,8 @@ def run(
         tracking_uri=tracking_uri,
         checkpoint_dir=checkpoint_dir,
     )
-    dataset_hash = dataset_stats(dataset_dir).get("dataset_hash", "")
+    stats = dataset_stats(dataset_dir)
+    dataset_hash = stats.get("dataset_hash", "")
     preferences, prompts = _load_preferences(dataset_dir)
     training_rows = _training_rows(config, dataset_dir, preferences)
     judge = None
@@ -150,7 +151,7 @@ def run(
         prompt_dataset=prompts,
         judge=judge,
     )
-    with course.trained(trainer, trainer.row_counts) as trained:
+    with course.trained(trainer, stats, trainer.row_counts) as trained:
         if trained.model is not None:
             merged = config.use_peft and config.merge_adapter
             whole = trained.model.merge_and_unload() if merged else trained.model

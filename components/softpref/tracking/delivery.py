@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -83,6 +83,8 @@ class Delivery:
                 self._client.update_run(run_id, status="RUNNING")
                 if parent := record.get("parent_run_id"):
                     tags[PARENT_TAG] = parent
+            elif kind == "dataset":
+                self._log_dataset(run_id, record["dataset"])
             elif kind == "artifact":
                 send()
                 self._upload(run_id, record)
@@ -168,6 +170,14 @@ class Delivery:
             self._client.set_tag(run_id, f"param_changed.{key}"[:NAME_LENGTH], entity.value)
         else:
             logger.warning("MLflow refuses %s %r: %s", type(entity).__name__.lower(), entity.key, refusal)
+
+    def _log_dataset(self, run_id: str, known: Mapping[str, str]) -> None:
+        """Log a dataset as an input of the run; MLflow keeps one that it has already."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(known["name"], known["digest"], "local", known["source"], profile=known["profile"])
+        tags = [InputTag("mlflow.data.context", known["context"])]
+        self._client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags)])
 
     def _existing_run(self, run_id: str) -> Run:
         from mlflow.exceptions import MlflowException

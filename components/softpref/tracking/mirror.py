@@ -25,13 +25,14 @@ class Record(TypedDict, total=False):
     """A line of the mirror. Every record has the first three keys; the others belong to some kinds only."""
 
     n: int
-    kind: Literal["run", "reopen", "metrics", "params", "tags", "artifact", "rewind", "end"]
+    kind: Literal["run", "reopen", "metrics", "params", "tags", "artifact", "dataset", "rewind", "end"]
     time: int  # milliseconds since 1970
     values: Mapping[str, float | str]  # metrics, params, tags
     step: int  # metrics, rewind
     replaced: list[tuple[str, int, float | str, int]]  # rewind: key, step, value, time
     path: str  # artifact
     folder: str
+    dataset: dict[str, str]  # dataset: name, digest, source, profile and context
     status: str  # end
     parent_run_id: str | None  # run, reopen
     run_id: str | None  # run, and what follows

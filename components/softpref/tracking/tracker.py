@@ -4,6 +4,7 @@ delivery's."""
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import threading
@@ -30,7 +31,7 @@ from softpref.tracking.mlflow_store import (
 from softpref.tracking.pipeline_run import current_pipeline_run, experiment_of, find_or_open_root
 
 if TYPE_CHECKING:
-    pass
+    from softpref.records import DatasetStats
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +176,25 @@ class Tracker:
         with suppress(ValueError):  # relative, so that a moved output folder can still be synced
             path = path.relative_to(self.output_dir.absolute())
         self._write({"kind": "artifact", "path": str(path), "folder": folder})
+
+    def dataset(self, stats: DatasetStats, context: str) -> None:
+        """Log what the run used of a dataset: its source, hash and numbers of rows.
+
+        Args:
+            stats: of the data stage; without a hash nothing is logged.
+            context: what it was used for, `training` or `evaluation`.
+        """
+        if digest := stats.get("dataset_hash"):
+            source = stats.get("source") or "preferences"
+            profile = {name: stats[name] for name in ("rows", "prompts", "kinds", "labels") if name in stats}
+            dataset = {
+                "name": Path(source).name or source,
+                "digest": digest[:36],
+                "source": json.dumps({"uri": source}),
+                "profile": json.dumps(profile),
+                "context": context,
+            }
+            self._write({"kind": "dataset", "dataset": dataset})
 
     def tags(self, values: Mapping[str, object]) -> None:
         """Set tags of the run; a later value replaces an earlier one."""
