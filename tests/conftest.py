@@ -1,19 +1,37 @@
 """Toy language models shared by several test folders; and what is skipped where a package is absent."""
 
 import os
+import shutil
 from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
 
-_PACKAGES = ("boto3", "jsonschema", "kfp", "kubeflow", "mkdocs", "mlflow", "moto", "trl", "werkzeug")
+_PACKAGES = (
+    "boto3",
+    "jsonschema",
+    "kfp",
+    "kubeflow",
+    "mkdocs",
+    "mlflow",
+    "moto",
+    "playwright",
+    "trl",
+    "werkzeug",
+)
 ABSENT = {name for name in _PACKAGES if not find_spec(name)}
 """Packages that `make setup` installs, and that are not here: tests that import one are skipped."""
 FOLDERS = {"docs": "mkdocs", "pipelines": "kfp", "registry": "mlflow", "tracking_stack": "moto"}
 """Where tests start programs that import these."""
 
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+_NO_CHROMIUM = "there is no Chromium here, in which the pages are tested; install one (Debian: chromium)"
+
+
 def pytest_configure():
+    if not CHROMIUM and os.environ.get("BROWSER_TESTS"):
+        raise pytest.UsageError(_NO_CHROMIUM)
     if ABSENT and os.environ.get("ALL_TESTS"):
         raise pytest.UsageError(
             f"{', '.join(sorted(ABSENT))} not installed, whose tests would be skipped; make setup"
@@ -158,6 +176,19 @@ def cache(tmp_path, monkeypatch):
     """Where downloads are kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "softpref"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A Chromium of this machine, without a window."""
+    from playwright.sync_api import sync_playwright
+
+    if not CHROMIUM:
+        pytest.skip(_NO_CHROMIUM)
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield launched
+        launched.close()
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def test_every_file_beside_the_code_is_installed_with_it():
 
 def test_a_page_that_lacks_something_is_not_written():
     with pytest.raises(UndefinedError, match="reason"):
-        render("comparison.html", comparison={}, warnings=[])
+        render("comparison.html", comparison={}, run=[], warnings=[])
 
 
 def test_what_is_not_known_is_a_dash():

@@ -90,7 +90,8 @@ class DatasetStats(TypedDict, total=False):
     """What a dataset holds and what became of its source's rows: `stats.json`.
 
     Counts are by split (`rows`, `prompts`, `sft`, `extra_prompts`), by reason (`rejected`, `left_out`), by
-    kind of row or label, or by number of completions.
+    kind of row or label, or by number of completions. `longer_chosen` is the share of pairs whose better
+    completion has more characters; pairs of equal length count half.
     """
 
     stage: str
@@ -112,6 +113,7 @@ class DatasetStats(TypedDict, total=False):
     labels: dict[str, int]
     confidence: dict[str, list[float]]
     characters: dict[str, dict[str, object]]
+    longer_chosen: float
     dataset_hash: str
     test_hash: str
     mixture: list[MixedSource]
@@ -289,6 +291,7 @@ class Evaluation:
             reward at each KL; None where rewards are not known.
         by_prompt: values of each prompt, by figure, for paired comparisons.
         settings: those that change a figure's meaning.
+        data_source, base_model: where the rows came from, and what the reference was trained from.
         example: the first prompt that was drawn from, as a user would send it.
     """
 
@@ -317,6 +320,8 @@ class Evaluation:
     reward_frontier: list[list[float]] | None = None
     by_prompt: dict[str, list[float]]
     settings: dict[str, object] = field(default_factory=dict)
+    data_source: str = ""
+    base_model: str = ""
     example: Text | None = None
     warnings: list[str]
 
@@ -413,6 +418,8 @@ _OF_ONE_MODEL = (
     "dataset_hash",
     "evaluated_on",
     "settings",
+    "data_source",
+    "base_model",
     "example",
 )  # no part of a comparison
 

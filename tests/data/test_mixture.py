@@ -107,9 +107,10 @@ def test_json_lines_parquet_and_csv_mix_with_columns_of_their_own(here, caplog):
         in (caplog.text)
     )
     page = (here / "out" / "page.html").read_text(encoding="utf-8")
-    for said in ("a.jsonl + b.parquet + c.csv", "c.csv</code><span", "bounds the dataset", "not sampled"):
+    for said in ("a.jsonl + b.parquet + c.csv", "c.csv</code><small", "bounds the dataset", "not sampled"):
         assert said in page
-    assert "b.parquet: columns</td><td><code>prompt ← question, chosen ← better" in page
+    assert "Columns of b.parquet</caption>" in page
+    assert "columns</th><td><code>prompt ← question, chosen ← better" in page
     assert " of a.jsonl · hard label" in page
 
 

@@ -57,7 +57,7 @@ def test_what_is_recognised_assumed_and_unused_is_said(tmp_path, caplog):
         assert said in page
         assert said in caplog.text
     assert "columns without use: id" in caplog.text
-    assert "columns without use</td><td><code>id<" in page
+    assert "columns without use</th><td><code>id<" in page
 
 
 # The story world

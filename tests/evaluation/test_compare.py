@@ -306,6 +306,22 @@ def test_report_shows_rule_reason_and_escaped_samples(tmp_path):
     assert "<i>dpo" not in page
 
 
+def test_figures_and_scores_that_a_judge_did_not_give_are_dashes(tmp_path):
+    members = [
+        one | {"metrics": {name: value for name, value in one["metrics"].items() if "reward" not in name}}
+        for one in (SHARP, EVEN)
+    ]
+    folders = save(tmp_path, *members)
+    for folder in folders:
+        file = Path(folder, "samples.jsonl")
+        file.write_text(file.read_text().replace('"score": 1.0', '"score": null'))
+    run(folders, str(tmp_path / "out"), "win_rate")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Expected reward" not in page  # a column without any figure is left out
+    assert '<span class="score">–</span>' in page
+    assert '"judged":false' in page
+
+
 def save_with_extrapolated(root):
     """Three evaluation folders; in that of `sharp` lies another, of what was extrapolated from it."""
     folders = save(root, EVEN, SHARP, SOFT)

@@ -1,5 +1,6 @@
 """The stage end to end on two tiny random models, as a function and as a KFP component."""
 
+import html
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from datasets import load_from_disk
 from softpref.config import build_config
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
+from softpref.evaluation.meanings import title
 from softpref.evaluation.measure import implied_preferences
 from softpref.evaluation.stage import headline
 from softpref.fitness import ailments
@@ -151,6 +153,16 @@ def test_report_is_one_page_with_all_text_escaped(evaluated):
     assert "of <b>" not in page
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
     assert page.count("<svg") == 4
+
+
+def test_every_figure_stands_on_the_page(evaluated, evaluation):
+    page = html.unescape((evaluated / "report.html").read_text())
+    for group in ("metrics", "exact"):
+        for name, figure in evaluation[group].items():
+            if not name.startswith(("reference_", "optimum_")):
+                assert f'<th scope="row">{title(name)}</th>' in page
+            if figure["value"] is not None:
+                assert f'data-value="{figure["value"]}"' in page, name
 
 
 def test_accuracies_go_by_the_policy_by_the_reference_and_by_their_difference(world, evaluation):

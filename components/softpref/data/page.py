@@ -20,7 +20,12 @@ def render_page(stats: DatasetStats, examples: Sequence[PreferenceRow]) -> str:
         name=_name(stats),
         total=sum(stats["rows"].values()),
         examples=list(map(_example, examples)),
-        origin=list(_origin(stats)),
+        readings=list(_readings(stats)),
+        origin=[
+            ("seed", stats["config"]["seed"]),
+            ("dataset hash", stats["dataset_hash"]),
+            ("test split hash", stats["test_hash"]),
+        ],
     )
 
 
@@ -47,17 +52,20 @@ def _example(row: PreferenceRow) -> dict[str, object]:
     }
 
 
-def _origin(stats: DatasetStats) -> Iterator[tuple[str, object]]:
-    mappings = {f"{one['name']}: ": one["mapping"] for one in stats.get("mixture", ())}
-    for of, mapping in (mappings or {"": stats["mapping"]}).items():
+def _readings(stats: DatasetStats) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """How the columns of each source are read: its name and facts."""
+    mappings = {one["name"]: one["mapping"] for one in stats.get("mixture", ())} or {"": stats["mapping"]}
+    for name, mapping in mappings.items():
         columns = ", ".join(f"{role} ← {column}" for role, column in mapping["columns"].items())
-        yield f"{of}columns", columns + (" (guessed from their names)" if mapping["guessed"] else "")
-        yield f"{of}read as", "; ".join(mapping.get("notes", [])) or "–"
-        yield f"{of}columns without use", ", ".join(mapping.get("unused", [])) or "–"
-        yield f"{of}prompt template", mapping["prompt_template"] or "–"
-    yield "seed", stats["config"]["seed"]
-    yield "dataset hash", stats["dataset_hash"]
-    yield "test split hash", stats["test_hash"]
+        yield (
+            name,
+            [
+                ("columns", columns + (" (guessed from their names)" if mapping["guessed"] else "")),
+                ("read as", "; ".join(mapping.get("notes", [])) or "–"),
+                ("columns without use", ", ".join(mapping.get("unused", [])) or "–"),
+                ("prompt template", mapping["prompt_template"] or "–"),
+            ],
+        )
 
 
 def _shown(text: Text) -> str:

@@ -54,7 +54,8 @@ def write_preferences(
     hashes = {split: hashlib.sha256() for split in present}
     kinds: Counter[str] = Counter()
     sizes: Counter[int] = Counter()
-    prompt_lengths, completion_lengths = array("L"), array("L")
+    prompt_lengths, chosen_lengths, rejected_lengths = array("L"), array("L"), array("L")
+    longer = 0.0  # pairs whose better completion is the longer one; of equal length: half
     confidences = array("d")
     examples: list[PreferenceRow] = []
     for index, accepted in enumerate(intake.accepted()):
@@ -82,12 +83,16 @@ def write_preferences(
         kinds[row.kind] += 1
         sizes[len(row.completions)] += 1
         prompt_lengths.append(characters(row.prompt))
-        completion_lengths.extend(map(characters, row.completions))
+        best, *others = map(characters, row.completions)
+        chosen_lengths.append(best)
+        rejected_lengths.extend(others)
+        longer += sum((best > other) + 0.5 * (best == other) for other in others)
         if row.probability is not None:
             confidences.append(row.probability)
         if index in shown:
             examples.append(record)
     writer.save(folder)
+    completions = chosen_lengths + rejected_lengths
     return {
         "not_sampled": len(intake.set_ids) - len(kept) - rejections.left_out["contradiction"],
         "rows": dict(writer.counts),
@@ -96,7 +101,13 @@ def write_preferences(
         "completions_per_row": {str(size): sizes[size] for size in sorted(sizes)},
         "labels": {"hard": len(kept) - len(confidences), "soft": len(confidences)},
         "confidence": _histogram(confidences, bins=10, limits=(0.5, 1.0)),
-        "characters": {"prompt": _lengths(prompt_lengths), "completion": _lengths(completion_lengths)},
+        "characters": {
+            "prompt": _lengths(prompt_lengths, prompt_lengths),
+            "completion": _lengths(completions, completions),
+            "chosen": _lengths(chosen_lengths, completions),
+            "rejected": _lengths(rejected_lengths, completions),
+        },
+        "longer_chosen": longer / len(rejected_lengths),
         "dataset_hash": dataset_hash([hashes[split].hexdigest() for split in present]),
         "test_hash": hashes["test"].hexdigest(),
     }, examples
@@ -167,14 +178,15 @@ def _features(conversational: bool, weighted: bool, several: bool) -> dict[str, 
     }
 
 
-def _lengths(lengths: array[int]) -> dict[str, object]:
+def _lengths(lengths: array[int], of: array[int]) -> dict[str, object]:
+    """Mean, quantiles and histogram of `lengths`, with the bins that suit those `of` a whole."""
     import numpy as np
 
-    values = np.asarray(lengths)
+    values, whole = np.asarray(lengths), np.asarray(of)
     quantiles = {name: float(np.quantile(values, share)) for name, share in _QUANTILES.items()}
     # The longest hundredth shares the last bin, or an outlier would flatten all others. Bins are whole
     # characters wide, or some would hold more lengths than their neighbours.
-    low, high = int(values.min()), int(np.quantile(values, 0.99))
+    low, high = int(whole.min()), int(np.quantile(whole, 0.99))
     step = -(-(high + 1 - low) // _LENGTH_BINS)
     bins = -(-(high + 1 - low) // step)
     histogram = _histogram(np.minimum(values, high), bins, limits=(low, low + bins * step))

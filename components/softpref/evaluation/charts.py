@@ -52,28 +52,36 @@ def reward_distribution(
     return svg(figure)
 
 
-def reliability_diagram(bins: Sequence[Reliability]) -> str:
-    """SVG: the share of votes for what the model prefers, by how sure it is; the diagonal is calibration."""
+def reliability_diagram(models: Sequence[tuple[str, str, Sequence[Reliability]]]) -> str:
+    """SVG: the share of votes for what a model prefers, by how sure it is; the diagonal is calibration.
+
+    Args:
+        models: name, colour and bins of each.
+    """
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(4.6, 3.6))
+    figure, axes = plt.subplots(figsize=(5.6, 4.2))
     axes.plot([0.5, 1], [0.5, 1], color=OPTIMUM, linewidth=1.4, label="calibrated")
-    x, y = np.array([[one.confidence, one.share] for one in bins]).T
-    arms = np.array(
-        [
-            (0.0, 0.0) if one.low is None or one.high is None else (one.share - one.low, one.high - one.share)
-            for one in bins
-        ]
-    )
-    axes.errorbar(
-        x,
-        y,
-        yerr=np.maximum(arms.T, 0),
-        color=POLICY,
-        marker="o",
-        markersize=4,
-        linewidth=1.2,
-        label="policy",
-    )
+    for name, colour, bins in models:
+        x, y = np.array([[one.confidence, one.share] for one in bins]).T
+        arms = np.array(
+            [
+                (0.0, 0.0)
+                if one.low is None or one.high is None
+                else (one.share - one.low, one.high - one.share)
+                for one in bins
+            ]
+        )
+        axes.errorbar(
+            x,
+            y,
+            yerr=np.maximum(arms.T, 0),
+            color=colour,
+            ecolor=f"{colour}66",
+            marker="o",
+            markersize=4,
+            linewidth=1.2,
+            label=name.replace("$", r"\$"),
+        )
     axes.set(xlabel="confidence of the model", ylabel="share of votes", xlim=(0.48, 1.02))
     axes.legend(frameon=False, loc="upper left")
     return svg(figure)

@@ -12,6 +12,9 @@ from softpref.errors import ConfigError, DataError
 from softpref.evaluation.addresses import find_evaluations
 from softpref.evaluation.choice import check_rule, choose, rule_in_words
 from softpref.evaluation.curves import all_exact, equal_reward, position
+from softpref.evaluation.interactive import MOST_PROMPTS
+from softpref.evaluation.meanings import title
+from softpref.evaluation.report import chips
 from softpref.evaluation.tables import Column, columns, softness
 from softpref.evaluation.uses import best_for, use_lines
 from softpref.fitness import Limits, ailments, number
@@ -28,8 +31,6 @@ from softpref.records import (
     read_samples,
 )
 from softpref.tracking import current_pipeline_run
-
-_SHOWN_PROMPTS = 3
 
 
 def run(
@@ -82,7 +83,7 @@ def run(
         best_for=best_for(members),
     )
     folder_of = {one.evaluation.name: one.folder for one in found}
-    samples = {name: read_samples(folder, _SHOWN_PROMPTS) for name, folder in folder_of.items()}
+    samples = {name: read_samples(folder, MOST_PROMPTS) for name, folder in folder_of.items()}
     _write_report(output, comparison, samples)
     if choice.name is not None:
         (output / CHOSEN_FOLDER).mkdir(exist_ok=True)
@@ -140,37 +141,92 @@ def check_comparable(members: Sequence[Evaluation]) -> None:
 
 
 def _write_report(output: Path, comparison: Comparison, samples: Mapping[str, list[PromptRecord]]) -> None:
+    from softpref.evaluation.charts import reliability_diagram
     from softpref.evaluation.frontier import frontier
+    from softpref.evaluation.interactive import calibrated, frontier_data, samples_data
 
     members = comparison.members
-    shown = [*columns(members), *_ON_THE_PAGE]
-    listed = [member.name for member in members if samples[member.name]]
+    shown = [
+        column
+        for column in (*columns(members), *_ON_THE_PAGE)
+        if any(column.of(member) for member in members)
+    ]
+    calibration = calibrated(members)
+    listed = {member.name: records for member in members if (records := samples[member.name])}
+    first = next(iter(listed.values()), [])
+    sides = [
+        ("Reference", [record.reference for record in first]),
+        *((name, [record.policy for record in records]) for name, records in listed.items()),
+    ]
+    prompts = [record.prompt for record in first]
+    browsed = samples_data(sides, prompts, of=max(len(prompts), _sampled_prompts(members)))
     page = render(
         "comparison.html",
+        data={
+            "frontier": frontier_data(members, comparison.chosen),
+            "reliability": [one._asdict() for one in calibration],
+            "samples": browsed,
+            "chosen": comparison.chosen,
+        },
         comparison=comparison,
+        names_of={one.figure: title(one.figure) for one in comparison.best_for},
+        run=_what_was_run(members),
+        origin=_origin(members[0]),
         warnings=gathered_warnings(members),
         titles=[column.title for column in shown],
         rows=[(member, softness(member), [column.of(member) for column in shown]) for member in members],
         confidence=members[0].settings.get("confidence", 0.95),
-        judge=members[0].judge,
         exact=all_exact(members),
         frontier=frontier(members, comparison.chosen, output / FRONTIER_FILE),
+        reliability=reliability_diagram(calibration) if calibration else "",
+        calibration_titles=[title(name) for name in _CALIBRATION],
+        calibration=[
+            (member.name, [member.metrics.get(name) for name in _CALIBRATION])
+            for member in members
+            if member.reliability
+        ],
         health_titles=list(_HEALTH),
         health=[_health(member, comparison.passed_over) for member in members],
-        samples=[
-            (
-                record.prompt,
-                [
-                    ("Reference", record.reference),
-                    *((name, samples[name][i].policy) for name in listed if i < len(samples[name])),
-                ],
-            )
-            for i, record in enumerate(samples[listed[0]] if listed else ())
-        ],
+        samples=browsed,
+        models=[(member, ", ".join(chips(member)[:-1])) for member in members],  # the judge is said above
     )
     (output / REPORT_FILE).write_text(page, encoding="utf-8")
 
 
+def _what_was_run(members: Sequence[Evaluation]) -> list[str]:
+    """Models, data, prompts and judge, for the head of the page."""
+    first = members[0]
+    split, samples = first.settings.get("split"), first.settings.get("samples_per_prompt")
+    prompts = _sampled_prompts(members)
+    parts = [
+        f"{len(members)} model{'s' if len(members) > 1 else ''}",
+        f"trained from {first.base_model}" if first.base_model else "",
+        f"on {first.data_source}" if first.data_source else "",
+        f"{prompts:,} prompts of the {split} split" if split and prompts else "",
+        f"{samples} samples of each" if samples else "",
+        f"judge: {first.judge.description or first.judge.name}",
+    ]
+    return [part for part in parts if part]
+
+
+def _sampled_prompts(members: Sequence[Evaluation]) -> int:
+    """How many prompts there are samples of."""
+    return max(int(number(member.metrics, "kl_sequence", "prompts") or 0) for member in members)
+
+
+def _origin(member: Evaluation) -> list[tuple[str, object]]:
+    """What all members share, for the foot of the page."""
+    facts = {
+        "Reference": member.reference_uri,
+        "Data": member.data_source,
+        "Data hash": member.dataset_hash,
+        "Evaluation": member.evaluation_id,
+        "Settings": ", ".join(f"{key} {value}" for key, value in member.settings.items()),
+    }
+    return [(name, value) for name, value in facts.items() if value]
+
+
+_CALIBRATION = ("vote_divergence", "overconfidence", "calibration_error", "calibration_floor")
 _ON_THE_PAGE = (
     Column("relative accuracy", "metrics", "relative_accuracy"),
     Column("divergence from the votes", "metrics", "vote_divergence"),

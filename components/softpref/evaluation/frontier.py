@@ -61,16 +61,18 @@ def frontier(members: Sequence[Evaluation], chosen: str | None, png: Path) -> st
     grid = figure.add_gridspec(2, 12, height_ratios=(1.3, 1))
     upper = [figure.add_subplot(grid[0, :7] if maximum else grid[0, :])]
     theory = not maximum and bool(theory_points(members))
+    below = [("win_rate", "win rate"), ("expected_reward", "expected reward")]
     if theory:
         panels = [_against_kl(upper[0], drawn, chosen, "expected_reward", "expected reward")]
-    else:
+    elif any(point(member, exact) for member in members):
         panels = [_entropy_and_reward(upper[0], drawn, chosen, maximum, exact)]
+    else:  # a judge that gives no scores
+        panels = [_against_kl(upper[0], drawn, chosen, *below[0])]
+        below = []
     if maximum:
         panels.append(_shortfall(figure.add_subplot(grid[0, 7:]), drawn, chosen, maximum))
-    wide = 4 if swept else 6
-    for place, (metric, title) in enumerate(
-        (("win_rate", "win rate"), ("expected_reward", "expected reward"))
-    ):
+    wide = 12 // max(1, len(below) + bool(swept))
+    for place, (metric, title) in enumerate(below):
         axes = figure.add_subplot(grid[1, wide * place : wide * (place + 1)])
         if theory and metric == "expected_reward":  # it is above, and large
             panels.append(_entropy_and_reward(axes, drawn, chosen, maximum, exact, noted=False))
@@ -84,7 +86,7 @@ def frontier(members: Sequence[Evaluation], chosen: str | None, png: Path) -> st
     if "chosen" in handles:
         handles["chosen"] = handles.pop("chosen")  # last, behind the methods
     if swept:
-        _entropy_by_alpha(figure.add_subplot(grid[1, 8:]), swept)
+        _entropy_by_alpha(figure.add_subplot(grid[1, wide * len(below) :]), swept)
     columns = min(5, len(handles))
     figure.legend(
         handles.values(),
@@ -103,7 +105,7 @@ def frontier(members: Sequence[Evaluation], chosen: str | None, png: Path) -> st
     return svg(figure, tight=False)
 
 
-def _look(curve: Curve, drawn: Sequence[Curve]) -> dict[str, Any]:
+def look(curve: Curve, drawn: Sequence[Curve]) -> dict[str, Any]:
     """Colour and marker by method; variants of it are hollow, with dashes of their own."""
     colour, marker = _METHODS.get(curve.method, (REFERENCE, "h"))
     variant = [one for one in drawn if one.method == curve.method].index(curve)
@@ -130,7 +132,7 @@ def _curve(
     known = [(member, place) for member in curve.members if (place := place_of(member))]
     places = [place for _, place in known]
     if places:
-        axes.plot(*zip(*places, strict=True), zorder=4, **_look(curve, drawn))
+        axes.plot(*zip(*places, strict=True), zorder=4, **look(curve, drawn))
         labels.keep_clear(places)
     for member, place in known:
         value, ringed = parameter(member), member.name == chosen
@@ -163,7 +165,7 @@ def _entropy_and_reward(
             ours, best = point(member, exact), exact_point(member, "optimum")
             if ours and best:
                 optima += 1
-                colour = _look(curve, drawn)["color"]
+                colour = look(curve, drawn)["color"]
                 axes.plot(*zip(ours, best, strict=True), color=colour, linewidth=0.9, zorder=2)
                 axes.plot(*best, color=colour, marker="_", markersize=11, markeredgewidth=2, zorder=2)
     if exact and drawn and (reference := exact_point(drawn[0].members[0], "reference")):
@@ -221,7 +223,7 @@ def _against_kl(axes: Axes, drawn: Sequence[Curve], chosen: str | None, metric: 
     labels = Labels(axes)
 
     def place_of(member: Evaluation) -> Point | None:
-        x, y = (member.metrics[name].value for name in ("kl_sequence", metric))
+        x, y = (number(member.metrics, name) for name in ("kl_sequence", metric))
         return None if x is None or y is None else Point(x, y)
 
     for curve in drawn:
@@ -234,7 +236,7 @@ def _against_kl(axes: Axes, drawn: Sequence[Curve], chosen: str | None, metric: 
                 y,
                 xerr=_arms([metrics["kl_sequence"] for metrics, _ in known]),
                 yerr=_arms([metrics[metric] for metrics, _ in known]),
-                ecolor=_look(curve, drawn)["color"] + "66",  # intervals step back behind the points
+                ecolor=look(curve, drawn)["color"] + "66",  # intervals step back behind the points
                 elinewidth=1.2,
                 linestyle="",
                 zorder=2,
@@ -252,12 +254,12 @@ def _against_kl(axes: Axes, drawn: Sequence[Curve], chosen: str | None, metric: 
                 ours, best = place_of(member), theory_point(member)
                 if ours and best:
                     optima += 1
-                    look = {"color": _look(curve, drawn)["color"], "zorder": 2}
-                    axes.plot(*zip(ours, best, strict=True), linewidth=0.9, **look)
-                    axes.plot(*best, marker="_", markersize=11, markeredgewidth=2, **look)
+                    style = {"color": look(curve, drawn)["color"], "zorder": 2}
+                    axes.plot(*zip(ours, best, strict=True), linewidth=0.9, **style)
+                    axes.plot(*best, marker="_", markersize=11, markeredgewidth=2, **style)
         if optima:
             _note(axes, 0.98, 0.12, "Bars: the optimum of each one's own objective.", side="right")
-    _spread(axes, [member.metrics["kl_sequence"].value for member in members])
+    _spread(axes, [number(member.metrics, "kl_sequence") for member in members])
     axes.set_title(f"{title.capitalize()} of samples", loc="left")
     axes.set(xlabel="KL to the reference, nats", ylabel=title if metric == "win_rate" else f"{title}, nats")
     rewards = [number(member.metrics, "reference_expected_reward") for member in members]
@@ -289,7 +291,7 @@ def _entropy_by_alpha(axes: Axes, swept: Sequence[Curve]) -> None:
             known = [(m.alpha, number(getattr(m, group) or {}, metric)) for m in curve.members]
             known = [(alpha, value) for alpha, value in known if value is not None]
             if known:
-                axes.plot(*zip(*known, strict=True), **{**_look(curve, swept), **style, "label": of + label})
+                axes.plot(*zip(*known, strict=True), **{**look(curve, swept), **style, "label": of + label})
     alphas = sorted({m.alpha for curve in swept for m in curve.members if m.alpha is not None})
     if len(alphas) > 1 and alphas[0] > 0:
         axes.set_xscale("log")

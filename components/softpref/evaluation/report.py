@@ -7,74 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softpref.artifacts import strengths
+from softpref.evaluation.interactive import MOST_PROMPTS, calibrated, samples_data
+from softpref.evaluation.meanings import LABELS, rows
+from softpref.fitness import ailments, number
+from softpref.pages import number as in_digits
 from softpref.pages import render
 from softpref.records import Evaluation, Figures, PromptRecord
 
 if TYPE_CHECKING:
     from softpref.evaluation.exact import ExactPrompt
 
-LABELS = {
-    "win_rate": ("Win rate", "probability that the judge prefers its sample to the reference's"),
-    "expected_reward": ("Expected reward", "mean score under the judge"),
-    "reference_expected_reward": ("Expected reward of the reference", "the same for the SFT model"),
-    "kl_sequence": ("KL to the reference", "per completion, from its own samples"),
-    "entropy_sequence": ("Entropy", "per completion: how varied its answers are"),
-    "length_controlled_win_rate": ("Win rate at equal length", "what it would be without longer answers"),
-    "best_of_8": ("Best of eight", "expected score of the best of eight samples"),
-    "reference_best_of_8": ("Best of eight, of the reference's", "the same of its samples"),
-    "preference_accuracy": ("Preference accuracy", "held-out pairs ranked as people did, by log π"),
-    "preference_margin": ("Preference margin", "log-probability of preferred minus other"),
-    "relative_accuracy": ("… relative to the reference", "the same, by log π − log π_ref"),
-    "relative_margin": ("Relative margin", "the same difference, less the reference's"),
-    "reference_accuracy": ("… of the reference alone", "the same, by log π_ref"),
-    "implied_accuracy": ("Accuracy of implied preferences", "majorities that the model is with"),
-    "implied_log_loss": ("Log-loss of implied preferences", "against shares of votes"),
-    "vote_entropy": ("Entropy of the votes", "the log-loss of a perfect model"),
-    "vote_divergence": ("Divergence from the votes", "Jensen-Shannon; 0: the voters' own distribution"),
-    "overconfidence": ("Overconfidence", "mean confidence less the share of votes; below 0: too cautious"),
-    "calibration_error": ("Calibration error", "mean distance of confidence from share, by bins"),
-    "calibration_floor": ("… by chance alone", "what a calibrated model would show here"),
-    "perplexity": ("Perplexity", "per token, on the best held-out completions"),
-    "distinct_1": ("Distinct-1", "distinct words among all words of a prompt's samples"),
-    "distinct_2": ("Distinct-2", "distinct word pairs among all"),
-    "self_bleu": ("Self-BLEU", "likeness of a prompt's samples to each other; 1 = all equal"),
-    "good_diversity": ("Variety among good answers", "unlikeness of two, 0 unless both are good"),
-    "reference_good_diversity": ("… of the reference's", "the same of its samples"),
-    "vendi_score": ("Vendi score", "effective number of different answers"),
-    "reference_vendi_score": ("… of the reference's", "the same of its samples"),
-    "distinct_answers": ("Distinct answers", "answers that are not nearly another one"),
-    "reference_distinct_answers": ("… of the reference's", "the same of its samples"),
-    "mode_share": ("Share of the commonest answer", "1: the model has collapsed on one"),
-    "reference_mode_share": ("… of the reference's", "the same of its samples"),
-    "compression_ratio": ("Compression ratio", "higher: samples repeat each other"),
-    "reference_compression_ratio": ("… of the reference's", "the same of its samples"),
-    "completion_length": ("Completion length", "tokens, end included"),
-    "kl_token": ("KL to the reference per token", "the same, by the tokens"),
-    "truncated_fraction": ("Truncated", "samples that reached the length limit"),
-    "reference_truncated_fraction": ("Truncated, of the reference's", "its samples that reached the limit"),
-    "repetition": ("Repetition", "share of 4-grams of tokens that repeat within a sample"),
-    "reference_repetition": ("Repetition, of the reference's", "the same in its samples"),
-    "cross_entropy": ("Cross-entropy under the reference", "how much its samples surprise the reference"),
-    "reference_cross_entropy": ("Cross-entropy, of the reference's", "its own samples: its entropy"),
-    "kl_optimum_to_policy": ("KL(optimum ‖ policy)", "how far the policy is from theory; 0 is perfect"),
-    "entropy": ("Entropy on the set", "of the policy, exact"),
-    "optimum_entropy": ("Entropy of the optimum", "by theory"),
-    "reference_entropy": ("Entropy of the reference", "where training began"),
-    "optimum_expected_reward": ("Expected reward of the optimum", "by theory"),
-    "kl": ("KL to the reference", "of the policy, per completion"),
-    "optimum_kl": ("KL of the optimum to the reference", "by theory"),
-    "effective_sample_size": ("Effective share of the samples", "how many of them carry the optimum"),
-    "mass_on_set": ("Mass on the set", "probability the policy gives to texts the experts know"),
-    "least_mass_on_set": ("Least mass on the set", "of the prompt that leaks most"),
-    "reference_mass_on_set": ("Mass of the reference", "probability it gives to these texts"),
-}
-
 
 def trust_sentence(theory: Figures) -> str:
     """How far the optimum's figures can be trusted where they are estimated from samples."""
     from softpref.evaluation.theory import TRUSTED
 
-    share = theory["effective_sample_size"].value
+    share = number(theory, "effective_sample_size")
     if share is None:
         return "That minimiser is unknown."
     if share < TRUSTED:
@@ -100,22 +48,40 @@ def write_report(
     """
     from softpref.evaluation import charts
 
-    policy = [sample.score for record in records for sample in record.policy]
-    reference = [sample.score for record in records for sample in record.reference]
-    drawings = {"scores": charts.reward_distribution(policy, reference, exact), "optimum": ""}
+    sides = {side: [getattr(record, side) for record in records] for side in ("reference", "policy")}
+    scores = {
+        side: [sample.score for drawn in samples for sample in drawn if sample.score is not None]
+        for side, samples in sides.items()
+    }
+    drawings = dict.fromkeys(("scores", "reliability", "optimum", "entropy"), "")
+    if all(scores.values()):
+        drawings["scores"] = charts.reward_distribution(scores["policy"], scores["reference"], exact)
     if evaluation.reliability:
-        drawings["reliability"] = charts.reliability_diagram(evaluation.reliability)
+        policy = (evaluation.name, charts.POLICY, evaluation.reliability)
+        drawings["reliability"] = charts.reliability_diagram([policy])
     if exact:
-        if evaluation.exact and evaluation.exact["optimum_entropy"].value is not None:
+        if evaluation.exact and number(evaluation.exact, "optimum_entropy") is not None:
             drawings["optimum"] = charts.optimum_against_policy(exact)
         drawings["entropy"] = charts.entropy_and_reward(exact)
+    shown = [("Reference", sides["reference"]), (evaluation.name, sides["policy"])]
+    samples = samples_data(shown, [record.prompt for record in records[:MOST_PROMPTS]], of=len(records))
     page = render(
         "evaluation.html",
+        data={
+            "samples": samples,
+            "reliability": [one._asdict() for one in calibrated([evaluation])],
+        },
         evaluation=evaluation,
         settings=evaluation.settings,
-        metrics={name: evaluation.metrics[name] for name in LABELS if name in evaluation.metrics},
+        verdict=verdict(evaluation),
+        groups={
+            group: rows(figures)
+            for group in ("metrics", "exact", "theory")
+            if (figures := getattr(evaluation, group))
+        },
         labels=LABELS,
-        records=records,
+        prompts=len(records),
+        samples=samples,
         drawings=drawings,
         enumerated=len(exact),
         set_size=len(exact[0].rewards) if exact else 0,
@@ -125,6 +91,23 @@ def write_report(
         provenance=provenance(evaluation),
     )
     path.write_text(page, encoding="utf-8")
+
+
+def verdict(evaluation: Evaluation) -> str:
+    """Whether the model is better than its reference, and at what distance, in one sentence."""
+    win, low, high = (number(evaluation.metrics, "win_rate", part) for part in ("value", "low", "high"))
+    if ills := ailments(evaluation):
+        return f"This model is broken: it {' and '.join(ills)}."
+    if win is None:
+        return "No judge compared this model with its reference."
+    if low is None or high is None or low <= 0.5 <= high:
+        standing = "It is not sure whether this model is better than its reference"
+    else:
+        standing = f"This model is {'better' if low > 0.5 else 'worse'} than its reference"
+    interval = "" if low is None or high is None else f" [{low:.1%}, {high:.1%}]"
+    kl = number(evaluation.metrics, "kl_sequence")
+    distance = "" if kl is None else f", at {in_digits(kl)} nats of KL from it"
+    return f"{standing}: its samples win {win:.1%}{interval} of comparisons{distance}."
 
 
 def softness_sentence(evaluation: Evaluation) -> str:
@@ -172,6 +155,8 @@ def chips(evaluation: Evaluation) -> list[str]:
 def provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
     """Where the figures come from."""
     facts = {
+        "data": evaluation.data_source,
+        "base model": evaluation.base_model,
         "policy": evaluation.model_uri,
         "reference": evaluation.reference_uri,
         "run": evaluation.run_id,

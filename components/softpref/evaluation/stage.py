@@ -373,6 +373,8 @@ def _evaluate(
         by_prompt={**by_prompt(records), **preferences.by_prompt},
         settings={key: getattr(config, key) for key in (*DEFINING, *_SHOWN_SETTINGS)}
         | {"max_new_tokens": models.max_new_tokens},
+        data_source=stats.get("source") or "",
+        base_model=metadata.get("base_model") or "",
         example=prompts[0],
         warnings=warnings,
     )

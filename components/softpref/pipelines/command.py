@@ -24,7 +24,7 @@ from softpref.options import CONFIGURATIONS, HIDDEN, Option, instead, read_optio
 from softpref.pipelines import graph
 from softpref.pipelines.local import require_gpus, run_here, task_server
 from softpref.pipelines.packages import compile_components, compile_package, packages_folder
-from softpref.pipelines.profiles import CLUSTERS, STAGES, read_profile
+from softpref.pipelines.profiles import CLUSTERS, read_profile
 from softpref.pipelines.recipes import RECIPES, element_type, inputs, names_in, pipeline_parameters, typed
 from softpref.pipelines.submission import add_client_options, submit, ui_address
 from softpref.preflight.parameters import PLANNED, STAGES, TABLE
