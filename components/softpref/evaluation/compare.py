@@ -8,7 +8,7 @@ from pathlib import Path
 
 from softpref.artifacts import plain
 from softpref.errors import ConfigError, DataError
-from softpref.evaluation.choice import check_rule, choose, rule_in_words
+from softpref.evaluation.choice import check_rule, choose, no_scores, rule_in_words
 from softpref.evaluation.curves import all_exact, equal_reward, position
 from softpref.evaluation.tables import Column, columns, softness
 from softpref.fitness import Limits, ailments, number
@@ -58,7 +58,8 @@ def run(
         experiment, tracking_uri: where that run is; by default `MLFLOW_TRACKING_URI` or a local store.
 
     Raises:
-        ConfigError: no folder, a folder without evaluation, two members of one name, or a wrong rule.
+        ConfigError: no folder, a folder without evaluation, two members of one name, or a wrong rule, which
+            `expected_reward` is where the judge gave no scores.
         DataError: members evaluated on different data, judge, reference or settings; or no member may be
             chosen though one is `required` (the report is written in any case).
     """
@@ -67,6 +68,8 @@ def run(
     evaluations = [Evaluation.read(folder) for folder in folders]
     members = sorted(evaluations, key=position)
     check_comparable(members)
+    if rule == "expected_reward" and not any(rule in member.metrics for member in members):
+        raise ConfigError(no_scores(members[0].judge.name))
     choice = choose(members, rule, max_kl, limits)
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, over_prompts
 from softpref.evaluation.metrics import words
+from softpref.evaluation.quality import scores_of
 from softpref.records import DrawnText, Figure
 
 SAME = 0.8
@@ -32,7 +33,8 @@ def variety(
     """`vendi_score`, `distinct_answers`, `mode_share`, `compression_ratio` and `good_diversity`, by prompt.
 
     Texts are cut to the lower quartile of the lengths of the reference's samples, in words and marks; good is
-    a sample that scores at least as high as the median of the reference's on its prompt.
+    a sample that scores at least as high as the median of the reference's on its prompt, so a judge without
+    scores gives no `good_diversity`.
 
     Args:
         samples, reference: of the model that is measured, and of its reference, by prompt.
@@ -42,15 +44,18 @@ def variety(
     found: dict[str, list[float]] = {}
     for group, theirs in zip(samples, reference, strict=True):
         texts = at_length([text.text for text in group], length)
-        alike, least = likeness(texts), float(np.median([text.score for text in theirs]))
-        scores = [text.score for text in group]
-        for name, value in {
+        alike = likeness(texts)
+        values = {
             "vendi_score": vendi_score(alike),
             "distinct_answers": float(distinct_answers(texts)),
             "mode_share": mode_share(texts),
             "compression_ratio": compression_ratio(texts),
-            "good_diversity": good_diversity(alike, scores, least),
-        }.items():
+        }
+        scored = scores_of([group, theirs])
+        if scored is not None:
+            scores, usual = scored
+            values["good_diversity"] = good_diversity(alike, scores, float(np.median(usual)))
+        for name, value in values.items():
             found.setdefault(name, []).append(value)
     units = {"vendi_score": "answers", "distinct_answers": "answers", "compression_ratio": "ratio"}
     return {

@@ -221,7 +221,7 @@ def _against_kl(axes: Axes, drawn: Sequence[Curve], chosen: str | None, metric: 
     labels = Labels(axes)
 
     def place_of(member: Evaluation) -> Point | None:
-        x, y = (member.metrics[name].value for name in ("kl_sequence", metric))
+        x, y = (number(member.metrics, name) for name in ("kl_sequence", metric))
         return None if x is None or y is None else Point(x, y)
 
     for curve in drawn:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softpref.artifacts import strengths
+from softpref.evaluation.quality import scores_of
 from softpref.pages import render
 from softpref.records import Evaluation, Figures, PromptRecord
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 LABELS = {
     "win_rate": ("Win rate", "probability that the judge prefers its sample to the reference's"),
+    "position_consistency": ("Position consistency", "pairs judged the same in both orders"),
     "expected_reward": ("Expected reward", "mean score under the judge"),
     "reference_expected_reward": ("Expected reward of the reference", "the same for the SFT model"),
     "kl_sequence": ("KL to the reference", "per completion, from its own samples"),
@@ -100,9 +103,14 @@ def write_report(
     """
     from softpref.evaluation import charts
 
-    policy = [sample.score for record in records for sample in record.policy]
-    reference = [sample.score for record in records for sample in record.reference]
-    drawings = {"scores": charts.reward_distribution(policy, reference, exact), "optimum": ""}
+    drawings = {"scores": "", "optimum": ""}
+    policy, reference = (
+        scores_of([getattr(one, side) for one in records]) for side in ("policy", "reference")
+    )
+    if policy is not None and reference is not None:  # a judge may give none
+        drawings["scores"] = charts.reward_distribution(
+            [*itertools.chain(*policy)], [*itertools.chain(*reference)], exact
+        )
     if evaluation.reliability:
         drawings["reliability"] = charts.reliability_diagram(evaluation.reliability)
     if exact:

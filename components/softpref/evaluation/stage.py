@@ -18,7 +18,7 @@ from softpref.evaluation.optima import against_theory, enumerated, theory_sample
 from softpref.fitness import ailments
 from softpref.judges.loading import check_judge, load_judge
 from softpref.judges.outcomes import read_outcomes
-from softpref.judges.protocol import sigmoid
+from softpref.judges.protocol import is_scoring, is_telling, sigmoid
 from softpref.judges.texts import text_rows
 from softpref.lm.extrapolation import extrapolated_folders
 from softpref.lm.sources import check_model_source, check_remote_code, local_source, source_name
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from softpref.evaluation.intervals import Bootstrap
     from softpref.judges.outcomes import Outcomes
-    from softpref.judges.protocol import ScoringJudge
+    from softpref.judges.protocol import Judge
     from softpref.lm.tokenization import TokenizedPrompt
 
 Key = TypeVar("Key")
@@ -151,10 +151,16 @@ def run(
     return evaluation
 
 
-def by_prompt(records: Sequence[PromptRecord]) -> dict[str, list[float]]:
-    """Expected reward and win rate of each prompt, for paired comparisons of members of a sweep."""
+def by_prompt(records: Sequence[PromptRecord]) -> Mapping[str, Sequence[float | None]]:
+    """Expected reward and win rate of each prompt, for paired comparisons of members of a sweep.
+
+    Of a judge without scores the win rate alone; None for a prompt of which it judged nothing.
+    """
     import numpy as np
 
+    if any(sample.score is None for record in records for sample in record.policy):
+        wins = [[s.win for s in record.policy if s.win is not None] for record in records]
+        return {"win_rate": [float(np.mean(group)) if group else None for group in wins]}
     values: dict[str, list[float]] = {"expected_reward": [], "win_rate": []}
     for record in records:
         ours, theirs = (np.array([s.score for s in side]) for side in (record.policy, record.reference))
@@ -190,7 +196,8 @@ class _Task(NamedTuple):
         identity, identity_parts: `evaluation_id`, and `evaluated_on`, which it is made of.
         prompts, tokenized, rows: held-out prompts to draw from, their ids, their preference rows to score.
         outcomes: by prompt, where the dataset knows them.
-        judge_accuracy: on the validation split, of a trained judge.
+        judge_accuracy: on the validation split, of any judge but the expert.
+        judge_warnings: about how that was measured.
         models: without the policy.
         reference: samples of the reference, by prompt.
         theory: see `theory_samples`.
@@ -202,8 +209,9 @@ class _Task(NamedTuple):
     tokenized: list[TokenizedPrompt]
     rows: list[PreferenceRow]
     outcomes: dict[str, Outcomes]
-    judge: ScoringJudge
+    judge: Judge
     judge_accuracy: Figure | None
+    judge_warnings: list[str]
     bootstrap: Bootstrap
     models: Models
     reference: list[list[DrawnText]]
@@ -249,7 +257,7 @@ def _prepare(
     kept = list(_choose(dict(enumerate(rows)), config.max_rows, config.seed).values())
     outcomes_path = Path(places["dataset"]) / OUTCOMES_FILE
     outcomes = read_outcomes(outcomes_path) if outcomes_path.is_file() else {}
-    judge, judge_accuracy = _judge(config, dataset, places["dataset"], outcomes, bootstrap)
+    judge, judge_accuracy, judge_warnings = _judge(config, dataset, places["dataset"], outcomes, bootstrap)
     models = load_reference(config, places, metadata)
     tokenized = tokenize_prompts(models, prompts, rows)
     check_prompts(models.reference, models, tokenized)
@@ -262,6 +270,7 @@ def _prepare(
         outcomes,
         judge,
         judge_accuracy,
+        judge_warnings,
         bootstrap,
         models,
         draw_samples(models, "reference", prompts, tokenized, judge, config)[1],
@@ -290,8 +299,10 @@ def _evaluate(
     timer.enter("evaluation")
 
     preferences = held_out(models, task.rows, metadata, bootstrap)
-    warnings = list(preferences.warnings)
-    of_samples, records = sampled(models, prompts, task.tokenized, task.reference, judge, config, bootstrap)
+    of_samples, records, unjudged = sampled(
+        models, prompts, task.tokenized, task.reference, judge, config, bootstrap
+    )
+    warnings = [*preferences.warnings, *task.judge_warnings, *unjudged]
     figures = {**preferences.figures, **of_samples}
     stats = read_stats(places["dataset"])
     exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings)
@@ -315,7 +326,12 @@ def _evaluate(
         dataset_hash=stats.get("dataset_hash"),
         evaluation_id=task.identity,
         evaluated_on=task.identity_parts,
-        judge=JudgedBy(judge.name, judge.description, task.judge_accuracy),
+        judge=JudgedBy(
+            judge.name,
+            judge.description,
+            task.judge_accuracy,
+            dict(judge.usage) if is_telling(judge) else None,
+        ),
         metrics=dict(sorted(figures.items())),
         reliability=preferences.reliability,
         exact=exact_figures(exact, bootstrap) if exact else None,
@@ -341,8 +357,12 @@ def _judge(
     dataset_dir: str,
     outcomes: dict[str, Outcomes],
     bootstrap: Bootstrap,
-) -> tuple[ScoringJudge, Figure | None]:
-    """The judge, and the validation accuracy of a trained one where there are rows for it."""
+) -> tuple[Judge, Figure | None, list[str]]:
+    """The judge, its accuracy on the validation split where there are rows for it, and warnings of that.
+
+    The expert's is not asked.
+    """
+    from softpref.evaluation.comparing import agreement
     from softpref.evaluation.metrics import PreferenceMetric
 
     judge = load_judge(
@@ -352,12 +372,14 @@ def _judge(
         outcomes=outcomes,
         seed=config.seed,
         max_rows=config.judge_max_rows,
+        model=config.judge_model,
+        options=config.judge_options,
     )
-    if judge.name == "expert":
-        return judge, None
-    held_out = list(text_rows(dataset.get("validation", ())))
+    held_out = [] if judge.name == "expert" else list(text_rows(dataset.get("validation", ())))
     if not held_out:
-        return judge, None
+        return judge, None, []
+    if not is_scoring(judge):
+        return judge, *agreement(judge, held_out, config.judge_validation_pairs, bootstrap)
     prompts = [row["prompt"] for row in held_out for _ in row["completions"]]
     completions = [completion for row in held_out for completion in row["completions"]]
     flat = iter(judge.scores(prompts, completions).tolist())
@@ -368,7 +390,7 @@ def _judge(
         probability=[row["probability"] for row in held_out],
         prompt=[row["prompt"] for row in held_out],
     )["preference_accuracy"]
-    return judge, accuracy
+    return judge, accuracy, []
 
 
 def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> DatasetDict:
@@ -376,7 +398,8 @@ def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> DatasetDict:
     path, split = Path(dataset_dir), config.split
     if not (path / "dataset_dict.json").is_file():
         raise ConfigError(f"{path} is not a dataset folder of the data stage (it has no dataset_dict.json)")
-    check_judge(config.judge, path)  # before the import below, which takes seconds
+    # before the import below, which takes seconds
+    check_judge(config.judge, path, model=config.judge_model, options=config.judge_options)
     import datasets
 
     dataset = datasets.load_from_disk(str(path))

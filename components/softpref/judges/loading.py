@@ -1,37 +1,81 @@
-"""The judge of a dataset, by name."""
+"""The judge of a dataset, by name: one of ours, or one that an installed package brings."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from softpref.errors import ConfigError
 from softpref.judges.bradley_terry import BradleyTerryJudge
 from softpref.judges.expert import ExpertJudge, RewardJudge
 from softpref.judges.outcomes import Outcomes, read_outcomes
-from softpref.judges.protocol import ScoringJudge
+from softpref.judges.protocol import Judge
 from softpref.judges.texts import preference_pairs, text_rows
 from softpref.records import OUTCOMES_FILE, REWARD_FILE, PreferenceRow
 from softpref.rewards import read_reward
 
-JudgeName = Literal["auto", "expert", "bradley-terry"]
+JudgeName = Literal["auto", "expert", "bradley-terry", "llm"]
+ENTRY_POINTS = "softpref.judges"
+"""The group of entry points by which a package brings judges: a name, and a class or function that is called
+with `judge_options` (and `model`, where `judge_model` is given) and returns a `Judge`."""
 
 
-def check_judge(name: str, dataset_dir: str | Path) -> None:
-    """Refuse, in milliseconds, a judge that this dataset folder cannot provide.
+def check_judge_options(name: str, model: str = "", options: Mapping[str, Any] | None = None) -> None:
+    """Refuse, in milliseconds, a judge that there is not, and options that it does not take.
 
     Raises:
-        ConfigError: there is no judge of this name, or it is the expert and the folder has no outcomes.
+        ConfigError: with what would be right.
     """
-    if name not in get_args(JudgeName):
-        raise ConfigError(f"judge must be one of {', '.join(get_args(JudgeName))}, got {name!r}")
+    known = get_args(JudgeName)
+    if name not in known:
+        own = _own_judges()
+        if name not in own:
+            raise ConfigError(f"judge must be one of {', '.join([*known, *own])}, got {name!r}")
+    elif name == "llm":
+        from softpref.judges.llm import llm_options
+
+        llm_options(model, options or {})
+    elif model or options:
+        given = "judge_model" if model else "judge_options"
+        raise ConfigError(f"the judge {name!r} takes no {given}; leave it out, or set judge to llm")
+
+
+def check_judge(
+    name: str, dataset_dir: str | Path, *, model: str = "", options: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse, in milliseconds, a judge that cannot be had for this dataset folder, or on this machine.
+
+    Raises:
+        ConfigError: there is no judge of this name, it does not take these options, or lacks something: the
+            expert the folder's outcomes, a language model its key.
+    """
+    check_judge_options(name, model, options)
     known = (OUTCOMES_FILE, REWARD_FILE)
     if name == "expert" and not any((Path(dataset_dir) / file).is_file() for file in known):
         raise ConfigError(
             f"the judge 'expert' needs the dataset's {' or '.join(known)}, but {dataset_dir} has none; use "
             "'bradley-terry' or 'auto'"
         )
+    check_judge_here(name, model=model, options=options)
+
+
+def check_judge_here(name: str, *, model: str = "", options: Mapping[str, Any] | None = None) -> None:
+    """Refuse, in milliseconds, a judge for which this machine lacks something, whatever the dataset."""
+    if name == "llm":
+        from softpref.judges.llm import llm_options
+
+        llm_options(model, options or {}).check_ready()
+
+
+def gives_scores(name: str) -> bool:
+    """Whether the judge of this name gives scores; True where that is known only of the judge itself."""
+    if name == "llm":
+        return False
+    found = _own_judges().get(name) if name not in get_args(JudgeName) else None
+    made = found.load() if found else None
+    return not isinstance(made, type) or hasattr(made, "scores")
 
 
 def load_judge(
@@ -42,20 +86,30 @@ def load_judge(
     outcomes: Mapping[str, Outcomes] | None = None,
     seed: int = 0,
     max_rows: int = 20000,
-) -> ScoringJudge:
-    """The judge of a dataset by name: its known rewards, or trained on its training split.
+    model: str = "",
+    options: Mapping[str, Any] | None = None,
+) -> Judge:
+    """The judge of a dataset by name: its known rewards, trained on its training split, or asked elsewhere.
 
     Args:
-        name: `expert`, `bradley-terry`, or `auto`: the expert where rewards are known.
+        name: `expert`, `bradley-terry`, or `auto`: the expert where rewards are known; `llm`, a language
+            model; or the name of an entry point of the group `softpref.judges`.
         dataset_dir: the data stage's folder.
         splits, outcomes: those of that folder, if they have been read; None reads them as needed.
         seed, max_rows: of a `bradley-terry` judge.
+        model, options: of `llm`, see `softpref.judges.llm`, and of a judge of your own.
 
     Raises:
         ConfigError: there is no such judge, or this dataset cannot provide it.
         DataError: the outcomes or the reward are damaged.
     """
-    check_judge(name, dataset_dir)
+    check_judge(name, dataset_dir, model=model, options=options)
+    if name == "llm":
+        from softpref.judges.llm import LLMJudge, llm_options
+
+        return LLMJudge(model, llm_options(model, options or {}))
+    if name not in get_args(JudgeName):
+        return _own_judge(name, model, options or {})
     folder = Path(dataset_dir)
     if name != "bradley-terry":
         if outcomes is None and (folder / OUTCOMES_FILE).is_file():
@@ -70,3 +124,26 @@ def load_judge(
         splits = datasets.load_from_disk(str(dataset_dir))
     pairs = preference_pairs(text_rows(splits.get("train", ())))
     return BradleyTerryJudge(pairs, seed=seed, max_rows=max_rows)
+
+
+def _own_judges() -> dict[str, importlib.metadata.EntryPoint]:
+    return {one.name: one for one in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _own_judge(name: str, model: str, options: Mapping[str, Any]) -> Judge:
+    """The judge that an entry point makes.
+
+    Raises:
+        ConfigError: it refuses the options, or what it made is no judge.
+    """
+    point = _own_judges()[name]
+    try:
+        judge: Judge = point.load()(**{**options, **({"model": model} if model else {})})
+    except TypeError as error:
+        raise ConfigError(f"the judge {name!r} ({point.value}) takes other judge_options: {error}") from error
+    needed = ("name", "description", "fingerprint", "probabilities")
+    if lacking := [part for part in needed if not hasattr(judge, part)]:
+        raise ConfigError(
+            f"the judge {name!r} ({point.value}) lacks {', '.join(lacking)}; see softpref.judges.protocol"
+        )
+    return judge

@@ -145,7 +145,12 @@ class _Table:
     judge: str = _parameter(
         "auto",
         "evaluate",
-        '"auto", "expert" (known reward) or "bradley-terry" (learned from the training preferences).',
+        '"auto", "expert" (known reward), "bradley-terry" (learned from the training preferences), "llm" (a '
+        "language model behind an endpoint, whose address is in judge_options of evaluation_overrides), or a "
+        "judge of your own.",
+    )
+    judge_model: str = _parameter(
+        "", "evaluate", "Of the judge llm the model's name at its endpoint.", optional=True
     )
     max_prompts: int = _parameter(100, "evaluate", "Held-out prompts that models are measured on; 0: all.")
     samples_per_prompt: int = _parameter(

@@ -75,8 +75,13 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
             model, or the policy at the beginning of the round (`previous`). `auto` is what the method's
             authors do: previous for `sppo`, initial otherwise.
         judge: who judges drawn completions in the training stage: `expert` (the data's known reward),
-            `bradley-terry` (learned from the training preferences), or `auto`, the expert if there is one.
-            As a library, give `SPOTrainer` a judge.
+            `bradley-terry` (learned from the training preferences), `auto`, the expert if there is one, else
+            that; `llm`, a language model behind an OpenAI-compatible endpoint; or the name of a judge that an
+            installed package brings (entry points `softpref.judges`). As a library, give `SPOTrainer` a
+            judge.
+        judge_model: of `llm` the model's name at its endpoint.
+        judge_options: of `llm` its address, rubric and budget, see `softpref.judges.llm`, such as
+            `{"url": "http://HOST:8000/v1"}`; of a judge of your own what it takes.
         extrapolation: weights w, comma-separated, for each of which the training stage also writes
             `aligned + w · (aligned − reference)` as a model of its own (ExPO, arXiv 2404.16792).
         sampling_engine: what draws samples: `transformers`, the trained model itself, or `vllm`, which loads
@@ -148,7 +153,9 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
     train_on: Literal["preferences", "samples", "self_play"] = "preferences"
     completions_per_prompt: int = 2
     round_reference: Literal["auto", "initial", "previous"] = "auto"
-    judge: Literal["auto", "expert", "bradley-terry"] = "auto"
+    judge: str = "auto"
+    judge_model: str = ""
+    judge_options: dict[str, Any] | str | None = None
     extrapolation: str = ""
     model_init_kwargs: dict[str, Any] | str | None = None
     use_peft: bool = False
@@ -175,6 +182,7 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
         self.model_init_kwargs = (
             parse_overrides(self.model_init_kwargs, "SPOConfig.model_init_kwargs") or None
         )
+        self.judge_options = parse_overrides(self.judge_options, "SPOConfig.judge_options") or None
         for name, hint in get_type_hints(SPOConfig).items():
             closed = name in SPOConfig.__annotations__ and get_origin(hint) is Literal
             if closed and getattr(self, name) not in get_args(hint):
