@@ -140,7 +140,8 @@ def run(
             evaluation.write(folder)
             weight = member.metadata.get("extrapolation")
             prefix = f"eval/expo-{weight:g}/" if weight else "eval/"
-            tracker.metrics(evaluation.values(prefix), step=0)
+            took = {f"{prefix}judge/{name}": float(n) for name, n in (evaluation.judge.usage or {}).items()}
+            tracker.metrics(evaluation.values(prefix) | took, step=0)
             for file in (EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE):
                 tracker.artifact(folder / file, folder=f"evaluation/{member.subfolder}".rstrip("/"))
         tracker.tags({"evaluation_id": evaluation.evaluation_id})
