@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -116,6 +117,14 @@ class ChatEndpoint:
             ],
             "usage": {"prompt_tokens": 40, "completion_tokens": 10, "total_tokens": 50},
         }
+
+
+def marked_texts(messages: list[dict[str, str]]) -> list[str]:
+    """The prompt and the answers A and B of a question of the judge `llm`, as its marks hold them."""
+    pattern = r"^(Prompt|Answer A|Answer B):\n<text (\w+)>\n(.*?)\n</text \2>$"
+    marked = re.findall(pattern, messages[-1]["content"], re.MULTILINE | re.DOTALL)
+    assert [name for name, _, _ in marked] == ["Prompt", "Answer A", "Answer B"]
+    return [text for _, _, text in marked]
 
 
 def refuse(status: int, message: str, reason: str = "") -> NoReturn:

@@ -590,16 +590,18 @@ def test_a_language_model_judges_pairs_and_what_it_cannot_tell_is_absent(
     from softpref.evaluation import compare
 
     from tests.evaluation.conftest import ANSWERS, REWARDS
-    from tests.served import ChatEndpoint, served
+    from tests.served import ChatEndpoint, marked_texts, served
 
-    reward = dict(zip(ANSWERS, REWARDS, strict=True))
+    known = dict(zip(ANSWERS, REWARDS, strict=True))
+
+    def reward(text):
+        return known.get(text.strip(), len(text) / 20 - 3)
 
     def chance(first, second):
-        scores = [reward.get(text.strip(), -3.0) for text in (first, second)]
-        return 1 / (1 + np.exp(scores[1] - scores[0]))
+        return 1 / (1 + np.exp(reward(second) - reward(first)))
 
     def reply(messages):
-        first, second = re.findall(r">>>\n(.*?)\n<<<end of answer", messages[-1]["content"], re.DOTALL)
+        _, first, second = marked_texts(messages)
         a = chance(first, second)
         return ("A" if a > 0.5 else "B"), [("A", {"A": np.log(a), "B": np.log(1 - a)})]
 
@@ -630,7 +632,7 @@ def test_a_language_model_judges_pairs_and_what_it_cannot_tell_is_absent(
     assert not [ours for line in lines for ours in line["policy"][4:] if "win" in ours or ours["score"]]
 
     rows = load_from_disk(str(world.plain))["validation"]
-    right = [reward[better] > reward[worse] for better, worse in rows["completions"]]
+    right = [reward(better) > reward(worse) for better, worse in rows["completions"]]
     assert found["judge"]["accuracy"]["value"] == pytest.approx(np.mean(right))
     assert found["judge"]["accuracy"]["n"] == len(right) == 60
     assert found["judge"]["usage"]["requests"] == asked <= 2 * (60 + 12)
