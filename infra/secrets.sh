@@ -8,6 +8,7 @@
 #   DATABASE_USERNAME, DATABASE_PASSWORD            of a managed PostgreSQL
 #   STORE_ACCESS_KEY, STORE_SECRET_KEY              of a bucket
 #   HUB_TOKEN                                       for models and data sets that the Hub gates
+#   JUDGE_KEY                                       for the endpoint of the judge llm
 #   DATA_ACCESS_KEY, DATA_SECRET_KEY, DATA_ENDPOINT of a bucket with your own data or models; the last is the URL of a
 #                                                   store other than Amazon's
 set -euo pipefail
@@ -66,6 +67,9 @@ make "$serving" mlflow-credentials "username=$(value "$tracking" mlflow-serving-
     "password=$(value "$tracking" mlflow-serving-credentials password)"
 if [ -n "${HUB_TOKEN:-}" ]; then
     make "$runs" hub-token "token=$HUB_TOKEN"
+fi
+if [ -n "${JUDGE_KEY:-}" ]; then
+    make "$runs" judge-key "key=$JUDGE_KEY"
 fi
 if [ -n "${DATA_ACCESS_KEY:-}" ]; then
     make "$runs" data-store "access-key=$DATA_ACCESS_KEY" "secret-key=$DATA_SECRET_KEY" \

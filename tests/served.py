@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -66,6 +67,64 @@ def routes(calls: dict[tuple[str, str], Callable[..., Any]]) -> Callable[[Reques
         return call(request, **given)
 
     return answer
+
+
+class ChatEndpoint:
+    """Stands in for an OpenAI-compatible endpoint; give its `answer` to `served`, and add `/v1` to the URL.
+
+    Args:
+        reply: called with the messages of a request: the text of the answer, or a pair of the text and, for
+            each of its tokens, `(token, {token: log-probability})`; or a `Response` that is sent as it is.
+
+    Attributes:
+        requests: bodies, in the order that they came.
+        keys: what each request was authorised with.
+    """
+
+    def __init__(self, reply: Callable[[list[dict[str, str]]], Any]) -> None:
+        self.reply, self.requests, self.keys = reply, list[dict[str, Any]](), list[str]()
+
+    def answer(self, request: Request) -> Any:
+        if (request.method, request.path) != ("POST", "/v1/chat/completions"):
+            return Response(f"no {request.path}", 404)
+        body = request.get_json()
+        self.requests.append(body)
+        self.keys.append(request.headers.get("Authorization", ""))
+        found = self.reply(body["messages"])
+        if isinstance(found, Response):
+            return found
+        text, tokens = (found, None) if isinstance(found, str) else found
+        content = [
+            {
+                "token": token,
+                "logprob": chances.get(token, -20.0),
+                "top_logprobs": [{"token": one, "logprob": chance} for one, chance in chances.items()],
+            }
+            for token, chances in tokens or ()
+        ]
+        return {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body["model"],
+            "choices": [
+                {
+                    "index": 0,
+                    "finish_reason": "stop",
+                    "message": {"role": "assistant", "content": text},
+                    "logprobs": {"content": content} if tokens else None,
+                }
+            ],
+            "usage": {"prompt_tokens": 40, "completion_tokens": 10, "total_tokens": 50},
+        }
+
+
+def marked_texts(messages: list[dict[str, str]]) -> list[str]:
+    """The prompt and the answers A and B of a question of the judge `llm`, as its marks hold them."""
+    pattern = r"^(Prompt|Answer A|Answer B):\n<text (\w+)>\n(.*?)\n</text \2>$"
+    marked = re.findall(pattern, messages[-1]["content"], re.MULTILINE | re.DOTALL)
+    assert [name for name, _, _ in marked] == ["Prompt", "Answer A", "Answer B"]
+    return [text for _, _, text in marked]
 
 
 def refuse(status: int, message: str, reason: str = "") -> NoReturn:

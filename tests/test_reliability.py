@@ -51,7 +51,7 @@ def test_pairs_count_to_their_majority():
 
 
 def test_agreement_and_that_of_length_are_shares_of_pairs():
-    found = agreement(Vowels(), ROWS)
+    found = agreement(Vowels(), ROWS)[0]
     assert found["accuracy"].value == pytest.approx(np.mean(JUDGE))
     assert found["longer_accuracy"].value == pytest.approx(np.mean(LONGER))
     assert found["length_accuracy"].value == pytest.approx(1 - np.mean(LONGER))  # "shorter"
@@ -69,19 +69,21 @@ def test_the_difference_is_taken_pair_by_pair_and_resampled_by_prompt():
             return np.array([len(text) for text in completions], float)
 
     rows = [row(f"p{i}", *(("aaa", "a") if i % 4 else ("a", "aaa"))) for i in range(40)]
-    over = agreement(Long(), rows)["over_length"]
+    over = agreement(Long(), rows)[0]["over_length"]
     assert (over.value, over.low, over.high) == (0.0, 0.0, 0.0)
     # rows of one prompt are one observation: with all rows of one kind in one prompt the interval is wide
     few = [row(f"p{i % 4}", *(("aaa", "b") if i % 4 else ("b", "aaa"))) for i in range(40)]
     alone = [row(f"p{i}", *(("aaa", "b") if i % 4 else ("b", "aaa"))) for i in range(40)]
-    widths = [one.high - one.low for one in (agreement(Vowels(), rows)["accuracy"] for rows in (few, alone))]
+    widths = [
+        one.high - one.low for one in (agreement(Vowels(), rows)[0]["accuracy"] for rows in (few, alone))
+    ]
     assert widths[0] > 2 * widths[1]
 
 
 def test_without_a_decided_pair_nothing_is_known():
-    assert agreement(Vowels(), []) == {}
-    assert agreement(Vowels(), ROWS[3:4]) == {}
-    assert "is unknown" in distrust(JudgedBy("vowels", "", **agreement(Vowels(), [])))
+    assert agreement(Vowels(), [])[0] == {}
+    assert agreement(Vowels(), ROWS[3:4])[0] == {}
+    assert "is unknown" in distrust(JudgedBy("vowels", "", **agreement(Vowels(), [])[0]))
 
 
 def of_length(prompts, random):
@@ -103,7 +105,7 @@ def of_a_lexicon(prompts, random):
 def test_a_judge_of_length_alone_is_marked_and_one_of_words_is_not(planted, trusted):
     random = np.random.default_rng(0)
     judge = BradleyTerryJudge(preference_pairs(planted([f"p{i}" for i in range(30)], random)))
-    judged = JudgedBy(judge.name, "", **agreement(judge, planted([f"q{i}" for i in range(20)], random)))
+    judged = JudgedBy(judge.name, "", **agreement(judge, planted([f"q{i}" for i in range(20)], random))[0])
     assert judged.accuracy.low > 0.8
     assert (judged.over_length.low > 0) is trusted
     assert bool(distrust(judged)) is not trusted
@@ -112,7 +114,7 @@ def test_a_judge_of_length_alone_is_marked_and_one_of_words_is_not(planted, trus
 
 
 def test_evaluations_keep_these_figures_and_older_ones_without_them_are_read(tmp_path):
-    judged = JudgedBy("vowels", "", **agreement(Vowels(), ROWS))
+    judged = JudgedBy("vowels", "", **agreement(Vowels(), ROWS)[0])
     written = evaluation(judge=judged._asdict())
     written.write(tmp_path)
     again = Evaluation.read(tmp_path)

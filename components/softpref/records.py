@@ -218,6 +218,7 @@ class JudgedBy(NamedTuple):
         length_accuracy: the same, or that of the shorter one, whichever is higher.
         over_length: `accuracy` less `length_accuracy`, pair by pair.
         reference_accuracy: how often the reference gives the better one the higher log-probability.
+        usage: what it took, by name.
     """
 
     name: str
@@ -227,11 +228,13 @@ class JudgedBy(NamedTuple):
     length_accuracy: Figure | None = None
     over_length: Figure | None = None
     reference_accuracy: Figure | None = None
+    usage: Mapping[str, int] | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> JudgedBy:
         known: dict[str, Any] = {
-            name: Figure.of(one) if isinstance(one, Mapping) else one for name, one in values.items()
+            name: Figure.of(one) if isinstance(one, Mapping) and name != "usage" else one
+            for name, one in values.items()
         }
         return cls(**known)
 
@@ -240,21 +243,25 @@ class DrawnText(NamedTuple):
     """A sample of a model.
 
     Attributes:
-        score: the judge's, nats.
+        score: the judge's, nats; None of a judge that gives no scores.
         truncated: whether it met the length limit.
         tokens: its length, end included.
         repetition: share of its 4-grams of tokens that repeat an earlier one.
         surprisal: −log π_ref, nats.
         kl: Σ KL_t to the reference, nats; only of policy samples.
+        win: P(it beats the reference's sample of the same place); only where the judge was asked of both.
+        reason: what the judge said of them.
     """
 
     text: str
-    score: float
+    score: float | None
     truncated: bool
     tokens: int = 0
     repetition: float = 0.0
     surprisal: float = 0.0
     kl: float | None = None
+    win: float | None = None
+    reason: str = ""
 
 
 class PromptRecord(NamedTuple):
@@ -289,7 +296,8 @@ class Evaluation:
             no preferences.
         theory, reward_frontier: the optimum estimated from samples of the reference, and the most expected
             reward at each KL; None where rewards are not known.
-        by_prompt: values of each prompt, by figure, for paired comparisons.
+        by_prompt: values of each prompt, by figure, for paired comparisons; None for a prompt of which the
+            judge judged nothing.
         settings: those that change a figure's meaning.
         data_source, base_model: where the rows came from, and what the reference was trained from.
         example: the first prompt that was drawn from, as a user would send it.
@@ -318,7 +326,7 @@ class Evaluation:
     softmax_frontier: list[list[float]] | None
     theory: Figures | None = None
     reward_frontier: list[list[float]] | None = None
-    by_prompt: dict[str, list[float]]
+    by_prompt: Mapping[str, Sequence[float | None]]
     settings: dict[str, object] = field(default_factory=dict)
     data_source: str = ""
     base_model: str = ""
@@ -563,9 +571,13 @@ def _read_if_there(path: Path) -> Any:
 
 
 def _plain(value: object) -> object:
-    """Named tuples as dictionaries; a sample without KL has none."""
+    """Named tuples as dictionaries; what a sample or a judge has none of is left out."""
     if isinstance(value, DrawnText):
-        return {name: part for name, part in value._asdict().items() if name != "kl" or part is not None}
+        absent = DrawnText._field_defaults
+        left_out = [name for name in ("kl", "win", "reason") if getattr(value, name) == absent[name]]
+        return {name: part for name, part in value._asdict().items() if name not in left_out}
+    if isinstance(value, JudgedBy) and value.usage is None:
+        return {name: _plain(part) for name, part in value._asdict().items() if name != "usage"}
     if isinstance(value, (BestFor, Figure, JudgedBy, PromptRecord, Reliability)):
         return _plain(value._asdict())
     if isinstance(value, Mapping):

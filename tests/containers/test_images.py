@@ -24,7 +24,7 @@ MODULES = {
     "data": "kfp.dsl.executor_main softpref.data.stage datasets pyarrow.parquet adlfs aiohttp gcsfs s3fs",
     "train": "kfp.dsl.executor_main softpref.preflight.stage softpref.sft.stage softpref.spo.stage "
     "softpref.judges sklearn.feature_extraction peft gguf accelerate.commands.launch kubeflow.trainer "
-    "mlflow.store.tracking.rest_store mlflow.artifacts adlfs gcsfs s3fs",
+    "mlflow.store.tracking.rest_store mlflow.artifacts openai adlfs gcsfs s3fs",
     "evaluate": "kfp.dsl.executor_main softpref.evaluation.stage softpref.evaluation.measure "
     "softpref.evaluation.charts softpref.evaluation.compare softpref.registry.stage matplotlib.pyplot "
     "mlflow.transformers mlflow.pyfunc.scoring_server uvicorn",

@@ -108,6 +108,32 @@ def save(root, *members):
     return folders
 
 
+def test_members_are_compared_on_the_prompts_that_a_judge_judged_of_both():
+    """Of the other prompts there is no difference; without them `soft` would be as good as `sharp`."""
+    wins = {"sharp": [0.9, 0.8, None, 0.7, 0.8], "soft": [0.5, 0.4, 0.99, None, 0.4]}
+    members = [
+        entry | {"by_prompt": {"win_rate": wins[entry["name"]]}, "metrics": {"win_rate": figure(value, 0.05)}}
+        for entry, value in ((SHARP, 0.8), (SOFT, 0.57))
+    ]
+    assert choose(members, "win_rate").name == "sharp"
+    alike = [entry | {"by_prompt": {"win_rate": [0.9, 0.8, None, 0.7, 0.8]}} for entry in members]
+    assert choose(alike, "win_rate").name == "soft"
+
+
+def test_a_judge_without_scores_ranks_by_win_rate_alone(tmp_path):
+    scored = {"expected_reward", "reference_expected_reward"}
+    entry = SHARP | {
+        "judge": {"name": "llm", "accuracy": figure(0.7), "usage": {"requests": 8}},
+        "metrics": {name: one for name, one in SHARP["metrics"].items() if name not in scored},
+        "by_prompt": {"win_rate": SHARP["by_prompt"]["win_rate"]},
+    }
+    folders = save(tmp_path, entry)
+    with pytest.raises(ConfigError, match=r"the judge 'llm' .* set selection_rule to win_rate"):
+        compare.run(folders, str(tmp_path / "out"), "expected_reward")
+    assert compare.run(folders, str(tmp_path / "out"), "win_rate").chosen == "sharp"
+    assert (tmp_path / "out" / "frontier.png").stat().st_size > 1000
+
+
 def test_the_softest_member_that_is_not_inferior_to_the_best_is_chosen():
     choice = choose([SHARP, EVEN, SOFT, DPO], "expected_reward")
     assert choice.name == "even"  # `soft` is softer still, but lacks more than a tenth of the gain

@@ -647,3 +647,78 @@ def test_models_that_were_broken_on_purpose_are_told_from_sharper_and_softer_one
     assert "writes what its reference would not: " in found["random"]["warnings"][-1]
     for name in ("repeating", "random"):
         assert f"{name} " in result.reason.partition("Never chosen: ")[2]
+
+
+def test_a_language_model_judges_pairs_and_what_it_cannot_tell_is_absent(
+    world, evaluating, tmp_path, recorded, monkeypatch
+):
+    """The endpoint judges by the planted rewards, so the figures are known from the samples."""
+    pytest.importorskip("openai")
+    from softpref.evaluation import compare
+
+    from tests.evaluation.conftest import ANSWERS, REWARDS
+    from tests.served import ChatEndpoint, marked_texts, served
+
+    known = dict(zip(ANSWERS, REWARDS, strict=True))
+
+    def reward(text):
+        return known.get(text.strip(), len(text) / 20 - 3)
+
+    def chance(first, second):
+        return 1 / (1 + np.exp(reward(second) - reward(first)))
+
+    def reply(messages):
+        _, first, second = marked_texts(messages)
+        a = chance(first, second)
+        return ("A" if a > 0.5 else "B"), [("A", {"A": np.log(a), "B": np.log(1 - a)})]
+
+    key = "sk-very-secret-0123456789"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    endpoint = ChatEndpoint(reply)
+    common = {"dataset": world.plain, "judge": "llm", "judge_model": "wise"}
+    with served(endpoint.answer) as url:
+        options = {"url": f"{url}/v1", "cache": str(tmp_path / "answers.sqlite3")}
+        found = evaluating(world, tmp_path / "whole", **common, judge_options=options)
+        asked = len(endpoint.requests)
+        limited = options | {"cache": "none", "max_requests": 50}
+        cut = evaluating(world, tmp_path / "cut", **common, judge_validation_pairs=20, judge_options=limited)
+    metrics = found["metrics"]
+    scored = {"expected_reward", "reference_expected_reward", "best_of_8", "reference_best_of_8"}
+    scored |= {"good_diversity", "reference_good_diversity"}
+    assert set(metrics) == METRICS - scored | {"position_consistency"}
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()]
+    pairs = [
+        [(ours, theirs["text"]) for ours, theirs in zip(line["policy"], line["reference"], strict=True)][:4]
+        for line in lines
+    ]
+    expected = [[chance(ours["text"], theirs) for ours, theirs in group] for group in pairs]
+    assert [[ours["win"] for ours, _ in group] for group in pairs] == [pytest.approx(e) for e in expected]
+    assert metrics["win_rate"]["value"] == pytest.approx(np.mean(expected))
+    assert found["by_prompt"] == {"win_rate": pytest.approx(np.mean(expected, axis=1))}
+    assert metrics["position_consistency"]["value"] == 1.0
+    assert not [ours for line in lines for ours in line["policy"][4:] if "win" in ours or ours["score"]]
+
+    rows = load_from_disk(str(world.plain))["validation"]
+    right = [reward(better) > reward(worse) for better, worse in rows["completions"]]
+    assert found["judge"]["accuracy"]["value"] == pytest.approx(np.mean(right))
+    assert found["judge"]["accuracy"]["n"] == len(right) == 60
+    assert found["judge"]["usage"]["requests"] == asked <= 2 * (60 + 12)
+
+    assert cut["judge"]["accuracy"]["n"] == 20
+    assert cut["judge"]["usage"]["requests"] <= 50
+    assert 0 < cut["metrics"]["win_rate"]["n"] < 12
+    assert any(
+        "pairs of samples unjudged: its budget of 50 requests" in warning for warning in cut["warnings"]
+    )
+    for folder in ("whole", "cut"):
+        page = (tmp_path / folder / "report.html").read_text()
+        assert "Position consistency" in page
+        assert "requests" in page
+    evaluations = [str(tmp_path / "whole")]
+    with pytest.raises(ConfigError, match=r"the judge 'llm' .* set selection_rule to win_rate"):
+        compare.run(evaluations, str(tmp_path / "refused"), "expected_reward")
+    compared = compare.run(evaluations, str(tmp_path / "compared"), "win_rate", required=False)
+    assert compared.chosen == found["name"] or "judge" in compared.reason
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in written if key.encode() in path.read_bytes()]
+    assert f"{url}/v1" in (tmp_path / "whole" / "parameters.yaml").read_text()

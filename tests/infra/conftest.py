@@ -56,7 +56,7 @@ def made_secrets(kubectl, tmp_path_factory):
         with api_server(tmp_path_factory.mktemp("api")) as cluster:
             cluster.add(f"/api/v1/namespaces/{runs}", apiVersion="v1", kind="Namespace")
             given = {"HUB_TOKEN": "a-token", "DATA_ACCESS_KEY": "a-key", "DATA_SECRET_KEY": "a-secret"}
-            given["DATA_ENDPOINT"] = "https://store.example"
+            given |= {"DATA_ENDPOINT": "https://store.example", "JUDGE_KEY": "a-judges-key"}
             run_secrets_script(cluster, INFRA / "secrets.sh", kubectl, runs, **given)
             made |= cluster.secrets()
     return made

@@ -124,6 +124,14 @@ def test_recipes_for_natural_text_are_anchored_and_others_are_warned(sweep, capl
     assert "softness has no effect then; set anchor to 1" in caplog.text
 
 
+_LLM = {"judge": "llm", "judge_model": "m", "evaluation_overrides": {"judge_options": {"url": "http://h/v1"}}}
+
+
+def test_a_sweep_may_be_judged_by_a_language_model_and_ranked_by_win_rate(sweep):
+    pytest.importorskip("openai")
+    plan(pipeline_parameters(sweep, "embedded", {}) | _LLM | {"selection_rule": "win_rate"})
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -166,7 +174,19 @@ def test_recipes_for_natural_text_are_anchored_and_others_are_warned(sweep, capl
         ({"gpus": -1}, "gpus must be a whole number of at least 0"),
         ({"data_overrides": {"votse": 1}}, "did you mean 'votes'"),
         ({"samples_per_refresh": 4}, "samples_per_refresh"),
-        ({"judge": "oracle"}, "judge"),
+        ({"judge": "oracle"}, "judge must be one of auto, expert, bradley-terry, reward-model, llm, got 'oracle'"),
+        ({"judge": "llm"}, "the judge 'llm' needs judge_model"),
+        ({"judge": "expert", "judge_model": "m"}, "the judge 'expert' takes no judge_model"),
+        (_LLM, "gives no scores, so there is no expected reward .* set selection_rule to win_rate"),
+        (_LLM | {"evaluation_overrides": {"judge_options": {"urll": "x"}}}, "did you mean 'url'"),
+        (
+            _LLM | {"evaluation_overrides": {"judge_options": {"url": "http://h/v1", "rubric": "no.yaml"}}},
+            "rubric no.yaml does not exist",
+        ),
+        (
+            {"baselines": ["sppo:1,rounds=2,num_train_epochs=1,judge=llm"]},
+            "the judge 'llm' needs judge_model",
+        ),
         ({"source": "owner/name", "data_overrides": {}, "judge": "expert"}, "bradley-terry"),
         ({"source": "owner/name"}, "data_overrides has votes and story_kind.*--recipe own"),
         ({"train_overrides": {"lora_r": 0}}, "SPOConfig.lora_r must be at least 1, got 0"),

@@ -209,7 +209,7 @@ def test_a_trained_judge_knows_a_lexicon_and_length_does_not(tmp_path, settings,
 
     judge = load_reward_judge(str(tmp_path / "judge"), device="cpu")
     held_out = list(text_rows(lexicon_rows(known[25:], 6, 2)))
-    found = agreement(judge, held_out)
+    found, _ = agreement(judge, held_out)
     assert found["accuracy"].value == pytest.approx(metrics["accuracy"])
     assert found["length_accuracy"].value < 0.75
     heads = judge.heads(["sea and owl: "] * 2, ["kind fox", "rude fox"])

@@ -11,6 +11,7 @@ from softpref.errors import ConfigError, DataError
 from softpref.lm.packing import PackedBatch
 from softpref.lm.scoring import score_sequences
 from softpref.lm.tokenization import decode, tokenize_prompt, tokenize_sequence
+from softpref.spo.rounds import win_tables
 from transformers import TrainerCallback
 
 ROWS, BATCH, EPOCHS, ROUNDS = 6, 3, 2, 3
@@ -426,11 +427,24 @@ def test_a_row_that_no_round_can_use_is_named(rounds, row, options, message):
         rounds(rows=rows, trains=False, **options)
 
 
-@pytest.mark.parametrize("answer", [[0.5], [[0.5] * ROWS], [1.5] * ROWS, [math.nan] * ROWS])
+@pytest.mark.parametrize("answer", [[0.5], [[0.5] * ROWS], [1.5] * ROWS])
 def test_a_judge_that_gives_no_probabilities_is_refused(rounds, judge, answer):
     judge.probabilities = lambda prompts, first, second: np.array(answer)
     with pytest.raises(ConfigError, match=f"compare {ROWS} pairs; its probabilities must be as many numbers"):
         rounds(train_on="samples")
+
+
+def test_a_round_needs_every_pair_judged():
+    class Ended:
+        ended = "its budget is used up"
+
+        def verdicts(self, prompts, first, second): ...
+
+        def probabilities(self, prompts, first, second):
+            return np.array([0.5] + [np.nan] * (len(prompts) - 1))
+
+    with pytest.raises(ConfigError, match="left 2 of 3 pairs unjudged: its budget is used up; a round needs"):
+        win_tables(Ended(), ["p"], [["a", "b", "c"]])
 
 
 def test_loader_processes_see_the_rows_of_each_round(rounds):

@@ -41,6 +41,14 @@ def check_rule(rule: str, max_kl: float | None) -> None:
         raise ConfigError(f"max_kl must be a positive number of nats or left out, got {max_kl}")
 
 
+def no_scores(judge: str) -> str:
+    """What is said where members cannot be ranked by expected reward."""
+    return (
+        f"the judge {judge!r} compares completions and gives no scores, so there is no expected reward to "
+        "rank models by; set selection_rule to win_rate"
+    )
+
+
 def choose(
     members: Sequence[Evaluation], rule: str, max_kl: float | None = None, limits: Limits | None = None
 ) -> Choice:
@@ -165,7 +173,7 @@ def _not_inferior(member: Evaluation, best: Evaluation, rule: str, margin: float
     from softpref.intervals import interval
 
     pairs = zip(member.by_prompt[rule], best.by_prompt[rule], strict=True)
-    differences = [ours - theirs for ours, theirs in pairs]
+    differences = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
     low = interval(differences, range(len(differences))).low
     return low is not None and low > -margin
 

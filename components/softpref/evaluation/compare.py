@@ -10,7 +10,7 @@ from pathlib import Path
 from softpref.artifacts import plain
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.addresses import find_evaluations
-from softpref.evaluation.choice import check_rule, choose, rule_in_words
+from softpref.evaluation.choice import check_rule, choose, no_scores, rule_in_words
 from softpref.evaluation.curves import all_exact, equal_reward, position
 from softpref.evaluation.interactive import MOST_PROMPTS
 from softpref.evaluation.meanings import title
@@ -62,7 +62,8 @@ def run(
         experiment, tracking_uri: where that run is; by default `MLFLOW_TRACKING_URI` or a local store.
 
     Raises:
-        ConfigError: no folder, a folder without evaluation, two members of one name, or a wrong rule.
+        ConfigError: no folder, a folder without evaluation, two members of one name, or a wrong rule, which
+            `expected_reward` is where the judge gave no scores.
         DataError: members evaluated on different data, judge, reference or settings; or no member may be
             chosen though one is `required` (the report is written in any case).
     """
@@ -71,6 +72,8 @@ def run(
     found = find_evaluations(evaluations, output / "evaluations", tracking_uri)
     members = sorted((one.evaluation for one in found), key=position)
     check_comparable(members)
+    if rule == "expected_reward" and not any(rule in member.metrics for member in members):
+        raise ConfigError(no_scores(members[0].judge.name))
     choice = choose(members, rule, max_kl, limits)
     output.mkdir(parents=True, exist_ok=True)
     comparison = Comparison(

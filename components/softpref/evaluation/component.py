@@ -17,6 +17,7 @@ def evaluate_model(
     report: Output[HTML],
     metrics: Output[Metrics],
     judge: str = "auto",
+    judge_model: str = "",
     max_prompts: int = 100,
     samples_per_prompt: int = 32,
     max_new_tokens: int = 0,
@@ -37,7 +38,10 @@ def evaluate_model(
         report: The report as a page.
         metrics: Alpha, beta and the figures that tell models apart; all others are in the evaluation folder.
         judge: "expert" (known rewards), "bradley-terry" (trained on the split judge, or the training split),
-            "reward-model" (judge_model in overrides), or "auto": the expert where the dataset has one.
+            "reward-model" (a checkpoint, judge_model), "auto": the expert where the dataset has one; "llm" (a
+            language model behind an endpoint, see judge_options); or the name of a judge that an installed
+            package brings.
+        judge_model: Of the judge reward-model its checkpoint, of llm the model's name at its endpoint.
         max_prompts: Distinct held-out prompts to measure on. 0: all.
         samples_per_prompt: Completions drawn for each prompt from policy and reference.
         max_new_tokens: Longest completion in tokens. 0: as in training.
@@ -65,6 +69,7 @@ def evaluate_model(
         EvaluationConfig,
         {
             "judge": judge,
+            "judge_model": judge_model,
             "max_prompts": max_prompts,
             "samples_per_prompt": samples_per_prompt,
             "max_new_tokens": max_new_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from softpref.errors import ConfigError
 
@@ -29,10 +29,19 @@ class EvaluationConfig:
             same figures up to rounding, for a model whose fast path you doubt.
         judge: `expert` (the known reward in the dataset's `outcomes.jsonl` or `reward.json`), `bradley-terry`
             (trained on the preferences of the split `judge`, or of the training split where there is none),
-            `reward-model` (see `judge_model`), or `auto`: the expert where there is one.
-        judge_model: of the judge `reward-model`: what `softpref judge` wrote, or another checkpoint with one
-            label; a folder, the URL of one, a model of the MLflow registry, or a Hub id.
+            `reward-model`, `auto`: the expert where there is one, else `bradley-terry`; `llm`, a language
+            model behind an OpenAI-compatible endpoint; or the name of a judge that an installed package
+            brings (entry points `softpref.judges`).
+        judge_model: of `reward-model` what `softpref judge` wrote, or another checkpoint with one label: a
+            folder, the URL of one, a model of the MLflow registry, or a Hub id. Of `llm` the model's name at
+            its endpoint.
+        judge_options: of `llm` its address, rubric and budget, see `softpref.judges.llm`, such as
+            `{"url": "http://HOST:8000/v1", "max_requests": 2000}`; of a judge of your own what it takes.
         judge_max_rows: most training pairs for the Bradley-Terry judge.
+        judge_pairs_per_prompt: samples of each prompt, policy's beside reference's, that a judge without
+            scores is asked of; 0 takes all.
+        judge_validation_pairs: pairs of the validation split that a judge without scores is asked of, to
+            know how often it agrees with people; 0 takes all.
         exact_prompts: prompts that are compared with theory: every outcome is scored where the dataset
             enumerates them, else see `theory_samples`; 0 leaves theory out.
         theory_samples: samples of the reference for each of these prompts, from which the optimum is
@@ -57,9 +66,12 @@ class EvaluationConfig:
     max_new_tokens: int = 0
     batch_size: int = 256
     plain_forward: bool = False
-    judge: Literal["auto", "expert", "bradley-terry", "reward-model"] = "auto"
+    judge: str = "auto"
     judge_model: str = ""
+    judge_options: dict[str, Any] = field(default_factory=dict)
     judge_max_rows: int = 20000
+    judge_pairs_per_prompt: int = 4
+    judge_validation_pairs: int = 200
     exact_prompts: int = 8
     theory_samples: int = 1024
     lm_eval_tasks: list[str] = field(default_factory=list)
@@ -81,6 +93,8 @@ class EvaluationConfig:
             ("max_new_tokens", 0),
             ("batch_size", 1),
             ("judge_max_rows", 2),
+            ("judge_pairs_per_prompt", 0),
+            ("judge_validation_pairs", 0),
             ("exact_prompts", 0),
             ("theory_samples", 0),
             ("bootstrap_samples", 100),
@@ -94,6 +108,9 @@ class EvaluationConfig:
             raise ConfigError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
         if not self.split:
             raise ConfigError("split needs a name, like 'test'")
+        from softpref.judges.loading import check_judge_options
+
+        check_judge_options(self.judge, self.judge_model, self.judge_options)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from softpref.evaluation.metrics import words
+from softpref.evaluation.quality import scores_of
 from softpref.intervals import DEFAULT_BOOTSTRAP, Bootstrap, over_prompts
 from softpref.records import DrawnText, Figure
 
@@ -54,15 +55,18 @@ def variety_by_prompt(
     found: dict[str, list[float]] = {}
     for group, theirs in zip(samples, reference, strict=True):
         texts = at_length([text.text for text in group], length)
-        alike, least = likeness(texts), float(np.median([text.score for text in theirs]))
-        scores = [text.score for text in group]
-        for name, value in {
+        alike = likeness(texts)
+        values = {
             "vendi_score": vendi_score(alike),
             "distinct_answers": float(distinct_answers(texts)),
             "mode_share": mode_share(texts),
             "compression_ratio": compression_ratio(texts),
-            "good_diversity": good_diversity(alike, scores, least),
-        }.items():
+        }
+        scored = scores_of([group, theirs])
+        if scored is not None:
+            scores, usual = scored
+            values["good_diversity"] = good_diversity(alike, scores, float(np.median(usual)))
+        for name, value in values.items():
             found.setdefault(name, []).append(value)
     return found
 

@@ -123,7 +123,7 @@ def why_unknown(objective: Objective) -> str:
         return objective.altered
     if objective.train_on == "self_play":
         return "self-play has no preferences"
-    if not objective.on_data and objective.judge in ("bradley-terry", "reward-model"):
+    if not objective.on_data and objective.judge not in ("auto", "expert"):
         return "a learned judge's rewards replaced the experts'"
     if objective.soft_labels != "linear":
         return f"{objective.soft_labels} soft labels move the optimum"

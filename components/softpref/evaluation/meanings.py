@@ -8,6 +8,7 @@ from softpref.records import Figure, Figures
 
 LABELS = {
     "win_rate": ("Win rate", "probability that the judge prefers its sample to the reference's"),
+    "position_consistency": ("Position consistency", "pairs judged the same in both orders"),
     "length_controlled_win_rate": ("Win rate at equal length", "what it would be without longer answers"),
     "expected_reward": ("Expected reward", "mean score under the judge"),
     "best_of_8": ("Best of eight", "expected score of the best of eight samples"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from softpref.errors import DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.models import Models
+from softpref.judges.protocol import is_scoring
 from softpref.judges.texts import as_text
 from softpref.progress import progress
 from softpref.records import (
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from softpref.intervals import Bootstrap
-    from softpref.judges.protocol import ScoringJudge
+    from softpref.judges.protocol import Judge
     from softpref.lm.sampling import Sample
     from softpref.lm.tokenization import TokenizedPrompt, TokenizedSequence
 
@@ -203,10 +204,10 @@ def draw_samples(
     side: Literal["policy", "reference"],
     prompts: Sequence[Text],
     tokenized: Sequence[TokenizedPrompt],
-    judge: ScoringJudge,
+    judge: Judge,
     config: EvaluationConfig,
 ) -> tuple[list[list[Sample]], list[list[DrawnText]]]:
-    """Draw from one model for each prompt: the samples, and their texts with the judge's scores."""
+    """Draw from one model for each prompt: the samples, and their texts with the judge's scores, if any."""
     from softpref.evaluation.metrics import repetition
     from softpref.lm.tokenization import decode_completion, stop_token_ids
 
@@ -227,7 +228,9 @@ def draw_samples(
     shown = []
     for prompt, own, group in zip(prompts, ids, drawn, strict=True):
         completions = [decode_completion(models.tokenizer, prompt, own, each.completion) for each in group]
-        scores = judge.scores([as_text(prompt, roles=True)] * count, completions).tolist()
+        scores: Sequence[float | None] = [None] * count
+        if is_scoring(judge):
+            scores = judge.scores([as_text(prompt, roles=True)] * count, completions).tolist()
         shown.append(
             [
                 DrawnText(
@@ -249,11 +252,15 @@ def sampled(
     prompts: Sequence[Text],
     tokenized: Sequence[TokenizedPrompt],
     reference: Sequence[list[DrawnText]],
-    judge: ScoringJudge,
+    judge: Judge,
     config: EvaluationConfig,
     bootstrap: Bootstrap,
-) -> tuple[Figures, list[PromptRecord]]:
-    """Draw from the policy: its figures, and its samples beside those of the `reference`."""
+) -> tuple[Figures, list[PromptRecord], list[str]]:
+    """Draw from the policy: its figures, its samples beside those of the `reference`, and warnings.
+
+    A judge without scores is asked of the first `judge_pairs_per_prompt` samples of each prompt.
+    """
+    from softpref.evaluation.comparing import compare_samples
     from softpref.evaluation.diversity import variety
     from softpref.evaluation.metrics import DiversityMetric, HealthMetric, SampleMetric, WinRateMetric
     from softpref.evaluation.quality import quality
@@ -273,8 +280,17 @@ def sampled(
         [text._replace(kl=own, surprisal=under) for text, own, under in zip(*group, strict=True)]
         for group in zip(shown, kl, surprisal, strict=True)
     ]
+    warnings: list[str] = []
+    if is_scoring(judge):
+        scores = {"policy": _each(shown, "score"), "reference": _each(reference, "score")}
+        judged = WinRateMetric.figures(bootstrap, **scores)
+    else:
+        texts = [as_text(prompt, roles=True) for prompt in prompts]
+        shown, judged, warnings = compare_samples(
+            judge, texts, shown, reference, config.judge_pairs_per_prompt, bootstrap
+        )
     figures = {
-        **WinRateMetric.figures(bootstrap, policy=_each(shown, "score"), reference=_each(reference, "score")),
+        **judged,
         **SampleMetric.figures(bootstrap, kl=kl, entropy=entropy, length=_each(shown, "tokens")),
         **DiversityMetric.figures(bootstrap, completions=[[text.text for text in group] for group in shown]),
         **quality(shown, reference, bootstrap),
@@ -291,7 +307,7 @@ def sampled(
         PromptRecord(as_text(prompt, roles=True), theirs, ours)
         for prompt, theirs, ours in zip(prompts, reference, shown, strict=True)
     ]
-    return figures, records
+    return figures, records, warnings
 
 
 def _each(texts: Sequence[Sequence[DrawnText]], part: str) -> list[list[float]]:

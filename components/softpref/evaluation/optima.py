@@ -50,7 +50,7 @@ def theory_samples(
     for samples, texts in zip(drawn, shown, strict=True):
         sequences = [(sample.prompt, sample.completion) for sample in samples]
         logps = score_sequences(models.reference, sequences, **models.scoring).double().numpy()
-        found.append((np.array([text.score for text in texts]), logps))
+        found.append((np.array([text.score for text in texts], dtype=float), logps))
     return found
 
 
@@ -127,7 +127,7 @@ def against_theory(
             rewards,
             logps,
             objective,
-            policy_reward=fmean(sample.score for sample in record.policy),
+            policy_reward=fmean(sample.score or 0.0 for sample in record.policy),
             policy_kl=fmean(sample.kl or 0.0 for sample in record.policy),
             seed=seed,
         )

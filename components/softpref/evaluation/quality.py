@@ -1,4 +1,4 @@
-"""How good answers are when length is taken out, and when the best of several counts. Functions of scores."""
+"""How good answers are at equal length, and when the best of several counts. Functions of scores and wins."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def quality(
 ) -> dict[str, Figure]:
     """`length_controlled_win_rate` against the reference, and `best_of_8`, the expected best score of eight.
 
-    The n-th sample of a prompt is compared with the n-th of the reference.
+    The n-th sample of a prompt is compared with the n-th of the reference: by their scores, or where a judge
+    gave none by its verdict of this pair. Only scores give a `best_of_8`.
 
     Args:
         samples, reference: of the model that is measured, and of its reference, by prompt.
@@ -37,17 +38,32 @@ def quality(
     pairs = [list(zip(ours, theirs, strict=True)) for ours, theirs in zip(samples, reference, strict=True)]
     figures = {
         f"{prefix}best_of_{SEARCHED}": over_prompts(
-            [best_of([text.score for text in group], SEARCHED) for group in side], bootstrap=bootstrap
+            [best_of(scores, SEARCHED) for scores in found], bootstrap=bootstrap
         )
         for prefix, side in (("", samples), ("reference_", reference))
+        if (found := scores_of(side)) is not None
     }
+    known = [
+        [(win, ours.tokens, theirs.tokens) for ours, theirs in row if (win := _win(ours, theirs)) is not None]
+        for row in pairs
+    ]
     figures["length_controlled_win_rate"] = length_controlled_win_rate(
-        [[float(sigmoid(np.array(ours.score - theirs.score))) for ours, theirs in row] for row in pairs],
-        [[ours.tokens for ours, _ in row] for row in pairs],
-        [[theirs.tokens for _, theirs in row] for row in pairs],
-        bootstrap=bootstrap,
+        *([[one[part] for one in row] for row in known if row] for part in range(3)), bootstrap=bootstrap
     )
     return figures
+
+
+def scores_of(samples: Sequence[Sequence[DrawnText]]) -> list[list[float]] | None:
+    """The judge's scores by prompt; None where it gave none."""
+    found = [[text.score for text in group if text.score is not None] for group in samples]
+    return found if list(map(len, found)) == list(map(len, samples)) else None
+
+
+def _win(ours: DrawnText, theirs: DrawnText) -> float | None:
+    """P(ours beats theirs); None where it was not judged."""
+    if ours.score is None or theirs.score is None:
+        return ours.win
+    return float(sigmoid(np.array(ours.score - theirs.score)))
 
 
 def best_of(scores: Sequence[float], count: int) -> float:

@@ -21,7 +21,7 @@ from softpref.evaluation.optima import against_theory, enumerated, theory_sample
 from softpref.fitness import ailments
 from softpref.judges.loading import check_judge, load_judge
 from softpref.judges.outcomes import read_outcomes
-from softpref.judges.protocol import sigmoid
+from softpref.judges.protocol import is_scoring, is_telling, sigmoid
 from softpref.judges.reliability import agreement
 from softpref.judges.texts import text_rows
 from softpref.lm.extrapolation import extrapolated_folders
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
     from softpref.intervals import Bootstrap
     from softpref.judges.outcomes import Outcomes
-    from softpref.judges.protocol import ScoringJudge
+    from softpref.judges.protocol import Judge
     from softpref.lm.tokenization import TokenizedPrompt
 
 Key = TypeVar("Key")
@@ -151,11 +151,13 @@ def run(
             evaluation.write(folder)
             weight = member.metadata.get("extrapolation")
             prefix = f"eval/expo-{weight:g}/" if weight else "eval/"
+            took = {f"{prefix}judge/{name}": float(n) for name, n in (evaluation.judge.usage or {}).items()}
             tracker.metrics(
                 {
                     **evaluation.values(prefix),
                     **evaluation.values(f"{prefix}low/", "low"),
                     **evaluation.values(f"{prefix}high/", "high"),
+                    **took,
                 },
                 step=0,
             )
@@ -174,22 +176,31 @@ def run(
     return evaluation
 
 
-def by_prompt(records: Sequence[PromptRecord]) -> dict[str, list[float]]:
-    """Values of each prompt, by figure, for paired comparisons of members of a sweep."""
+def by_prompt(records: Sequence[PromptRecord]) -> dict[str, Sequence[float | None]]:
+    """Values of each prompt, by figure, for paired comparisons of members of a sweep.
+
+    Of a judge without scores the win rate alone; None for a prompt of which it judged nothing.
+    """
     import numpy as np
 
     from softpref.evaluation.diversity import variety_by_prompt
-    from softpref.evaluation.quality import SEARCHED, best_of
+    from softpref.evaluation.quality import SEARCHED, best_of, scores_of
 
-    values: dict[str, list[float]] = {"expected_reward": [], "win_rate": []}
-    for record in records:
-        ours, theirs = (np.array([s.score for s in side]) for side in (record.policy, record.reference))
-        values["expected_reward"].append(float(ours.mean()))
-        values["win_rate"].append(float(sigmoid(ours[:, None] - theirs).mean()))
-    values[f"best_of_{SEARCHED}"] = [best_of([s.score for s in one.policy], SEARCHED) for one in records]
+    scores, theirs = (scores_of([getattr(one, side) for one in records]) for side in ("policy", "reference"))
+    if scores is None or theirs is None:
+        wins = [[s.win for s in record.policy if s.win is not None] for record in records]
+        return {"win_rate": [float(np.mean(group)) if group else None for group in wins]}
+    values = {
+        "expected_reward": [float(np.mean(group)) for group in scores],
+        "win_rate": [
+            float(sigmoid(np.subtract.outer(ours, group)).mean())
+            for ours, group in zip(scores, theirs, strict=True)
+        ],
+        f"best_of_{SEARCHED}": [best_of(group, SEARCHED) for group in scores],
+    }
     variety = variety_by_prompt([one.policy for one in records], [one.reference for one in records])
     values["good_diversity"] = variety["good_diversity"]
-    return {name: found for name, found in values.items() if np.isfinite(found).all()}
+    return {name: [*found] for name, found in values.items() if np.isfinite(found).all()}
 
 
 def headline(evaluation: Evaluation) -> dict[str, float]:
@@ -220,6 +231,7 @@ class _Task(NamedTuple):
         prompts, tokenized, rows: held-out prompts to draw from, their ids, their preference rows to score.
         outcomes: by prompt, where the dataset knows them.
         judged: what is known of the judge.
+        judge_warnings: about how that was measured.
         models: without the policy.
         reference: samples of the reference, by prompt.
         theory: see `theory_samples`.
@@ -232,8 +244,9 @@ class _Task(NamedTuple):
     tokenized: list[TokenizedPrompt]
     rows: list[PreferenceRow]
     outcomes: dict[str, Outcomes]
-    judge: ScoringJudge
+    judge: Judge
     judged: JudgedBy
+    judge_warnings: list[str]
     bootstrap: Bootstrap
     models: Models
     reference: list[list[DrawnText]]
@@ -281,7 +294,7 @@ def _prepare(
     kept = list(_choose(dict(enumerate(rows)), config.max_rows, config.seed).values())
     outcomes_path = Path(places["dataset"]) / OUTCOMES_FILE
     outcomes = read_outcomes(outcomes_path) if outcomes_path.is_file() else {}
-    judge, judged = _judge(config, dataset, places["dataset"], outcomes, bootstrap)
+    judge, judged, judge_warnings = _judge(config, dataset, places["dataset"], outcomes, bootstrap)
     for doubt in shared_pairs(judge, metadata.get("dataset_hash")):
         logger.warning("%s", doubt)
     models = load_reference(config, places, metadata)
@@ -300,6 +313,7 @@ def _prepare(
         outcomes,
         judge,
         judged,
+        judge_warnings,
         bootstrap,
         models,
         draw_samples(models, "reference", prompts, tokenized, judge, config)[1],
@@ -329,8 +343,10 @@ def _evaluate(
     timer.enter("evaluation")
 
     preferences = held_out(models, task.rows, metadata, bootstrap)
-    warnings = list(preferences.warnings)
-    of_samples, records = sampled(models, prompts, task.tokenized, task.reference, judge, config, bootstrap)
+    of_samples, records, unjudged = sampled(
+        models, prompts, task.tokenized, task.reference, judge, config, bootstrap
+    )
+    warnings = [*preferences.warnings, *task.judge_warnings, *unjudged]
     figures = {**preferences.figures, **of_samples}
     if task.tasks:
         figures |= measured(
@@ -363,7 +379,7 @@ def _evaluate(
         dataset_hash=stats.get("dataset_hash"),
         evaluation_id=task.identity,
         evaluated_on=task.identity_parts,
-        judge=task.judged,
+        judge=task.judged._replace(usage=dict(judge.usage) if is_telling(judge) else None),
         metrics=dict(sorted(figures.items())),
         reliability=preferences.reliability,
         exact=exact_figures(exact, bootstrap) if exact else None,
@@ -393,8 +409,10 @@ def _judge(
     dataset_dir: str,
     outcomes: dict[str, Outcomes],
     bootstrap: Bootstrap,
-) -> tuple[ScoringJudge, JudgedBy]:
-    """The judge, and how far it agrees with the preferences of the validation split, unless it is the expert.
+) -> tuple[Judge, JudgedBy, list[str]]:
+    """The judge, how far it agrees with the preferences of the validation split, and warnings of that.
+
+    The expert is not asked.
 
     The validation split, since nothing is chosen by it: neither policies nor judges, whose training ends
     when its schedule does. The test split's prompts rank policies.
@@ -410,11 +428,15 @@ def _judge(
         outcomes=outcomes,
         seed=config.seed,
         max_rows=config.judge_max_rows,
+        options=config.judge_options,
     )
     judged = JudgedBy(judge.name, judge.description)
     if judge.name == "expert":
-        return judge, judged
-    return judge, judged._replace(**agreement(judge, text_rows(dataset.get("validation", ())), bootstrap))
+        return judge, judged, []
+    rows = text_rows(dataset.get("validation", ()))
+    most = 0 if is_scoring(judge) else config.judge_validation_pairs
+    found, warnings = agreement(judge, rows, bootstrap, most=most)
+    return judge, judged._replace(**found), warnings
 
 
 def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> DatasetDict:
@@ -422,7 +444,8 @@ def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> DatasetDict:
     path, split = Path(dataset_dir), config.split
     if not (path / "dataset_dict.json").is_file():
         raise ConfigError(f"{path} is not a dataset folder of the data stage (it has no dataset_dict.json)")
-    check_judge(config.judge, path, model=config.judge_model)  # before the import below, which takes seconds
+    # before the import below, which takes seconds
+    check_judge(config.judge, path, model=config.judge_model, options=config.judge_options)
     import datasets
 
     dataset = datasets.load_from_disk(str(path))

@@ -50,10 +50,17 @@ def best_for(members: Sequence[Evaluation]) -> list[BestFor]:
     found = []
     for use in _USES:
         for figure in use.figures:
-            having = [member for member in healthy if member.by_prompt.get(figure)]
+            having = [
+                member
+                for member in healthy
+                if any(one is not None for one in member.by_prompt.get(figure, ()))
+            ]
             if len(having) < 2 or (use.judged and doubtful):
                 continue
-            means = {member.name: float(np.mean(member.by_prompt[figure])) for member in having}
+            means = {
+                member.name: float(np.mean([one for one in member.by_prompt[figure] if one is not None]))
+                for member in having
+            }
             best = (min if use.least else max)(having, key=lambda member: means[member.name])
             differences = {
                 member.name: difference(member, best, figure) for member in having if member is not best
@@ -67,7 +74,7 @@ def best_for(members: Sequence[Evaluation]) -> list[BestFor]:
 def difference(member: Evaluation, other: Evaluation, figure: str) -> Figure:
     """The member's figure less the other's, prompt by prompt; both were measured on the same prompts."""
     pairs = zip(member.by_prompt[figure], other.by_prompt[figure], strict=True)
-    values = [ours - theirs for ours, theirs in pairs]
+    values = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
     unit = member.metrics[figure].unit if figure in member.metrics else ""
     return interval(values, range(len(values)), unit=unit)
 

@@ -146,7 +146,14 @@ class _Table:
         "auto",
         "evaluate",
         '"auto", "expert" (known reward), "bradley-terry" (learned from the preferences set apart for it, or '
-        'from the training preferences) or "reward-model" (judge_model in evaluation_overrides).',
+        'from the training preferences), "reward-model" (a checkpoint), "llm" (a language model behind an '
+        "endpoint, whose address is in judge_options of evaluation_overrides), or a judge of your own.",
+    )
+    judge_model: str = _parameter(
+        "",
+        "evaluate",
+        "Of the judge reward-model its checkpoint, of llm the model's name at its endpoint.",
+        optional=True,
     )
     max_prompts: int = _parameter(100, "evaluate", "Held-out prompts that models are measured on; 0: all.")
     samples_per_prompt: int = _parameter(

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 from softpref.config import COMMIT, TRUE, Config, build_config, closest, parse_overrides, without_secrets
 from softpref.errors import ConfigError
-from softpref.judges.loading import check_judge_model
 from softpref.preflight.parameters import PLANNED, STAGES, TABLE, of_stage
 from softpref.remote import Pinned, public_url
 
@@ -196,8 +195,9 @@ def plan(
 def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     """The part of `plan` that imports no training library and takes a fraction of a second."""
     from softpref.data.config import DataConfig
-    from softpref.evaluation.choice import check_rule
+    from softpref.evaluation.choice import check_rule, no_scores
     from softpref.evaluation.config import EvaluationConfig
+    from softpref.judges.loading import check_judge_here, gives_scores
     from softpref.preflight.early import check_early
     from softpref.registry.config import RegistryConfig
     from softpref.spo.checks import member_name
@@ -263,28 +263,34 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
             ", ".join(bare),
         )
     check_early("sft", *_layers(stages["sft"]))
-    experts = []  # prefixes of the message for those that ask for the judge expert
+    evaluating = _build(EvaluationConfig, stages["evaluate"])
+    judges = [("", evaluating)]  # with prefixes of messages about them
     for member in members:
         config = check_early("train", *training_layers(stages["train"], member))
         if config.uses_judge:
-            check_judge_model(config.judge, config.judge_model)
-        if config.uses_judge and config.judge == "expert":
-            experts.append(f"{member.name}: ")
+            judges.append((f"{member.name}: ", config))
         if config.method == "sppo" and config.train_on == "preferences" and data.story_kind == "best_of_n":
             raise ConfigError(
                 f"{member.name}: a best-of-n row tells only its best, and sppo needs to know how often each "
                 "completion wins; use story_kind pairwise or ranking, or train_on=samples"
             )
-    evaluation = _build(EvaluationConfig, stages["evaluate"])
-    check_judge_model(evaluation.judge, evaluation.judge_model)
-    if evaluation.judge == "expert":
-        experts.append("")
+    experts = [prefix for prefix, config in judges if config.judge == "expert"]
     if experts and not data.embedded:
         raise ConfigError(
             f"{experts[0]}judge expert knows only embedded sources, and the source is {shown}; use judge "
             "bradley-terry, which learns from the training preferences, or auto"
         )
-    check_rule(stages["compare"].get("selection_rule", "expected_reward"), stages["compare"].get("max_kl"))
+    for prefix, config in judges if here else ():
+        try:
+            check_judge_here(
+                config.judge, model=config.judge_model, options=parse_overrides(config.judge_options)
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{prefix}{error}") from None
+    rule = stages["compare"].get("selection_rule", "expected_reward")
+    check_rule(rule, stages["compare"].get("max_kl"))
+    if "alphas" in parameters and rule == "expected_reward" and not gives_scores(evaluating.judge):
+        raise ConfigError(no_scores(evaluating.judge))
     _build(RegistryConfig, {"registered_model_name": "none", **stages["register"]})
     return members
 

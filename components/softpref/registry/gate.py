@@ -36,6 +36,11 @@ def challenge(evaluation: Evaluation, champion: Champion | None, config: Registr
     metrics, name = evaluation.metrics, config.compare_metric
     if name in _JUDGED and (doubt := judge_doubt(evaluation)):
         return Verdict(False, f"nobody becomes champion by this judge: {doubt}")
+    if name not in metrics:
+        return Verdict(
+            False,
+            f"nobody becomes champion by {name}, which the evaluation lacks; compare_metric names another",
+        )
     if number(metrics, name, "low") is None:
         return Verdict(
             False, f"nobody becomes champion without an interval of {name}, which takes two held-out prompts"

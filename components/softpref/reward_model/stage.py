@@ -110,7 +110,7 @@ def run(
             whole = trained.model.merge_and_unload() if config.use_peft else trained.model
             course.timer.enter("evaluation")
             judge = RewardModelJudge(whole, tokenizer, max_length=config.max_length)
-            found = agreement(judge, text_rows(held_out or ()))
+            found, _ = agreement(judge, text_rows(held_out or ()))
             trained.metrics.update(_numbers(found))
             trainer.log({f"judge/{one}": value for one, value in _numbers(found).items()})  # and so tracked
             _say(found)

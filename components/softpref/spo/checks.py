@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from softpref.config import parse_overrides
 from softpref.errors import ConfigError
 from softpref.lm.extrapolation import parse_weights
 
@@ -135,6 +136,9 @@ def check_options(args: Any) -> None:
         refuse("remove_unused_columns", "false: SPOTrainer makes the columns that it needs")
     if args.draws_rows:
         _check_rounds(args, refuse)
+    from softpref.judges.loading import check_judge_options
+
+    check_judge_options(args.judge, args.judge_model, parse_overrides(args.judge_options, "judge_options"))
     if parse_weights(args.extrapolation) and args.use_peft and not args.merge_adapter:
         refuse("extrapolation", "empty where the adapter is not merged, or merge_adapter true")
     for name, neutral in (("temperature", 1), ("top_p", 1), ("top_k", 0), ("repetition_penalty", 1)):
@@ -209,7 +213,7 @@ def warn_of_idle_options(args: Any) -> None:
         (not args.draws_rows, ("round_reference",), "no row is drawn from the policy"),
         (
             not args.uses_judge,
-            ("completions_per_prompt", "judge", "judge_model"),
+            ("completions_per_prompt", "judge", "judge_model", "judge_options"),
             "no completion is drawn and judged",
         ),
     ]

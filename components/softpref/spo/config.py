@@ -76,10 +76,14 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
             authors do: previous for `sppo`, initial otherwise.
         judge: who judges drawn completions in the training stage: `expert` (the data's known reward),
             `bradley-terry` (learned from the preferences of the split `judge`, or of the training split where
-            there is none), `reward-model`, or `auto`, the expert if there is one. As a library, give
-            `SPOTrainer` a judge.
-        judge_model: of the judge `reward-model`: what `softpref judge` wrote, or another checkpoint with one
-            label; a folder, the URL of one, a model of the MLflow registry, or a Hub id.
+            there is none), `reward-model`, `auto`, the expert if there is one, else `bradley-terry`; `llm`, a
+            language model behind an OpenAI-compatible endpoint; or the name of a judge that an installed
+            package brings (entry points `softpref.judges`). As a library, give `SPOTrainer` a judge.
+        judge_model: of `reward-model` what `softpref judge` wrote, or another checkpoint with one label: a
+            folder, the URL of one, a model of the MLflow registry, or a Hub id. Of `llm` the model's name at
+            its endpoint.
+        judge_options: of `llm` its address, rubric and budget, see `softpref.judges.llm`, such as
+            `{"url": "http://HOST:8000/v1"}`; of a judge of your own what it takes.
         extrapolation: weights w, comma-separated, for each of which the training stage also writes
             `aligned + w · (aligned − reference)` as a model of its own (ExPO, arXiv 2404.16792).
         sampling_engine: what draws samples: `transformers`, the trained model itself, or `vllm`, which loads
@@ -151,8 +155,9 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
     train_on: Literal["preferences", "samples", "self_play"] = "preferences"
     completions_per_prompt: int = 2
     round_reference: Literal["auto", "initial", "previous"] = "auto"
-    judge: Literal["auto", "expert", "bradley-terry", "reward-model"] = "auto"
+    judge: str = "auto"
     judge_model: str = ""
+    judge_options: dict[str, Any] | str | None = None
     extrapolation: str = ""
     model_init_kwargs: dict[str, Any] | str | None = None
     use_peft: bool = False
@@ -179,6 +184,7 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
         self.model_init_kwargs = (
             parse_overrides(self.model_init_kwargs, "SPOConfig.model_init_kwargs") or None
         )
+        self.judge_options = parse_overrides(self.judge_options, "SPOConfig.judge_options") or None
         for name, hint in get_type_hints(SPOConfig).items():
             closed = name in SPOConfig.__annotations__ and get_origin(hint) is Literal
             if closed and getattr(self, name) not in get_args(hint):

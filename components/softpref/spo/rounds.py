@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from softpref.errors import ConfigError
+from softpref.judges.protocol import is_telling
 from softpref.judges.texts import as_text
 from softpref.lm.sampling import Sample, sampling_noise
 from softpref.lm.tokenization import decode_completion
@@ -271,7 +272,7 @@ def win_tables(judge: Judge, prompts: Sequence[str], groups: Sequence[Sequence[s
     """P(completion i beats completion j) of each prompt's completions: `[n, n]`, zero on the diagonal.
 
     Raises:
-        ConfigError: the judge answers with anything but a probability for each pair.
+        ConfigError: the judge answers with anything but a probability for each pair, or leaves one unjudged.
     """
     places = [np.triu_indices(len(texts), k=1) for texts in groups]
     triples = [
@@ -281,6 +282,13 @@ def win_tables(judge: Judge, prompts: Sequence[str], groups: Sequence[Sequence[s
     ]
     asked, first, second = zip(*triples, strict=True) if triples else ((), (), ())
     chances = np.asarray(judge.probabilities(asked, first, second), float) if triples else np.zeros(0)
+    if missing := int(np.isnan(chances).sum()):
+        reason = f": {judge.ended}" if is_telling(judge) and judge.ended else ""
+        raise ConfigError(
+            f"the judge left {missing} of {len(triples)} pairs unjudged{reason}; a round needs a verdict of "
+            "every pair. Give the same command again once it can answer: training continues from its last "
+            "checkpoint"
+        )
     if chances.shape != (len(triples),) or not ((chances >= 0) & (chances <= 1)).all():
         raise ConfigError(
             f"the judge was asked to compare {len(triples)} pairs; its probabilities must be as many numbers "

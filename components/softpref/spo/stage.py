@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from softpref.artifacts import readable, strengths
+from softpref.config import parse_overrides
 from softpref.errors import DataError
 from softpref.judges.loading import load_judge
-from softpref.judges.texts import as_text
+from softpref.judges.protocol import Judge, is_scoring, verdicts_of
+from softpref.judges.texts import as_text, text_rows
 from softpref.lm.course import TRAINING_OPTIONS, Course, dataset_stats
 from softpref.lm.extrapolation import parse_weights, write_extrapolations
 from softpref.lm.kept_rows import kept_rows
@@ -48,6 +50,7 @@ _NOT_TRACKED = {
     *("temperature", "top_p", "top_k", "repetition_penalty", "dataset_num_proc", "plain_forward"),
     *("extrapolation", "merge_adapter", "trust_remote_code", "logging_steps", "save_total_limit"),
     "remove_unused_columns",
+    "judge_options",  # mostly addresses and budgets
 }
 _TRACKED = (*(name for name in SPOConfig.__annotations__ if name not in _NOT_TRACKED), *TRAINING_OPTIONS)
 # Logged of steps, each a mean over those since the log before.
@@ -112,16 +115,15 @@ def run(
             config.judge,
             dataset_dir,
             model=config.judge_model,
+            options=parse_overrides(config.judge_options),
             trust_remote_code=config.trust_remote_code,
             device=str(config.device),
             tracking_uri=tracking_uri,
             seed=config.seed,
         )
-        if config.judge_model:
+        if judge.name == "reward-model":
             config.judge_model = source_name(config.judge_model, tracking_uri=tracking_uri)  # as recorded
-        if judge.name == "expert":  # a prompt that it does not know fails now, not rounds later
-            asked = [as_text(row["prompt"], roles=True) for row in training_rows]
-            judge.scores(asked, [""] * len(asked))
+        _try_judge(judge, training_rows)
     reference = source_name(reference_dir, tracking_uri=tracking_uri)
     reference_dir = local_source(reference_dir, tracking_uri=tracking_uri)
     reference_metadata = load_metadata(reference_dir)
@@ -192,6 +194,16 @@ def run(
             course.save(whole, tokenizer, description)
     last = {what: log[what] for log in trainer.state.log_history for what in _OF_STEPS if what in log}
     return {**last, **trained.metrics}
+
+
+def _try_judge(judge: Judge, rows: Any) -> None:
+    """Have what a judge cannot do fail now, not rounds later: a prompt that it does not know, no answer."""
+    if judge.name == "expert" and is_scoring(judge):
+        asked = [as_text(row["prompt"], roles=True) for row in rows]
+        judge.scores(asked, [""] * len(asked))
+        return
+    row = next(text_rows([rows[0]]))
+    verdicts_of(judge, [row["prompt"]], row["completions"][:1], row["completions"][-1:])
 
 
 def headline(metadata: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, float]:
