@@ -358,7 +358,8 @@ def test_the_package_for_data_of_ones_own_asks_for_them_and_has_no_setting_of_th
     form = {
         name: one.get("defaultValue") for name, one in spec["root"]["inputDefinitions"]["parameters"].items()
     }
-    assert (form["source"], form["base_model"], form["data_overrides"]) == ("", "", {})
+    set_apart = {"judge_fraction": 0.2}  # for the judge
+    assert (form["source"], form["base_model"], form["data_overrides"]) == ("", "", set_apart)
     assert (form["anchor"], form["train_overrides"]["use_peft"]) == (1, True)
     assert "model_config" not in form["sft_overrides"]
 
