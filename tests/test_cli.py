@@ -26,6 +26,7 @@ CONFIGURATIONS = {
     "data": "softpref.data.config.DataConfig",
     "sft": "softpref.sft.config.SFTConfig",
     "train": "softpref.spo.config.SPOConfig",
+    "judge": "softpref.reward_model.config.RewardModelConfig",
     "evaluate": "softpref.evaluation.config.EvaluationConfig",
     "register": "softpref.registry.config.RegistryConfig",
 }

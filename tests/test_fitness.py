@@ -107,6 +107,29 @@ def test_a_judge_must_be_better_than_a_coin_and_be_known_to_be(accuracy, doubt):
     assert gate_failures(judged, Limits(min_win_rate=0)) == []
 
 
+LENGTH = {"length_accuracy": figure(0.66, 0.05), "longer_accuracy": figure(0.66, 0.05)}
+SHORT = LENGTH | {"longer_accuracy": figure(0.34, 0.05)}
+
+
+@pytest.mark.parametrize(
+    ("figures", "doubt"),
+    [
+        ({}, ""),  # an evaluation from before length was measured
+        (LENGTH | {"over_length": figure(0.04, 0.03)}, ""),
+        (LENGTH | {"over_length": figure(0.04, 0.05)}, "'longer is better' with 0.66 [0.61, 0.71]"),
+        (LENGTH | {"over_length": figure(0.04, 0.05)}, "0.04 [-0.01, 0.09], is not above 0"),
+        (SHORT | {"over_length": figure(-0.1, 0.05)}, "'shorter is better'"),
+    ],
+)
+def test_a_judge_must_be_better_than_length_alone(figures, doubt):
+    judged = evaluation(judge={"name": "reward-model", "accuracy": figure(0.7, 0.1), **figures})
+    assert doubt in judge_doubt(judged)
+    assert bool(judge_doubt(judged)) is bool(doubt)
+    assert bool(gate_failures(judged, Limits(min_win_rate=0.5))) is bool(doubt)
+    expert = evaluation(judge={"name": "expert", "accuracy": figure(0.7, 0.1), **figures})
+    assert judge_doubt(expert) == ""
+
+
 @pytest.mark.parametrize(
     ("win_rate", "failure"),
     [

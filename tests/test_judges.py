@@ -116,7 +116,7 @@ def test_a_judge_is_loaded_by_name_from_a_dataset_folder(tmp_path):
     assert trained.fingerprint == BradleyTerryJudge(texts, seed=3, max_rows=50).fingerprint
     with pytest.raises(ConfigError, match=r"'expert' needs.*outcomes\.jsonl or reward\.json"):
         check_judge("expert", tmp_path)
-    with pytest.raises(ConfigError, match="one of auto, expert, bradley-terry, got 'experts'"):
+    with pytest.raises(ConfigError, match="one of auto, expert, bradley-terry, reward-model, got 'experts'"):
         load_judge("experts", tmp_path)
 
     known = {"prompt": "p", "completions": ["a", "b"], "rewards": [1.0, 0.0], "weights": [0.5, 0.5]}

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -21,6 +22,7 @@ from softpref.tracking import (
     check_server,
     deliver_missed,
     finish_pipeline_run,
+    open_client,
     run_tracked_in,
     sync,
     sync_below,
@@ -246,6 +248,57 @@ with Tracker(folder, experiment="race", run_name=folder, tracking_uri={store!r})
     for run in runs:
         assert run.info.status == "FINISHED"
         assert history(client, run.info.run_id, "loss") == [(step, step) for step in range(200)]
+
+
+def test_a_process_that_is_killed_while_the_store_is_made_leaves_none(tmp_path):
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    code = f"from softpref.tracking import open_client; open_client({store!r})"
+    making = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while not any(file.stat().st_size for file in tmp_path.glob(".mlflow.db.new-*")):
+        assert making.poll() is None
+        time.sleep(0.001)
+    making.kill()
+    making.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    open_client(store).create_experiment("after")
+    assert not list(tmp_path.glob(".mlflow.db*"))
+    assert MlflowClient(store).get_experiment_by_name("after")
+
+
+def broken_store(kind, folder):
+    """Address of a store that waiting does not mend."""
+    if kind == "deleted":
+        client = open_client(f"sqlite:///{folder}/deleted.db")
+        client.delete_experiment(client.create_experiment("stories"))
+    elif kind == "garbage":
+        (folder / "garbage.db").write_bytes(b"no database " * 100)
+    elif kind == "other":
+        with sqlite3.connect(folder / "other.db") as other:
+            other.execute("create table alembic_version (version_num varchar)")
+            other.execute("insert into alembic_version values ('of another program')")
+    elif kind == "files":
+        return f"file://{folder}/mlruns"
+    elif kind == "driver":
+        return "postgresql+nodriver://me:secret@127.0.0.1:1/store"
+    return f"sqlite:///{folder}/{kind}.db"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("deleted", "experiment 'stories' is deleted; `mlflow experiments restore"),
+        ("garbage", r"no usable store \(.*file is not a database\); .*move the file away"),
+        ("other", r"no usable store .*`mlflow db upgrade` of a copy may mend it"),
+        ("files", r"no usable store \(The filesystem tracking backend .*; set MLFLOW_TRACKING_URI"),
+        ("driver", r"^MLflow at postgresql\+nodriver://127.0.0.1:1/store is no usable store"),
+    ],
+)
+def test_a_store_that_waiting_does_not_mend_is_refused_at_once(tmp_path, kind, said):
+    with pytest.raises(ConfigError, match=said) as refused:
+        check_server("stories", broken_store(kind, tmp_path))
+    assert "secret" not in str(refused.value)
 
 
 def test_killed_stage_continues_its_run_and_repeated_points_stay_single(tmp_path, store, client):

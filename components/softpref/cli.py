@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from softpref.evaluation.config import BenchmarkConfig, EvaluationConfig
     from softpref.records import Evaluation
     from softpref.registry.config import RegistryConfig
+    from softpref.reward_model.config import RewardModelConfig
     from softpref.sft.config import SFTConfig
     from softpref.spo.config import SPOConfig
 
@@ -50,7 +51,7 @@ class Stage(NamedTuple):
 
 
 _WHERE = "default: the environment's, or a local store"
-_DISK_ERRORS = ("EACCES", "EDQUOT", "EEXIST", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
+_DISK_ERRORS = ("EACCES", "EDQUOT", "EEXIST", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,7 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if errno.errorcode.get(error.errno or 0) not in _DISK_ERRORS:
             raise
-        return _refused(options, f"{error}; give a writable folder, on a disk with space")
+        said = str(error) if len(str(error)) < 500 else f"{str(error)[:500]} …"
+        return _refused(options, f"{said}; give a writable folder, on a disk with space")
 
 
 def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, Commands]:
@@ -345,6 +347,12 @@ def _train(folders: Folders, config: SPOConfig) -> object:
     return run(config, **_training(folders))
 
 
+def _judge(folders: Folders, config: RewardModelConfig) -> object:
+    from softpref.reward_model.stage import run
+
+    return run(config, **_training(folders))
+
+
 def _training(folders: Folders) -> dict[str, str]:
     """Arguments of a training stage: its folders, and the name, tracking and checkpoints that were given."""
     given = {key: value for key, value in folders.items() if value}
@@ -401,6 +409,11 @@ _STAGES = {
             **_TRAINING,
         },
         _train,
+    ),
+    "judge": Stage(
+        "Train a judge on preferences that the policy never sees.",
+        {"dataset": _DATASET, "output": _OUTPUT, **_TRAINING},
+        _judge,
     ),
     "evaluate": Stage(
         "Measure a model on held-out prompts.",

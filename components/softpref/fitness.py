@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from softpref.records import Evaluation, Figure, Figures
+from softpref.records import Evaluation, Figure, Figures, JudgedBy
 
 # Health: how far a policy may exceed its reference, or fall short of it. Softness moves a model among texts
 # that the reference writes too, and explains none of this. Samples count as worse only where the intervals do
@@ -82,26 +82,43 @@ def gate_failures(evaluation: Evaluation, limits: Limits) -> list[str]:
 
 
 def judge_doubt(evaluation: Evaluation) -> str:
-    """Why the judge's scores may not decide anything, in a sentence; empty where they may.
+    """`distrust` of an evaluation's judge."""
+    return distrust(evaluation.judge)
 
-    Experts know the reward. A judge that learned it must agree with held-out preferences more often than a
-    coin, by its whole interval.
+
+def distrust(judge: JudgedBy) -> str:
+    """Why a judge's scores may not decide anything, in a sentence; empty where they may.
+
+    Experts know the reward. Any other judge must agree with held-out preferences more often than a coin, and
+    more often than length alone, each by its whole interval: what is no better than counting characters may
+    do no more than that, and rewards a policy for length. Where people do want length, figures that need no
+    judge say as much.
     """
-    if evaluation.judge.name == "expert":
+    if judge.name == "expert":
         return ""
-    accuracy = evaluation.judge.accuracy
+    accuracy, over = judge.accuracy, judge.over_length
     if accuracy is None or accuracy.low is None:
         return (
             "how often the judge agrees with held-out preferences is unknown, so it may be no better than a "
             "coin; hold out preferences of two prompts or more for validation"
         )
-    if accuracy.low > 0.5:
+    agrees = f"the judge agrees with {_span(accuracy)} of the held-out preferences, "
+    if accuracy.low <= 0.5:
+        return f"{agrees}no better than a coin by its interval; give more preferences, or another judge"
+    if over is None or over.low is None or over.low > 0:
         return ""
+    length, longer = judge.length_accuracy or Figure(), judge.longer_accuracy or Figure()
+    which = "longer" if length.value == longer.value else "shorter"
     return (
-        f"the judge agrees with {accuracy.value:.2f} [{accuracy.low:.2f}, {accuracy.high:.2f}] of "
-        "the held-out preferences, no better than a coin by its interval; give more preferences, or another "
-        "judge"
+        f"{agrees}and '{which} is better' with {_span(length)}: the difference, {_span(over)}, is not above "
+        "0 by its interval, so the judge may know length alone; train a reward model (softpref judge), give "
+        "it more preferences, or hold out more prompts. If length is what people want, no judge is needed: "
+        "compare completion_length, and set min_win_rate to 0"
     )
+
+
+def _span(figure: Figure) -> str:
+    return f"{figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]"
 
 
 def ailments(evaluation: Evaluation) -> list[str]:

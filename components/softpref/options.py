@@ -25,6 +25,7 @@ CONFIGURATIONS = {  # module and class by stage
     "data": ("softpref.data.config", "DataConfig"),
     "sft": ("softpref.sft.config", "SFTConfig"),
     "train": ("softpref.spo.config", "SPOConfig"),
+    "judge": ("softpref.reward_model.config", "RewardModelConfig"),
     "evaluate": ("softpref.evaluation.config", "EvaluationConfig"),
     "register": ("softpref.registry.config", "RegistryConfig"),
     "benchmark": ("softpref.evaluation.config", "BenchmarkConfig"),

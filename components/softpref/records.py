@@ -27,6 +27,8 @@ from softpref.errors import ConfigError, DataError
 STATS_FILE, REJECTED_FILE, PAGE_FILE = "stats.json", "rejected.jsonl", "page.html"
 OUTCOMES_FILE, REWARD_FILE = "outcomes.jsonl", "reward.json"
 METADATA_FILE = "softpref.json"
+JUDGE_SPLIT = "judge"  # preferences that a judge learns from, and the policy never sees
+REWARD_STAGE = "judge"  # the stage of a model folder that is a reward model
 EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl", "report.html"
 SAMPLES_TABLE_FILE = "samples.json"
 COMPARISON_FILE, FRONTIER_FILE, CHOSEN_FOLDER = "comparison.json", "frontier.png", "chosen"
@@ -126,6 +128,7 @@ class ModelMetadata(TypedDict, total=False):
     Attributes:
         row_counts: what was counted of the rows of each split.
         saturated: share of saturated margins at the end of training.
+        split, heads, max_length: of a reward model: what it learned from, its heads, tokens that it reads.
     """
 
     name: str
@@ -150,6 +153,9 @@ class ModelMetadata(TypedDict, total=False):
     saturated: float | None
     max_prompt_length: int | None
     max_completion_length: int
+    split: str
+    heads: int
+    max_length: int
 
 
 class Figure(NamedTuple):
@@ -201,11 +207,33 @@ def figures_of(values: Mapping[str, Mapping[str, Any]] | None) -> Figures | None
 
 
 class JudgedBy(NamedTuple):
-    """A judge's name, what it is, and its accuracy where that was measured."""
+    """A judge, and how far it can be trusted: shares of the validation split's pairs, by the majority.
+
+    The figures are None where they were not measured: of experts, and in older evaluations.
+
+    Attributes:
+        description: what its verdicts are and where they come from.
+        accuracy: how often the judge agrees.
+        longer_accuracy: how often the longer completion is the better one.
+        length_accuracy: the same, or that of the shorter one, whichever is higher.
+        over_length: `accuracy` less `length_accuracy`, pair by pair.
+        reference_accuracy: how often the reference gives the better one the higher log-probability.
+    """
 
     name: str
     description: str = ""
     accuracy: Figure | None = None
+    longer_accuracy: Figure | None = None
+    length_accuracy: Figure | None = None
+    over_length: Figure | None = None
+    reference_accuracy: Figure | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> JudgedBy:
+        known: dict[str, Any] = {
+            name: Figure.of(one) if isinstance(one, Mapping) else one for name, one in values.items()
+        }
+        return cls(**known)
 
 
 class DrawnText(NamedTuple):
@@ -310,9 +338,7 @@ class Evaluation:
                 f"{where} lacks {', '.join(missing)}; was it written by this version's evaluation?"
             )
         known = {one.name: values[one.name] for one in fields(cls) if one.name in values}
-        judge = known["judge"]
-        accuracy = judge.get("accuracy")
-        known["judge"] = JudgedBy(**{**judge, "accuracy": Figure.of(accuracy) if accuracy else None})
+        known["judge"] = JudgedBy.of(known["judge"])
         for group in ("metrics", "exact", "theory"):
             known[group] = figures_of(known.get(group))
         if bins := known.get("reliability"):
@@ -337,12 +363,13 @@ class Evaluation:
         return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
 
     def values(self, prefix: str = "", part: str = "value") -> dict[str, float]:
-        """`{NAME: value, exact/NAME: value, theory/NAME: value}` of the figures that have a value.
+        """`{NAME: value, exact/NAME: value, theory/…, judge/…}` of the figures that have a value.
 
         Args:
             part: what to take of a figure, `value`, or `low` or `high` of its interval.
         """
-        groups = {"": self.metrics, "exact/": self.exact or {}, "theory/": self.theory or {}}
+        judge = {name: one for name, one in self.judge._asdict().items() if isinstance(one, Figure)}
+        groups = {"": self.metrics, "exact/": self.exact or {}, "theory/": self.theory or {}, "judge/": judge}
         return {
             f"{prefix}{group}{name}": value
             for group, figures in groups.items()

@@ -1,7 +1,7 @@
 """Splits go by prompt, in exact shares, and stay the same."""
 
 import pytest
-from softpref.data.splits import SPLITS, assign_splits, prompt_key
+from softpref.data.splits import SPLITS, WITH_JUDGE, assign_splits, prompt_key
 from softpref.errors import DataError
 
 pytestmark = pytest.mark.fast
@@ -28,6 +28,25 @@ def counts(assignment):
 def test_fractions_are_exact_and_every_wanted_split_gets_a_prompt(prompts, validation, test, expected):
     assignment = assign_splits(keys(prompts), validation_fraction=validation, test_fraction=test, seed=0)
     assert counts(assignment) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompts", "judge", "expected"),
+    [(100, 0.5, [35, 10, 20, 35]), (100, 0.25, [52, 10, 20, 18]), (4, 0.1, [1, 1, 1, 1])],
+)
+def test_the_judge_has_its_share_of_what_held_out_prompts_leave(prompts, judge, expected):
+    shares = {"validation_fraction": 0.1, "test_fraction": 0.2, "seed": 0}
+    assignment = assign_splits(keys(prompts), judge_fraction=judge, **shares)
+    assert [list(assignment.values()).count(split) for split in WITH_JUDGE] == expected
+    without = assign_splits(keys(prompts), **shares)
+    changed = {key for key in without if assignment[key] != without[key]}
+    assert {without[key] for key in changed} == {"train"}
+    assert {assignment[key] for key in changed} == {"judge"}
+
+
+def test_a_judge_needs_a_prompt_of_its_own():
+    with pytest.raises(DataError, match=r"train, validation, test, judge .* at least 4"):
+        assign_splits(keys(3), validation_fraction=0.1, test_fraction=0.1, judge_fraction=0.5, seed=0)
 
 
 def test_too_few_prompts_are_an_error_that_says_how_many_are_needed():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import jensenshannon
 from softpref.evaluation.calibration import BINS, calibration
-from softpref.evaluation.intervals import Bootstrap
 from softpref.evaluation.metrics import sigmoid
+from softpref.intervals import Bootstrap
 
 pytestmark = pytest.mark.fast
 QUICK = Bootstrap(200)

@@ -14,7 +14,7 @@ from softpref.evaluation import choice, compare, tables
 from softpref.evaluation.addresses import evaluation_folders
 from softpref.evaluation.compare import outcome_lines
 from softpref.fitness import Limits
-from softpref.records import Comparison
+from softpref.records import Comparison, JudgedBy
 
 from tests.evaluations import evaluations
 
@@ -66,7 +66,7 @@ def member(name, alpha, rewards, kl, entropy, method="spo"):
         "run_id": None,
         "dataset_hash": "abc",
         "evaluation_id": "same",
-        "judge": {"name": "expert", "description": "the experts' own rewards", "accuracy": None},
+        "judge": JudgedBy("expert", "the experts' own rewards")._asdict(),
         "metrics": {
             "expected_reward": figure(mean, 1.0),
             "win_rate": figure(0.5 + mean / 10, 0.05),

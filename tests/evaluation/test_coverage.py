@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from softpref.evaluation.intervals import Bootstrap, interval
+from softpref.intervals import Bootstrap, interval
 
 EVALUATIONS = 1000
 SAMPLES = 8  # of each prompt

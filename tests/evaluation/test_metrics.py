@@ -7,7 +7,6 @@ import evaluate
 import numpy as np
 import pytest
 from softpref.evaluation import metrics
-from softpref.evaluation.intervals import Bootstrap, interval
 from softpref.evaluation.metrics import (
     DiversityMetric,
     HealthMetric,
@@ -17,6 +16,7 @@ from softpref.evaluation.metrics import (
     WinRateMetric,
     repetition,
 )
+from softpref.intervals import Bootstrap, interval
 
 pytestmark = pytest.mark.fast
 

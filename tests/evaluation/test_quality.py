@@ -4,9 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
-from softpref.evaluation.intervals import Bootstrap
 from softpref.evaluation.metrics import sigmoid
 from softpref.evaluation.quality import best_of, length_controlled_win_rate
+from softpref.intervals import Bootstrap
 
 pytestmark = pytest.mark.fast
 

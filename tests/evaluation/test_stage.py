@@ -262,9 +262,46 @@ def test_without_outcomes_a_trained_judge_speaks_and_says_how_well(world, evalua
     evaluation = evaluating(world, tmp_path / "out", dataset=world.plain)
     assert evaluation["judge"]["name"] == "bradley-terry"
     assert evaluation["judge"]["accuracy"]["value"] > 0.6
+    assert any("learned from the very pairs" in warning for warning in evaluation["warnings"])
     assert evaluation["exact"] is None
     with pytest.raises(ConfigError, match=r"expert.*outcomes.jsonl"):
         evaluating(world, tmp_path / "expert", dataset=world.plain, judge="expert")
+
+
+def test_a_reward_model_judges_and_is_measured_beside_length_and_the_reference(
+    world, evaluating, tmp_path, recorded
+):
+    import torch
+    from datasets import load_from_disk
+    from softpref.lm.loading import load_model, load_tokenizer, with_reward_heads
+
+    tokenizer = load_tokenizer(world.policy)
+    torch.manual_seed(0)
+    model = with_reward_heads(load_model(world.policy), 1, tokenizer.pad_token_id)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    options = {"judge": "reward-model", "judge_model": str(tmp_path / "judge"), "device": "cpu"}
+    found = evaluating(world, tmp_path / "out", dataset=world.plain, split="validation", **options)
+    rows = load_from_disk(str(world.plain))["validation"]
+    right, longer = [], []
+    for row in rows:  # one text at a time, by transformers alone
+        scores = []
+        for completion in row["completions"]:
+            text = tokenizer(row["prompt"] + completion + " </s>", return_tensors="pt")
+            scores.append(model(input_ids=text["input_ids"]).logits.item())
+        right.append(scores[0] > scores[1])
+        better, worse = map(len, row["completions"])
+        longer.append((better > worse) + 0.5 * (better == worse))
+    judge = {name: one and one["value"] for name, one in found["judge"].items() if name.endswith("accuracy")}
+    assert judge["accuracy"] == pytest.approx(np.mean(right))
+    assert judge["longer_accuracy"] == pytest.approx(np.mean(longer))
+    assert judge["reference_accuracy"] == found["metrics"]["reference_accuracy"]["value"]
+    tracked = {
+        name: value for call, values in recorded if call == "metrics" for name, value in values.items()
+    }
+    assert tracked["eval/judge/accuracy"] == judge["accuracy"]
+    assert not any("the very pairs" in warning for warning in found["warnings"])
 
 
 @pytest.mark.usefixtures("recorded")

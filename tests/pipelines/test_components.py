@@ -60,7 +60,7 @@ def test_components_say_what_goes_in_and_comes_out_and_take_a_clusters_images(sw
         command.main(sweep, ["components", "--cluster", str(profile), "--output", str(tmp_path / "lab")]) == 0
     )
     files = list((tmp_path / "lab").iterdir())
-    assert len(files) == 6
+    assert len(files) == 7
     for file in files:
         spec = yaml.safe_load(file.read_text())
         assert "registry.example/softpref-" in str(spec["deploymentSpec"])

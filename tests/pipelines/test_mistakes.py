@@ -27,7 +27,10 @@ MISTAKES = [
         ["data", "--output", "o", "--columns", "chosen=better"],
         """write it as JSON, like {"chosen": "better"}""",
     ),
-    (["data", "--output", "o", "--tracking_uri", "u"], "softpref sft, softpref train, softpref evaluate"),
+    (
+        ["data", "--output", "o", "--tracking_uri", "u"],
+        "softpref sft, softpref train, softpref judge, softpref evaluate",
+    ),
     (["sweep", "--resume_from_checkpoint", "X"], "when the same command is given again"),
     ([*TRAIN, "--resume_from_checkpoint", "X"], "when the same command is given again"),
     (["sweep", "--recipe", "onw"], "did you mean 'own'?"),
@@ -75,7 +78,7 @@ def test_gpus_that_this_machine_lacks_are_refused_at_once(capsys, monkeypatch):
     assert "the GPUs would be held without being used" in error_of(["sweep", "--gpus", "1"], capsys)
 
 
-@pytest.mark.parametrize("stage", ["sft", "train", "evaluate", "register"])
+@pytest.mark.parametrize("stage", ["sft", "train", "judge", "evaluate", "register"])
 def test_tracking_uri_is_an_option_of_every_stage_that_tracks(stage, capsys):
     with pytest.raises(SystemExit):
         main([stage, "--help"])

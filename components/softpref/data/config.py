@@ -130,6 +130,9 @@ class DataConfig:
         max_rejected_fraction: a larger share of refused rows is an error.
         validation_fraction: share of the distinct prompts held out for validation.
         test_fraction: share of the distinct prompts held out for the test.
+        judge_fraction: share of the prompts that validation and test leave, for the split `judge`: a judge
+            learns from it (`bradley-terry`, `softpref judge`), and the policy and its reference never see it.
+            0: a judge learns from the very pairs that the policy learns from.
         seed: of the splits, of samples and of the story world's draws.
         votes: votes per pair of the story world: 1 gives hard labels, more give shares of votes, 0 the
             experts' exact probability.
@@ -175,6 +178,7 @@ class DataConfig:
     max_rejected_fraction: float = 0.5
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
+    judge_fraction: float = 0.0
     seed: int = 0
     votes: int = 1
     story_kind: Literal["pairwise", "best_of_n", "ranking"] = "pairwise"
@@ -210,7 +214,7 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
-        for name in ("validation_fraction", "test_fraction", "max_rejected_fraction"):
+        for name in ("validation_fraction", "test_fraction", "judge_fraction", "max_rejected_fraction"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ConfigError(f"{name} must lie between 0 and 1, got {value}")
@@ -219,6 +223,8 @@ class DataConfig:
                 f"validation_fraction {self.validation_fraction} and test_fraction {self.test_fraction} "
                 "leave nothing to train on; their sum must stay below 1"
             )
+        if self.judge_fraction == 1:
+            raise ConfigError("judge_fraction 1 leaves nothing to train on; it must stay below 1")
         if self.score_scale is not None and not 0 < self.score_scale < math.inf:
             raise ConfigError(f"score_scale must be a number above 0, got {self.score_scale}")
         for value, meaning in self.preference_values.items():

@@ -15,7 +15,7 @@ from softpref.data.splits import prompt_key
 from softpref.data.texts import LeftOut, Refused
 from softpref.data.writing import SplitWriter, demonstration_features
 from softpref.errors import DataError
-from softpref.records import DatasetStats
+from softpref.records import JUDGE_SPLIT, DatasetStats
 
 
 def write_extras(
@@ -41,7 +41,7 @@ def write_extras(
         held_out = 0
         for row in _extra_rows(demonstrations, columns, config, "sft", conversational, rejections, listing):
             split = split_of.get(prompt_key(row.prompt), "train")
-            if split == "test":  # the reference model must not have seen what it is judged on
+            if split in ("test", JUDGE_SPLIT):  # the reference must not have seen what it is judged on or by
                 held_out += 1
                 continue
             writer.write(split, row._asdict())

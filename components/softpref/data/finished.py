@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from softpref.data.config import DataConfig
 from softpref.data.rows import Preference
-from softpref.data.splits import SPLITS, prompt_key
+from softpref.data.splits import SPLITS, WITH_JUDGE, prompt_key
 from softpref.errors import ConfigError, DataError
 from softpref.records import OUTCOMES_FILE, REJECTED_FILE, REWARD_FILE, DatasetStats, read_stats
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COLUMNS = {*Preference._fields, "source_row"}
-_TAKEN = (*SPLITS, "dataset_dict.json", "sft", "prompts", OUTCOMES_FILE, REWARD_FILE)
+_TAKEN = (*WITH_JUDGE, "dataset_dict.json", "sft", "prompts", OUTCOMES_FILE, REWARD_FILE)
 # the parameters that choose or change preferences while they are read
 _OF_READING = (
     *("columns", "preference_values", "score_scale", "implicit_prompt", "implicit_prompt_end"),
@@ -43,7 +43,10 @@ def is_finished(folder: Path) -> bool:
     """Whether a folder is a dataset that this stage wrote."""
     try:
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        return read_stats(folder)["stage"] == "data" and sorted(splits) == sorted(SPLITS)
+        return read_stats(folder)["stage"] == "data" and sorted(splits) in (
+            sorted(SPLITS),
+            sorted(WITH_JUDGE),
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -76,7 +79,7 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
     dataset = datasets.load_from_disk(str(folder))
     split_of: dict[bytes, str] = {}
     hashes = []
-    for split in SPLITS:
+    for split in (split for split in WITH_JUDGE if split in dataset):
         if {*dataset[split].column_names} - {"weight", "source"} != _COLUMNS:
             raise DataError(
                 f"{config.source} has a stats.json of this stage, but its split {split} has the columns "
@@ -95,7 +98,7 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
         )
     logger.warning(
         "%s is a finished dataset: its %d rows and their splits are taken over as they are; "
-        "validation_fraction, test_fraction and seed have no effect",
+        "validation_fraction, test_fraction, judge_fraction and seed have no effect",
         config.source,
         sum(map(len, dataset.values())),
     )
@@ -108,7 +111,7 @@ def row_bytes(row: Preference, weight: float | None = None) -> bytes:
 
 
 def dataset_hash(hashes: list[str]) -> str:
-    """The hash of a dataset from those of its splits, in the order of `SPLITS`."""
+    """The hash of a dataset from those of its splits, in the order of `WITH_JUDGE`."""
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

@@ -7,9 +7,10 @@ import unicodedata
 from collections.abc import Iterable
 
 from softpref.errors import DataError
-from softpref.records import Text
+from softpref.records import JUDGE_SPLIT, Text
 
 SPLITS = ("train", "validation", "test")
+WITH_JUDGE = (*SPLITS, JUDGE_SPLIT)
 
 
 def prompt_key(prompt: Text) -> bytes:
@@ -22,12 +23,20 @@ def prompt_key(prompt: Text) -> bytes:
 
 
 def assign_splits(
-    keys: Iterable[bytes], *, validation_fraction: float, test_fraction: float, seed: int
+    keys: Iterable[bytes],
+    *,
+    validation_fraction: float,
+    test_fraction: float,
+    judge_fraction: float = 0.0,
+    seed: int,
 ) -> dict[bytes, str]:
     """Give every distinct prompt key one split, by the order of a seeded hash.
 
     The counts are the fractions of the distinct prompts, rounded, with at least one prompt for each fraction
-    above zero. The order of `keys` does not matter.
+    above zero. The order of `keys` does not matter. What is held out does not depend on `judge_fraction`.
+
+    Args:
+        judge_fraction: of the prompts that validation and test leave.
 
     Raises:
         DataError: there are too few prompts for every wanted split to have one.
@@ -36,14 +45,17 @@ def assign_splits(
     ordered = sorted(set(keys), key=lambda key: hashlib.blake2b(key, key=salt, digest_size=16).digest())
     test = max(1, int(test_fraction * len(ordered) + 0.5)) if test_fraction else 0
     validation = max(1, int(validation_fraction * len(ordered) + 0.5)) if validation_fraction else 0
-    if len(ordered) - test - validation < 1:
-        wanted = 1 + bool(test_fraction) + bool(validation_fraction)
+    left = len(ordered) - test - validation
+    judge = max(1, int(judge_fraction * left + 0.5)) if judge_fraction else 0
+    if left - judge < 1:
+        wanted = 1 + bool(test_fraction) + bool(validation_fraction) + bool(judge_fraction)
         raise DataError(
             f"{len(ordered)} distinct prompts cannot fill train{', validation' if validation else ''}"
-            f"{', test' if test else ''} without sharing a prompt; at least {wanted} are needed, or smaller "
+            f"{', test' if test else ''}{', judge' if judge else ''} without sharing a prompt; at least "
+            f"{wanted} are needed, or smaller "
             "fractions (0 leaves a split empty)"
         )
-    names = ["test"] * test + ["validation"] * validation
+    names = ["test"] * test + ["validation"] * validation + [JUDGE_SPLIT] * judge
     return {key: names[rank] if rank < len(names) else "train" for rank, key in enumerate(ordered)}
 
 

@@ -27,7 +27,7 @@ from softpref.data.intake import Intake, RejectionLog, Source, check_alike, chec
 from softpref.data.mixture import choose_rows
 from softpref.data.page import render_page
 from softpref.data.sources import SourceRow, fetch, open_source
-from softpref.data.splits import SPLITS, assign_splits
+from softpref.data.splits import WITH_JUDGE, assign_splits
 from softpref.data.writing import EXAMPLES, hash_order, write_preferences
 from softpref.errors import ConfigError, DataError
 from softpref.progress import settle_output
@@ -50,7 +50,7 @@ from softpref.timings import PhaseTimer
 logger = logging.getLogger(__name__)
 
 _WRITTEN = {  # what a dataset folder holds; a run replaces them all
-    *(*SPLITS, "dataset_dict.json", "sft", "prompts", STATS_FILE, PARAMETERS_FILE, TIMINGS_FILE),
+    *(*WITH_JUDGE, "dataset_dict.json", "sft", "prompts", STATS_FILE, PARAMETERS_FILE, TIMINGS_FILE),
     *(REJECTED_FILE, PAGE_FILE, OUTCOMES_FILE, REWARD_FILE),
 }
 _SOURCES = ("source", "sft_source", "prompts_source")
@@ -59,9 +59,10 @@ _SOURCES = ("source", "sft_source", "prompts_source")
 def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> DatasetStats:
     """Make the dataset folder `output_dir`.
 
-    The folder is a saved `datasets.DatasetDict` with the splits train, validation and test (columns `prompt`,
-    `completions` best first, `kind`, `probability`, `weight` where a source has weights, `source_row`, and
-    `source` where there are several), and beside it `stats.json`, `parameters.yaml`, `rejected.jsonl`,
+    The folder is a saved `datasets.DatasetDict` with the splits train, validation and test, and judge where
+    `judge_fraction` asks for it (columns `prompt`, `completions` best first, `kind`, `probability`, `weight`
+    where a source has weights, `source_row`, and `source` where there are several), and beside it
+    `stats.json`, `parameters.yaml`, `rejected.jsonl`,
     `page.html`; `sft/` (a `DatasetDict` of `prompt` and `completion`) and `prompts/` (a `Dataset` of
     `prompt`) where the configuration gives them a source; for the story world `outcomes.jsonl`, for the
     storyteller `reward.json`. It appears under its name only when complete. The same configuration and source
@@ -195,6 +196,7 @@ def _divide(
         {keys[intake.prompt_ids[index]] for index in kept},
         validation_fraction=config.validation_fraction,
         test_fraction=config.test_fraction,
+        judge_fraction=config.judge_fraction,
         seed=config.seed,
     )
     splits = {id: split_of[key] for id, key in enumerate(keys) if key in split_of}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from softpref.data.config import DataConfig
 from softpref.data.finished import dataset_hash, row_bytes
 from softpref.data.intake import Intake, RejectionLog
-from softpref.data.splits import SPLITS
+from softpref.data.splits import SPLITS, WITH_JUDGE
 from softpref.data.texts import LeftOut, characters
 from softpref.records import DatasetStats, PreferenceRow
 
@@ -44,13 +44,14 @@ def write_preferences(
         names: those of several sources.
     """
     features = _features(bool(intake.conversational), weighted, several=bool(names))
-    writer = SplitWriter(folder / "work", SPLITS, features)
+    present = WITH_JUDGE if config.judge_fraction else SPLITS
+    writer = SplitWriter(folder / "work", present, features)
     shown = set(
         hash_order([i for i in kept if splits[intake.prompt_ids[i]] == "train"], config.seed)[:EXAMPLES]
     )
     keep = set(kept)
-    prompts = {split: len({i for i in intake.prompt_ids if splits.get(i) == split}) for split in SPLITS}
-    hashes = {split: hashlib.sha256() for split in SPLITS}
+    prompts = {split: len({i for i in intake.prompt_ids if splits.get(i) == split}) for split in present}
+    hashes = {split: hashlib.sha256() for split in present}
     kinds: Counter[str] = Counter()
     sizes: Counter[int] = Counter()
     prompt_lengths, chosen_lengths, rejected_lengths = array("L"), array("L"), array("L")
@@ -107,7 +108,7 @@ def write_preferences(
             "rejected": _lengths(rejected_lengths, completions),
         },
         "longer_chosen": longer / len(rejected_lengths),
-        "dataset_hash": dataset_hash([hashes[split].hexdigest() for split in SPLITS]),
+        "dataset_hash": dataset_hash([hashes[split].hexdigest() for split in present]),
         "test_hash": hashes["test"].hexdigest(),
     }, examples
 

@@ -14,7 +14,7 @@ from softpref.errors import ConfigError, SoftprefError
 from softpref.records import METADATA_FILE, STATS_FILE
 from softpref.tracking.pipeline_run import current_pipeline_run
 
-Stage = Literal["sft", "train"]
+Stage = Literal["sft", "train", "judge"]
 
 
 def stage_arguments(

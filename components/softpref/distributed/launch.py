@@ -35,7 +35,7 @@ def run_stage(
     """Run a training stage where its launcher says.
 
     Args:
-        stage: `sft` or `train`.
+        stage: `sft`, `train` or `judge`.
         config_class, run: its configuration, and the function that runs it in this process.
         layers: parameters of the stage's configuration, later layers winning; see `build_config`.
         folders: `dataset` and `output`, and `reference` of the stage `train`.

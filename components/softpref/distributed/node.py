@@ -45,7 +45,7 @@ class NodeTask:
         processes, gpus: of each node.
     """
 
-    stage: Literal["sft", "train"]
+    stage: Literal["sft", "train", "judge"]
     folders: dict[str, str]
     where: dict[str, str]
     processes: int

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, NamedTuple
 
-MODULES = {"sft": "softpref.sft", "train": "softpref.spo"}
+MODULES = {"sft": "softpref.sft", "train": "softpref.spo", "judge": "softpref.reward_model"}
 """The module that runs a training stage, by the stage's name on the command line."""
 
 _GRACE = 20.0  # seconds from SIGTERM to SIGKILL; Kubernetes kills a pod after 30
@@ -52,7 +52,7 @@ def launch_command(
     """The command that runs a training stage in `processes` processes of this machine.
 
     Args:
-        stage: `sft` or `train`.
+        stage: `sft`, `train` or `judge`.
         arguments: of the stage, as on the console.
         processes: on this machine; every node must have as many.
         rendezvous: of several nodes; None: this machine alone.

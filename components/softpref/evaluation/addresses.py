@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from softpref.errors import ConfigError
 from softpref.lm.extrapolation import extrapolated_folders
 from softpref.records import EVALUATION_FILE, Evaluation
+from softpref.remote import public_url
 from softpref.tracking import in_short, mlflow_ready, open_client, resolve_tracking_uri, short_requests
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class _Store:
         except ConfigError as error:
             raise ConfigError(f"{address}: {error}") from error
         except Exception as error:  # MLflow's, and those of requests and sqlalchemy
-            raise ConfigError(f"{address}: MLflow at {self._uri}: {in_short(error)}") from error
+            raise ConfigError(f"{address}: MLflow at {public_url(self._uri)}: {in_short(error)}") from error
         raise ConfigError(
             f"{address!r} is no address of an evaluation; write runs:/ID, models:/NAME, "
             "models:/NAME/VERSION or models:/NAME@ALIAS"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval, resampled
+from softpref.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval, resampled
 from softpref.records import Figure, Reliability
 
 BINS = 10

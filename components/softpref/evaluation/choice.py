@@ -147,7 +147,7 @@ def rule_in_words(rule: str, max_kl: float | None, limits: Limits | None = None)
         "the reference's probability on a known set, end and repeat themselves as it does, and write what "
         "it might have written. Of it and all that are not inferior (the 95% interval of the difference, "
         "prompt by prompt, stays within a tenth of the best's gain over the reference), choose the softest. "
-        f"A judge that is no better than a coin chooses nothing.{gate}"
+        f"A judge that is no better than a coin, or than length alone, chooses nothing.{gate}"
     )
 
 
@@ -162,7 +162,7 @@ def _not_inferior(member: Evaluation, best: Evaluation, rule: str, margin: float
 
     Prompts differ more than members do, so only paired differences tell members apart.
     """
-    from softpref.evaluation.intervals import interval
+    from softpref.intervals import interval
 
     pairs = zip(member.by_prompt[rule], best.by_prompt[rule], strict=True)
     differences = [ours - theirs for ours, theirs in pairs]

@@ -36,8 +36,8 @@ def evaluate_model(
         evaluation: The evaluation folder: evaluation.json, samples.jsonl, report.html.
         report: The report as a page.
         metrics: Alpha, beta and the figures that tell models apart; all others are in the evaluation folder.
-        judge: "expert" (known rewards), "bradley-terry" (trained on the training split), or "auto": the
-            expert where the dataset has one.
+        judge: "expert" (known rewards), "bradley-terry" (trained on the split judge, or the training split),
+            "reward-model" (judge_model in overrides), or "auto": the expert where the dataset has one.
         max_prompts: Distinct held-out prompts to measure on. 0: all.
         samples_per_prompt: Completions drawn for each prompt from policy and reference.
         max_new_tokens: Longest completion in tokens. 0: as in training.

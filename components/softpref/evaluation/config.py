@@ -28,7 +28,10 @@ class EvaluationConfig:
         plain_forward: pad every completion with a prompt of its own and compute full logits: slower, with the
             same figures up to rounding, for a model whose fast path you doubt.
         judge: `expert` (the known reward in the dataset's `outcomes.jsonl` or `reward.json`), `bradley-terry`
-            (trained on the training split's preferences), or `auto`: the expert where there is one.
+            (trained on the preferences of the split `judge`, or of the training split where there is none),
+            `reward-model` (see `judge_model`), or `auto`: the expert where there is one.
+        judge_model: of the judge `reward-model`: what `softpref judge` wrote, or another checkpoint with one
+            label; a folder, the URL of one, a model of the MLflow registry, or a Hub id.
         judge_max_rows: most training pairs for the Bradley-Terry judge.
         exact_prompts: prompts that are compared with theory: every outcome is scored where the dataset
             enumerates them, else see `theory_samples`; 0 leaves theory out.
@@ -54,7 +57,8 @@ class EvaluationConfig:
     max_new_tokens: int = 0
     batch_size: int = 256
     plain_forward: bool = False
-    judge: Literal["auto", "expert", "bradley-terry"] = "auto"
+    judge: Literal["auto", "expert", "bradley-terry", "reward-model"] = "auto"
+    judge_model: str = ""
     judge_max_rows: int = 20000
     exact_prompts: int = 8
     theory_samples: int = 1024

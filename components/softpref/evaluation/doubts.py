@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from softpref.evaluation.config import EvaluationConfig
-from softpref.fitness import MUCH_SATURATED, number, saturation_remedy, saturation_warning
+from softpref.fitness import MUCH_SATURATED, distrust, number, saturation_remedy, saturation_warning
+from softpref.judges.bradley_terry import BradleyTerryJudge
 from softpref.judges.expert import ExpertJudge
 from softpref.judges.protocol import Judge
-from softpref.records import Figure, Figures, ModelMetadata, PromptRecord, read_stats
+from softpref.judges.reward_model import RewardModelJudge
+from softpref.records import Figures, JudgedBy, ModelMetadata, PromptRecord, read_stats
 
 _FEW_PROMPTS = 20
 
@@ -27,10 +29,25 @@ def outside_the_set(judge: Judge, records: Sequence[PromptRecord]) -> list[str]:
     ]
 
 
+def shared_pairs(judge: Judge, dataset_hash: str | None) -> list[str]:
+    """A warning when a judge learned from the very pairs that the policy learned from."""
+    if isinstance(judge, RewardModelJudge):
+        shared = judge.metadata.get("split") == "train" and judge.metadata.get("dataset_hash") == dataset_hash
+    else:
+        shared = isinstance(judge, BradleyTerryJudge) and judge.split == "train"
+    if not shared:
+        return []
+    return [
+        "The judge learned from the very pairs that the policy learned from: what is wrong in these, both "
+        "have learned, and the judge cannot notice it. judge_fraction of the data stage gives it prompts of "
+        "its own."
+    ]
+
+
 def doubts(
     config: EvaluationConfig,
     figures: Figures,
-    judge_accuracy: Figure | None,
+    judged: JudgedBy,
     metadata: ModelMetadata,
     dataset_dir: str,
     prompts: int,
@@ -58,11 +75,8 @@ def doubts(
         found.append(f"In training {saturation_warning(saturated)}; {remedy}.")
     if config.samples_per_prompt < 2:
         found.append("One sample per prompt: self-BLEU needs two.")
-    if judge_accuracy is not None and judge_accuracy.low is not None and judge_accuracy.low <= 0.5:
-        found.append(
-            f"The judge's accuracy on the validation split ({judge_accuracy.value:.2f}) is no better than "
-            "chance by its interval: do not rely on win rate and expected reward."
-        )
+    if doubt := distrust(judged):
+        found.append(f"Do not rely on win rate and expected reward, which rank nobody: {doubt}.")
     ours, theirs = metadata.get("dataset_hash"), read_stats(dataset_dir).get("dataset_hash")
     if ours and theirs and ours != theirs:
         found.append("The policy was trained on another dataset, which may hold these prompts.")

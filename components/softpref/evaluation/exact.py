@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, over_prompts
+from softpref.intervals import DEFAULT_BOOTSTRAP, Bootstrap, over_prompts
 from softpref.judges.outcomes import Outcomes
 from softpref.records import DatasetStats, Figure, ModelMetadata
 
@@ -123,7 +123,7 @@ def why_unknown(objective: Objective) -> str:
         return objective.altered
     if objective.train_on == "self_play":
         return "self-play has no preferences"
-    if not objective.on_data and objective.judge == "bradley-terry":
+    if not objective.on_data and objective.judge in ("bradley-terry", "reward-model"):
         return "a learned judge's rewards replaced the experts'"
     if objective.soft_labels != "linear":
         return f"{objective.soft_labels} soft labels move the optimum"

@@ -13,6 +13,7 @@ from softpref.judges.texts import as_text
 from softpref.progress import progress
 from softpref.records import (
     DrawnText,
+    Figure,
     Figures,
     ModelMetadata,
     PreferenceRow,
@@ -24,7 +25,7 @@ from softpref.records import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from softpref.evaluation.intervals import Bootstrap
+    from softpref.intervals import Bootstrap
     from softpref.judges.protocol import ScoringJudge
     from softpref.lm.sampling import Sample
     from softpref.lm.tokenization import TokenizedPrompt, TokenizedSequence
@@ -61,24 +62,9 @@ def held_out(
     """
     from softpref.evaluation.calibration import calibration
     from softpref.evaluation.metrics import PerplexityMetric, PreferenceMetric, prompt_key
-    from softpref.lm.tokenization import findings_text, row_findings, stop_token_ids, tokenize_row
+    from softpref.lm.tokenization import findings_text, row_findings
 
-    stop_ids = stop_token_ids(models.tokenizer, models.policy)
-    used, tokens = [], []
-    for row in rows:
-        try:
-            sequences = tokenize_row(
-                models.tokenizer,
-                row["prompt"],
-                row["completions"],
-                stop_ids=stop_ids,
-                max_prompt_length=models.max_prompt_length,
-                max_completion_length=models.max_new_tokens,
-            )
-        except DataError:  # a text that this tokenizer cannot express; counted below
-            continue
-        used.append(row)
-        tokens.append(sequences)
+    used, tokens = _tokenized(models, models.policy, rows)
     if not used:
         raise DataError("no held-out row can be tokenized with the policy's tokenizer")
     keys = [prompt_key(row["prompt"]) for row in used]
@@ -126,6 +112,56 @@ def held_out(
     counts = Counter(name for group in tokens for name in row_findings(group))
     counts["given"] = len(tokens)
     return HeldOut(figures, reliability, by_prompt, warnings + findings_text(counts, "held-out rows"))
+
+
+def reference_accuracy(models: Models, rows: Sequence[PreferenceRow], bootstrap: Bootstrap) -> Figure | None:
+    """How often the reference gives the completion that most people preferred the higher log-probability.
+
+    None where no row decides anything, or can be tokenized.
+    """
+    from softpref.evaluation.metrics import PreferenceMetric
+    from softpref.lm.scoring import score_sequences
+
+    used, tokens = _tokenized(models, models.reference, rows)
+    if not used:
+        return None
+    pairs = [(sequence.prompt, sequence.completion) for group in tokens for sequence in group]
+    with progress("reference on the judge's pairs", total=len(pairs), unit="sequence") as loop:
+        scores = iter(
+            score_sequences(models.reference, pairs, **models.scoring, progress=loop.update).tolist()
+        )
+    return PreferenceMetric.figures(
+        bootstrap,
+        scores=[[next(scores) for _ in group] for group in tokens],
+        kind=[row["kind"] for row in used],
+        probability=[row["probability"] for row in used],
+        prompt=[as_text(row["prompt"], roles=True) for row in used],
+    )["preference_accuracy"]
+
+
+def _tokenized(
+    models: Models, model: Any, rows: Sequence[PreferenceRow]
+) -> tuple[list[PreferenceRow], list[list[TokenizedSequence]]]:
+    """Rows with their tokens, without those that the tokenizer cannot express."""
+    from softpref.lm.tokenization import stop_token_ids, tokenize_row
+
+    stop_ids = stop_token_ids(models.tokenizer, model)
+    used, tokens = [], []
+    for row in rows:
+        try:
+            sequences = tokenize_row(
+                models.tokenizer,
+                row["prompt"],
+                row["completions"],
+                stop_ids=stop_ids,
+                max_prompt_length=models.max_prompt_length,
+                max_completion_length=models.max_new_tokens,
+            )
+        except DataError:
+            continue
+        used.append(row)
+        tokens.append(sequences)
+    return used, tokens
 
 
 def implied_preferences(metadata: ModelMetadata) -> tuple[float, float] | None:

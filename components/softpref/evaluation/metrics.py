@@ -16,7 +16,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval, over_prompts
+from softpref.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval, over_prompts
 from softpref.judges.protocol import sigmoid
 from softpref.records import Figure, Figures, Text
 

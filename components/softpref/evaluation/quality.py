@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from softpref.evaluation.intervals import (
+from softpref.intervals import (
     DEFAULT_BOOTSTRAP,
     Bootstrap,
     over_prompts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -11,16 +12,17 @@ from softpref.artifacts import readable, strengths
 from softpref.config import write_parameters
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
-from softpref.evaluation.doubts import doubts, outside_the_set
+from softpref.evaluation.doubts import doubts, outside_the_set, shared_pairs
 from softpref.evaluation.harness import Tasks, find_tasks, measured
 from softpref.evaluation.identity import DEFINING, identify
-from softpref.evaluation.measure import draw_samples, held_out, sampled
+from softpref.evaluation.measure import draw_samples, held_out, reference_accuracy, sampled
 from softpref.evaluation.models import Models, check_prompts, load_policy, load_reference, tokenize_prompts
 from softpref.evaluation.optima import against_theory, enumerated, theory_samples
 from softpref.fitness import ailments
 from softpref.judges.loading import check_judge, load_judge
 from softpref.judges.outcomes import read_outcomes
 from softpref.judges.protocol import sigmoid
+from softpref.judges.reliability import agreement
 from softpref.judges.texts import text_rows
 from softpref.lm.extrapolation import extrapolated_folders
 from softpref.lm.sources import check_model_source, check_remote_code, local_source, source_name
@@ -35,7 +37,6 @@ from softpref.records import (
     DrawnText,
     EvaluatedOn,
     Evaluation,
-    Figure,
     JudgedBy,
     ModelMetadata,
     PreferenceRow,
@@ -52,13 +53,15 @@ if TYPE_CHECKING:
     import numpy as np
     from datasets import DatasetDict
 
-    from softpref.evaluation.intervals import Bootstrap
+    from softpref.intervals import Bootstrap
     from softpref.judges.outcomes import Outcomes
     from softpref.judges.protocol import ScoringJudge
     from softpref.lm.tokenization import TokenizedPrompt
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+
+logger = logging.getLogger(__name__)
 
 _HEADLINE = ("win_rate", "expected_reward", "kl_sequence", "entropy_sequence", "preference_accuracy")
 _EXACT_HEADLINE = ("exact/kl_optimum_to_policy", "exact/mass_on_set")
@@ -216,7 +219,7 @@ class _Task(NamedTuple):
         identity, identity_parts: `evaluation_id`, and `evaluated_on`, which it is made of.
         prompts, tokenized, rows: held-out prompts to draw from, their ids, their preference rows to score.
         outcomes: by prompt, where the dataset knows them.
-        judge_accuracy: on the validation split, of a trained judge.
+        judged: what is known of the judge.
         models: without the policy.
         reference: samples of the reference, by prompt.
         theory: see `theory_samples`.
@@ -230,7 +233,7 @@ class _Task(NamedTuple):
     rows: list[PreferenceRow]
     outcomes: dict[str, Outcomes]
     judge: ScoringJudge
-    judge_accuracy: Figure | None
+    judged: JudgedBy
     bootstrap: Bootstrap
     models: Models
     reference: list[list[DrawnText]]
@@ -266,8 +269,8 @@ def _prepare(
     timer: PhaseTimer,
 ) -> _Task:
     """Choose prompts and rows, find the judge, load the reference and draw its samples."""
-    from softpref.evaluation.intervals import Bootstrap
     from softpref.evaluation.metrics import prompt_key
+    from softpref.intervals import Bootstrap
 
     bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, config.seed)
     rows: list[PreferenceRow] = list(dataset[config.split])
@@ -278,11 +281,17 @@ def _prepare(
     kept = list(_choose(dict(enumerate(rows)), config.max_rows, config.seed).values())
     outcomes_path = Path(places["dataset"]) / OUTCOMES_FILE
     outcomes = read_outcomes(outcomes_path) if outcomes_path.is_file() else {}
-    judge, judge_accuracy = _judge(config, dataset, places["dataset"], outcomes, bootstrap)
+    judge, judged = _judge(config, dataset, places["dataset"], outcomes, bootstrap)
+    for doubt in shared_pairs(judge, metadata.get("dataset_hash")):
+        logger.warning("%s", doubt)
     models = load_reference(config, places, metadata)
     tokenized = tokenize_prompts(models, prompts, rows)
     check_prompts(models.reference, models, tokenized)
     timer.enter("evaluation")
+    if judged.accuracy is not None:
+        held = dict(enumerate(dataset["validation"]))
+        known = list(_choose(held, config.max_rows, config.seed).values())
+        judged = judged._replace(reference_accuracy=reference_accuracy(models, known, bootstrap))
     return _Task(
         *identify(config, rows, judge, places["reference"], models.max_new_tokens),
         prompts,
@@ -290,7 +299,7 @@ def _prepare(
         kept,
         outcomes,
         judge,
-        judge_accuracy,
+        judged,
         bootstrap,
         models,
         draw_samples(models, "reference", prompts, tokenized, judge, config)[1],
@@ -335,7 +344,8 @@ def _evaluate(
     exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings)
     theory = against_theory(task.theory, records, metadata, stats, config.seed, warnings)
     warnings += outside_the_set(judge, records)
-    warnings += doubts(config, figures, task.judge_accuracy, metadata, places["dataset"], len(prompts))
+    warnings += shared_pairs(judge, metadata.get("dataset_hash"))
+    warnings += doubts(config, figures, task.judged, metadata, places["dataset"], len(prompts))
     evaluation = Evaluation(
         name=member.name,
         method=metadata.get("method"),
@@ -353,7 +363,7 @@ def _evaluate(
         dataset_hash=stats.get("dataset_hash"),
         evaluation_id=task.identity,
         evaluated_on=task.identity_parts,
-        judge=JudgedBy(judge.name, judge.description, task.judge_accuracy),
+        judge=task.judged,
         metrics=dict(sorted(figures.items())),
         reliability=preferences.reliability,
         exact=exact_figures(exact, bootstrap) if exact else None,
@@ -383,34 +393,28 @@ def _judge(
     dataset_dir: str,
     outcomes: dict[str, Outcomes],
     bootstrap: Bootstrap,
-) -> tuple[ScoringJudge, Figure | None]:
-    """The judge, and the validation accuracy of a trained one where there are rows for it."""
-    from softpref.evaluation.metrics import PreferenceMetric
+) -> tuple[ScoringJudge, JudgedBy]:
+    """The judge, and how far it agrees with the preferences of the validation split, unless it is the expert.
 
+    The validation split, since nothing is chosen by it: neither policies nor judges, whose training ends
+    when its schedule does. The test split's prompts rank policies.
+    """
     judge = load_judge(
         config.judge,
         dataset_dir,
+        model=config.judge_model,
+        trust_remote_code=config.trust_remote_code,
+        device=config.device,
+        tracking_uri=config.tracking_uri,
         splits=dataset,
         outcomes=outcomes,
         seed=config.seed,
         max_rows=config.judge_max_rows,
     )
+    judged = JudgedBy(judge.name, judge.description)
     if judge.name == "expert":
-        return judge, None
-    held_out = list(text_rows(dataset.get("validation", ())))
-    if not held_out:
-        return judge, None
-    prompts = [row["prompt"] for row in held_out for _ in row["completions"]]
-    completions = [completion for row in held_out for completion in row["completions"]]
-    flat = iter(judge.scores(prompts, completions).tolist())
-    accuracy = PreferenceMetric.figures(
-        bootstrap,
-        scores=[[next(flat) for _ in row["completions"]] for row in held_out],
-        kind=[row["kind"] for row in held_out],
-        probability=[row["probability"] for row in held_out],
-        prompt=[row["prompt"] for row in held_out],
-    )["preference_accuracy"]
-    return judge, accuracy
+        return judge, judged
+    return judge, judged._replace(**agreement(judge, text_rows(dataset.get("validation", ())), bootstrap))
 
 
 def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> DatasetDict:
@@ -418,7 +422,7 @@ def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> DatasetDict:
     path, split = Path(dataset_dir), config.split
     if not (path / "dataset_dict.json").is_file():
         raise ConfigError(f"{path} is not a dataset folder of the data stage (it has no dataset_dict.json)")
-    check_judge(config.judge, path)  # before the import below, which takes seconds
+    check_judge(config.judge, path, model=config.judge_model)  # before the import below, which takes seconds
     import datasets
 
     dataset = datasets.load_from_disk(str(path))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from softpref.evaluation.exact import Objective, optimum
-from softpref.evaluation.intervals import DEFAULT_BOOTSTRAP, Bootstrap, over_prompts
+from softpref.intervals import DEFAULT_BOOTSTRAP, Bootstrap, over_prompts
 from softpref.records import Figure
 
 TRUSTED = 0.1

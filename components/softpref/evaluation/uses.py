@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from softpref.evaluation.intervals import interval
 from softpref.fitness import ailments, judge_doubt
+from softpref.intervals import interval
 from softpref.records import BestFor, Evaluation, Figure
 
 

@@ -27,7 +27,8 @@ class BradleyTerryJudge(ScoringJudge):
     log-loss on prompts left out in turn. Deterministic by seed.
 
     Args:
-        pairs: `(prompt, better, worse, probability)` of the training split.
+        pairs: `(prompt, better, worse, probability)`.
+        split: of the dataset, from which they are.
         seed: of the folds and of the choice of `max_rows` among more pairs.
 
     Raises:
@@ -37,17 +38,23 @@ class BradleyTerryJudge(ScoringJudge):
     name = "bradley-terry"
 
     def __init__(
-        self, pairs: Iterable[tuple[str, str, str, float]], *, seed: int = 0, max_rows: int = 20000
+        self,
+        pairs: Iterable[tuple[str, str, str, float]],
+        *,
+        seed: int = 0,
+        max_rows: int = 20000,
+        split: str = "train",
     ) -> None:
         from sklearn.model_selection import GroupKFold
 
+        self.split = split
         table = list(pairs)
         random = np.random.default_rng(seed)
         if len(table) > max_rows:
             table = [table[i] for i in sorted(random.choice(len(table), max_rows, replace=False))]
         if len(table) < 2:
             raise ConfigError(
-                f"the judge 'bradley-terry' needs training pairs, and the training split has {len(table)}"
+                f"the judge 'bradley-terry' needs training pairs, and the split {split} has {len(table)}"
             )
         share = np.array([row[3] for row in table])
         if not ((share != 0.5) & np.array([row[1] != row[2] for row in table])).any():
@@ -70,7 +77,7 @@ class BradleyTerryJudge(ScoringJudge):
         self._weights = _fit_bradley_terry(compared, _STRENGTHS[int(losses.argmin())])
         self.description = (
             f"a Bradley-Terry model of words, characters and length, trained on {len(table)} pairs of the "
-            "training split; its win rate is worth as much as its accuracy on the validation split"
+            f"split {split}; its win rate is worth as much as its accuracy on the validation split"
         )
         self.fingerprint = digest([table, seed])
 

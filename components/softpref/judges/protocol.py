@@ -44,7 +44,8 @@ class ScoringJudge(Judge, Protocol):
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
     ) -> np.ndarray:
         """`[n]`: P(first beats second) = σ(score of first − score of second)."""
-        return sigmoid(self.scores(prompts, first) - self.scores(prompts, second))
+        scores = self.scores([*prompts, *prompts], [*first, *second])  # at once: many texts may be the same
+        return sigmoid(scores[: len(prompts)] - scores[len(prompts) :])
 
 
 def sigmoid(values: np.ndarray) -> np.ndarray:

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypedDict
 
-from softpref.records import PreferenceRow, Text
+from softpref.records import Message, PreferenceRow, Text
+
+
+class Conversation(str):
+    """Messages as one text that remembers them.
+
+    Most judges read the text. A reward model writes the messages in its own chat template.
+    """
+
+    messages: Sequence[Message]
 
 
 def as_text(text: Text, *, roles: bool = False) -> str:
     """Plain text unchanged; messages as lines of their contents, with `roles` in front."""
     if isinstance(text, str):
         return text
-    return "\n".join(
-        f"{message['role']}: {message['content']}" if roles else message["content"] for message in text
-    )
+    lines = (f"{message['role']}: {message['content']}" if roles else message["content"] for message in text)
+    conversation = Conversation("\n".join(lines))
+    conversation.messages = text
+    return conversation
+
+
+def as_given(text: str) -> Text:
+    """The messages that a text was made of, or the text."""
+    return text.messages if isinstance(text, Conversation) else text
 
 
 class TextRow(TypedDict):
@@ -38,14 +53,19 @@ def text_rows(rows: Iterable[PreferenceRow]) -> Iterator[TextRow]:
 
 
 def preference_pairs(rows: Iterable[TextRow]) -> Iterator[tuple[str, str, str, float]]:
-    """Dataset rows with text prompts and completions as `(prompt, better, worse, P(better wins))`.
+    """Dataset rows with text prompts and completions as `(prompt, better, worse, P(better wins))`."""
+    for row in rows:
+        completions = row["completions"]
+        for better, worse, share in ordered_pairs(row["kind"], len(completions), row["probability"]):
+            yield row["prompt"], completions[better], completions[worse], share
+
+
+def ordered_pairs(kind: str, count: int, probability: float | None) -> Iterator[tuple[int, int, float]]:
+    """Places of the better and the worse completion of each pair of a row, and P(better wins).
 
     Rankings and best-of-n rows give hard pairs: all ordered ones, or the best against each other.
     """
-    for row in rows:
-        completions = row["completions"]
-        last = len(completions) - 1 if row["kind"] == "ranking" else 1
-        for better in range(last):
-            for worse in range(better + 1, len(completions)):
-                share = row["probability"] if len(completions) == 2 else None
-                yield row["prompt"], completions[better], completions[worse], 1.0 if share is None else share
+    share = 1.0 if probability is None or count > 2 else probability
+    for better in range(count - 1 if kind == "ranking" else 1):
+        for worse in range(better + 1, count):
+            yield better, worse, share

@@ -45,6 +45,8 @@ TRAINING_OPTIONS = (  # of transformers, which say what a run was
     "seed",
 )
 
+_LENGTHS = ("max_prompt_length", "max_completion_length", "max_length")  # those that a stage has
+
 
 class Trained(NamedTuple):
     """What training leaves.
@@ -176,8 +178,7 @@ class Course:
             **described,
             "code_version": softpref.__version__,
             "run_id": trained.run_id,
-            "max_prompt_length": self._config.max_prompt_length,
-            "max_completion_length": self._config.max_completion_length,
+            **{name: getattr(self._config, name) for name in _LENGTHS if hasattr(self._config, name)},
         }
 
     def save(self, model: Any, tokenizer: PreTrainedTokenizerBase, description: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Weights are read from safetensors (or GGUF) only, and code from a checkpoint is 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -83,13 +84,94 @@ def load_model(
     return model.to(device) if device else model
 
 
+def load_reward_model(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    revision: str | None = None,
+) -> Any:
+    """Load a sequence-classification model: a language model with heads that give numbers, not words.
+
+    Args:
+        source, dtype, trust_remote_code, device, revision: as in `load_model`, but no GGUF file, which has no
+            heads.
+
+    Raises:
+        ConfigError: the model is absent, cannot be read, or has no such heads.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    found: Any
+    source = _present(source, trust_remote_code, revision)
+    if source.endswith(".gguf"):
+        raise ConfigError(f"reward model {source}: a GGUF file holds no reward heads; give a checkpoint")
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            revision=revision or "main",
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, TypeError) as error:
+        raise ConfigError(f"reward model {source} cannot be loaded: {error}") from error
+    classes = model.config.architectures or []
+    if found["missing_keys"] and any("CausalLM" in name or "LMHead" in name for name in classes):
+        raise ConfigError(
+            f"reward model {source} is a language model ({', '.join(classes)}) without reward heads; train a "
+            "judge from it with `softpref judge`"
+        )
+    _check_weights(source, found)
+    return model.to(device) if device else model
+
+
+def with_reward_heads(model: Any, heads: int, pad_id: int) -> Any:
+    """A sequence-classification model on the body of a causal language model.
+
+    Its heads begin at zero, where every pair is even: they differ by what they learn, and by nothing else.
+
+    Raises:
+        ConfigError: transformers has no such model of this architecture.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(model.config)
+    config.num_labels = heads
+    config.get_text_config().pad_token_id = pad_id
+    from_config: Callable[..., PreTrainedModel] = AutoModelForSequenceClassification.from_config
+    try:
+        rated: Any = from_config(config, dtype=model.dtype)
+    except ValueError as error:
+        raise ConfigError(
+            f"transformers has no sequence classification for the architecture {config.model_type!r}, which "
+            "a reward model needs; take another base_model"
+        ) from error
+    rated.base_model.load_state_dict(model.base_model.state_dict())
+    body = {id(weights) for weights in rated.base_model.parameters()}
+    with torch.no_grad():
+        for weights in rated.parameters():
+            if id(weights) not in body:
+                weights.zero_()
+    return rated
+
+
 def load_tokenizer(
-    source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+    source: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    needs_end: bool = True,
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, with a padding token (the end token serves where none is named).
 
     Args:
         source, trust_remote_code: as in `load_model`.
+        needs_end: whether one without an end-of-sequence token is refused; an encoder's has none.
 
     Raises:
         ConfigError: it is absent, cannot be read, or has no end-of-sequence token.
@@ -107,7 +189,7 @@ def load_tokenizer(
             )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"the tokenizer of {source} cannot be loaded: {error}") from error
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and needs_end:
         raise ConfigError(f"the tokenizer of {source} has no eos_token; add one, a completion must end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

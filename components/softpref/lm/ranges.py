@@ -24,6 +24,9 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (0, math.inf, True)),
     # of ours, in both training stages
     **dict.fromkeys(("max_prompt_length", "max_completion_length", "dataset_num_proc"), (1, math.inf, True)),
+    # of a reward model
+    **dict.fromkeys(("heads", "max_length"), (1, math.inf, True)),
+    "frozen_layers": (0, math.inf, True),
     "vocab_size": (258, math.inf, True),  # 256 bytes, end and padding: every text can be written
     # of SPO training
     **dict.fromkeys(("anchor", "kl_beta", "weight_exponent", "tdpo_alpha"), (0, math.inf, True)),

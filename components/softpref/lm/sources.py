@@ -214,7 +214,9 @@ def _ask_version(source: str, tracking_uri: str, retries: int = 2) -> _Version:
     match = _parse(source)
     uri = resolve_tracking_uri(tracking_uri or None)
     if not mlflow_ready(uri):
-        raise NotReached(f"model {source}: MLflow at {uri} cannot be asked: mlflow is not installed")
+        raise NotReached(
+            f"model {source}: MLflow at {public_url(uri)} cannot be asked: mlflow is not installed"
+        )
     try:
         with short_requests(retries):
             client = open_client(uri)
@@ -223,7 +225,7 @@ def _ask_version(source: str, tracking_uri: str, retries: int = 2) -> _Version:
             else:
                 found = client.get_model_version(match["name"], match["version"])
     except Exception as error:  # also those of sqlalchemy and requests
-        why = f"model {source}: MLflow at {uri}: {in_short(error)}"
+        why = f"model {source}: MLflow at {public_url(uri)}: {in_short(error)}"
         if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise ConfigError(why) from error
         raise NotReached(f"{why}; MLFLOW_TRACKING_URI says where the registry is") from error
@@ -250,7 +252,7 @@ def _downloaded(version: _Version) -> str:
             )
         except Exception as error:  # also ImportError, where the server gives no files itself
             raise NotReached(
-                f"model {version.source}: MLflow at {version.uri} does not provide its files "
+                f"model {version.source}: MLflow at {public_url(version.uri)} does not provide its files "
                 f"({in_short(error)})"
             ) from error
         checkpoint = logged / "model"

@@ -146,6 +146,36 @@ def tokenize_sequence(
     return tokenize_row(tokenizer, prompt, [completion], **options)[0]
 
 
+def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a conversation can be written as this tokenizer's model has seen conversations."""
+    return bool(_template(tokenizer))
+
+
+def conversation_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], max_length: int | None = None
+) -> list[int]:
+    """Ids of a whole conversation as the chat template writes it, for a model that reads to its end.
+
+    Args:
+        max_length: keep at most this many ids: the start token and the end.
+
+    Raises:
+        DataError: the template refuses the conversation.
+    """
+    [ids] = _ids(tokenizer, [_rendered(tokenizer, messages)], special=False)
+    return _last(tokenizer, ids, max_length)
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None) -> list[int]:
+    """Ids of a whole plain text, begun as the tokenizer begins one and closed by the end token.
+
+    Args:
+        max_length: as in `conversation_ids`.
+    """
+    [ids] = _ids(tokenizer, [text], special=True)
+    return _last(tokenizer, [*ids, tokenizer.eos_token_id], max_length)
+
+
 def row_findings(sequences: Sequence[TokenizedSequence]) -> list[str]:
     """What is counted of a row: names of `cut_prompt`, `cut_completion`, `identical` and `moved_border`."""
     different = {tuple(sequence.completion) for sequence in sequences}

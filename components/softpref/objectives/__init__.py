@@ -23,9 +23,11 @@ from softpref.objectives.kl import (
 )
 from softpref.objectives.optimum import exact_optimum, ipo_optimum
 from softpref.objectives.preference import log_group_weights, ordered_pairs, preference_loss
+from softpref.objectives.reward import bradley_terry_loss
 
 __all__ = [
     "TokenKL",
+    "bradley_terry_loss",
     "dpo_loss",
     "exact_optimum",
     "group_of",

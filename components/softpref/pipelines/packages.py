@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from softpref.config import parse_overrides
 from softpref.pipelines import graph
-from softpref.pipelines.profiles import STAGES, Profile
+from softpref.pipelines.profiles import Profile
 from softpref.pipelines.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -62,22 +62,19 @@ def compile_components(folder: Path, profile: Profile) -> list[Path]:
     from softpref.data.component import prepare_data
     from softpref.evaluation.component import compare_models, evaluate_model
     from softpref.registry.component import register_model
+    from softpref.reward_model.component import train_judge
     from softpref.sft.component import train_reference
     from softpref.spo.component import train_policy
 
     faces = {
-        "data": prepare_data,
-        "sft": train_reference,
-        "train": train_policy,
-        "evaluate": evaluate_model,
-        "compare": compare_models,
-        "register": register_model,
+        "data": [prepare_data],
+        "train": [train_reference, train_policy, train_judge],
+        "evaluate": [evaluate_model, compare_models, register_model],
     }
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for stage, face in faces.items():
-        image, function = profile.images[STAGES[stage]], face.python_func
-        component = dsl.component(function, base_image=image, install_kfp_package=False)
+    for image, function in ((image, face.python_func) for image, own in faces.items() for face in own):
+        component = dsl.component(function, base_image=profile.images[image], install_kfp_package=False)
         for entry in docstring_parser.parse(inspect.getdoc(function) or "").params:
             if output := component.component_spec.outputs.get(entry.arg_name):  # KFP describes inputs only
                 output.description = " ".join((entry.description or "").split())

@@ -31,7 +31,7 @@ def check_early(stage: str, *layers: Mapping[str, Any]) -> Any:
     given = convert(f"{name}.", values, {one.name: one.hint for one in known.values()})
     settled = {one.name: one.default for one in known.values()} | given
     options = type(name, (Derived,), settled)()
-    if stage in ("sft", "train"):
+    if stage in ("sft", "train", "judge"):
         check_ranges(options)
     if stage == "train":
         check_options(options)

@@ -145,7 +145,8 @@ class _Table:
     judge: str = _parameter(
         "auto",
         "evaluate",
-        '"auto", "expert" (known reward) or "bradley-terry" (learned from the training preferences).',
+        '"auto", "expert" (known reward), "bradley-terry" (learned from the preferences set apart for it, or '
+        'from the training preferences) or "reward-model" (judge_model in evaluation_overrides).',
     )
     max_prompts: int = _parameter(100, "evaluate", "Held-out prompts that models are measured on; 0: all.")
     samples_per_prompt: int = _parameter(

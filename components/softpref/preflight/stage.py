@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from softpref.config import COMMIT, TRUE, Config, build_config, closest, parse_overrides, without_secrets
 from softpref.errors import ConfigError
+from softpref.judges.loading import check_judge_model
 from softpref.preflight.parameters import PLANNED, STAGES, TABLE, of_stage
 from softpref.remote import Pinned, public_url
 
@@ -265,6 +266,8 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     experts = []  # prefixes of the message for those that ask for the judge expert
     for member in members:
         config = check_early("train", *training_layers(stages["train"], member))
+        if config.uses_judge:
+            check_judge_model(config.judge, config.judge_model)
         if config.uses_judge and config.judge == "expert":
             experts.append(f"{member.name}: ")
         if config.method == "sppo" and config.train_on == "preferences" and data.story_kind == "best_of_n":
@@ -272,7 +275,9 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
                 f"{member.name}: a best-of-n row tells only its best, and sppo needs to know how often each "
                 "completion wins; use story_kind pairwise or ranking, or train_on=samples"
             )
-    if _build(EvaluationConfig, stages["evaluate"]).judge == "expert":
+    evaluation = _build(EvaluationConfig, stages["evaluate"])
+    check_judge_model(evaluation.judge, evaluation.judge_model)
+    if evaluation.judge == "expert":
         experts.append("")
     if experts and not data.embedded:
         raise ConfigError(

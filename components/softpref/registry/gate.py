@@ -30,7 +30,8 @@ class Verdict(NamedTuple):
 def challenge(evaluation: Evaluation, champion: Champion | None, config: RegistryConfig) -> Verdict:
     """Whether a model that passed the gate takes the champion's place.
 
-    Nobody is promoted by a judge that is no better than a coin, or by a figure without an interval.
+    Nobody is promoted by a judge that is no better than a coin or than length alone, nor by a figure without
+    an interval.
     """
     metrics, name = evaluation.metrics, config.compare_metric
     if name in _JUDGED and (doubt := judge_doubt(evaluation)):

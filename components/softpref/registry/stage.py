@@ -158,7 +158,9 @@ def _register(
         with short_requests():
             client.search_registered_models(max_results=1)
     except Exception as error:
-        raise ConfigError(f"MLflow at {uri} does not answer ({in_short(error)}); {kept}") from error
+        raise ConfigError(
+            f"MLflow at {public_url(uri)} does not answer ({in_short(error)}); {kept}"
+        ) from error
 
     name = config.registered_model_name
     digest = model_hash(checkpoint)
@@ -192,7 +194,7 @@ def _register(
             if verdict.moves:
                 client.set_registered_model_alias(name, "champion", number)
         except MlflowException as error:
-            raise ConfigError(f"MLflow at {uri}: {in_short(error)}; {kept}") from error
+            raise ConfigError(f"MLflow at {public_url(uri)}: {in_short(error)}; {kept}") from error
     reason = "this version is the champion already" if aliases.get("champion") == number else verdict.reason
     if newer:
         reason += f"; challenger stays at version {aliases['challenger']}, which is newer"

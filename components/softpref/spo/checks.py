@@ -207,7 +207,11 @@ def warn_of_idle_options(args: Any) -> None:
         (args.refresh != "adaptive", ("min_ess",), "refresh is not adaptive"),
         (not (args.samples_policy or args.draws_rows), ("sampling_engine",), "nothing is sampled"),
         (not args.draws_rows, ("round_reference",), "no row is drawn from the policy"),
-        (not args.uses_judge, ("completions_per_prompt", "judge"), "no completion is drawn and judged"),
+        (
+            not args.uses_judge,
+            ("completions_per_prompt", "judge", "judge_model"),
+            "no completion is drawn and judged",
+        ),
     ]
     for holds, options, reason in idle:
         for option in options if holds else ():

@@ -75,8 +75,11 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
             model, or the policy at the beginning of the round (`previous`). `auto` is what the method's
             authors do: previous for `sppo`, initial otherwise.
         judge: who judges drawn completions in the training stage: `expert` (the data's known reward),
-            `bradley-terry` (learned from the training preferences), or `auto`, the expert if there is one.
-            As a library, give `SPOTrainer` a judge.
+            `bradley-terry` (learned from the preferences of the split `judge`, or of the training split where
+            there is none), `reward-model`, or `auto`, the expert if there is one. As a library, give
+            `SPOTrainer` a judge.
+        judge_model: of the judge `reward-model`: what `softpref judge` wrote, or another checkpoint with one
+            label; a folder, the URL of one, a model of the MLflow registry, or a Hub id.
         extrapolation: weights w, comma-separated, for each of which the training stage also writes
             `aligned + w · (aligned − reference)` as a model of its own (ExPO, arXiv 2404.16792).
         sampling_engine: what draws samples: `transformers`, the trained model itself, or `vllm`, which loads
@@ -148,7 +151,8 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
     train_on: Literal["preferences", "samples", "self_play"] = "preferences"
     completions_per_prompt: int = 2
     round_reference: Literal["auto", "initial", "previous"] = "auto"
-    judge: Literal["auto", "expert", "bradley-terry"] = "auto"
+    judge: Literal["auto", "expert", "bradley-terry", "reward-model"] = "auto"
+    judge_model: str = ""
     extrapolation: str = ""
     model_init_kwargs: dict[str, Any] | str | None = None
     use_peft: bool = False

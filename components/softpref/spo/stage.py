@@ -9,7 +9,7 @@ from typing import Any
 
 from softpref.artifacts import readable, strengths
 from softpref.errors import DataError
-from softpref.judges.loading import check_judge, load_judge
+from softpref.judges.loading import load_judge
 from softpref.judges.texts import as_text
 from softpref.lm.course import TRAINING_OPTIONS, Course, dataset_stats
 from softpref.lm.extrapolation import parse_weights, write_extrapolations
@@ -40,6 +40,7 @@ _DEFINING = (
     "rounds",
     "train_on",
     "judge",
+    "judge_model",
 )
 # Of its own options, where and how it is computed, which changes nothing of what a run is.
 _NOT_TRACKED = {
@@ -107,10 +108,20 @@ def run(
     training_rows = _training_rows(config, dataset_dir, preferences)
     judge = None
     if config.uses_judge:
-        check_judge(config.judge, dataset_dir)
-        judge = load_judge(config.judge, dataset_dir, seed=config.seed)
-        asked = [as_text(row["prompt"], roles=True) for row in training_rows]
-        judge.scores(asked, [""] * len(asked))  # a prompt that it does not know fails now, not rounds later
+        judge = load_judge(
+            config.judge,
+            dataset_dir,
+            model=config.judge_model,
+            trust_remote_code=config.trust_remote_code,
+            device=str(config.device),
+            tracking_uri=tracking_uri,
+            seed=config.seed,
+        )
+        if config.judge_model:
+            config.judge_model = source_name(config.judge_model, tracking_uri=tracking_uri)  # as recorded
+        if judge.name == "expert":  # a prompt that it does not know fails now, not rounds later
+            asked = [as_text(row["prompt"], roles=True) for row in training_rows]
+            judge.scores(asked, [""] * len(asked))
     reference = source_name(reference_dir, tracking_uri=tracking_uri)
     reference_dir = local_source(reference_dir, tracking_uri=tracking_uri)
     reference_metadata = load_metadata(reference_dir)

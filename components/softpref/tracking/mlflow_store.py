@@ -69,7 +69,8 @@ def mlflow_ready(uri: str) -> bool:
 def open_client(uri: str) -> MlflowClient:
     """A client of the store at `uri`; call `mlflow_ready` first.
 
-    The first client of a SQLite file makes its tables; two at once would break the file, so one waits.
+    The first client of a SQLite file makes its tables. Two at once would break the file, so one waits; and
+    they are made beside it, since a file with a part of them, left by a killed process, is of no use.
     """
     from filelock import FileLock
     from mlflow import MlflowClient
@@ -78,6 +79,13 @@ def open_client(uri: str) -> MlflowClient:
     if file is None:
         return MlflowClient(uri)
     with FileLock(f"{file}.lock"):
+        if not file.exists() or not file.stat().st_size:
+            unfinished = f".{file.name}.new-"
+            for left in file.parent.glob(f"{unfinished}*"):
+                left.unlink()
+            made = file.with_name(f"{unfinished}{os.getpid()}")
+            MlflowClient(f"sqlite:///{made}").search_experiments(max_results=1)
+            made.replace(file)
         return MlflowClient(uri)
 
 
@@ -159,12 +167,33 @@ def short_requests(retries: int = 0, timeout: int = 10) -> Iterator[None]:
 
 
 def in_short(error: BaseException) -> str:
-    """An error's message on one line of at most 200 characters."""
+    """An error's message on one line of at most 200 characters, without the credentials of an address."""
     refusal = refusal_of(error)
     if refusal:
         return f"it {refusal}"
     text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"://[^/@\s]+@", "://***@", text).partition(" [SQL:")[0]
     return text if len(text) <= 200 else text[:200] + " …"
+
+
+def lasting_refusal(error: BaseException, uri: str) -> str | None:
+    """Why the store at `uri` will not serve however long one waits, and what to do; None if it may yet."""
+    if refusal := refusal_of(error):
+        return refusal
+    if isinstance(error, RunGone):
+        return f"does not serve: {in_short(error)}"
+    # a server, also one of databases, may come back, and a file may be locked
+    if uri.startswith(("http:", "https:")) or type(error).__name__ == "OperationalError":
+        return None
+    remedy = (
+        "set MLFLOW_TRACKING_URI (or tracking_uri) to a store that MLflow knows, like sqlite:///mlflow.db"
+    )
+    if sqlite_file(uri):
+        remedy = (
+            "if it is of another version of MLflow, `mlflow db upgrade` of a copy may mend it; else move the "
+            "file away, or name another one"
+        )
+    return f"is no usable store ({in_short(error)}); {remedy}"
 
 
 def refusal_of(error: BaseException) -> str | None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from softpref.remote import public_url
 from softpref.tracking.mirror import TAG_LENGTH, as_text, usable_name
 from softpref.tracking.mlflow_store import (
     find_experiment,
@@ -150,7 +151,9 @@ def finish_pipeline_run(
             return
         except Exception as error:  # of the network, the store or its driver
             if time.monotonic() > deadline or uri.startswith("sqlite:"):
-                logger.warning("MLflow at %s: the pipeline's run was not ended: %s", uri, in_short(error))
+                logger.warning(
+                    "MLflow at %s: the pipeline's run was not ended: %s", public_url(uri), in_short(error)
+                )
                 return
             time.sleep(5)
 

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, SupportsFloat
 
 from softpref.errors import ConfigError
+from softpref.remote import public_url
 from softpref.tracking.delivery import Delivery
 from softpref.tracking.mirror import Mirror, Record, Unreadable, as_text, milliseconds, usable_name
 from softpref.tracking.mlflow_store import (
     RunGone,
     in_short,
+    lasting_refusal,
     mlflow_ready,
     open_client,
-    refusal_of,
     resolve_tracking_uri,
     short_requests,
 )
@@ -253,7 +254,7 @@ class Tracker:
             left = self._mirror.waiting_records()
         if left:
             logger.warning(
-                f"{left} tracking records did not reach MLflow at {self.tracking_uri} "
+                f"{left} tracking records did not reach MLflow at {public_url(self.tracking_uri)} "
                 f"({self._trouble or 'it is slow'}); they are in {self._mirror.path}, "
                 f"and `softpref track-sync {self.output_dir}` sends them"
             )
@@ -311,8 +312,8 @@ class Tracker:
                 self._trouble = in_short(error)
                 if failures == 1:
                     logger.warning(
-                        f"MLflow at {self.tracking_uri} cannot be reached ({self._trouble}); going on, "
-                        f"records wait in {mirror.path}"
+                        f"MLflow at {public_url(self.tracking_uri)} cannot be reached ({self._trouble}); "
+                        f"going on, records wait in {mirror.path}"
                     )
                 with self._changed:
                     self._changed.wait_for(self._is_ending, min(2.0**failures, _LONGEST_PAUSE))
@@ -321,7 +322,7 @@ class Tracker:
             else:
                 self._answered = True
                 if failures:
-                    logger.warning("MLflow at %s answers again", self.tracking_uri)
+                    logger.warning("MLflow at %s answers again", public_url(self.tracking_uri))
                     failures, self._trouble = 0, None
                 with self._changed:  # gather the next batch
                     self._changed.wait_for(self._is_ending, _BATCH_SECONDS)
@@ -370,7 +371,8 @@ def sync(output_dir: str | Path, tracking_uri: str | None = None) -> SyncResult:
             raise
         except Exception as error:  # of the network, the store or its driver
             raise ConfigError(
-                f"MLflow at {uri}: {in_short(error)}; {mirror.waiting_records()} records of {path} wait"
+                f"MLflow at {public_url(uri)}: {in_short(error)}; {mirror.waiting_records()} records of "
+                f"{path} wait"
             ) from error
         finally:
             mirror.close()
@@ -418,22 +420,24 @@ def check_server(experiment: str, tracking_uri: str | None = None) -> str | None
     """Id of the pipeline's run in MLflow, opened when absent; None, with a warning, while MLflow is away.
 
     Raises:
-        ConfigError: the server answers and refuses the login or its own host name. Waiting would not help,
-            and without this check a sweep would fail only at its end, when it registers the model.
+        ConfigError: what is wrong will not pass by waiting: the server refuses the login or its own host
+            name, the experiment was deleted, or there is no usable store at this address. Without this check
+            a sweep would fail only at its end, when it registers the model.
     """
     uri, run = resolve_tracking_uri(tracking_uri), current_pipeline_run()
     try:
         if not mlflow_ready(uri):
-            raise ConfigError("mlflow is not installed here")
+            logger.warning("mlflow is not installed here; going on, records wait")
+            return None
         with short_requests():
             client = open_client(uri)
             experiment_id = experiment_of(client, experiment, uri)
             return find_or_open_root(client, experiment_id, run) if run else None
     except Exception as error:
-        refusal = refusal_of(error)
-        if refusal:
-            raise ConfigError(f"MLflow at {uri} {refusal}") from error
-        logger.warning("MLflow at %s cannot be reached (%s); going on, records wait", uri, in_short(error))
+        place = public_url(uri)
+        if refusal := lasting_refusal(error, uri):
+            raise ConfigError(f"MLflow at {place} {refusal}") from error
+        logger.warning("MLflow at %s cannot be reached (%s); going on, records wait", place, in_short(error))
         return None
 
 

@@ -1,0 +1,1 @@
+"""`softpref judge`: a reward model, trained on preferences that the policy never sees."""

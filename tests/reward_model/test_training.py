@@ -1,0 +1,267 @@
+"""Training a judge: its loss beside TRL's and a formula, its heads, its folder, and what it learns."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from softpref.cli import main
+from softpref.errors import ConfigError, DataError
+from softpref.judges.reliability import agreement
+from softpref.judges.reward_model import load_reward_judge
+from softpref.judges.texts import text_rows
+from softpref.lm.loading import with_reward_heads
+from softpref.lm.rating import rate
+from softpref.objectives import bradley_terry_loss
+from softpref.reward_model.config import RewardModelConfig
+from softpref.reward_model.stage import headline, run
+from softpref.reward_model.trainer import RatedRows, bootstrap_weights, collate, row_losses
+from transformers import AutoModelForSequenceClassification
+
+GOOD, BAD = ["calm", "kind", "warm"], ["rude", "cold", "grim"]
+NOUNS = ["sea", "owl", "fox", "bell", "road", "hill"]
+
+
+def lexicon_rows(prompts, per_prompt, seed):
+    """Pairs of which people prefer the one with a good word; which is the longer one is chance."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for prompt in prompts:
+        for _ in range(per_prompt):
+            fill = [" ".join(random.choice(NOUNS, random.integers(1, 5))) for _ in range(2)]
+            words = [f"{random.choice(GOOD)} {fill[0]}", f"{random.choice(BAD)} {fill[1]}"]
+            rows.append(pair(prompt, *words))
+    return rows
+
+
+def pair(prompt, better, worse, probability=None, **more):
+    return {
+        "prompt": prompt,
+        "completions": [better, worse],
+        "kind": "pairwise",
+        "probability": probability,
+        **more,
+    }
+
+
+def write_dataset(folder, **splits):
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(str(folder))
+    (folder / "stats.json").write_text(json.dumps({"stage": "data", "dataset_hash": "abc"}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(make_tokenizer):
+    return make_tokenizer(chat_template=None)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, plain, make_model):
+    folder = tmp_path_factory.mktemp("base")
+    make_model(plain, width=32, layers=2, spread=0.1).save_pretrained(folder)
+    plain.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def settings(base):
+    return {
+        "base_model": base,
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 8,
+        "max_length": 64,
+        "heads": 4,
+    }
+
+
+@pytest.fixture
+def store(tmp_path):
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def batch_of(rows, tokenizer, weights=None, heads=1, length=64):
+    config = RewardModelConfig(base_model="gpt2", use_cpu=True, max_length=length, disable_tqdm=True)
+    given = np.ones((len(rows), heads)) if weights is None else weights
+    rated = RatedRows(rows, given, tokenizer, config, "row")
+    return collate(rated.rows, tokenizer.pad_token_id)
+
+
+def test_the_loss_is_the_likelihood_of_votes_by_bradley_terry():
+    margin = torch.tensor([0.3, -2.0, 40.0], dtype=torch.float64, requires_grad=True)
+    share = torch.tensor([1.0, 0.7, 0.2], dtype=torch.float64)
+    loss = bradley_terry_loss(margin, share)
+    by_hand = [
+        -p * math.log(1 / (1 + math.exp(-m))) + (1 - p) * (m + math.log1p(math.exp(-m)))
+        for m, p in zip(margin.tolist(), share.tolist(), strict=True)
+    ]
+    assert loss.tolist() == pytest.approx(by_hand, rel=1e-12)
+    loss.sum().backward()
+    slope = [1 / (1 + math.exp(-m)) - p for m, p in zip(margin.tolist(), share.tolist(), strict=True)]
+    assert margin.grad.tolist() == pytest.approx(slope, rel=1e-12)
+
+
+def test_loss_and_gradient_on_hard_labels_are_those_of_trl(plain, make_model, tmp_path):
+    from trl import RewardConfig, RewardTrainer
+
+    rows = lexicon_rows(["why", "who then"], 2, 0)
+    model = with_reward_heads(make_model(plain, width=16, layers=1), 1, plain.pad_token_id)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.score.weight)
+    batch = batch_of(rows, plain)
+    theirs = RewardTrainer.__new__(RewardTrainer)  # its loss needs none of what its constructor makes
+    theirs.model = model
+    theirs.args = RewardConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    from collections import defaultdict
+
+    from accelerate import Accelerator
+
+    theirs.accelerator = Accelerator(cpu=True)
+    theirs._metrics = {mode: defaultdict(list) for mode in ("train", "eval")}
+    theirs._total_train_tokens, theirs._tp_size = 0, 1
+    order = [*range(0, 2 * len(rows), 2), *range(1, 2 * len(rows), 2)]  # all chosen, then all rejected
+    fed = {name: batch[name][order] for name in ("input_ids", "attention_mask")}
+    losses = []
+    for loss in (lambda: theirs.compute_loss(model, dict(fed)), lambda: row_losses(model, batch).mean()):
+        model.zero_grad()
+        value = loss()
+        value.backward()
+        losses.append((value.item(), [weights.grad.clone() for weights in model.parameters()]))
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+    for mine, other in zip(losses[1][1], losses[0][1], strict=True):
+        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-7)
+
+
+def test_a_rows_pairs_share_its_weight_and_each_head_counts_as_it_drew(plain, make_model):
+    rows = [
+        {"prompt": "p", "completions": ["a", "bb", "ccc"], "kind": "ranking", "probability": None},
+        {"prompt": "q", "completions": ["dd", "e", "f"], "kind": "best_of_n", "probability": None},
+        pair("r", "g", "hh", 0.75),
+    ]
+    weights = np.array([[1.0, 2.0], [0.0, 1.0], [3.0, 0.0]])
+    model = with_reward_heads(make_model(plain, width=16, layers=1), 2, plain.pad_token_id)
+    torch.nn.init.normal_(model.score.weight)
+    found = row_losses(model, batch_of(rows, plain, weights, 2)).tolist()
+
+    def nats(better, worse, share=1.0):
+        gap = better - worse
+        return share * np.log1p(np.exp(-gap)) + (1 - share) * np.log1p(np.exp(gap))
+
+    texts = [["pa", "pbb", "pccc"], ["qdd", "qe", "qf"], ["rg", "rhh"]]
+    expected = []
+    places = [[(0, 1, 1.0), (0, 2, 1.0), (1, 2, 1.0)], [(0, 1, 1.0), (0, 2, 1.0)], [(0, 1, 0.75)]]
+    for group, pairs, own in zip(texts, places, weights, strict=True):
+        ids = [{"input_ids": [*plain(text)["input_ids"], plain.eos_token_id]} for text in group]
+        s = rate(model, ids).numpy().astype(float)
+        losses = [nats(s[i], s[j], share) for i, j, share in pairs]
+        expected.append((np.mean(losses, 0) * own).mean())
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_heads_draw_prompts_and_not_rows_and_rows_keep_their_weight():
+    rows = [pair(prompt, "a", "b", weight=weight) for prompt in "pqrst" for weight in (1.0, 2.0)]
+    drawn = bootstrap_weights(rows, 3, seed=0)
+    assert drawn.shape == (10, 3)
+    first, second = drawn[::2], drawn[1::2]
+    assert (second == 2 * first).all()
+    assert first.sum(0).tolist() == [5, 5, 5]
+    assert (first != 1).any()
+    assert (drawn == bootstrap_weights(rows, 3, seed=0)).all()
+    assert (drawn != bootstrap_weights(rows, 3, seed=1)).any()
+    assert bootstrap_weights(rows, 1, seed=0)[:, 0].tolist() == [1.0, 2.0] * 5
+
+
+def test_a_trained_judge_knows_a_lexicon_and_length_does_not(tmp_path, settings, store):
+    """The whole way, on the console: train, save, load, and beat a coin and length on unseen prompts."""
+    known = [f"{who} and {what}: " for who in NOUNS for what in NOUNS]
+    dataset = write_dataset(
+        tmp_path / "data",
+        judge=lexicon_rows(known[:24], 10, 0),
+        train=lexicon_rows(known[24:25], 1, 1),
+        validation=lexicon_rows(known[25:], 6, 2),
+    )
+    options = {**settings, "learning_rate": 3e-3, "num_train_epochs": 3, "seed": 0, "tracking_uri": store}
+    given = [f"--{name}={json.dumps(value).strip(chr(34))}" for name, value in options.items()]
+    result = tmp_path / "result.json"
+    assert (
+        main(
+            ["judge", f"--dataset={dataset}", f"--output={tmp_path / 'judge'}", f"--result={result}", *given]
+        )
+        == 0
+    )
+    metrics = json.loads(result.read_text())["result"]
+    assert metrics["accuracy/low"] > 0.8
+    assert metrics["over_length/low"] > 0
+    assert metrics["eval_loss"] < 0.5 < math.log(2)
+    assert headline(metrics)["accuracy"] == pytest.approx(metrics["accuracy"], rel=1e-5)
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
+    assert model.config.num_labels == 4
+    said = json.loads((tmp_path / "judge" / "softpref.json").read_text())
+    assert (said["stage"], said["split"], said["heads"], said["max_length"]) == ("judge", "judge", 4, 64)
+    assert (said["dataset_hash"], said["base_model"]) == ("abc", settings["base_model"])
+
+    judge = load_reward_judge(str(tmp_path / "judge"), device="cpu")
+    held_out = list(text_rows(lexicon_rows(known[25:], 6, 2)))
+    found = agreement(judge, held_out)
+    assert found["accuracy"].value == pytest.approx(metrics["accuracy"])
+    assert found["length_accuracy"].value < 0.75
+    heads = judge.heads(["sea and owl: "] * 2, ["kind fox", "rude fox"])
+    assert np.ptp(heads[0] - heads[1]) > 0  # they learned from other prompts
+
+
+def test_the_same_seed_gives_the_same_judge_however_a_batch_is_cut(tmp_path, settings, store):
+    dataset = write_dataset(
+        tmp_path / "data", judge=lexicon_rows(NOUNS, 4, 0), validation=lexicon_rows(["x", "y"], 2, 1)
+    )
+    folders = []
+    for name, cut in (("whole", (8, 1)), ("again", (8, 1)), ("cut", (2, 4))):
+        sizes = {"per_device_train_batch_size": cut[0], "gradient_accumulation_steps": cut[1]}
+        config = RewardModelConfig(**{**settings, **sizes, "learning_rate": 1e-3, "seed": 3})
+        run(config, dataset_dir=dataset, output_dir=tmp_path / name, tracking_uri=store)
+        folders.append(load_reward_judge(str(tmp_path / name), device="cpu"))
+    whole, again, cut = folders
+    assert whole.fingerprint == again.fingerprint
+    scores = [judge.scores(["x"] * 2, ["kind sea", "rude sea"]) for judge in (whole, cut)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    assert scores[0][0] != scores[0][1]
+
+
+@pytest.mark.parametrize("options", [{"frozen_layers": 1}, {"frozen_layers": 2}, {"use_peft": True}])
+def test_what_is_frozen_stays_and_the_rest_learns(tmp_path, settings, store, base, options):
+    dataset = write_dataset(tmp_path / "data", judge=lexicon_rows(NOUNS, 4, 0))
+    config = RewardModelConfig(**{**settings, **options, "learning_rate": 1e-2})
+    metrics = run(config, dataset_dir=dataset, output_dir=tmp_path / "judge", tracking_uri=store)
+    assert "accuracy" not in metrics  # there is no validation split
+    before = AutoModelForSequenceClassification.from_pretrained(base, num_labels=4).state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge").state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "score.weight" in changed
+    frozen = options.get("frozen_layers", 0)
+    assert "model.embed_tokens.weight" not in changed
+    for layer in range(2):
+        learned = f"model.layers.{layer}.mlp.down_proj.weight" in changed
+        assert learned == (layer >= frozen)
+    assert ("model.norm.weight" in changed) == (frozen == 1)
+
+
+def test_what_no_judge_can_be_trained_with_is_refused(tmp_path, settings):
+    dataset = write_dataset(tmp_path / "data", train=lexicon_rows(NOUNS, 1, 0))
+    with pytest.raises(DataError, match=r"no preferences in a split 'judge'.*judge_fraction"):
+        run(RewardModelConfig(**settings), dataset_dir=dataset, output_dir=tmp_path / "judge")
+    with pytest.raises(ConfigError, match="needs base_model"):
+        RewardModelConfig(use_cpu=True)
+    with pytest.raises(ConfigError, match=r"use_peft.*frozen_layers is 1"):
+        RewardModelConfig(**settings, use_peft=True, frozen_layers=1)
+    with pytest.raises(ConfigError, match=r"heads must be at least 1"):
+        RewardModelConfig(**{**settings, "heads": 0})
+    both = write_dataset(tmp_path / "both", judge=lexicon_rows(NOUNS, 1, 0))
+    config = RewardModelConfig(**settings, frozen_layers=3)
+    with pytest.raises(ConfigError, match="frozen_layers is 3, and the model has 2 layers"):
+        run(config, dataset_dir=both, output_dir=tmp_path / "judge")
