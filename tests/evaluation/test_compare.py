@@ -334,7 +334,11 @@ def test_report_shows_rule_reason_and_escaped_samples(tmp_path):
 
 def test_figures_and_scores_that_a_judge_did_not_give_are_dashes(tmp_path):
     members = [
-        one | {"metrics": {name: value for name, value in one["metrics"].items() if "reward" not in name}}
+        one
+        | {
+            part: {name: value for name, value in one[part].items() if "reward" not in name}
+            for part in ("metrics", "by_prompt")
+        }
         for one in (SHARP, EVEN)
     ]
     folders = save(tmp_path, *members)

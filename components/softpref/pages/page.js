@@ -188,7 +188,7 @@
         traces.push({ x: a, y: b, mode: "lines", name: line.title, line: { color: ink, width: 1, shape: "spline" }, opacity: 0.55, hoverinfo: "skip" });
       }
       const places = [];
-      for (const { name, color, symbol, dash, members } of curves) {
+      for (const [i, { name, color, symbol, dash, members }] of curves.entries()) {
         const known = members.filter(({ values }) => values[x] && values[y]);
         if (!known.length) continue;
         const [a, b] = [x, y].map((key) => known.map(({ values }) => values[key]));
@@ -221,7 +221,8 @@
           marker: { color, symbol, size: 10, line: { color, width: symbol.endsWith("-open") ? 2 : 0 } },
           line: { color, dash, width: 1.6 },
           text: known.map(({ label }) => label),
-          textposition: ["top right", "bottom left", "top left", "bottom right", "top center", "bottom center"][traces.length % 6],
+          textposition: ["top right", "bottom left", "top left", "bottom right", "top center", "bottom center"][i % 6],
+          cliponaxis: !narrow.matches, // labels at the edge of a phone are whole
           hovertext: known.map((one) => [`<b>${literal(one.name)}</b>`, ...told.map((key) => spoken(one, key)).filter(Boolean)].join("<br>")),
           hoverinfo: "text",
         });
