@@ -174,7 +174,10 @@ def test_a_sweep_may_be_judged_by_a_language_model_and_ranked_by_win_rate(sweep)
         ({"gpus": -1}, "gpus must be a whole number of at least 0"),
         ({"data_overrides": {"votse": 1}}, "did you mean 'votes'"),
         ({"samples_per_refresh": 4}, "samples_per_refresh"),
-        ({"judge": "oracle"}, "judge must be one of auto, expert, bradley-terry, reward-model, llm, got 'oracle'"),
+        (
+            {"judge": "oracle"},
+            "judge must be one of auto, expert, bradley-terry, reward-model, llm, got 'oracle'",
+        ),
         ({"judge": "llm"}, "the judge 'llm' needs judge_model"),
         ({"judge": "expert", "judge_model": "m"}, "the judge 'expert' takes no judge_model"),
         (_LLM, "gives no scores, so there is no expected reward .* set selection_rule to win_rate"),
