@@ -168,7 +168,7 @@ def test_a_language_model_is_refused_as_a_judge(tmp_path, tokenizer, make_model)
 def test_a_judge_and_its_model_go_together(tmp_path):
     with pytest.raises(ConfigError, match="needs judge_model"):
         check_judge("reward-model", tmp_path)
-    with pytest.raises(ConfigError, match="judge_model is for the judge 'reward-model'"):
+    with pytest.raises(ConfigError, match="'bradley-terry' takes no judge_model"):
         check_judge("bradley-terry", tmp_path, model="owner/name")
     with pytest.raises(ConfigError, match="does not exist"):
         check_judge("reward-model", tmp_path, model="/nowhere/model")

@@ -66,7 +66,11 @@ def member(name, alpha, rewards, kl, entropy, method="spo"):
         "run_id": None,
         "dataset_hash": "abc",
         "evaluation_id": "same",
-        "judge": JudgedBy("expert", "the experts' own rewards")._asdict(),
+        "judge": {
+            name: part
+            for name, part in JudgedBy("expert", "the experts' own rewards")._asdict().items()
+            if name != "usage"
+        },
         "metrics": {
             "expected_reward": figure(mean, 1.0),
             "win_rate": figure(0.5 + mean / 10, 0.05),

@@ -64,7 +64,7 @@ def test_a_run_gives_its_metrics_and_leaves_its_timings_and_no_checkpoint(begin,
     course, trainer = begin()
     course.claim({"seed": 1})
     trainer.eval_dataset = ["rows"]
-    with course.trained(trainer, COUNTS, parameters=9) as trained:
+    with course.trained(trainer, {}, COUNTS, parameters=9) as trained:
         checkpoint(tmp_path / "kept" / "checkpoint-3")
         assert trained.model == "the model"
     expected = {"train_loss": 0.5, "rows/given": 7.0, "rows/left_out": 1.0, "eval_loss": 0.25}
@@ -88,7 +88,7 @@ def test_a_run_whose_model_could_not_be_saved_keeps_its_checkpoints_and_goes_on_
     course.claim({"seed": 1})
 
     def run():
-        with course.trained(trainer, COUNTS):
+        with course.trained(trainer, {}, COUNTS):
             checkpoint(tmp_path / "kept" / "checkpoint-2")
             raise OSError("no space")
 
@@ -97,7 +97,7 @@ def test_a_run_whose_model_could_not_be_saved_keeps_its_checkpoints_and_goes_on_
     assert not (tmp_path / "model/timings.json").exists()
     course, trainer = begin()
     course.claim({"seed": 1})
-    with course.trained(trainer, COUNTS):
+    with course.trained(trainer, {}, COUNTS):
         pass
     assert trainer.done == [("train", str(tmp_path / "kept" / "checkpoint-2"))]
 
@@ -113,7 +113,7 @@ def test_another_run_does_not_go_on_from_them(begin, tmp_path):
 def test_without_epochs_and_steps_nothing_is_trained(begin):
     course, trainer = begin(num_train_epochs=0)
     course.claim({})
-    with course.trained(trainer, COUNTS) as trained:
+    with course.trained(trainer, {}, COUNTS) as trained:
         assert trained.metrics == {"rows/given": 7.0, "rows/left_out": 1.0}
     assert trainer.done == []
 

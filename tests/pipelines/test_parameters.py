@@ -176,7 +176,7 @@ def test_a_sweep_may_be_judged_by_a_language_model_and_ranked_by_win_rate(sweep)
         ({"samples_per_refresh": 4}, "samples_per_refresh"),
         (
             {"judge": "oracle"},
-            "judge must be one of auto, expert, bradley-terry, reward-model, llm, got 'oracle'",
+            "bradley-terry, reward-model, llm, got 'oracle'",
         ),
         ({"judge": "llm"}, "the judge 'llm' needs judge_model"),
         ({"judge": "expert", "judge_model": "m"}, "the judge 'expert' takes no judge_model"),

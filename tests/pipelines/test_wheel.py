@@ -40,7 +40,7 @@ def test_it_holds_every_module_recipe_and_profile_and_nothing_else(wheel):
     pages = {
         str(path.relative_to(package))
         for path in (package / "softpref/pages").iterdir()
-        if path.suffix in (".html", ".css")
+        if path.suffix in (".html", ".css", ".js")
     }
     worlds = {f"softpref/data/{world}.yaml" for world in ("story_world", "storyteller")}
     assert names == modules | data | pages | worlds | {"softpref/py.typed"}
