@@ -43,7 +43,7 @@ def test_versions_over_time_are_compared_as_they_were_evaluated(store, tmp_path,
     written = json.loads((output / "comparison.json").read_text())
     assert [entry["name"] for entry in written["members"]] == ["story version 2", "story version 3"]
     assert written["best_for"][0]["best"] == "story version 2"
-    assert "best for one answer: story version 2" in capsys.readouterr().out
+    assert "best for: one answer: story version 2" in capsys.readouterr().out
     assert "speaks" in (output / "report.html").read_text()  # its samples came along
 
 

@@ -288,7 +288,7 @@ def test_the_terminal_has_the_choice_its_place_and_every_warning_once(tmp_path):
     assert lines[0].startswith("chosen:   even. sharp has the best")
     assert lines[1:] == [
         "model:    s3://even",
-        "best for one answer: sharp (not told from it: even)",
+        "best for: one answer: sharp (not told from it: even)",
         "warning:  all",
         "warning:  sharp: own",
     ]

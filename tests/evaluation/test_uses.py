@@ -28,8 +28,8 @@ def test_each_use_has_the_best_by_its_figure_and_those_that_cannot_be_told_from_
     assert one.differences["soft"].high < 0
     assert (many.figure, many.best, many.alike) == ("good_diversity", "soft", [])
     assert use_lines([one, many]) == [
-        "best for one answer: sharp (not told from it: twin)",
-        "best for many different good answers: soft",
+        "best for: one answer: sharp (not told from it: twin)",
+        "best for: many different good answers: soft",
     ]
 
 

@@ -30,7 +30,7 @@ class _Use(NamedTuple):
 
 _USES = (
     _Use("one answer", ("expected_reward", "win_rate")),
-    _Use("the best of eight answers", ("best_of_8",)),
+    _Use("search among eight answers", ("best_of_8",)),
     _Use("many different good answers", ("good_diversity",)),
     _Use("probabilities like people's votes", ("vote_divergence",), judged=False, least=True),
 )
@@ -87,7 +87,7 @@ def _may_be_zero(figure: Figure) -> bool:
 def use_lines(found: Sequence[BestFor]) -> list[str]:
     """A line for each use, for a terminal."""
     return [
-        f"best for {one.use}: {one.best}"
+        f"best for: {one.use}: {one.best}"
         + (f" (not told from it: {', '.join(one.alike)})" if one.alike else "")
         for one in found
     ]
