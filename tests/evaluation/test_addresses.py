@@ -1,6 +1,7 @@
 """Evaluations are found in folders, runs of MLflow and versions of its registry."""
 
 import json
+from pathlib import Path
 
 import pytest
 from softpref.cli import main
@@ -45,6 +46,25 @@ def test_versions_over_time_are_compared_as_they_were_evaluated(store, tmp_path,
     assert written["best_for"][0]["best"] == "story version 2"
     assert "best for: one answer: story version 2" in capsys.readouterr().out
     assert "speaks" in (output / "report.html").read_text()  # its samples came along
+
+
+def test_a_download_that_was_cut_off_is_made_anew(store, tmp_path, monkeypatch):
+    import mlflow.artifacts
+
+    uri, runs, *_ = store
+    download = mlflow.artifacts.download_artifacts
+
+    def cut_off(dst_path, **asked):
+        download(dst_path=dst_path, **asked)
+        (Path(dst_path) / "evaluation" / "samples.jsonl").unlink()
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", cut_off)
+    with pytest.raises(ConfigError, match="gone"):
+        find_evaluations([f"runs:/{runs[1]}"], tmp_path, uri)
+    monkeypatch.undo()
+    (found,) = find_evaluations([f"runs:/{runs[1]}"], tmp_path, uri)
+    assert (found.folder / "samples.jsonl").is_file()
 
 
 def test_an_alias_a_number_and_a_run_are_found_beside_a_folder(store, tmp_path):

@@ -176,6 +176,11 @@ def test_what_is_no_benchmark_is_said(tmp_path, content, said):
         read_benchmark(tmp_path / "file")
 
 
+def test_a_file_that_is_absent_is_said(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere.json does not exist; give the benchmark's file"):
+        read_benchmark(tmp_path / "nowhere.json")
+
+
 def test_what_cannot_be_answered_is_refused_in_a_sentence(plain, tmp_path, capsys):
     asked = write(tmp_path / "mt.jsonl", [{"question_id": 1, "turns": ["a", "b"]}])
     assert benchmark(plain, asked, tmp_path / "out") == 2

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -162,8 +163,11 @@ class _Store:
         if not (folder / "evaluation" / EVALUATION_FILE).is_file():
             if not any(one.path == "evaluation" for one in self._client.list_artifacts(run_id)):
                 raise ConfigError(f"run {run_id} holds no evaluation")
-            folder.mkdir(parents=True, exist_ok=True)
+            partial = self._kept / f".{run_id}.partial"  # what is there under its name is whole
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
             mlflow.artifacts.download_artifacts(
-                run_id=run_id, artifact_path="evaluation", dst_path=str(folder), tracking_uri=self._uri
+                run_id=run_id, artifact_path="evaluation", dst_path=str(partial), tracking_uri=self._uri
             )
+            partial.replace(folder)
         return folder / "evaluation"

@@ -71,7 +71,9 @@ def run(
             {"cut": cut},
         )
     output.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    part = file.with_name(f".{file.name}.partial")  # what is there under its name is whole
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
     write_parameters(config, output)
     return {"benchmark": benchmark.format, "rows": len(benchmark.rows), "written": str(file), **found}
 

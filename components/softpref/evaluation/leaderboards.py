@@ -83,6 +83,8 @@ def read_benchmark(path: str | Path) -> Benchmark:
         DataError: the file is absent, holds no rows, or has the fields of no benchmark.
     """
     file = Path(path)
+    if not file.is_file():
+        raise DataError(f"{file} does not exist; give the benchmark's file")
     try:
         text = file.read_text(encoding="utf-8")
         rows = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, text.splitlines()))
