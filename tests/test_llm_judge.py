@@ -204,7 +204,7 @@ def test_the_budget_ends_judging_with_what_it_has(options):
     with served(endpoint.answer) as url:
         judge = LLMJudge("m", options(url, max_requests=7))
         chances = judge.probabilities(*pairs)
-        assert np.isnan(chances).tolist() == [False] * 3 + [True] * 2
+        assert np.isnan(chances).sum() == 2  # which, threads decide
         assert len(endpoint.requests) == judge.usage["requests"] == 6  # a seventh would be half a pair
         assert judge.ended == "its budget of 7 requests (max_requests) is used up"
 
