@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from softpref import __version__
 from softpref.config import build_config, closest, convert, holding, read_mapping
 from softpref.errors import ConfigError, SoftprefError
+from softpref.interruption import Interrupted, interruptible
 from softpref.options import CONFIGURATIONS, HIDDEN, REQUIRED, Option, instead, read_options
 from softpref.preflight.early import check_early
 
@@ -79,13 +80,20 @@ def main(arguments: list[str] | None = None) -> int:
             commands.choices[options.command].error(f"it needs {', '.join(f'--{one}' for one in missing)}")
         module, name = CONFIGURATIONS[options.command]
         config = getattr(importlib.import_module(module), name)
-        result = stage.run(folders, build_config(config, values))
+        with interruptible():
+            result = stage.run(folders, build_config(config, values))
         if not _is_first_process():
             return 0
         print(json.dumps(result, indent=2, default=str, ensure_ascii=False))
         if options.result:
             _write_result(options.result, {"result": result})
         return 0
+    except KeyboardInterrupt as error:
+        if _is_first_process():
+            training = options.command in ("sft", "train", "judge")
+            goes_on = "; the same command goes on from its newest checkpoint" if training else ""
+            print(f"error: softpref {options.command} was interrupted{goes_on}", file=sys.stderr)
+        return error.status if isinstance(error, Interrupted) else 130
     except SoftprefError as error:
         return _refused(options, str(error))
     except OSError as error:

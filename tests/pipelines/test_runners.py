@@ -81,7 +81,8 @@ def test_the_summary_of_a_run_has_a_line_for_every_model(tmp_path, capsys):
         evaluation |= {"judge": {"name": "expert"}, "run_id": None, "softmax_frontier": None, "by_prompt": {}}
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
         (folder / "report.html").touch()
-    local._summarise(tmp_path, "sqlite:///store.db")
+    folders = sorted((tmp_path / "pipeline").iterdir())
+    local._summarise(folders, tmp_path, "sqlite:///store.db")
     printed = capsys.readouterr().out
     table = [line.split()[0] for line in printed.splitlines() if " 1 " in line and line.endswith("–")]
     assert sorted(table) == ["even", "even-expo-0.5", "sharp"]

@@ -101,16 +101,37 @@ def test_failing_stage_fails_the_run_and_says_why(quick_recipe, folder):
     assert statuses.count("FAILED") == 1
 
 
-def test_a_sweep_of_which_no_model_passes_the_gate_registers_none_and_fails(quick_recipe, folder):
-    recipe = quick_recipe(min_win_rate=0.999, registered_model_name="nobody", baselines=[])
-    result = run_pipeline("spo_sweep.py", "--recipe", recipe, "--output", "gate", folder=folder)
+def used_again(printed):
+    """The tasks, with their models, whose results a run took from its folder."""
+    return re.findall(r"^[\d:]+  (.+) is done: its result is used again$", printed, re.MULTILINE)
+
+
+def started(printed):
+    return re.findall(r"^[\d:]+  (\S+) started$", printed, re.MULTILINE)
+
+
+def test_a_sweep_goes_on_in_its_folder_with_another_softness(quick_recipe, folder):
+    """And of its models none passes a stricter gate: it registers none and fails."""
+    before = {file: file.stat().st_mtime_ns for file in (folder / "out").rglob("model.safetensors")}
+    recipe = quick_recipe(alphas=[0.5, 2], baselines=[], min_win_rate=0.999, registered_model_name="nobody")
+    result = run_pipeline("spo_sweep.py", "--recipe", recipe, "--output", "out", folder=folder)
     assert result.returncode == 1
+    evaluations = {"evaluate-model (spo-alpha-0.5)", "evaluate-model"}
+    assert {*used_again(result.stdout)} - evaluations == {
+        "prepare-data",
+        "train-reference",
+        "train-policy (spo-alpha-0.5)",
+    }
+    assert started(result.stdout).count("train-policy") == 1
+    assert {file: file.stat().st_mtime_ns for file in before} == before
     assert result.stderr.startswith("error: no model was registered: No member passes the gate: ")
     assert "chosen:   none. No member passes the gate: " in result.stdout
     assert "spo-alpha-0.5  0.5" in result.stdout  # the table
-    assert json.loads((folder / "gate/comparison/comparison.json").read_text())["chosen"] is None
-    assert (folder / "gate/comparison/report.html").exists()
-    assert not (folder / "gate/registration.json").exists()
+    comparison = json.loads((folder / "out/comparison/comparison.json").read_text())
+    assert comparison["chosen"] is None
+    assert sorted(member["name"] for member in comparison["members"]) == ["spo-alpha-0.5", "spo-alpha-2"]
+    assert "dpo-beta-1" not in result.stdout
+    assert (folder / "out/comparison/report.html").exists()
 
     from mlflow import MlflowClient
 
@@ -120,10 +141,10 @@ def test_a_sweep_of_which_no_model_passes_the_gate_registers_none_and_fails(quic
 
 def test_a_single_model_that_fails_the_gate_fails_the_run_where_it_was_to_be_registered(quick_recipe, folder):
     recipe = quick_recipe(min_win_rate=0.999, registered_model_name="single")
-    result = run_pipeline("spo_pipeline.py", "--recipe", recipe, "--output", "own", folder=folder)
+    result = run_pipeline("spo_pipeline.py", "--recipe", recipe, "--output", "out", folder=folder)
     assert result.returncode == 1
     assert result.stderr.startswith("error: no model was registered: win_rate is ")
-    assert (folder / "own/registration.json").exists()
+    assert (folder / "out/registration.json").exists()
     assert "model:    " in result.stdout
 
 

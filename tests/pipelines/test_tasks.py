@@ -2,8 +2,12 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +128,77 @@ def task(own: str, other: str):
     for thread in threads:
         thread.join()
     assert statuses == [0, 0]
+
+
+def test_an_interrupted_task_is_told_to_stop_and_a_second_signal_kills_it(run, capsys, tmp_path):
+    from softpref.interruption import Interrupted
+    from softpref.pipelines.tasks import TaskServer
+
+    program = PROGRAM.replace("ValueError", "").replace(
+        'if how == "fail":',
+        """if how == "wait":
+        print("waits", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True))
+        while True:
+            signal.pause()
+    if how == "fail":""",
+    )
+    script = "_KFP_RUNTIME=true python3 -m kfp.dsl.executor_main …"
+    given = {"inputs": {"parameterValues": {"how": "wait"}}, "outputs": {"outputFile": str(tmp_path / "o")}}
+    options = ["--executor_input", json.dumps(given), "--function_to_execute", "task"]
+    statuses, printed = [], []
+
+    def signals():
+        until = time.monotonic() + 60
+        for said in ("waits", "told"):
+            while said not in "".join(printed) and time.monotonic() < until:
+                printed.append(capsys.readouterr().out)
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with TaskServer("sqlite:///mlflow.db") as server:
+        worker = threading.Thread(
+            target=lambda: statuses.append(server.run(["sh", "-ec", script, program, *options]))
+        )
+        threading.Thread(target=signals).start()
+        with server.interruptible():
+            worker.start()
+            with pytest.raises(Interrupted, match="SIGTERM"):
+                time.sleep(60)
+            worker.join(30)
+        assert statuses == [1]
+        assert server.run(["never"]) == 1  # no other task begins
+
+
+@pytest.mark.parametrize("importing", [True, False])
+def test_a_killed_launcher_leaves_no_process(importing, tmp_path):
+    script = f"""
+import threading, time
+from softpref.pipelines.tasks import TaskServer
+server = TaskServer("sqlite:///{tmp_path}/mlflow.db")
+print(server._process.pid, flush=True)
+if not {importing}:
+    program = "import time, os\\ndef task():\\n    print(os.getpid(), flush=True)\\n    time.sleep(100)"
+    options = ["--executor_input", '{{"outputs": {{"outputFile": "o"}}}}', "--function_to_execute", "task"]
+    threading.Thread(target=server.run, args=[["kfp.dsl.executor_main", program, *options]]).start()
+time.sleep(100)
+"""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    said = (line.strip() for line in launcher.stdout)
+    processes = [int(next(line for line in said if line.isdecimal())) for _ in range(1 if importing else 2)]
+    launcher.kill()
+    launcher.wait()
+    until = time.monotonic() + 10
+    while any(map(running, processes)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(running, processes))
+
+
+def running(process):
+    """Whether a process lives; a dead one that nobody has waited for does not."""
+    try:
+        return Path("/proc", str(process), "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

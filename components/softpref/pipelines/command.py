@@ -61,6 +61,9 @@ def main(pipeline: GraphComponent, arguments: list[str], name: str = "") -> int:
     except SoftprefError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted before anything ran", file=sys.stderr)
+        return 130
 
 
 def _for_cluster(pipeline: GraphComponent, given: dict[str, Any], options: argparse.Namespace) -> int:
@@ -166,8 +169,13 @@ def parser_of(pipeline: GraphComponent, name: str = "", recipe: str | None = Non
     )
     parser.add_argument(
         "--output",
-        help="new folder for the results (default: runs/RECIPE-TIME); with compile, the package to write; "
-        "with components, the folder to write",
+        help="folder for the results (default: a new one, runs/RECIPE-TIME); a run that was begun there goes "
+        "on; with compile, the package to write; with components, the folder to write",
+    )
+    parser.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="do every step anew, also those whose results are in --output or, on a cluster, in KFP's cache",
     )
     parser.add_argument(
         "--runner",

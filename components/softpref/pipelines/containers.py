@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softpref.errors import ConfigError
+from softpref.interruption import interruptible
 from softpref.preflight.stage import further_sources
 from softpref.tracking import RUN_ID, RUN_NAME
 from softpref.tracking.mlflow_store import artifact_folder, sqlite_file
@@ -44,7 +45,6 @@ _FORWARDED = (
 )
 OUTPUT_LABEL = "softpref.output"  # of a container: the folder of its run
 _UNPRIVILEGED = 1000  # the images' user
-_GRACE = 10.0  # seconds for an interrupted task to end its tracking run
 _PATIENCE = 60.0  # seconds for an engine or a tracking server to start
 
 
@@ -193,6 +193,7 @@ class Containers:
         """
         address = str(parameters["tracking_uri"])
         self._labels = {OUTPUT_LABEL: str(output.absolute())}
+        _remove(self._labels)
         writable = [output / "pipeline"]
         if store := sqlite_file(address):
             writable.append(artifact_folder(store))
@@ -279,25 +280,13 @@ class Containers:
                 self._running.pop(container.id, None)
             container.remove(force=True)
 
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Within it SIGINT and SIGTERM end the containers and raise KeyboardInterrupt; a second one kills."""
-
-        def interrupt(number: int, frame: object) -> None:
-            again, self._interrupted = self._interrupted, True
-            threading.Thread(target=self._end, args=(0.0 if again else _GRACE,), daemon=True).start()
-            if not again:
-                raise KeyboardInterrupt
-
-        before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def interruptible(self) -> contextlib.AbstractContextManager[None]:
+        """Within it SIGINT and SIGTERM end the containers and raise `Interrupted`; a second one kills."""
+        return interruptible(self._end)
 
     def _end(self, grace: float) -> None:
         """Interrupt every task as Ctrl-C would, and kill those still running after `grace` seconds."""
+        self._interrupted = True
         with self._lock:
             running = list(self._running.values())
         if grace:
@@ -312,6 +301,19 @@ class Containers:
             if container.id in self._running:
                 with contextlib.suppress(Exception):
                     container.kill()
+
+
+def _remove(labels: Mapping[str, str]) -> None:
+    """Remove the containers of a run that was killed: nobody waits for them, and they write to its folder."""
+    import docker
+
+    client = docker.from_env()
+    try:
+        wanted = {"label": [f"{name}={value}" for name, value in labels.items()]}
+        for container in client.containers.list(all=True, filters=wanted):
+            container.remove(force=True)
+    finally:
+        client.close()
 
 
 def _paths_in(value: object) -> Iterator[Path]:

@@ -86,7 +86,7 @@ class Screen:
             clock, what, name, rest = event.groups()
             if what == "Executing task":
                 rest = " started"
-            elif "finished" not in rest:
+            elif not any(word in rest for word in ("finished", "used again")):
                 return
             line = f"{clock}  {name}{rest.replace('finished with status ', '').lower()}"
         elif _OUTCOME.match(line) or not self._TROUBLE.search(line):
@@ -97,8 +97,8 @@ class Screen:
 
 @contextlib.contextmanager
 def log_and_screen(log_file: Path) -> Iterator[Screen]:
-    """Within it, standard output is a `Screen`."""
-    with log_file.open("w", encoding="utf-8") as log:
+    """Within it, standard output is a `Screen`. An earlier log is continued."""
+    with log_file.open("a", buffering=1, encoding="utf-8") as log:
         screen = Screen(sys.stdout, log)
         with contextlib.redirect_stdout(screen):
             yield screen

@@ -57,6 +57,7 @@ def watch_termination(experiment: str, tracking_uri: str | None = None) -> None:
         runs_ended.set()
 
     def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut off what the first began
         stopped.set()
         sys.exit(128 + signal.SIGTERM)
 
