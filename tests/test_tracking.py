@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import sqlite3
@@ -27,6 +28,7 @@ from softpref.tracking import (
     sync,
     sync_below,
 )
+from softpref.tracking.mirror import Mirror
 
 from tests.served import free_port, kill_server, start_server
 
@@ -317,7 +319,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         file.write('{"n": 99, "kind": "metr')  # the line that the kill tore
 
     with tracker(tmp_path / "out", store, parent_run_id="b" * 32) as tracked:
-        tracked.rewind(5)
+        tracked.resume(5)
         for step in range(6, 20):
             tracked.metrics({"loss": step, "seconds": 2}, step)
 
@@ -330,43 +332,138 @@ os.kill(os.getpid(), signal.SIGKILL)
         (record["step"], key) for record in mirrored(tmp_path / "out") for key in record["values"]
     )
     assert steps == {(step, key): 1 for step in range(20) for key in ("loss", "seconds")}
-    # another value cannot replace the delivered one in MLflow, it is shown as the step's latest
-    points = [
-        point.value for point in client.get_metric_history(tracked.run_id, "seconds") if point.step == 7
-    ]
-    assert points == [1, 2]
+    # MLflow would show both values of a step: the first stays
+    assert history(client, tracked.run_id, "seconds") == [(step, 1 if step < 10 else 2) for step in range(20)]
 
 
-def test_second_resume_still_knows_the_points_forgotten_by_the_first(tmp_path, store, client):
+def test_second_resume_still_knows_the_points_of_the_first(tmp_path, store, client):
     first = tracker(tmp_path / "out", store)
     for step in range(8):
         first.metrics({"loss": step}, step)
     first.close("FAILED")
     assert client.get_run(first.run_id).info.status == "FAILED"
     second = tracker(tmp_path / "out", store)
-    second.rewind(3)
-    second.metrics({"loss": 4}, 4)
+    second.resume(3)
+    second.metrics({"loss": 4.5, "new": 4}, 4)
     second.close("KILLED")
     third = tracker(tmp_path / "out", store)
-    third.rewind(3)
-    for step in range(4, 8):
-        third.metrics({"loss": step}, step)
+    third.resume(3)
+    for step in range(4, 9):
+        third.metrics({"loss": step, "new": 2 * step}, step)
     third.close()
     assert {first.run_id} == {second.run_id, third.run_id}
-    assert history(client, first.run_id, "loss") == [(step, step) for step in range(8)]
+    assert history(client, first.run_id, "loss") == [(step, step) for step in range(9)]
+    assert history(client, first.run_id, "new") == [(4, 4), (5, 10), (6, 12), (7, 14), (8, 16)]
 
 
-def test_a_forgotten_nan_stays_one_point_when_a_restart_logs_it_again(tmp_path, store, client):
+def test_without_a_resumption_only_what_has_changed_is_recorded_again(tmp_path, store, client):
+    nan = float("nan")
     first = tracker(tmp_path / "out", store)
-    first.metrics({"loss": float("nan")}, 4)
+    first.metrics({"same": 1, "nan": nan, "other": 1}, 4)
+    first.metrics({"same": 1, "nan": nan, "other": 2}, 4)
     first.close("FAILED")
-    second = tracker(tmp_path / "out", store)
-    second.rewind(3)
-    second.close("FAILED")
-    with tracker(tmp_path / "out", store) as third:
-        third.metrics({"loss": float("nan")}, 4)
-    points = [(point.step, str(point.value)) for point in client.get_metric_history(first.run_id, "loss")]
-    assert points == [(4, "nan")]
+    with tracker(tmp_path / "out", store) as second:
+        second.metrics({"same": 1, "nan": nan, "other": 3}, 4)
+    assert second.run_id == first.run_id
+    assert history(client, first.run_id, "same") == [(4, 1)]
+    assert len(history(client, first.run_id, "nan")) == 1
+    assert sorted(history(client, first.run_id, "other")) == [(4, 1), (4, 2), (4, 3)]
+
+
+def test_what_begins_anew_in_a_folder_has_a_run_of_its_own(tmp_path, store, client):
+    first = tracker(tmp_path / "out", store)
+    first.metrics({"loss": 1}, 1)
+    first.close("KILLED")
+    with tracker(tmp_path / "out", store, anew=True) as second:
+        second.metrics({"loss": 2}, 1)
+    runs = [history(client, run, "loss") for run in (first.run_id, second.run_id)]
+    assert runs == [[(1, 1)], [(1, 2)]]
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        *(b"\xff\xfe\x00", b"no JSON", b"[" * 10_000, b"7", b"null", b"[]", b"{}", b'{"n": 3, "kind": []}'),
+        *(
+            b'{"n": "x", "kind": "metrics"}',
+            b'{"n": 2, "kind": "metrics", "time": 1, "step": 1, "values": 7}',
+        ),
+        b'{"n": 2, "kind": "metrics", "time": 1, "step": 1, "values": {"loss": "much"}}',
+        b'{"n": 2, "kind": "end", "time": 1, "status": "SURPRISED"}',
+        b'{"n": 2, "kind": "dataset", "time": 1, "dataset": {}}',
+    ],
+    ids=lambda line: line[:24].decode(errors="replace"),
+)
+def test_a_foreign_line_in_the_records_costs_nothing_but_itself(tmp_path, caplog, place, foreign):
+    folder = tmp_path / "out"
+    header = {
+        "kind": "run",
+        "key": "k",
+        "run_id": None,
+        "owned": True,
+        "experiment": "stories",
+        "run_name": "alpha-1",
+    }
+    header |= {"parent_run_id": None, "pipeline_run": None, "root": False, "tracking_uri": "sqlite:///x"}
+    first = Mirror.for_run(folder, header)
+    for step in range(4):
+        first.append({"kind": "metrics", "time": 1, "step": step, "values": {"loss": step}})
+    first.remember_run("the run")
+    first.delivered(2, 0)
+    first.close()
+    for file in (folder / "tracking.jsonl", folder / "tracking.sent"):
+        lines = file.read_bytes().splitlines()
+        lines.insert({"first": 0, "middle": 1, "last": len(lines)}[place], foreign)
+        file.write_bytes(b"\n".join([*lines, b'{"torn": ']))
+    second = Mirror.for_run(folder, header)
+    second.append({"kind": "metrics", "time": 1, "step": 4, "values": {"loss": 4}})
+    left, _ = second.next_records()
+    assert [one["step"] for one in left if one["kind"] == "metrics"] == [2, 3, 4]
+    assert second.run_id == "the run"
+    assert second.unrecorded({"loss": 3.0}, 3) == {}
+    assert second.header == first.header
+    second.close()
+    assert "1 of its lines are no records" in caplog.text
+    assert not list(folder.glob("*.broken"))
+
+
+def test_records_whose_beginning_is_lost_go_on_in_their_run(tmp_path, store, client, caplog):
+    with pytest.raises(RuntimeError), tracker(tmp_path / "out", store) as first:
+        first.metrics({"loss": 1}, 1)
+        raise RuntimeError
+    file = tmp_path / "out" / "tracking.jsonl"
+    file.write_bytes(b"\0" + file.read_bytes()[40:])
+    with tracker(tmp_path / "out", store) as second:
+        second.resume(0)
+        second.metrics({"loss": 1}, 1)
+        second.metrics({"loss": 2}, 2)
+    assert "does not say which run it is of" in caplog.text
+    assert second.run_id == first.run_id
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+    assert history(client, first.run_id, "loss") == [(1, 1), (2, 2)]
+
+
+def test_a_disk_that_is_full_for_a_while_costs_the_records_of_that_time_alone(
+    tmp_path, store, monkeypatch, caplog
+):
+    monkeypatch.setattr("softpref.tracking.tracker.mlflow_ready", lambda uri: False)
+    tracked = tracker(tmp_path / "out", store)
+    tracked.metrics({"loss": 1}, 1)
+    here = (tmp_path / "out" / "tracking.jsonl").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (here + 20, limits[1]))
+        tracked.metrics({"loss": 2}, 2)
+        tracked.metrics({"loss": 3}, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, former)
+    tracked.metrics({"loss": 4}, 4)
+    tracked.close()
+    assert [record["values"] for record in mirrored(tmp_path / "out")] == [{"loss": 1}, {"loss": 4}]
+    assert caplog.text.count("loses records") == 1
 
 
 def test_nothing_is_stored_twice_when_an_answer_is_lost(tmp_path, store, client, monkeypatch):
@@ -515,7 +612,7 @@ def test_unwritable_output_folder_is_a_warning(tmp_path, store, caplog):
     (tmp_path / "file").write_text("no folder")
     with tracker(tmp_path / "file" / "out", store) as tracked:
         tracked.metrics({"loss": 1}, 0)
-        tracked.rewind(0)
+        tracked.resume(0)
     assert "nothing of this run is tracked" in caplog.text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import errno
+import contextlib
 import importlib
 import io
 import json
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softpref import __version__
 from softpref.config import build_config, closest, convert, holding, read_mapping
+from softpref.disk import disk_trouble, write_whole
 from softpref.errors import ConfigError, SoftprefError
 from softpref.interruption import Interrupted, interruptible
 from softpref.options import CONFIGURATIONS, HIDDEN, REQUIRED, Option, instead, read_options
@@ -52,7 +53,6 @@ class Stage(NamedTuple):
 
 
 _WHERE = "default: the environment's, or a local store"
-_DISK_ERRORS = ("EACCES", "EDQUOT", "EEXIST", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,11 +96,11 @@ def main(arguments: list[str] | None = None) -> int:
         return error.status if isinstance(error, Interrupted) else 130
     except SoftprefError as error:
         return _refused(options, str(error))
-    except OSError as error:
-        if errno.errorcode.get(error.errno or 0) not in _DISK_ERRORS:
+    except Exception as error:
+        said = disk_trouble(error)
+        if said is None:
             raise
-        said = str(error) if len(str(error)) < 500 else f"{str(error)[:500]} …"
-        return _refused(options, f"{said}; give a writable folder, on a disk with space")
+        return _refused(options, said)
 
 
 def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, Commands]:
@@ -318,16 +318,14 @@ def _whereabouts(name: str, command: str) -> str:
 def _refused(options: argparse.Namespace, message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     if getattr(options, "result", ""):
-        _write_result(options.result, {"error": message})
+        with contextlib.suppress(OSError):  # which may be what the message is about
+            _write_result(options.result, {"error": message})
     return 2
 
 
 def _write_result(path: str, values: Mapping[str, object]) -> None:
     """Write the file in one step: several processes may report the same error at once."""
-    file = Path(path)
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    part.write_text(json.dumps(values, default=str, ensure_ascii=False), encoding="utf-8")
-    part.replace(file)
+    write_whole(path, json.dumps(values, default=str, ensure_ascii=False))
 
 
 def _is_first_process() -> bool:

@@ -15,3 +15,7 @@ class ConfigError(SoftprefError):
 
 class DataError(SoftprefError):
     """Preference data is unusable: which file or row, what was found, and what was expected."""
+
+
+class DiskError(SoftprefError):
+    """A disk takes no more, or is not to be written to: which folder, what happened, and what to do."""

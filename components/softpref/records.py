@@ -10,7 +10,8 @@ The file that identifies a folder is written last, so a folder that has it is co
 | comparison | `comparison.json` | `report.html`, `frontier.png`, `chosen/evaluation.json` |
 | registration | `registration.json` | |
 
-Each also has `parameters.yaml`, which `--config` accepts, and `timings.json` where the stage takes long.
+Each also has `parameters.yaml`, which `--config` accepts, and `timings.json` where the stage takes long; those
+of models and evaluations have `result.json`, for a stage that is called again when it has finished.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
+from softpref.disk import flush_below, write_whole
 from softpref.errors import ConfigError, DataError
 
 STATS_FILE, REJECTED_FILE, PAGE_FILE = "stats.json", "rejected.jsonl", "page.html"
@@ -33,7 +35,7 @@ EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl",
 SAMPLES_TABLE_FILE = "samples.json"
 COMPARISON_FILE, FRONTIER_FILE, CHOSEN_FOLDER = "comparison.json", "frontier.png", "chosen"
 REGISTRATION_FILE = "registration.json"
-PARAMETERS_FILE, TIMINGS_FILE = "parameters.yaml", "timings.json"
+PARAMETERS_FILE, TIMINGS_FILE, RESULT_FILE = "parameters.yaml", "timings.json", "result.json"
 
 
 Message = dict[str, str]
@@ -556,14 +558,57 @@ def read_stats(folder: str | Path) -> DatasetStats:
 
 
 def save_metadata(folder: str | Path, values: Mapping[str, object]) -> None:
-    """Write what later stages need to know of a model folder (`softpref.json`)."""
-    (Path(folder) / METADATA_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    """Write what later stages need to know of a model folder (`softpref.json`), its last file."""
+    flush_below(folder)
+    write_whole(Path(folder) / METADATA_FILE, json.dumps(values, indent=2) + "\n")
 
 
 def load_metadata(folder: str | Path) -> ModelMetadata:
     """Read `softpref.json` of a model folder; empty for a model that softpref did not write."""
     metadata: ModelMetadata = _read_if_there(Path(folder) / METADATA_FILE)
     return metadata
+
+
+def write_result(folder: str | Path, made_from: Mapping[str, object], result: object) -> None:
+    """Write `result.json`: what a stage returns, and what it was called with.
+
+    Args:
+        made_from: configuration and inputs, as `as_recorded` gives them.
+    """
+    text = json.dumps({"made_from": made_from, "result": result}, indent=2, ensure_ascii=False)
+    write_whole(Path(folder) / RESULT_FILE, text + "\n")
+
+
+def finished_result(folder: str | Path, made_from: Mapping[str, object], what: str) -> Any:
+    """What a stage that has finished in a folder returned, where it was called with the same.
+
+    Args:
+        what: what the folder holds, for the message.
+
+    Raises:
+        ConfigError: it was called with something else, or that is not known.
+    """
+    try:
+        found = json.loads((Path(folder) / RESULT_FILE).read_text(encoding="utf-8"))
+        there, result = dict(found["made_from"]), found["result"]
+    except (OSError, ValueError, KeyError, TypeError):
+        there, result = {}, None
+    if there == made_from:
+        return result
+    why = f", of something else ({differences(there, made_from)})" if there else ""
+    raise ConfigError(f"{folder} holds {what} already{why}; name another folder or remove it first")
+
+
+def as_recorded(values: Mapping[str, object]) -> dict[str, object]:
+    """Values as JSON gives them back."""
+    recorded: dict[str, object] = json.loads(json.dumps(values, default=str))
+    return recorded
+
+
+def differences(found: Mapping[str, object], own: Mapping[str, object]) -> str:
+    """In what recorded values differ from those of this call, in words."""
+    differing = sorted(key for key in {*own, *found} if own.get(key) != found.get(key))
+    return ", ".join(f"{key}: {found.get(key)!r} there, {own.get(key)!r} here" for key in differing)
 
 
 def _read_if_there(path: Path) -> Any:
@@ -596,5 +641,5 @@ def _read(path: Path, what: str) -> dict[str, Any]:
 
 
 def _write(path: Path, values: Mapping[str, object]) -> None:
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    flush_below(path.parent)
+    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

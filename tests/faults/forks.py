@@ -16,7 +16,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class Fuse(NamedTuple):
-    """When the fork is killed: at its n-th change of a file in `folder`, or so many seconds after its start."""
+    """When a fork is killed: at its n-th change of a file in `folder`, or so many seconds after it began."""
 
     folder: Path
     change: int = 0

@@ -220,7 +220,7 @@ def _evaluate(folder: Path, *, data: Path, reference: Path, policy: Path) -> Non
     from softpref.evaluation.stage import run
 
     options = {"samples_per_prompt": 4, "exact_prompts": 1, "bootstrap_samples": 50, "seed": 3}
-    options |= {"max_prompts": 4, "max_completion_length": 32}
+    options |= {"max_prompts": 4, "max_new_tokens": 32}
     run(
         build_config(EvaluationConfig, {**options, "tracking_uri": f"sqlite:///{folder}/mlflow.db"}),
         dataset_dir=str(data),

@@ -1,4 +1,4 @@
-"""What an MLflow store in a file holds, read by SQL: MLflow's own client would show only the last of two points."""
+"""What an MLflow store in a file holds, read by SQL: MLflow's client hides that a point was logged twice."""
 
 from __future__ import annotations
 

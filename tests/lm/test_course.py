@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from softpref.errors import ConfigError, DataError
+from softpref.lm.checkpoints import seal_checkpoint
 from softpref.lm.course import Course, dataset_stats
 from softpref.sft.config import SFTConfig
 
@@ -54,15 +55,22 @@ def begin(tmp_path, monkeypatch):
 
 def checkpoint(folder):
     folder.mkdir(parents=True)
-    (folder / "trainer_state.json").write_text('{"global_step": 2}')
+    (folder / "training_loss.json").write_text('{"summed_loss": 1.0}')
+    seal_checkpoint(folder)
+
+
+def claimed(begin, identity, **options):
+    course, trainer = begin(**options)
+    assert course.finished(identity) is None
+    course.claim()
+    return course, trainer
 
 
 COUNTS = {"train": {"given": 7, "left_out": 1}}
 
 
 def test_a_run_gives_its_metrics_and_leaves_its_timings_and_no_checkpoint(begin, tmp_path):
-    course, trainer = begin()
-    course.claim({"seed": 1})
+    course, trainer = claimed(begin, {"seed": 1})
     trainer.eval_dataset = ["rows"]
     with course.trained(trainer, {}, COUNTS, parameters=9) as trained:
         checkpoint(tmp_path / "kept" / "checkpoint-3")
@@ -84,8 +92,7 @@ def test_a_run_gives_its_metrics_and_leaves_its_timings_and_no_checkpoint(begin,
 
 
 def test_a_run_whose_model_could_not_be_saved_keeps_its_checkpoints_and_goes_on_from_them(begin, tmp_path):
-    course, trainer = begin()
-    course.claim({"seed": 1})
+    course, trainer = claimed(begin, {"seed": 1})
 
     def run():
         with course.trained(trainer, {}, COUNTS):
@@ -95,24 +102,21 @@ def test_a_run_whose_model_could_not_be_saved_keeps_its_checkpoints_and_goes_on_
     with pytest.raises(OSError, match="no space"):
         run()
     assert not (tmp_path / "model/timings.json").exists()
-    course, trainer = begin()
-    course.claim({"seed": 1})
+    course, trainer = claimed(begin, {"seed": 1})
     with course.trained(trainer, {}, COUNTS):
         pass
     assert trainer.done == [("train", str(tmp_path / "kept" / "checkpoint-2"))]
 
 
 def test_another_run_does_not_go_on_from_them(begin, tmp_path):
-    course, _ = begin()
-    course.claim({"seed": 1})
+    claimed(begin, {"seed": 1})
     checkpoint(tmp_path / "kept" / "checkpoint-2")
     with pytest.raises(ConfigError, match="seed: 1 there, 2 here"):
-        begin()[0].claim({"seed": 2})
+        claimed(begin, {"seed": 2})
 
 
 def test_without_epochs_and_steps_nothing_is_trained(begin):
-    course, trainer = begin(num_train_epochs=0)
-    course.claim({})
+    course, trainer = claimed(begin, {}, num_train_epochs=0)
     with course.trained(trainer, {}, COUNTS) as trained:
         assert trained.metrics == {"rows/given": 7.0, "rows/left_out": 1.0}
     assert trainer.done == []

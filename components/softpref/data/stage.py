@@ -29,6 +29,7 @@ from softpref.data.page import render_page
 from softpref.data.sources import SourceRow, fetch, open_source
 from softpref.data.splits import WITH_JUDGE, assign_splits
 from softpref.data.writing import EXAMPLES, hash_order, write_preferences
+from softpref.disk import says_disk_trouble
 from softpref.errors import ConfigError, DataError
 from softpref.progress import settle_output
 from softpref.records import (
@@ -56,6 +57,7 @@ _WRITTEN = {  # what a dataset folder holds; a run replaces them all
 _SOURCES = ("source", "sft_source", "prompts_source")
 
 
+@says_disk_trouble
 def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> DatasetStats:
     """Make the dataset folder `output_dir`.
 

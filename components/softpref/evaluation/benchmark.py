@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from softpref.config import write_parameters
+from softpref.disk import says_disk_trouble
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import BenchmarkConfig
 from softpref.evaluation.leaderboards import (
@@ -22,6 +23,7 @@ from softpref.progress import progress, settle_output
 from softpref.records import Text, load_metadata
 
 
+@says_disk_trouble
 def run(
     config: BenchmarkConfig, *, policy_dir: str, output_dir: str, reference_dir: str = ""
 ) -> dict[str, object]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from softpref.artifacts import plain
+from softpref.disk import says_disk_trouble
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.addresses import find_evaluations
 from softpref.evaluation.choice import check_rule, choose, no_scores, rule_in_words
@@ -33,6 +34,7 @@ from softpref.records import (
 from softpref.tracking import current_pipeline_run
 
 
+@says_disk_trouble
 def run(
     evaluations: Sequence[str],
     output_dir: str,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from softpref.artifacts import readable, strengths
 from softpref.config import write_parameters
+from softpref.disk import says_disk_trouble
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.doubts import doubts, outside_the_set, shared_pairs
@@ -69,6 +70,7 @@ _SAMPLED_HEADLINE = ("self_bleu", "truncated_fraction")
 _SHOWN_SETTINGS = ("confidence", "bootstrap_samples", "theory_samples")
 
 
+@says_disk_trouble
 def run(
     config: EvaluationConfig,
     *,

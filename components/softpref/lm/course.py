@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,17 +15,27 @@ import softpref
 from softpref.config import write_parameters
 from softpref.errors import DataError
 from softpref.lm.arguments import StageArguments, require_devices
-from softpref.lm.checkpoints import claim_checkpoints, remove_checkpoints
-from softpref.lm.loading import require_new_folder, save_model_folder
+from softpref.lm.checkpoints import Claim, claim_checkpoints, remove_checkpoints, step_of
+from softpref.lm.loading import require_new_folder, save_model_files
 from softpref.lm.training import GuardedTrainer
 from softpref.lm.watching import add_stage_callbacks, stage_tracker
 from softpref.progress import settle_output
+from softpref.records import (
+    METADATA_FILE,
+    RESULT_FILE,
+    as_recorded,
+    finished_result,
+    save_metadata,
+    write_result,
+)
 from softpref.timings import PhaseTimer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from softpref.records import DatasetStats
+
+logger = logging.getLogger(__name__)
 
 TRAINING_OPTIONS = (  # of transformers, which say what a run was
     "learning_rate",
@@ -52,7 +63,8 @@ class Trained(NamedTuple):
     """What training leaves.
 
     Attributes:
-        metrics: of training and evaluation, and `rows/NAME`, the counts of the training rows.
+        metrics: of training and evaluation, and `rows/NAME`, the counts of the training rows; a stage may add
+            its own.
         model: the whole model; None on all processes but the first.
         run_id: of the tracking run.
     """
@@ -68,12 +80,12 @@ class Course:
     Args:
         stage: the stage's name.
         config: its `TrainingArguments`; checkpoints are kept in its `output_dir`, which is set here.
-        output_dir: the model folder to write; must not hold a finished model.
+        output_dir: the model folder to write; must not hold the finished model of another run.
         name: name of the model and of its tracking run.
         experiment, parent_run_id, tracking_uri: where tracking puts the run, and where a registered model
             is; an empty URI takes `MLFLOW_TRACKING_URI`, or a local store.
         checkpoint_dir: where checkpoints are kept while training; by default inside `output_dir`. A run that
-            was cut off continues from the newest complete one; they are removed at the end.
+            was cut off continues from the newest whole one; they are removed at the end.
 
     Attributes:
         timer: seconds by phase; the stage itself enters the phases before training.
@@ -97,8 +109,9 @@ class Course:
         self.timer = PhaseTimer("loading")
         settle_output()
         require_devices(config.gpus)
-        require_new_folder(output_dir)
-        self._stage, self._config, self._output_dir, self._name = stage, config, output_dir, name
+        if not (Path(output_dir) / RESULT_FILE).is_file():  # else `finished` decides
+            require_new_folder(output_dir)
+        self._stage, self._config, self._output_dir, self._name = stage, config, Path(output_dir), name
         self._tracking = {
             "experiment": experiment,
             "run_name": name,
@@ -106,22 +119,45 @@ class Course:
             "tracking_uri": tracking_uri or None,
         }
         self._checkpoints = Path(checkpoint_dir or Path(output_dir) / "checkpoints")
-        self._checkpoint: str | None = None
+        self._claim = Claim(None, same_run=True)
         self._identity: dict[str, object] = {}
+        self._made_from: dict[str, object] = {}
+        self._description: dict[str, Any] | None = None
         config.output_dir = str(self._checkpoints)
         torch.manual_seed(config.seed)
 
-    def claim(self, identity: dict[str, object]) -> None:
-        """Find the checkpoint from which training continues, if there is one.
+    def finished(self, identity: dict[str, object], **written: object) -> dict[str, float] | None:
+        """The metrics of this very run where it has finished before, as one that was killed at its end had.
+
+        What the kill left undone is done: the tracking run is ended, checkpoints are removed.
 
         Args:
             identity: what the run is, its configuration and its data; also tracked.
+            written: options that decide what is written besides.
+
+        Raises:
+            ConfigError: the folder holds the finished model of another run.
+        """
+        self._identity = identity
+        self._made_from = as_recorded({"stage": self._stage, "name": self._name, **identity, **written})
+        if not (self._output_dir / METADATA_FILE).is_file():
+            return None
+        metrics: dict[str, float] = finished_result(self._output_dir, self._made_from, "a finished model")
+        if self._config.process_index == 0:
+            from softpref.tracking import finish
+
+            logger.warning("%s holds this very model, finished: there is nothing to train", self._output_dir)
+            finish(self._output_dir)
+            remove_checkpoints(self._checkpoints)
+        return metrics
+
+    def claim(self) -> None:
+        """Find the checkpoint from which training continues, if there is one; all processes must call it.
 
         Raises:
             ConfigError: the checkpoints are of another run.
         """
-        self._identity = identity
-        self._checkpoint = claim_checkpoints(self._checkpoints, identity)
+        self._claim = claim_checkpoints(self._checkpoints, self._identity, self._config)
 
     @contextmanager
     def trained(
@@ -138,19 +174,20 @@ class Course:
             row_counts: what was counted of each split's rows.
             parameters: tracked beside the run's identity.
         """
-        config = self._config
+        config, checkpoint = self._config, self._claim.checkpoint
         self.timer.enter("tracking")
-        with stage_tracker(config, self._output_dir, **self._tracking) as tracker:  # of the first process
+        anew = not self._claim.same_run
+        # of the first process
+        with stage_tracker(config, self._output_dir, anew=anew, **self._tracking) as tracker:
             if tracker is not None:
                 tracker.params({"stage": self._stage, **parameters, **self._identity})
                 tracker.dataset(stats, "training")
+                tracker.resume(step_of(checkpoint) if checkpoint else 0)
             add_stage_callbacks(trainer, self._name, tracker)
             metrics: dict[str, float] = {}
             if config.num_train_epochs > 0 or config.max_steps > 0:
-                if self._checkpoint and tracker is not None:
-                    tracker.rewind(int(self._checkpoint.rpartition("-")[2]))  # to its optimizer step
                 self.timer.enter("training")
-                metrics.update(trainer.train(resume_from_checkpoint=self._checkpoint).metrics)
+                metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
             metrics.update({f"rows/{what}": float(count) for what, count in row_counts["train"].items()})
             self.timer.enter("evaluation")
             if trainer.eval_dataset is not None:
@@ -164,6 +201,10 @@ class Course:
                 tracker.flush(timeout=60 if tracker.tracking_uri.startswith("sqlite:") else 10)
                 self.timer.enter("saving")
                 yield Trained(metrics, model, tracker.run_id)
+                self.timer.enter("saving")
+                if self._description is not None:
+                    write_result(self._output_dir, self._made_from, metrics)
+                    save_metadata(self._output_dir, self._description)
                 remove_checkpoints(self._checkpoints)
                 self.timer.enter("tracking")
                 tracker.metrics(self.timer.metrics(), step=trainer.state.global_step)
@@ -181,10 +222,17 @@ class Course:
             **{name: getattr(self._config, name) for name in _LENGTHS if hasattr(self._config, name)},
         }
 
-    def save(self, model: Any, tokenizer: PreTrainedTokenizerBase, description: dict[str, Any]) -> None:
-        """Write the model folder; the description, its last file, completes it."""
+    def save(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        description: dict[str, Any],
+        write: Callable[[Any, Any, Path, dict[str, Any]], None] = save_model_files,
+    ) -> None:
+        """Write the model folder but for its last file, the description, which completes it at the end."""
         write_parameters(self._config, self._output_dir)
-        save_model_folder(model, tokenizer, self._output_dir, description)
+        write(model, tokenizer, self._output_dir, description)
+        self._description = description
 
 
 def dataset_stats(dataset_dir: str | Path) -> DatasetStats:

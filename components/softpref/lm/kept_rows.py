@@ -32,6 +32,7 @@ from softpref.lm.scoring import computing_precision
 from softpref.lm.tokenization import TokenizedSequence, stop_token_ids
 from softpref.lm.tokenizing import RowText, tokenize_here
 from softpref.progress import follow
+from softpref.records import METADATA_FILE, RESULT_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ ROWS_FOLDER = "rows"
 _DESCRIPTION = "rows.json"
 _SPLITS = ("train", "validation")  # what trainings read
 # a model's files that are not the tokenizer's
-_NO_TOKENIZER = ("*.safetensors", "*.md", "softpref.json", "tracking*", "timings*", ".*")
+_NO_TOKENIZER = ("*.safetensors", "*.md", METADATA_FILE, RESULT_FILE, "tracking*", "timings*", ".*")
 _SCORED_AT_ONCE = 4_096  # rows: enough for batches of equal lengths, few enough to hold
 _DECIDE = ("transformers", "tokenizers", "jinja2")  # packages whose versions decide tokens, too
 

@@ -215,11 +215,26 @@ def save_model_folder(
     *,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Save a model as a stage's result: safetensors, tokenizer, generation config, metadata, model card.
+    """Save a model as a stage's result: what `save_model_files` saves, and the metadata.
 
     The metadata come last: a folder that has them is complete.
+    """
+    save_model_files(model, tokenizer, folder, metadata, state_dict=state_dict)
+    save_metadata(folder, metadata)
+
+
+def save_model_files(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    metadata: dict[str, Any],
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Save a model's safetensors, tokenizer, generation config and model card.
 
     Args:
+        metadata: for the model card.
         state_dict: weights to save in place of the model's own.
     """
     folder = Path(folder)
@@ -242,7 +257,6 @@ def save_model_folder(
         f"| setting | value |\n| --- | --- |\n{rows}\n",
         encoding="utf-8",
     )
-    save_metadata(folder, metadata)
 
 
 def require_new_folder(folder: str | Path) -> None:

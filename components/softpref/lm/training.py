@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +15,19 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import Trainer
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from softpref.errors import ConfigError, SoftprefError
-from softpref.lm.checkpoints import last_checkpoint
+from softpref.lm.checkpoints import (
+    LOSS_FILE,
+    fault_of,
+    last_checkpoint_of_all,
+    obstacle,
+    seal_checkpoint,
+    thin_checkpoints,
+)
 from softpref.lm.head import try_out
 from softpref.lm.loading import settle_generation_config
 from softpref.lm.sharding import shards, whole_copy, whole_head
@@ -26,10 +38,14 @@ T = TypeVar("T")
 
 
 class GuardedTrainer(Trainer):
-    """A `transformers.Trainer` that stops at the first non-finite loss or gradient, before the weights move.
+    """A `transformers.Trainer` that keeps whole checkpoints, and stops before the weights are spoilt.
 
-    The last good state is saved as a checkpoint and the offending batch beside it. With several processes a
-    loss is known to one of them alone; the gradient that it leaves, which all share, stops them together.
+    A checkpoint is on the disk before an older one goes, and known to be damaged if it is. A training that
+    was cut off and resumed has the `train_loss` of one that was not.
+
+    At the first non-finite loss or gradient it stops, before the weights move. The last good state is saved
+    as a checkpoint and the offending batch beside it. With several processes a loss is known to one of them
+    alone; the gradient that it leaves, which all share, stops them together.
     One process uses one GPU, whatever else it sees: the threads of `nn.DataParallel` cannot run packed
     batches.
     """
@@ -65,6 +81,9 @@ class GuardedTrainer(Trainer):
             )
         super().__init__(*args, **options)
         self._suspect: dict[str, Any] | None = None  # the first micro-batch of a step that was not finite
+        self._earlier_loss = 0.0  # summed over the steps before this training was resumed
+        self._kept_step: int | None = None  # of the checkpoint that has the present state
+        self.add_callback(_LogsBeforeSaving())
         # before accelerate wraps the model: in a lower precision rounding would hide a difference, and the
         # weights may be sharded
         if not config.plain_forward:
@@ -74,22 +93,96 @@ class GuardedTrainer(Trainer):
             policy = plugin.mixed_precision_policy
             plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)  # gradients' sums
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
-        """As in the base class; `True` takes the newest checkpoint that was written to its end.
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any
+    ) -> TrainOutput:
+        """As in the base class; `True` takes the newest checkpoint that is whole.
 
         Raises:
-            ConfigError: there is no such checkpoint.
+            ConfigError: there is no such checkpoint, or the one that is named is not whole.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
+            folder = str(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint_of_all(folder, self.args)
             if resume_from_checkpoint is None:
-                raise ConfigError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
-        elif resume_from_checkpoint and not (Path(resume_from_checkpoint) / "trainer_state.json").is_file():
+                raise ConfigError(f"{folder} holds no whole checkpoint to resume from")
+        elif resume_from_checkpoint and (fault := self._of_all(obstacle, str(resume_from_checkpoint))):
             raise ConfigError(
-                f"{resume_from_checkpoint} is no checkpoint that was written to its end; name another, or "
-                "set resume_from_checkpoint to True for the newest that was"
+                f"{resume_from_checkpoint} is no checkpoint to resume from: {fault}; name another, or set "
+                "resume_from_checkpoint to True for the newest that is"
             )
-        return super().train(resume_from_checkpoint or None, *args, **options)
+        output: TrainOutput = super().train(resume_from_checkpoint or None, *args, **options)
+        loss = self._whole_loss()
+        return output._replace(training_loss=loss, metrics={**output.metrics, "train_loss": loss})
+
+    def set_initial_training_values(
+        self, args: TrainingArguments, dataloader: DataLoader[Any]
+    ) -> tuple[int, int, int, int, int, int | None, int]:
+        """As in the base class, where a training begins."""
+        self._earlier_loss, self._kept_step = 0.0, None  # a checkpoint's are loaded after this
+        return super().set_initial_training_values(args, dataloader)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in the base class; `train_loss` is that of all steps, also of those before a resumption."""
+        if "train_loss" in logs:
+            logs = {**logs, "train_loss": self._whole_loss()}
+        super().log(logs, start_time)
+
+    def _whole_loss(self) -> float:
+        """The mean loss of the steps whose losses have been logged."""
+        return (self._earlier_loss + self._total_loss_scalar) / max(self.state.global_step, 1)
+
+    def _of_all(self, fault: Callable[[str], str], checkpoint: str) -> str:
+        """What the processes that write checkpoints find wrong with one, for all; all must call it."""
+        found: list[str] = gather_object([fault(checkpoint)] if self.args.should_save else [])
+        return next(filter(None, found), "")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in the base class; then the manifest is written, and after it older checkpoints are removed."""
+        args, step = self.args, self.state.global_step
+        if step == self._kept_step:
+            return
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"
+        if args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
+        self.accelerator.wait_for_everyone()
+        limit, args.save_total_limit = args.save_total_limit, None  # it removes before the new one is whole
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each has written its random state
+            if args.should_save:
+                seal_checkpoint(folder)
+        except Exception:
+            if args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # the disk may be full
+            raise
+        finally:
+            args.save_total_limit = limit
+        self._kept_step = step
+        if args.should_save:
+            thin_checkpoints(folder.parent, step, limit, self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            total = self._earlier_loss + self._total_loss_scalar + self._tr_loss.item()
+            Path(output_dir, LOSS_FILE).write_text(json.dumps({"summed_loss": total}), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            text = Path(checkpoint, LOSS_FILE).read_text(encoding="utf-8")
+            self._earlier_loss = json.loads(text)["summed_loss"]
+            self._kept_step = self.state.global_step
+
+    def _load_best_model(self) -> None:
+        """As in the base class, where the best checkpoint is still whole."""
+        if fault := self._of_all(fault_of, str(self.state.best_model_checkpoint)):
+            raise SoftprefError(
+                f"the best checkpoint, {self.state.best_model_checkpoint}, cannot be loaded: {fault}; set "
+                "load_best_model_at_end to false to take the last one"
+            )
+        super()._load_best_model()
 
     def init_hf_repo(self, token: str | None = None) -> None:
         """As in the base class, before training; where the Hub does not answer, the error says what to do."""
@@ -190,6 +283,21 @@ class GuardedTrainer(Trainer):
             f"{batch_file}. A lower learning_rate, a longer warm-up or fp32 in place of bf16 are the usual "
             "remedies."
         )
+
+
+class _LogsBeforeSaving(TrainerCallback):
+    """Has the steps since the last log logged before a checkpoint, which knows nothing of them.
+
+    A resumed training then logs the same figures at the same steps as one that was not cut off.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: object, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if control.should_save and args.logging_strategy != "no":
+            control.should_log = True
+
+    on_epoch_end = on_step_end
 
 
 def settle_model(model: Any) -> None:

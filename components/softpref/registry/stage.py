@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from softpref.artifacts import plain
 from softpref.config import write_parameters
+from softpref.disk import says_disk_trouble
 from softpref.errors import ConfigError, DataError
 from softpref.fitness import gate_failures
 from softpref.lm.sources import check_remote_code
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 
+@says_disk_trouble
 def run(
     config: RegistryConfig,
     model_dir: str | Path,

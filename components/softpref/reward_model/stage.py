@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from softpref.artifacts import readable
-from softpref.config import write_parameters
+from softpref.disk import says_disk_trouble
 from softpref.errors import ConfigError, DataError
 from softpref.judges.reliability import agreement
 from softpref.judges.reward_model import RewardModelJudge
@@ -19,7 +19,7 @@ from softpref.lm.course import TRAINING_OPTIONS, Course, dataset_stats
 from softpref.lm.loading import load_model, load_tokenizer, with_reward_heads
 from softpref.lm.scoring import check_ids
 from softpref.lm.sources import local_source, source_name
-from softpref.records import JUDGE_SPLIT, REWARD_STAGE, Figure, save_metadata
+from softpref.records import JUDGE_SPLIT, REWARD_STAGE, Figure
 from softpref.reward_model.config import RewardModelConfig
 from softpref.reward_model.trainer import RatedRows, RewardTrainer, bootstrap_weights
 
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _TRACKED = ("split", "heads", "max_length", "frozen_layers", "use_peft", "lora_r", *TRAINING_OPTIONS)
 
 
+@says_disk_trouble
 def run(
     config: RewardModelConfig,
     *,
@@ -76,6 +77,14 @@ def run(
     }
     base = local_source(config.base_model, tracking_uri=tracking_uri)
     config.base_model = source_name(config.base_model, tracking_uri=tracking_uri)  # as it is recorded
+    identity = {
+        "dataset_hash": dataset_hash,
+        "base_model": config.base_model,
+        **{key: getattr(config, key) for key in _TRACKED},
+    }
+    finished = course.finished(identity)
+    if finished is not None:
+        return finished
     tokenizer = load_tokenizer(base, **options)
     model = with_reward_heads(load_model(base, **options), config.heads, tokenizer.pad_token_id)
     _freeze(model, config.frozen_layers)
@@ -89,13 +98,7 @@ def run(
         even = np.ones((len(held_out), config.heads))
         validation = RatedRows(held_out, even, tokenizer, config, "held-out preference")
     check_ids(model, (text["input_ids"] for row in train.rows for text in row.texts))
-    course.claim(
-        {
-            "dataset_hash": dataset_hash,
-            "base_model": config.base_model,
-            **{key: getattr(config, key) for key in _TRACKED},
-        }
-    )
+    course.claim()
     trainer = RewardTrainer(
         model=_with_adapter(model, config),
         args=config,
@@ -117,7 +120,7 @@ def run(
             course.timer.enter("saving")
             description = course.description(trained, base_model=config.base_model, dataset_hash=dataset_hash)
             description |= {"split": config.split, "heads": config.heads, "row_counts": row_counts}
-            _save(whole, tokenizer, output_dir, config, {**description, **readable(_numbers(found))})
+            course.save(whole, tokenizer, {**description, **readable(_numbers(found))}, _write_files)
     return trained.metrics
 
 
@@ -216,12 +219,8 @@ def _say(found: Mapping[str, Any]) -> None:
     )
 
 
-def _save(
-    model: Any, tokenizer: Any, output_dir: str | Path, config: RewardModelConfig, description: dict[str, Any]
-) -> None:
-    """Write the model folder; the description, its last file, completes it."""
-    folder = Path(output_dir)
-    write_parameters(config, folder)
+def _write_files(model: Any, tokenizer: Any, folder: Path, description: dict[str, Any]) -> None:
+    """Write a reward model's safetensors, tokenizer and model card."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     rows = "\n".join(f"| {key} | {value} |" for key, value in description.items())
@@ -234,4 +233,3 @@ def _save(
         f"answer is preferred.\n\n| setting | value |\n| --- | --- |\n{rows}\n",
         encoding="utf-8",
     )
-    save_metadata(folder, description)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from softpref.artifacts import readable
+from softpref.disk import says_disk_trouble
 from softpref.errors import ConfigError, DataError
 from softpref.lm.course import TRAINING_OPTIONS, Course, dataset_stats
 from softpref.lm.kept_rows import keep_rows
@@ -21,9 +22,11 @@ from softpref.sft.scratch import build_model, build_tokenizer
 from softpref.sft.trainer import Demonstrations, SFTTrainer, collate
 
 _TRACKED = ("max_prompt_length", "max_completion_length", *TRAINING_OPTIONS)
+_WRITTEN = ("keep_rows", "keep_reference_logps")
 _LOSS_LIMIT = 700.0  # whose exponential is still a number
 
 
+@says_disk_trouble
 def run(
     config: SFTConfig,
     *,
@@ -69,6 +72,17 @@ def run(
         }
         base = local_source(config.base_model, tracking_uri=tracking_uri)
         config.base_model = source_name(config.base_model, tracking_uri=tracking_uri)  # as it is recorded
+    from_nothing = {"model_config": config.model_config, "vocab_size": config.vocab_size}
+    identity = {
+        "dataset_hash": dataset_hash,
+        "base_model": config.base_model or "from nothing",
+        **({} if config.base_model else from_nothing),
+        **{key: getattr(config, key) for key in _TRACKED},
+    }
+    finished = course.finished(identity, **{key: getattr(config, key) for key in _WRITTEN})
+    if finished is not None:
+        return finished
+    if config.base_model:
         tokenizer = load_tokenizer(base, **options)
         model = load_model(base, **options)
     else:
@@ -81,15 +95,7 @@ def run(
         for split, rows in demonstrations.items()
     }
     check_sequences(model, [(row.prompt, row.completion) for split in splits.values() for row in split.rows])
-    from_nothing = {"model_config": config.model_config, "vocab_size": config.vocab_size}
-    course.claim(
-        {
-            "dataset_hash": dataset_hash,
-            "base_model": config.base_model or "from nothing",
-            **({} if config.base_model else from_nothing),
-            **{key: getattr(config, key) for key in _TRACKED},
-        }
-    )
+    course.claim()
     trainer = SFTTrainer(
         model=model,
         args=config,

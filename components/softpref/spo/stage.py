@@ -9,6 +9,7 @@ from typing import Any
 
 from softpref.artifacts import readable, strengths
 from softpref.config import parse_overrides
+from softpref.disk import says_disk_trouble
 from softpref.errors import DataError
 from softpref.judges.loading import load_judge
 from softpref.judges.protocol import Judge, is_scoring, verdicts_of
@@ -53,6 +54,7 @@ _NOT_TRACKED = {
     "judge_options",  # mostly addresses and budgets
 }
 _TRACKED = (*(name for name in SPOConfig.__annotations__ if name not in _NOT_TRACKED), *TRAINING_OPTIONS)
+_WRITTEN = ("extrapolation", "merge_adapter")
 # Logged of steps, each a mean over those since the log before.
 _OF_STEPS = (
     "rewards/saturated",
@@ -65,6 +67,7 @@ _OF_STEPS = (
 _HEADLINE = ("train_loss", "eval_loss", "eval_rewards/accuracies", *_OF_STEPS)
 
 
+@says_disk_trouble
 def run(
     config: SPOConfig,
     *,
@@ -129,14 +132,16 @@ def run(
     reference_metadata = load_metadata(reference_dir)
     # of a folder, what it was made from; else the model itself
     base_model = reference_metadata.get("base_model", reference) if reference == reference_dir else reference
-    course.claim(
-        {
-            "dataset_hash": dataset_hash,
-            "reference": reference,
-            "reference_run_id": reference_metadata.get("run_id") or "",
-            **{key: getattr(config, key) for key in _TRACKED},
-        }
-    )
+    identity = {
+        "dataset_hash": dataset_hash,
+        "reference": reference,
+        "reference_run_id": reference_metadata.get("run_id") or "",
+        **{key: getattr(config, key) for key in _TRACKED},
+    }
+    finished = course.finished(identity, **{key: getattr(config, key) for key in _WRITTEN})
+    if finished is not None:
+        return finished
+    course.claim()
     tokenizer = load_tokenizer(reference_dir, trust_remote_code=config.trust_remote_code)
     model = loaded(reference_dir, config)
     other_model = config.init_kwargs.keys() - {"dtype", "attn_implementation"}  # such as a quantized one
@@ -192,8 +197,9 @@ def run(
                     trust_remote_code=config.trust_remote_code,
                 )
             course.save(whole, tokenizer, description)
-    last = {what: log[what] for log in trainer.state.log_history for what in _OF_STEPS if what in log}
-    return {**last, **trained.metrics}
+        last = {what: log[what] for log in trainer.state.log_history for what in _OF_STEPS if what in log}
+        trained.metrics.update({what: value for what, value in last.items() if what not in trained.metrics})
+    return trained.metrics
 
 
 def _try_judge(judge: Judge, rows: Any) -> None:

@@ -532,7 +532,6 @@ class SPOTrainer(RowsTrainer):
             self._expire_samples()  # before the next step would
             os.makedirs(output_dir, exist_ok=True)  # the first process makes it, at its own pace
             self.buffer.save(output_dir)
-            self.accelerator.wait_for_everyone()  # the file that marks a checkpoint complete comes after all
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

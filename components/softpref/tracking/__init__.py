@@ -4,13 +4,12 @@ Every call appends one line to `<output_dir>/tracking.jsonl` and returns; a back
 lines to MLflow in order and notes its progress in `tracking.sent`. While the server is away the lines wait;
 a restart of the stage, or `sync(output_dir)`, sends the rest.
 
-Sending twice is harmless: a point keeps its first time, and MLflow drops a metric whose run, key, step, time
-and value it already has; a parameter may be sent again with the same value; tags and files replace
-themselves; and the tag `softpref.tracking_key` finds a run whose creation was never acknowledged.
+Sending twice is harmless: MLflow drops a metric whose run, key, step, time and value it already has; a
+parameter may be sent again with the same value; tags and files replace themselves; and the tag
+`softpref.tracking_key` finds a run whose creation was never acknowledged.
 
-MLflow cannot forget. After `rewind(step)` the mirror holds one trajectory only; a point that is logged again
-with the same value takes its old time, so MLflow keeps one; with another value MLflow shows the new point as
-the latest and keeps the old one in the history of the same step.
+MLflow cannot forget. So a resumed run (`resume`) records no point that an earlier process has recorded, and
+one whose records were lost with its pod sends none up to the last step that MLflow has.
 """
 
 from softpref.tracking.mlflow_store import (
@@ -30,6 +29,7 @@ from softpref.tracking.tracker import (
     Tracker,
     check_server,
     deliver_missed,
+    finish,
     run_tracked_in,
     sync,
     sync_below,
@@ -45,6 +45,7 @@ __all__ = [
     "current_pipeline_run",
     "deliver_missed",
     "find_experiment",
+    "finish",
     "finish_pipeline_run",
     "in_short",
     "mlflow_ready",

@@ -40,6 +40,7 @@ class Delivery:
         self._lock = lock
         self._artifact_attempts = artifact_attempts
         self._failed_artifact = (-1, 0)  # its number, how often
+        self._last_steps: dict[str, int] = {}  # of metrics that a lost mirror's records had sent
 
     @cached_property
     def _client(self) -> MlflowClient:
@@ -70,6 +71,7 @@ class Delivery:
                 points += [
                     Metric(key, float(value), record["time"], record["step"])
                     for key, value in record["values"].items()
+                    if record["step"] > self._last_steps.get(key, -1)
                 ]
             elif kind == "params":
                 values = {key: str(value) for key, value in record["values"].items()}
@@ -114,6 +116,9 @@ class Delivery:
             run_id = run.info.run_id
             if found and run.info.status != "RUNNING":
                 self._client.update_run(run_id, status="RUNNING")
+            for metric in run.data.metrics:
+                points = self._client.get_metric_history(run_id, metric)
+                self._last_steps[metric] = max(point.step for point in points)
         with self._lock:
             self._mirror.remember_run(run_id)
         return run_id

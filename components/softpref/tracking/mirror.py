@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Literal, TypedDict
+from typing import IO, Any, Literal, TypedDict
 
 logger = logging.getLogger(__name__)
 
 TAG_LENGTH, NAME_LENGTH = 8000, 250  # MLflow's own limits
-HOUSEKEEPING = ("run", "reopen", "rewind")  # kinds of records that send nothing
+HOUSEKEEPING = ("run", "reopen")  # kinds of records that send nothing
 _BATCH_RECORDS, _BATCH_BYTES = 200, 400_000
 
 
@@ -25,11 +25,10 @@ class Record(TypedDict, total=False):
     """A line of the mirror. Every record has the first three keys; the others belong to some kinds only."""
 
     n: int
-    kind: Literal["run", "reopen", "metrics", "params", "tags", "artifact", "dataset", "rewind", "end"]
+    kind: Literal["run", "reopen", "metrics", "params", "tags", "artifact", "dataset", "end"]
     time: int  # milliseconds since 1970
     values: Mapping[str, float | str]  # metrics, params, tags
-    step: int  # metrics, rewind
-    replaced: list[tuple[str, int, float | str, int]]  # rewind: key, step, value, time
+    step: int  # metrics
     path: str  # artifact
     folder: str
     dataset: dict[str, str]  # dataset: name, digest, source, profile and context
@@ -45,6 +44,20 @@ class Record(TypedDict, total=False):
     tracking_uri: str
 
 
+_NEEDED: dict[str, dict[str, type]] = {  # of each kind, what it must have
+    "run": {"key": str, "owned": bool, "experiment": str, "run_name": str, "tracking_uri": str},
+    "reopen": {},
+    "metrics": {"step": int, "values": dict},
+    "params": {"values": dict},
+    "tags": {"values": dict},
+    "artifact": {"path": str, "folder": str},
+    "dataset": {"dataset": dict},
+    "end": {"status": str},
+}
+_OF_A_DATASET = ("name", "digest", "source", "profile", "context")
+_NO_NUMBERS = ("nan", "inf", "-inf")
+
+
 class Unreadable(Exception):
     """The file is no mirror."""
 
@@ -52,8 +65,8 @@ class Unreadable(Exception):
 class Mirror:
     """A run's records (NAME.jsonl), and the number of the last one delivered (NAME.sent).
 
-    Numbers (`n`) are never reused, so `rewind` may remove lines without touching NAME.sent. Both files are
-    only appended to, in whole lines: the torn line of a killed process is cut off when the file is reopened.
+    Numbers (`n`) are never reused. Both files are only appended to, in whole lines: the torn line of a killed
+    process is cut off when the file is reopened, and a line that is no record is passed over.
     """
 
     def __init__(self, path: Path, sent: IO[bytes], header: Record | None = None) -> None:
@@ -61,74 +74,85 @@ class Mirror:
         self._sent_file = sent
         self._sent = -1
         self.run_id: str | None = None
-        self._replaced: dict[tuple[str, int], tuple[float, int]] = {}
+        self._recorded: dict[tuple[str, int], float] = {}
+        self._last_of: dict[str, tuple[int, float]] = {}
+        self._resumed = False
+        self._cursor = self._end = 0  # before the first record that is not delivered; after the last one
         if header is not None:
             path.write_bytes(_line({"n": 0, "time": milliseconds(), **header}))
         _cut_torn_line(path)
         _cut_torn_line(path.with_suffix(".sent"))
         for line in path.with_suffix(".sent").read_bytes().splitlines():
-            note = json.loads(line)
-            self._sent = max(self._sent, note.get("n", -1))
-            self.run_id = note.get("run_id", self.run_id)
+            note = _json(line)
+            if note.keys() == {"n"} and isinstance(note["n"], int):
+                self._sent = max(self._sent, note["n"])
+            elif note.keys() == {"run_id"} and isinstance(note["run_id"], str):
+                self.run_id = note["run_id"]
         self._last = -1
         self.status: str | None = None
+        self.header: Record = {}
         for record, _ in _records(path):
-            if self._last == -1:
+            if record["kind"] == "run" and not self.header:
                 self.header = record
-            self._last = record["n"]
+            self._last = max(self._last, record["n"])
             if record["kind"] in ("end", "reopen"):
                 self.status = record.get("status")
-            elif record["kind"] == "rewind":
-                for key, step, value, moment in record["replaced"]:
-                    self._replaced[key, step] = (float(value), moment)
             elif record["kind"] == "metrics":
-                for key in record["values"]:
-                    self._replaced.pop((key, record["step"]), None)
+                for key, value in record["values"].items():
+                    self._recorded[key, record["step"]] = float(value)
+        if not self.header:
+            raise Unreadable(f"{path} does not say which run it is of")
         self._last = max(self._last, self._sent)
-        self.run_id = self.header["run_id"] or self.run_id
+        self.run_id = self.header.get("run_id") or self.run_id
         self.owned: bool = self.header["owned"]
-        self._file = path.open("ab")
-        self._generation = 0
+        self._file = path.open("ab", buffering=0)
         self._seek()
 
     @classmethod
-    def for_run(cls, folder: Path, header: Record) -> Mirror:
-        """Continue the folder's mirror if it belongs to this unfinished run; else set it aside and start."""
+    def for_run(cls, folder: Path, header: Record, *, anew: bool = False) -> Mirror:
+        """Continue the folder's mirror if it belongs to this unfinished run; else set it aside and start.
+
+        Args:
+            anew: start in any case.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "tracking.jsonl"
         if path.exists():
             try:
                 mirror = cls.existing(path)
             except Unreadable as error:
-                logger.warning("%s; it is set aside as %s.broken", error, path)
-                path.rename(path.with_name(path.name + ".broken"))
-                path.with_suffix(".sent").unlink(missing_ok=True)
+                logger.warning("%s; what can be read of it is taken as this run's", error)
+                _put_before(path, header)
+                mirror = cls.existing(path)
+            if mirror is None:
+                path = _free_name(folder)  # another process still writes to the file
+            elif mirror._continues(header) and not anew:
+                if mirror.owned:
+                    parent = header["parent_run_id"]
+                    mirror.append({"kind": "reopen", "time": milliseconds(), "parent_run_id": parent})
+                return mirror
             else:
-                if mirror is None:
-                    path = _free_name(folder)  # another process still writes to the file
-                elif mirror._continues(header):
-                    if mirror.owned:
-                        parent = header["parent_run_id"]
-                        mirror.append({"kind": "reopen", "time": milliseconds(), "parent_run_id": parent})
-                    return mirror
-                else:
-                    mirror._set_aside(folder)
-        sent = path.with_suffix(".sent").open("ab")
+                mirror._set_aside(folder)
+        sent = _open_sent(path)
         lock(sent)
         return cls(path, sent, header)
 
     @classmethod
     def existing(cls, path: Path) -> Mirror | None:
-        """Open an existing mirror; None while another process has it open."""
-        sent = path.with_suffix(".sent").open("ab")
+        """Open an existing mirror; None while another process has it open.
+
+        Raises:
+            Unreadable: it holds no record of a run.
+        """
+        sent = _open_sent(path)
         if not lock(sent):
             sent.close()
             return None
         try:
             return cls(path, sent)
-        except (ValueError, KeyError, AttributeError) as error:
+        except Unreadable:
             sent.close()
-            raise Unreadable(f"{path} is no tracking mirror ({error})") from error
+            raise
 
     def _continues(self, header: Record) -> bool:
         names: tuple[Literal["tracking_uri", "run_id", "experiment", "run_name"], ...]
@@ -137,7 +161,7 @@ class Mirror:
         else:
             names = ("tracking_uri", "experiment", "run_name")
             unfinished = self.owned and self.status != "FINISHED"
-        return unfinished and all(self.header[name] == header[name] for name in names)
+        return unfinished and all(self.header.get(name) == header[name] for name in names)
 
     def _set_aside(self, folder: Path) -> None:
         """Close the mirror and rename its files, because another run begins in its folder."""
@@ -153,42 +177,43 @@ class Mirror:
             )
 
     def append(self, record: Record) -> None:
-        self._file.write(_line({"n": self._last + 1, **record}))
-        self._file.flush()
+        """Write a record, or nothing of it.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        line = _line({"n": self._last + 1, **record})
+        try:
+            while line:  # a disk that becomes full takes a part
+                line = line[self._file.write(line) or 0 :]
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, self._end)
+            raise
         self._last += 1
         self._end = self._file.tell()
 
-    def times(self, numbers: dict[str, float], step: int) -> list[tuple[int, dict[str, float]]]:
-        """The numbers grouped by their time: now, or that of the removed point which a number repeats."""
-        now = milliseconds()
-        groups: dict[int, dict[str, float]] = {}
-        for key, number in numbers.items():
-            value, moment = self._replaced.pop((key, step), (None, now))
-            same = value is not None and (value == number or (math.isnan(value) and math.isnan(number)))
-            groups.setdefault(moment if same else now, {})[key] = number
-        return sorted(groups.items())
+    def resume(self, step: int) -> None:
+        """From now on, points that are recorded for `step` or later ones are not recorded again."""
+        self._recorded = {place: value for place, value in self._recorded.items() if place[1] >= step}
+        self._resumed = True
 
-    def rewind(self, step: int) -> None:
-        """Remove the metrics after `step` from the file; one record keeps their values and times."""
-        replaced = dict(self._replaced)
-        kept: list[bytes] = []
-        for record, line in _records(self.path):
-            if record["kind"] == "metrics" and record["step"] > step:
-                for key, value in record["values"].items():
-                    replaced[key, record["step"]] = (float(value), record["time"])
-            elif record["kind"] != "rewind":
-                kept.append(line)
-        self._last += 1
-        note: Record = {"n": self._last, "kind": "rewind", "time": milliseconds(), "step": step}
-        note["replaced"] = [(key, at, _plain(value), time) for (key, at), (value, time) in replaced.items()]
-        new = self.path.with_suffix(".new")
-        new.write_bytes(b"".join([*kept, _line(note)]))
-        os.replace(new, self.path)
-        self._file.close()
-        self._file = self.path.open("ab")
-        self._replaced = replaced
-        self._generation += 1
-        self._seek()
+    def unrecorded(self, numbers: Mapping[str, float], step: int) -> dict[str, float]:
+        """Those of a step's numbers that are to be recorded: that are not yet, or with another value.
+
+        Of a resumed run the first value stays, since MLflow cannot forget.
+        """
+
+        def is_new(key: str, number: float) -> bool:
+            earlier = self._recorded.get((key, step))
+            if earlier is not None and (self._resumed or _same(earlier, number)):
+                return False
+            place, last = self._last_of.get(key, (None, 0.0))
+            return place != step or not _same(last, number)
+
+        new = {key: number for key, number in numbers.items() if is_new(key, number)}
+        self._last_of |= {key: (step, number) for key, number in new.items()}
+        return new
 
     def waiting(self) -> bool:
         return self._cursor < self._end
@@ -200,7 +225,7 @@ class Mirror:
             for record, _ in _records(self.path)
         )
 
-    def next_records(self) -> tuple[list[Record], tuple[int, int]]:
+    def next_records(self) -> tuple[list[Record], int]:
         """A batch of undelivered records, oldest first, and the place after it for `delivered`."""
         records: list[Record] = []
         size = 0
@@ -211,17 +236,16 @@ class Mirror:
                 if not line.endswith(b"\n"):
                     break
                 size += len(line)
-                records.append(json.loads(line))
-            return records, (self._generation, self._cursor + size)
+                if record := _record(line):
+                    records.append(record)
+        if not records:  # what is no record need not be delivered
+            self._cursor += size
+        return records, self._cursor + size
 
-    def delivered(self, last: int, place: tuple[int, int]) -> None:
+    def delivered(self, last: int, place: int) -> None:
         self._sent = last
         self._note({"n": last})
-        generation, cursor = place
-        if generation == self._generation:
-            self._cursor = cursor
-        else:  # `rewind` has shifted all places meanwhile
-            self._seek()
+        self._cursor = place
 
     def remember_run(self, run_id: str) -> None:
         self.run_id = run_id
@@ -233,23 +257,76 @@ class Mirror:
         self._sent_file.close()
 
     def _note(self, note: Record) -> None:
-        self._sent_file.write(_line(note))
-        self._sent_file.flush()
+        with suppress(OSError):  # the records are then sent again, which is harmless
+            self._sent_file.write(_line(note))
 
     def _seek(self) -> None:
         """Put the cursor before the first undelivered record."""
         self._end = self.path.stat().st_size
         self._cursor = 0
-        for record, line in _records(self.path):
-            if record["n"] > self._sent:
-                break
-            self._cursor += len(line)
+        with self.path.open("rb") as file:
+            for line in file:
+                record = _record(line)
+                if record and record["n"] > self._sent:
+                    break
+                self._cursor += len(line)
 
 
 def _records(path: Path) -> Iterator[tuple[Record, bytes]]:
+    """The records of a file, and their lines."""
+    foreign = 0
     with path.open("rb") as file:
         for line in file:
-            yield json.loads(line), line
+            if record := _record(line):
+                yield record, line
+            else:
+                foreign += 1
+    if foreign:
+        logger.warning("%s: %d of its lines are no records of tracking, and are passed over", path, foreign)
+
+
+def _record(line: bytes) -> Record | None:
+    """The record in a line, if it is one."""
+    found: Any = _json(line)
+    needed = _NEEDED.get(str(found.get("kind")))
+    if needed is None or not all(
+        isinstance(found.get(name), kind) for name, kind in {"n": int, "time": int, **needed}.items()
+    ):
+        return None
+    if found["kind"] == "metrics":
+        numbers = found["values"].values()
+        usable = all(isinstance(one, (int, float)) or one in _NO_NUMBERS for one in numbers)
+    elif found["kind"] == "dataset":
+        usable = all(isinstance(found["dataset"].get(name), str) for name in _OF_A_DATASET)
+    else:
+        usable = found["kind"] != "end" or found["status"] in ("FINISHED", "FAILED", "KILLED")
+    record: Record = found
+    return record if usable else None
+
+
+def _json(line: bytes) -> dict[str, Any]:
+    """The object in a line; empty where there is none."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _put_before(path: Path, header: Record) -> None:
+    """Give a mirror that lacks its first record one."""
+    lines = [_line({"n": 0, "time": milliseconds(), **header}), *(line for _, line in _records(path))]
+    new = path.with_suffix(".new")
+    new.write_bytes(b"".join(lines))
+    os.replace(new, path)
+
+
+def _open_sent(path: Path) -> IO[bytes]:
+    return path.with_suffix(".sent").open("ab", buffering=0)
+
+
+def _same(one: float, other: float) -> bool:
+    return one == other or (math.isnan(one) and math.isnan(other))
 
 
 def _cut_torn_line(path: Path) -> None:

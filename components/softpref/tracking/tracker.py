@@ -65,6 +65,7 @@ class Tracker:
         run_name: Name of a run that is opened here.
         parent_run_id: Parent of a run that is opened here; in a step of a pipeline, the pipeline's run is.
         root: Track the pipeline's run itself; no effect outside a pipeline.
+        anew: Open a new run also where the folder has an unfinished one, which is of something else.
         run_id: An existing run to continue; it is neither opened nor ended.
         tags: Tags of the run.
         tracking_uri: MLflow store. Default: `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` in the
@@ -86,6 +87,7 @@ class Tracker:
         tracking_uri: str | None = None,
         exit_wait: float | None = None,
         root: bool = False,
+        anew: bool = False,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.tracking_uri = resolve_tracking_uri(tracking_uri)
@@ -118,7 +120,7 @@ class Tracker:
             "tracking_uri": self.tracking_uri,
         }
         try:
-            self._mirror = Mirror.for_run(self.output_dir, header)
+            self._mirror = Mirror.for_run(self.output_dir, header, anew=anew)
         except OSError as error:
             logger.warning("nothing of this run is tracked: %s cannot be written: %s", self.output_dir, error)
             return
@@ -154,7 +156,10 @@ class Tracker:
         self._write({"kind": "params", "values": _texts(values)})
 
     def metrics(self, values: Mapping[str, object], step: int) -> None:
-        """Record numbers at one step, now. NaN and infinities are kept; anything else is left out."""
+        """Record numbers at one step, now. NaN and infinities are kept; anything else is left out.
+
+        A number that this folder's run has already at that step is not recorded again.
+        """
         if self._mirror is None:
             return
         numbers: dict[str, float] = {}
@@ -167,9 +172,9 @@ class Tracker:
                 self._unusable.add(key)
                 logger.warning("metric %s is not tracked: %r is no number", key, value)
         with self._changed:
-            for moment, group in self._mirror.times(numbers, int(step)):
-                self._append({"kind": "metrics", "step": int(step), "time": moment, "values": group})
-            self._changed.notify_all()
+            if new := self._mirror.unrecorded(numbers, int(step)):
+                self._append({"kind": "metrics", "step": int(step), "time": milliseconds(), "values": new})
+                self._changed.notify_all()
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Upload a file, or a folder's content, to `folder` of the run's artifacts, as it is when sent."""
@@ -201,19 +206,14 @@ class Tracker:
         """Set tags of the run; a later value replaces an earlier one."""
         self._write({"kind": "tags", "values": _texts(values)})
 
-    def rewind(self, step: int) -> None:
-        """Remove the mirror's points after `step`: a resume from `step` logs them again.
+    def resume(self, step: int) -> None:
+        """Say that a run goes on from `step`: what an earlier process has recorded from there on stays.
 
-        In MLflow a point repeated with the same value stays one point; with another value it becomes the
-        latest of its step, and the old one stays in the history.
+        A resumed training repeats steps. MLflow cannot forget, and would show each twice.
         """
-        if self._mirror is None:
-            return
-        with self._changed:
-            try:
-                self._mirror.rewind(int(step))
-            except OSError as error:
-                self._mirror_failed(error)
+        if self._mirror is not None:
+            with self._changed:
+                self._mirror.resume(int(step))
 
     def flush(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds until everything is delivered; returns whether it is."""
@@ -377,6 +377,26 @@ def sync(output_dir: str | Path, tracking_uri: str | None = None) -> SyncResult:
         finally:
             mirror.close()
     return SyncResult(delivered, run_id)
+
+
+def finish(output_dir: str | Path) -> None:
+    """End the run of a stage that has finished, as FINISHED, where a kill left it open; deliver what is left.
+
+    Never fails: what the server does not take is a warning.
+    """
+    path = Path(output_dir) / "tracking.jsonl"
+    try:
+        mirror = Mirror.existing(path) if path.is_file() else None
+        if mirror is None:
+            return
+        if mirror.owned and mirror.status != "FINISHED":
+            mirror.append({"kind": "end", "time": milliseconds(), "status": "FINISHED"})
+        waits = mirror.waiting()
+        mirror.close()
+        if waits:
+            sync(output_dir)
+    except (ConfigError, OSError, Unreadable) as error:
+        logger.warning("tracking: %s; `softpref track-sync %s` sends what is left", error, output_dir)
 
 
 def deliver_missed(*folders: str | Path) -> None:
