@@ -219,7 +219,7 @@ def _evaluate(folder: Path, *, data: Path, reference: Path, policy: Path) -> Non
     from softpref.evaluation.config import EvaluationConfig
     from softpref.evaluation.stage import run
 
-    options = {"samples_per_prompt": 4, "exact_prompts": 1, "bootstrap_samples": 50, "seed": 3}
+    options = {"samples_per_prompt": 4, "exact_prompts": 1, "bootstrap_samples": 100, "seed": 3}
     options |= {"max_prompts": 4, "max_new_tokens": 32}
     run(
         build_config(EvaluationConfig, {**options, "tracking_uri": f"sqlite:///{folder}/mlflow.db"}),
