@@ -50,6 +50,7 @@ _SAID = {
 }
 _TORCH_WRITES = r"PytorchStreamWriter failed|inline_container\.cc.*unexpected pos|basic_ios::clear"
 _ALMOST_NOTHING = 1 << 20  # bytes
+_BLOCK = 1 << 22
 
 
 def write_whole(path: str | Path, text: str) -> None:
@@ -67,6 +68,18 @@ def write_whole(path: str | Path, text: str) -> None:
             part.unlink()
         raise
     _flush_folder(path.parent)
+
+
+def content_hash(*paths: str | Path) -> str:
+    """XXH3 of the contents of files: against accidents, where a cryptographic hash would take minutes."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def flush_below(folder: str | Path) -> None:

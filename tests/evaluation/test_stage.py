@@ -474,7 +474,7 @@ def test_what_is_wrong_is_refused_before_a_model_is_loaded(
     world, evaluating, evaluated, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("softpref.lm.loading.load_model", lambda *a, **k: pytest.fail("loaded a model"))
-    with pytest.raises(ConfigError, match="already holds an evaluation"):
+    with pytest.raises(ConfigError, match="holds an evaluation already, of something else"):
         evaluating(world, evaluated)
     with pytest.raises(ConfigError, match="holds no config"):
         evaluating(world, tmp_path / "a", policy=tmp_path)

@@ -90,6 +90,7 @@ def run(
     folder_of = {one.evaluation.name: one.folder for one in found}
     samples = {name: read_samples(folder, MOST_PROMPTS) for name, folder in folder_of.items()}
     _write_report(output, comparison, samples)
+    shutil.rmtree(output / CHOSEN_FOLDER, ignore_errors=True)  # of an earlier call
     if choice.name is not None:
         (output / CHOSEN_FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(folder_of[choice.name] / EVALUATION_FILE, output / CHOSEN_FOLDER / EVALUATION_FILE)
