@@ -154,7 +154,7 @@ def run(
             evaluation.write(folder)
         _track(tracker, output, members, dataset_dir)
         timer.enter("tracking")
-        tracker.metrics({f"eval/{name}": value for name, value in timer.metrics().items()}, step=0)
+        tracker.metrics({f"{policy.prefix}{name}": value for name, value in timer.metrics().items()}, step=0)
     timer.write(output)
     return evaluation
 
@@ -206,8 +206,7 @@ def _track(tracker: Tracker, output: Path, members: Sequence[_Member], dataset_d
     for member in members:
         folder = output / member.subfolder
         evaluation = Evaluation.read(folder)
-        weight = member.metadata.get("extrapolation")
-        prefix = f"eval/expo-{weight:g}/" if weight else "eval/"
+        prefix = member.prefix
         took = {f"{prefix}judge/{name}": float(n) for name, n in (evaluation.judge.usage or {}).items()}
         tracker.metrics(
             {
@@ -284,6 +283,12 @@ class _Member(NamedTuple):
     @property
     def name(self) -> str:
         return self.metadata.get("name") or Path(self.folder).name
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its metrics begin with."""
+        weight = self.metadata.get("extrapolation")
+        return f"eval/expo-{weight:g}/" if weight else "eval/"
 
 
 class _Task(NamedTuple):
