@@ -21,6 +21,11 @@ TINY = {
 }
 
 
+def printed(capsys):
+    text = capsys.readouterr().out
+    return json.loads(text[text.rindex("{\n") :])
+
+
 def test_stages_follow_one_another_from_data_to_registry(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -49,7 +54,7 @@ def test_stages_follow_one_another_from_data_to_registry(tmp_path, monkeypatch, 
     kept = ["--checkpoint-dir", "mine", "--save_steps", "2"]
     capsys.readouterr()
     assert main([*train, *options, *shared, *kept]) == 0
-    trained = json.loads(capsys.readouterr().out)
+    trained = printed(capsys)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     metadata = json.loads((tmp_path / "policy/softpref.json").read_text(encoding="utf-8"))
     assert (metadata["method"], metadata["alpha"]) == ("spo", 0.5)
@@ -70,9 +75,9 @@ def test_stages_follow_one_another_from_data_to_registry(tmp_path, monkeypatch, 
 
     capsys.readouterr()
     assert main([*train, *options, *shared]) == 0  # the same again is the same
-    assert json.loads(capsys.readouterr().out) == trained
+    assert printed(capsys) == trained
     assert main([*train, *options, *shared, "--seed", "9"]) == 2
-    assert "a finished model already, of something else (seed: 0 there, 9 here)" in capsys.readouterr().err
+    assert "a finished model already, of something else (seed: 42 there, 9 here)" in capsys.readouterr().err
     started = tmp_path / "started/checkpoints"  # as an earlier run from another reference leaves it
     (started / "checkpoint-2").mkdir(parents=True)
     (started / "checkpoint-2" / "training_loss.json").write_text('{"summed_loss": 1}')

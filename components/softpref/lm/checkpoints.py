@@ -133,6 +133,7 @@ def step_of(checkpoint: str | Path) -> int:
 def seal_checkpoint(folder: str | Path) -> None:
     """Have a checkpoint on the disk, and write its manifest, the last file."""
     folder = Path(folder)
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
     flush_below(folder)
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, _HASH: content_hash(path)}
