@@ -97,9 +97,10 @@ def test_the_error_of_every_library_that_writes_is_one_sentence(tmp_path, at_mos
 def test_a_full_disk_is_called_full(write):
     with pytest.raises((OSError, RuntimeError)) as full:
         write(Path("/dev/full"))
+    what = "the disk is full" if write is text else "the disk is full, or a quota used up"
     assert disk_trouble(full.value, ["/some/out"]) == (
-        "/some/out cannot be written: the disk is full; free some space there and give the same command "
-        "again: what was saved before is whole"
+        f"/some/out cannot be written: {what}; free some space there and give the same command again: "
+        "what was saved before is whole"
     )
 
 

@@ -18,7 +18,9 @@ from softpref.errors import DiskError, SoftprefError
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_UNSAID = -1  # torch does not say why it could not write
 _HAPPENED = {
+    _UNSAID: "the disk is full, or a quota used up",
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
@@ -32,6 +34,7 @@ _HAPPENED = {
 }
 _ROOM = "free some space there"
 _REMEDIES = {
+    _UNSAID: _ROOM,
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: f"{_ROOM}, or have the quota raised",
     errno.EROFS: "make it writable",
@@ -140,7 +143,7 @@ def _causes(error: BaseException) -> Iterator[tuple[int, BaseException]]:
     one: BaseException | None = error
     while one is not None and one not in seen:
         code = _code(one)
-        if code in _HAPPENED and (one is error or code in _SAID):
+        if code in _HAPPENED and (one is error or code in _SAID or code == _UNSAID):
             yield code, one
         seen.append(one)
         one = one.__cause__ or one.__context__
@@ -151,8 +154,7 @@ def _code(error: BaseException) -> int:
         return error.errno
     text = str(error)
     known = (code for code, words in _SAID.items() if re.search(words, text, re.IGNORECASE))
-    # torch does not say why: mostly, because the disk is full
-    return next(known, errno.ENOSPC if re.search(_TORCH_WRITES, text) else 0)
+    return next(known, _UNSAID if re.search(_TORCH_WRITES, text) else 0)
 
 
 def _suspect(folders: Sequence[str | Path], code: int) -> str:
@@ -160,8 +162,10 @@ def _suspect(folders: Sequence[str | Path], code: int) -> str:
 
     def in_trouble(folder: str) -> bool:
         path = Path(folder).absolute()
-        there = next(one for one in (path, *path.parents) if one.exists())
-        state = os.statvfs(there)
+        try:
+            state = os.statvfs(next(one for one in (path, *path.parents) if one.exists()))
+        except OSError:
+            return False
         if code == errno.EROFS:
             return bool(state.f_flag & os.ST_RDONLY)
         return state.f_bavail * state.f_frsize < _ALMOST_NOTHING
