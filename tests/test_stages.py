@@ -7,6 +7,7 @@ from softpref.cli import main
 from softpref.config import build_config, read_mapping, write_parameters
 from softpref.data.config import DataConfig
 from softpref.evaluation.config import EvaluationConfig
+from softpref.lm.checkpoints import seal_checkpoint
 from softpref.registry.config import RegistryConfig
 from softpref.sft.config import SFTConfig
 
@@ -18,6 +19,11 @@ TINY = {
     "intermediate_size": 64,
     "max_position_embeddings": 64,
 }
+
+
+def printed(capsys):
+    text = capsys.readouterr().out
+    return json.loads(text[text.rindex("{\n") :])
 
 
 def test_stages_follow_one_another_from_data_to_registry(tmp_path, monkeypatch, capsys):
@@ -46,7 +52,9 @@ def test_stages_follow_one_another_from_data_to_registry(tmp_path, monkeypatch, 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work", encoding="utf-8")
     kept = ["--checkpoint-dir", "mine", "--save_steps", "2"]
+    capsys.readouterr()
     assert main([*train, *options, *shared, *kept]) == 0
+    trained = printed(capsys)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     metadata = json.loads((tmp_path / "policy/softpref.json").read_text(encoding="utf-8"))
     assert (metadata["method"], metadata["alpha"]) == ("spo", 0.5)
@@ -65,11 +73,15 @@ def test_stages_follow_one_another_from_data_to_registry(tmp_path, monkeypatch, 
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("policy", "again")]
     assert weights[0] == weights[1]
 
-    assert main([*train, *options, *shared]) == 2
-    assert "finished model" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main([*train, *options, *shared]) == 0  # the same again is the same
+    assert printed(capsys) == trained
+    assert main([*train, *options, *shared, "--seed", "9"]) == 2
+    assert "a finished model already, of something else (seed: 42 there, 9 here)" in capsys.readouterr().err
     started = tmp_path / "started/checkpoints"  # as an earlier run from another reference leaves it
     (started / "checkpoint-2").mkdir(parents=True)
-    (started / "checkpoint-2/trainer_state.json").write_text('{"global_step": 2}', encoding="utf-8")
+    (started / "checkpoint-2" / "training_loss.json").write_text('{"summed_loss": 1}')
+    seal_checkpoint(started / "checkpoint-2")
     (started / "run.json").write_text('{"reference": "other"}', encoding="utf-8")
     assert main([*train[:-1], "started", *options, *shared]) == 2
     assert "reference: 'other' there, 'reference' here" in capsys.readouterr().err

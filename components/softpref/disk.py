@@ -18,7 +18,9 @@ from softpref.errors import DiskError, SoftprefError
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_UNSAID = -1  # torch does not say why it could not write
 _HAPPENED = {
+    _UNSAID: "the disk is full, or a quota used up",
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
@@ -32,6 +34,7 @@ _HAPPENED = {
 }
 _ROOM = "free some space there"
 _REMEDIES = {
+    _UNSAID: _ROOM,
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: f"{_ROOM}, or have the quota raised",
     errno.EROFS: "make it writable",
@@ -50,6 +53,7 @@ _SAID = {
 }
 _TORCH_WRITES = r"PytorchStreamWriter failed|inline_container\.cc.*unexpected pos|basic_ios::clear"
 _ALMOST_NOTHING = 1 << 20  # bytes
+_BLOCK = 1 << 22
 
 
 def write_whole(path: str | Path, text: str) -> None:
@@ -67,6 +71,18 @@ def write_whole(path: str | Path, text: str) -> None:
             part.unlink()
         raise
     _flush_folder(path.parent)
+
+
+def content_hash(*paths: str | Path) -> str:
+    """XXH3 of the contents of files: against accidents, where a cryptographic hash would take minutes."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def flush_below(folder: str | Path) -> None:
@@ -127,7 +143,7 @@ def _causes(error: BaseException) -> Iterator[tuple[int, BaseException]]:
     one: BaseException | None = error
     while one is not None and one not in seen:
         code = _code(one)
-        if code in _HAPPENED and (one is error or code in _SAID):
+        if code in _HAPPENED and (one is error or code in _SAID or code == _UNSAID):
             yield code, one
         seen.append(one)
         one = one.__cause__ or one.__context__
@@ -138,8 +154,7 @@ def _code(error: BaseException) -> int:
         return error.errno
     text = str(error)
     known = (code for code, words in _SAID.items() if re.search(words, text, re.IGNORECASE))
-    # torch does not say why: mostly, because the disk is full
-    return next(known, errno.ENOSPC if re.search(_TORCH_WRITES, text) else 0)
+    return next(known, _UNSAID if re.search(_TORCH_WRITES, text) else 0)
 
 
 def _suspect(folders: Sequence[str | Path], code: int) -> str:
@@ -147,8 +162,10 @@ def _suspect(folders: Sequence[str | Path], code: int) -> str:
 
     def in_trouble(folder: str) -> bool:
         path = Path(folder).absolute()
-        there = next(one for one in (path, *path.parents) if one.exists())
-        state = os.statvfs(there)
+        try:
+            state = os.statvfs(next(one for one in (path, *path.parents) if one.exists()))
+        except OSError:
+            return False
         if code == errno.EROFS:
             return bool(state.f_flag & os.ST_RDONLY)
         return state.f_bavail * state.f_frsize < _ALMOST_NOTHING

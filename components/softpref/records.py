@@ -10,8 +10,8 @@ The file that identifies a folder is written last, so a folder that has it is co
 | comparison | `comparison.json` | `report.html`, `frontier.png`, `chosen/evaluation.json` |
 | registration | `registration.json` | |
 
-Each also has `parameters.yaml`, which `--config` accepts, and `timings.json` where the stage takes long; those
-of models and evaluations have `result.json`, for a stage that is called again when it has finished.
+Each also has `parameters.yaml`, which `--config` accepts, and `timings.json` where the stage takes long;
+models and evaluations have `result.json`, for a stage that has finished and is called again.
 """
 
 from __future__ import annotations

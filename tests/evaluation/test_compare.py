@@ -267,6 +267,30 @@ def test_the_console_compares_and_chooses_as_the_pipeline_does(tmp_path, capsys)
     assert f"report:   {tmp_path / 'out' / 'report.html'}" in printed
 
 
+def test_called_again_a_comparison_is_made_anew_and_one_that_was_cut_off_is_none(tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    folders = save(tmp_path / "members", SHARP, EVEN, SOFT)
+    first = run(folders, str(output))
+    files = {path.relative_to(output) for path in output.rglob("*")}
+    assert run(folders, str(output)) == first
+    assert {path.relative_to(output) for path in output.rglob("*")} == files
+
+    def cut_off(self, folder):
+        raise KeyboardInterrupt
+
+    weak = [copy.deepcopy(entry) for entry in (SHARP, SOFT)]
+    for entry in weak:
+        entry["metrics"]["win_rate"] = figure(0.5, 0.0)
+    others = save(tmp_path / "weak", *weak)
+    with monkeypatch.context() as patch:
+        patch.setattr(Comparison, "write", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            compare.run(others, str(output), limits=Limits(0.5), required=False)
+    assert not (output / "comparison.json").exists()
+    assert not (output / "chosen").exists()  # what was chosen before
+    assert run(folders, str(output)) == first
+
+
 def test_where_none_passes_the_gate_the_run_fails_and_says_so_of_each(tmp_path):
     even = [copy.deepcopy(entry) for entry in (SHARP, SOFT, DPO)]
     for entry in even:

@@ -474,8 +474,8 @@ def test_what_is_wrong_is_refused_before_a_model_is_loaded(
     world, evaluating, evaluated, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("softpref.lm.loading.load_model", lambda *a, **k: pytest.fail("loaded a model"))
-    with pytest.raises(ConfigError, match="already holds an evaluation"):
-        evaluating(world, evaluated)
+    with pytest.raises(ConfigError, match="holds an evaluation already, of something else"):
+        evaluating(world, evaluated, seed=7)
     with pytest.raises(ConfigError, match="holds no config"):
         evaluating(world, tmp_path / "a", policy=tmp_path)
     with pytest.raises(ConfigError, match="not a dataset folder"):
@@ -486,6 +486,34 @@ def test_what_is_wrong_is_refused_before_a_model_is_loaded(
         evaluating(world, tmp_path / "d", policy=world.reference)
     with pytest.raises(ConfigError, match="there is no such folder"):
         evaluating(world, tmp_path / "e", policy="nowhere")
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_a_finished_evaluation_called_again_gives_its_figures_and_tracks_what_a_kill_left_out(
+    world, evaluating, evaluated, recorded, tmp_path, monkeypatch, caplog, tracked
+):
+    monkeypatch.setattr("softpref.lm.loading.load_model", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr("softpref.tracking.is_finished", lambda folder: tracked)
+    shutil.copytree(evaluated, tmp_path / "out")
+    found = evaluating(world, tmp_path / "out")
+    assert found == json.loads((evaluated / "evaluation.json").read_text())
+    assert "holds this very evaluation, finished" in caplog.text
+    figures = {name: value for call in recorded if call[0] == "metrics" for name, value in call[1].items()}
+    assert figures.get("eval/win_rate") == (None if tracked else found["metrics"]["win_rate"]["value"])
+
+
+@pytest.mark.usefixtures("recorded")
+def test_an_evaluation_of_a_model_that_has_changed_is_not_taken_for_this_ones(
+    world, evaluating, evaluated, tmp_path
+):
+    shutil.copytree(evaluated, tmp_path / "out")
+    policy = copy_policy(world, tmp_path / "policy")
+    evaluating(world, tmp_path / "out", policy=policy)  # wherever it lies
+    file = policy / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ConfigError, match=r"of something else \(policy: '\w+' there, '\w+' here\)"):
+        evaluating(world, tmp_path / "out", policy=policy)
 
 
 def test_a_judge_that_cannot_be_had_is_refused_before_anything_is_imported(world, tmp_path):

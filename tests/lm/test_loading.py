@@ -132,6 +132,37 @@ def test_a_foreign_folder_is_not_written_into_but_an_unfinished_run_is_continued
     require_new_folder(saved[2])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_said_to_be_the_models(saved, tmp_path, dtype, number):
+    model, tokenizer, _ = saved
+    model.to(getattr(torch, dtype))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5:8] = number
+        model.model.norm.weight[0] = number
+    save_model_folder(model, tokenizer, tmp_path / "broken", {})
+    said = (
+        rf"model {tmp_path}/broken holds weights that are not finite \(NaN or infinite\): "
+        r"model\.layers\.0\.mlp\.up_proj\.weight \(3 of 512\), model\.norm\.weight \(1 of 16\); "
+        "the checkpoint itself is damaged"
+    )
+    with pytest.raises(ConfigError, match=said):
+        load_model(tmp_path / "broken", dtype="auto")
+    from softpref.spo.config import SPOConfig
+    from softpref.spo.given import loaded
+
+    with pytest.raises(ConfigError, match=r"model holds weights that are not finite .* \(3 of 512\)"):
+        loaded(model, SPOConfig(output_dir=str(tmp_path / "run"), use_cpu=True))
+
+
+def test_the_largest_weights_that_are_numbers_are_taken(saved, tmp_path):
+    model, tokenizer, _ = saved
+    with torch.no_grad():
+        model.model.norm.weight[:] = torch.finfo(torch.float32).max
+    save_model_folder(model, tokenizer, tmp_path / "large", {})
+    load_model(tmp_path / "large")
+
+
 def write_gguf(model, path):
     """The Llama as an unquantized GGUF file, without a tokenizer."""
     gguf = pytest.importorskip("gguf", reason="the extra softpref[gguf] is not installed")

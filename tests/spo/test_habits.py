@@ -424,7 +424,7 @@ def test_training_resumes_from_the_newest_whole_checkpoint_or_the_one_that_is_na
         trainer.train(resume_from_checkpoint=checkpoint)
         assert begun.step == step
         torch.testing.assert_close(weights(trainer.model), weights(whole.model), rtol=0, atol=0)
-    with pytest.raises(ConfigError, match="checkpoint-9 is no checkpoint that was written to its end"):
+    with pytest.raises(ConfigError, match="checkpoint-9 is no checkpoint to resume from: it has no manifest"):
         make_trainer(PAIRS, **options).train(resume_from_checkpoint=str(folder / "checkpoint-9"))
     with pytest.raises(ConfigError, match="empty holds no whole checkpoint to resume from"):
         make_trainer(PAIRS, output="empty").train(resume_from_checkpoint=True)

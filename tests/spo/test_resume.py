@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from softpref.lm.checkpoints import last_checkpoint
 
 SCRIPT = '''
 """Trains the toy model as told: folder of the start, rows, runs (folder, step to be killed at, options)."""
@@ -148,8 +149,9 @@ SHARED = {
     "sampling_interval": 3,
     "per_device_eval_batch_size": 2,  # of five rows, so that the last is filled up where processes are two
 }
+SAVING = {"save_strategy": "steps", "save_steps": 4}
 RUNS = {
-    "spo": {"num_train_epochs": 2, "kl_gradient": "full", "weight_exponent": 0.5},
+    "spo": {"num_train_epochs": 2, "kl_gradient": "full", "weight_exponent": 0.5, **SAVING},
     "rounds": {
         "num_train_epochs": 1,
         "rounds": 2,
@@ -184,6 +186,10 @@ def test_two_processes_train_as_one(tmp_path, launch, make_rows, start):
         script["train"](str(tmp_path / "one" / name), str(start), None, rows, options)
     finish(two)
     assert len(list((tmp_path / "kept").iterdir())) == 1
+    assert last_checkpoint(tmp_path / "two/spo") == str(tmp_path / "two/spo/checkpoint-8")
+    sealed = json.loads((tmp_path / "two/spo/checkpoint-8/manifest.json").read_text())["files"]
+    for rank in range(2):
+        assert {f"rng_state_{rank}.pth", f"sample_buffer_{rank}_of_2.json"} <= sealed.keys()
     for name in runs:
         ours, theirs = (tmp_path / count / name / "final" for count in ("one", "two"))
         expected, found = (load_file(folder / "model.safetensors") for folder in (ours, theirs))

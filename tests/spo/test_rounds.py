@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from softpref.errors import ConfigError, DataError
+from softpref.lm.checkpoints import seal_checkpoint
 from softpref.lm.packing import PackedBatch
 from softpref.lm.scoring import score_sequences
 from softpref.lm.tokenization import decode, tokenize_prompt, tokenize_sequence
@@ -349,6 +350,7 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(rounds, make_rows, tmp_p
     with pytest.raises(ConfigError, match="holds a round of 6 rows, the training data have 5"):
         rounds(rows=make_rows(5), trains=False, **options)[0].train(resume_from_checkpoint=folder)
     (tmp_path / "run" / "checkpoint-4" / "round_rows.json").unlink()
+    seal_checkpoint(folder)  # as one that never had it
     with pytest.raises(ConfigError, match="holds no rows of a round"):
         rounds(trains=False, **options)[0].train(resume_from_checkpoint=folder)
 

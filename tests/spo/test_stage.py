@@ -6,6 +6,7 @@ import re
 
 import pytest
 from safetensors import safe_open
+from softpref.lm.checkpoints import seal_checkpoint
 from softpref.records import load_metadata
 from softpref.spo.stage import headline
 
@@ -114,7 +115,8 @@ def test_a_run_in_rounds_is_not_continued_with_other_rounds(tmp_path, write_data
     options = {**QUICK, "train_on": "samples", "rounds": 2, "save_strategy": "steps", "save_steps": 1}
     started = tmp_path / "started" / "checkpoints"  # as a killed run leaves it
     (started / "checkpoint-1").mkdir(parents=True)
-    (started / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1}')
+    (started / "checkpoint-1" / "training_loss.json").write_text('{"summed_loss": 1}')
+    seal_checkpoint(started / "checkpoint-1")
     (started / "run.json").write_text(json.dumps({"rounds": 3, "judge": "expert"}))
     assert command("started", dataset, **options) == 2
     error = capsys.readouterr().err

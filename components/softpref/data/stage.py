@@ -29,7 +29,7 @@ from softpref.data.page import render_page
 from softpref.data.sources import SourceRow, fetch, open_source
 from softpref.data.splits import WITH_JUDGE, assign_splits
 from softpref.data.writing import EXAMPLES, hash_order, write_preferences
-from softpref.disk import says_disk_trouble
+from softpref.disk import flush_below, says_disk_trouble
 from softpref.errors import ConfigError, DataError
 from softpref.progress import settle_output
 from softpref.records import (
@@ -98,6 +98,7 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> Da
     try:
         stats = _build(config, partial, listing)
         timer.write(partial)
+        flush_below(partial)
         _replace(output, partial)
     except DataError:
         if (partial / REJECTED_FILE).is_file():

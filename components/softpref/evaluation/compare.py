@@ -78,6 +78,7 @@ def run(
         raise ConfigError(no_scores(members[0].judge.name))
     choice = choose(members, rule, max_kl, limits)
     output.mkdir(parents=True, exist_ok=True)
+    (output / COMPARISON_FILE).unlink(missing_ok=True)  # of an earlier call: the last file says what is whole
     comparison = Comparison(
         rule=rule_in_words(rule, max_kl, limits),
         chosen=choice.name,
@@ -90,6 +91,7 @@ def run(
     folder_of = {one.evaluation.name: one.folder for one in found}
     samples = {name: read_samples(folder, MOST_PROMPTS) for name, folder in folder_of.items()}
     _write_report(output, comparison, samples)
+    shutil.rmtree(output / CHOSEN_FOLDER, ignore_errors=True)
     if choice.name is not None:
         (output / CHOSEN_FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(folder_of[choice.name] / EVALUATION_FILE, output / CHOSEN_FOLDER / EVALUATION_FILE)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from softpref.artifacts import readable, strengths
-from softpref.config import write_parameters
-from softpref.disk import says_disk_trouble
+from softpref.config import without_secrets, write_parameters
+from softpref.disk import content_hash, says_disk_trouble
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.doubts import doubts, outside_the_set, shared_pairs
@@ -35,6 +35,7 @@ from softpref.records import (
     REPORT_FILE,
     SAMPLES_FILE,
     SAMPLES_TABLE_FILE,
+    STATS_FILE,
     DrawnText,
     EvaluatedOn,
     Evaluation,
@@ -43,8 +44,11 @@ from softpref.records import (
     PreferenceRow,
     PromptRecord,
     Text,
+    as_recorded,
+    finished_result,
     load_metadata,
     read_stats,
+    write_result,
     write_samples,
     write_samples_table,
 )
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
     from softpref.judges.outcomes import Outcomes
     from softpref.judges.protocol import Judge
     from softpref.lm.tokenization import TokenizedPrompt
+    from softpref.tracking import Tracker
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -67,6 +72,8 @@ logger = logging.getLogger(__name__)
 _HEADLINE = ("win_rate", "expected_reward", "kl_sequence", "entropy_sequence", "preference_accuracy")
 _EXACT_HEADLINE = ("exact/kl_optimum_to_policy", "exact/mass_on_set")
 _SAMPLED_HEADLINE = ("self_bleu", "truncated_fraction")
+# where and how figures are computed, which changes none of them
+_NOT_OF_FIGURES = ("batch_size", "plain_forward", "device", "experiment", "tracking_uri", "parent_run_id")
 _SHOWN_SETTINGS = ("confidence", "bootstrap_samples", "theory_samples")
 
 
@@ -89,6 +96,7 @@ def run(
     Models that were
     extrapolated from the policy (`extrapolated-W` in its folder) are evaluated before it, on the same prompts
     with the same seeds, into `output_dir/extrapolated-W`; the same run has their figures, `eval/expo-W/NAME`.
+    Called again with the same models, data and settings, it returns what is there, and completes the run.
 
     Args:
         policy_dir, reference_dir: model folders, their URLs, or models of the MLflow registry.
@@ -96,14 +104,12 @@ def run(
 
     Raises:
         ConfigError: a model or the dataset is absent, the models do not match, there is no such judge,
-            completions could exceed the model's positions, or `output_dir` already holds an evaluation.
+            completions could exceed the model's positions, or `output_dir` holds another evaluation.
         DataError: the split is absent or empty, or `outcomes.jsonl` is damaged.
     """
     timer = PhaseTimer("loading")
     settle_output()
     output = Path(output_dir)
-    if (output / EVALUATION_FILE).exists():
-        raise ConfigError(f"{output} already holds an evaluation; give another folder, or remove it first")
     sources = {"tracking_uri": config.tracking_uri}
     policy_uri = policy_uri or source_name(policy_dir, **sources)
     reference_uri = reference_uri or source_name(reference_dir, **sources)
@@ -111,6 +117,16 @@ def run(
     metadata = load_metadata(policy_dir)
     policy = _Member(policy_dir, policy_uri, metadata)
     members = [*_extrapolated(policy), policy]
+    places = {
+        "dataset": dataset_dir,
+        "policy": policy_dir,
+        "reference": reference_dir,
+        "reference_uri": reference_uri,
+    }
+    if (output / EVALUATION_FILE).exists():
+        finished_result(output, _made_from(config, places), "an evaluation")
+        logger.warning("%s holds this very evaluation, finished: nothing is evaluated", output)
+        return _completed(config, output, members, dataset_dir)
     for source in (*(member.folder for member in members), reference_dir):
         check_model_source(source)
         check_remote_code(source, config.trust_remote_code)
@@ -126,56 +142,100 @@ def run(
     tasks = find_tasks(config.lm_eval_tasks)
     output.mkdir(parents=True, exist_ok=True)
 
-    from softpref.tracking import Tracker, run_tracked_in
-
-    own_run = metadata.get("run_id") or run_tracked_in(policy_dir)
-    with Tracker(
-        output,
-        experiment=config.experiment,
-        run_name=f"evaluate {policy.name}",
-        parent_run_id=config.parent_run_id or None,
-        run_id=own_run,
-        tracking_uri=config.tracking_uri or None,
-    ) as tracker:
-        places = {
-            "dataset": dataset_dir,
-            "policy": policy_dir,
-            "reference": reference_dir,
-            "reference_uri": reference_uri,
-        }
-        run_id = own_run or tracker.run_id
+    write_result(output, _made_from(config, places), None)
+    write_parameters(config, output)
+    with _tracker(config, output, policy) as tracker:
+        run_id = _run_of(policy) or tracker.run_id
         task = _prepare(config, dataset, places, metadata, tasks, timer)
-        tables = []
         for member in members:
             folder = output / member.subfolder
             folder.mkdir(exist_ok=True)
             evaluation = _evaluate(config, task, places, member, run_id, folder, timer)
             evaluation.write(folder)
-            weight = member.metadata.get("extrapolation")
-            prefix = f"eval/expo-{weight:g}/" if weight else "eval/"
-            took = {f"{prefix}judge/{name}": float(n) for name, n in (evaluation.judge.usage or {}).items()}
-            tracker.metrics(
-                {
-                    **evaluation.values(prefix),
-                    **evaluation.values(f"{prefix}low/", "low"),
-                    **evaluation.values(f"{prefix}high/", "high"),
-                    **took,
-                },
-                step=0,
-            )
-            place = f"evaluation/{member.subfolder}".rstrip("/")
-            for file in (EVALUATION_FILE, SAMPLES_FILE, SAMPLES_TABLE_FILE, REPORT_FILE):
-                tracker.artifact(folder / file, folder=place)
-            tables.append({"path": f"{place}/{SAMPLES_TABLE_FILE}", "type": "table"})
-        tracker.dataset(read_stats(dataset_dir), "evaluation")
-        tracker.tags(
-            {"evaluation_id": evaluation.evaluation_id, "mlflow.loggedArtifacts": json.dumps(tables)}
-        )
+        _track(tracker, output, members, dataset_dir)
         timer.enter("tracking")
-        tracker.metrics({f"{prefix}{name}": value for name, value in timer.metrics().items()}, step=0)
-    write_parameters(config, output)
+        tracker.metrics({f"{policy.prefix}{name}": value for name, value in timer.metrics().items()}, step=0)
     timer.write(output)
     return evaluation
+
+
+def _made_from(config: EvaluationConfig, places: Mapping[str, str]) -> dict[str, object]:
+    """What decides the figures: settings and inputs, these by their content where they are here."""
+
+    def content(folder: str) -> str:
+        files = sorted([*Path(folder).rglob("*.safetensors"), *Path(folder).glob(METADATA_FILE)])
+        return content_hash(*files) if files else folder
+
+    stats = Path(places["dataset"]) / STATS_FILE
+    settings = {name: value for name, value in vars(config).items() if name not in _NOT_OF_FIGURES}
+    return as_recorded(
+        {
+            **without_secrets(settings),
+            "dataset": content_hash(stats) if stats.is_file() else places["dataset"],
+            "policy": content(places["policy"]),
+            "reference": content(places["reference"]),
+            "judge_model": config.judge_model and content(config.judge_model),
+        }
+    )
+
+
+def _run_of(policy: _Member) -> str | None:
+    """The run that trained the policy, where that is known."""
+    from softpref.tracking import run_tracked_in
+
+    return policy.metadata.get("run_id") or run_tracked_in(policy.folder)
+
+
+def _tracker(config: EvaluationConfig, output: Path, policy: _Member) -> Tracker:
+    """Of the policy's own run, or of a new one."""
+    from softpref.tracking import Tracker
+
+    return Tracker(
+        output,
+        experiment=config.experiment,
+        run_name=f"evaluate {policy.name}",
+        parent_run_id=config.parent_run_id or None,
+        run_id=_run_of(policy),
+        tracking_uri=config.tracking_uri or None,
+    )
+
+
+def _track(tracker: Tracker, output: Path, members: Sequence[_Member], dataset_dir: str) -> None:
+    """Track what was measured of all members, the policy last; nothing a second time."""
+    tables = []
+    for member in members:
+        folder = output / member.subfolder
+        evaluation = Evaluation.read(folder)
+        prefix = member.prefix
+        took = {f"{prefix}judge/{name}": float(n) for name, n in (evaluation.judge.usage or {}).items()}
+        tracker.metrics(
+            {
+                **evaluation.values(prefix),
+                **evaluation.values(f"{prefix}low/", "low"),
+                **evaluation.values(f"{prefix}high/", "high"),
+                **took,
+            },
+            step=0,
+        )
+        place = f"evaluation/{member.subfolder}".rstrip("/")
+        for file in (EVALUATION_FILE, SAMPLES_FILE, SAMPLES_TABLE_FILE, REPORT_FILE):
+            tracker.artifact(folder / file, folder=place)
+        tables.append({"path": f"{place}/{SAMPLES_TABLE_FILE}", "type": "table"})
+    tracker.dataset(read_stats(dataset_dir), "evaluation")
+    tracker.tags({"evaluation_id": evaluation.evaluation_id, "mlflow.loggedArtifacts": json.dumps(tables)})
+
+
+def _completed(
+    config: EvaluationConfig, output: Path, members: Sequence[_Member], dataset_dir: str
+) -> Evaluation:
+    """A finished evaluation, and what a kill after it has kept from the tracking run."""
+    from softpref.tracking import finish, is_finished
+
+    if not is_finished(output):
+        with _tracker(config, output, members[-1]) as tracker:
+            _track(tracker, output, members, dataset_dir)
+    finish(output)
+    return Evaluation.read(output)
 
 
 def by_prompt(records: Sequence[PromptRecord]) -> dict[str, Sequence[float | None]]:
@@ -223,6 +283,12 @@ class _Member(NamedTuple):
     @property
     def name(self) -> str:
         return self.metadata.get("name") or Path(self.folder).name
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its metrics begin with."""
+        weight = self.metadata.get("extrapolation")
+        return f"eval/expo-{weight:g}/" if weight else "eval/"
 
 
 class _Task(NamedTuple):

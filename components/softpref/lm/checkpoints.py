@@ -19,7 +19,7 @@ from typing import NamedTuple
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
-from softpref.disk import flush_below, write_whole
+from softpref.disk import content_hash, flush_below, write_whole
 from softpref.errors import ConfigError
 from softpref.records import as_recorded, differences
 
@@ -28,8 +28,7 @@ logger = logging.getLogger(__name__)
 MANIFEST_FILE = "manifest.json"
 LOSS_FILE = "training_loss.json"  # the sum of the losses of all steps until then
 _IDENTITY = "run.json"  # in a folder of checkpoints: whose they are
-_HASH = "xxh3_128"  # against accidents; a cryptographic one would take minutes for a large model
-_BLOCK = 1 << 22
+_HASH = "xxh3_128"  # of `content_hash`
 
 
 class Claim(NamedTuple):
@@ -134,9 +133,10 @@ def step_of(checkpoint: str | Path) -> int:
 def seal_checkpoint(folder: str | Path) -> None:
     """Have a checkpoint on the disk, and write its manifest, the last file."""
     folder = Path(folder)
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
     flush_below(folder)
     files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, _HASH: _hash_of(path)}
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, _HASH: content_hash(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -168,7 +168,7 @@ def fault_of(folder: str | Path) -> str:
         try:
             if path.stat().st_size != size:
                 return f"its {name} has {path.stat().st_size:,} bytes, and had {size:,}"
-            if _hash_of(path) != digest:
+            if content_hash(path) != digest:
                 return f"its {name} is not what was written"
         except FileNotFoundError:
             return f"its {name} is absent"
@@ -195,13 +195,3 @@ def thin_checkpoints(folder: str | Path, newest: int, limit: int | None, best: s
     for path in earlier:
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _hash_of(path: Path) -> str:
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

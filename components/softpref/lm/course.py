@@ -203,7 +203,8 @@ class Course:
                 yield Trained(metrics, model, tracker.run_id)
                 self.timer.enter("saving")
                 if self._description is not None:
-                    write_result(self._output_dir, self._made_from, metrics)
+                    result = {name: float(value) for name, value in metrics.items()}
+                    write_result(self._output_dir, self._made_from, result)
                     save_metadata(self._output_dir, self._description)
                 remove_checkpoints(self._checkpoints)
                 self.timer.enter("tracking")

@@ -80,6 +80,7 @@ def load_model(
             _check_weights(source, found)
     except (OSError, ValueError, ImportError, TypeError) as error:
         raise ConfigError(f"model {source} cannot be loaded: {error}") from error
+    check_finite(model, f"model {source}")
     settle_generation_config(model)
     return model.to(device) if device else model
 
@@ -126,6 +127,7 @@ def load_reward_model(
             "judge from it with `softpref judge`"
         )
     _check_weights(source, found)
+    check_finite(model, f"reward model {source}")
     return model.to(device) if device else model
 
 
@@ -308,25 +310,48 @@ def _check_weights(source: str, found: Mapping[str, Any]) -> None:
     Args:
         found: the loading info of transformers; tied weights that are saved once are not missing there.
     """
-
-    def some(names: list[str]) -> str:
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     other_shapes = sorted(
         f"{name} ({list(saved)} in the file, {list(wanted)} in the model)"
         for name, saved, wanted in found["mismatched_keys"]
     )
-    faults = [f"it lacks {some(missing)}"] if missing else []
-    faults += [f"shapes differ: {some(other_shapes)}"] if other_shapes else []
+    faults = [f"it lacks {_some(missing)}"] if missing else []
+    faults += [f"shapes differ: {_some(other_shapes)}"] if other_shapes else []
     if faults:
-        faults += [f"it holds {some(unexpected)}, which the model does not have"] if unexpected else []
+        faults += [f"it holds {_some(unexpected)}, which the model does not have"] if unexpected else []
         raise ConfigError(
             f"model {source}: its weights are not those of its config.json: {'; '.join(faults)}; what "
             "is missing would be random numbers: correct config.json, or complete the weights"
         )
     if unexpected:
-        logger.warning("base model %s holds weights that are not used: %s", source, some(unexpected))
+        logger.warning("base model %s holds weights that are not used: %s", source, _some(unexpected))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+
+
+def check_finite(model: Any, name: str) -> None:
+    """Refuse weights that are no numbers: a training would fail at its first step, and blame its settings.
+
+    Args:
+        name: of the model, for the message.
+    """
+    import torch
+
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of others there is no `aminmax`
+    faults = []
+    for key, parameter in model.named_parameters():
+        weights = parameter.detach()
+        if weights.dtype not in kinds or weights.is_meta or not weights.numel():
+            continue
+        if not all(bool(end.isfinite()) for end in torch.aminmax(weights)):
+            faults.append(f"{key} ({int((~weights.isfinite()).sum()):,} of {weights.numel():,})")
+    if faults:
+        raise ConfigError(
+            f"{name} holds weights that are not finite (NaN or infinite): {_some(faults)}; the checkpoint "
+            "itself is damaged, or came out of a training that diverged: take another one"
+        )
 
 
 def settle_generation_config(model: Any) -> None:

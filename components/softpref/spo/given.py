@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softpref.config import closest
 from softpref.errors import ConfigError
-from softpref.lm.loading import load_model, load_tokenizer
+from softpref.lm.loading import check_finite, load_model, load_tokenizer
 from softpref.spo.config import SPOConfig
 
 _INSTEAD = {  # arguments of other trainers
@@ -99,6 +99,7 @@ def loaded(model: Any, args: SPOConfig) -> Any:
             "SPOTrainer needs a model: one of transformers, its Hub id or folder, or a model_init that makes "
             f"one; got {model!r:.60}"
         )
+    check_finite(model, f"model {model_name(model)}".rstrip())
     return model
 
 

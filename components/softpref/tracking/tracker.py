@@ -379,6 +379,16 @@ def sync(output_dir: str | Path, tracking_uri: str | None = None) -> SyncResult:
     return SyncResult(delivered, run_id)
 
 
+def is_finished(output_dir: str | Path) -> bool:
+    """Whether a folder's run was opened for it, and has ended as FINISHED."""
+    path = Path(output_dir) / "tracking.jsonl"
+    with suppress(OSError, Unreadable):
+        if path.is_file() and (mirror := Mirror.existing(path)):
+            mirror.close()
+            return mirror.owned and mirror.status == "FINISHED"
+    return False
+
+
 def finish(output_dir: str | Path) -> None:
     """End the run of a stage that has finished, as FINISHED, where a kill left it open; deliver what is left.
 
