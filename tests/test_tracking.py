@@ -37,16 +37,6 @@ def own_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """A SQLite store with its tables made, to be copied: making them takes seconds."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_registered_models()
-    return path
-
-
 @pytest.fixture
 def store(tmp_path, empty_store):
     shutil.copy(empty_store, tmp_path / "mlflow.db")
@@ -183,29 +173,6 @@ def test_end_of_a_pipeline_delivers_what_its_stages_could_not(dead_uri, store, c
         "train": {"loss": 1},
         "evaluate": {"loss": 1},
     }
-
-
-@pytest.mark.parametrize(
-    ("hours", "status", "answered", "longest"),
-    [
-        (0, "FINISHED", False, 30),
-        (0, "FINISHED", True, 180),
-        (1, "FINISHED", True, 360),
-        (15, "FAILED", False, 900),
-        (15, "KILLED", True, 30),
-    ],
-)
-def test_the_end_of_a_run_waits_for_a_server_as_long_as_it_is_worth(
-    hours, status, answered, longest, dead_uri, store, tmp_path, monkeypatch
-):
-    tracked = tracker(tmp_path / "out", store if answered else dead_uri)
-    tracked.metrics({"loss": 1}, 0)
-    assert tracked.flush(30 if answered else 0.1) == answered
-    waits = []
-    monkeypatch.setattr(tracked._sender, "join", waits.append)
-    tracked._opened -= hours * 3600
-    tracked.close(status)
-    assert waits[0] == pytest.approx(longest, abs=3)
 
 
 def in_processes_at_once(code, count):

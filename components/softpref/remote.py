@@ -17,8 +17,9 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path, PurePosixPath
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -274,7 +275,7 @@ def _list(url: str, what: str, seconds: float) -> _Listing:
     """
     check_url(url, what)
     try:
-        return _within(seconds, lambda: _listing(url))
+        return within(seconds, lambda: _listing(url))
     except Exception as error:  # every store has errors of its own
         raise _refusal(error, url, what) from None  # its text may hold the URL with its secrets
 
@@ -365,8 +366,18 @@ def _download(
             done += size
 
 
-def _within(seconds: float, look: Callable[[], Result]) -> Result:
-    """Stop waiting after `seconds`: some clients without credentials search for them for minutes."""
+def within(seconds: float, look: Callable[[], Result], heard: Callable[[], float] = lambda: 0.0) -> Result:
+    """What `look` returns, for which nobody waits longer than `seconds`; it goes on in a thread of its own.
+
+    Some clients without credentials search for them for minutes, and no limit of a request covers DNS.
+
+    Args:
+        heard: the moment (`time.monotonic`) of the last sign of life, from which the seconds count.
+
+    Raises:
+        TimeoutError: it is too late.
+    """
+    begun = monotonic()
     answer: Future[Result] = Future()
 
     def ask() -> None:
@@ -376,12 +387,11 @@ def _within(seconds: float, look: Callable[[], Result]) -> Result:
             answer.set_exception(error)
 
     threading.Thread(target=ask, daemon=True).start()  # an executor would wait for it at exit
-    try:
-        return answer.result(seconds)
-    except TimeoutError:
-        if answer.done():  # the client's own
-            raise
-        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
+    while (left := max(begun, heard()) + seconds - monotonic()) > 0 and not answer.done():
+        wait([answer], left)
+    if not answer.done():
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    return answer.result()
 
 
 # ---------------------------------------------------------------------- errors

@@ -20,6 +20,7 @@ from softpref.lm.training import GuardedTrainer
 from softpref.lm.watching import add_stage_callbacks, stage_tracker
 from softpref.progress import settle_output
 from softpref.timings import PhaseTimer
+from softpref.tracking.waiting import END, patience
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,6 +99,7 @@ class Course:
         settle_output()
         require_devices(config.gpus)
         require_new_folder(output_dir)
+        patience(END)  # refuses a wrong SOFTPREF_TRACKING_WAIT before anything is loaded
         self._stage, self._config, self._output_dir, self._name = stage, config, output_dir, name
         self._tracking = {
             "experiment": experiment,
@@ -160,8 +162,7 @@ class Course:
                 yield Trained(metrics, None, None)
             else:
                 self.timer.enter("tracking")
-                # the run's id is part of what is saved; a file store answers in the end, however busy
-                tracker.flush(timeout=60 if tracker.tracking_uri.startswith("sqlite:") else 10)
+                tracker.flush(timeout=60)  # the run's id is part of what is saved
                 self.timer.enter("saving")
                 yield Trained(metrics, model, tracker.run_id)
                 remove_checkpoints(self._checkpoints)

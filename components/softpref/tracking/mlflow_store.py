@@ -14,11 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from softpref.remote import public_url
+from softpref.remote import public_url, within
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_LINK = 2.0  # seconds until an address is shown without the link to the run
 _short_lock = threading.Lock()
 _short_users = 0
 _short_set: list[str] = []
@@ -93,8 +94,13 @@ def where_to_look(uri: str, run_id: str | None) -> str:
     """The address of a run's experiment in MLflow's UI, or the command that starts the UI."""
     page, file = "", sqlite_file(uri)
     if run_id and (file is None or file.exists()):
-        with suppress(Exception), short_requests():  # on failure only the link is missing
-            experiment = open_client(uri).get_run(run_id).info.experiment_id
+
+        def look_up() -> str:
+            with short_requests():
+                return str(open_client(uri).get_run(run_id).info.experiment_id)
+
+        with suppress(Exception):  # on failure only the link is missing
+            experiment = look_up() if file else within(_LINK, look_up)
             # without the query MLflow shows the experiment's traces, of which there are none
             page = f"/#/experiments/{experiment}?workflowType=machine_learning"
     if uri.startswith(("http://", "https://")):
@@ -180,6 +186,8 @@ def lasting_refusal(error: BaseException, uri: str) -> str | None:
     """Why the store at `uri` will not serve however long one waits, and what to do; None if it may yet."""
     if refusal := refusal_of(error):
         return refusal
+    if isinstance(error, TimeoutError):
+        return None
     if isinstance(error, RunGone):
         return f"does not serve: {in_short(error)}"
     # a server, also one of databases, may come back, and a file may be locked
