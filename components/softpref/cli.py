@@ -131,8 +131,8 @@ def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, Commands]:
     sync = commands.add_parser(
         "track-sync",
         help="Send what a tracking server missed.",
-        description="Send what a tracking server missed, nothing twice. A stage waits only seconds for a server "
-        "that does not answer, 5 at its start and 8 at its end; SOFTPREF_TRACKING_WAIT sets both.",
+        description="Send what a tracking server missed, nothing twice. A stage waits only seconds for a "
+        "server that does not answer, 5 at its start and 8 at its end; SOFTPREF_TRACKING_WAIT sets both.",
         allow_abbrev=False,
     )
     sync.add_argument("folder", help="output folder of a stage, with its tracking.jsonl")
