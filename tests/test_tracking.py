@@ -23,7 +23,9 @@ from softpref.tracking import (
     deliver_missed,
     finish_pipeline_run,
     open_client,
+    resolve_tracking_uri,
     run_tracked_in,
+    short_requests,
     sync,
     sync_below,
 )
@@ -672,3 +674,32 @@ def test_request_limits_are_given_back(tmp_path, store):
     assert {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_HTTP")} == {
         key: value for key, value in before.items() if key.startswith("MLFLOW_HTTP")
     }
+
+
+def test_of_overlapping_limits_of_requests_the_largest_holds():
+    with short_requests(timeout=5):
+        with short_requests(retries=3, timeout=120):
+            assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "120"
+            assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "5"
+    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
+
+
+def test_the_login_in_a_servers_address_moves_to_the_environment(monkeypatch):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "another")
+    assert resolve_tracking_uri("https://me%40here:p%2Fw@host:5000/a") == "https://host:5000/a"
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == "me@here"
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "p/w"
+
+
+def test_the_address_of_a_database_is_for_its_owner_alone(tmp_path, caplog):
+    uri = "postgresql+nodriver://me:s5ecret@127.0.0.1:1/store"  # sync needs it whole
+    with tracker(tmp_path / "out", uri, exit_wait=0.1) as tracked:
+        tracked.metrics({"loss": 1}, 3)
+        tracked.rewind(2)  # writes the file anew
+    mirror = tmp_path / "out" / "tracking.jsonl"
+    assert "s5ecret" in mirror.read_text()
+    assert mirror.stat().st_mode & 0o777 == 0o600
+    assert "cannot be reached" in caplog.text
+    assert "s5ecret" not in caplog.text

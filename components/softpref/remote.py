@@ -69,6 +69,9 @@ _STORES = {
     "hf": _HUB,
 }
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/\s'\"\\]*)@")  # of a URL within a text, and its query
+_QUERY = re.compile(r"(://[^\s?#'\"\\<>]*)\?[^\s#'\"\\<>]*")
+_PLACES = ("abfs", "abfss", "hf")  # abfs://CONTAINER@ACCOUNT and hf://MODEL@REVISION name places
 # keys under which stores identify a file's content, the best first; a time as the last resort
 _MARKS = (
     *("ETag", "etag", "e_tag", "md5Hash", "Content-MD5", "Digest", "xet_hash", "blob_id"),
@@ -123,9 +126,20 @@ def public_url(source: str) -> str:
     if not parts.netloc:  # a path, which would lose a slash: sqlite:////FOLDER/FILE
         return source
     user, at, host = parts.netloc.rpartition("@")
-    # abfs://CONTAINER@ACCOUNT and hf://MODEL@REVISION name places
-    secret = at and (":" in user or parts.scheme.lower() not in ("abfs", "abfss", "hf"))
+    secret = at and (":" in user or parts.scheme.lower() not in _PLACES)
     return urlunsplit((parts.scheme, host if secret else parts.netloc, parts.path, "", ""))
+
+
+def masked(text: str) -> str:
+    """A text, in which URLs are without what may be secret, their users and their queries."""
+    return _QUERY.sub(r"\1", _USER.sub(_without_user, text))
+
+
+def _without_user(match: re.Match[str]) -> str:
+    """As in `public_url`."""
+    scheme, user = match.groups()
+    secret = ":" in user or scheme.lower() not in _PLACES
+    return f"{scheme}://" if secret else match[0]
 
 
 def check_url(url: str, what: str) -> None:
@@ -452,9 +466,7 @@ def _reason(error: BaseException) -> str:
     text = str(error)
     if cause is not None and (not text or is_url(text)):  # fsspec's errors are often just the URL
         text = str(cause)
-    text = re.sub(r"(://)[^/\s'\"]*@", r"\1", text)
-    text = re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)
-    line = next(iter(text.strip().splitlines()), "") or type(error).__name__
+    line = next(iter(masked(text).strip().splitlines()), "") or type(error).__name__
     return line if len(line) <= 200 else f"{line[:200]} …"
 
 

@@ -23,6 +23,7 @@ from softpref.pipelines.containers import Containers
 from softpref.pipelines.screen import log_and_screen
 from softpref.pipelines.tasks import TaskServer
 from softpref.records import TIMINGS_FILE
+from softpref.remote import public_url
 from softpref.tracking import (
     RUN_ID,
     RUN_NAME,
@@ -88,7 +89,7 @@ def run_here(
         os.environ["MLFLOW_TRACKING_URI"] = parameters["tracking_uri"] = uri
         os.environ[RUN_ID], os.environ[RUN_NAME] = f"local-{uuid.uuid4().hex}", name
         root = check_server(parameters["experiment"], uri)
-        print(f"output {output}, tracking {uri}")
+        print(f"output {output}, tracking {public_url(uri)}")
         status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED"
         try:
             with log_and_screen(output / "pipeline.log") as screen:

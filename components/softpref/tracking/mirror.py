@@ -63,7 +63,7 @@ class Mirror:
         self.run_id: str | None = None
         self._replaced: dict[tuple[str, int], tuple[float, int]] = {}
         if header is not None:
-            path.write_bytes(_line({"n": 0, "time": milliseconds(), **header}))
+            _write_private(path, _line({"n": 0, "time": milliseconds(), **header}))
         _cut_torn_line(path)
         _cut_torn_line(path.with_suffix(".sent"))
         for line in path.with_suffix(".sent").read_bytes().splitlines():
@@ -182,7 +182,7 @@ class Mirror:
         note: Record = {"n": self._last, "kind": "rewind", "time": milliseconds(), "step": step}
         note["replaced"] = [(key, at, _plain(value), time) for (key, at), (value, time) in replaced.items()]
         new = self.path.with_suffix(".new")
-        new.write_bytes(b"".join([*kept, _line(note)]))
+        _write_private(new, b"".join([*kept, _line(note)]))
         os.replace(new, self.path)
         self._file.close()
         self._file = self.path.open("ab")
@@ -250,6 +250,13 @@ def _records(path: Path) -> Iterator[tuple[Record, bytes]]:
     with path.open("rb") as file:
         for line in file:
             yield json.loads(line), line
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    """Only its owner may read it: the address of a database may hold a password, and `sync` needs it."""
+    path.unlink(missing_ok=True)
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(content)
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -62,9 +62,15 @@ def experiment_of(client: MlflowClient, name: str, uri: str) -> str:
     """Id of the experiment: KFP's MLflow plugin's where it opened the pipeline's run, else by name."""
     given = os.environ.get("MLFLOW_EXPERIMENT_ID")
     by_plugin = current_pipeline_run() and os.environ.get("MLFLOW_RUN_ID")
-    if given and by_plugin and os.environ.get("MLFLOW_TRACKING_URI", uri).rstrip("/") == uri.rstrip("/"):
+    if given and by_plugin and _same_server(uri):
         return given
     return find_experiment(client, name, uri)
+
+
+def _same_server(uri: str) -> bool:
+    """Whether the store at `uri` is that of the environment, if it names one."""
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    return not named or resolve_tracking_uri(named).rstrip("/") == uri.rstrip("/")
 
 
 def find_or_open(
