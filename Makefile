@@ -8,7 +8,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # mkdocs-material's announcement of its successor is no warning about the pages
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: setup setup-core sweep test test-fast test-slow test-vllm lint docs bench packages check-infra test-tracking images test-containers test-cluster
+.PHONY: setup setup-core sweep test test-fast test-slow test-faults test-vllm lint docs bench packages check-infra test-tracking images test-containers test-cluster
 
 setup: $(VENV)/.ready
 
@@ -48,6 +48,9 @@ check-infra: setup  ## manifests, YAML and Dockerfiles; offline, in seconds
 	$(BIN)/yamllint --strict .
 	$(BIN)/hadolint images/Dockerfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/infra
+
+test-faults: setup  ## kills stages and sweeps at 120 places and asks that nothing is lost; half an hour
+	OMP_NUM_THREADS=1 PYTHONPATH=components:. $(BIN)/python -m tests.faults.campaign $(ARGS)
 
 test-tracking: setup  ## a sweep on PostgreSQL, an S3 store and a server that is killed in the middle; minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/tracking_stack/test_stack.py tests/tracking_stack/outage_sweep.py

@@ -28,10 +28,13 @@ class _Quiet(WSGIRequestHandler):
 
 
 @contextlib.contextmanager
-def served(answer: Callable[[Request], Any], ssl_context: SSLContext | None = None) -> Iterator[str]:
+def served(
+    answer: Callable[[Request], Any], ssl_context: SSLContext | None = None, port: int = 0
+) -> Iterator[str]:
     """Serve what `answer` returns for each request, until the block ends; gives the server's URL.
 
-    A `Response` is sent as it is, a string as text, anything else as JSON; `refuse` ends a request.
+    A `Response` is sent as it is, a string as text, anything else as JSON; `refuse` ends a request. Without a
+    port it is any free one.
     """
 
     @Request.application
@@ -45,7 +48,7 @@ def served(answer: Callable[[Request], Any], ssl_context: SSLContext | None = No
         )
 
     server = make_server(
-        "127.0.0.1", 0, application, threaded=True, request_handler=_Quiet, ssl_context=ssl_context
+        "127.0.0.1", port, application, threaded=True, request_handler=_Quiet, ssl_context=ssl_context
     )
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:

@@ -8,7 +8,7 @@ import time
 import pytest
 from softpref import remote
 from softpref.errors import ConfigError
-from softpref.remote import NotReached, fetch, fingerprint, is_url, public_url
+from softpref.remote import NotReached, fetch, fingerprint, is_url, masked, public_url
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -322,3 +322,19 @@ def test_only_what_the_hub_denies_for_certain_is_refused(monkeypatch, caplog, er
     else:
         assert remote.pin_repository("dataset", "owner/name", "v1", "source") == ("owner/name", "v1", "")
         assert "does not say its commit" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("at http://me:word@host/a failed", "at http://host/a failed"),
+        ("{'source': 'https://host/a?X-Amz-Signature=word&b'}", "{'source': 'https://host/a'}"),
+        ('{"a": "{\\"b\\": \\"s3://word@host/c?d=word\\"}"}', '{"a": "{\\"b\\": \\"s3://host/c\\"}"}'),
+        ("postgresql://me:word#2@host/db", "postgresql://host/db"),
+        ("hf://owner/model@main and abfs://box@account/a", "hf://owner/model@main and abfs://box@account/a"),
+        ("http://host/#/experiments/7?workflowType=x", "http://host/#/experiments/7?workflowType=x"),
+        ("me@host asks: why?", "me@host asks: why?"),
+    ],
+)
+def test_a_text_shows_no_secret_of_its_urls(text, shown):
+    assert masked(text) == shown

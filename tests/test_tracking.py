@@ -24,7 +24,9 @@ from softpref.tracking import (
     deliver_missed,
     finish_pipeline_run,
     open_client,
+    resolve_tracking_uri,
     run_tracked_in,
+    short_requests,
     sync,
     sync_below,
 )
@@ -37,16 +39,6 @@ from tests.served import free_port, kill_server, start_server
 def own_environment(monkeypatch):
     for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", RUN_ID, RUN_NAME):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """A SQLite store with its tables made, to be copied: making them takes seconds."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_registered_models()
-    return path
 
 
 @pytest.fixture
@@ -185,29 +177,6 @@ def test_end_of_a_pipeline_delivers_what_its_stages_could_not(dead_uri, store, c
         "train": {"loss": 1},
         "evaluate": {"loss": 1},
     }
-
-
-@pytest.mark.parametrize(
-    ("hours", "status", "answered", "longest"),
-    [
-        (0, "FINISHED", False, 30),
-        (0, "FINISHED", True, 180),
-        (1, "FINISHED", True, 360),
-        (15, "FAILED", False, 900),
-        (15, "KILLED", True, 30),
-    ],
-)
-def test_the_end_of_a_run_waits_for_a_server_as_long_as_it_is_worth(
-    hours, status, answered, longest, dead_uri, store, tmp_path, monkeypatch
-):
-    tracked = tracker(tmp_path / "out", store if answered else dead_uri)
-    tracked.metrics({"loss": 1}, 0)
-    assert tracked.flush(30 if answered else 0.1) == answered
-    waits = []
-    monkeypatch.setattr(tracked._sender, "join", waits.append)
-    tracked._opened -= hours * 3600
-    tracked.close(status)
-    assert waits[0] == pytest.approx(longest, abs=3)
 
 
 def in_processes_at_once(code, count):
@@ -802,3 +771,32 @@ def test_request_limits_are_given_back(tmp_path, store):
     assert {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_HTTP")} == {
         key: value for key, value in before.items() if key.startswith("MLFLOW_HTTP")
     }
+
+
+def test_of_overlapping_limits_of_requests_the_largest_holds():
+    with short_requests(timeout=5):
+        with short_requests(retries=3, timeout=120):
+            assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "120"
+            assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "5"
+    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
+
+
+def test_the_login_in_a_servers_address_moves_to_the_environment(monkeypatch):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "another")
+    assert resolve_tracking_uri("https://me%40here:p%2Fw@host:5000/a") == "https://host:5000/a"
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == "me@here"
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "p/w"
+
+
+def test_the_address_of_a_database_is_for_its_owner_alone(tmp_path, caplog):
+    uri = "postgresql+nodriver://me:s5ecret@127.0.0.1:1/store"  # sync needs it whole
+    with tracker(tmp_path / "out", uri, exit_wait=0.1) as tracked:
+        tracked.metrics({"loss": 1}, 3)
+        tracked.rewind(2)  # writes the file anew
+    mirror = tmp_path / "out" / "tracking.jsonl"
+    assert "s5ecret" in mirror.read_text()
+    assert mirror.stat().st_mode & 0o777 == 0o600
+    assert "cannot be reached" in caplog.text
+    assert "s5ecret" not in caplog.text

@@ -137,7 +137,13 @@ def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, Commands]:
     ):
         compare.add_argument(f"--{name}", type=float, help=f"{text} (default: no limit)")
     compare.add_argument("--tracking_uri", default="", help=f"MLflow server of runs and models ({_WHERE})")
-    sync = commands.add_parser("track-sync", help="Send what a tracking server missed.", allow_abbrev=False)
+    sync = commands.add_parser(
+        "track-sync",
+        help="Send what a tracking server missed.",
+        description="Send what a tracking server missed, nothing twice. A stage waits only seconds for a "
+        "server that does not answer, 5 at its start and 8 at its end; SOFTPREF_TRACKING_WAIT sets both.",
+        allow_abbrev=False,
+    )
     sync.add_argument("folder", help="output folder of a stage, with its tracking.jsonl")
     sync.add_argument("--tracking_uri", default="", help="MLflow server (default: the run's own)")
     commands.add_parser(

@@ -17,8 +17,9 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path, PurePosixPath
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -68,6 +69,9 @@ _STORES = {
     "hf": _HUB,
 }
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/\s'\"\\]*)@")  # of a URL within a text, and its query
+_QUERY = re.compile(r"(://[^\s?#'\"\\<>]*)\?[^\s#'\"\\<>]*")
+_PLACES = ("abfs", "abfss", "hf")  # abfs://CONTAINER@ACCOUNT and hf://MODEL@REVISION name places
 # keys under which stores identify a file's content, the best first; a time as the last resort
 _MARKS = (
     *("ETag", "etag", "e_tag", "md5Hash", "Content-MD5", "Digest", "xet_hash", "blob_id"),
@@ -122,9 +126,20 @@ def public_url(source: str) -> str:
     if not parts.netloc:  # a path, which would lose a slash: sqlite:////FOLDER/FILE
         return source
     user, at, host = parts.netloc.rpartition("@")
-    # abfs://CONTAINER@ACCOUNT and hf://MODEL@REVISION name places
-    secret = at and (":" in user or parts.scheme.lower() not in ("abfs", "abfss", "hf"))
+    secret = at and (":" in user or parts.scheme.lower() not in _PLACES)
     return urlunsplit((parts.scheme, host if secret else parts.netloc, parts.path, "", ""))
+
+
+def masked(text: str) -> str:
+    """A text, in which URLs are without what may be secret, their users and their queries."""
+    return _QUERY.sub(r"\1", _USER.sub(_without_user, text))
+
+
+def _without_user(match: re.Match[str]) -> str:
+    """As in `public_url`."""
+    scheme, user = match.groups()
+    secret = ":" in user or scheme.lower() not in _PLACES
+    return f"{scheme}://" if secret else match[0]
 
 
 def check_url(url: str, what: str) -> None:
@@ -274,7 +289,7 @@ def _list(url: str, what: str, seconds: float) -> _Listing:
     """
     check_url(url, what)
     try:
-        return _within(seconds, lambda: _listing(url))
+        return within(seconds, lambda: _listing(url))
     except Exception as error:  # every store has errors of its own
         raise _refusal(error, url, what) from None  # its text may hold the URL with its secrets
 
@@ -365,8 +380,18 @@ def _download(
             done += size
 
 
-def _within(seconds: float, look: Callable[[], Result]) -> Result:
-    """Stop waiting after `seconds`: some clients without credentials search for them for minutes."""
+def within(seconds: float, look: Callable[[], Result], heard: Callable[[], float] = lambda: 0.0) -> Result:
+    """What `look` returns, for which nobody waits longer than `seconds`; it goes on in a thread of its own.
+
+    Some clients without credentials search for them for minutes, and no limit of a request covers DNS.
+
+    Args:
+        heard: the moment (`time.monotonic`) of the last sign of life, from which the seconds count.
+
+    Raises:
+        TimeoutError: it is too late.
+    """
+    begun = monotonic()
     answer: Future[Result] = Future()
 
     def ask() -> None:
@@ -376,12 +401,11 @@ def _within(seconds: float, look: Callable[[], Result]) -> Result:
             answer.set_exception(error)
 
     threading.Thread(target=ask, daemon=True).start()  # an executor would wait for it at exit
-    try:
-        return answer.result(seconds)
-    except TimeoutError:
-        if answer.done():  # the client's own
-            raise
-        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
+    while (left := max(begun, heard()) + seconds - monotonic()) > 0 and not answer.done():
+        wait([answer], left)
+    if not answer.done():
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    return answer.result()
 
 
 # ---------------------------------------------------------------------- errors
@@ -442,9 +466,7 @@ def _reason(error: BaseException) -> str:
     text = str(error)
     if cause is not None and (not text or is_url(text)):  # fsspec's errors are often just the URL
         text = str(cause)
-    text = re.sub(r"(://)[^/\s'\"]*@", r"\1", text)
-    text = re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)
-    line = next(iter(text.strip().splitlines()), "") or type(error).__name__
+    line = next(iter(masked(text).strip().splitlines()), "") or type(error).__name__
     return line if len(line) <= 200 else f"{line[:200]} …"
 
 

@@ -70,10 +70,13 @@ def run_stage(
         paths = {f"{name}_dir": path for name, path in folders.items()}
         return run(build_config(config_class, values), **paths, **where)
     from softpref.lm.arguments import require_devices
+    from softpref.tracking import resolve_tracking_uri
 
     use_cpu = str(values.get("use_cpu", "")).lower() in TRUE
     require_devices(gpus, 1 if use_cpu else processes)
     logger.warning("training in %d processes on this machine", processes)
+    if uri := where.get("tracking_uri"):  # a command line is no place for a password
+        where["tracking_uri"] = resolve_tracking_uri(uri)
     with tempfile.TemporaryDirectory(prefix="softpref-") as folder:
         parameters, result = Path(folder) / "parameters.json", Path(folder) / "result.json"
         parameters.write_text(json.dumps(values), encoding="utf-8")

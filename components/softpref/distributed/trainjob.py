@@ -35,6 +35,7 @@ _FORWARDED = (
     "MLFLOW_RUN_ID",
     "MLFLOW_EXPERIMENT_ID",
     "MLFLOW_EXPERIMENT_NAME",
+    "SOFTPREF_TRACKING_WAIT",
     "HF_HUB_OFFLINE",
 )
 """Variables that the nodes get from this step; none holds a secret."""

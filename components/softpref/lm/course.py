@@ -29,6 +29,7 @@ from softpref.records import (
     write_result,
 )
 from softpref.timings import PhaseTimer
+from softpref.tracking.waiting import END, patience
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,6 +112,7 @@ class Course:
         require_devices(config.gpus)
         if not (Path(output_dir) / RESULT_FILE).is_file():  # else `finished` decides
             require_new_folder(output_dir)
+        patience(END)  # refuses a wrong SOFTPREF_TRACKING_WAIT before anything is loaded
         self._stage, self._config, self._output_dir, self._name = stage, config, Path(output_dir), name
         self._tracking = {
             "experiment": experiment,
@@ -197,8 +199,7 @@ class Course:
                 yield Trained(metrics, None, None)
             else:
                 self.timer.enter("tracking")
-                # the run's id is part of what is saved; a file store answers in the end, however busy
-                tracker.flush(timeout=60 if tracker.tracking_uri.startswith("sqlite:") else 10)
+                tracker.flush(timeout=60)  # the run's id is part of what is saved
                 self.timer.enter("saving")
                 yield Trained(metrics, model, tracker.run_id)
                 self.timer.enter("saving")

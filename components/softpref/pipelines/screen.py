@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from softpref.artifacts import OUTCOME_MARK
+from softpref.remote import masked
 
 _REFUSAL = re.compile(r"softpref\.errors\.\w+Error: ")
 _COLOUR = re.compile(r"\x1b\[\d+m")
@@ -51,7 +52,7 @@ class Screen:
 
     def write(self, text: str) -> int:
         *lines, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
-        for line in lines:
+        for line in map(masked, lines):  # KFP prints every parameter, and some are addresses with a password
             self._log.write(line + "\n")
             if line.strip():
                 line = _COLOUR.sub("", line)

@@ -84,7 +84,7 @@ def run(
     _check_same_model(model_dir, metadata, evaluation, comparison)
     decision = Registration(
         model_name=config.registered_model_name,
-        tracking_uri=resolve_tracking_uri(config.tracking_uri or None),
+        tracking_uri=public_url(resolve_tracking_uri(config.tracking_uri or None)),
         gate_failures=gate_failures(evaluation, config.limits),
         warnings=list(evaluation.warnings),
     )
@@ -149,7 +149,7 @@ def _register(
     decision: Registration,
 ) -> None:
     """Everything that needs the server; fills the decision."""
-    uri = decision.tracking_uri
+    uri = resolve_tracking_uri(config.tracking_uri or None)
     kept = f"the model is still in {model_dir}; register it again when the server is back"
     if not mlflow_ready(uri):
         raise ConfigError("mlflow is not installed here, and registration needs it: pip install mlflow")

@@ -47,6 +47,8 @@ from softpref.spo.vllm_core import EngineSpec, VLLMCore
 logger = logging.getLogger("softpref.spo.vllm_server")
 
 _MAX_BODY = 16 << 30  # bytes; the largest single tensor must fit
+_MAX_JSON, _MAX_PROMPTS = 1 << 20, 64 << 20  # bytes of a request in JSON, and of one with prompts
+_MAX_CONNECTIONS = 64  # at once; a trainer needs one for each of its processes
 _WEIGHTS = re.compile(r"/weights/(?P<version>[0-9a-f]{32})(?:/(?P<part>\d{1,6}))?")
 
 
@@ -76,6 +78,20 @@ class EngineServer(ThreadingHTTPServer):
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vllm")
         self._core: VLLMCore | None = None
         self._version = ""
+        self._free = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread of its own; one too many is closed at once."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def alone(self, task: Callable[..., dict[str, object]], *arguments: Any) -> dict[str, object]:
         """What a task of the engine answers, in the engine's own thread."""
@@ -85,9 +101,12 @@ class EngineServer(ThreadingHTTPServer):
         return {"built": self._core is not None}
 
     def store(self, version: str, part: int, body: BufferedIOBase, size: int) -> dict[str, object]:
-        """Keep a part of the weights until they are loaded."""
+        """Keep a part of the weights until they are loaded, or until two later ones have come."""
         folder = Path(self._folder.name, version)
         folder.mkdir(exist_ok=True)
+        others = [one for one in Path(self._folder.name).iterdir() if one != folder]
+        for old in sorted(others, key=lambda one: one.stat().st_mtime)[:-1]:  # the last may be loading
+            shutil.rmtree(old, ignore_errors=True)
         partial = folder / f"{part}.{threading.get_ident()}.partial"
         with partial.open("wb") as file:
             left = size
@@ -156,7 +175,7 @@ class EngineServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: EngineServer
     protocol_version = "HTTP/1.1"
-    timeout = 600  # seconds of silence after which a connection is given up
+    timeout = 60  # seconds of silence after which a connection is given up; a trainer makes one per request
 
     def _answer(self) -> None:
         status, answer = HTTPStatus.OK, {}
@@ -164,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = self._handle()
         except Refusal as error:
             status, answer = error.status, {"error": str(error)}
-        except (SoftprefError, KeyError, TypeError, ValueError) as error:
+        except (SoftprefError, KeyError, TypeError, ValueError, RecursionError) as error:
             status, answer = HTTPStatus.BAD_REQUEST, {"error": f"{error}"}
             logger.warning("%s %s: %s", self.command, self.path, error)
         except Exception as error:  # of vLLM: the trainer is told, the server goes on
@@ -192,25 +211,24 @@ class _Handler(BaseHTTPRequestHandler):
         if asked == ("GET", "/engine"):
             return server.state()
         if asked == ("PUT", "/engine"):
-            return server.alone(server.build, EngineSpec(**self._json()))
+            return server.alone(server.build, EngineSpec(**self._json(_MAX_JSON)))
         if asked == ("POST", "/samples"):
-            return server.alone(server.sample, self._json())
+            return server.alone(server.sample, self._json(_MAX_PROMPTS))
         found = _WEIGHTS.fullmatch(self.path)
         if found and found["part"] and self.command == "PUT":
-            return server.store(found["version"], int(found["part"]), self.rfile, self._body_size())
+            return server.store(found["version"], int(found["part"]), self.rfile, self._body_size(_MAX_BODY))
         if found and not found["part"] and self.command == "POST":
-            return server.alone(server.load, found["version"], int(self._json()["parts"]))
+            return server.alone(server.load, found["version"], int(self._json(_MAX_JSON)["parts"]))
         raise Refusal(HTTPStatus.NOT_FOUND, f"does not know {self.command} {self.path}")
 
-    def _json(self) -> Any:
-        return json.loads(self.rfile.read(self._body_size()))
+    def _json(self, most: int) -> Any:
+        return json.loads(self.rfile.read(self._body_size(most)))
 
-    def _body_size(self) -> int:
+    def _body_size(self, most: int) -> int:
         size = self.headers.get("Content-Length", "")
-        if not size.isdecimal() or int(size) > _MAX_BODY:
+        if not size.isdecimal() or len(size) > 20 or int(size) > most:
             raise Refusal(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"wants a body with a length, at most {_MAX_BODY} bytes",
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"wants a body with a length, at most {most} bytes"
             )
         return int(size)
 

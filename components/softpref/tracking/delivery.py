@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from softpref.remote import public_url
 from softpref.tracking.mirror import HOUSEKEEPING, NAME_LENGTH, TAG_LENGTH, Mirror, Record
 from softpref.tracking.mlflow_store import RunGone, in_short, open_client
 from softpref.tracking.pipeline_run import (
@@ -18,6 +19,7 @@ from softpref.tracking.pipeline_run import (
     find_or_open,
     find_or_open_root,
 )
+from softpref.tracking.waiting import Answers
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,10 +35,16 @@ class Delivery:
     """Delivers one batch per call; raises when the server does not take it. Call `mlflow_ready` first."""
 
     def __init__(
-        self, mirror: Mirror, uri: str, lock: threading.Condition, artifact_attempts: int = 3
+        self,
+        mirror: Mirror,
+        uri: str,
+        answers: Answers,
+        lock: threading.Condition,
+        artifact_attempts: int = 3,
     ) -> None:
         self._mirror = mirror
         self._uri = uri
+        self._answers = answers
         self._lock = lock
         self._artifact_attempts = artifact_attempts
         self._failed_artifact = (-1, 0)  # its number, how often
@@ -44,7 +52,7 @@ class Delivery:
 
     @cached_property
     def _client(self) -> MlflowClient:
-        return open_client(self._uri)
+        return self._answers.of(open_client(self._uri))
 
     def deliver_batch(self) -> int:
         """Deliver the next records and note it; returns how many."""
@@ -191,7 +199,7 @@ class Delivery:
             run = self._client.get_run(run_id)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                raise RunGone(f"run {run_id} does not exist at {self._uri}") from error
+                raise RunGone(f"run {run_id} does not exist at {public_url(self._uri)}") from error
             raise
         if run.info.lifecycle_stage == "deleted":
             raise RunGone(f"run {run_id} is deleted; `mlflow runs restore --run-id {run_id}` brings it back")

@@ -79,7 +79,7 @@ class Mirror:
         self._resumed = False
         self._cursor = self._end = 0  # before the first record that is not delivered; after the last one
         if header is not None:
-            path.write_bytes(_line({"n": 0, "time": milliseconds(), **header}))
+            _write_private(path, _line({"n": 0, "time": milliseconds(), **header}))
         _cut_torn_line(path)
         _cut_torn_line(path.with_suffix(".sent"))
         for line in path.with_suffix(".sent").read_bytes().splitlines():
@@ -317,7 +317,7 @@ def _put_before(path: Path, header: Record) -> None:
     """Give a mirror that lacks its first record one."""
     lines = [_line({"n": 0, "time": milliseconds(), **header}), *(line for _, line in _records(path))]
     new = path.with_suffix(".new")
-    new.write_bytes(b"".join(lines))
+    _write_private(new, b"".join(lines))
     os.replace(new, path)
 
 
@@ -327,6 +327,13 @@ def _open_sent(path: Path) -> IO[bytes]:
 
 def _same(one: float, other: float) -> bool:
     return one == other or (math.isnan(one) and math.isnan(other))
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    """Only its owner may read it: the address of a database may hold a password, and `sync` needs it."""
+    path.unlink(missing_ok=True)
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(content)
 
 
 def _cut_torn_line(path: Path) -> None:

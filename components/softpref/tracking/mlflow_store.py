@@ -13,14 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit, urlunsplit
 
-from softpref.remote import public_url
+from softpref.remote import masked, public_url, within
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_LINK = 2.0  # seconds until an address is shown without the link to the run
 _short_lock = threading.Lock()
-_short_users = 0
+_short_limits: list[tuple[int, int]] = []  # of the contexts that are open
 _short_set: list[str] = []
 
 
@@ -29,8 +31,17 @@ class RunGone(Exception):
 
 
 def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
-    """The argument, else `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db`; a SQLite path made absolute."""
+    """The argument, else `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db`; a SQLite path made absolute.
+
+    User and password in a server's URL move to `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`,
+    because MLflow prints and records the URL.
+    """
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https") and parts.username and parts.password:
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
+        uri = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     file = sqlite_file(uri)
     return f"sqlite:///{file.resolve()}" if file else uri
 
@@ -93,14 +104,20 @@ def where_to_look(uri: str, run_id: str | None) -> str:
     """The address of a run's experiment in MLflow's UI, or the command that starts the UI."""
     page, file = "", sqlite_file(uri)
     if run_id and (file is None or file.exists()):
-        with suppress(Exception), short_requests():  # on failure only the link is missing
-            experiment = open_client(uri).get_run(run_id).info.experiment_id
+
+        def look_up() -> str:
+            with short_requests():
+                return str(open_client(uri).get_run(run_id).info.experiment_id)
+
+        with suppress(Exception):  # on failure only the link is missing
+            experiment = look_up() if file else within(_LINK, look_up)
             # without the query MLflow shows the experiment's traces, of which there are none
             page = f"/#/experiments/{experiment}?workflowType=machine_learning"
     if uri.startswith(("http://", "https://")):
         return f"{public_url(uri).rstrip('/')}{page}"
     opened = f", then open http://127.0.0.1:5000{page}" if page else ""
-    return f"{uri}; look at it with: mlflow ui --backend-store-uri {uri}{opened}"
+    shown = public_url(uri)
+    return f"{shown}; look at it with: mlflow ui --backend-store-uri {shown}{opened}"
 
 
 def find_experiment(client: MlflowClient, name: str, uri: str) -> str:
@@ -141,29 +158,33 @@ def short_requests(retries: int = 0, timeout: int = 10) -> Iterator[None]:
     """Within it MLflow's requests fail soon; by default MLflow retries for about four minutes.
 
     Set through the environment, the only way MLflow offers. The user's own values win, and where contexts
-    overlap, the first one's.
+    overlap, the largest.
 
     Args:
         retries: attempts after the first one.
         timeout: seconds per attempt.
     """
-    global _short_users
-    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries, "MLFLOW_HTTP_REQUEST_TIMEOUT": timeout}
+    limits = (retries, timeout)
     with _short_lock:
-        _short_users += 1
-        for name, value in limits.items():
-            if name not in os.environ:
-                os.environ[name] = str(value)
-                _short_set.append(name)
+        if not _short_limits:
+            names = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT")
+            _short_set[:] = [name if name not in os.environ else "" for name in names]
+        _short_limits.append(limits)
+        _set_limits()
     try:
         yield
     finally:
         with _short_lock:
-            _short_users -= 1
-            if _short_users == 0:
-                for name in _short_set:
-                    os.environ.pop(name, None)
-                _short_set.clear()
+            _short_limits.remove(limits)
+            _set_limits()
+
+
+def _set_limits() -> None:
+    for place, name in enumerate(_short_set):
+        if name and _short_limits:
+            os.environ[name] = str(max(limits[place] for limits in _short_limits))
+        elif name:
+            os.environ.pop(name, None)
 
 
 def in_short(error: BaseException) -> str:
@@ -172,7 +193,7 @@ def in_short(error: BaseException) -> str:
     if refusal:
         return f"it {refusal}"
     text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub(r"://[^/@\s]+@", "://***@", text).partition(" [SQL:")[0]
+    text = masked(text).partition(" [SQL:")[0]
     return text if len(text) <= 200 else text[:200] + " …"
 
 
@@ -180,6 +201,8 @@ def lasting_refusal(error: BaseException, uri: str) -> str | None:
     """Why the store at `uri` will not serve however long one waits, and what to do; None if it may yet."""
     if refusal := refusal_of(error):
         return refusal
+    if isinstance(error, TimeoutError):
+        return None
     if isinstance(error, RunGone):
         return f"does not serve: {in_short(error)}"
     # a server, also one of databases, may come back, and a file may be locked

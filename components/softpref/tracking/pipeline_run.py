@@ -13,7 +13,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from softpref.remote import public_url
+from softpref.remote import public_url, within
+from softpref.tracking import waiting
 from softpref.tracking.mirror import TAG_LENGTH, as_text, usable_name
 from softpref.tracking.mlflow_store import (
     find_experiment,
@@ -24,6 +25,7 @@ from softpref.tracking.mlflow_store import (
     short_requests,
     source_tags,
 )
+from softpref.tracking.waiting import END, Answers, with_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,6 +37,7 @@ RUN_ID, RUN_NAME, KFP_UI = "SOFTPREF_RUN_ID", "SOFTPREF_RUN_NAME", "SOFTPREF_KFP
 KEY_TAG = "softpref.tracking_key"  # of every run that a stage opens
 PARENT_TAG = "mlflow.parentRunId"
 _ID_TAG, _ADDRESS_TAG = "kfp.pipeline_run_id", "kfp.pipeline_run_url"
+_PAUSE = 2.0  # seconds between attempts to reach a server that is away
 _SETTLE = 1.0  # seconds until a run that another step opened at the same moment is visible
 
 
@@ -59,9 +62,15 @@ def experiment_of(client: MlflowClient, name: str, uri: str) -> str:
     """Id of the experiment: KFP's MLflow plugin's where it opened the pipeline's run, else by name."""
     given = os.environ.get("MLFLOW_EXPERIMENT_ID")
     by_plugin = current_pipeline_run() and os.environ.get("MLFLOW_RUN_ID")
-    if given and by_plugin and os.environ.get("MLFLOW_TRACKING_URI", uri).rstrip("/") == uri.rstrip("/"):
+    if given and by_plugin and _same_server(uri):
         return given
     return find_experiment(client, name, uri)
+
+
+def _same_server(uri: str) -> bool:
+    """Whether the store at `uri` is that of the environment, if it names one."""
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    return not named or resolve_tracking_uri(named).rstrip("/") == uri.rstrip("/")
 
 
 def find_or_open(
@@ -126,7 +135,7 @@ def finish_pipeline_run(
     tags: Mapping[str, object] | None = None,
     experiment: str = "softpref",
     tracking_uri: str | None = None,
-    patience: float = 30.0,
+    patience: float | None = None,
 ) -> None:
     """End the MLflow run of this pipeline run and all runs below it that are still open. Never raises.
 
@@ -137,25 +146,32 @@ def finish_pipeline_run(
         status: how the steps ended.
         name: of the pipeline run, as people see it.
         tags: for the pipeline's run.
-        patience: seconds to wait for a server that is away.
+        patience: seconds to wait for a server that is away; default: as long as a stage at its end.
     """
     run, uri = current_pipeline_run(), resolve_tracking_uri(tracking_uri)
     if run is None or not mlflow_ready(uri):
         return
-    run, deadline = run._replace(name=name or run.name), time.monotonic() + patience
+    run, answers = run._replace(name=name or run.name), Answers()
+    silence = with_store(waiting.patience(END) if patience is None else patience, uri)
+    deadline = time.monotonic() + silence
+
+    def finish() -> None:
+        with short_requests():
+            client = answers.of(open_client(uri))
+            _finish(client, experiment_of(client, experiment, uri), run, status, tags or {})
+
     while True:
+        left = deadline - time.monotonic()
         try:
-            with short_requests():
-                client = open_client(uri)
-                _finish(client, experiment_of(client, experiment, uri), run, status, tags or {})
+            within(left, finish, answers.last)
             return
         except Exception as error:  # of the network, the store or its driver
-            if time.monotonic() > deadline or uri.startswith("sqlite:"):
+            if time.monotonic() + _PAUSE > deadline or uri.startswith("sqlite:"):
                 logger.warning(
                     "MLflow at %s: the pipeline's run was not ended: %s", public_url(uri), in_short(error)
                 )
                 return
-            time.sleep(5)
+            time.sleep(_PAUSE)
 
 
 def _finish(

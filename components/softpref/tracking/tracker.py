@@ -11,13 +11,13 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, SupportsFloat
 
 from softpref.errors import ConfigError
-from softpref.remote import public_url
+from softpref.remote import NotReached, public_url, within
 from softpref.tracking.delivery import Delivery
 from softpref.tracking.mirror import Mirror, Record, Unreadable, as_text, milliseconds, usable_name
 from softpref.tracking.mlflow_store import (
@@ -30,6 +30,7 @@ from softpref.tracking.mlflow_store import (
     short_requests,
 )
 from softpref.tracking.pipeline_run import current_pipeline_run, experiment_of, find_or_open_root
+from softpref.tracking.waiting import END, LONGEST, LONGEST_KILLED, START, WAIT, Answers, patience, with_store
 
 if TYPE_CHECKING:
     from softpref.records import DatasetStats
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BATCH_SECONDS, _LONGEST_PAUSE = 1.0, 60.0
-# seconds that a run waits at its end: for a server that never answered, for one that did (a restart takes
-# two minutes), and at most
-_EXIT_WAIT, _RESTART_WAIT, _LONGEST_EXIT_WAIT = 30.0, 180.0, 900.0
 
 
 class SyncResult(NamedTuple):
@@ -70,9 +68,11 @@ class Tracker:
         tags: Tags of the run.
         tracking_uri: MLflow store. Default: `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` in the
             current directory.
-        exit_wait: Seconds that `close` waits at most for undelivered records. Default: a tenth of the run's
-            time, at most 15 minutes, and at least three for a server that has answered before, half a minute
-            for one that never has. A killed run waits half a minute.
+        exit_wait: Seconds without an answer of MLflow that `flush` and `close` wait in all. Default: the
+            environment's `SOFTPREF_TRACKING_WAIT`, else 8, and a minute for a SQLite file.
+
+    Raises:
+        ConfigError: `SOFTPREF_TRACKING_WAIT` is no number of seconds.
     """
 
     def __init__(
@@ -96,11 +96,10 @@ class Tracker:
         inherited = None if pipeline_run else os.environ.get("MLFLOW_RUN_ID")
         attached = inherited or run_id or None
         root = root and pipeline_run is not None
-        self._exit_wait = exit_wait
-        self._opened = time.monotonic()
-        self._answered = False
+        self._patience = with_store(patience(END), self.tracking_uri) if exit_wait is None else exit_wait
+        self._answers = Answers()
         self._changed = threading.Condition()
-        self._closing = self._abandoned = self._closed = False
+        self._waited_for = self._closing = self._abandoned = self._closed = self._sender_done = False
         self._trouble: str | None = None
         self._unusable: set[str] = set()
         self._sender: threading.Thread | None = None
@@ -216,26 +215,23 @@ class Tracker:
                 self._mirror.resume(int(step))
 
     def flush(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds until everything is delivered; returns whether it is."""
+        """Wait until everything is delivered, up to `timeout` seconds; returns whether it is.
+
+        It waits no longer than `exit_wait` for a store that does not answer, and `close` waits as much less.
+        """
         if self._mirror is None or self._sender is None:
             return False
         mirror = self._mirror
-        with self._changed:
-            return self._changed.wait_for(lambda: not mirror.waiting(), timeout)
+        return self._wait(lambda: not mirror.waiting(), timeout)
 
     def close(self, status: str = "FINISHED") -> None:
         """End a run that was opened here (`FINISHED`, `FAILED` or `KILLED`), and deliver what is left.
 
-        Waits at most `exit_wait` seconds; a warning names what is still undelivered then.
+        Waits while MLflow answers, at most 15 minutes (half a minute when killed), and `exit_wait` seconds
+        for an answer; a warning names what is still undelivered then.
         """
         if self._closed or self._mirror is None:
             return
-        wait = self._exit_wait
-        if wait is None:
-            wait = _EXIT_WAIT
-            if status != "KILLED":
-                least = _RESTART_WAIT if self._answered else _EXIT_WAIT
-                wait = min(max(least, (time.monotonic() - self._opened) / 10), _LONGEST_EXIT_WAIT)
         self._closed = True
         open_trackers.discard(self)
         if self._mirror.owned:
@@ -244,10 +240,8 @@ class Tracker:
         if sender is None:
             self._mirror.close()
             return
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        sender.join(wait)
+        self._closing = True
+        self._wait(lambda: self._sender_done, LONGEST_KILLED if status == "KILLED" else LONGEST)
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
@@ -255,13 +249,11 @@ class Tracker:
         if left:
             logger.warning(
                 f"{left} tracking records did not reach MLflow at {public_url(self.tracking_uri)} "
-                f"({self._trouble or 'it is slow'}); they are in {self._mirror.path}, "
-                f"and `softpref track-sync {self.output_dir}` sends them"
+                f"({self._trouble or 'no answer yet'}); they are in {self._mirror.path}, "
+                f"and `softpref track-sync {self.output_dir}` sends them ({WAIT}=SECONDS waits longer)"
             )
-        sender.join(0.5)
-        if not sender.is_alive():  # else it closes the mirror itself, when its last request has returned
+        if self._sender_done:  # else it closes the mirror itself, when its last request has returned
             self._mirror.close()
-        self._short_requests.close()
 
     def __enter__(self) -> Tracker:
         return self
@@ -271,6 +263,22 @@ class Tracker:
             self.close("FINISHED")
         else:
             self.close("FAILED" if issubclass(kind, Exception) else "KILLED")
+
+    def _wait(self, done: Callable[[], bool], longest: float) -> bool:
+        """Wait until it is done, at most `longest` seconds; the store's silence uses up the patience."""
+        begun = time.monotonic()
+        with self._changed:
+            self._waited_for = True
+            self._changed.notify_all()
+            while not done():
+                silent_since = max(begun, self._answers.last())
+                left = min(silent_since + self._patience, begun + longest) - time.monotonic()
+                if left <= 0:
+                    self._patience = max(0.0, self._patience - (time.monotonic() - silent_since))
+                    break
+                self._changed.wait(left)
+            self._waited_for = False
+            return done()
 
     def _write(self, record: Record) -> None:
         with self._changed:
@@ -294,7 +302,7 @@ class Tracker:
         """The sender thread: one batch at a time, with growing pauses while the server is away."""
         mirror = self._mirror
         assert mirror is not None
-        delivery = Delivery(mirror, self.tracking_uri, self._changed)
+        delivery = Delivery(mirror, self.tracking_uri, self._answers, self._changed)
         failures = 0
         while True:
             with self._changed:
@@ -316,33 +324,39 @@ class Tracker:
                         f"going on, records wait in {mirror.path}"
                     )
                 with self._changed:
-                    self._changed.wait_for(self._is_ending, min(2.0**failures, _LONGEST_PAUSE))
-                    if self._closing:
-                        self._changed.wait_for(lambda: self._abandoned, 1.0)
+                    if self._is_hurried():
+                        self._changed.wait_for(lambda: self._abandoned, _BATCH_SECONDS)
+                    else:
+                        self._changed.wait_for(self._is_hurried, min(2.0**failures, _LONGEST_PAUSE))
             else:
-                self._answered = True
                 if failures:
                     logger.warning("MLflow at %s answers again", public_url(self.tracking_uri))
                     failures, self._trouble = 0, None
                 with self._changed:  # gather the next batch
-                    self._changed.wait_for(self._is_ending, _BATCH_SECONDS)
-        if self._abandoned:
-            mirror.close()
+                    self._changed.wait_for(self._is_hurried, _BATCH_SECONDS)
+        self._short_requests.close()
+        with self._changed:
+            self._sender_done = True
+            if self._abandoned:
+                mirror.close()
+            self._changed.notify_all()
 
-    def _is_ending(self) -> bool:
-        return self._closing or self._abandoned
+    def _is_hurried(self) -> bool:
+        return self._waited_for or self._closing or self._abandoned
 
 
-def sync(output_dir: str | Path, tracking_uri: str | None = None) -> SyncResult:
+def sync(output_dir: str | Path, tracking_uri: str | None = None, silence: float = LONGEST) -> SyncResult:
     """Deliver to MLflow what the stage that wrote `output_dir` could not, in order and nothing twice.
 
     Args:
         output_dir: Folder with `tracking.jsonl`, as a stage left it.
         tracking_uri: Another address of the same store; default: the one that the stage used.
+        silence: Seconds without an answer after which it gives up; a single request has ten.
 
     Raises:
-        ConfigError: there is no mirror, another process writes to it, mlflow is not installed, the server
-            does not answer, or the run was deleted. What was delivered until then is remembered.
+        ConfigError: there is no mirror, another process writes to it, mlflow is not installed, or the store
+            or the run is not usable. What was delivered until then is remembered.
+        NotReached: the store does not answer.
     """
     paths = sorted(Path(output_dir).glob("tracking*.jsonl"))
     if not paths:
@@ -355,28 +369,41 @@ def sync(output_dir: str | Path, tracking_uri: str | None = None) -> SyncResult:
             raise ConfigError(str(error)) from error
         if mirror is None:
             raise ConfigError(f"{path} is being written by a running stage, which delivers it itself")
+        uri = resolve_tracking_uri(tracking_uri) if tracking_uri else mirror.header["tracking_uri"]
+        if not mirror.waiting():
+            mirror.close()
+        elif mlflow_ready(uri):
+            delivered += _deliver_rest(mirror, uri, with_store(silence, uri))
+        else:
+            mirror.close()
+            raise ConfigError("mlflow is not installed here, so nothing can be sent")
+        run_id = mirror.run_id
+    return SyncResult(delivered, run_id)
+
+
+def _deliver_rest(mirror: Mirror, uri: str, silence: float) -> int:
+    """Deliver what waits in a mirror and close it; returns how many records. Call `mlflow_ready` first."""
+    answers = Answers()
+
+    def deliver() -> int:
+        delivered = 0
+        delivery = Delivery(mirror, uri, answers, threading.Condition(), artifact_attempts=1)
         try:
-            uri = resolve_tracking_uri(tracking_uri) if tracking_uri else mirror.header["tracking_uri"]
-            if not mirror.waiting():
-                run_id = mirror.run_id
-                continue
-            if not mlflow_ready(uri):
-                raise ConfigError("mlflow is not installed here, so nothing can be sent")
-            delivery = Delivery(mirror, uri, threading.Condition(), artifact_attempts=1)
             with short_requests():
                 while mirror.waiting():
                     delivered += delivery.deliver_batch()
-            run_id = mirror.run_id
-        except ConfigError:
-            raise
-        except Exception as error:  # of the network, the store or its driver
-            raise ConfigError(
-                f"MLflow at {public_url(uri)}: {in_short(error)}; {mirror.waiting_records()} records of "
-                f"{path} wait"
-            ) from error
-        finally:
+        finally:  # here, because it goes on when nobody waits for it any longer
             mirror.close()
-    return SyncResult(delivered, run_id)
+        return delivered
+
+    try:
+        return within(silence, deliver, answers.last)
+    except Exception as error:  # of the network, the store or its driver
+        kind = ConfigError if lasting_refusal(error, uri) else NotReached
+        raise kind(
+            f"MLflow at {public_url(uri)}: {in_short(error)}; {mirror.waiting_records()} records of "
+            f"{mirror.path} wait"
+        ) from error
 
 
 def is_finished(output_dir: str | Path) -> bool:
@@ -412,13 +439,17 @@ def finish(output_dir: str | Path) -> None:
 def deliver_missed(*folders: str | Path) -> None:
     """Deliver what earlier steps could not, from their output folders; never fails.
 
-    A pod's records survive only in its outputs, so a later step sends them.
+    A pod's records survive only in its outputs, so a later step sends them. It goes on without a store that
+    does not answer, after as long as a stage waits at its start.
     """
     for folder in folders:
         if any(Path(folder).glob("tracking*.jsonl")):
             try:
-                sync(folder)
-            except (ConfigError, OSError) as error:  # another step delivers, or the server is still away
+                sync(folder, silence=patience(START))
+            except NotReached as error:  # the others' server is the same
+                logger.info("tracking of %s: %s", folder, error)
+                return
+            except (ConfigError, OSError) as error:  # another step delivers
                 logger.info("tracking of %s: %s", folder, error)
 
 
@@ -435,14 +466,17 @@ def run_tracked_in(folder: str | Path) -> str | None:
 def sync_below(root: str | Path, tracking_uri: str | None = None) -> int:
     """`sync` of every stage below a folder, for the end of a pipeline; returns the number of records.
 
-    A folder whose records still cannot be delivered is a warning.
+    A folder whose records still cannot be delivered is a warning. A store that does not answer is waited for
+    as long as at the end of a stage, once.
     """
-    delivered = 0
+    delivered, silence = 0, patience(END)
     for folder in sorted({path.parent for path in Path(root).rglob("tracking*.jsonl")}):
         try:
-            delivered += sync(folder, tracking_uri).delivered
+            delivered += sync(folder, tracking_uri, silence).delivered
         except ConfigError as error:
             logger.warning("tracking: %s; `softpref track-sync %s` sends them", error, folder)
+            if isinstance(error, NotReached):
+                silence = 0.0
     return delivered
 
 
@@ -454,15 +488,20 @@ def check_server(experiment: str, tracking_uri: str | None = None) -> str | None
             name, the experiment was deleted, or there is no usable store at this address. Without this check
             a sweep would fail only at its end, when it registers the model.
     """
-    uri, run = resolve_tracking_uri(tracking_uri), current_pipeline_run()
-    try:
-        if not mlflow_ready(uri):
-            logger.warning("mlflow is not installed here; going on, records wait")
-            return None
+    uri, run, answers = resolve_tracking_uri(tracking_uri), current_pipeline_run(), Answers()
+    silence = with_store(patience(START), uri)
+    if not mlflow_ready(uri):
+        logger.warning("mlflow is not installed here; going on, records wait")
+        return None
+
+    def look_up() -> str | None:
         with short_requests():
-            client = open_client(uri)
+            client = answers.of(open_client(uri))
             experiment_id = experiment_of(client, experiment, uri)
             return find_or_open_root(client, experiment_id, run) if run else None
+
+    try:
+        return within(silence, look_up, answers.last)
     except Exception as error:
         place = public_url(uri)
         if refusal := lasting_refusal(error, uri):

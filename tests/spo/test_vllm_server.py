@@ -1,0 +1,82 @@
+"""What the vLLM server bears of strangers' requests; no vLLM is needed for it."""
+
+import http.client
+import json
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+from softpref.spo import vllm_server
+from softpref.spo.vllm_server import EngineServer
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture
+def server():
+    with EngineServer(("127.0.0.1", 0), token="", options={}) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def address(server):
+    return server.server_address
+
+
+def asked(address, method, path, body=None, **headers):
+    connection = http.client.HTTPConnection(*address, timeout=10)
+    connection.request(method, path, body, headers)
+    answer = connection.getresponse()
+    found = answer.status, json.loads(answer.read())
+    connection.close()
+    return found
+
+
+@pytest.mark.parametrize("path", ["/engine", f"/weights/{'0' * 32}", "/samples"])
+def test_json_that_is_nested_too_deeply_is_a_bad_request(address, path):
+    method = "PUT" if path == "/engine" else "POST"
+    assert asked(address, method, path, "[" * 100_000)[0] == 400
+    assert asked(address, "GET", "/health") == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "size"),
+    [
+        ("PUT", "/engine", 1 << 21),
+        ("POST", f"/weights/{'0' * 32}", 1 << 21),
+        ("POST", "/samples", 1 << 27),
+        ("PUT", f"/weights/{'0' * 32}/0", 1 << 35),
+        ("PUT", "/engine", "9" * 5000),
+    ],
+)
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(address, method, path, size):
+    status, answer = asked(address, method, path, b"", **{"Content-Length": str(size)})
+    assert status == 413
+    assert "at most" in answer["error"]
+
+
+def test_idle_connections_are_bounded_and_make_room_when_they_end(address):
+    idle = [socket.create_connection(address, timeout=10) for _ in range(vllm_server._MAX_CONNECTIONS)]
+    with socket.create_connection(address, timeout=10) as one_more:
+        assert one_more.recv(1) == b""
+    for one in idle:
+        one.close()
+    for _ in range(100):
+        try:
+            assert asked(address, "GET", "/health")[0] == 200
+            return
+        except (OSError, http.client.HTTPException):
+            threading.Event().wait(0.05)
+    pytest.fail("no connection became free")
+
+
+def test_weights_that_are_never_loaded_do_not_fill_the_disk(server, address):
+    for number in range(5):
+        assert asked(address, "PUT", f"/weights/{number:032x}/0", b"weights") == (200, {})
+    kept = {folder.name for folder in Path(server._folder.name).iterdir()}
+    assert kept == {f"{number:032x}" for number in (3, 4)}
