@@ -193,7 +193,6 @@ class Containers:
         """
         address = str(parameters["tracking_uri"])
         self._labels = {OUTPUT_LABEL: str(output.absolute())}
-        _remove(self._labels)
         writable = [output / "pipeline"]
         if store := sqlite_file(address):
             writable.append(artifact_folder(store))
@@ -221,7 +220,11 @@ class Containers:
         return address
 
     def runner(self) -> DockerRunner:
-        """KFP's runner, with this machine's network and confined containers."""
+        """KFP's runner, with this machine's network and confined containers.
+
+        Containers that a killed run has left in the same folder are removed.
+        """
+        _remove(self._labels)
         from docker.types import DeviceRequest
         from kfp import local
 
