@@ -108,6 +108,39 @@ def test_a_step_weighs_all_its_tokens_alike_however_it_is_cut(
         torch.testing.assert_close(found, weights[0], rtol=0, atol=1e-5)
 
 
+def test_a_training_that_was_cut_off_after_its_last_step_takes_no_further_one(
+    tmp_path, make_tokenizer, make_model, rows
+):
+    tokenizer = make_tokenizer()
+    sequences = [tokenize_sequence(tokenizer, row["prompt"], row["completion"]) for row in rows]
+
+    def trainer():
+        config = SFTConfig(
+            output_dir=str(tmp_path),
+            model_config=SMALL,
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            max_steps=4,  # in the middle of the second pass
+            save_steps=2,
+            logging_steps=1,
+            per_device_train_batch_size=6,
+        )
+        model = make_model(tokenizer)
+        return SFTTrainer(model=model, args=config, data_collator=collate, train_dataset=sequences)
+
+    whole = trainer()
+    loss = whole.train().training_loss
+    again = trainer()
+    found = again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    assert found.training_loss == pytest.approx(loss, rel=1e-6)
+    for name, weight in whole.model.state_dict().items():
+        torch.testing.assert_close(again.model.state_dict()[name], weight, rtol=0, atol=0)
+
+
 def test_a_reference_from_nothing_learns_the_completions_and_to_end_them(trained, rows):
     folder, metrics = trained
     tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder))

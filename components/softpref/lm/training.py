@@ -122,6 +122,13 @@ class GuardedTrainer(Trainer):
         self._earlier_loss, self._kept_step = 0.0, None  # a checkpoint's are loaded after this
         return super().set_initial_training_values(args, dataloader)
 
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """As in the base class, which would take one step too many from a checkpoint of the last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **options)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in the base class; `train_loss` is that of all steps, also of those before a resumption."""
         if "train_loss" in logs:
