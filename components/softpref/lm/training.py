@@ -127,7 +127,7 @@ class GuardedTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(*args, **options)
+            super()._run_epoch(*args, **options)  # type: ignore[no-untyped-call]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in the base class; `train_loss` is that of all steps, also of those before a resumption."""
