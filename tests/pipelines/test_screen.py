@@ -1,6 +1,8 @@
 """What the screen shows of all that the stages of a local run print."""
 
 import io
+import sys
+from pathlib import Path
 
 import pytest
 from softpref.pipelines import screen
@@ -76,3 +78,21 @@ def test_what_a_step_says_of_its_outcome_is_kept_for_the_end(console, capsys):
     console.write(f"    {printed}warning: another\n")  # KFP indents what steps print
     assert shown(console) == ["warning: another"]
     assert outcome(console._log.getvalue().splitlines()) == ["chosen:   soft", "warning:  few prompts"]
+
+
+def test_a_run_goes_on_without_its_log_when_the_disk_is_full(capsys):
+    with screen.log_and_screen(Path("/dev/full")):
+        for _ in range(3):
+            print("WARNING: of a step")
+            sys.stdout.flush()
+    shown = capsys.readouterr().out.splitlines()
+    assert shown.count("warning: pipeline.log ends here: No space left on device") == 1
+    assert shown.count("WARNING: of a step") == 3
+
+
+def test_the_log_of_an_earlier_call_is_continued_and_every_line_is_there_at_once(tmp_path, capsys):
+    for line in ("one", "two"):
+        with screen.log_and_screen(tmp_path / "pipeline.log"):
+            print(line)
+            assert (tmp_path / "pipeline.log").read_text().endswith(f"{line}\n")
+    assert (tmp_path / "pipeline.log").read_text() == "one\ntwo\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import sys
 import time
@@ -46,22 +47,31 @@ class Screen:
     _SECONDS_BETWEEN_PROGRESS = 10.0
 
     def __init__(self, screen: TextIO, log: TextIO) -> None:
-        self._screen, self._log = screen, log
+        self._screen = screen
+        self._log: TextIO | None = log
         self._rest, self._last_progress = "", 0.0
         self._recent: list[str] = []
 
     def write(self, text: str) -> int:
         *lines, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
         for line in map(masked, lines):  # KFP prints every parameter, and some are addresses with a password
-            self._log.write(line + "\n")
+            self._keep(line)
             if line.strip():
                 line = _COLOUR.sub("", line)
                 self._recent = [*self._recent[-200:], line]
                 self._show(line.strip())
         return len(text)
 
+    def _keep(self, line: str) -> None:
+        """Write to the log. On a full disk the run goes on without it: the step that needs space says so."""
+        if self._log:
+            try:
+                self._log.write(line + "\n")
+            except OSError as error:
+                self._log = None
+                self._screen.write(f"warning: pipeline.log ends here: {error.strerror}\n")
+
     def flush(self) -> None:
-        self._log.flush()
         self._screen.flush()
 
     def isatty(self) -> bool:
@@ -99,7 +109,8 @@ class Screen:
 @contextlib.contextmanager
 def log_and_screen(log_file: Path) -> Iterator[Screen]:
     """Within it, standard output is a `Screen`. An earlier log is continued."""
-    with log_file.open("a", buffering=1, encoding="utf-8") as log:
+    # nothing is held back: neither for a reader nor, on a full disk, to fail once more when it is closed
+    with io.TextIOWrapper(io.FileIO(log_file, "a"), encoding="utf-8", write_through=True) as log:
         screen = Screen(sys.stdout, log)
         with contextlib.redirect_stdout(screen):
             yield screen
