@@ -61,11 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show all characters
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in _PIPELINES:
-        try:
-            return _pipeline(*arguments)
-        except Exception as error:
-            named = [one.partition("=")[2] for one in _joined(arguments) if one.startswith("--output=")]
-            return _refused(argparse.Namespace(), _said_of_disk(error, named or ["runs"]))
+        return _pipeline(*arguments)
     arguments = _joined(arguments)
     parser, commands = _parser(arguments)
     options, rest = parser.parse_known_args(arguments)
@@ -101,7 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
     except SoftprefError as error:
         return _refused(options, str(error))
     except Exception as error:
-        return _refused(options, _said_of_disk(error, [os.getcwd()]))
+        if said := disk_trouble(error, [os.getcwd()]):
+            return _refused(options, said)
+        raise
 
 
 def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, Commands]:
@@ -320,14 +318,6 @@ def _whereabouts(name: str, command: str) -> str:
     if having and not holding(name, [*own, *inherited]):
         exact = f"; {', '.join(having)} {'has' if len(having) == 1 else 'have'} it"
     return instead(name, exact, own, inherited, lambda one: [repr(one)])
-
-
-def _said_of_disk(error: Exception, folders: list[str]) -> str:
-    """What a disk's error means; any other is raised again, a defect of ours."""
-    said = disk_trouble(error, folders)
-    if said is None:
-        raise error
-    return said
 
 
 def _refused(options: argparse.Namespace, message: str) -> int:

@@ -61,6 +61,16 @@ def test_a_mistake_is_answered_with_what_to_write(arguments, says, capsys, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("place", ["file", "file/below", f"{'x' * 300}"])
+def test_a_place_where_no_folder_can_be_is_one_line(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(["sweep", "--output", place]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert place in line
+
+
 def test_a_warning_of_the_parameters_is_said_once(capsys, caplog, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = ["--source", "owner/pairs", "--base-model", "owner/name", "--output", "own.yaml"]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from softpref import __version__
 from softpref.config import closest, convert, parse_overrides
 from softpref.data.config import EMBEDDED
+from softpref.disk import disk_trouble
 from softpref.errors import ConfigError, SoftprefError
 from softpref.options import CONFIGURATIONS, HIDDEN, Option, instead, read_options
 from softpref.pipelines import graph
@@ -44,8 +45,10 @@ def main(pipeline: GraphComponent, arguments: list[str], name: str = "") -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show all characters
+    output = "runs"
     try:
         options = _parse(pipeline, arguments, name)
+        output = options.output or output
         if options.command == "components":
             return _components(options)
         given = {name: getattr(options, name) for name in inputs(pipeline)}
@@ -64,6 +67,11 @@ def main(pipeline: GraphComponent, arguments: list[str], name: str = "") -> int:
     except KeyboardInterrupt:
         print("error: interrupted before anything ran", file=sys.stderr)
         return 130
+    except Exception as error:
+        if said := disk_trouble(error, [output]):
+            print(f"error: {said}", file=sys.stderr)
+            return 2
+        raise
 
 
 def _for_cluster(pipeline: GraphComponent, given: dict[str, Any], options: argparse.Namespace) -> int:

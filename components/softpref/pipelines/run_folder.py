@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref.config import without_secrets
+from softpref.disk import write_whole
 from softpref.errors import ConfigError
 
 _RECORD, _LOCK = "run.json", ".lock"
@@ -70,9 +71,7 @@ def claimed(path: Path, name: str, parameters: Mapping[str, Any]) -> Iterator[Ru
             yield RunFolder(path, found["id"], found["name"], True, lock)
             return
         began = {"id": f"local-{uuid.uuid4().hex}", "name": name, **own}
-        written = path / f"{_RECORD}.new"
-        written.write_text(json.dumps(began, indent=2), encoding="utf-8")
-        written.replace(path / _RECORD)
+        write_whole(path / _RECORD, json.dumps(began, indent=2))
         yield RunFolder(path, began["id"], name, bool(found), lock)
     finally:
         os.close(lock)
