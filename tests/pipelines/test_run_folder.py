@@ -44,6 +44,13 @@ def test_a_cut_record_begins_a_new_run(tmp_path, cut):
     assert json.loads((tmp_path / "run.json").read_text())["id"] == run.id
 
 
+def test_a_process_that_was_killed_at_its_very_start_blocks_nothing(tmp_path):
+    for name in (".lock", ".run.json.123.part"):
+        (tmp_path / name).touch()
+    with claimed(tmp_path, "name", PARAMETERS) as run:
+        assert not run.goes_on
+
+
 def test_what_is_no_runs_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for path, says in ((tmp_path, "is not empty and holds no run"), (tmp_path / "file", "is a file")):

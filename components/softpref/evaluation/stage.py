@@ -19,6 +19,7 @@ from softpref.evaluation.identity import DEFINING, identify
 from softpref.evaluation.measure import draw_samples, held_out, reference_accuracy, sampled
 from softpref.evaluation.models import Models, check_prompts, load_policy, load_reference, tokenize_prompts
 from softpref.evaluation.optima import against_theory, enumerated, theory_samples
+from softpref.finished import as_recorded, finished_result, write_result
 from softpref.fitness import ailments
 from softpref.judges.loading import check_judge, load_judge
 from softpref.judges.outcomes import read_outcomes
@@ -44,11 +45,8 @@ from softpref.records import (
     PreferenceRow,
     PromptRecord,
     Text,
-    as_recorded,
-    finished_result,
     load_metadata,
     read_stats,
-    write_result,
     write_samples,
     write_samples_table,
 )

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 
 from softpref.disk import content_hash, flush_below, write_whole
 from softpref.errors import ConfigError
-from softpref.records import as_recorded, differences
+from softpref.finished import as_recorded, differences
 
 logger = logging.getLogger(__name__)
 

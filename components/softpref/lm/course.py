@@ -14,20 +14,14 @@ import torch
 import softpref
 from softpref.config import write_parameters
 from softpref.errors import DataError
+from softpref.finished import as_recorded, finished_result, write_result
 from softpref.lm.arguments import StageArguments, require_devices
 from softpref.lm.checkpoints import Claim, claim_checkpoints, remove_checkpoints, step_of
 from softpref.lm.loading import require_new_folder, save_model_files
 from softpref.lm.training import GuardedTrainer
 from softpref.lm.watching import add_stage_callbacks, stage_tracker
 from softpref.progress import settle_output
-from softpref.records import (
-    METADATA_FILE,
-    RESULT_FILE,
-    as_recorded,
-    finished_result,
-    save_metadata,
-    write_result,
-)
+from softpref.records import METADATA_FILE, RESULT_FILE, save_metadata
 from softpref.timings import PhaseTimer
 from softpref.tracking.waiting import END, patience
 

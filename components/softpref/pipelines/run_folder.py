@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from softpref.config import without_secrets
 from softpref.disk import write_whole
 from softpref.errors import ConfigError
+from softpref.finished import as_recorded
 
 _RECORD, _LOCK = "run.json", ".lock"
 _PATIENCE = 20.0  # seconds for the steps of a killed run to end
@@ -54,7 +55,9 @@ def claimed(path: Path, name: str, parameters: Mapping[str, Any]) -> Iterator[Ru
     taken = f"--output {path}"
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{taken} is a file; name a folder")
-    if path.exists() and any(path.iterdir()) and not (path / _RECORD).is_file():
+    # a process that was killed at its very start leaves the lock, and perhaps a part of the record
+    begun = (path / _RECORD).is_file() or not path.exists() or all(map(_is_ours, path.iterdir()))
+    if not begun:
         raise ConfigError(
             f"{taken} is not empty and holds no run of a pipeline; name a new folder, nothing is overwritten"
         )
@@ -65,16 +68,19 @@ def claimed(path: Path, name: str, parameters: Mapping[str, Any]) -> Iterator[Ru
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
         found = _read(path / _RECORD)
-        recorded = json.loads(json.dumps(without_secrets(dict(parameters))))
-        own = {"folder": str(path.resolve()), "parameters": recorded}
+        own = as_recorded({"folder": str(path.resolve()), "parameters": without_secrets(dict(parameters))})
         if found and all(found.get(key) == value for key, value in own.items()):
             yield RunFolder(path, found["id"], found["name"], True, lock)
             return
-        began = {"id": f"local-{uuid.uuid4().hex}", "name": name, **own}
-        write_whole(path / _RECORD, json.dumps(began, indent=2))
-        yield RunFolder(path, began["id"], name, bool(found), lock)
+        run_id = f"local-{uuid.uuid4().hex}"
+        write_whole(path / _RECORD, json.dumps({"id": run_id, "name": name, **own}, indent=2))
+        yield RunFolder(path, run_id, name, bool(found), lock)
     finally:
         os.close(lock)
+
+
+def _is_ours(file: Path) -> bool:
+    return file.name.startswith((_LOCK, f".{_RECORD}"))
 
 
 def _wait_for(lock: int, path: Path) -> None:
