@@ -53,13 +53,17 @@ def tracked_in(store: Path) -> Tracked:
 
 
 def differences(found: Tracked, whole: Tracked) -> list[str]:
-    """In what a store differs from that of the uninterrupted work."""
+    """In what a store differs from that of the uninterrupted work.
+
+    How long its phases took, a process says as its last word: one that was killed has not said it.
+    """
     said = []
     if found.statuses != whole.statuses:
         said.append(f"runs are {found.statuses}, not {whole.statuses}")
     if doubled := [point for point, times in found.points.items() if times > whole.points.get(point, 1)]:
         said.append(f"{len(doubled)} points are doubled, such as {doubled[0]}")
-    if lost := whole.points.keys() - found.points.keys():
+    lost = whole.points.keys() - found.points.keys()
+    if lost := {point for point in lost if not point[1].startswith("seconds/")}:
         said.append(f"{len(lost)} points are lost, such as {min(lost)}")
     if more := found.points.keys() - whole.points.keys():
         said.append(f"{len(more)} points are new, such as {min(more)}")
