@@ -76,7 +76,7 @@ def pytest_make_collect_report(collector):
 LONGEST = (
     "test_story_world.py", "distributed/test_sharding.py", "pipelines/test_runs.py",
     "distributed/test_processes.py", "distributed/test_cluster.py", "docs/test_examples.py",
-    "benchmarks/test_benchmarks.py", "tracking_stack/", "test_tracking.py", "spo/test_resume.py",
+    "benchmarks/test_benchmarks.py", "tracking_stack/", "tracking/test_tracker.py", "spo/test_resume.py",
     "lm/test_tokenizing.py", "registry/test_serving.py", "sft/", "pipelines/", "spo/", "evaluation/",
 )  # fmt: skip
 

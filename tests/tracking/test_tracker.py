@@ -1,15 +1,11 @@
-"""Tracking against real MLflow stores and a real server that is killed; no training here."""
+"""The tracker against real MLflow stores and a real server that is killed; no training here."""
 
 import json
-import logging
 import os
 import resource
-import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
-import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,62 +13,15 @@ from pathlib import Path
 import pytest
 from softpref.errors import ConfigError
 from softpref.tracking import (
-    RUN_ID,
-    RUN_NAME,
     Tracker,
     check_server,
-    deliver_missed,
-    finish_pipeline_run,
-    open_client,
-    resolve_tracking_uri,
-    run_tracked_in,
-    short_requests,
     sync,
     sync_below,
 )
 from softpref.tracking.mirror import Mirror
 
 from tests.served import free_port, kill_server, start_server
-
-
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch):
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", RUN_ID, RUN_NAME):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def store(tmp_path, empty_store):
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
-
-
-@pytest.fixture
-def client(store):
-    from mlflow import MlflowClient
-
-    return MlflowClient(store)
-
-
-@pytest.fixture
-def dead_uri():
-    """The address of a server that is not there."""
-    return f"http://127.0.0.1:{free_port()}"
-
-
-def tracker(folder, store, **changes):
-    return Tracker(
-        folder, **{"experiment": "stories", "run_name": "alpha-1", "tracking_uri": store, **changes}
-    )
-
-
-def history(client, run_id, key):
-    return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
-
-
-def mirrored(folder, kind="metrics"):
-    lines = (Path(folder) / "tracking.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+from tests.tracking.conftest import history, mirrored, tracker
 
 
 class Server:
@@ -177,99 +126,6 @@ def test_end_of_a_pipeline_delivers_what_its_stages_could_not(dead_uri, store, c
         "train": {"loss": 1},
         "evaluate": {"loss": 1},
     }
-
-
-def in_processes_at_once(code, count):
-    """Run `code` in so many forks of a process that has imported what is needed; the words they printed."""
-    script = f"""
-import os, sys, time
-import mlflow.store.tracking.sqlalchemy_store
-from softpref.tracking import Tracker, check_server
-forks = []
-for number in range({count}):
-    forks.append(os.fork())
-    if not forks[-1]:
-{textwrap.indent(code, "        ")}
-        sys.stdout.flush()
-        os._exit(0)
-sys.exit(max(os.waitpid(fork, 0)[1] for fork in forks) > 0)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
-
-
-def test_two_processes_may_make_one_sqlite_store_at_once_and_all_points_arrive(tmp_path):
-    from mlflow import MlflowClient
-
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    in_processes_at_once(
-        f"""
-folder = {str(tmp_path)!r} + f"/{{number}}"
-with Tracker(folder, experiment="race", run_name=folder, tracking_uri={store!r}) as tracked:
-    for step in range(200):
-        tracked.metrics({{"loss": step}}, step)
-        time.sleep(0.005)
-""",
-        2,
-    )
-    client = MlflowClient(store)
-    runs = client.search_runs([client.get_experiment_by_name("race").experiment_id])
-    assert len(runs) == 2
-    for run in runs:
-        assert run.info.status == "FINISHED"
-        assert history(client, run.info.run_id, "loss") == [(step, step) for step in range(200)]
-
-
-def test_a_process_that_is_killed_while_the_store_is_made_leaves_none(tmp_path):
-    from mlflow import MlflowClient
-
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    code = f"from softpref.tracking import open_client; open_client({store!r})"
-    making = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    while not any(file.stat().st_size for file in tmp_path.glob(".mlflow.db.new-*")):
-        assert making.poll() is None
-        time.sleep(0.001)
-    making.kill()
-    making.wait()
-    assert not (tmp_path / "mlflow.db").exists()
-    open_client(store).create_experiment("after")
-    assert not list(tmp_path.glob(".mlflow.db*"))
-    assert MlflowClient(store).get_experiment_by_name("after")
-
-
-def broken_store(kind, folder):
-    """Address of a store that waiting does not mend."""
-    if kind == "deleted":
-        client = open_client(f"sqlite:///{folder}/deleted.db")
-        client.delete_experiment(client.create_experiment("stories"))
-    elif kind == "garbage":
-        (folder / "garbage.db").write_bytes(b"no database " * 100)
-    elif kind == "other":
-        with sqlite3.connect(folder / "other.db") as other:
-            other.execute("create table alembic_version (version_num varchar)")
-            other.execute("insert into alembic_version values ('of another program')")
-    elif kind == "files":
-        return f"file://{folder}/mlruns"
-    elif kind == "driver":
-        return "postgresql+nodriver://me:secret@127.0.0.1:1/store"
-    return f"sqlite:///{folder}/{kind}.db"
-
-
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        ("deleted", "experiment 'stories' is deleted; `mlflow experiments restore"),
-        ("garbage", r"no usable store \(.*file is not a database\); .*move the file away"),
-        ("other", r"no usable store .*`mlflow db upgrade` of a copy may mend it"),
-        ("files", r"no usable store \(The filesystem tracking backend .*; set MLFLOW_TRACKING_URI"),
-        ("driver", r"^MLflow at postgresql\+nodriver://127.0.0.1:1/store is no usable store"),
-    ],
-)
-def test_a_store_that_waiting_does_not_mend_is_refused_at_once(tmp_path, kind, said):
-    with pytest.raises(ConfigError, match=said) as refused:
-        check_server("stories", broken_store(kind, tmp_path))
-    assert "secret" not in str(refused.value)
 
 
 def test_killed_stage_continues_its_run_and_repeated_points_stay_single(tmp_path, store, client):
@@ -598,161 +454,6 @@ def test_deleted_run_stops_the_sending_and_keeps_the_records(tmp_path, store, cl
     assert history(client, run_id, "loss") == [(0, 1)]
 
 
-def test_a_server_that_is_away_when_a_pipeline_begins_is_a_warning_at_once(dead_uri, caplog, pipeline_run):
-    begun = time.monotonic()
-    assert check_server("stories", dead_uri) is None
-    assert time.monotonic() - begun < 10
-    assert [record.levelno for record in caplog.records if record.name.startswith("softpref.tracking")] == [
-        logging.WARNING
-    ]
-
-
-# ---------------------------------------------------------------------- the run of a pipeline
-
-
-@pytest.fixture
-def pipeline_run(monkeypatch):
-    """This process is a step of a pipeline run, as a cluster's pod is."""
-    monkeypatch.setenv(RUN_ID, "0a1b-2c3d")
-    monkeypatch.setenv(RUN_NAME, "spo-sweep-x7k2p")
-    return "0a1b-2c3d"
-
-
-def tree(client):
-    """The experiment's runs: `{name: (parent's name, status)}`."""
-    experiment = client.get_experiment_by_name("stories").experiment_id
-    runs = client.search_runs([experiment])
-    names = {run.info.run_id: run.info.run_name for run in runs}
-    assert len(names) == len(set(names.values()))
-    return {
-        run.info.run_name: (names.get(run.data.tags.get("mlflow.parentRunId")), run.info.status)
-        for run in runs
-    }
-
-
-def test_steps_of_a_pipeline_put_their_runs_under_its_own(tmp_path, store, client, pipeline_run):
-    root = check_server("stories", store)
-    assert check_server("stories", store) == root
-    with tracker(tmp_path / "plan", store, run_name="plan", root=True) as plan:
-        plan.params({"beta": 0.1})
-    for name in ("reference", "spo-alpha-1"):
-        with tracker(tmp_path / name, store, run_name=name):
-            assert tree(client)["spo-sweep-x7k2p"] == (None, "RUNNING")
-    finish_pipeline_run("FINISHED", name="my sweep", experiment="stories", tracking_uri=store)
-    assert tree(client) == {
-        "my sweep": (None, "FINISHED"),
-        "reference": ("my sweep", "FINISHED"),
-        "spo-alpha-1": ("my sweep", "FINISHED"),
-    }
-    run = client.get_run(root)
-    assert run.data.params == {"beta": "0.1"}
-    assert run.data.tags["kfp.pipeline_run_id"] == pipeline_run
-
-
-def test_a_step_that_is_tried_again_in_another_pod_goes_on_in_its_run(tmp_path, store, client, pipeline_run):
-    first = tracker(tmp_path / "pod-1", store)
-    first.metrics({"loss": 2}, 0)
-    first.close("KILLED")
-    assert tree(client)["alpha-1"] == ("spo-sweep-x7k2p", "KILLED")
-    with tracker(tmp_path / "pod-2", store) as second:
-        assert second.flush(10)
-        assert tree(client)["alpha-1"] == ("spo-sweep-x7k2p", "RUNNING")
-        second.metrics({"loss": 1}, 1)
-    assert second.run_id == first.run_id
-    assert history(client, first.run_id, "loss") == [(0, 2), (1, 1)]
-
-
-def test_what_a_failed_pipeline_left_running_is_ended(tmp_path, store, client, pipeline_run):
-    left = tracker(tmp_path / "lost", store, run_name="lost")
-    assert left.flush(10)
-    finish_pipeline_run("FAILED", experiment="stories", tracking_uri=store)
-    assert tree(client) == {
-        "spo-sweep-x7k2p": (None, "FAILED"),
-        "lost": ("spo-sweep-x7k2p", "FAILED"),
-    }
-    left.close()
-
-
-def test_the_tree_is_the_same_where_the_plugin_opens_runs_of_its_own(
-    tmp_path, store, client, pipeline_run, monkeypatch
-):
-    experiment = client.create_experiment("stories")
-    root = client.create_run(experiment, run_name="my sweep", tags={"kfp.pipeline_run_id": pipeline_run})
-    below = {"mlflow.parentRunId": root.info.run_id}
-    loop = client.create_run(experiment, run_name="for-loop-1", tags=below).info.run_id
-    step = client.create_run(experiment, run_name="train-policy", tags={"mlflow.parentRunId": loop})
-    monkeypatch.setenv("MLFLOW_RUN_ID", step.info.run_id)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
-    with tracker(tmp_path / "out", store, experiment="another", run_name="spo-alpha-1") as tracked:
-        tracked.metrics({"loss": 1}, 0)
-    finish_pipeline_run("FINISHED", name="my sweep", experiment="another", tracking_uri=store)
-    assert tree(client) == {"my sweep": (None, "FINISHED"), "spo-alpha-1": ("my sweep", "FINISHED")}
-
-
-def test_a_later_step_delivers_what_a_pod_could_not(tmp_path, store, client, dead_uri, pipeline_run):
-    with tracker(tmp_path / "policy", dead_uri, exit_wait=0.1) as tracked:
-        tracked.metrics({"loss": 1}, 0)
-    assert run_tracked_in(tmp_path / "policy") is None
-    deliver_missed(tmp_path / "policy", tmp_path)  # still away: nothing is lost, and nothing fails
-    lines = (tmp_path / "policy/tracking.jsonl").read_text().replace(dead_uri, store)
-    (tmp_path / "policy/tracking.jsonl").write_text(lines)
-    deliver_missed(tmp_path / "policy")
-    run_id = run_tracked_in(tmp_path / "policy")
-    assert history(client, run_id, "loss") == [(0, 1)]
-    assert tree(client)["alpha-1"] == ("spo-sweep-x7k2p", "FINISHED")
-
-
-def test_records_that_come_late_open_no_ended_pipeline_run_again(
-    tmp_path, store, client, dead_uri, pipeline_run, monkeypatch
-):
-    with tracker(tmp_path / "policy", dead_uri, exit_wait=0.1) as tracked:
-        tracked.metrics({"loss": 1}, 0)
-    finish_pipeline_run("FINISHED", experiment="stories", tracking_uri=store)
-    lines = (tmp_path / "policy/tracking.jsonl").read_text().replace(dead_uri, store)
-    (tmp_path / "policy/tracking.jsonl").write_text(lines)
-    monkeypatch.setenv(RUN_ID, "another")
-    deliver_missed(tmp_path / "policy")
-    assert tree(client) == {
-        "spo-sweep-x7k2p": (None, "FINISHED"),
-        "alpha-1": ("spo-sweep-x7k2p", "FINISHED"),
-    }
-
-
-def test_steps_that_open_the_pipelines_run_at_the_same_moment_agree_on_one(store, client, pipeline_run):
-    client.create_experiment("stories")
-    ids = in_processes_at_once(f"print(check_server('stories', {store!r}))", 4)
-    assert len(ids) == 4
-    assert len({*ids}) == 1
-    assert tree(client) == {"spo-sweep-x7k2p": (None, "RUNNING")}
-
-
-_BUSY_STEP = """
-import sys, time
-from softpref.tracking import Tracker, watch_termination
-watch_termination("stories", sys.argv[1])
-tracker = Tracker(sys.argv[2], experiment="stories", run_name="alpha-1", tracking_uri=sys.argv[1])
-tracker.flush(30)
-print("busy", flush=True)
-with tracker:
-    time.sleep(60)
-"""
-
-
-def test_termination_of_a_pod_ends_its_run_and_the_pipelines_as_killed(tmp_path, store, client, pipeline_run):
-    step = subprocess.Popen(
-        [sys.executable, "-c", _BUSY_STEP, store, tmp_path / "out"], stdout=subprocess.PIPE, text=True
-    )
-    assert step.stdout.readline() == "busy\n"
-    step.send_signal(signal.SIGTERM)
-    assert step.wait(30) == 143
-    assert tree(client) == {
-        "spo-sweep-x7k2p": (None, "KILLED"),
-        "alpha-1": ("spo-sweep-x7k2p", "KILLED"),
-    }
-    finish_pipeline_run("FAILED", experiment="stories", tracking_uri=store)
-    assert tree(client)["spo-sweep-x7k2p"] == (None, "KILLED")
-
-
 def test_sync_says_what_is_wrong(tmp_path, dead_uri, store):
     with pytest.raises(ConfigError, match=r"no tracking\.jsonl"):
         sync(tmp_path)
@@ -762,32 +463,6 @@ def test_sync_says_what_is_wrong(tmp_path, dead_uri, store):
             sync(tmp_path / "out")
     with pytest.raises(ConfigError, match=r"2 records of .* wait"):
         sync(tmp_path / "out")
-
-
-def test_request_limits_are_given_back(tmp_path, store):
-    before = dict(os.environ)
-    with tracker(tmp_path / "out", store):
-        assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
-    assert {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_HTTP")} == {
-        key: value for key, value in before.items() if key.startswith("MLFLOW_HTTP")
-    }
-
-
-def test_of_overlapping_limits_of_requests_the_largest_holds():
-    with short_requests(timeout=5):
-        with short_requests(retries=3, timeout=120):
-            assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "120"
-            assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
-        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "5"
-    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
-
-
-def test_the_login_in_a_servers_address_moves_to_the_environment(monkeypatch):
-    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.setenv(name, "another")
-    assert resolve_tracking_uri("https://me%40here:p%2Fw@host:5000/a") == "https://host:5000/a"
-    assert os.environ["MLFLOW_TRACKING_USERNAME"] == "me@here"
-    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "p/w"
 
 
 def test_the_address_of_a_database_is_for_its_owner_alone(tmp_path, caplog):
