@@ -37,11 +37,14 @@ def kill_sweeps(folder: Path, kills: int, seed: int, say: Callable[[str], None])
     whole = _sweep(recipe, folder / "whole")
     took = time.monotonic() - began
     figures = _figures(folder / "whole")
-    for number in range(kills):
+    number, killed = 0, 0
+    while killed < kills:
+        number += 1
         here, moment = folder / f"kill-{number}", chance.uniform(0.15, 1.0) * took
         first = _sweep(recipe, here, killed_after=moment)
         if not (here / "out/run.json").exists():
             continue  # it was still reading its parameters
+        killed += 1
         again = _sweep(recipe, here)
         said = f"sweep killed after {moment:.0f} of {took:.0f} s ({here}): "
         own = []
@@ -60,7 +63,7 @@ def kill_sweeps(folder: Path, kills: int, seed: int, say: Callable[[str], None])
         for fault in own:
             say(f"    {fault}")
         faults += [said + fault for fault in own]
-    return [Outcome("sweep", kills, faults)]
+    return [Outcome("sweep", killed, faults)]
 
 
 def _recipe(folder: Path) -> Path:

@@ -43,6 +43,7 @@ def judged(messages):
 @pytest.fixture
 def server(tmp_path, empty_store, monkeypatch):
     """MLflow, the sources and a judge behind one address, which ask for their secrets."""
+    import mlflow
     from mlflow.server import app, handlers
     from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as Registry
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -51,7 +52,9 @@ def server(tmp_path, empty_store, monkeypatch):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setattr(handlers, "_tracking_store", SqlAlchemyStore(uri, f"{tmp_path}/mlartifacts"))
     monkeypatch.setattr(handlers, "_model_registry_store", Registry(uri))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # a server asks itself, too
+    before = mlflow.get_tracking_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)  # a server asks itself, too
     world, rows = StoryWorld(), {"pairs": [], "demonstrations": [*StoryWorld().demonstrations(400, seed=1)]}
     for row in world.preferences(400, seed=0, votes=0):
         a, b = row["completion_a"], row["completion_b"]
@@ -75,6 +78,7 @@ def server(tmp_path, empty_store, monkeypatch):
 
     with served(answer) as url:
         yield url.removeprefix("http://")
+    mlflow.set_tracking_uri(before)
 
 
 def holding(folder, words):
