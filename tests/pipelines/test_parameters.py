@@ -345,6 +345,18 @@ def test_output_folder_with_content_is_not_touched(sweep, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
+@pytest.mark.parametrize(("option", "cached"), [([], True), (["--no-cache"], False)])
+def test_a_package_takes_results_from_kfps_cache_unless_told_otherwise(sweep, tmp_path, option, cached):
+    package = tmp_path / "package.yaml"
+    assert command.main(sweep, ["compile", "--output", str(package), *option]) == 0
+    spec = next(yaml.safe_load_all(package.read_text(encoding="utf-8")))
+    dags = [spec["root"], *spec["components"].values()]
+    tasks = {name: task for dag in dags if "dag" in dag for name, task in dag["dag"]["tasks"].items()}
+    for name in ("prepare-data", "train-reference", "train-policy", "evaluate-model"):
+        assert tasks[name]["cachingOptions"].get("enableCache", False) == cached, name
+    assert not tasks["compare-models"]["cachingOptions"].get("enableCache", False)
+
+
 def test_checked_in_packages_are_what_the_pipelines_compile_to(sweep, single, tmp_path):
     for pipeline, name, recipe in (
         (sweep, "spo_sweep", "embedded"),

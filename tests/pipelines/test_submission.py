@@ -120,7 +120,7 @@ def wait(capsys, monkeypatch):
         parser = argparse.ArgumentParser()
         submission.add_client_options(parser)
         options = parser.parse_args(["--endpoint", server.url, "--wait", *more])
-        options.recipe, options.no_cache = "embedded", False
+        options.recipe = "embedded"
         status = submission.submit(
             "spo-sweep",
             PACKAGES / "spo_sweep.yaml",

@@ -77,6 +77,9 @@ def main(pipeline: GraphComponent, arguments: list[str], name: str = "") -> int:
 def _for_cluster(pipeline: GraphComponent, given: dict[str, Any], options: argparse.Namespace) -> int:
     """Compile a package for a cluster, or submit a run to it."""
     profile = read_profile(options.cluster)
+    if options.no_cache:  # KFP's client can switch the cache off only for a package that is not uploaded
+        stages = {name: dataclasses.replace(one, cache=False) for name, one in profile.stages.items()}
+        profile = dataclasses.replace(profile, stages=stages)
     if not profile.kfp_ui and (ui := options.ui_host or options.endpoint):
         profile = dataclasses.replace(profile, kfp_ui=ui_address(ui))
     fixed = profile.fixed_gpus

@@ -94,7 +94,6 @@ def submit(
                     version_id=version_id,
                     params=parameters,
                     service_account=profile.service_account or None,
-                    enable_caching=False if options.no_cache else None,
                 )
             address = f"{ui_address(options.ui_host or options.endpoint)}/#/runs/details/{run.run_id}"
             print(f"submitted run {run.display_name} ({run.run_id}): {address}", flush=True)
