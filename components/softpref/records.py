@@ -45,7 +45,10 @@ Text = str | Sequence[Message]
 
 
 class PreferenceRow(TypedDict):
-    """A row of the dataset: completions best first, the probability of a pair with a soft label."""
+    """A row of the dataset: completions best first, the probability of a pair with a soft label.
+
+    The dimension is what they were judged by, where rows are judged by several; empty for a row of none.
+    """
 
     prompt: Text
     completions: list[Text]
@@ -53,6 +56,7 @@ class PreferenceRow(TypedDict):
     probability: float | None
     source_row: NotRequired[int]
     weight: NotRequired[float | None]
+    dimension: NotRequired[str]
     source: NotRequired[str]
 
 
@@ -61,6 +65,7 @@ class ColumnMapping(TypedDict):
 
     form: str
     columns: dict[str, str | list[str]]
+    dimensions: NotRequired[dict[str, dict[str, str | list[str]]]]
     guessed: bool
     unused: NotRequired[list[str]]
     notes: NotRequired[list[str]]
@@ -92,8 +97,9 @@ class DatasetStats(TypedDict, total=False):
     """What a dataset holds and what became of its source's rows: `stats.json`.
 
     Counts are by split (`rows`, `prompts`, `sft`, `extra_prompts`), by reason (`rejected`, `left_out`), by
-    kind of row or label, or by number of completions. `longer_chosen` is the share of pairs whose better
-    completion has more characters; pairs of equal length count half.
+    kind of row or label, by number of completions, or by dimension (absent where rows have none).
+    `longer_chosen` is the share of pairs whose better completion has more characters; pairs of equal length
+    count half.
     """
 
     stage: str
@@ -111,6 +117,7 @@ class DatasetStats(TypedDict, total=False):
     rows: dict[str, int]
     prompts: dict[str, int]
     kinds: dict[str, int]
+    dimensions: dict[str, int]
     completions_per_row: dict[str, int]
     labels: dict[str, int]
     confidence: dict[str, list[float]]
