@@ -21,6 +21,13 @@ from softpref.objectives.kl import (
     prefix_ratios,
     reward_to_go,
 )
+from softpref.objectives.offsets import (
+    implied_rewards,
+    modpo_loss,
+    odpo_loss,
+    sequential_loss,
+    weighted_rewards,
+)
 from softpref.objectives.optimum import exact_optimum, ipo_optimum
 from softpref.objectives.preference import log_group_weights, ordered_pairs, preference_loss
 from softpref.objectives.reward import bradley_terry_loss
@@ -31,20 +38,25 @@ __all__ = [
     "dpo_loss",
     "exact_optimum",
     "group_of",
+    "implied_rewards",
     "ipo_loss",
     "ipo_optimum",
     "kl_lambda",
     "kl_loss",
     "kl_per_token",
     "log_group_weights",
+    "modpo_loss",
+    "odpo_loss",
     "ordered_pairs",
     "preference_loss",
     "prefix_ratios",
     "rdpo_loss",
     "reward_to_go",
+    "sequential_loss",
     "slic_loss",
     "sppo_loss",
     "tdpo_loss",
     "token_kl",
     "token_logps",
+    "weighted_rewards",
 ]
