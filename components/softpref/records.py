@@ -131,10 +131,37 @@ class DatasetStats(TypedDict, total=False):
     taken_over: str
 
 
+class DimensionRound(TypedDict):
+    """A round of training on one dimension of preference; options are named as in training.
+
+    Attributes:
+        dimension_weights: λ of each round before it.
+        reference: the model that it began with, which is its reference, too.
+        reference_hash: of that model's weights; empty where they were not in a folder.
+    """
+
+    dimension: str
+    dimension_weights: list[float]
+    reference: str
+    reference_hash: str
+    dataset_hash: str
+    method: str
+    alpha: float
+    anchor: float
+    beta: float
+    kl_beta: float
+    kl_on: str
+    preference_kind: str
+    soft_labels: str
+    weight_exponent: float
+    label_smoothing: float
+
+
 class ModelMetadata(TypedDict, total=False):
     """What later stages read of a model folder: `softpref.json`. Options are named as in training.
 
     Attributes:
+        lineage: the rounds behind a model that was trained on one dimension after another, its own last.
         row_counts: what was counted of the rows of each split.
         saturated: share of saturated margins at the end of training.
         split, heads, max_length: of a reward model: what it learned from, its heads, tokens that it reads.
@@ -156,6 +183,7 @@ class ModelMetadata(TypedDict, total=False):
     train_on: str
     preference_kind: str
     extrapolation: float
+    lineage: list[DimensionRound]
     adapter: bool
     cut_rows: str
     row_counts: dict[str, dict[str, int]]

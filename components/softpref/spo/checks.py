@@ -21,6 +21,7 @@ _ONLY_FOR = {  # options that only some methods have
     "label_smoothing": ("dpo", "rdpo"),
     "soft_labels": ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo"),
 }
+_IMPLY_REWARDS = ("spo", "dpo", "rdpo")  # methods whose margin is a difference of rewards, in nats
 
 
 class Derived:
@@ -136,6 +137,8 @@ def check_options(args: Any) -> None:
         refuse("remove_unused_columns", "false: SPOTrainer makes the columns that it needs")
     if args.draws_rows:
         _check_rounds(args, refuse)
+    if args.dimension:
+        _check_dimension(args, refuse)
     from softpref.judges.loading import check_judge_options
 
     check_judge_options(args.judge, args.judge_model, parse_overrides(args.judge_options, "judge_options"))
@@ -163,6 +166,51 @@ def _check_rounds(args: Any, refuse: Callable[[str, str], None]) -> None:
         )
     if args.dataloader_persistent_workers:
         refuse("dataloader_persistent_workers", "off with rounds: workers would keep the old rows")
+
+
+def parse_dimension_weights(value: float | str, rounds: int | None = None) -> list[float]:
+    """λ of each earlier round, from one number for all or one for each, such as `"1, 0.5"`.
+
+    Args:
+        rounds: how many there are; None where that is not known yet.
+
+    Raises:
+        ConfigError: one is not a number of at least 0, or there is another number of them.
+    """
+    try:
+        found = [float(part) for part in str(value).split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(0 <= weight < math.inf for weight in found):
+        raise ConfigError(
+            "SPOConfig.dimension_weights must be a number of at least 0, or one for each earlier round, like "
+            f"'1, 0.5', got {value!r}"
+        )
+    if len(found) == 1:
+        return found * (rounds or 0)
+    if rounds is not None and len(found) != rounds:
+        raise ConfigError(
+            f"SPOConfig.dimension_weights has {len(found)} weights, and there are {rounds} earlier rounds; "
+            f"give one for all, or one for each, got {value!r}"
+        )
+    return found
+
+
+def _check_dimension(args: Any, refuse: Callable[[str, str], None]) -> None:
+    parse_dimension_weights(args.dimension_weights)
+    if args.draws_rows:
+        refuse(
+            "dimension",
+            "empty where rows are drawn from the policy: what earlier rounds have learned is known of the "
+            "data's completions",
+        )
+    if args.method not in _IMPLY_REWARDS:
+        refuse(
+            "method",
+            f"one of {', '.join(_IMPLY_REWARDS)} with a dimension: later rounds read rewards off its model",
+        )
+    if args.method == "spo" and args.alpha == 0:
+        refuse("alpha", "above 0 with a dimension: at softness 0 a model implies no rewards")
 
 
 def warn_of_idle_options(args: Any) -> None:
@@ -211,6 +259,7 @@ def warn_of_idle_options(args: Any) -> None:
         (args.refresh != "adaptive", ("min_ess",), "refresh is not adaptive"),
         (not (args.samples_policy or args.draws_rows), ("sampling_engine",), "nothing is sampled"),
         (not args.draws_rows, ("round_reference",), "no row is drawn from the policy"),
+        (not args.dimension, ("dimension_weights", "earlier_models"), "no dimension is named"),
         (
             not args.uses_judge,
             ("completions_per_prompt", "judge", "judge_model", "judge_options"),

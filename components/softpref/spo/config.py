@@ -84,6 +84,15 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
             its endpoint.
         judge_options: of `llm` its address, rubric and budget, see `softpref.judges.llm`, such as
             `{"url": "http://HOST:8000/v1"}`; of a judge of your own what it takes.
+        dimension: the dimension of preference to train on, of those in the data's column `dimension`. A model
+            trained so can be the reference of a further round on another dimension, which keeps what this one
+            has learned (sequential preference optimization). Empty: rows of all dimensions alike.
+        dimension_weights: λ ≥ 0, how many nats of this dimension a nat of an earlier one is worth: one number
+            for all earlier rounds, or one for each, comma-separated in their order. The optimum of the loss
+            is π_ref · exp((R + Σ λ_i R_i) / β), for `spo` without an anchor softmax((R + Σ λ_i R_i) / α);
+            0 lets the round forget.
+        earlier_models: models that the earlier rounds began with, comma-separated in their order, where they
+            are no longer what the reference's `softpref.json` says.
         extrapolation: weights w, comma-separated, for each of which the training stage also writes
             `aligned + w · (aligned − reference)` as a model of its own (ExPO, arXiv 2404.16792).
         sampling_engine: what draws samples: `transformers`, the trained model itself, or `vllm`, which loads
@@ -158,6 +167,9 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
     judge: str = "auto"
     judge_model: str = ""
     judge_options: dict[str, Any] | str | None = None
+    dimension: str = ""
+    dimension_weights: float | str = 1.0
+    earlier_models: str = ""
     extrapolation: str = ""
     model_init_kwargs: dict[str, Any] | str | None = None
     use_peft: bool = False

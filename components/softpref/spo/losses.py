@@ -60,6 +60,7 @@ def method_losses(
             weight_scores=weight_scores,
             log_mean_weight=rows.get("log_mean_weight"),
             base_logps=None if ref_logps is None else args.anchor * ref_logps,
+            offsets=rows.get("offsets"),
         )
     assert ref_logps is not None
     if args.method == "sppo":
@@ -70,6 +71,7 @@ def method_losses(
         "beta": args.beta,
         "probabilities": probabilities[groups],
         "soft_labels": args.soft_labels,
+        "offsets": rows["offsets"][places] if "offsets" in rows else None,
     }
     if args.method == "dpo":
         losses = dpo_loss(*pairs, label_smoothing=args.label_smoothing, **labels)
@@ -85,13 +87,16 @@ def method_losses(
     return _group_means(losses, groups, len(sizes))
 
 
-def implicit_rewards(args: SPOConfig, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
+def implicit_rewards(
+    args: SPOConfig, logps: Tensor, ref_logps: Tensor | None, offsets: Tensor | None = None
+) -> Tensor:
     """The reward that the policy implies for each completion, up to a constant of the prompt: `[sequences]`.
 
-    It is α·(logp − anchor·logp_ref) for `spo`, β·(logp − logp_ref) for the others.
+    It is α·(logp − anchor·logp_ref) for `spo`, β·(logp − logp_ref) for the others, less the offset.
     """
     scale, anchor = (args.alpha, args.anchor) if args.method == "spo" else (args.beta, 1.0)
-    return scale * (logps - (torch.zeros_like(logps) if ref_logps is None else anchor * ref_logps))
+    rewards = scale * (logps - (torch.zeros_like(logps) if ref_logps is None else anchor * ref_logps))
+    return rewards if offsets is None else rewards - offsets
 
 
 @torch.no_grad()
@@ -111,7 +116,7 @@ def preference_metrics(
     sizes, kinds = rows["group_sizes"], rows["kinds"]
     scale, anchor = (args.alpha, args.anchor) if args.method == "spo" else (args.beta, 1.0)
     base = torch.zeros_like(logps) if ref_logps is None else anchor * ref_logps
-    rewards = implicit_rewards(args, logps, ref_logps)
+    rewards = implicit_rewards(args, logps, ref_logps, rows.get("offsets"))
     chosen, rejected, groups = _chosen_and_rejected(sizes, kinds)
     margins = rewards[chosen] - rewards[rejected]
     # where policy and reference are the same, the margin is only rounding of the log-probabilities: a tie

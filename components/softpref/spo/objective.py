@@ -115,7 +115,8 @@ class Objective:
         means.add("loss/preference", losses[:own])
         for name, values in figures.items():
             means.add(name, values)
-        return RowLosses(losses, row_kl, logps.detach(), implicit_rewards(args, logps.detach(), ref_logps))
+        rewards = implicit_rewards(args, logps.detach(), ref_logps, inputs.get("offsets"))
+        return RowLosses(losses, row_kl, logps.detach(), rewards)
 
     def sample_losses(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """The KL term's loss of each of a batch's samples, `[samples]`."""

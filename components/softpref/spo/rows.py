@@ -41,6 +41,7 @@ class Row(TypedDict, total=False):
         kind: what their order means.
         weight: how much the row counts beside the others; absent where all count alike.
         ref_logps: log-probability of each completion under the reference, nats, where known.
+        offsets: of each completion, the weighted sum of what earlier rounds have learned, nats.
         win_probabilities: of each completion, its chance to beat another of the row, for `sppo`.
     """
 
@@ -50,6 +51,7 @@ class Row(TypedDict, total=False):
     kind: PreferenceKind
     weight: float
     ref_logps: list[float]
+    offsets: list[float]
     win_probabilities: list[float]
 
 
@@ -447,7 +449,11 @@ def collate(rows: list[Row]) -> dict[str, Any]:
     }
     if all("weight" in row for row in rows):
         inputs["row_weights"] = torch.tensor([row["weight"] for row in rows])
-    for name in ("ref_logps", "win_probabilities"):  # one for each completion, where rows have them
+    for name in (
+        "ref_logps",
+        "offsets",
+        "win_probabilities",
+    ):  # one for each completion, where rows have them
         if all(name in row for row in rows):
             inputs[name] = torch.tensor([value for row in rows for value in row[name]])
     return inputs
