@@ -335,6 +335,8 @@ class Evaluation:
             reward at each KL; None where rewards are not known.
         by_prompt: values of each prompt, by figure, for paired comparisons; None for a prompt of which the
             judge judged nothing.
+        dimensions, dimension_weights: those of preference that it learned, one after another in this order,
+            and λ of each earlier one in the last round; empty where there is one training on all rows.
         settings: those that change a figure's meaning.
         data_source, base_model: where the rows came from, and what the reference was trained from.
         example: the first prompt that was drawn from, as a user would send it.
@@ -364,6 +366,8 @@ class Evaluation:
     theory: Figures | None = None
     reward_frontier: list[list[float]] | None = None
     by_prompt: Mapping[str, Sequence[float | None]]
+    dimensions: list[str] = field(default_factory=list)
+    dimension_weights: list[float] = field(default_factory=list)
     settings: dict[str, object] = field(default_factory=dict)
     data_source: str = ""
     base_model: str = ""

@@ -403,6 +403,7 @@ def _evaluate(
     from softpref.evaluation.theory import reward_frontier, sampled_figures
 
     metadata, prompts, judge, bootstrap = member.metadata, task.prompts, task.judge, task.bootstrap
+    lineage = metadata.get("lineage") or []
     timer.enter("loading")
     models = load_policy(config, task.models, member.folder)
     check_prompts(models.policy, models, task.tokenized)
@@ -423,8 +424,9 @@ def _evaluate(
             confidence=config.confidence,
         )
     stats = read_stats(places["dataset"])
-    exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings)
-    theory = against_theory(task.theory, records, metadata, stats, config.seed, warnings)
+    began = {"reference": places["reference"]}
+    exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings, **began)
+    theory = against_theory(task.theory, records, metadata, stats, config.seed, warnings, **began)
     warnings += outside_the_set(judge, records)
     warnings += shared_pairs(judge, metadata.get("dataset_hash"))
     warnings += doubts(config, figures, task.judged, metadata, places["dataset"], len(prompts))
@@ -453,6 +455,8 @@ def _evaluate(
         theory=sampled_figures(theory, bootstrap) if theory else None,
         reward_frontier=reward_frontier(theory) if theory else None,
         by_prompt={**by_prompt(records), **preferences.by_prompt},
+        dimensions=[one["dimension"] for one in lineage],
+        dimension_weights=list(lineage[-1]["dimension_weights"]) if lineage else [],
         settings={key: getattr(config, key) for key in (*DEFINING, *_SHOWN_SETTINGS)}
         | {"max_new_tokens": models.max_new_tokens},
         data_source=stats.get("source") or "",
