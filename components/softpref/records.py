@@ -5,8 +5,8 @@ The file that identifies a folder is written last, so a folder that has it is co
 | folder | identified by | beside it |
 | :-- | :-- | :-- |
 | dataset | `stats.json` | splits, `sft/`, `prompts/`, `rejected.jsonl`, `page.html`, what experts know |
-| model | `softpref.json` | safetensors, tokenizer, model card, `extrapolated-W/` |
-| evaluation | `evaluation.json` | `samples.jsonl`, `report.html`, `extrapolated-W/` |
+| model | `softpref.json` | safetensors, tokenizer, model card, `extrapolated-W/`, `round-N/` |
+| evaluation | `evaluation.json` | `samples.jsonl`, `report.html`, `extrapolated-W/`, `round-N/` |
 | comparison | `comparison.json` | `report.html`, `frontier.png`, `chosen/evaluation.json` |
 | registration | `registration.json` | |
 
@@ -35,6 +35,7 @@ EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl",
 SAMPLES_TABLE_FILE = "samples.json"
 COMPARISON_FILE, FRONTIER_FILE, CHOSEN_FOLDER = "comparison.json", "frontier.png", "chosen"
 REGISTRATION_FILE = "registration.json"
+ROUND_FOLDER = "round-"  # and its number: a model of an earlier round on another dimension of preference
 PARAMETERS_FILE, TIMINGS_FILE, RESULT_FILE = "parameters.yaml", "timings.json", "result.json"
 
 
@@ -606,6 +607,12 @@ def load_metadata(folder: str | Path) -> ModelMetadata:
     """Read `softpref.json` of a model folder; empty for a model that softpref did not write."""
     metadata: ModelMetadata = _read_if_there(Path(folder) / METADATA_FILE)
     return metadata
+
+
+def earlier_folders(folder: str | Path) -> list[Path]:
+    """The folders `round-N` in a model folder, or of their evaluations in an evaluation's, in order."""
+    found = [path for path in Path(folder).glob(f"{ROUND_FOLDER}*") if path.is_dir()]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def _read_if_there(path: Path) -> Any:

@@ -67,7 +67,7 @@ def options(run: Run, overrides: Mapping[str, Any]) -> dict[str, Any]:
     asked |= {"beta": RECIPE["beta"], "save_strategy": "no", **overrides}
     if run.share is not None:
         return {**asked, "alpha": ALPHAS[0]}
-    own = {"dimension": run.rounds[-1], "alpha": ALPHAS[len(run.rounds) - 1]}
+    own = {"dimensions": run.rounds[-1], "alpha": ALPHAS[len(run.rounds) - 1]}
     return {**asked, **own, **({"dimension_weights": run.weight} if len(run.rounds) > 1 else {})}
 
 

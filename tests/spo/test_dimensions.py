@@ -62,7 +62,7 @@ def test_a_step_is_that_of_the_formula(
         alpha=BETAS[count],
         beta=BETAS[count] if method == "dpo" else 0.0,
         anchor=0.3 if method == "spo" else 0.0,
-        dimension="short",
+        dimensions="short",
         dimension_weights=",".join(map(str, weights)),
         per_device_train_batch_size=len(rows),
         train_sampling_strategy="sequential",
@@ -106,7 +106,7 @@ def test_rewards_of_metrics_are_what_this_round_learns(make_trainer, make_rows, 
         model=models[1],
         method="dpo",
         beta=0.5,
-        dimension="short",
+        dimensions="short",
         learning_rate=0.0,
         trainer_options={"earlier_rounds": rounds_of(models, "dpo", 1), "eval_dataset": make_rows(3, seed=5)},
     )
@@ -124,7 +124,7 @@ def test_weights_of_zero_are_training_without_earlier_rounds(make_trainer, make_
             model=deepcopy(models[1]),
             method="dpo",
             beta=0.5,
-            dimension="short",
+            dimensions="short",
             dimension_weights=0,
             trainer_options=options,
         )
@@ -142,7 +142,7 @@ def test_kept_log_probabilities_give_the_same_offsets(make_trainer, make_rows, m
                 model=models[2],
                 method="dpo",
                 beta=0.5,
-                dimension="short",
+                dimensions="short",
                 reference_cache=cache,
                 trainer_options={"earlier_rounds": rounds_of(models, "dpo", 2)},
             )
@@ -158,7 +158,7 @@ def test_kept_log_probabilities_give_the_same_offsets(make_trainer, make_rows, m
             model=models[2],
             method="dpo",
             beta=0.5,
-            dimension="short",
+            dimensions="short",
             reference_cache=str(tmp_path / "kept"),
             trainer_options={"earlier_rounds": rounds_of(models, "dpo", 2)},
         )
@@ -181,7 +181,7 @@ def test_rows_of_other_sets_are_refused_once_there_are_earlier_rounds(make_train
     trainer = make_trainer(
         make_rows(4),
         model=models[1],
-        dimension="short",
+        dimensions="short",
         trainer_options={"earlier_rounds": rounds_of(models, "dpo", 1)},
     )
     with pytest.raises(ConfigError, match="as a set of its eval_dataset"):
@@ -191,13 +191,13 @@ def test_rows_of_other_sets_are_refused_once_there_are_earlier_rounds(make_train
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dimension": "short", "method": "ipo"}, "one of spo, dpo, rdpo with a dimension"),
-        ({"dimension": "short", "alpha": 0.0}, "above 0 with a dimension"),
-        ({"dimension": "short", "rounds": 2}, "empty where rows are drawn from the policy"),
-        ({"dimension": "short", "dimension_weights": "1,-1"}, "a number of at least 0"),
-        ({"dimension": "short", "dimension_weights": "much"}, "a number of at least 0"),
-        ({"dimension": "short", "dimension_weights": "1,2,3"}, "3 weights, and there are 1 earlier rounds"),
-        ({}, "say in SPOConfig.dimension"),
+        ({"dimensions": "short", "method": "ipo"}, "one of spo, dpo, rdpo with dimensions"),
+        ({"dimensions": "short", "alpha": 0.0}, "above 0 with dimensions"),
+        ({"dimensions": "short", "rounds": 2}, "empty where rows are drawn from the policy"),
+        ({"dimensions": "short", "dimension_weights": "1,-1"}, "a number of at least 0"),
+        ({"dimensions": "short", "dimension_weights": "much"}, "a number of at least 0"),
+        ({"dimensions": "short", "dimension_weights": "1,2,3"}, "3 weights, and there are 1 earlier rounds"),
+        ({}, "name in SPOConfig.dimensions"),
     ],
 )
 def test_what_does_not_go_with_dimensions_is_refused(make_trainer, make_rows, models, options, message):
@@ -233,7 +233,7 @@ def dataset(tmp_path, write_dataset):
 @pytest.fixture
 def first(command, dataset, tmp_path):
     """The folder of a first round on `long`."""
-    assert command("first", dataset, **QUICK, method="dpo", beta=0.3, dimension="long") == 0
+    assert command("first", dataset, **QUICK, method="dpo", beta=0.3, dimensions="long") == 0
     return tmp_path / "first"
 
 
@@ -252,7 +252,7 @@ def test_a_round_takes_the_rows_of_its_dimension_and_the_rewards_of_the_rounds_b
     monkeypatch.setattr(stage, "SPOTrainer", recorded)
     options = {**QUICK, "method": "spo", "alpha": 0.5, "beta": 0.0, "dimension_weights": "0.5"}
     second = ["--reference", str(first)]
-    assert command("second", dataset, *second, **options, dimension="short") == 0
+    assert command("second", dataset, *second, **options, dimensions="short") == 0
     assert len(made[0].train_dataset.rows) == 6
     assert len(made[0].eval_dataset.rows) == 2
     assert all("offsets" in row for row in (*made[0].train_dataset.rows, *made[0].eval_dataset.rows))
@@ -263,7 +263,9 @@ def test_a_round_takes_the_rows_of_its_dimension_and_the_rewards_of_the_rounds_b
         ("short", "spo", 0.0, 0.5, [0.5], str(first)),
     ]
     third = ["--reference", str(tmp_path / "second")]
-    assert command("third", dataset, *third, **{**options, "dimension_weights": "1,2"}, dimension="long") == 0
+    assert (
+        command("third", dataset, *third, **{**options, "dimension_weights": "1,2"}, dimensions="long") == 0
+    )
     assert [one["dimension_weights"] for one in load_metadata(tmp_path / "third")["lineage"]][2] == [1, 2]
 
 
@@ -272,7 +274,7 @@ def test_a_round_that_does_not_know_the_rounds_before_is_refused(
 ):
     def refused(*more, **options):
         capsys.readouterr()
-        given = {**QUICK, "method": "dpo", "beta": 0.3, "dimension": "short", **options}
+        given = {**QUICK, "method": "dpo", "beta": 0.3, "dimensions": "short", **options}
         assert command("refused", dataset, "--reference", str(tmp_path / "begin"), *more, **given) == 2
         return capsys.readouterr().err
 
@@ -291,7 +293,47 @@ def test_a_round_that_does_not_know_the_rounds_before_is_refused(
     assert "earlier_models can say where it is now" in told
     assert "has other weights than" in refused(earlier_models=str(first))
     assert "names 2 models" in refused(earlier_models="a,b")
-    assert "its dimensions: long, short" in refused(dimension="wide")
+    assert "its dimensions: long, short" in refused(dimensions="wide")
     say(lineage=[{**said["lineage"][0], "reference": "/nowhere/at/all"}])
-    given = {**QUICK, "method": "dpo", "beta": 0.3, "dimension": "short", "earlier_models": reference_folder}
+    given = {**QUICK, "method": "dpo", "beta": 0.3, "dimensions": "short", "earlier_models": reference_folder}
     assert command("found", dataset, "--reference", str(tmp_path / "begin"), **given) == 0
+
+
+def test_several_dimensions_are_rounds_one_after_another(command, dataset, first, tmp_path, weights):
+    from softpref.lm.loading import load_model
+
+    shared = {**QUICK, "method": "dpo", "beta": 0.3}
+    assert (
+        command("second", dataset, "--reference", str(first), **{**shared, "beta": 0.8}, dimensions="short")
+        == 0
+    )
+    options = {**shared, "dimensions": ["long", "short"], "dimension_options": {"short": {"beta": 0.8}}}
+    assert command("both", dataset, **options) == 0
+    both = tmp_path / "both"
+    for inner, alone in (("round-1", "first"), ("", "second")):
+        assert torch.equal(*(weights(load_model(str(folder))) for folder in (both / inner, tmp_path / alone)))
+        found, expected = (load_metadata(folder)["lineage"] for folder in (both / inner, tmp_path / alone))
+        assert [one["dimension"] for one in found] == [one["dimension"] for one in expected]
+        assert [one["beta"] for one in found] == [one["beta"] for one in expected]
+    assert load_metadata(both)["lineage"][1]["reference"] == str(both / "round-1")
+    assert load_metadata(both / "round-1")["name"] == "dpo-beta-0.3-long"
+    assert command("both", dataset, **options) == 0  # finished: nothing is trained again
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dimensions": ["long", "long"]}, "names of dimensions, each once"),
+        ({"dimension_options": {"wide": {}}}, "about the dimensions long, short, not wide"),
+        ({"dimension_options": {"short": {"bta": 1}}}, "did you mean 'beta'"),
+        ({"dimension_options": {"short": {"beta": -1}}}, "SPOConfig.beta must be"),
+        ({"dimension_options": {"short": 0.5}}, "must be an object of options"),
+    ],
+)
+def test_wrong_rounds_are_refused_before_the_first_is_trained(
+    command, dataset, tmp_path, capsys, options, message
+):
+    given = {**QUICK, "method": "dpo", "beta": 0.3, "dimensions": ["long", "short"], **options}
+    assert command("wrong", dataset, **given) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()

@@ -37,6 +37,20 @@ class Derived:
         rounds: int
         train_on: str
         round_reference: str
+        dimensions: list[str] | str | None
+
+    @property
+    def dimension_order(self) -> list[str]:
+        """`dimensions` as a list."""
+        names = self.dimensions
+        if names is None or isinstance(names, str):
+            names = [name.strip() for name in (names or "").split(",") if name.strip()]
+        return list(names)
+
+    @property
+    def dimension(self) -> str:
+        """The dimension of a single round; empty without one, or with several."""
+        return self.dimension_order[0] if len(self.dimension_order) == 1 else ""
 
     @property
     def samples_policy(self) -> bool:
@@ -137,8 +151,8 @@ def check_options(args: Any) -> None:
         refuse("remove_unused_columns", "false: SPOTrainer makes the columns that it needs")
     if args.draws_rows:
         _check_rounds(args, refuse)
-    if args.dimension:
-        _check_dimension(args, refuse)
+    if args.dimension_order:
+        _check_dimensions(args, refuse)
     from softpref.judges.loading import check_judge_options
 
     check_judge_options(args.judge, args.judge_model, parse_overrides(args.judge_options, "judge_options"))
@@ -196,21 +210,26 @@ def parse_dimension_weights(value: float | str, rounds: int | None = None) -> li
     return found
 
 
-def _check_dimension(args: Any, refuse: Callable[[str, str], None]) -> None:
+def _check_dimensions(args: Any, refuse: Callable[[str, str], None]) -> None:
     parse_dimension_weights(args.dimension_weights)
+    names = args.dimension_order
+    if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+        refuse("dimensions", "names of dimensions, each once")
+    if unknown := sorted({*parse_overrides(args.dimension_options)} - {*names}):
+        refuse("dimension_options", f"about the dimensions {', '.join(names)}, not {', '.join(unknown)}")
     if args.draws_rows:
         refuse(
-            "dimension",
+            "dimensions",
             "empty where rows are drawn from the policy: what earlier rounds have learned is known of the "
             "data's completions",
         )
     if args.method not in _IMPLY_REWARDS:
         refuse(
             "method",
-            f"one of {', '.join(_IMPLY_REWARDS)} with a dimension: later rounds read rewards off its model",
+            f"one of {', '.join(_IMPLY_REWARDS)} with dimensions: later rounds read rewards off its model",
         )
     if args.method == "spo" and args.alpha == 0:
-        refuse("alpha", "above 0 with a dimension: at softness 0 a model implies no rewards")
+        refuse("alpha", "above 0 with dimensions: at softness 0 a model implies no rewards")
 
 
 def warn_of_idle_options(args: Any) -> None:
@@ -259,7 +278,11 @@ def warn_of_idle_options(args: Any) -> None:
         (args.refresh != "adaptive", ("min_ess",), "refresh is not adaptive"),
         (not (args.samples_policy or args.draws_rows), ("sampling_engine",), "nothing is sampled"),
         (not args.draws_rows, ("round_reference",), "no row is drawn from the policy"),
-        (not args.dimension, ("dimension_weights", "earlier_models"), "no dimension is named"),
+        (
+            not args.dimension_order,
+            ("dimension_weights", "dimension_options", "earlier_models"),
+            "no dimension is named",
+        ),
         (
             not args.uses_judge,
             ("completions_per_prompt", "judge", "judge_model", "judge_options"),

@@ -82,8 +82,8 @@ def lineage_of(reference: str, metadata: ModelMetadata) -> list[DimensionRound]:
     if not lineage:
         raise ConfigError(
             f"reference {reference} is a policy, and its {METADATA_FILE} does not say which dimension it was "
-            "trained on and from which model: train it with `dimension`, or begin with the model that it was "
-            "trained from"
+            "trained on and from which model: train it with `dimensions`, or begin with the model that it "
+            "was trained from"
         )
     if metadata.get("extrapolation"):
         raise ConfigError(

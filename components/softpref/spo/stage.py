@@ -23,7 +23,7 @@ from softpref.lm.loading import load_tokenizer
 from softpref.lm.scoring import computing_precision
 from softpref.lm.sources import check_remote_code, local_source, source_name
 from softpref.lm.tokenization import stop_token_ids
-from softpref.records import load_metadata
+from softpref.records import ROUND_FOLDER, load_metadata
 from softpref.spo.checks import member_name, parse_dimension_weights
 from softpref.spo.config import SPOConfig
 from softpref.spo.given import loaded
@@ -88,6 +88,9 @@ def run(
 ) -> dict[str, float]:
     """Train a policy from the reference on the preferences of a dataset folder.
 
+    With several dimensions, a model for each, one after another: the last in `output_dir`, the others in
+    `round-1` and so on within it.
+
     Args:
         dataset_dir: a dataset folder of stage 1; its `prompts/`, where there is one, feeds the KL term.
         reference_dir: the model to start from, which is also the frozen reference: a model folder, the URL of
@@ -102,6 +105,23 @@ def run(
     Raises:
         ConfigError, DataError: before training.
     """
+    if len(config.dimension_order) > 1:
+        rounds = [config.of_round(dimension) for dimension in config.dimension_order]
+        where = {"experiment": experiment, "parent_run_id": parent_run_id, "tracking_uri": tracking_uri}
+        for number, one in enumerate(rounds, start=1):
+            inner = f"{ROUND_FOLDER}{number}" if number < len(rounds) else ""
+            metrics = run(
+                one,
+                dataset_dir=dataset_dir,
+                reference_dir=reference_dir,
+                output_dir=Path(output_dir) / inner,
+                name=f"{name}-{inner}" if name and inner else name,
+                checkpoint_dir=str(Path(checkpoint_dir) / inner) if checkpoint_dir else "",
+                **where,
+            )
+            config.distributed_state.wait_for_everyone()  # the first process saves
+            reference_dir = Path(output_dir) / inner
+        return metrics
     reference_dir = str(reference_dir)
     check_remote_code(reference_dir, config.trust_remote_code)
     member = member_name(config.method, config.alpha, config.beta)

@@ -222,10 +222,10 @@ class SPOTrainer(RowsTrainer):
                 "a model_init makes a new model, and reference, for each training: leave "
                 "SPOConfig.reference_cache out"
             )
-        if earlier_rounds and not args.dimension:
+        if len(args.dimension_order) > 1 or (earlier_rounds and not args.dimension):
             raise ConfigError(
-                f"there are {len(earlier_rounds)} earlier rounds; say in SPOConfig.dimension what this one "
-                "trains on"
+                "SPOTrainer trains one round: name in SPOConfig.dimensions the one that its rows are of, and "
+                "hand over earlier_rounds; the stage `softpref train` trains several, one after another"
             )
         parse_dimension_weights(args.dimension_weights, len(earlier_rounds) if earlier_rounds else None)
         if args.uses_judge and judge is None:
