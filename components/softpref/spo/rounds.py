@@ -25,7 +25,7 @@ from softpref.progress import progress
 from softpref.records import Text
 from softpref.spo.config import SPOConfig
 from softpref.spo.reference import set_reference_logps
-from softpref.spo.rows import Row
+from softpref.spo.rows import Row, extremes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -265,6 +265,8 @@ class RoundRows(Dataset[Row]):
             row["weight"] = given["weight"]
         if self._args.method == "sppo":
             row["win_probabilities"] = wins
+            if self._args.sppo_completions == "extremes":
+                row = extremes(row)
         return row
 
 
