@@ -62,6 +62,7 @@ def layers(tmp_path):
         ({"remove_unused_columns": True}, "remove_unused_columns must be false"),
         ({"extrapolation": "0.5", "use_peft": True, "merge_adapter": False}, "extrapolation must be empty"),
         ({"method": "ropo", "ropo_alpha": 0.0}, "ropo_alpha must be above 0"),
+        ({"method": "sppo", "initial_share": 1.5}, "initial_share must be from 0 to 1"),
         ({"method": "simpo", "simpo_gamma": -0.1}, "simpo_gamma must be at least 0"),
         ({"method": "dpo", "nll_weight": -0.1}, "nll_weight must be at least 0"),
         ({"method": "simpo", "beta": 0.0}, "beta must be at least 0 for spo, above 0"),
@@ -118,6 +119,7 @@ IDLE = [
     ({}, {"judge": "expert"}, "no completion is drawn and judged"),
     ({"train_on": "self_play"}, {"completions_per_prompt": 4}, "no completion is drawn and judged"),
     ({"method": "dpo"}, {"round_reference": "previous"}, "no row is drawn"),
+    ({"method": "dpo", "rounds": 2}, {"initial_share": 0.5}, "the reference is the initial model alone"),
     ({"method": "dpo"}, {"label_smoothing_factor": 0.1}, "label_smoothing is what dpo and rdpo take"),
 ]
 NEEDED = [
@@ -130,6 +132,7 @@ NEEDED = [
     {"method": "rdpo", "label_smoothing": 0.1, "reference_cache": "c"},
     {"method": "dpo", "rounds": 2, "completions_per_prompt": 4, "judge": "expert"},
     {"method": "dpo", "train_on": "self_play", "round_reference": "previous"},
+    {"method": "dpo", "train_on": "self_play", "round_reference": "previous", "initial_share": 0.5},
     {"kl_on": "data"},
     {"method": "dpo", "kl_beta": 0.1, "kl_on": "data", "rounds": 2, "sampling_engine": "vllm"},
     {"kl_on": "none", "beta": 0.0},

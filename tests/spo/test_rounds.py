@@ -304,6 +304,43 @@ def test_sppo_with_a_kl_term_is_regularised_towards_the_initial_model(rounds, di
     assert logs_of(trainer)[1]["kl/data"] > 1e-4
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["model", "adapter"])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_mixed_reference_is_geometric_between_the_previous_policy_and_the_initial_model(
+    rounds, direct, model, logs_of, share, lora
+):
+    """α-SPIN: DPO of demonstrations against the policy's own completions, relative to that mixture."""
+    trainer, watched = rounds(
+        method="dpo",
+        train_on="self_play",
+        round_reference="previous",
+        initial_share=share,
+        rounds=2,
+        num_train_epochs=1,
+        per_device_train_batch_size=ROWS,
+        learning_rate=0.05,
+        use_peft=lora,
+        trainer_options={"judge": None},
+    )
+    initial = model.double()
+    for rows, policy, log in zip(watched.rows, watched.models, logs_of(trainer), strict=True):
+        losses, policy = [], policy.double()
+        with torch.no_grad():
+            for row in rows:
+                scores = []
+                for one, kept in zip(row["completions"], row["ref_logps"], strict=True):
+                    now, old = (
+                        float(direct.token_logps(each, row["prompt"], one).sum())
+                        for each in (policy, initial)
+                    )
+                    assert kept == pytest.approx(share * old + (1 - share) * now, abs=1e-4)
+                    scores.append(BETA * (now - share * old - (1 - share) * now))
+                losses.append(math.log1p(math.exp(scores[1] - scores[0])))
+        assert log["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+    assert logs_of(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert abs(logs_of(trainer)[1]["loss"] - math.log(2)) > 1e-3
+
+
 def test_the_initial_reference_stays_where_the_method_wants_it(rounds, model, weights, logs_of):
     trainer, watched = rounds(method="dpo", train_on="samples", learning_rate=3e-2)
     torch.testing.assert_close(weights(trainer.ref_model), weights(model), rtol=0, atol=0)

@@ -43,6 +43,7 @@ class Derived:
         rounds: int
         train_on: str
         round_reference: str
+        initial_share: float
 
     @property
     def samples_policy(self) -> bool:
@@ -106,6 +107,11 @@ class Derived:
             self.round_reference == "auto" and self.method == "sppo"
         )
         return wanted and self.draws_rows
+
+    @property
+    def mixes_references(self) -> bool:
+        """Whether a round's reference is a mixture of the policy at its beginning and the initial model."""
+        return self.refers_to_previous and self.initial_share > 0
 
 
 def check_options(args: Any) -> None:
@@ -234,6 +240,7 @@ def warn_of_idle_options(args: Any) -> None:
         (args.refresh != "adaptive", ("min_ess",), "refresh is not adaptive"),
         (not (args.samples_policy or args.draws_rows), ("sampling_engine",), "nothing is sampled"),
         (not args.draws_rows, ("round_reference",), "no row is drawn from the policy"),
+        (not args.refers_to_previous, ("initial_share",), "the reference is the initial model alone"),
         (
             not args.uses_judge,
             ("completions_per_prompt", "judge", "judge_model", "judge_options"),

@@ -85,6 +85,8 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
         round_reference: the reference of the loss (a baseline's, an anchor's) in each round: the `initial`
             model, or the policy at the beginning of the round (`previous`). `auto` is what the method's
             authors do: previous for `sppo`, initial otherwise.
+        initial_share: share a of the initial model in a previous reference: their geometric mixture,
+            a · log π_initial + (1 − a) · log π_previous. With `dpo` and self-play it is α-SPIN, as 0 is SPIN.
         judge: who judges drawn completions in the training stage: `expert` (the data's known reward),
             `bradley-terry` (learned from the preferences of the split `judge`, or of the training split where
             there is none), `reward-model`, `auto`, the expert if there is one, else `bradley-terry`; `llm`, a
@@ -185,6 +187,7 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
     train_on: Literal["preferences", "samples", "self_play"] = "preferences"
     completions_per_prompt: int = 2
     round_reference: Literal["auto", "initial", "previous"] = "auto"
+    initial_share: float = 0.0
     judge: str = "auto"
     judge_model: str = ""
     judge_options: dict[str, Any] | str | None = None
