@@ -386,9 +386,11 @@ def test_an_adapters_previous_policy_has_its_adapter_on(rounds, logs_of):
     [
         {"train_on": "samples", "kl_gradient": "full"},
         {"method": "sppo", "completions_per_prompt": 3, "gradient_accumulation_steps": 2},
+        {"method": "sppo", "completions_per_prompt": 3, "sppo_completions": "extremes"},
         {"method": "dpo", "train_on": "self_play", "round_reference": "previous"},
+        {"method": "dpo", "train_on": "self_play", "round_reference": "previous", "initial_share": 0.4},
     ],
-    ids=["spo", "sppo", "self-play"],
+    ids=["spo", "sppo", "extremes", "self-play", "mixture"],
 )
 def test_a_resumed_run_ends_as_the_uninterrupted_one(rounds, weights, logs_of, tmp_path, options):
     options = {

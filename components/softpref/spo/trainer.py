@@ -112,9 +112,10 @@ class SPOTrainer(RowsTrainer):
     Metrics, averaged over all rows or samples since the last log: `loss/preference`; `logps/chosen`,
     `logps/rejected`, `logps/accuracies` (chosen likelier than rejected) and `logps/end` (of the end
     token of chosen ones); `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (the
-    method's own implicit reward: α·(logp − anchor·logp_ref) for `spo`, β·(logp − logp_ref) for the others;
-    rejected is the last of a row, or the mean of a best-of-n row's others) and `rewards/saturated` (share of
-    margins beyond 5 nats, where softness has no effect); of samples `kl/sequence` and `kl/token` (nats),
+    method's own implicit reward: α·(logp − anchor·logp_ref) for `spo`, β·logp for `cpo`, that per token for
+    `simpo`, the log-odds of the mean token for `orpo`, β·(logp − logp_ref) for the others; rejected is the
+    last of a row, or the mean of a best-of-n row's others) and `rewards/saturated` (share of margins beyond 5
+    nats, where softness has no effect); of samples `kl/sequence` and `kl/token` (nats),
     `entropy` (nats per token), `completions/mean_length`, `completions/truncated_fraction`, `sampling/age`
     (steps since the samples were drawn), `sampling/logps_difference` (of the engine's log-probabilities to
     the trainer's own when samples are drawn, nats per token), `sampling/ess` (effective sample size, a
