@@ -15,6 +15,7 @@ from softpref.objectives import (
     ordered_pairs,
     preference_loss,
     rdpo_loss,
+    ropo_loss,
     sequential_loss,
     slic_loss,
     tdpo_loss,
@@ -134,6 +135,10 @@ FORMULAS = {
     ),
     ipo_loss: (lambda z, b: (z - 0.5) ** 2 / b**2, lambda z, b: 2 * (z - 0.5) / b**2),
     slic_loss: (lambda z, b: np.maximum(0, 1 - z), lambda z, b: np.where(z < 1, -1.0, 0.0)),
+    ropo_loss: (
+        lambda z, b: 56 / 225 * (softplus(-z) + 14 * expit(-z)),
+        lambda z, b: -56 / 225 * expit(-z) * (1 + 14 * expit(z)),
+    ),
 }
 
 

@@ -73,7 +73,7 @@ def dpo_loss(
             return kept
         return (1 - label_smoothing) * kept - label_smoothing * F.logsigmoid(-margin)
 
-    return _pair_loss(loss, logps, ref_logps, beta, **options)
+    return pair_loss(loss, logps, ref_logps, beta, **options)
 
 
 def rdpo_loss(
@@ -101,7 +101,7 @@ def rdpo_loss(
         kept, flipped = -F.logsigmoid(margin), -F.logsigmoid(-margin)
         return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
-    return _pair_loss(loss, logps, ref_logps, beta, **options)
+    return pair_loss(loss, logps, ref_logps, beta, **options)
 
 
 def ipo_loss(
@@ -122,8 +122,7 @@ def ipo_loss(
     Raises:
         ValueError: β ≤ 0.
     """
-    _check(beta)
-    return _pair_loss(lambda margin: ((margin - 0.5) / beta) ** 2, logps, ref_logps, beta, **options)
+    return pair_loss(lambda margin: ((margin - 0.5) / beta) ** 2, logps, ref_logps, beta, **options)
 
 
 def slic_loss(
@@ -144,8 +143,98 @@ def slic_loss(
     Raises:
         ValueError: β ≤ 0.
     """
-    _check(beta)
-    return _pair_loss(lambda margin: F.relu(1 - margin), logps, ref_logps, beta, **options)
+    return pair_loss(lambda margin: F.relu(1 - margin), logps, ref_logps, beta, **options)
+
+
+def ropo_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    *,
+    beta: float,
+    ropo_alpha: float = 14.0,
+    **options: Unpack[PairOptions],
+) -> Tensor:
+    """Robust preference optimization: `[4a / (1 + a)²] (−log σ(z) + a σ(−z))`.
+
+    The second term is bounded: a pair that the policy is sure is mislabelled has little gradient from it. The
+    factor makes the largest slope in z that of DPO, 1, wherever a ≥ 1. With `geometric` soft labels it is
+    GROPO (arXiv 2409.06691). Source: arXiv 2404.04102, equation 9.
+
+    Args:
+        beta: as in `dpo_loss`.
+        ropo_alpha: a > 0, weight of the bounded term.
+
+    Raises:
+        ValueError: β or a ≤ 0.
+    """
+    if not ropo_alpha > 0:
+        raise ValueError(f"ropo_alpha must be above 0, got {ropo_alpha}")
+
+    def loss(margin: Tensor) -> Tensor:
+        both = -F.logsigmoid(margin) + ropo_alpha * torch.sigmoid(-margin)
+        return 4 * ropo_alpha / (1 + ropo_alpha) ** 2 * both
+
+    return pair_loss(loss, logps, ref_logps, beta, **options)
+
+
+def apo_zero_loss(logps: Tensor, ref_logps: Tensor, *, beta: float, **options: Unpack[PairOptions]) -> Tensor:
+    """Anchored preference optimization, zero: `1 − σ(u_w) + σ(u_l)`, for chosen completions that are good.
+
+    u = s (β (logp − logp_ref) − o) of each completion: the winner's grows, the loser's falls.
+    Source: arXiv 2408.06266, equation 7.
+
+    Args:
+        beta: as in `dpo_loss`.
+
+    Raises:
+        ValueError: β ≤ 0.
+    """
+    return _completion_loss(
+        lambda winner, loser: torch.sigmoid(-winner) + torch.sigmoid(loser), logps, ref_logps, beta, **options
+    )
+
+
+def apo_down_loss(logps: Tensor, ref_logps: Tensor, *, beta: float, **options: Unpack[PairOptions]) -> Tensor:
+    """Anchored preference optimization, down: `σ(u_w) + 1 − σ(u_w − u_l)`, u as in `apo_zero_loss`.
+
+    For chosen completions that are worse than the policy's own: both fall, the loser's more.
+    Source: arXiv 2408.06266, equation 8.
+
+    Args:
+        beta: as in `dpo_loss`.
+
+    Raises:
+        ValueError: β ≤ 0.
+    """
+    return _completion_loss(
+        lambda winner, loser: torch.sigmoid(winner) + torch.sigmoid(loser - winner),
+        logps,
+        ref_logps,
+        beta,
+        **options,
+    )
+
+
+def tdpo1_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    divergences: Tensor,
+    *,
+    beta: float,
+    **options: Unpack[PairOptions],
+) -> Tensor:
+    """Token-level DPO as its theory has it: `−log σ(z − s β (D_l − D_w))`, both D with gradient.
+
+    Source: arXiv 2404.11999, the first of its two objectives; `tdpo_loss` is the second. A soft label turns
+    or scales z and this drift together.
+
+    Args:
+        divergences, beta: as in `tdpo_loss`.
+
+    Raises:
+        ValueError: β ≤ 0.
+    """
+    return pair_loss(lambda margin: -F.logsigmoid(margin), logps + divergences, ref_logps, beta, **options)
 
 
 def tdpo_loss(
@@ -175,7 +264,6 @@ def tdpo_loss(
     Raises:
         ValueError: β ≤ 0, a < 0 or an unknown way of soft labels.
     """
-    _check(beta)
     if tdpo_alpha < 0:
         raise ValueError(f"tdpo_alpha must be at least 0, got {tdpo_alpha}")
     margin = _margins(logps, ref_logps, beta, offsets=offsets, scale=scale)
@@ -230,10 +318,10 @@ def group_of(group_sizes: Tensor, device: torch.device | str | None = None) -> T
     return torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
 
 
-def _pair_loss(
+def pair_loss(
     loss: Callable[[Tensor], Tensor],
     logps: Tensor,
-    ref_logps: Tensor,
+    ref_logps: Tensor | None,
     beta: float,
     *,
     probabilities: Tensor | None = None,
@@ -246,22 +334,58 @@ def _pair_loss(
     return soft_label_loss(loss, margins, probabilities, soft_labels)
 
 
+def _completion_loss(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    logps: Tensor,
+    ref_logps: Tensor,
+    beta: float,
+    *,
+    probabilities: Tensor | None = None,
+    soft_labels: SoftLabels = "linear",
+    offsets: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """`loss` of the winner's and the loser's u of each pair under its label probability.
+
+    Geometric soft labels take weighted means of both, whose difference is (2p − 1) z.
+    """
+    _check(beta, scale=scale)
+    first, second = (scale * (beta * ratio - o) for ratio, o in _parts(logps, ref_logps, offsets))
+    if probabilities is None:
+        return loss(first, second)
+    if soft_labels == "geometric":
+        flipped = 1 - probabilities
+        return loss(probabilities * first + flipped * second, flipped * first + probabilities * second)
+    if soft_labels == "linear":
+        return probabilities * loss(first, second) + (1 - probabilities) * loss(second, first)
+    raise ValueError(f"soft_labels must be 'linear' or 'geometric', got {soft_labels!r}")
+
+
 def _margins(
-    logps: Tensor, ref_logps: Tensor, beta: float, *, offsets: Tensor | None = None, scale: float = 1.0
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    beta: float,
+    *,
+    offsets: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """z of each pair; differences first, for products of large log-probabilities would lose them."""
-    if not scale > 0:
-        raise ValueError(f"scale must be above 0, got {scale}")
-    first, second = (logps - ref_logps.detach()).view(-1, 2).unbind(-1)
-    margins = beta * (first - second)
-    if offsets is not None:
-        first, second = offsets.detach().to(logps.dtype).view(-1, 2).unbind(-1)
-        margins = margins - (first - second)
-    return scale * margins
+    _check(beta, scale=scale)
+    (first, first_offset), (second, second_offset) = _parts(logps, ref_logps, offsets)
+    return scale * (beta * (first - second) - (first_offset - second_offset))
 
 
-def _check(beta: float, label_smoothing: float = 0.0) -> None:
+def _parts(logps: Tensor, ref_logps: Tensor | None, offsets: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Log-ratio and offset, `[pairs]` each, of the first completions and of the second."""
+    ratios = logps if ref_logps is None else logps - ref_logps.detach()
+    constant = torch.zeros_like(logps) if offsets is None else offsets.detach().to(logps.dtype)
+    return list(zip(ratios.view(-1, 2).unbind(-1), constant.view(-1, 2).unbind(-1), strict=True))
+
+
+def _check(beta: float, label_smoothing: float = 0.0, scale: float = 1.0) -> None:
     if not beta > 0:
         raise ValueError(f"beta must be above 0, got {beta}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    if not scale > 0:
+        raise ValueError(f"scale must be above 0, got {scale}")

@@ -121,9 +121,10 @@ class SPOTrainer(RowsTrainer):
     Metrics, averaged over all rows or samples since the last log: `loss/preference`; `logps/chosen`,
     `logps/rejected`, `logps/accuracies` (chosen likelier than rejected) and `logps/end` (of the end
     token of chosen ones); `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (the
-    method's own implicit reward: α·(logp − anchor·logp_ref) for `spo`, β·(logp − logp_ref) for the others;
-    rejected is the last of a row, or the mean of a best-of-n row's others) and `rewards/saturated` (share of
-    margins beyond 5 nats, where softness has no effect); of samples `kl/sequence` and `kl/token` (nats),
+    method's own implicit reward: α·(logp − anchor·logp_ref) for `spo`, β·logp for `cpo`, that per token for
+    `simpo`, the log-odds of the mean token for `orpo`, β·(logp − logp_ref) for the others; rejected is the
+    last of a row, or the mean of a best-of-n row's others) and `rewards/saturated` (share of margins beyond 5
+    nats, where softness has no effect); of samples `kl/sequence` and `kl/token` (nats),
     `entropy` (nats per token), `completions/mean_length`, `completions/truncated_fraction`, `sampling/age`
     (steps since the samples were drawn), `sampling/logps_difference` (of the engine's log-probabilities to
     the trainer's own when samples are drawn, nats per token), `sampling/ess` (effective sample size, a
@@ -254,7 +255,8 @@ class SPOTrainer(RowsTrainer):
         switch_dropout_off(model)
         settle_model(model)
         if self._copies_policy:
-            needed = args.kl_strength > 0 or (args.scores_reference and not args.keeps_reference_logps)
+            live = args.scores_reference and not args.keeps_reference_logps
+            needed = args.kl_strength > 0 or live or args.mixes_references
             self.ref_model = deepcopy(model) if needed and not self._uses_adapter else None
         if self.ref_model is not None:
             check_reference(self.ref_model, model, args)
@@ -286,6 +288,7 @@ class SPOTrainer(RowsTrainer):
             judge=judge if args.uses_judge else None,
             draw=self._draw,
             score=self._score,
+            score_initial=self._score_initial,
             shares=self.whole_list,
             rank=args.process_index,
             world_size=args.world_size,
@@ -490,20 +493,22 @@ class SPOTrainer(RowsTrainer):
                 continue
             if self.args.reference_cache:
                 for row, logps in zip(
-                    rows.rows, self._kept_logps(rows.rows, model_hash, self._score_reference), strict=True
+                    rows.rows, self._kept_logps(rows.rows, model_hash, self._score_initial), strict=True
                 ):
                     row["ref_logps"] = logps
                 continue
             lacking = [row for row in rows.rows if "ref_logps" not in row]
             if lacking and (self.args.keeps_reference_logps or len(lacking) < len(rows.rows)):
-                set_reference_logps(lacking, self._score_reference)
+                set_reference_logps(lacking, self._score_initial)
 
     def _add_offsets(self, sets: Sequence[Any], rounds: Sequence[EarlierRound]) -> None:
         """Give rows what earlier rounds have learned of them; of their models one at a time is in memory."""
         every = [rows.rows for rows in sets if isinstance(rows, PreferenceRows)]
+        if any("offsets" in row for rows in every for row in rows):
+            raise ConfigError("rows bring offsets, and earlier rounds make them: leave out one of the two")
         found: list[list[list[list[float]]]] = [[] for _ in every]  # of each set, by model
         for one in (*rounds, None):
-            model, score = None, self._score_reference
+            model, score = None, self._score_initial
             if one is not None:
                 model = loaded(one.reference, self.args).to(self.args.device).eval()
                 score = partial(self._score, model=model)
@@ -537,8 +542,8 @@ class SPOTrainer(RowsTrainer):
             )
         return super()._evaluated_rows(given)
 
-    def _score_reference(self, sequences: list[tuple[list[int], list[int]]]) -> list[float]:
-        """Sequence log-probabilities, nats, under the reference."""
+    def _score_initial(self, sequences: list[tuple[list[int], list[int]]]) -> list[float]:
+        """Under the reference; where there is no copy of it, before training: under the policy."""
         model = self.model if self.ref_model is None else self.ref_model
         without_adapter = self.ref_model is None and self._uses_adapter
         with adapter_off(self.model) if without_adapter else nullcontext(model) as reference:
