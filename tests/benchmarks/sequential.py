@@ -26,7 +26,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = yaml.safe_load((ROOT / "pipelines" / "recipes" / "embedded.yaml").read_text(encoding="utf-8"))
 DIMENSIONS = ("trait", "brevity")
-ALPHAS = (1.0, 2.0)  # of the first round and of the second
+ALPHAS, PASSES = (1.0, 2.0), (1.5, 1.0)  # of the first round and of the second
+PROMPTS = 6  # held-out ones that models are measured on, every story of each
 WEIGHTS = (0.0, 0.5, 1.0, 2.0)
 SHARES = (0.25, 0.5, 0.75)  # of trait among the labels of both
 MOST_KL = 0.05  # KL(optimum ‖ policy) in nats, for every model whose optimum is known
@@ -66,8 +67,9 @@ def options(run: Run, overrides: Mapping[str, Any]) -> dict[str, Any]:
     asked = {name: RECIPE[name] for name in names} | RECIPE["train_overrides"]
     asked |= {"beta": RECIPE["beta"], "save_strategy": "no", **overrides}
     if run.share is not None:
-        return {**asked, "alpha": ALPHAS[0]}
-    own = {"dimensions": run.rounds[-1], "alpha": ALPHAS[len(run.rounds) - 1]}
+        return {**asked, "alpha": ALPHAS[0], "num_train_epochs": PASSES[1]}  # of twice as many rows
+    place = len(run.rounds) - 1
+    own = {"dimensions": run.rounds[-1], "alpha": ALPHAS[place], "num_train_epochs": PASSES[place]}
     return {**asked, **own, **({"dimension_weights": run.weight} if len(run.rounds) > 1 else {})}
 
 
@@ -121,7 +123,8 @@ def train_and_measure(run: Run, folder: Path, overrides: Mapping[str, Any]) -> d
         shutil.rmtree(policy, ignore_errors=True)
         config = build_config(SPOConfig, asked)
         train(config, dataset_dir=str(dataset), reference_dir=str(begins), output_dir=str(policy))
-    return {"figures": exactly(policy, folder / "reference", folder / "dataset"), "options": asked}
+    figures = exactly(policy, folder / "reference", folder / "dataset", PROMPTS)
+    return {"figures": figures, "options": asked}
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:

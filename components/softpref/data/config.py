@@ -93,12 +93,13 @@ class DataConfig:
             roles of its own label, beside `columns`, such as `{"helpful": {"best": "better_response_id"},
             "harmless": {"best": "safer_response_id"}}`, or `{"helpful": {"score": "helpfulness"}, …}`. A row
             gives a row of the dataset for each dimension that it says something of, with the name in the
-            column `dimension`; training takes one of them (`dimension` of `SPOConfig`). `{}` for a name:
-            labels are objects with a number for it, such as `"probability": {"helpful": 0.8, "harmless":
-            0.3}`, or all rows of the source are of this one dimension: of a file for each dimension, give one
-            as `source` and the others as `mixture`, each with its own `dimensions`. Empty: labels that are
-            objects, and columns of well-known data sets, are recognised; a column `dimension` (a role of
-            `columns`) names that of each row. Of the story world: `trait` and `brevity`.
+            column `dimension`; training takes one after another (`dimensions` of `SPOConfig`). `{}` for a
+            name: labels are objects with a number for it, such as `"probability": {"helpful": 0.8,
+            "harmless": 0.3}`, or all rows of the source are of this one dimension: of a file for each
+            dimension, give one as `source` and the others as `mixture`, each with its own `dimensions`.
+            Empty: labels that are objects, and columns of well-known data sets, are recognised; a column
+            `dimension` (a role of `columns`) names that of each row. Of the story world: `trait` and
+            `brevity`.
         preference_values: what the labels of `preference`, `votes` or a list of `verdicts` mean, from value
             to `"a"`, `"b"` or `"tie"`. Empty: `a`, `b`, `tie`, also 1, 2 and `model_a`, `model_b`; for
             `votes` 0 is a tie.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ class Derived:
         """`dimensions` as a list."""
         names = self.dimensions
         if names is None or isinstance(names, str):
-            names = [name.strip() for name in (names or "").split(",") if name.strip()]
+            names = [name.strip() for name in re.split("[,>]", names or "") if name.strip()]
         return list(names)
 
     @property

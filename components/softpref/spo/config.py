@@ -100,11 +100,11 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
         judge_options: of `llm` its address, rubric and budget, see `softpref.judges.llm`, such as
             `{"url": "http://HOST:8000/v1"}`; of a judge of your own what it takes.
         dimensions: the dimension of preference to train on, of those in the data's column `dimension`; or
-            several, in the order in which they are trained one after another, each round from the model of
-            the round before, which is its reference, and keeping what the rounds before have learned
-            (sequential preference optimization). Earlier rounds are kept as models in `round-1` and so on of
-            the folder. A model trained so can itself be the reference of a further round. Empty: rows of all
-            dimensions alike.
+            several, a list or `helpful>harmless`, in the order in which they are trained one after another:
+            each round begins with the model of the round before, which is its reference, and keeps what the
+            rounds before have learned (sequential preference optimization). Earlier rounds are kept as models
+            in `round-1` and so on of the folder. A model trained so can itself be the reference of a further
+            round. Empty: rows of all dimensions alike.
         dimension_options: options of single rounds, such as `{"harmless": {"beta": 0.2}}`.
         dimension_weights: λ ≥ 0, how many nats of this dimension a nat of an earlier one is worth: one number
             for all earlier rounds, or one for each, comma-separated in their order. The optimum of the loss
