@@ -485,11 +485,8 @@ def collate(rows: list[Row]) -> dict[str, Any]:
     }
     if all("weight" in row for row in rows):
         inputs["row_weights"] = torch.tensor([row["weight"] for row in rows])
-    for name in (
-        "ref_logps",
-        "win_probabilities",
-        "offsets",
-    ):  # one for each completion, where rows have them
+    # one for each completion, where rows have them
+    for name in ("ref_logps", "win_probabilities", "offsets"):
         if all(name in row for row in rows):
             inputs[name] = torch.tensor([value for row in rows for value in row[name]])
     return inputs
