@@ -36,6 +36,7 @@ from softpref.objectives.optimum import exact_optimum, ipo_optimum
 from softpref.objectives.preference import log_group_weights, ordered_pairs, preference_loss
 from softpref.objectives.reference_free import cpo_loss, log_odds, nll_loss, orpo_loss, simpo_loss
 from softpref.objectives.reward import bradley_terry_loss
+from softpref.objectives.unpaired import kto_loss
 
 __all__ = [
     "TokenKL",
@@ -52,6 +53,7 @@ __all__ = [
     "kl_lambda",
     "kl_loss",
     "kl_per_token",
+    "kto_loss",
     "log_group_weights",
     "log_odds",
     "modpo_loss",

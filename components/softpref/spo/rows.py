@@ -194,10 +194,16 @@ class PreferenceRows(TrainingRows):
     """Rows of completions, best first, with what their order means."""
 
     def text(self, row: Mapping[str, Any]) -> RowText:
+        if self._alone(row):
+            return RowText(_cell(row, "prompt"), [row["completion"]])
         return RowText(*_columns(row))
 
+    def _alone(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of `kto` holds one completion, with a label."""
+        return self._args.method == "kto" and "completion" in _mapping(row) and "completions" not in row
+
     def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> Row:
-        probability = _probability(row, len(sequences))
+        probability = _label(row) if self._alone(row) else _probability(row, len(sequences))
         kind = _kind(row, len(sequences), self._args)
         made: Row = {
             "prompt": sequences[0].prompt,
@@ -334,6 +340,14 @@ def _number(row: Mapping[str, Any], column: str, most: float, range_: str) -> fl
     return float(value)
 
 
+def _label(row: Mapping[str, Any]) -> float:
+    """Whether a completion is desirable: 1 or 0."""
+    label = _cell(row, "label")
+    if not isinstance(label, bool):
+        raise DataError(f"label must be true of a desirable completion, or false, got {label!r}")
+    return float(label)
+
+
 def _weight(row: Mapping[str, Any]) -> float:
     """How much a row counts beside the others."""
     return _number(row, "weight", sys.float_info.max, "of at least 0")
@@ -370,6 +384,8 @@ def _kind(row: Mapping[str, Any], count: int, args: SPOConfig) -> PreferenceKind
         kind = args.preference_kind
     if count == 2:
         return "pairwise"
+    if count == 1:
+        return "ranking"
     if kind == "pairwise":
         raise DataError(
             f"{count} completions are no pair, but the row's kind, or preference_kind, is pairwise"
@@ -469,11 +485,8 @@ def collate(rows: list[Row]) -> dict[str, Any]:
     }
     if all("weight" in row for row in rows):
         inputs["row_weights"] = torch.tensor([row["weight"] for row in rows])
-    for name in (
-        "ref_logps",
-        "win_probabilities",
-        "offsets",
-    ):  # one for each completion, where rows have them
+    # one for each completion, where rows have them
+    for name in ("ref_logps", "win_probabilities", "offsets"):
         if all(name in row for row in rows):
             inputs[name] = torch.tensor([value for row in rows for value in row[name]])
     return inputs
