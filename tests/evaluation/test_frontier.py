@@ -108,6 +108,14 @@ def test_softness_beside_several_anchors_is_told_apart_by_name_and_look(drawn):
     assert lines[0].get_linestyle() != lines[1].get_linestyle()
 
 
+def test_every_method_that_trains_has_a_look_of_its_own():
+    from softpref.evaluation.frontier import _METHODS
+    from softpref.spo.checks import METHODS
+
+    assert set(_METHODS) == set(METHODS)
+    assert len(set(_METHODS.values())) == len({marker for _, marker in _METHODS.values()}) == len(METHODS)
+
+
 def test_each_method_has_a_colour_and_marker_and_its_variants_another_line(drawn):
     figure, _ = drawn(crowd())
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}

@@ -1,4 +1,4 @@
-"""Records what TRL's DPOTrainer makes of a tiny model and a few rows, for test_trl.py to compare ours with.
+"""Records what TRL's trainers make of a tiny model and a few rows, for test_trl.py to compare ours with.
 
 TRL is no dependency of this project, and this script needs nothing of softpref. To record again, in an
 environment of its own:
@@ -11,7 +11,8 @@ It writes trl_losses.json beside itself: versions, the weights of both models (t
 holds exactly), the rows as TRL tokenizes them, the log-probabilities that TRL finds, and its loss of each row
 under every loss type of its that is ours too. Rows go through the trainer's `compute_loss` one at a time, for
 its mean over a batch is then the row's own; that makes `aot_unpaired`, which sorts the log-ratios of a batch,
-the conservative DPO, for which this version of TRL has no name.
+the conservative DPO, for which this version of TRL has no name. Of ORPO the likelihood is left out: TRL's is
+of the prompt too.
 """
 
 import importlib.metadata
@@ -24,6 +25,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 OUTPUT = Path(__file__).with_name("trl_losses.json")
 ROWS = [
@@ -48,6 +51,8 @@ LOSSES = [  # TRL's loss types, with β and ε
     *(("aot_unpaired", beta, smoothing) for beta in (0.1, 1.0) for smoothing in (0.1, 0.3)),
     *(("robust", beta, smoothing) for beta in (0.1, 1.0) for smoothing in (0.1, 0.3)),
     *((kind, beta, 0.0) for kind in ("hinge", "ipo", "sppo_hard") for beta in (0.1, 1.0)),
+    *((kind, beta, 0.0) for kind in ("apo_zero", "apo_down", "sigmoid+sft") for beta in (0.1, 1.0)),
+    *((kind, beta, 0.0) for kind in ("cpo", "simpo", "orpo") for beta in (0.1, 1.0)),
 ]
 
 
@@ -82,22 +87,37 @@ def make_trainer(policy, reference, loss_type, beta, smoothing, folder):
     rows = [  # the space is for the tokenizer, which splits words at spaces
         {"prompt": prompt + " ", "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in ROWS
     ]
-    return DPOTrainer(
-        model=make_model(policy),
-        ref_model=make_model(reference),
-        args=DPOConfig(
-            output_dir=folder,
-            loss_type=[loss_type],
-            beta=beta,
-            label_smoothing=smoothing,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=make_tokenizer(),
-    )
+    options = {
+        "output_dir": folder,
+        "beta": beta,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+    }
+    given = {
+        "model": make_model(policy),
+        "train_dataset": Dataset.from_list(rows),
+        "processing_class": make_tokenizer(),
+    }
+    if loss_type == "cpo":
+        return CPOTrainer(args=CPOConfig(loss_type="sigmoid", cpo_alpha=1.0, **options), **given)
+    if loss_type == "simpo":
+        return CPOTrainer(
+            args=CPOConfig(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=0.5, **options), **given
+        )
+    if loss_type == "orpo":
+        return ORPOTrainer(args=ORPOConfig(**options), **given)
+    args = DPOConfig(loss_type=loss_type.split("+"), label_smoothing=smoothing, **options)
+    return DPOTrainer(ref_model=make_model(reference), args=args, **given)
+
+
+def loss_of(trainer, row):
+    batch = trainer.data_collator([row])
+    if isinstance(trainer, DPOTrainer):
+        return float(trainer.compute_loss(trainer.model, batch))
+    loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
+    return float(loss) - (float(metrics["nll_loss"]) if isinstance(trainer, ORPOTrainer) else 0.0)
 
 
 def record(folder):
@@ -109,14 +129,15 @@ def record(folder):
     }
     for loss_type, beta, smoothing in LOSSES:
         trainer = make_trainer(policy, reference, loss_type, beta, smoothing, folder)
-        rows = list(trainer.train_dataset)
+        trainer.model.eval()
         with torch.no_grad():
-            losses = [
-                float(trainer.compute_loss(trainer.model, trainer.data_collator([row]))) for row in rows
-            ]
+            losses = [loss_of(trainer, row) for row in trainer.train_dataset]
         found["losses"].append(
             {"type": loss_type, "beta": beta, "label_smoothing": smoothing, "of_rows": losses}
         )
+        if loss_type == "sigmoid":
+            dpo = trainer
+    trainer, rows = dpo, list(dpo.train_dataset)
     batch = trainer.data_collator(rows)
     found["rows"] = [{name: row[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")} for row in rows]
     for name, model in (("policy", trainer.model), ("reference", trainer.ref_model)):

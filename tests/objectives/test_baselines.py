@@ -5,12 +5,16 @@ import pytest
 import torch
 from scipy.special import expit
 from softpref.objectives import (
+    apo_down_loss,
+    apo_zero_loss,
     dpo_loss,
     group_of,
     ipo_loss,
     rdpo_loss,
+    ropo_loss,
     slic_loss,
     sppo_loss,
+    tdpo1_loss,
     tdpo_loss,
 )
 
@@ -38,6 +42,10 @@ FORMULAS = {
     ),
     ipo_loss: (lambda h, b, e: (h - 1 / (2 * b)) ** 2, lambda h, b, e: 2 * (h - 1 / (2 * b))),
     slic_loss: (lambda h, b, e: np.maximum(0, 1 - b * h), lambda h, b, e: np.where(b * h < 1, -b, 0.0)),
+    ropo_loss: (  # a = 14: 4a / (1 + a)² = 56 / 225
+        lambda h, b, e: 56 / 225 * (softplus(-b * h) + 14 * expit(-b * h)),
+        lambda h, b, e: -b * 56 / 225 * expit(-b * h) * (1 + 14 * expit(b * h)),
+    ),
 }
 SMOOTHING = [
     (loss, e) for loss in FORMULAS for e in ((0.0, 0.2) if loss in (dpo_loss, rdpo_loss) else (0.0,))
@@ -145,6 +153,100 @@ def test_tdpo_without_divergences_is_dpo():
         )
         np.testing.assert_allclose(losses, plain[0], rtol=1e-12)
         np.testing.assert_allclose(gradients[0], plain[1][0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.02, 1.0])
+@pytest.mark.parametrize("labels", LABELS)
+def test_tdpo1_is_its_formula_and_both_divergences_have_a_gradient(beta, labels):
+    options = label_options(labels, PROBABILITIES, torch.float64)
+    losses, (gradient, ref_gradient, slopes_of_d) = value_and_gradients(
+        tdpo1_loss, LOGPS, REF_LOGPS, DIVERGENCES, beta=beta, **options
+    )
+    d = np.array(DIVERGENCES)
+    margins = margins_by_hand(LOGPS, REF_LOGPS) - (d[1::2] - d[::2])
+    expected, slopes = by_hand(dpo_loss, margins, beta, 0.0, np.array(PROBABILITIES), labels)
+    np.testing.assert_allclose(losses, expected, rtol=1e-12)
+    for found in (gradient, slopes_of_d):
+        np.testing.assert_allclose(found[::2], slopes, rtol=1e-11, atol=1e-14)
+        np.testing.assert_allclose(found[1::2], -slopes, rtol=1e-11, atol=1e-14)
+    assert ref_gradient is None
+
+
+def test_the_steepest_slope_of_ropo_is_that_of_dpo_and_confident_flips_weigh_little():
+    """Its weight of a pair, `4a/(1 + a)² σ(−z)(1 + a σ(z))`, is at most 1, where σ(−z) = (1 + a) / 2a."""
+    z = np.linspace(-20, 20, 4001).reshape(-1, 1)
+    logps = np.concatenate([z, np.zeros_like(z)], 1).ravel().tolist()
+    for a in (1.0, 3.0, 14.0):
+        _, (gradient, _) = value_and_gradients(ropo_loss, logps, [0.0] * 8002, beta=1.0, ropo_alpha=a)
+        slopes = -gradient[::2]
+        assert slopes.max() == pytest.approx(1, abs=1e-4)
+        assert slopes[0] == pytest.approx(4 * a / (1 + a) ** 2, rel=1e-4)  # z = −20, where DPO's is 1
+        assert slopes[-1] < 1e-7
+
+
+# ℓ(u_w, u_l) of each method that knows both completions alone, and its slopes in u_w and u_l
+ANCHORED = {
+    apo_zero_loss: (
+        lambda won, lost: 1 - expit(won) + expit(lost),
+        lambda won, lost: (-expit(won) * expit(-won), expit(lost) * expit(-lost)),
+    ),
+    apo_down_loss: (
+        lambda won, lost: expit(won) + 1 - expit(won - lost),
+        lambda won, lost: (
+            expit(won) * expit(-won) - expit(won - lost) * expit(lost - won),
+            expit(won - lost) * expit(lost - won),
+        ),
+    ),
+}
+
+
+def anchored_by_hand(loss, utilities, p, labels):
+    """Values and slopes in u of each completion."""
+    value, slope = ANCHORED[loss]
+    a, b = utilities[::2], utilities[1::2]
+    if labels is None:
+        return value(a, b), slope(a, b)
+    if labels == "geometric":
+        mixed = p * a + (1 - p) * b, (1 - p) * a + p * b
+        won, lost = slope(*mixed)
+        return value(*mixed), (p * won + (1 - p) * lost, (1 - p) * won + p * lost)
+    kept, flipped = slope(a, b), slope(b, a)
+    slopes = p * kept[0] + (1 - p) * flipped[1], p * kept[1] + (1 - p) * flipped[0]
+    return p * value(a, b) + (1 - p) * value(b, a), slopes
+
+
+@pytest.mark.parametrize("beta", [0.02, 0.1, 1.0])
+@pytest.mark.parametrize("loss", ANCHORED, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("moved", [False, True], ids=["plain", "offset"])
+def test_anchored_losses_and_their_gradients_are_those_of_the_formulas(beta, loss, labels, moved):
+    options = label_options(labels, PROBABILITIES, torch.float64)
+    offsets, scale = np.array([0.3, -0.2, 0.0, 0.5, 1.0, -1.0, 0.25, 0.75]) * moved, 1.5 if moved else 1.0
+    if moved:
+        options |= {"offsets": torch.tensor(offsets), "scale": scale}
+    losses, (gradient, ref_gradient) = value_and_gradients(loss, LOGPS, REF_LOGPS, beta=beta, **options)
+    utilities = scale * (beta * (np.array(LOGPS) - np.array(REF_LOGPS)) - offsets)
+    expected, slopes = anchored_by_hand(loss, utilities, np.array(PROBABILITIES), labels)
+    np.testing.assert_allclose(losses, expected, rtol=1e-12)
+    np.testing.assert_allclose(gradient[::2], scale * beta * slopes[0], rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(gradient[1::2], scale * beta * slopes[1], rtol=1e-10, atol=1e-14)
+    assert ref_gradient is None
+
+
+@pytest.mark.parametrize("loss", ANCHORED, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("labels", LABELS[1:])
+def test_turning_an_anchored_pair_and_its_label_changes_nothing(loss, labels):
+    p = torch.tensor(PROBABILITIES, dtype=torch.float64)
+    options = {"beta": 0.3, "soft_labels": labels}
+    losses, _ = value_and_gradients(loss, LOGPS, REF_LOGPS, probabilities=p, **options)
+    other, _ = value_and_gradients(loss, turned(LOGPS), turned(REF_LOGPS), probabilities=1 - p, **options)
+    np.testing.assert_allclose(other, losses, rtol=1e-12)
+
+
+def test_zero_raises_the_winner_and_down_lowers_both():
+    for loss, signs in ((apo_zero_loss, (-1, 1)), (apo_down_loss, (1, 1))):
+        _, (gradient, _) = value_and_gradients(loss, [-1.0, -4.0], [-3.0, -3.0], beta=1.0)
+        assert np.sign(gradient).tolist() == list(signs)
 
 
 @pytest.mark.parametrize("beta", [0.05, 1.0])
@@ -266,7 +368,7 @@ def test_extreme_log_probabilities_have_the_losses_and_gradients_of_float64(beta
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("labels", LABELS)
-def test_extreme_tdpo_and_sppo_are_those_of_float64(beta, labels):
+def test_extreme_tdpo_anchored_losses_and_sppo_are_those_of_float64(beta, labels):
     divergences = [0.0, 3.5, 1e5, 2.0, 0.25, 1e4, 7.5, 7.5, 100.0, 90.0, 1.0, 0.0]
     options = label_options(labels, EXTREME_PROBABILITIES, torch.float32)
     losses, gradients = value_and_gradients(
@@ -280,6 +382,17 @@ def test_extreme_tdpo_and_sppo_are_those_of_float64(beta, labels):
     assert_close(gradients[0][::2], slopes, scale=beta)
     assert_close(gradients[2][::2], first, scale=beta)
     assert_close(gradients[2][1::2], second, scale=beta)
+
+    utilities = beta * (np.array(EXTREME_LOGPS) - np.array(EXTREME_REF_LOGPS))
+    for loss in ANCHORED:
+        losses, (gradient, _) = value_and_gradients(
+            loss, EXTREME_LOGPS, EXTREME_REF_LOGPS, dtype=torch.float32, beta=beta, **options
+        )
+        expected, slopes = anchored_by_hand(loss, utilities, np.array(EXTREME_PROBABILITIES), labels)
+        scale = np.maximum(1, abs(utilities).reshape(-1, 2).sum(1))  # a sigmoid is as fine as what it is of
+        assert_close(losses, expected, scale=scale)
+        assert_close(gradient[::2], beta * slopes[0], scale=beta * scale)
+        assert_close(gradient[1::2], beta * slopes[1], scale=beta * scale)
 
     chances = [1.0, 0.0, 0.5, 0.25, 0.75, 1.0, 0.0, 1.0, 0.5, 0.5, 0.125, 1.0]
     sizes = [2, 4, 6]
@@ -299,7 +412,13 @@ def test_extreme_tdpo_and_sppo_are_those_of_float64(beta, labels):
 
 
 REFUSED = [
-    *((loss, {"beta": beta}) for loss in (*FORMULAS, tdpo_loss, sppo_loss) for beta in (0.0, -1.0, np.nan)),
+    *(
+        (loss, {"beta": beta})
+        for loss in (*FORMULAS, *ANCHORED, tdpo_loss, tdpo1_loss, sppo_loss)
+        for beta in (0.0, -1.0, np.nan)
+    ),
+    *((loss, {"scale": scale}) for loss in (dpo_loss, tdpo1_loss, apo_zero_loss) for scale in (0.0, -1.0)),
+    *((ropo_loss, {"ropo_alpha": a}) for a in (0.0, -1.0)),
     *((loss, {"label_smoothing": share}) for loss in (dpo_loss, rdpo_loss) for share in (-0.1, 0.5)),
     (tdpo_loss, {"tdpo_alpha": -0.1}),
 ]
@@ -307,13 +426,13 @@ REFUSED = [
 
 @pytest.mark.parametrize(("loss", "options"), REFUSED, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_what_the_formulas_do_not_allow_is_refused(loss, options):
-    inputs = [torch.zeros(2)] * (3 if loss in (tdpo_loss, sppo_loss) else 2)
+    inputs = [torch.zeros(2)] * (3 if loss in (tdpo_loss, tdpo1_loss, sppo_loss) else 2)
     sizes = [torch.tensor([2])] if loss is sppo_loss else []
     with pytest.raises(ValueError, match="must be"):
         loss(*inputs, *sizes, **{"beta": 0.1, **options})
 
 
-@pytest.mark.parametrize("loss", [dpo_loss, tdpo_loss], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("loss", [dpo_loss, tdpo_loss, apo_zero_loss], ids=lambda x: x.__name__)
 def test_an_unknown_way_of_soft_labels_is_refused(loss):
     inputs = [torch.zeros(2)] * (3 if loss is tdpo_loss else 2)
     with pytest.raises(ValueError, match="'linear' or 'geometric'"):

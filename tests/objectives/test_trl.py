@@ -1,4 +1,4 @@
-"""Where TRL has the same loss, the same numbers: against what record_trl.py recorded of its DPOTrainer."""
+"""Where TRL has the same loss, the same numbers: against what record_trl.py recorded of its trainers."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,19 @@ import pytest
 import torch
 from softpref.lm.padding import pad_sequences
 from softpref.lm.scoring import sequence_logps
-from softpref.objectives import dpo_loss, ipo_loss, rdpo_loss, slic_loss, sppo_loss
+from softpref.objectives import (
+    apo_down_loss,
+    apo_zero_loss,
+    cpo_loss,
+    dpo_loss,
+    ipo_loss,
+    nll_loss,
+    orpo_loss,
+    rdpo_loss,
+    simpo_loss,
+    slic_loss,
+    sppo_loss,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -54,8 +66,18 @@ def own_losses(kind, beta, smoothing, logps, ref_logps):
         return sppo_loss(
             logps, ref_logps, torch.tensor([1.0, 0.0]).repeat(ROWS), torch.full((ROWS,), 2), beta=beta
         )
-    assert kind == "ipo"  # TRL's margin is of means per token, ours of sums, as in the paper
+    if kind in ("apo_zero", "apo_down"):
+        return {"apo_zero": apo_zero_loss, "apo_down": apo_down_loss}[kind](logps, ref_logps, beta=beta)
     lengths = in_turn(RECORDED["completion_lengths"])
+    if kind == "sigmoid+sft":
+        return dpo_loss(logps, ref_logps, beta=beta) + nll_loss(logps, lengths)
+    if kind == "cpo":
+        return cpo_loss(logps, lengths, beta=beta)
+    if kind == "simpo":
+        return simpo_loss(logps, lengths, beta=beta, simpo_gamma=0.5)
+    if kind == "orpo":  # TRL's likelihood is of the prompt too
+        return orpo_loss(logps, lengths, beta=beta, nll_weight=0.0)
+    assert kind == "ipo"  # TRL's margin is of means per token, ours of sums, as in the paper
     return ipo_loss(logps / lengths, ref_logps / lengths, beta=beta)
 
 
@@ -79,7 +101,10 @@ def test_losses_are_those_of_trl(recorded, own_logps):
 
 def test_every_loss_that_both_have_is_recorded_and_the_rows_tell_them_apart():
     kinds = {one["type"] for one in RECORDED["losses"]}
-    assert kinds == {"sigmoid", "aot_unpaired", "robust", "hinge", "ipo", "sppo_hard"}
+    assert kinds == {
+        *("sigmoid", "aot_unpaired", "robust", "hinge", "ipo", "sppo_hard"),
+        *("apo_zero", "apo_down", "sigmoid+sft", "cpo", "simpo", "orpo"),
+    }
     columns = torch.tensor([one["of_rows"] for one in RECORDED["losses"]])
     apart = (columns[:, None] - columns).abs().amax(-1)
     apart.fill_diagonal_(1.0)

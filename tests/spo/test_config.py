@@ -61,6 +61,15 @@ def layers(tmp_path):
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be random or seq"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be false"),
         ({"extrapolation": "0.5", "use_peft": True, "merge_adapter": False}, "extrapolation must be empty"),
+        ({"method": "ropo", "ropo_alpha": 0.0}, "ropo_alpha must be above 0"),
+        ({"method": "sppo", "initial_share": 1.5}, "initial_share must be from 0 to 1"),
+        ({"method": "simpo", "simpo_gamma": -0.1}, "simpo_gamma must be at least 0"),
+        ({"method": "dpo", "nll_weight": -0.1}, "nll_weight must be at least 0"),
+        ({"method": "simpo", "beta": 0.0}, "beta must be at least 0 for spo, above 0"),
+        (
+            {"method": "simpo", "rounds": 2, "round_reference": "previous"},
+            "round_reference must be initial for simpo",
+        ),
         ({"alhpa": 1.0}, "did you mean 'alpha'"),
         ({"sampling_intervall": 4}, "did you mean 'sampling_interval'"),
         ({"alpha": "soft"}, "alpha must be float"),
@@ -71,7 +80,9 @@ def test_a_wrong_parameter_is_refused_and_the_message_says_what_is_right(layers,
         build_config(SPOConfig, layers, options)
 
 
-@pytest.mark.parametrize("name", ["method", "preference_kind", "soft_labels", "kl_gradient", "kl_on"])
+@pytest.mark.parametrize(
+    "name", ["method", "preference_kind", "soft_labels", "kl_gradient", "kl_on", "sppo_completions"]
+)
 def test_a_choice_is_checked_without_the_builder_too(layers, name):
     with pytest.raises(ConfigError, match=f"{name} must be .* or "):
         SPOConfig(**layers, **{name: "nonsense"})
@@ -81,7 +92,15 @@ IDLE = [
     ({"method": "dpo"}, {"weight_exponent": 0.5}, "it is an option of spo, and the method is dpo"),
     ({"method": "dpo"}, {"tdpo_alpha": 0.1}, "it is an option of tdpo"),
     ({"method": "ipo"}, {"label_smoothing": 0.1}, "it is an option of dpo, rdpo"),
-    ({"method": "sppo"}, {"soft_labels": "geometric"}, "it is an option of spo, dpo, rdpo, ipo, slic, tdpo"),
+    ({"method": "tdpo1"}, {"tdpo_alpha": 0.1}, "it is an option of tdpo, and the method is tdpo1"),
+    ({"method": "dpo"}, {"ropo_alpha": 2.0}, "it is an option of ropo"),
+    ({"method": "cpo"}, {"simpo_gamma": 0.1}, "it is an option of simpo"),
+    ({"method": "dpo"}, {"sppo_completions": "extremes"}, "it is an option of sppo"),
+    ({"method": "sppo"}, {"nll_weight": 0.5}, "it is an option of dpo, rdpo, ipo, slic, ropo, apo_zero,"),
+    ({"method": "spo"}, {"nll_weight": 0.5}, "it is an option of dpo, rdpo, ipo, slic, ropo, apo_zero,"),
+    ({"method": "sppo"}, {"soft_labels": "geometric"}, "it is an option of spo, dpo, rdpo, ipo, slic, ropo,"),
+    ({"method": "tdpo1"}, {"reference_cache": "c"}, "the loss takes no log-probabilities of the reference"),
+    ({"method": "simpo"}, {"reference_cache": "c"}, "the loss takes no log-probabilities of the reference"),
     ({"method": "tdpo"}, {"reference_cache": "c"}, "the loss takes no log-probabilities of the reference"),
     ({"beta": 0.0}, {"kl_gradient": "full"}, "there is no KL term without a beta above 0"),
     ({"beta": 0.0}, {"refresh": "adaptive"}, "there is no KL term without a beta above 0"),
@@ -100,15 +119,20 @@ IDLE = [
     ({}, {"judge": "expert"}, "no completion is drawn and judged"),
     ({"train_on": "self_play"}, {"completions_per_prompt": 4}, "no completion is drawn and judged"),
     ({"method": "dpo"}, {"round_reference": "previous"}, "no row is drawn"),
+    ({"method": "dpo", "rounds": 2}, {"initial_share": 0.5}, "the reference is the initial model alone"),
     ({"method": "dpo"}, {"label_smoothing_factor": 0.1}, "label_smoothing is what dpo and rdpo take"),
 ]
 NEEDED = [
     {"method": "spo", "weight_exponent": 0.5, "weight_scores": "token", "kl_gradient": "full"},
     {"refresh": "adaptive", "min_ess": 0.3, "max_importance_ratio": 2.0, "kl_prompts": "both"},
     {"method": "tdpo", "tdpo_alpha": 0.1, "soft_labels": "geometric"},
+    {"method": "ropo", "ropo_alpha": 2.0, "soft_labels": "geometric", "reference_cache": "c"},
+    {"method": "simpo", "simpo_gamma": 0.1, "nll_weight": 0.5},
+    {"method": "sppo", "sppo_completions": "extremes"},
     {"method": "rdpo", "label_smoothing": 0.1, "reference_cache": "c"},
     {"method": "dpo", "rounds": 2, "completions_per_prompt": 4, "judge": "expert"},
     {"method": "dpo", "train_on": "self_play", "round_reference": "previous"},
+    {"method": "dpo", "train_on": "self_play", "round_reference": "previous", "initial_share": 0.5},
     {"kl_on": "data"},
     {"method": "dpo", "kl_beta": 0.1, "kl_on": "data", "rounds": 2, "sampling_engine": "vllm"},
     {"kl_on": "none", "beta": 0.0},
@@ -139,6 +163,24 @@ def test_overrides_reach_spo_and_transformers_parameters_alike(layers):
     overrides = parse_overrides('{"alpha": 0.5, "warmup_steps": 3.0, "kl_gradient": "full"}')
     config = build_config(SPOConfig, layers, {"alpha": 2.0}, overrides)
     assert (config.alpha, config.warmup_steps, config.kl_gradient) == (0.5, 3, "full")
+
+
+def test_the_methods_that_may_be_named_are_those_that_training_knows():
+    from typing import get_args, get_type_hints
+
+    from softpref.spo.checks import METHODS
+
+    assert set(get_args(get_type_hints(SPOConfig)["method"])) == set(METHODS)
+
+
+def test_the_likelihood_weighs_what_each_method_publishes_unless_it_is_said(layers):
+    weights = {
+        method: SPOConfig(**layers, method=method).likelihood_weight
+        for method in ("dpo", "cpo", "orpo", "simpo")
+    }
+    assert weights == {"dpo": 0, "cpo": 1, "orpo": 1, "simpo": 0}
+    assert SPOConfig(**layers, method="cpo", nll_weight=0.0).likelihood_weight == 0
+    assert SPOConfig(**layers, method="dpo", nll_weight=0.3).likelihood_weight == 0.3
 
 
 @pytest.mark.parametrize(("given", "read"), [("full", "full"), ("0.7", 0.7), (1, 1.0), (0.25, 0.25)])

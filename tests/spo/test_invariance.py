@@ -41,6 +41,13 @@ CASES = {
         "kinds": ("pairwise", "best_of_n", "ranking"),
     },
     "dpo": {"method": "dpo", "beta": 0.5, "learning_rate": 0.1},
+    "orpo": {
+        "method": "orpo",
+        "beta": 0.5,
+        "nll_weight": 0.7,
+        "learning_rate": 0.1,
+        "kinds": ("pairwise", "best_of_n", "ranking"),
+    },
     "sppo": {"method": "sppo", "beta": 2.0, "learning_rate": 1e-3, "kinds": ("pairwise", "ranking")},
     "mixed": {
         "beta": 0.2,

@@ -1,13 +1,47 @@
 """Each method's step is that of its formula, written out here for one completion at a time in float64."""
 
 from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 BETA, ALPHA, ANCHOR, SMOOTHING, TDPO_ALPHA = 0.7, 0.6, 0.8, 0.2, 0.3
-METHODS = ("spo", "anchored", "dpo", "rdpo", "ipo", "slic", "tdpo", "sppo")
+ROPO_ALPHA, GAMMA, NLL_WEIGHT = 3.0, 0.4, 0.5
+REFERENCE_FREE = ("simpo", "cpo", "orpo")
+BASELINES = (
+    *("dpo", "rdpo", "ipo", "slic", "ropo", "apo_zero", "apo_down", "tdpo", "tdpo1"),
+    *REFERENCE_FREE,
+    "sppo",
+)
+VARIANTS = {  # names of these tests: a method with options
+    "anchored": {"method": "spo", "anchor": ANCHOR},
+    "rpo": {"method": "dpo", "nll_weight": NLL_WEIGHT},
+    "extremes": {"method": "sppo", "sppo_completions": "extremes"},
+    "orpo": {"method": "orpo", "nll_weight": NLL_WEIGHT},
+}
+OWN = {  # of a method, wherever it is trained here
+    "dpo": {"label_smoothing": SMOOTHING},
+    "rdpo": {"label_smoothing": SMOOTHING},
+    "tdpo": {"tdpo_alpha": TDPO_ALPHA},
+    "ropo": {"ropo_alpha": ROPO_ALPHA},
+    "simpo": {"simpo_gamma": GAMMA},
+}
+
+
+def options_of(method):
+    given = VARIANTS.get(method, {"method": method})
+    return {**OWN.get(given["method"], {}), **given}
+
+
+class Completion(NamedTuple):
+    """log π, log π_ref, Σ_t KL(π_ref ‖ π), and tokens."""
+
+    logp: torch.Tensor
+    ref_logp: torch.Tensor
+    divergence: torch.Tensor
+    length: int
 
 
 @pytest.fixture
@@ -56,26 +90,67 @@ def one_step(make_trainer, make_model, tokenizer, adapted, watch):
     return run
 
 
-def hard_loss(method, h, divergence_of_winner, divergence_of_loser, beta=BETA):
-    """The loss where the first completion has won by the margin h."""
-    if method == "dpo":
-        return -(1 - SMOOTHING) * F.logsigmoid(beta * h) - SMOOTHING * F.logsigmoid(-beta * h)
-    if method == "rdpo":
-        kept, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
-        return ((1 - SMOOTHING) * kept - SMOOTHING * flipped) / (1 - 2 * SMOOTHING)
+def hard_loss(method, margin, drift):
+    """The loss where the first completion has won by the margin; `drift`: see `pair_loss`."""
     if method == "ipo":
-        return (h - 1 / (2 * beta)) ** 2
+        return (margin - 1 / (2 * BETA)) ** 2
+    z = BETA * margin
+    if method in ("dpo", "rpo"):
+        return -(1 - SMOOTHING) * F.logsigmoid(z) - SMOOTHING * F.logsigmoid(-z)
+    if method == "rdpo":
+        return (-(1 - SMOOTHING) * F.logsigmoid(z) + SMOOTHING * F.logsigmoid(-z)) / (1 - 2 * SMOOTHING)
     if method == "slic":
-        return torch.clamp(1 - beta * h, min=0)
-    drift = divergence_of_loser - divergence_of_winner.detach()
-    return -F.logsigmoid(beta * h - beta * TDPO_ALPHA * drift)
+        return torch.clamp(1 - z, min=0)
+    if method == "ropo":
+        a = ROPO_ALPHA
+        return 4 * a / (1 + a) ** 2 * -F.logsigmoid(z) + 4 * a**2 / (1 + a) ** 2 * torch.sigmoid(-z)
+    if method == "simpo":
+        return -F.logsigmoid(z - GAMMA)
+    if method == "orpo":  # β weighs it
+        return -BETA * F.logsigmoid(margin)
+    if method == "tdpo":
+        return -F.logsigmoid(z - BETA * TDPO_ALPHA * drift)
+    assert method in ("tdpo1", "cpo")
+    return -F.logsigmoid(z)
 
 
-def pair_loss(method, h, divergences, p, soft_labels):
-    first, second = divergences
+def margin_of(method, first, second):
+    if method == "cpo":
+        return first.logp - second.logp
+    if method == "simpo":
+        return first.logp / first.length - second.logp / second.length
+    if method == "orpo":
+        return log_odds(first) - log_odds(second)
+    margin = (first.logp - first.ref_logp.detach()) - (second.logp - second.ref_logp.detach())
+    return margin - (second.divergence - first.divergence) if method == "tdpo1" else margin
+
+
+def log_odds(one):
+    mean = (one.logp / one.length).exp()
+    return (mean / (1 - mean)).log()
+
+
+def anchored_loss(method, won, lost):
+    if method == "apo_zero":
+        return 1 - torch.sigmoid(won) + torch.sigmoid(lost)
+    return torch.sigmoid(won) + 1 - torch.sigmoid(won - lost)
+
+
+def pair_loss(method, first, second, p, soft_labels):
+    if method.startswith("apo"):
+        u, v = (BETA * (one.logp - one.ref_logp.detach()) for one in (first, second))
+        if soft_labels == "geometric":
+            return anchored_loss(method, p * u + (1 - p) * v, (1 - p) * u + p * v)
+        return p * anchored_loss(method, u, v) + (1 - p) * anchored_loss(method, v, u)
+    margin = margin_of(method, first, second)
+    drift = second.divergence - first.divergence.detach()  # the loser's less the winner's
+    back = first.divergence - second.divergence.detach()
     if soft_labels == "geometric":
-        return hard_loss(method, (2 * p - 1) * h, first, second)
-    return p * hard_loss(method, h, first, second) + (1 - p) * hard_loss(method, -h, second, first)
+        loss = hard_loss(method, (2 * p - 1) * margin, drift)
+    else:
+        loss = p * hard_loss(method, margin, drift) + (1 - p) * hard_loss(method, -margin, back)
+    weight = {"cpo": 1.0, "orpo": NLL_WEIGHT, "rpo": NLL_WEIGHT}.get(method, 0.0)
+    return loss - weight * (p * first.logp / first.length + (1 - p) * second.logp / second.length)
 
 
 def spo_loss(scores, kind, p, soft_labels):
@@ -90,21 +165,20 @@ def spo_loss(scores, kind, p, soft_labels):
 
 
 def row_loss(method, row, logps, ref_logps, divergences, soft_labels):
+    """Of the row as it was given, or of `extremes` as it is trained on."""
     p, size = row["probability"], len(logps)
     if method in ("spo", "anchored"):
         base = ANCHOR * ref_logps.detach() if method == "anchored" else 0
         return spo_loss(logps - base, row["kind"], p, soft_labels)
     ratios = logps - ref_logps.detach()
-    if method == "sppo":
-        wins = [p, 1 - p] if size == 2 else [(size - 1 - place) / (size - 1) for place in range(size)]
+    if method in ("sppo", "extremes"):
+        wins = row["win_probabilities"]
         return sum((ratio - (win - 0.5) / BETA) ** 2 for ratio, win in zip(ratios, wins, strict=True))
+    lengths = [len(one) for one in row["completions"]]
+    each = [Completion(*one) for one in zip(logps, ref_logps, divergences, lengths, strict=True)]
     better = range(size - 1) if row["kind"] == "ranking" else [0]
-    pairs = [(i, j) for i in better for j in range(i + 1, size)]
-    losses = [
-        pair_loss(method, ratios[i] - ratios[j], (divergences[i], divergences[j]), p, soft_labels)
-        for i, j in pairs
-    ]
-    return sum(losses) / len(losses)
+    pairs = [(each[i], each[j]) for i in better for j in range(i + 1, size)]
+    return sum(pair_loss(method, *pair, p, soft_labels) for pair in pairs) / len(pairs)
 
 
 def scored(direct, model, off, row):
@@ -125,30 +199,37 @@ def rows_for(make_rows, method, data):
     if data == "pairs":
         return make_rows(5, soft=True)
     rows = make_rows(7, sizes=(2, 4, 3), soft=True)
-    if method != "sppo":
+    if method not in ("sppo", "extremes"):
         rows[2]["kind"] = "best_of_n"
         rows[4]["kind"] = "best_of_n"
     return rows
 
 
+def rewards_of(method, row, logps, ref_logps):
+    if method in ("spo", "anchored"):
+        return ALPHA * (logps - (ANCHOR * ref_logps if method == "anchored" else 0))
+    lengths = torch.tensor([len(one) for one in row["completions"]])
+    if method == "orpo":
+        mean = (logps / lengths).exp()
+        return (mean / (1 - mean)).log()
+    if method in REFERENCE_FREE:
+        return BETA * (logps / lengths if method == "simpo" else logps)
+    return BETA * (logps - ref_logps)
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["model", "adapter"])
 @pytest.mark.parametrize("data", ["pairs", "groups"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["spo", "anchored", *BASELINES, "rpo", "extremes"])
 def test_loss_and_gradient_are_the_formulas(one_step, make_rows, direct, watch, logs_of, method, data, lora):
     # groups take geometric labels, pairs of the adapter too: each way meets each kind of reference
     soft_labels = "linear" if (data == "pairs") != lora else "geometric"
-    options = {"soft_labels": soft_labels} if method != "sppo" else {}
-    if method in ("dpo", "rdpo"):
-        options["label_smoothing"] = SMOOTHING
-    if method == "anchored":
-        options["anchor"] = ANCHOR
+    options = {"soft_labels": soft_labels} if method not in ("sppo", "extremes") else {}
     trainer, model, off = one_step(
         rows_for(make_rows, method, data),
         lora,
-        method="spo" if method == "anchored" else method,
         alpha=ALPHA,
         beta=0.0 if method in ("spo", "anchored") else BETA,
-        tdpo_alpha=TDPO_ALPHA,
+        **options_of(method),
         **options,
     )
     rows = trainer.train_dataset.rows
@@ -165,8 +246,7 @@ def test_loss_and_gradient_are_the_formulas(one_step, make_rows, direct, watch, 
 
     chosen, rejected = [], []  # a best-of-n row tells its others not apart: their mean is what it rejects
     for row, (logps, ref_logps, _) in zip(rows, values, strict=True):
-        anchor = {"spo": 0, "anchored": ANCHOR}.get(method, 1)
-        rewards = (ALPHA if method in ("spo", "anchored") else BETA) * (logps - anchor * ref_logps)
+        rewards = rewards_of(method, row, logps, ref_logps)
         chosen.append(rewards[0])
         rejected.append(rewards[1:] if row["kind"] == "best_of_n" else rewards[-1:])
     margins = [best - others.mean() for best, others in zip(chosen, rejected, strict=True)]
@@ -242,11 +322,11 @@ def test_anchor_one_without_a_kl_term_is_dpo(one_step, make_rows, watch, logs_of
         assert ours[f"rewards/{name}"] == pytest.approx(theirs[f"rewards/{name}"], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("method", ["dpo", "rdpo", "ipo", "slic", "tdpo", "sppo"])
+@pytest.mark.parametrize("method", [*BASELINES, "rpo", "extremes"])
 def test_the_kl_term_beside_a_baseline_is_that_of_spo(one_step, make_rows, watch, logs_of, method):
     rows = make_rows(6)
-    one_step(rows, method=method, beta=BETA)
-    both, _, _ = one_step(rows, method=method, beta=BETA, kl_beta=0.4)
+    one_step(rows, **options_of(method), beta=BETA)
+    both, _, _ = one_step(rows, **options_of(method), beta=BETA, kl_beta=0.4)
     one_step(rows, beta=0.0)
     spo, _, _ = one_step(rows, beta=0.4)
     alone, added, bare, regularised = watch.gradients
@@ -257,7 +337,7 @@ def test_the_kl_term_beside_a_baseline_is_that_of_spo(one_step, make_rows, watch
 
 @pytest.mark.parametrize("lora", [False, True], ids=["model", "adapter"])
 @pytest.mark.parametrize("options", [{}, {"plain_forward": True}, {"reference_cache": "cache"}])
-@pytest.mark.parametrize("method", ["spo", "anchored", "dpo", "tdpo", "sppo"])
+@pytest.mark.parametrize("method", ["spo", "anchored", "dpo", "tdpo", "sppo", "simpo"])
 def test_on_data_the_kl_term_goes_along_the_completions_of_the_rows(
     one_step, make_rows, direct, watch, logs_of, tmp_path, monkeypatch, method, options, lora
 ):
@@ -270,12 +350,9 @@ def test_on_data_the_kl_term_goes_along_the_completions_of_the_rows(
     trainer, model, off = one_step(
         rows,
         lora,
-        method="spo" if method == "anchored" else method,
-        anchor=ANCHOR if method == "anchored" else 0.0,
         alpha=ALPHA,
-        tdpo_alpha=TDPO_ALPHA,
-        label_smoothing=SMOOTHING if method == "dpo" else 0.0,
         kl_on="data",
+        **options_of(method),
         **strength,
         **options,
     )
@@ -382,6 +459,69 @@ def test_an_anchor_takes_its_base_from_where_baselines_have_their_reference(
         losses.append([scale * log["loss"] for log in logs_of(trainer)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert len({round(loss, 4) for loss in losses[0]}) > 1
+
+
+@pytest.mark.parametrize("method", REFERENCE_FREE)
+@pytest.mark.parametrize("cache", [False, True])
+def test_what_needs_no_reference_loads_none(
+    make_trainer, make_rows, monkeypatch, tmp_path, weights, method, cache
+):
+    """Nor copies or scores one, unless the KL term asks for it."""
+    scored = []
+    monkeypatch.setattr("softpref.spo.trainer.score_sequences", lambda *given, **options: scored.append(1))
+    options = {"reference_cache": str(tmp_path / "cache")} if cache else {}
+    held_out = make_rows(3, seed=2)
+    trainer = make_trainer(
+        make_rows(6), trainer_options={"eval_dataset": held_out}, beta=BETA, **options_of(method), **options
+    )
+    before = weights(trainer.model)
+    trainer.train()
+    assert trainer.ref_model is None
+    assert not scored
+    assert not (tmp_path / "cache").exists()
+    assert float((weights(trainer.model) - before).abs().max()) > 1e-3
+    assert torch.isfinite(torch.tensor(trainer.evaluate()["eval_rewards/margins"]))
+    regularised = make_trainer(make_rows(6), beta=BETA, kl_beta=0.1, output="kl", **options_of(method))
+    assert regularised.ref_model is not None
+
+
+def test_wins_of_a_row_are_over_its_others_and_of_its_extremes_over_all(make_trainer, make_rows):
+    rows = make_rows(2, sizes=(2, 4), soft=True)
+    whole, ends = (
+        make_trainer(rows, beta=BETA, **options_of(method), output=method).train_dataset.rows
+        for method in ("sppo", "extremes")
+    )
+    p = rows[0]["probability"]
+    assert whole[0]["win_probabilities"] == pytest.approx([p, 1 - p])
+    assert whole[1]["win_probabilities"] == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    assert ends[0]["win_probabilities"] == pytest.approx([(p + 0.5) / 2, (1.5 - p) / 2])
+    assert ends[1]["win_probabilities"] == pytest.approx([3.5 / 4, 0.5 / 4])
+    assert ends[1]["completions"] == [whole[1]["completions"][0], whole[1]["completions"][3]]
+    assert ends[1]["kind"] == "pairwise"
+
+
+@pytest.mark.parametrize("method", ["spo", "anchored", "dpo", "ipo", "apo_zero", "simpo", "orpo"])
+def test_offsets_of_rows_move_the_margins_of_the_loss(make_trainer, make_rows, logs_of, method):
+    """One for all completions of a row changes nothing of a margin; others are another loss, and reward."""
+    losses, margins = [], []
+    for offsets in (None, [2.0, 2.0, 2.0], [1.0, 0.0, -0.5]):
+        trainer = make_trainer(
+            make_rows(4, sizes=(3,)),
+            beta=0.0 if method in ("spo", "anchored") else BETA,
+            per_device_train_batch_size=4,
+            **options_of(method),
+        )
+        for row in trainer.train_dataset.rows if offsets else ():
+            row["offsets"] = offsets
+        trainer.train()
+        (log,) = logs_of(trainer)
+        losses.append(log["loss"])
+        margins.append(log["rewards/margins"])
+    if method != "apo_zero":  # its anchor is 0 for each completion
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert abs(losses[2] - losses[0]) > 0.01
+    assert margins[1] == pytest.approx(margins[0], abs=1e-5)
+    assert margins[2] == pytest.approx(margins[0] - 1.5, abs=1e-5)
 
 
 class _Alphabet:

@@ -8,7 +8,7 @@ from softpref.lm.scoring import score_sequences
 from softpref.spo import reference
 from softpref.spo.reference import add_reference_logps, model_fingerprint
 
-CACHED = ("dpo", "rdpo", "ipo", "slic", "sppo")
+CACHED = ("dpo", "rdpo", "ipo", "slic", "ropo", "apo_zero", "apo_down", "sppo")
 
 
 @pytest.fixture

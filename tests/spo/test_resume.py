@@ -162,7 +162,14 @@ RUNS = {
         "kl_gradient": 0.7,
     },
     "on data": {"num_train_epochs": 2, "kl_on": "data", "anchor": 1.0},
-    "sppo": {"method": "sppo", "num_train_epochs": 1, "rounds": 2, "learning_rate": 1e-3, "beta": 1.0},
+    "sppo": {
+        "method": "sppo",
+        "num_train_epochs": 1,
+        "rounds": 2,
+        "learning_rate": 1e-3,
+        "beta": 1.0,
+        "initial_share": 0.3,
+    },
     "cached": {"method": "dpo", "num_train_epochs": 1},
     "cached-again": {"method": "dpo", "num_train_epochs": 1},
 }

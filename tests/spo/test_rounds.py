@@ -240,6 +240,107 @@ def test_a_round_of_sppo_begins_at_the_target_squared(rounds, logs_of):
         assert log["loss"] == pytest.approx(sum(targets) / len(targets), rel=1e-3)
 
 
+def test_the_authors_sppo_learns_from_the_best_and_the_worst_with_wins_over_all(rounds, judge):
+    """Their P counts a completion's comparison with itself as ½."""
+    _, watched = rounds(
+        method="sppo",
+        sppo_completions="extremes",
+        train_on="samples",
+        completions_per_prompt=4,
+        num_train_epochs=1,
+    )
+    assert len(watched.rows) == ROUNDS
+    asked = iter(judge.asked)
+    decided = 0
+    for (_, _, samples), rows in zip(watched.drawn, watched.rows, strict=True):
+        for place, row in enumerate(rows):
+            four = [sample.completion for sample in samples[4 * place : 4 * place + 4]]
+            table = np.full((4, 4), 0.5)
+            for i in range(4):
+                for j in range(i + 1, 4):
+                    prompt, first, second = next(asked)
+                    table[i, j] = 1 / (1 + np.exp(judge.score(prompt, second) - judge.score(prompt, first)))
+                    table[j, i] = 1 - table[i, j]
+            wins = table.mean(1)
+            assert row["win_probabilities"] == pytest.approx([wins.max(), wins.min()])
+            found = [wins[four.index(one)] for one in row["completions"]]
+            assert found == pytest.approx([wins.max(), wins.min()])
+            assert len(row["ref_logps"]) == 2
+            decided += wins.max() > wins.min()
+    assert decided > ROUNDS
+
+
+def test_sppo_with_a_kl_term_is_regularised_towards_the_initial_model(rounds, direct, model, watch, logs_of):
+    """RSPO: squares relative to the policy that the round began with, and λ KL to the initial one."""
+    strength = 0.4
+    trainer, watched = rounds(
+        method="sppo",
+        beta=1.0,
+        kl_beta=strength,
+        kl_on="data",
+        rounds=2,
+        train_on="samples",
+        num_train_epochs=1,
+        per_device_train_batch_size=ROWS,
+        optim="sgd",
+        learning_rate=0.05,
+        max_grad_norm=0.0,
+        trainer_options={"callbacks": [watch]},
+    )
+    initial, previous = model.double(), watched.models[1].double()
+    for rows, policy, gradient in zip(watched.rows, watch.models, watch.gradients, strict=True):
+        start = initial if policy is watch.models[0] else previous
+        loss = 0.0
+        for row in rows:
+            for one, win in zip(row["completions"], row["win_probabilities"], strict=True):
+                now = direct.distributions(policy, row["prompt"], one)
+                with torch.no_grad():
+                    before = direct.token_logps(start, row["prompt"], one).sum()
+                    old = direct.distributions(initial, row["prompt"], one)
+                ratio = now[range(len(one)), one].sum() - before
+                divergence = (now.exp() * (now - old)).sum() / len(row["completions"])
+                loss = loss + (ratio - (win - 0.5)) ** 2 + strength * divergence
+        direct.agree(gradient, direct.gradient(policy, loss / ROWS), tolerance=1e-3)
+    assert logs_of(trainer)[1]["kl/data"] > 1e-4
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["model", "adapter"])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_mixed_reference_is_geometric_between_the_previous_policy_and_the_initial_model(
+    rounds, direct, model, logs_of, share, lora
+):
+    """α-SPIN: DPO of demonstrations against the policy's own completions, relative to that mixture."""
+    trainer, watched = rounds(
+        method="dpo",
+        train_on="self_play",
+        round_reference="previous",
+        initial_share=share,
+        rounds=2,
+        num_train_epochs=1,
+        per_device_train_batch_size=ROWS,
+        learning_rate=0.05,
+        use_peft=lora,
+        trainer_options={"judge": None},
+    )
+    initial = model.double()
+    for rows, policy, log in zip(watched.rows, watched.models, logs_of(trainer), strict=True):
+        losses, policy = [], policy.double()
+        with torch.no_grad():
+            for row in rows:
+                scores = []
+                for one, kept in zip(row["completions"], row["ref_logps"], strict=True):
+                    now, old = (
+                        float(direct.token_logps(each, row["prompt"], one).sum())
+                        for each in (policy, initial)
+                    )
+                    assert kept == pytest.approx(share * old + (1 - share) * now, abs=1e-4)
+                    scores.append(BETA * (now - share * old - (1 - share) * now))
+                losses.append(math.log1p(math.exp(scores[1] - scores[0])))
+        assert log["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+    assert logs_of(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert abs(logs_of(trainer)[1]["loss"] - math.log(2)) > 1e-3
+
+
 def test_the_initial_reference_stays_where_the_method_wants_it(rounds, model, weights, logs_of):
     trainer, watched = rounds(method="dpo", train_on="samples", learning_rate=3e-2)
     torch.testing.assert_close(weights(trainer.ref_model), weights(model), rtol=0, atol=0)
@@ -285,9 +386,11 @@ def test_an_adapters_previous_policy_has_its_adapter_on(rounds, logs_of):
     [
         {"train_on": "samples", "kl_gradient": "full"},
         {"method": "sppo", "completions_per_prompt": 3, "gradient_accumulation_steps": 2},
+        {"method": "sppo", "completions_per_prompt": 3, "sppo_completions": "extremes"},
         {"method": "dpo", "train_on": "self_play", "round_reference": "previous"},
+        {"method": "dpo", "train_on": "self_play", "round_reference": "previous", "initial_share": 0.4},
     ],
-    ids=["spo", "sppo", "self-play"],
+    ids=["spo", "sppo", "extremes", "self-play", "mixture"],
 )
 def test_a_resumed_run_ends_as_the_uninterrupted_one(rounds, weights, logs_of, tmp_path, options):
     options = {

@@ -97,6 +97,32 @@ def test_self_play_learns_from_demonstrations_where_there_are_some(
     assert "holds no training demonstration, which self-play learns from" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("method", "beta"),
+    [
+        ("ropo", 1.0),
+        ("apo_zero", 1.0),
+        ("apo_down", 1.0),
+        ("tdpo1", 1.0),
+        ("simpo", 2.0),
+        ("cpo", 0.5),
+        ("orpo", 0.5),
+    ],
+)
+def test_a_method_learns_what_is_preferred_and_the_model_says_what_it_is(
+    tmp_path, write_dataset, command, method, beta
+):
+    dataset = write_dataset(tmp_path / "data", {"train": pairs(), "validation": pairs()})
+    options = {**QUICK, "num_train_epochs": 25, "eval_strategy": "epoch", "nll_weight": 0.25}
+    assert command("policy", dataset, **options, method=method, beta=beta) == 0
+    said = load_metadata(tmp_path / "policy")
+    assert (said["method"], said["beta"], said["nll_weight"]) == (method, beta, 0.25)
+    logged = [values for values in metrics(tmp_path / "policy") if "eval_rewards/accuracies" in values]
+    assert logged[-1]["eval_rewards/accuracies"] == 1
+    assert logged[-1]["eval_rewards/margins"] > logged[0]["eval_rewards/margins"] + 0.2
+    assert logged[-1]["eval_loss"] < logged[0]["eval_loss"]
+
+
 def test_members_of_a_sweep_share_kept_log_probabilities(tmp_path, write_dataset, command):
     dataset = write_dataset(tmp_path / "data", {"train": pairs(), "validation": pairs(PROMPTS[:1])})
     ended = []

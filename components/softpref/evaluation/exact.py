@@ -39,8 +39,8 @@ class Objective(NamedTuple):
     """What determines the optimum of a policy's training.
 
     Attributes:
-        method, alpha, beta, soft_labels, weight_exponent, label_smoothing, rounds, train_on, judge,
-            extrapolation, anchor, kl_beta, kl_on: as the training stage names them.
+        method, alpha, beta, soft_labels, weight_exponent, label_smoothing, nll_weight, rounds, train_on,
+            judge, extrapolation, anchor, kl_beta, kl_on: as the training stage names them.
         kind, group_size: what the rows are, and how many completions each holds; `"mixed"` and 0 where they
             differ.
         altered: why labels or rows do not follow the experts' Bradley-Terry or Plackett-Luce model, or empty.
@@ -52,6 +52,7 @@ class Objective(NamedTuple):
     soft_labels: str = "linear"
     weight_exponent: float = 0.0
     label_smoothing: float = 0.0
+    nll_weight: float = 0.0
     rounds: int = 1
     train_on: str = "preferences"
     judge: str = "auto"
@@ -140,6 +141,8 @@ def why_unknown(objective: Objective) -> str:
             return f"rankings of more than {_LONGEST_RANKING} have too many orders to enumerate"
     elif objective.beta <= 0:
         return f"{method} has an optimum only for β > 0"
+    elif objective.nll_weight:
+        return "the likelihood beside the loss moves the optimum"
     elif objective.kl_strength and method == "ipo":
         return "a KL term beside ipo's loss moves the optimum"
     elif objective.label_smoothing and method != "ipo":

@@ -39,6 +39,14 @@ _METHODS = {
     "slic": ("#cc79a7", "v"),
     "tdpo": ("#56b4e9", "P"),
     "sppo": ("#8a8325", "X"),
+    # further ones share the colours, with markers of their own
+    "tdpo1": ("#56b4e9", "p"),
+    "ropo": ("#e69f00", "<"),
+    "apo_zero": ("#cc79a7", ">"),
+    "apo_down": ("#cc79a7", "d"),
+    "simpo": ("#009e73", "*"),
+    "cpo": ("#d55e00", "H"),
+    "orpo": ("#8a8325", "8"),
 }
 
 

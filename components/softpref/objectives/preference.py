@@ -37,16 +37,19 @@ def preference_loss(
     weight_scores: Tensor | None = None,
     log_mean_weight: Tensor | None = None,
     base_logps: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """Soft preference optimization's loss of each group; its minimiser is `ν · exp(reward / alpha)`, scaled.
 
     The base measure ν is the counting measure as published; with `base_logps` it is another, and every
     `logp` of the loss is `logp − log ν`. Of the reference's probabilities as base, the pairwise loss is DPO's
-    with β = α, over α.
+    with β = α, over α. With `offsets` o, every `α logp` is `α logp − o`: rewards that the completions have
+    besides those of the labels, and the minimiser is `ν · exp((reward + o) / alpha)`, scaled.
 
     With Δ_j = logp_j − logp_best, best-of-n is `(1/α) log Σ_j exp(α Δ_j)`; pairwise is its case n = 2,
     `−(1/α) log σ(α (logp_w − logp_l))`; a ranking is the sum of best-of-n over each suffix (Plackett-Luce).
-    The factor 1/α keeps the gradient's scale. α = 0 gives the limit up to a constant, `mean_j Δ_j`.
+    The factor 1/α keeps the gradient's scale. α = 0 gives the limit up to a constant, `mean_j Δ_j`, with
+    offsets that of the weights `softmax_j(−o_j)`.
     Source: arXiv 2405.00747, equations 4, 12 and 15 in the notation above; soft labels: linear as the
     expected loss under the label, geometric as arXiv 2409.06691.
 
@@ -64,6 +67,7 @@ def preference_loss(
             the global batch. It is constant: no gradient flows through it. 0 gives every group weight 1.
         weight_scores: `[sequences]`, scores of the weight; the log-probabilities by default.
         base_logps: `[sequences]`, log ν of each completion, nats, constant; None: 0.
+        offsets: `[sequences]`, o of each completion, nats, constant; None: 0.
         log_mean_weight: scalar, log of the mean of `exp(log_group_weights(…))` over the global batch, where
             the groups given are only a part of it; by default the groups given are all.
 
@@ -76,17 +80,19 @@ def preference_loss(
     """
     if alpha < 0:
         raise ValueError(f"softness alpha must be at least 0, got {alpha}")
-    groups = _as_rows(logps if base_logps is None else logps - base_logps, group_sizes)
+    constant = torch.zeros_like(logps) if offsets is None else offsets.detach().to(logps.dtype)
+    values = logps if base_logps is None else logps - base_logps
+    if alpha:  # an offset is a base measure by another name
+        values, constant = values - constant / alpha, torch.zeros_like(constant)
+    groups, shifts = _as_rows(values, group_sizes), _as_rows(constant, group_sizes).values
     pairs = groups.present.sum(-1) == 2
-    losses = _suffix_losses(groups, alpha, _places(kind, groups))
+    losses = _suffix_losses(groups, shifts, alpha, _places(kind, groups))
     if probabilities is not None:
         if bool((probabilities[~pairs] != 1).any()):
             raise ValueError("label probabilities are defined for groups of exactly two completions")
+        margins = torch.stack([rows[:, 0] - rows[:, 1] for rows in (groups.values, shifts)])
         soft = soft_label_loss(
-            lambda margin: _logistic(margin, alpha),
-            groups.values[:, 0] - groups.values[:, 1],
-            probabilities,
-            soft_labels,
+            lambda margin: _logistic(margin[0], margin[1], alpha), margins, probabilities, soft_labels
         )
         losses = soft.where(pairs, losses)
     if weight_exponent:
@@ -147,7 +153,7 @@ def soft_label_loss(
 
     Args:
         loss: ℓ of a margin, that of the first completion over the second.
-        margin: `[pairs]`, nats.
+        margin: `[pairs]`, nats; or several of each pair that change their signs together, `[…, pairs]`.
         probabilities: `[pairs]`, P(first beats second); None is a hard label for each.
         soft_labels: `linear`: `p ℓ(m) + (1 − p) ℓ(−m)`; `geometric`: `ℓ((2p − 1) m)`, as in GDPO and its
             like (arXiv 2409.06691).
@@ -164,8 +170,9 @@ def soft_label_loss(
     raise ValueError(f"soft_labels must be 'linear' or 'geometric', got {soft_labels!r}")
 
 
-def _logistic(margin: Tensor, alpha: float) -> Tensor:
-    return -0.5 * margin if alpha == 0 else -F.logsigmoid(alpha * margin) / alpha
+def _logistic(margin: Tensor, shift: Tensor, alpha: float) -> Tensor:
+    """Of pairs; `shift` is the difference of what remains of the offsets at α = 0."""
+    return -torch.sigmoid(shift) * margin if alpha == 0 else -F.logsigmoid(alpha * margin) / alpha
 
 
 def _places(kind: PreferenceKind | Sequence[PreferenceKind], groups: _Groups) -> Tensor:
@@ -185,8 +192,11 @@ def _places(kind: PreferenceKind | Sequence[PreferenceKind], groups: _Groups) ->
     return torch.where(ranking, sizes - 1, 1)
 
 
-def _suffix_losses(groups: _Groups, alpha: float, places: Tensor) -> Tensor:
-    """Σ over the first `places` `[groups]` places k of the best-of-n loss of the suffix that starts at k."""
+def _suffix_losses(groups: _Groups, shifts: Tensor, alpha: float, places: Tensor) -> Tensor:
+    """Σ over the first `places` `[groups]` places k of the best-of-n loss of the suffix that starts at k.
+
+    `shifts` `[groups, n]` is what remains of the offsets at α = 0.
+    """
     values, present = groups
     size, most = values.shape[1], int(places.max()) if len(places) else 1
     in_suffix = torch.ones(most, size, dtype=torch.bool, device=values.device).triu()
@@ -195,7 +205,10 @@ def _suffix_losses(groups: _Groups, alpha: float, places: Tensor) -> Tensor:
     # differences first, for sums of large log-probabilities would lose them
     if alpha == 0:
         differences = values[:, None, :] - values[:, :most, None]
-        terms = differences.where(counted, 0).sum(-1) / counted.sum(-1).clamp_min(1)
+        # a place behind the last completion has only -inf, of which a softmax is NaN
+        lost = (-shifts)[:, None, :].expand_as(counted).masked_fill(~counted, -torch.inf)
+        shares = lost.masked_fill(~decided[..., None], 0.0).softmax(-1)
+        terms = (shares * differences.where(counted, 0)).sum(-1)
     else:
         # to the largest of each suffix: the exponentials and their gradient then meet small numbers only
         every = values.detach()[:, None, :].expand_as(counted)

@@ -127,8 +127,9 @@ class _Table:
     baselines: List[str] = _parameter(  # noqa: UP006
         ["dpo:0.1"],
         "plan",
-        "Further models on the same rows, METHOD[:BETA][,OPTION=VALUE...]: dpo, rdpo, ipo, slic, tdpo, sppo "
-        "(or spo), with options of the training stage for this model only and optionally its name, such as "
+        "Further models on the same rows, METHOD[:BETA][,OPTION=VALUE...]: dpo, rdpo, ipo, slic, ropo, "
+        "apo_zero, apo_down, tdpo, tdpo1, simpo, cpo, orpo, sppo (or spo), with options of the training "
+        "stage for this model only and optionally its name, such as "
         '"sppo:1,train_on=samples,rounds=3".',
         pipelines=("sweep",),
         shown=True,

@@ -327,9 +327,8 @@ def _baseline(text: str, anchored: Mapping[str, str]) -> Member:
     head, *settings = [part.strip() for part in text.split(",")]
     method, _, beta_text = head.partition(":")
     if method not in METHODS:
-        raise ConfigError(
-            f"baseline {text!r} is unknown: write METHOD:BETA, such as dpo:0.1{closest(method, METHODS)}"
-        )
+        near = closest(method.partition("=")[0], METHODS)
+        raise ConfigError(f"baseline {text!r} is unknown: write METHOD:BETA, such as dpo:0.1{near}")
     try:
         beta = float(beta_text) if beta_text else DEFAULT_BASELINE_BETA
     except ValueError as error:

@@ -13,13 +13,19 @@ from softpref.lm.extrapolation import parse_weights
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo", "sppo")
+REFERENCE_FREE = ("simpo", "cpo", "orpo")
+_OF_PAIRS = ("dpo", "rdpo", "ipo", "slic", "ropo", "apo_zero", "apo_down", "tdpo", "tdpo1", *REFERENCE_FREE)
+METHODS = ("spo", *_OF_PAIRS, "sppo")
 _ONLY_FOR = {  # options that only some methods have
     "anchor": ("spo",),
     "weight_exponent": ("spo",),
     "tdpo_alpha": ("tdpo",),
+    "ropo_alpha": ("ropo",),
+    "simpo_gamma": ("simpo",),
+    "sppo_completions": ("sppo",),
     "label_smoothing": ("dpo", "rdpo"),
-    "soft_labels": ("spo", "dpo", "rdpo", "ipo", "slic", "tdpo"),
+    "nll_weight": _OF_PAIRS,
+    "soft_labels": ("spo", *_OF_PAIRS),
 }
 
 
@@ -32,10 +38,12 @@ class Derived:
         beta: float
         kl_beta: float
         kl_on: str
+        nll_weight: float | None
         reference_cache: str
         rounds: int
         train_on: str
         round_reference: str
+        initial_share: float
 
     @property
     def samples_policy(self) -> bool:
@@ -56,12 +64,26 @@ class Derived:
     @property
     def scores_reference(self) -> bool:
         """Whether the preference loss needs the reference's log-probabilities of the rows."""
-        return self.method != "spo" or self.anchor > 0
+        return self.anchor > 0 if self.method == "spo" else self.method not in REFERENCE_FREE
+
+    @property
+    def takes_divergences(self) -> bool:
+        """Whether it needs the policy's divergence from the reference along the rows."""
+        return self.method in ("tdpo", "tdpo1")
+
+    @property
+    def likelihood_weight(self) -> float:
+        """The factor of the likelihood of each pair's better completion; 0 where the loss has none."""
+        if self.method not in _OF_PAIRS:
+            return 0.0
+        if self.nll_weight is None:
+            return 1.0 if self.method in ("cpo", "orpo") else 0.0
+        return self.nll_weight
 
     @property
     def takes_reference_logps(self) -> bool:
         """Whether one log-probability for each completion is enough, so that rows may bring them."""
-        return self.scores_reference and self.method != "tdpo"
+        return self.scores_reference and not self.takes_divergences
 
     @property
     def keeps_reference_logps(self) -> bool:
@@ -86,6 +108,11 @@ class Derived:
         )
         return wanted and self.draws_rows
 
+    @property
+    def mixes_references(self) -> bool:
+        """Whether a round's reference is a mixture of the policy at its beginning and the initial model."""
+        return self.refers_to_previous and self.initial_share > 0
+
 
 def check_options(args: Any) -> None:
     """Refuse values outside their range, and values that do not go together.
@@ -101,6 +128,8 @@ def check_options(args: Any) -> None:
         refuse("alpha", "at least 0 (softness α: optimum softmax(reward/α); 1 is the experts' own)")
     if not (args.beta >= 0 and math.isfinite(args.beta)) or (args.method != "spo" and args.beta == 0):
         refuse("beta", "at least 0 for spo, above 0 for every other method")
+    if not 0 < args.ropo_alpha < math.inf:
+        refuse("ropo_alpha", "above 0")
     if args.kl_gradient not in ("token", "full"):
         from softpref.objectives import kl_lambda  # imports torch
 
@@ -155,7 +184,7 @@ def _check_rounds(args: Any, refuse: Callable[[str, str], None]) -> None:
         refuse("num_train_epochs", "a whole number where there are rounds: passes over each round's rows")
     if args.reference_cache and args.scores_reference:
         refuse("reference_cache", "empty where rows are drawn from the policy: no other run has them")
-    if args.round_reference == "previous" and (args.method == "tdpo" or not args.scores_reference):
+    if args.round_reference == "previous" and not args.takes_reference_logps:
         refuse(
             "round_reference",
             f"initial for {args.method}: previous is for losses that take a reference's "
@@ -211,6 +240,7 @@ def warn_of_idle_options(args: Any) -> None:
         (args.refresh != "adaptive", ("min_ess",), "refresh is not adaptive"),
         (not (args.samples_policy or args.draws_rows), ("sampling_engine",), "nothing is sampled"),
         (not args.draws_rows, ("round_reference",), "no row is drawn from the policy"),
+        (not args.refers_to_previous, ("initial_share",), "the reference is the initial model alone"),
         (
             not args.uses_judge,
             ("completions_per_prompt", "judge", "judge_model", "judge_options"),

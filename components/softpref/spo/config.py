@@ -19,8 +19,11 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
 
     Args:
         method: `spo`, or a baseline on the same rows in the same loop: `dpo`, `rdpo` (robust DPO), `ipo`,
-            `slic`, `tdpo` (token-level DPO), `sppo` (self-play preference optimization). Where rows hold
-            more than two completions, methods of pairs take every pair that the order decides.
+            `slic` (its hinge), `ropo` (robust preference optimization; with geometric soft labels GROPO),
+            `apo_zero` and `apo_down` (anchored preference optimization), `tdpo` and `tdpo1` (token-level DPO,
+            its second and its first loss), `simpo`, `cpo` and `orpo` (which need no reference), `sppo`
+            (self-play preference optimization). Where rows hold more than two completions, methods of pairs
+            take every pair that the order decides.
         alpha: softness α ≥ 0. The preference loss is minimal at softmax(reward / α): 1 gives the experts'
             own distribution, values near 0 their favourite alone, large values spread out. With an `anchor`
             it is softness relative to the reference.
@@ -28,7 +31,8 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
             π_ref^a · exp(reward / α). 0 is the method as published. Natural text needs 1: there
             log-probabilities of two answers differ by tens of nats, and without an anchor α has no effect.
         beta: for `spo` the strength of the KL regulariser over the policy's whole output distribution
-            (0 switches it and all sampling off); for a baseline its own β, see `softpref.objectives`.
+            (0 switches it and all sampling off); for a baseline its own β, see `softpref.objectives` (of
+            `orpo` the weight of its odds ratio).
         kl_beta: strength of the same regulariser beside a baseline's loss, which as published has none.
         kl_on: completions on which the regulariser is taken: `samples` of the policy, so that it is
             KL(policy ‖ reference) wherever the policy goes; or `data`, those of the batch's own rows (the
@@ -42,6 +46,13 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
         weight_scores: scores in that weight: `sequence` log-probabilities, or their means per `token`.
         label_smoothing: share of flipped labels that `dpo` and `rdpo` assume.
         tdpo_alpha: weight of `tdpo`'s divergences.
+        ropo_alpha: weight of `ropo`'s bounded term beside DPO's.
+        simpo_gamma: the margin, in nats, that `simpo` wants a better completion to win by.
+        nll_weight: weight of the better completion's negative log-likelihood per token beside a loss of pairs
+            (with `dpo` it is RPO). By default as published: 1 for `cpo` and `orpo`, 0 for the others.
+        sppo_completions: what `sppo` learns from of a row of K completions: `all` of them, each with its
+            chance to beat another; or the `extremes`, as its authors do: the best and the worst alone, with
+            their chances against all K, themselves included.
         reference_cache: folder that keeps the reference's log-probabilities of all rows, under a hash of
             model, precision and rows. They are computed once, and runs that share the folder share them;
             without a KL term the reference then takes no memory in training. Empty: computed with each batch.
@@ -74,6 +85,8 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
         round_reference: the reference of the loss (a baseline's, an anchor's) in each round: the `initial`
             model, or the policy at the beginning of the round (`previous`). `auto` is what the method's
             authors do: previous for `sppo`, initial otherwise.
+        initial_share: share a of the initial model in a previous reference: their geometric mixture,
+            a · log π_initial + (1 − a) · log π_previous. With `dpo` and self-play it is α-SPIN, as 0 is SPIN.
         judge: who judges drawn completions in the training stage: `expert` (the data's known reward),
             `bradley-terry` (learned from the preferences of the split `judge`, or of the training split where
             there is none), `reward-model`, `auto`, the expert if there is one, else `bradley-terry`; `llm`, a
@@ -119,7 +132,22 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
     """
 
     output_dir: str | None = None
-    method: Literal["spo", "dpo", "rdpo", "ipo", "slic", "tdpo", "sppo"] = "spo"
+    method: Literal[
+        "spo",
+        "dpo",
+        "rdpo",
+        "ipo",
+        "slic",
+        "ropo",
+        "apo_zero",
+        "apo_down",
+        "tdpo",
+        "tdpo1",
+        "simpo",
+        "cpo",
+        "orpo",
+        "sppo",
+    ] = "spo"
     alpha: float = 1.0
     anchor: float = 0.0
     beta: float = 0.05
@@ -131,6 +159,10 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
     weight_scores: Literal["sequence", "token"] = "sequence"
     label_smoothing: float = 0.0
     tdpo_alpha: float = 0.5
+    ropo_alpha: float = 14.0
+    simpo_gamma: float = 0.5
+    nll_weight: float | None = None
+    sppo_completions: Literal["all", "extremes"] = "all"
     reference_cache: str = ""
     # one option, whose names are the ends of λ; None is there for HfArgumentParser
     kl_gradient: float | str | None = "token"
@@ -155,6 +187,7 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
     train_on: Literal["preferences", "samples", "self_play"] = "preferences"
     completions_per_prompt: int = 2
     round_reference: Literal["auto", "initial", "previous"] = "auto"
+    initial_share: float = 0.0
     judge: str = "auto"
     judge_model: str = ""
     judge_options: dict[str, Any] | str | None = None

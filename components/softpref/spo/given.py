@@ -162,7 +162,7 @@ def check_reference(ref_model: Any, model: Any, args: SPOConfig) -> None:
             "frozen copy is made"
         )
     theirs, ours = (getattr(getattr(one, "config", None), "vocab_size", None) for one in (ref_model, model))
-    if theirs != ours and (args.kl_strength or args.method == "tdpo"):
+    if theirs != ours and (args.kl_strength or args.takes_divergences):
         raise ConfigError(
             f"ref_model has a vocabulary of {theirs} tokens, the model one of {ours}: the KL term compares "
             "them token by token; take a reference of the same family"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,16 +11,42 @@ from torch import Tensor
 
 from softpref.fitness import SATURATED
 from softpref.objectives import (
+    apo_down_loss,
+    apo_zero_loss,
+    cpo_loss,
     dpo_loss,
     ipo_loss,
+    log_odds,
+    nll_loss,
     ordered_pairs,
+    orpo_loss,
     preference_loss,
     rdpo_loss,
+    ropo_loss,
+    simpo_loss,
     slic_loss,
     sppo_loss,
+    tdpo1_loss,
     tdpo_loss,
 )
 from softpref.spo.config import SPOConfig
+
+# Of each method of pairs its loss, what that takes of both completions besides their log-probabilities, and
+# its own options. The likelihood of cpo and orpo is added as to the others.
+_OF_PAIRS: dict[str, tuple[Callable[..., Tensor], tuple[str, ...], tuple[str, ...]]] = {
+    "dpo": (dpo_loss, ("ref_logps",), ("label_smoothing",)),
+    "rdpo": (rdpo_loss, ("ref_logps",), ("label_smoothing",)),
+    "ipo": (ipo_loss, ("ref_logps",), ()),
+    "slic": (slic_loss, ("ref_logps",), ()),
+    "ropo": (ropo_loss, ("ref_logps",), ("ropo_alpha",)),
+    "apo_zero": (apo_zero_loss, ("ref_logps",), ()),
+    "apo_down": (apo_down_loss, ("ref_logps",), ()),
+    "tdpo": (tdpo_loss, ("ref_logps", "divergences"), ("tdpo_alpha",)),
+    "tdpo1": (tdpo1_loss, ("ref_logps", "divergences"), ()),
+    "simpo": (simpo_loss, ("lengths",), ("simpo_gamma",)),
+    "cpo": (partial(cpo_loss, nll_weight=0.0), ("lengths",), ()),
+    "orpo": (partial(orpo_loss, nll_weight=0.0), ("lengths",), ()),
+}
 
 
 def method_losses(
@@ -36,11 +63,12 @@ def method_losses(
 
     Args:
         logps: `[sequences]`, log-probabilities under the policy, nats.
-        rows: the batch's `group_sizes` and `probabilities` `[groups]`, `kinds` (one for each group), and
-            `win_probabilities` `[sequences]` for `sppo`; `log_mean_weight` where the batch is a part of an
+        rows: the batch's `group_sizes` and `probabilities` `[groups]`, `kinds` (one for each group),
+            `lengths` `[sequences]` in tokens, and `win_probabilities` `[sequences]` for `sppo`; `offsets`
+            `[sequences]` where margins have one; `log_mean_weight` where the batch is a part of an
             optimizer step with weights.
-        ref_logps: `[sequences]`, under the reference; every method but `spo` without an anchor needs them.
-        divergences: `[sequences]`, Σ_t KL(π_ref ‖ π) along each completion, for `tdpo`.
+        ref_logps: `[sequences]`, under the reference, where `args.scores_reference`.
+        divergences: `[sequences]`, Σ_t KL(π_ref ‖ π) along each completion, where `args.takes_divergences`.
         weight_scores: `[sequences]`, scores of `spo`'s weight; by default the log-probabilities.
         weighted: whether rows have `spo`'s weight.
 
@@ -60,38 +88,54 @@ def method_losses(
             weight_scores=weight_scores,
             log_mean_weight=rows.get("log_mean_weight"),
             base_logps=None if ref_logps is None else args.anchor * ref_logps,
+            offsets=rows.get("offsets"),
         )
-    assert ref_logps is not None
     if args.method == "sppo":
+        assert ref_logps is not None
         return sppo_loss(logps, ref_logps, rows["win_probabilities"], sizes, beta=args.beta)
     places, groups = ordered_pairs(sizes, kinds)
-    pairs = (logps[places], ref_logps[places])
-    labels: dict[str, Any] = {
-        "beta": args.beta,
-        "probabilities": probabilities[groups],
-        "soft_labels": args.soft_labels,
-    }
-    if args.method == "dpo":
-        losses = dpo_loss(*pairs, label_smoothing=args.label_smoothing, **labels)
-    elif args.method == "rdpo":
-        losses = rdpo_loss(*pairs, label_smoothing=args.label_smoothing, **labels)
-    elif args.method == "ipo":
-        losses = ipo_loss(*pairs, **labels)
-    elif args.method == "slic":
-        losses = slic_loss(*pairs, **labels)
-    else:
-        assert divergences is not None
-        losses = tdpo_loss(*pairs, divergences[places], tdpo_alpha=args.tdpo_alpha, **labels)
+    of_places = {"lengths": rows["lengths"], "ref_logps": ref_logps, "divergences": divergences}
+    loss, inputs, options = _OF_PAIRS[args.method]
+    losses = loss(
+        logps[places],
+        *(of_places[name][places] for name in inputs),
+        beta=args.beta,
+        probabilities=probabilities[groups],
+        soft_labels=args.soft_labels,
+        offsets=rows["offsets"][places] if "offsets" in rows else None,
+        **{name: getattr(args, name) for name in options},
+    )
+    if args.likelihood_weight:
+        likelihood = nll_loss(logps[places], rows["lengths"][places], probabilities[groups])
+        losses = losses + args.likelihood_weight * likelihood
     return _group_means(losses, groups, len(sizes))
 
 
-def implicit_rewards(args: SPOConfig, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
+def implicit_rewards(
+    args: SPOConfig, logps: Tensor, rows: Mapping[str, Any], ref_logps: Tensor | None
+) -> Tensor:
     """The reward that the policy implies for each completion, up to a constant of the prompt: `[sequences]`.
 
-    It is α·(logp − anchor·logp_ref) for `spo`, β·(logp − logp_ref) for the others.
+    It is α·(logp − anchor·logp_ref) for `spo`, β·logp for `cpo`, β·logp per token for `simpo`, the log-odds
+    for `orpo`, and β·(logp − logp_ref) for the others; less the offset of the row, if it has one.
+
+    Args:
+        logps, rows, ref_logps: as in `method_losses`.
     """
+    if args.method == "orpo":
+        rewards = log_odds(logps, rows["lengths"])
+    else:
+        scale, base = _scale_and_base(args, logps, ref_logps)
+        rewards = scale * ((logps / rows["lengths"] if args.method == "simpo" else logps) - base)
+    return rewards - rows["offsets"] if "offsets" in rows else rewards
+
+
+def _scale_and_base(args: SPOConfig, logps: Tensor, ref_logps: Tensor | None) -> tuple[float, Tensor]:
+    """Scale and base, `[sequences]`, of what a reward is made of: `scale · (logp − base)`."""
     scale, anchor = (args.alpha, args.anchor) if args.method == "spo" else (args.beta, 1.0)
-    return scale * (logps - (torch.zeros_like(logps) if ref_logps is None else anchor * ref_logps))
+    if ref_logps is None or not args.scores_reference:
+        return scale, torch.zeros_like(logps)
+    return scale, anchor * ref_logps
 
 
 @torch.no_grad()
@@ -109,9 +153,8 @@ def preference_metrics(
         logps, rows, ref_logps: as in `method_losses`.
     """
     sizes, kinds = rows["group_sizes"], rows["kinds"]
-    scale, anchor = (args.alpha, args.anchor) if args.method == "spo" else (args.beta, 1.0)
-    base = torch.zeros_like(logps) if ref_logps is None else anchor * ref_logps
-    rewards = implicit_rewards(args, logps, ref_logps)
+    scale, base = _scale_and_base(args, logps, ref_logps)
+    rewards = implicit_rewards(args, logps, rows, ref_logps)
     chosen, rejected, groups = _chosen_and_rejected(sizes, kinds)
     margins = rewards[chosen] - rewards[rejected]
     # where policy and reference are the same, the margin is only rounding of the log-probabilities: a tie

@@ -77,9 +77,9 @@ class Objective:
         lacks_logps = args.scores_reference and ref_logps is None
         theirs: Any = None  # the reference's hidden states of the rows
         found: Any = None  # its divergence from the policy
-        if regularises or lacks_logps or args.method == "tdpo":
+        if regularises or lacks_logps or args.takes_divergences:
             theirs = self._reference_hidden(model, batch)
-        if args.method == "tdpo":
+        if args.takes_divergences:
             found = states.kl(theirs, reverse=True)
             divergences = sum_by_sequence(found.kl, batch.lengths)
         if regularises:
@@ -115,7 +115,8 @@ class Objective:
         means.add("loss/preference", losses[:own])
         for name, values in figures.items():
             means.add(name, values)
-        return RowLosses(losses, row_kl, logps.detach(), implicit_rewards(args, logps.detach(), ref_logps))
+        rewards = implicit_rewards(args, logps.detach(), inputs, ref_logps)
+        return RowLosses(losses, row_kl, logps.detach(), rewards)
 
     def sample_losses(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """The KL term's loss of each of a batch's samples, `[samples]`."""

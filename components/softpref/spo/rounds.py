@@ -24,8 +24,8 @@ from softpref.objectives.preference import PreferenceKind
 from softpref.progress import progress
 from softpref.records import Text
 from softpref.spo.config import SPOConfig
-from softpref.spo.reference import set_reference_logps
-from softpref.spo.rows import Row
+from softpref.spo.reference import Scorer, set_reference_logps
+from softpref.spo.rows import Row, extremes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +51,7 @@ class RoundRows(Dataset[Row]):
         judge: see `softpref.judges.protocol`; None in self-play.
         draw: `(prompts, noise [n, max_completion_length], progress) -> samples` of the present policy.
         score: sequence log-probabilities under the present policy of `(prompt, completion)` ids.
+        score_initial: the same under the initial model, for `args.mixes_references`.
         shares: from this process's part of a list to the whole; part r of w has every w-th element from r.
         rank, world_size: of this process.
     """
@@ -65,14 +66,16 @@ class RoundRows(Dataset[Row]):
         stop_ids: Sequence[int],
         judge: Judge | None,
         draw: Callable[[list[list[int]], Tensor, Callable[[int], object]], list[Sample]],
-        score: Callable[[list[tuple[list[int], list[int]]]], list[float]],
+        score: Scorer,
+        score_initial: Scorer,
         shares: Callable[[list[Any], int], list[Any]],
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self._given, self._prompts, self._args = rows, prompts, args
         self._tokenizer, self._stop_ids, self._judge = tokenizer, frozenset(stop_ids), judge
-        self._draw, self._score, self._shares = draw, score, shares
+        self._draw, self._shares = draw, shares
+        self._score, self._score_initial = score, score_initial
         self._rank, self._world_size = rank, world_size
         self.rows: list[Row] = []
         self.number: int | None = None
@@ -95,8 +98,16 @@ class RoundRows(Dataset[Row]):
         else:
             self.rows = self._drawn(number)
         if self._args.refers_to_previous:
-            set_reference_logps(self.rows, self._score)
+            set_reference_logps(self.rows, self._score_reference)
         self.number = number
+
+    def _score_reference(self, sequences: list[tuple[list[int], list[int]]]) -> list[float]:
+        """Under this round's reference: the present policy, or its mixture with the initial model."""
+        previous, share = self._score(sequences), self._args.initial_share
+        if not self._args.mixes_references:
+            return previous
+        initial = self._score_initial(sequences)
+        return [share * ours + (1 - share) * one for ours, one in zip(initial, previous, strict=True)]
 
     def forget(self) -> None:
         """Have the next round draw its rows, whichever it is."""
@@ -265,6 +276,8 @@ class RoundRows(Dataset[Row]):
             row["weight"] = given["weight"]
         if self._args.method == "sppo":
             row["win_probabilities"] = wins
+            if self._args.sppo_completions == "extremes":
+                row = extremes(row)
         return row
 
 

@@ -42,6 +42,8 @@ class Row(TypedDict, total=False):
         weight: how much the row counts beside the others; absent where all count alike.
         ref_logps: log-probability of each completion under the reference, nats, where known.
         win_probabilities: of each completion, its chance to beat another of the row, for `sppo`.
+        offsets: of each completion, a reward that it has besides that of the labels, nats: the offset of the
+            loss's margins.
     """
 
     prompt: Required[list[int]]
@@ -51,6 +53,7 @@ class Row(TypedDict, total=False):
     weight: float
     ref_logps: list[float]
     win_probabilities: list[float]
+    offsets: list[float]
 
 
 class RowsWithTokens(Sequence[Mapping[str, Any]]):
@@ -208,6 +211,8 @@ class PreferenceRows(TrainingRows):
             made["ref_logps"] = logps
         if self._args.method == "sppo":
             made["win_probabilities"] = _win_probabilities(kind, len(sequences), probability)
+            if self._args.sppo_completions == "extremes":
+                made = extremes(made)
         return made
 
 
@@ -384,6 +389,23 @@ def _win_probabilities(kind: PreferenceKind, count: int, probability: float) -> 
     return [1 - place / (count - 1) for place in range(count)]
 
 
+def extremes(row: Row) -> Row:
+    """A row of `sppo` with its best and its worst completion alone, as its authors train.
+
+    Their win probabilities are over all K completions of the row, and as the authors' over itself too, which
+    it beats with ½: `(Σ_{j≠i} P(y_i beats y_j) + ½) / K`. Source: arXiv 2405.00675 and its authors' code.
+    """
+    made = row.copy()
+    count = len(row["completions"])
+    made["completions"] = [row["completions"][place] for place in (0, -1)]
+    made["kind"] = "pairwise"
+    wins = [row["win_probabilities"][place] for place in (0, -1)]
+    made["win_probabilities"] = [((count - 1) * win + 0.5) / count for win in wins]
+    if "ref_logps" in row:
+        made["ref_logps"] = [row["ref_logps"][place] for place in (0, -1)]
+    return made
+
+
 def tokenize_prompts(
     rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, args: SPOConfig
 ) -> list[list[int]]:
@@ -447,7 +469,11 @@ def collate(rows: list[Row]) -> dict[str, Any]:
     }
     if all("weight" in row for row in rows):
         inputs["row_weights"] = torch.tensor([row["weight"] for row in rows])
-    for name in ("ref_logps", "win_probabilities"):  # one for each completion, where rows have them
+    for name in (
+        "ref_logps",
+        "win_probabilities",
+        "offsets",
+    ):  # one for each completion, where rows have them
         if all(name in row for row in rows):
             inputs[name] = torch.tensor([value for row in rows for value in row[name]])
     return inputs

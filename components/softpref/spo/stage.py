@@ -40,6 +40,7 @@ _DEFINING = (
     "soft_labels",
     "weight_exponent",
     "label_smoothing",
+    "nll_weight",
     "rounds",
     "train_on",
     "judge",

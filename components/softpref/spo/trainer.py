@@ -112,9 +112,10 @@ class SPOTrainer(RowsTrainer):
     Metrics, averaged over all rows or samples since the last log: `loss/preference`; `logps/chosen`,
     `logps/rejected`, `logps/accuracies` (chosen likelier than rejected) and `logps/end` (of the end
     token of chosen ones); `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (the
-    method's own implicit reward: α·(logp − anchor·logp_ref) for `spo`, β·(logp − logp_ref) for the others;
-    rejected is the last of a row, or the mean of a best-of-n row's others) and `rewards/saturated` (share of
-    margins beyond 5 nats, where softness has no effect); of samples `kl/sequence` and `kl/token` (nats),
+    method's own implicit reward: α·(logp − anchor·logp_ref) for `spo`, β·logp for `cpo`, that per token for
+    `simpo`, the log-odds of the mean token for `orpo`, β·(logp − logp_ref) for the others; rejected is the
+    last of a row, or the mean of a best-of-n row's others) and `rewards/saturated` (share of margins beyond 5
+    nats, where softness has no effect); of samples `kl/sequence` and `kl/token` (nats),
     `entropy` (nats per token), `completions/mean_length`, `completions/truncated_fraction`, `sampling/age`
     (steps since the samples were drawn), `sampling/logps_difference` (of the engine's log-probabilities to
     the trainer's own when samples are drawn, nats per token), `sampling/ess` (effective sample size, a
@@ -233,7 +234,8 @@ class SPOTrainer(RowsTrainer):
         switch_dropout_off(model)
         settle_model(model)
         if self._copies_policy:
-            needed = args.kl_strength > 0 or (args.scores_reference and not args.keeps_reference_logps)
+            live = args.scores_reference and not args.keeps_reference_logps
+            needed = args.kl_strength > 0 or live or args.mixes_references
             self.ref_model = deepcopy(model) if needed and not self._uses_adapter else None
         if self.ref_model is not None:
             check_reference(self.ref_model, model, args)
@@ -265,6 +267,7 @@ class SPOTrainer(RowsTrainer):
             judge=judge if args.uses_judge else None,
             draw=self._draw,
             score=self._score,
+            score_initial=self._score_initial,
             shares=self.whole_list,
             rank=args.process_index,
             world_size=args.world_size,
@@ -464,13 +467,6 @@ class SPOTrainer(RowsTrainer):
 
     def _keep_reference_logps(self, sets: Sequence[Any], model_hash: str) -> None:
         """Give rows the reference's log-probabilities once, if asked to or if some rows bring their own."""
-        model = self.model if self.ref_model is None else self.ref_model
-        without_adapter = self.ref_model is None and self._uses_adapter
-
-        def score(sequences: list[tuple[list[int], list[int]]]) -> list[float]:
-            with adapter_off(self.model) if without_adapter else nullcontext(model) as reference:
-                return self._score(sequences, reference)
-
         for rows in sets:
             if not isinstance(rows, PreferenceRows):
                 continue
@@ -480,14 +476,21 @@ class SPOTrainer(RowsTrainer):
                     rows.rows,
                     self.args.reference_cache,
                     model_hash,
-                    score,
+                    self._score_initial,
                     writes=self.is_world_process_zero(),
                     everywhere=lambda here: self.sum_over_processes(here) == self.args.world_size,
                 )
                 continue
             lacking = [row for row in rows.rows if "ref_logps" not in row]
             if lacking and (self.args.keeps_reference_logps or len(lacking) < len(rows.rows)):
-                set_reference_logps(lacking, score)
+                set_reference_logps(lacking, self._score_initial)
+
+    def _score_initial(self, sequences: list[tuple[list[int], list[int]]]) -> list[float]:
+        """Under the reference; where there is no copy of it, before training: under the policy."""
+        model = self.model if self.ref_model is None else self.ref_model
+        without_adapter = self.ref_model is None and self._uses_adapter
+        with adapter_off(self.model) if without_adapter else nullcontext(model) as reference:
+            return self._score(sequences, reference)
 
     def _score(self, sequences: list[tuple[list[int], list[int]]], model: Any = None) -> list[float]:
         """Sequence log-probabilities, nats, under `model` (default: the policy), shared among processes."""
