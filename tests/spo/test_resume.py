@@ -163,6 +163,13 @@ RUNS = {
     },
     "on data": {"num_train_epochs": 2, "kl_on": "data", "anchor": 1.0},
     "sppo": {"method": "sppo", "num_train_epochs": 1, "rounds": 2, "learning_rate": 1e-3, "beta": 1.0},
+    "degree": {
+        "method": "dpo",
+        "num_train_epochs": 2,
+        "degree_weight": 0.1,
+        "degree_levels": 2,  # for which one word is enough; "a" alone is none
+        **SAVING,
+    },
     "cached": {"method": "dpo", "num_train_epochs": 1},
     "cached-again": {"method": "dpo", "num_train_epochs": 1},
 }

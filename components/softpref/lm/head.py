@@ -138,6 +138,31 @@ def completion_hidden(
     return CompletionHidden(batch.predicting(hidden), batch.targets, head, autocast)
 
 
+def end_states(model: Any, batch: PackedBatch, *, plain: bool = False) -> Tensor:
+    """The last hidden state at the last token but one of each completion: `[S, width]`, with gradient.
+
+    It is what enters the head; where full logits are computed, too. A model reads no completion's last token
+    (see `softpref.lm.packing`): give one more, whichever, for the state at a completion's own end.
+
+    Args:
+        batch, plain: as in `completion_hidden`.
+    """
+    ends = batch.lengths.cumsum(0) - 1
+    if not plain and _known_head(model) is not None:
+        return completion_hidden(model, batch).hidden[ends]
+    inner = model
+    while not hasattr(inner, "get_output_embeddings"):
+        inner = inner.module
+    padded = pad_sequences(batch.sequences(), 0).to(batch.input_ids.device)
+    entered: list[Tensor] = []
+    hook = inner.get_output_embeddings().register_forward_pre_hook(lambda _, given: entered.append(given[0]))
+    try:
+        padded.run(model)
+    finally:
+        hook.remove()
+    return padded.predicting(entered[-1])[ends]
+
+
 def output_head(model: Any) -> Head | None:
     """The head of a causal model, wrapped or not; None where its logits do not arise from one plain product.
 

@@ -32,7 +32,9 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("anchor", "kl_beta", "weight_exponent", "tdpo_alpha"), (0, math.inf, True)),
     "label_smoothing": (0, 0.5, True),
     **dict.fromkeys(("sampling_interval", "sampling_batch_size", "lora_r", "rounds"), (1, math.inf, True)),
-    "completions_per_prompt": (2, math.inf, True),
+    **dict.fromkeys(("completions_per_prompt", "degree_levels"), (2, math.inf, True)),
+    "degree_weight": (0, math.inf, True),
+    "degree_heads": (1, 2, False),
 }
 
 

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from softpref.lm.head import CompletionHidden, completion_hidden, output_head
+from softpref.lm.head import CompletionHidden, completion_hidden, end_states, output_head
 from softpref.lm.packing import PackedBatch, pack_sequences
 from softpref.lm.sampling import Sample
 from softpref.lm.scoring import scoring_batches, sequence_logps, sum_by_sequence
 from softpref.objectives import TokenKL, kl_lambda, kl_loss, log_group_weights, prefix_ratios, reward_to_go
 from softpref.spo.config import SPOConfig
-from softpref.spo.gauges import Means, WeightSums
+from softpref.spo.degree_head import DegreeHead
+from softpref.spo.gauges import LengthLevels, Means, WeightSums
 from softpref.spo.losses import implicit_rewards, method_losses, preference_metrics
 
 
@@ -49,6 +50,7 @@ class Objective:
     Attributes:
         means: of training and of evaluation: the metrics of `SPOTrainer`.
         step_weights, log_weights: importance weights since they were last taken, for two readers.
+        lengths: with a degree loss, the lengths of its texts by level, of training and of evaluation.
     """
 
     def __init__(
@@ -61,10 +63,33 @@ class Objective:
         self._reference, self._stop_ids = reference, list(stop_ids)
         self.means = {"train": Means(), "eval": Means()}
         self.step_weights, self.log_weights = (WeightSums(args.device) for _ in range(2))
+        self.lengths = {
+            mode: LengthLevels(args.max_completion_length, args.degree_levels, args.device)
+            for mode in (self.means if args.degree_weight else ())
+        }
         self._kept_head: CompletionHidden | None = None  # how the reference's kept states become scores
 
     def means_of(self, model: Any) -> Means:
         return self.means["train" if model.training else "eval"]
+
+    def degree_losses(self, model: Any, head: DegreeHead, inputs: Mapping[str, Any]) -> Tensor:
+        """The cross-entropy of each of a batch's texts at its level, `[texts]`, nats."""
+        means = self.means_of(model)
+        own = inputs.get("own_rows", len(inputs["group_sizes"]))  # the others are counted in another batch
+        means.add("degree/skipped", inputs["degree_skipped"][:own])
+        if "degree_levels" not in inputs:
+            return torch.zeros(0)
+        batch, levels = packed(inputs, "degree_"), inputs["degree_levels"]
+        states = end_states(model, batch, plain=self.args.plain_forward)
+        logits = head(states, inputs["degree_sides"])
+        losses = nn.functional.cross_entropy(logits, levels, reduction="none")
+        mine = inputs["degree_rows"] < own
+        errors = (logits.argmax(-1) - levels)[mine].abs()
+        means.add("degree/loss", losses[mine])
+        means.add("degree/accuracy", errors == 0)
+        means.add("degree/mean_absolute_error", errors)
+        self.lengths["train" if model.training else "eval"].add(batch.lengths[mine] - 1, levels[mine])
+        return losses
 
     def row_losses(self, model: Any, inputs: Mapping[str, Any]) -> RowLosses:
         """The losses of a batch's rows, and the policy's log-probabilities and rewards of them."""
