@@ -171,7 +171,7 @@ def lengths(trainer: Any, model: Any) -> dict[str, list[Any]]:
 @torch.no_grad()
 def degrees(trainer: Any) -> dict[str, list[Any]]:
     """Of held-out texts at the levels of four epochs: prompt, level, tokens, and what the head says."""
-    from softpref.lm.head import end_states
+    from softpref.lm.head import completion_hidden
     from softpref.spo.objective import packed
     from softpref.spo.rows import collate
 
@@ -180,12 +180,13 @@ def degrees(trainer: Any) -> dict[str, list[Any]]:
     for data.epoch in range(4):
         for start in range(0, len(data), 32):
             batch = collate([data[i] for i in range(start, min(start + 32, len(data)))])
-            texts = packed(batch, "degree_")
-            said = trainer.degree_head(end_states(model, texts), batch["degree_sides"]).argmax(-1)
+            both, places = packed(batch, "degree_"), batch["degree_places"]
+            ends = completion_hidden(model, both).states[both.lengths.cumsum(0)[places] - 1]
+            said = trainer.degree_head(ends, batch["degree_sides"]).argmax(-1)
             prompts = [" ".join(map(str, data.rows[start + row]["prompt"])) for row in batch["degree_rows"]]
             found["prompts"] += prompts
             found["levels"] += batch["degree_levels"].tolist()
-            found["tokens"] += (texts.lengths - 1).tolist()
+            found["tokens"] += (both.lengths[places] - 1).tolist()
             found["said"] += said.tolist()
     return found
 
@@ -232,7 +233,7 @@ def difference(
 
 def degree_cells(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Accuracy of the heads, and of the best division of lengths, each found for its own seed's texts."""
-    from softpref.objectives.degree import length_accuracy
+    from softpref.objectives import length_accuracy
 
     heads = joined(found, "levels") == joined(found, "said")
     alone = []

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from softpref.objectives.degree import degree_logits, degree_loss, length_accuracy
+from softpref.objectives import degree_logits, degree_loss, length_accuracy
 
 pytestmark = pytest.mark.fast
 

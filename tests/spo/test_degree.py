@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from softpref.errors import ConfigError, DataError
 from softpref.key_content import texts_by_level
 from softpref.spo import SPOConfig
+from softpref.spo.rows import collate
 from transformers import TrainerCallback
 
 GAMMA = 0.7
@@ -175,7 +176,7 @@ def test_the_step_is_that_of_the_formula(
     direct.agree(watch.gradients[0] - watch.gradients[1], expected, 2e-3)
     ours, theirs = logs
     assert ours["loss"] - theirs["loss"] == pytest.approx(GAMMA * loss.item(), rel=1e-3)
-    assert ours["loss/preference"] == pytest.approx(theirs["loss/preference"], rel=1e-6)
+    assert ours["loss/preference"] == pytest.approx(theirs["loss/preference"], rel=1e-5)
     places = [0 if side == 0 else -1 for side in sides]
     skipped = [not texts_by_level(row["completions"][place], levels) for row in rows for place in places]
     assert ours["degree/skipped"] == pytest.approx(sum(skipped) / len(skipped))
@@ -187,7 +188,7 @@ def test_the_step_is_that_of_the_formula(
 
 @pytest.mark.parametrize("options", [{}, {"method": "tdpo", "beta": 0.5}, {"kl_on": "samples", "beta": 0.3}])
 def test_on_the_first_step_a_new_head_moves_the_policy_by_nothing_and_draws_nothing(
-    trainer_of, rows, watch, head, logs_of, options
+    trainer_of, rows, watch, head, logs_of, direct, options
 ):
     logs, states = [], []
     for gamma in (GAMMA, 0.0):
@@ -198,12 +199,25 @@ def test_on_the_first_step_a_new_head_moves_the_policy_by_nothing_and_draws_noth
         logs.append(logs_of(trainer)[0])
         states.append(torch.get_rng_state())
         states.append([] if trainer.buffer is None else trainer.buffer._samples)
-    assert torch.equal(*watch.gradients)
+    direct.agree(*watch.gradients, 1e-5)  # but for rounding: what a model reads at once differs
     assert torch.equal(states[0], states[2])
     assert states[1] == states[3]
     assert logs[0]["degree/loss"] == pytest.approx(math.log(4), rel=1e-6)
     assert logs[0]["loss"] - logs[1]["loss"] == pytest.approx(GAMMA * math.log(4), rel=1e-3)
     assert all(float(gradient.norm()) > 1e-3 for gradient in head.gradients[0])
+
+
+@pytest.mark.parametrize("plain_forward", [False, True])
+def test_a_head_of_zeros_has_a_gradient_and_leaves_the_policy_none(trainer_of, rows, plain_forward):
+    trainer = trainer_of(rows, fresh=True, plain_forward=plain_forward)
+    batch = collate([trainer.train_dataset[number] for number in range(len(rows))])
+    found = trainer.objective.row_losses(trainer.model.train(), batch, trainer.degree_head)
+    assert found.degree.tolist() == pytest.approx([math.log(4)] * len(found.degree), rel=1e-6)
+    found.degree.sum().backward()
+    gradients = [one.grad for one in trainer.model.parameters() if one.grad is not None]
+    assert gradients
+    assert not any(one.any() for one in gradients)
+    assert all(one.grad.any() for one in trainer.degree_head.parameters())
 
 
 def test_without_a_degree_weight_there_is_nothing_of_it(trainer_of, rows, logs_of):

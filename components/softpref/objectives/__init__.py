@@ -14,6 +14,7 @@ from softpref.objectives.chunked import (
     token_kl,
     token_logps,
 )
+from softpref.objectives.degree import degree_logits, degree_loss, length_accuracy
 from softpref.objectives.kl import (
     kl_lambda,
     kl_loss,
@@ -28,6 +29,8 @@ from softpref.objectives.reward import bradley_terry_loss
 __all__ = [
     "TokenKL",
     "bradley_terry_loss",
+    "degree_logits",
+    "degree_loss",
     "dpo_loss",
     "exact_optimum",
     "group_of",
@@ -36,6 +39,7 @@ __all__ = [
     "kl_lambda",
     "kl_loss",
     "kl_per_token",
+    "length_accuracy",
     "log_group_weights",
     "ordered_pairs",
     "preference_loss",

@@ -127,23 +127,39 @@ def drawn(row: Mapping[str, Any], args: SPOConfig, epoch: int, number: int) -> l
     return found
 
 
-def degree_tensors(rows: Sequence[tuple[Sequence[DegreeText], int]]) -> dict[str, Any]:
-    """A batch's tensors of its texts at their levels.
+def degree_tensors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch's tensors of its texts at their levels; with the rows' own completions, for they share prompts.
+
+    `degree_` with a field of `PackedBatch` is the batch of both. `degree_own` says of each of its completion
+    tokens whether it is of a row's own completion; the others are those of the texts, whose places among the
+    completions are `degree_places`. They have one token more than they have, for a model reads all but the
+    last: so the last state is that of the text's end.
 
     Args:
-        rows: those of each row, and how many there are of one whose completions all take part.
+        rows: with `degree_texts`.
     """
-    shares = [1 - len(texts) / sides for texts, sides in rows]
+    most = [len(row["removed"]["texts"]) for row in rows]
+    shares = [1 - len(row["degree_texts"]) / sides for row, sides in zip(rows, most, strict=True)]
     inputs: dict[str, Any] = {"degree_skipped": torch.tensor(shares)}
-    texts = [(place, text) for place, (found, _) in enumerate(rows) for text in found]
+    texts = [(number, text) for number, row in enumerate(rows) for text in row["degree_texts"]]
     if not texts:
         return inputs
-    # one token more than there are: a model reads all but the last
-    batch = pack_sequences([(text.prompt, [*text.completion, text.completion[-1]]) for _, text in texts])
+    sequences: list[tuple[list[int], list[int]]] = []
+    places: list[int] = []
+    for row in rows:
+        sequences += [(row["prompt"], completion) for completion in row["completions"]]
+        for text in row["degree_texts"]:
+            places.append(len(sequences))
+            sequences.append((text.prompt, [*text.completion, text.completion[-1]]))
+    batch = pack_sequences(sequences)
+    own = torch.ones(len(sequences), dtype=torch.bool)
+    own[places] = False
     return {
         **inputs,
         **{f"degree_{name}": value for name, value in batch._asdict().items()},
-        "degree_rows": torch.tensor([place for place, _ in texts]),
+        "degree_own": own.repeat_interleave(batch.lengths),
+        "degree_places": torch.tensor(places),
+        "degree_rows": torch.tensor([number for number, _ in texts]),
         "degree_sides": torch.tensor([text.side for _, text in texts]),
         "degree_levels": torch.tensor([text.level for _, text in texts]),
     }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
 from softpref.errors import ConfigError
-from softpref.objectives.degree import degree_logits
+from softpref.objectives import degree_logits
 from softpref.spo.config import SPOConfig
 
 _FILE = "degree_head.safetensors"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softpref.objectives.degree import length_accuracy
+from softpref.objectives import length_accuracy
 
 
 class Means:

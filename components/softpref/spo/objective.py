@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from softpref.lm.head import CompletionHidden, completion_hidden, end_states, output_head
+from softpref.lm.head import CompletionHidden, completion_hidden, output_head
 from softpref.lm.packing import PackedBatch, pack_sequences
 from softpref.lm.sampling import Sample
 from softpref.lm.scoring import scoring_batches, sequence_logps, sum_by_sequence
@@ -31,12 +31,14 @@ class RowLosses(NamedTuple):
         losses: the preference loss of each row, `[rows]`.
         kl: in training with a KL term on rows, that of each row, `[rows]`; else None.
         logps, rewards: of each completion, `[sequences]`, without gradient.
+        degree: with a degree loss, the cross-entropy of the level of each of the batch's texts, `[texts]`.
     """
 
     losses: Tensor
     kl: Tensor | None
     logps: Tensor
     rewards: Tensor
+    degree: Tensor | None
 
 
 class Objective:
@@ -72,31 +74,14 @@ class Objective:
     def means_of(self, model: Any) -> Means:
         return self.means["train" if model.training else "eval"]
 
-    def degree_losses(self, model: Any, head: DegreeHead, inputs: Mapping[str, Any]) -> Tensor:
-        """The cross-entropy of each of a batch's texts at its level, `[texts]`, nats."""
-        means = self.means_of(model)
-        own = inputs.get("own_rows", len(inputs["group_sizes"]))  # the others are counted in another batch
-        means.add("degree/skipped", inputs["degree_skipped"][:own])
-        if "degree_levels" not in inputs:
-            return torch.zeros(0)
-        batch, levels = packed(inputs, "degree_"), inputs["degree_levels"]
-        states = end_states(model, batch, plain=self.args.plain_forward)
-        logits = head(states, inputs["degree_sides"])
-        losses = nn.functional.cross_entropy(logits, levels, reduction="none")
-        mine = inputs["degree_rows"] < own
-        errors = (logits.argmax(-1) - levels)[mine].abs()
-        means.add("degree/loss", losses[mine])
-        means.add("degree/accuracy", errors == 0)
-        means.add("degree/mean_absolute_error", errors)
-        self.lengths["train" if model.training else "eval"].add(batch.lengths[mine] - 1, levels[mine])
-        return losses
-
-    def row_losses(self, model: Any, inputs: Mapping[str, Any]) -> RowLosses:
+    def row_losses(
+        self, model: Any, inputs: Mapping[str, Any], degree_head: DegreeHead | None = None
+    ) -> RowLosses:
         """The losses of a batch's rows, and the policy's log-probabilities and rewards of them."""
         means = self.means_of(model)
         args, sizes = self.args, inputs["group_sizes"]
         batch = packed(inputs)
-        states = self._hidden(model, batch)
+        states, degree = self._row_states(model, batch, inputs, degree_head)
         ref_logps, divergences, row_kl = inputs.get("ref_logps"), None, None
         regularises = args.regularises_rows and model.training
         lacks_logps = args.scores_reference and ref_logps is None
@@ -140,7 +125,33 @@ class Objective:
         means.add("loss/preference", losses[:own])
         for name, values in figures.items():
             means.add(name, values)
-        return RowLosses(losses, row_kl, logps.detach(), implicit_rewards(args, logps.detach(), ref_logps))
+        rewards = implicit_rewards(args, logps.detach(), ref_logps)
+        return RowLosses(losses, row_kl, logps.detach(), rewards, degree)
+
+    def _row_states(
+        self, model: Any, batch: PackedBatch, inputs: Mapping[str, Any], degree_head: DegreeHead | None
+    ) -> tuple[CompletionHidden, Tensor | None]:
+        """What the model knows at the tokens of a batch's rows, and the degree losses of the texts."""
+        own = inputs.get("own_rows", len(inputs["group_sizes"]))
+        if degree_head is not None:
+            self.means_of(model).add("degree/skipped", inputs["degree_skipped"][:own])
+        if degree_head is None or "degree_levels" not in inputs:
+            return self._hidden(model, batch), None
+        both = packed(inputs, "degree_")
+        found = completion_hidden(model, both, plain=self.args.plain_forward, beneath=True)
+        places, rows = inputs["degree_places"], inputs["degree_own"]
+        ends = found.states[both.lengths.cumsum(0)[places] - 1]
+        levels, mine = inputs["degree_levels"], inputs["degree_rows"] < own
+        logits = degree_head(ends, inputs["degree_sides"])
+        losses = nn.functional.cross_entropy(logits, levels, reduction="none")
+        errors = (logits.argmax(-1) - levels)[mine].abs()
+        means = self.means_of(model)
+        means.add("degree/loss", losses[mine])
+        means.add("degree/accuracy", errors == 0)
+        means.add("degree/mean_absolute_error", errors)
+        lengths = self.lengths["train" if model.training else "eval"]
+        lengths.add(both.lengths[places][mine] - 1, levels[mine])
+        return found._replace(hidden=found.hidden[rows], targets=found.targets[rows], beneath=None), losses
 
     def sample_losses(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """The KL term's loss of each of a batch's samples, `[samples]`."""

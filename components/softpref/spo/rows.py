@@ -491,5 +491,5 @@ def collate(rows: list[Row]) -> dict[str, Any]:
         if all(name in row for row in rows):
             inputs[name] = torch.tensor([value for row in rows for value in row[name]])
     if all("degree_texts" in row for row in rows):
-        inputs |= degree_tensors([(row["degree_texts"], len(row["removed"]["texts"])) for row in rows])
+        inputs |= degree_tensors(rows)
     return inputs

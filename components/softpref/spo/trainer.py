@@ -40,8 +40,7 @@ from softpref.lm.scoring import check_sequences, computing_precision, score_sequ
 from softpref.lm.sharding import whole_weights
 from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import settle_model
-from softpref.objectives import kl_lambda
-from softpref.objectives.degree import degree_loss
+from softpref.objectives import degree_loss, kl_lambda
 from softpref.spo.buffer import SampleBuffer
 from softpref.spo.config import SPOConfig
 from softpref.spo.degree import sides_of
@@ -389,12 +388,10 @@ class SPOTrainer(RowsTrainer):
         Args:
             return_outputs: whether `logps` and `rewards` of the completions come with it, `[sequences]`.
         """
-        losses, row_kl, logps, rewards = self.objective.row_losses(model, inputs)
+        losses, row_kl, logps, rewards, degree = self.objective.row_losses(model, inputs, self.degree_head)
         outputs = {"logps": logps, "rewards": rewards}
         if num_items_in_batch is None:
             loss = losses[: inputs.get("own_rows")].mean()
-            if self.degree_head is not None:  # whose metrics are logged; the loss is the method's own
-                self.objective.degree_losses(model, self.degree_head, inputs)
             return (loss, outputs) if return_outputs else loss
         loss = losses.sum() / num_items_in_batch
         if row_kl is not None:
@@ -402,12 +399,10 @@ class SPOTrainer(RowsTrainer):
         if "sample_lengths" in inputs:
             kl = self.objective.sample_losses(model, inputs)
             loss = loss + self.args.kl_strength * kl.sum() / inputs["samples_in_step"]
-        if self.degree_head is not None:
-            degree = self.objective.degree_losses(model, self.degree_head, inputs)
-            if len(degree):
-                sides, counts = inputs["degree_sides"], inputs["degree_counts"]
-                number = len(sides_of(self.args))
-                loss = loss + self.args.degree_weight * degree_loss(degree, sides, counts, number)
+        if degree is not None:
+            sides, counts = inputs["degree_sides"], inputs["degree_counts"]
+            share = degree_loss(degree, sides, counts, len(sides_of(self.args)))
+            loss = loss + self.args.degree_weight * share
         loss = loss * self.current_gradient_accumulation_steps * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
