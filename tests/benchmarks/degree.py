@@ -31,7 +31,7 @@ DATA: dict[str, Any] = {
     | {"completion_a": "argument_a", "completion_b": "argument_b"},
     "prompt_template": "{stance}\n",
     "min_votes": 3,
-    "max_characters": 250,
+    "max_characters": 300,
     "validation_fraction": 0.0,
     "test_fraction": 0.4,
 }
@@ -40,15 +40,15 @@ BOTH: dict[str, Any] = {  # of both trainings
     "bf16": False,
     "save_strategy": "no",
     "max_prompt_length": 64,
-    "max_completion_length": 120,
+    "max_completion_length": 160,
     "per_device_train_batch_size": 16,
 }
-REFERENCE: dict[str, Any] = {"learning_rate": 2e-3, "num_train_epochs": 4}
+REFERENCE: dict[str, Any] = {"learning_rate": 1e-3, "num_train_epochs": 2}
 TRAIN: dict[str, Any] = {
     "method": "dpo",
     "beta": 0.1,
-    "learning_rate": 1e-3,
-    "num_train_epochs": 3,
+    "learning_rate": 3e-4,
+    "num_train_epochs": 2,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 10,
     "logging_steps": 10,
@@ -70,7 +70,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--weights", nargs="+", type=float, default=[0.0, 0.1, 0.3], help="degree_weight")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 … SEEDS-1 (default 3)")
-    parser.add_argument("--rows", type=int, default=800, help="pairs, held-out ones included (default 800)")
+    parser.add_argument("--rows", type=int, default=1500, help="pairs, held-out ones included (default 1500)")
     parser.add_argument("--levels", type=int, default=4, help="degree_levels (default 4)")
     parser.add_argument("--output", type=Path, default=Path("degree"), help="folder of runs and the table")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "convarg" / "pairs.jsonl")

@@ -165,7 +165,8 @@ RUNS = {
     "sppo": {"method": "sppo", "num_train_epochs": 1, "rounds": 2, "learning_rate": 1e-3, "beta": 1.0},
     "degree": {
         "method": "dpo",
-        "num_train_epochs": 2,
+        "num_train_epochs": 1,
+        "rounds": 2,
         "degree_weight": 0.1,
         "degree_levels": 2,  # for which one word is enough; "a" alone is none
         **SAVING,

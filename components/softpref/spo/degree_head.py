@@ -25,6 +25,8 @@ _FASTER = 10  # times the policy's learning rate: at a policy's rates a new head
 class DegreeHead(nn.Module):
     """`degree_heads` linear classifiers of `degree_levels` levels, in fp32, that begin at zero.
 
+    `max_grad_norm` clips the policy's gradient alone.
+
     Args:
         model: the policy, whose head says how wide its states are.
 

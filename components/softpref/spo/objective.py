@@ -132,10 +132,13 @@ class Objective:
         self, model: Any, batch: PackedBatch, inputs: Mapping[str, Any], degree_head: DegreeHead | None
     ) -> tuple[CompletionHidden, Tensor | None]:
         """What the model knows at the tokens of a batch's rows, and the degree losses of the texts."""
-        own = inputs.get("own_rows", len(inputs["group_sizes"]))
-        if degree_head is not None:
-            self.means_of(model).add("degree/skipped", inputs["degree_skipped"][:own])
-        if degree_head is None or "degree_levels" not in inputs:
+        if degree_head is None:
+            return self._hidden(model, batch), None
+        means, own = self.means_of(model), inputs.get("own_rows", len(inputs["group_sizes"]))
+        means.add("degree/skipped", inputs["degree_skipped"][:own])
+        if "degree_levels" not in inputs:
+            for name in ("loss", "accuracy", "mean_absolute_error"):
+                means.add(f"degree/{name}", torch.zeros(0))  # all processes must have the same names
             return self._hidden(model, batch), None
         both = packed(inputs, "degree_")
         found = completion_hidden(model, both, plain=self.args.plain_forward, beneath=True)
@@ -145,7 +148,6 @@ class Objective:
         logits = degree_head(ends, inputs["degree_sides"])
         losses = nn.functional.cross_entropy(logits, levels, reduction="none")
         errors = (logits.argmax(-1) - levels)[mine].abs()
-        means = self.means_of(model)
         means.add("degree/loss", losses[mine])
         means.add("degree/accuracy", errors == 0)
         means.add("degree/mean_absolute_error", errors)
