@@ -45,7 +45,10 @@ Text = str | Sequence[Message]
 
 
 class PreferenceRow(TypedDict):
-    """A row of the dataset: completions best first, the probability of a pair with a soft label."""
+    """A row of the dataset: completions best first, the probability of a pair with a soft label.
+
+    `degree` is true of rankings that nobody has judged (`degree_ranking_weight` of the data stage).
+    """
 
     prompt: Text
     completions: list[Text]
@@ -54,6 +57,14 @@ class PreferenceRow(TypedDict):
     source_row: NotRequired[int]
     weight: NotRequired[float | None]
     source: NotRequired[str]
+    degree: NotRequired[bool]
+
+
+def judged_rows(rows: Any) -> Any:
+    """Of a split of a dataset the rows that were judged: those without `degree`."""
+    if "degree" not in rows.column_names:
+        return rows
+    return rows.filter(lambda made: not made, input_columns="degree", keep_in_memory=True)
 
 
 class ColumnMapping(TypedDict):
@@ -93,7 +104,8 @@ class DatasetStats(TypedDict, total=False):
 
     Counts are by split (`rows`, `prompts`, `sft`, `extra_prompts`), by reason (`rejected`, `left_out`), by
     kind of row or label, or by number of completions. `longer_chosen` is the share of pairs whose better
-    completion has more characters; pairs of equal length count half.
+    completion has more characters; pairs of equal length count half. `degree_rankings` are rows of the
+    training split that were made of others; what is said of labels, lengths and prompts leaves them out.
     """
 
     stage: str
@@ -108,6 +120,7 @@ class DatasetStats(TypedDict, total=False):
     rejected: dict[str, int]
     left_out: dict[str, int]
     not_sampled: int
+    degree_rankings: int
     rows: dict[str, int]
     prompts: dict[str, int]
     kinds: dict[str, int]

@@ -26,7 +26,7 @@ _TAKEN = (*WITH_JUDGE, "dataset_dict.json", "sft", "prompts", OUTCOMES_FILE, REW
 _OF_READING = (
     *("columns", "preference_values", "score_scale", "implicit_prompt", "implicit_prompt_end"),
     *("transcripts", "list_kind", "group_size", "labels", "ties", "min_votes", "duplicates"),
-    *("contradictions", "max_characters", "max_source_rows"),
+    *("contradictions", "max_characters", "max_source_rows", "degree_ranking_weight"),
 )
 _OF_ALL_READING = ("prompt_template", "as_messages", "system_prompt")  # also of further sources
 
@@ -80,7 +80,7 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
     split_of: dict[bytes, str] = {}
     hashes = []
     for split in (split for split in WITH_JUDGE if split in dataset):
-        if {*dataset[split].column_names} - {"weight", "source"} != _COLUMNS:
+        if {*dataset[split].column_names} - {"weight", "source", "degree"} != _COLUMNS:
             raise DataError(
                 f"{config.source} has a stats.json of this stage, but its split {split} has the columns "
                 f"{', '.join(dataset[split].column_names)}; give split to read one as any other source"

@@ -63,7 +63,8 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> Da
 
     The folder is a saved `datasets.DatasetDict` with the splits train, validation and test, and judge where
     `judge_fraction` asks for it (columns `prompt`, `completions` best first, `kind`, `probability`, `weight`
-    where a source has weights, `source_row`, and `source` where there are several), and beside it
+    where a source has weights, `source_row`, `source` where there are several, and `degree` where
+    `degree_ranking_weight` makes rows), and beside it
     `stats.json`, `parameters.yaml`, `rejected.jsonl`,
     `page.html`; `sft/` (a `DatasetDict` of `prompt` and `completion`) and `prompts/` (a `Dataset` of
     `prompt`) where the configuration gives them a source; for the story world `outcomes.jsonl`, for the

@@ -17,6 +17,7 @@ from softpref.lm.loading import load_model, load_tokenizer
 from softpref.lm.scoring import check_sequences
 from softpref.lm.sources import local_source, source_name
 from softpref.lm.tokenization import stop_token_ids
+from softpref.records import judged_rows
 from softpref.sft.config import SFTConfig
 from softpref.sft.scratch import build_model, build_tokenizer
 from softpref.sft.trainer import Demonstrations, SFTTrainer, collate
@@ -140,7 +141,7 @@ def _load_demonstrations(dataset_dir: str | Path) -> dict[str, Any]:
     else:
         preferences = load_from_disk(str(folder))
         splits = {
-            split: preferences[split]
+            split: judged_rows(preferences[split])
             .map(lambda row: {"completion": row["completions"][0]}, keep_in_memory=True)
             .select_columns(["prompt", "completion"])
             for split in ("train", "validation")

@@ -21,7 +21,7 @@ from softpref.lm.loading import load_tokenizer
 from softpref.lm.scoring import computing_precision
 from softpref.lm.sources import check_remote_code, local_source, source_name
 from softpref.lm.tokenization import stop_token_ids
-from softpref.records import load_metadata
+from softpref.records import judged_rows, load_metadata
 from softpref.spo.checks import member_name
 from softpref.spo.config import SPOConfig
 from softpref.spo.given import loaded
@@ -41,6 +41,7 @@ _DEFINING = (
     "weight_exponent",
     "label_smoothing",
     "nll_weight",
+    "degree_weight",
     "rounds",
     "train_on",
     "judge",
@@ -64,6 +65,8 @@ _OF_STEPS = (
     "entropy",
     "completions/mean_length",
     "sampling/ess",
+    "degree/accuracy",
+    "degree/length_baseline",
 )
 _HEADLINE = ("train_loss", "eval_loss", "eval_rewards/accuracies", *_OF_STEPS)
 
@@ -246,8 +249,10 @@ def _training_rows(config: SPOConfig, dataset_dir: str | Path, preferences: dict
     from datasets import load_from_disk
 
     folder = Path(dataset_dir) / "sft"
-    if config.train_on != "self_play" or not folder.is_dir():
+    if config.train_on == "preferences":
         return preferences["train"]
+    if config.train_on == "samples" or not folder.is_dir():
+        return judged_rows(preferences["train"])
     demonstrations = load_from_disk(str(folder)).get("train", ())
     if not len(demonstrations):
         raise DataError(f"{folder} holds no training demonstration, which self-play learns from")

@@ -50,9 +50,7 @@ from softpref.spo.vllm_core import EngineSpec, VLLMCore
 logger = logging.getLogger("softpref.spo.vllm_server")
 
 _MAX_JSON, _MAX_PROMPTS = 1 << 20, 64 << 20  # bytes of a request in JSON, and of one with prompts
-_PATIENCE = (
-    60.0  # seconds for a request's head; of silence; and, beside the time that its size allows, for a body
-)
+_PATIENCE = 60.0  # seconds for a request's head, of silence, and for a body beside what its size allows
 _SLOWEST = 256 << 10  # bytes of a body per second; one that comes more slowly is given up
 _MAX_CONNECTIONS = 64  # at once; a trainer needs one for each of its processes
 _WEIGHTS = re.compile(r"/weights/(?P<version>[0-9a-f]{32})(?:/(?P<part>\d{1,6}))?")
