@@ -29,7 +29,7 @@ from softpref.data.page import render_page
 from softpref.data.sources import SourceRow, fetch, open_source
 from softpref.data.splits import WITH_JUDGE, assign_splits
 from softpref.data.writing import EXAMPLES, hash_order, write_preferences
-from softpref.disk import flush_below, says_disk_trouble
+from softpref.disk import DAMAGED, flush_below, says_disk_trouble
 from softpref.errors import ConfigError, DataError
 from softpref.progress import settle_output
 from softpref.records import (
@@ -275,7 +275,7 @@ def _refuse_foreign(output: Path) -> None:
         return
     try:
         ours = read_stats(output)["stage"] == "data"
-    except (OSError, ValueError, KeyError, TypeError):
+    except DAMAGED:
         ours = False
     if not ours:
         raise ConfigError(

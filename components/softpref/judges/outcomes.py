@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from softpref.disk import DAMAGED, in_brief
 from softpref.errors import DataError
 
 
@@ -39,10 +40,9 @@ def read_outcomes(path: str | Path) -> dict[str, Outcomes]:
                 completions, rewards, weights = row["completions"], row["rewards"], row["weights"]
                 entry = Outcomes(completions, np.asarray(rewards, float), np.asarray(weights, float))
                 outcomes[row["prompt"]] = entry
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-                raise DataError(
-                    f"{path}, line {number}: expected prompt, completions, rewards, weights ({error!r})"
-                ) from error
+            except DAMAGED as error:
+                what = "expected prompt, completions, rewards, weights"
+                raise DataError(f"{path}, line {number}: {what} ({in_brief(error)})") from error
             if not len(completions) == len(rewards) == len(weights) or not completions:
                 raise DataError(f"{path}, line {number}: completions, rewards and weights differ in length")
     return outcomes

@@ -155,9 +155,9 @@ def _register(
         raise ConfigError("mlflow is not installed here, and registration needs it: pip install mlflow")
     from mlflow.exceptions import MlflowException
 
-    client = open_client(uri)
     try:
         with short_requests():
+            client = open_client(uri)
             client.search_registered_models(max_results=1)
     except Exception as error:
         raise ConfigError(

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal, TypedDict
 
+from softpref.disk import write_private
+
 logger = logging.getLogger(__name__)
 
 TAG_LENGTH, NAME_LENGTH = 8000, 250  # MLflow's own limits
@@ -79,7 +81,7 @@ class Mirror:
         self._resumed = False
         self._cursor = self._end = 0  # before the first record that is not delivered; after the last one
         if header is not None:
-            _write_private(path, _line({"n": 0, "time": milliseconds(), **header}))
+            write_private(path, _line({"n": 0, "time": milliseconds(), **header}).decode())
         _cut_torn_line(path)
         _cut_torn_line(path.with_suffix(".sent"))
         for line in path.with_suffix(".sent").read_bytes().splitlines():
@@ -317,7 +319,7 @@ def _put_before(path: Path, header: Record) -> None:
     """Give a mirror that lacks its first record one."""
     lines = [_line({"n": 0, "time": milliseconds(), **header}), *(line for _, line in _records(path))]
     new = path.with_suffix(".new")
-    _write_private(new, b"".join(lines))
+    write_private(new, b"".join(lines).decode())
     os.replace(new, path)
 
 
@@ -327,13 +329,6 @@ def _open_sent(path: Path) -> IO[bytes]:
 
 def _same(one: float, other: float) -> bool:
     return one == other or (math.isnan(one) and math.isnan(other))
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Only its owner may read it: the address of a database may hold a password, and `sync` needs it."""
-    path.unlink(missing_ok=True)
-    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(content)
 
 
 def _cut_torn_line(path: Path) -> None:

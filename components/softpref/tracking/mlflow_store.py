@@ -7,10 +7,11 @@ import importlib
 import logging
 import os
 import re
+import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -97,7 +98,14 @@ def open_client(uri: str) -> MlflowClient:
             made = file.with_name(f"{unfinished}{os.getpid()}")
             MlflowClient(f"sqlite:///{made}").search_experiments(max_results=1)
             made.replace(file)
+        _try_to_read(file)
         return MlflowClient(uri)
+
+
+def _try_to_read(file: Path) -> None:
+    """Have what cannot be opened at all fail now: MLflow would try again for a hundred seconds."""
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("PRAGMA schema_version")
 
 
 def where_to_look(uri: str, run_id: str | None) -> str:

@@ -30,7 +30,17 @@ from softpref.tracking.mlflow_store import (
     short_requests,
 )
 from softpref.tracking.pipeline_run import current_pipeline_run, experiment_of, find_or_open_root
-from softpref.tracking.waiting import END, LONGEST, LONGEST_KILLED, START, WAIT, Answers, patience, with_store
+from softpref.tracking.waiting import (
+    END,
+    LONGEST,
+    LONGEST_KILLED,
+    START,
+    WAIT,
+    Answers,
+    is_busy,
+    patience,
+    with_store,
+)
 
 if TYPE_CHECKING:
     from softpref.records import DatasetStats
@@ -69,7 +79,7 @@ class Tracker:
         tracking_uri: MLflow store. Default: `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` in the
             current directory.
         exit_wait: Seconds without an answer of MLflow that `flush` and `close` wait in all. Default: the
-            environment's `SOFTPREF_TRACKING_WAIT`, else 8, and a minute for a SQLite file.
+            environment's `SOFTPREF_TRACKING_WAIT`, else 8, and a minute for a SQLite file that others use.
 
     Raises:
         ConfigError: `SOFTPREF_TRACKING_WAIT` is no number of seconds.
@@ -96,7 +106,10 @@ class Tracker:
         inherited = None if pipeline_run else os.environ.get("MLFLOW_RUN_ID")
         attached = inherited or run_id or None
         root = root and pipeline_run is not None
-        self._patience = with_store(patience(END), self.tracking_uri) if exit_wait is None else exit_wait
+        self._least_patience = patience(END) if exit_wait is None else exit_wait
+        self._patience = self._least_patience
+        if exit_wait is None:
+            self._patience = with_store(self._patience, self.tracking_uri)
         self._answers = Answers()
         self._changed = threading.Condition()
         self._waited_for = self._closing = self._abandoned = self._closed = self._sender_done = False
@@ -318,6 +331,10 @@ class Tracker:
             except Exception as error:  # of the network, the store or its driver
                 failures += 1
                 self._trouble = in_short(error)
+                if not is_busy(error):
+                    with self._changed:
+                        self._patience = min(self._patience, self._least_patience)
+                        self._changed.notify_all()
                 if failures == 1:
                     logger.warning(
                         f"MLflow at {public_url(self.tracking_uri)} cannot be reached ({self._trouble}); "
