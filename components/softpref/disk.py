@@ -78,6 +78,12 @@ def write_whole(path: str | Path, text: str) -> None:
     _flush_folder(path.parent)
 
 
+def remove_parts(folder: str | Path) -> None:
+    """Remove what processes that were killed within `write_whole` have left in a folder of this one alone."""
+    for part in Path(folder).glob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
 def write_private(path: str | Path, text: str) -> None:
     """Write a file anew that only its owner may read, for it may hold a password."""
     path = Path(path)

@@ -23,7 +23,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
-from softpref.disk import DAMAGED, flush_below, in_brief, write_whole
+from softpref.disk import DAMAGED, flush_below, in_brief, remove_parts, write_whole
 from softpref.errors import ConfigError, DataError
 
 STATS_FILE, REJECTED_FILE, PAGE_FILE = "stats.json", "rejected.jsonl", "page.html"
@@ -573,7 +573,7 @@ def read_stats(folder: str | Path) -> DatasetStats:
     Raises:
         DataError: it is damaged.
     """
-    stats: Any = _read_if_there(Path(folder) / STATS_FILE)
+    stats: DatasetStats = _read_if_there(Path(folder) / STATS_FILE)
     return stats
 
 
@@ -606,6 +606,7 @@ def read_dataset(folder: str | Path) -> Any:
 
 def save_metadata(folder: str | Path, values: Mapping[str, object]) -> None:
     """Write what later stages need to know of a model folder (`softpref.json`), its last file."""
+    remove_parts(folder)
     flush_below(folder)
     write_whole(Path(folder) / METADATA_FILE, json.dumps(values, indent=2) + "\n")
 
@@ -616,7 +617,7 @@ def load_metadata(folder: str | Path) -> ModelMetadata:
     Raises:
         DataError: it is damaged.
     """
-    metadata: Any = _read_if_there(Path(folder) / METADATA_FILE)
+    metadata: ModelMetadata = _read_if_there(Path(folder) / METADATA_FILE)
     return metadata
 
 
@@ -638,10 +639,11 @@ def _plain(value: object) -> object:
 def _read(path: Path, what: str) -> dict[str, Any]:
     if not path.exists():
         raise ConfigError(f"{path} does not exist; give {what}")
-    return _read_if_there(path)
+    values: dict[str, Any] = _read_if_there(path)
+    return values
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
+def _read_if_there(path: Path) -> Any:
     return _typed(path, path, _object_in) if path.exists() else {}
 
 
@@ -667,5 +669,6 @@ def _typed(path: Path, values: Any, read: Callable[[Any], T]) -> T:
 
 
 def _write(path: Path, values: Mapping[str, object]) -> None:
+    remove_parts(path.parent)
     flush_below(path.parent)
     write_whole(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

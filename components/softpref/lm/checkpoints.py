@@ -19,7 +19,7 @@ from typing import NamedTuple
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
-from softpref.disk import DAMAGED, content_hash, flush_below, in_brief, write_whole
+from softpref.disk import DAMAGED, content_hash, flush_below, in_brief, remove_parts, write_whole
 from softpref.errors import ConfigError
 from softpref.finished import as_recorded, differences
 
@@ -92,6 +92,7 @@ def remove_checkpoints(folder: str | Path) -> None:
     for checkpoint in checkpoints_in(folder).values():
         shutil.rmtree(checkpoint, ignore_errors=True)
     with contextlib.suppress(OSError):  # the model is saved already
+        remove_parts(folder)
         for file in (folder / _IDENTITY, *folder.glob("nonfinite_batch*.safetensors")):
             file.unlink(missing_ok=True)
         folder.rmdir()
