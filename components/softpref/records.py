@@ -23,7 +23,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
-from softpref.disk import DAMAGED, flush_below, in_brief, remove_parts, write_whole
+from softpref.disk import DAMAGED, content_hash, flush_below, in_brief, remove_parts, write_whole
 from softpref.errors import ConfigError, DataError
 
 STATS_FILE, REJECTED_FILE, PAGE_FILE = "stats.json", "rejected.jsonl", "page.html"
@@ -95,7 +95,7 @@ class DatasetStats(TypedDict, total=False):
 
     Counts are by split (`rows`, `prompts`, `sft`, `extra_prompts`), by reason (`rejected`, `left_out`), by
     kind of row or label, or by number of completions. `longer_chosen` is the share of pairs whose better
-    completion has more characters; pairs of equal length count half.
+    completion has more characters; pairs of equal length count half. `files` has the hash of each file of rows.
     """
 
     stage: str
@@ -120,6 +120,7 @@ class DatasetStats(TypedDict, total=False):
     longer_chosen: float
     dataset_hash: str
     test_hash: str
+    files: dict[str, str]
     mixture: list[MixedSource]
     sft: dict[str, object]
     extra_prompts: dict[str, object]
@@ -577,15 +578,26 @@ def read_stats(folder: str | Path) -> DatasetStats:
     return stats
 
 
+def hashes_of_rows(folder: Path) -> dict[str, str]:
+    """The hash of each file of rows in a dataset folder, by its path there."""
+    files = sorted(folder.rglob("data-*.arrow"))  # others are caches
+    return {file.relative_to(folder).as_posix(): content_hash(file) for file in files}
+
+
 def read_dataset(folder: str | Path) -> Any:
     """A dataset, or its splits by name, as the data stage saved them in a folder.
 
     Raises:
-        DataError: a file is absent or damaged, or a split has other rows than `stats.json` has counted.
+        DataError: a file is absent or damaged, or not the one that `stats.json` describes.
     """
     from datasets import load_from_disk
 
+    whole = next((one for one in (Path(folder), Path(folder).parent) if (one / STATS_FILE).is_file()), None)
+    stats = read_stats(whole) if whole else {}
     try:
+        for name, digest in stats.get("files", {}).items():
+            if whole and (file := whole / name).is_relative_to(folder) and content_hash(file) != digest:
+                raise ValueError(f"its {file.relative_to(folder)} is not what was written")
         found: Any = load_from_disk(str(folder))
         splits = found if isinstance(found, dict) else {"": found}
         for rows in splits.values():
@@ -594,13 +606,6 @@ def read_dataset(folder: str | Path) -> Any:
         raise DataError(
             f"the dataset {folder} cannot be read: {in_brief(error)}; make it anew with softpref data"
         ) from error
-    counted = read_stats(folder).get("rows")
-    for split, rows in splits.items():
-        if isinstance(counted, dict) and len(rows) != counted.get(split, len(rows)):
-            raise DataError(
-                f"the dataset {folder} is damaged: its split {split} has {len(rows)} rows, and had "
-                f"{counted[split]} when it was made; make it anew with softpref data"
-            )
     return found
 
 

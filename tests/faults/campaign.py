@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.faults.disks import fill_disks
 from tests.faults.kills import kill_everywhere
 from tests.faults.manglings import mangle_everything
 from tests.faults.outcomes import Outcome, table
 from tests.faults.sweeps import kill_sweeps
+from tests.faults.trackers import trouble_trackers
 
 # so that a fork begins in milliseconds
 _IMPORTS = (
@@ -72,6 +74,8 @@ def _say(line: str) -> None:
 PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
     "kills": lambda folder, options: kill_everywhere(folder, options.kills, options.seed, _say),
     "manglings": lambda folder, options: mangle_everything(folder, options.manglings, options.seed, _say),
+    "disk": lambda folder, _: fill_disks(folder, _say),
+    "trackers": lambda folder, _: trouble_trackers(folder, _say),
     "sweep": lambda folder, options: kill_sweeps(folder, options.sweeps, options.seed, _say),
 }
 
