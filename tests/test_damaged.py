@@ -9,7 +9,7 @@ from softpref.records import (
     Comparison,
     Evaluation,
     Registration,
-    hashes_of_rows,
+    hashes_in,
     load_metadata,
     read_dataset,
     read_samples,
@@ -128,7 +128,7 @@ def test_a_damaged_dataset_is_refused_by_its_name(dataset, file, mangling):
 def test_rows_that_are_not_what_was_written_are_refused_though_they_can_be_read(dataset):
     from datasets import Dataset
 
-    (dataset / "stats.json").write_text(json.dumps({"files": hashes_of_rows(dataset)}))
+    (dataset / "stats.json").write_text(json.dumps({"files": hashes_in(dataset)}))
     assert len(read_dataset(dataset)["train"]) == len(read_dataset(dataset / "train")) == 40
     others = Dataset.from_dict({"prompt": ["a pr\0mpt"] * 40, "completions": [["the one", "the other"]] * 40})
     others.save_to_disk(str(dataset / "train"))

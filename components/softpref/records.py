@@ -95,7 +95,7 @@ class DatasetStats(TypedDict, total=False):
 
     Counts are by split (`rows`, `prompts`, `sft`, `extra_prompts`), by reason (`rejected`, `left_out`), by
     kind of row or label, or by number of completions. `longer_chosen` is the share of pairs whose better
-    completion has more characters; pairs of equal length count half. `files` has the hash of each file of rows.
+    completion has more characters; pairs of equal length count half. `files` has hashes of the files.
     """
 
     stage: str
@@ -578,10 +578,12 @@ def read_stats(folder: str | Path) -> DatasetStats:
     return stats
 
 
-def hashes_of_rows(folder: Path) -> dict[str, str]:
-    """The hash of each file of rows in a dataset folder, by its path there."""
-    files = sorted(folder.rglob("data-*.arrow"))  # others are caches
-    return {file.relative_to(folder).as_posix(): content_hash(file) for file in files}
+def hashes_in(folder: Path) -> dict[str, str]:
+    """The hash of each file of rows in a dataset folder, and of what experts know, by its path there."""
+    files = [*folder.rglob("data-*.arrow"), folder / OUTCOMES_FILE, folder / REWARD_FILE]  # others are caches
+    return {
+        file.relative_to(folder).as_posix(): content_hash(file) for file in sorted(files) if file.exists()
+    }
 
 
 def read_dataset(folder: str | Path) -> Any:

@@ -43,7 +43,7 @@ from softpref.records import (
     ColumnMapping,
     DatasetStats,
     PreferenceRow,
-    hashes_of_rows,
+    hashes_in,
     read_stats,
 )
 from softpref.remote import is_url, public_url
@@ -156,7 +156,7 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> DatasetStats:
             stats, split_of, examples = _divide(config, parts, preferences, folder, rejections, listing)
         stats |= write_extras(config, stats["conversational"], split_of, streams, folder, rejections, listing)
         write_known_answers(config, folder)
-    stats["files"] = hashes_of_rows(folder)
+    stats["files"] = hashes_in(folder)
     (folder / STATS_FILE).write_text(json.dumps(stats, indent=2, ensure_ascii=False), encoding="utf-8")
     escaped = {name: getattr(config, name).replace("\\", "\\\\") for name in WITH_ESCAPES}
     write_parameters(_changed(config, escaped), folder)

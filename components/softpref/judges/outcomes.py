@@ -33,16 +33,17 @@ def read_outcomes(path: str | Path) -> dict[str, Outcomes]:
         DataError: a line is not JSON, lacks a field, or its lists differ in length.
     """
     outcomes = {}
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 completions, rewards, weights = row["completions"], row["rewards"], row["weights"]
                 entry = Outcomes(completions, np.asarray(rewards, float), np.asarray(weights, float))
+                equal = len(completions) == len(rewards) == len(weights) and bool(completions)
                 outcomes[row["prompt"]] = entry
             except DAMAGED as error:
                 what = "expected prompt, completions, rewards, weights"
                 raise DataError(f"{path}, line {number}: {what} ({in_brief(error)})") from error
-            if not len(completions) == len(rewards) == len(weights) or not completions:
+            if not equal:
                 raise DataError(f"{path}, line {number}: completions, rewards and weights differ in length")
     return outcomes
