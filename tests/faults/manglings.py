@@ -100,7 +100,7 @@ def _values(change: Callable[[Any], Any]) -> Mangling:
 
     def mangle(file: Path, _: random.Random) -> None:
         text = file.read_text(encoding="utf-8")
-        if file.suffix == ".jsonl":
+        if file.suffix in (".jsonl", ".sent"):
             file.write_text(
                 "".join(json.dumps(changed(json.loads(line))) + "\n" for line in text.splitlines())
             )

@@ -269,6 +269,21 @@ def test_records_whose_beginning_is_lost_go_on_in_their_run(tmp_path, store, cli
     assert history(client, first.run_id, "loss") == [(1, 1), (2, 2)]
 
 
+def test_a_run_whose_records_are_all_lost_stores_no_point_twice(tmp_path, store, client):
+    first = tracker(tmp_path / "out", store)
+    for step in (1, 2, 3):
+        first.metrics({"loss": step}, step)
+    first.close("FAILED")
+    (tmp_path / "out" / "tracking.jsonl").write_bytes(b"[" * 100_000)
+    with tracker(tmp_path / "out", store) as second:
+        second.resume(2)
+        for step in (3, 4):
+            second.metrics({"loss": step}, step)
+    assert second.run_id == first.run_id
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+    assert history(client, first.run_id, "loss") == [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+
 def test_a_disk_that_is_full_for_a_while_costs_the_records_of_that_time_alone(
     tmp_path, store, monkeypatch, caplog
 ):

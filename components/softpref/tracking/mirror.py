@@ -69,6 +69,9 @@ class Mirror:
 
     Numbers (`n`) are never reused. Both files are only appended to, in whole lines: the torn line of a killed
     process is cut off when the file is reopened, and a line that is no record is passed over.
+
+    Attributes:
+        lost: whether records that were delivered are no longer there.
     """
 
     def __init__(self, path: Path, sent: IO[bytes], header: Record | None = None) -> None:
@@ -91,12 +94,15 @@ class Mirror:
             elif note.keys() == {"run_id"} and isinstance(note["run_id"], str):
                 self.run_id = note["run_id"]
         self._last = -1
+        delivered = set[int]()
         self.status: str | None = None
         self.header: Record = {}
         for record, _ in _records(path):
             if record["kind"] == "run" and not self.header:
                 self.header = record
             self._last = max(self._last, record["n"])
+            if record["n"] <= self._sent:
+                delivered.add(record["n"])
             if record["kind"] in ("end", "reopen"):
                 self.status = record.get("status")
             elif record["kind"] == "metrics":
@@ -105,6 +111,7 @@ class Mirror:
         if not self.header:
             raise Unreadable(f"{path} does not say which run it is of")
         self._last = max(self._last, self._sent)
+        self.lost = len(delivered) <= self._sent
         self.run_id = self.header.get("run_id") or self.run_id
         self.owned: bool = self.header["owned"]
         self._file = path.open("ab", buffering=0)

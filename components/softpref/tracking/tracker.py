@@ -398,6 +398,8 @@ def sync(output_dir: str | Path, tracking_uri: str | None = None, silence: float
             mirror.close()
             raise ConfigError("mlflow is not installed here, so nothing can be sent")
         run_id = mirror.run_id
+        if mirror.owned and mirror.status is None:
+            logger.warning("%s ends before its run does: the stage was cut off, or the file", path)
     return SyncResult(delivered, run_id)
 
 
