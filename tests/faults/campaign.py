@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.faults.console import Workplace
 from tests.faults.disks import fill_disks
 from tests.faults.kills import kill_everywhere
 from tests.faults.manglings import mangle_everything
@@ -71,11 +72,20 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
+def _mangle(folder: Path, options: argparse.Namespace) -> list[Outcome]:
+    return mangle_everything(_place(folder), folder, options.manglings, options.seed, _say)
+
+
+def _place(folder: Path) -> Workplace:
+    """Where the console's commands are given, one for several parts."""
+    return Workplace(folder.parent / "console")
+
+
 PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
     "kills": lambda folder, options: kill_everywhere(folder, options.kills, options.seed, _say),
-    "manglings": lambda folder, options: mangle_everything(folder, options.manglings, options.seed, _say),
-    "disk": lambda folder, _: fill_disks(folder, _say),
-    "trackers": lambda folder, _: trouble_trackers(folder, _say),
+    "manglings": _mangle,
+    "disk": lambda folder, _: fill_disks(_place(folder), _say),
+    "trackers": lambda folder, _: trouble_trackers(_place(folder), _say),
     "sweep": lambda folder, options: kill_sweeps(folder, options.sweeps, options.seed, _say),
 }
 

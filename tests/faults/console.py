@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,6 +16,7 @@ import yaml
 
 from tests.faults.forks import Ended, in_fork
 from tests.faults.kills import LENGTHS, MODEL, TRAINING
+from tests.faults.sweeps import small_recipe
 
 STORE = "mlflow.db"
 LONGEST = 240  # seconds for one call on a busy machine; each takes a few
@@ -45,6 +47,10 @@ CONFIGURATIONS: dict[str, dict[str, object]] = {
 KILLED_AFTER = 14  # steps: two checkpoints are there then, and some steps after the last
 
 
+Result = Callable[["Workplace", str], list[str]]
+"""What is wrong with what a command has left, given what it said; empty where nothing is."""
+
+
 class Workplace:
     """A folder in which commands of the console are given, always the same one: some files hold its path.
 
@@ -55,7 +61,6 @@ class Workplace:
     def __init__(self, folder: Path) -> None:
         self.here = folder / "here"
         self._kept, self._log = folder / "kept", folder / "log"
-        self._kept.mkdir(parents=True)
 
     def call(
         self,
@@ -92,22 +97,27 @@ class Workplace:
 
     def keep(self, state: str, *names: str) -> None:
         """Keep files of the folder, all of them where none is named."""
-        (self._kept / state).mkdir()
+        (self._kept / state).mkdir(parents=True)
         for name in names or sorted(path.name for path in self.here.iterdir()):
             source, target = self.here / name, self._kept / state / name
             shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
 
     def keep_stages(self) -> None:
-        """Run every stage once, and keep what each leaves.
+        """Run every stage once, where that has not been done, and keep what each leaves.
 
-        States: `inputs` (data, reference and the configurations of the stages), `store` (MLflow's, empty),
-        `trained`, `trained lora` (`out` and its store), `cut`, `cut lora` (the same, killed), `unsent` (a
-        training whose records reached no server), and `evaluated` (`policy`, `evaluation`, their store).
+        States: `settings` (the stages' configurations), `data` (with them), `inputs` (with a reference, too),
+        `store` (MLflow's, empty), `trained`, `trained lora` (`out` and its store), `cut`, `cut lora` (the
+        same, killed), `unsent` (a training whose records reached no server), `to evaluate` (`policy` and its
+        store), `evaluated` (with `evaluation`, too), `recipe` (of a small run).
         """
+        if self._kept.exists():
+            return
         self.begin()
         for name, values in CONFIGURATIONS.items():
             (self.here / f"{name}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+        self.keep("settings")
         self._done(DATA)
+        self.keep("data")
         self._done(SFT, environment={"MLFLOW_TRACKING_URI": f"sqlite:///{self.here}/sft.db"})
         (self.here / "sft.db").unlink()
         for left in self.here.glob("*.lock"):
@@ -131,8 +141,12 @@ class Workplace:
         self.keep("unsent", "out")
         self.begin("inputs", "trained")
         (self.here / "out").rename(self.here / "policy")
+        self.keep("to evaluate", "policy", STORE)
         self._done(EVALUATE)
         self.keep("evaluated", "policy", "evaluation", STORE)
+        self.begin()
+        (self.here / "recipe.yaml").write_text(yaml.safe_dump(small_recipe()), encoding="utf-8")
+        self.keep("recipe")
 
     def kept(self, state: str) -> Path:
         """The folder of a kept state."""
@@ -143,16 +157,19 @@ class Workplace:
         assert ended.status == 0, ended.said[-3000:]
 
 
-def files_of_settings() -> list[str]:
-    """The stages' configurations, as `INPUTS` and the commands name them."""
-    return [f"{stage}.yaml" for stage in CONFIGURATIONS]
-
-
 def empty(folder: Path) -> None:
     """Remove what is in a folder, which is made where it is absent."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def wrong_with(result: Result, place: Workplace, said: str) -> list[str]:
+    """What is wrong with a result, also where it cannot be read."""
+    try:
+        return result(place, said)
+    except (OSError, ValueError, KeyError, sqlite3.DatabaseError) as error:
+        return [f"its result cannot be read: {error!r}"]
 
 
 def unlike_a_refusal(ended: Ended, names: list[str]) -> list[str]:

@@ -10,20 +10,17 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from tests.faults import console
-from tests.faults.console import STORE, Workplace, unlike_a_refusal
+from tests.faults.console import STORE, Result, Workplace, unlike_a_refusal, wrong_with
 from tests.faults.forks import writes
 from tests.faults.manglings import as_evaluated, as_the_reference, as_trained, registered_once
 from tests.faults.outcomes import Outcome, Say
-from tests.faults.sweeps import small_recipe
 
 _SIZE = "64m"
 _FILLER = ".filler"
@@ -47,7 +44,7 @@ class Place(NamedTuple):
     arguments: list[str]
     at: str
     room: int
-    wrong: Callable[[Workplace, str], list[str]]
+    wrong: Result
     stops: bool = True
 
 
@@ -55,7 +52,7 @@ _RUN = ["run", "--recipe", "recipe.yaml", "--output", "runs"]
 
 
 def _places() -> list[Place]:
-    trained = partial(as_trained, state="trained")
+    trained, reference = partial(as_trained, state="trained"), partial(as_the_reference, output="reference")
     train = (("inputs", "store"), console.TRAIN)
     evaluate = (("inputs", "to evaluate"), console.EVALUATE)
     register = (("inputs", "evaluated"), console.REGISTER)
@@ -74,7 +71,7 @@ def _places() -> list[Place]:
         Place(
             "sft: the final weights", ("data",), console.SFT, "reference/config.json", 8192, as_the_reference
         ),
-        Place("sft: the rows in tokens", ("data",), console.SFT, "reference/rows/train", 0, as_the_reference),
+        Place("sft: the rows in tokens", ("data",), console.SFT, "reference/rows/train", 0, reference),
         Place("train: the run's mirror", *train, "out/tracking.jsonl", 0, trained),
         Place("train: weights of a checkpoint", *train, f"{checkpoint}config.json", 8192, trained),
         Place(
@@ -101,14 +98,9 @@ def _places() -> list[Place]:
     ]
 
 
-def fill_disks(folder: Path, say: Say) -> list[Outcome]:
-    """Fill the disk at each place once; returns the outcomes: none where no file system can be mounted.
-
-    Args:
-        folder: to work in.
-    """
-    place = Workplace(folder)
-    place.here.mkdir()
+def fill_disks(place: Workplace, say: Say) -> list[Outcome]:
+    """Fill the disk at each place once; returns the outcomes: none where no file system can be mounted."""
+    place.keep_stages()
     try:
         with _small_disk(place.here):
             return [_fill_all(place, say)]
@@ -118,15 +110,6 @@ def fill_disks(folder: Path, say: Say) -> list[Outcome]:
 
 
 def _fill_all(place: Workplace, say: Say) -> Outcome:
-    place.keep_stages()
-    place.begin("evaluated")
-    place.keep("to evaluate", "policy", STORE)
-    place.begin("inputs")
-    place.keep("data", "data", *console.files_of_settings())
-    place.keep("settings", *console.files_of_settings())
-    place.begin()
-    (place.here / "recipe.yaml").write_text(yaml.safe_dump(small_recipe()))
-    place.keep("recipe")
     outcome = Outcome("disk")
     for number, one in enumerate(_places()):
         wrong = _fill(place, one, grown=bool(number % 2))
@@ -156,7 +139,7 @@ def _fill(place: Workplace, one: Place, *, grown: bool) -> list[str]:
                 [] if synced.status == 0 else [f"track-sync ends with {synced.status}: {synced.said[-300:]}"]
             )
             shutil.copy(disk / STORE, place.here / STORE)
-            return wrong + one.wrong(place, synced.said)
+            return wrong + wrong_with(one.wrong, place, synced.said)
     ended = place.call(one.arguments, before=partial(_fill_at, place.here, one), environment=environment)
     if not (place.here / _FILLER).exists():
         return [f"the disk was never filled: {ended.said[-300:]}"]
@@ -169,7 +152,7 @@ def _fill(place: Workplace, one: Place, *, grown: bool) -> list[str]:
     if again.status:
         wrong.append(f"given again, it ends with {again.status}: {again.said[-400:]}")
     else:
-        wrong += one.wrong(place, again.said)
+        wrong += wrong_with(one.wrong, place, again.said)
     if grown:
         (place.here / _FILLER).unlink()
         subprocess.run(["mount", "-o", f"remount,size={_SIZE}", place.here], check=True)

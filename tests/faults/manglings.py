@@ -17,14 +17,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from tests.faults import console
-from tests.faults.console import STORE, Workplace, unlike_a_refusal
+from tests.faults.console import STORE, Result, Workplace, unlike_a_refusal, wrong_with
 from tests.faults.kills import figures, weights
 from tests.faults.outcomes import Outcome, Say
 from tests.faults.tracked import tracked_in
 
 Mangling = Callable[[Path, random.Random], None]
-Result = Callable[[Workplace, str], list[str]]
-"""What is wrong with what a command has left, given what it said; empty where nothing is."""
 
 
 # ---------------------------------------------------------------------- how a file is mangled
@@ -196,7 +194,6 @@ class Reader(NamedTuple):
 
 _CHECKPOINT = "out/checkpoints/checkpoint-12"
 _SPLIT = "data/train"
-_RECIPE = {"source": "story", "base_model": "", "alphas": [0.5], "baselines": []}
 
 
 def _readers() -> list[Reader]:
@@ -289,7 +286,7 @@ def _readers() -> list[Reader]:
             ("inputs",),
             ("data/sft/train/data-00000-of-00001.arrow", "data/sft/train/state.json"),
             [*console.SFT[:-1], "out"],
-            as_the_reference,
+            partial(as_the_reference, output="out"),
         ),
         Reader(
             "prepared data",
@@ -320,20 +317,15 @@ def _readers_sync() -> list[str]:
     return ["track-sync", "out", "--tracking_uri", f"sqlite:///{STORE}"]
 
 
-def mangle_everything(folder: Path, most: int, seed: int, say: Say) -> list[Outcome]:
-    """Mangle files in `most` ways, as many of each group as it has files; returns the outcomes.
+def mangle_everything(place: Workplace, faults: Path, most: int, seed: int, say: Say) -> list[Outcome]:
+    """Mangle files in `most` ways; returns the outcomes.
 
     Args:
-        folder: to work in.
+        faults: folder for what is left by a command that does wrong.
         seed: of the choice among all files and ways, and of random bytes.
     """
-    chance, place = random.Random(seed), Workplace(folder)
+    chance = random.Random(seed)
     place.keep_stages()
-    place.begin("evaluated")
-    place.keep("to evaluate", "policy", STORE)
-    place.begin()
-    (place.here / "recipe.yaml").write_text(yaml.safe_dump(_RECIPE))
-    place.keep("recipe")
     cases = _chosen(_readers(), most, chance)
     outcomes: dict[str, Outcome] = {}
     for reader, file, way in cases:
@@ -343,11 +335,13 @@ def mangle_everything(folder: Path, most: int, seed: int, say: Say) -> list[Outc
         said = f"{file}: {way}; softpref {reader.arguments[0]}"
         ended = place.call(reader.arguments)
         names = [file, *(str(path) for path in Path(file).parents if path.name), Path(file).name]
-        wrong = reader.wrong(place, ended.said) if not ended.status else unlike_a_refusal(ended, names)
+        wrong = (
+            unlike_a_refusal(ended, names) if ended.status else wrong_with(reader.wrong, place, ended.said)
+        )
         outcome.note(refused=ended.status != 0, fault=f"{said}: {'; '.join(wrong)}" if wrong else "")
         say(f"{said}: {'; '.join(wrong) or ('refused' if ended.status else 'right')}")
         if wrong:
-            kept = folder / f"fault-{sum(len(one.faults) for one in outcomes.values())}"
+            kept = faults / f"fault-{sum(len(one.faults) for one in outcomes.values())}"
             shutil.copytree(place.here, kept, symlinks=True)
             (kept / "said.log").write_text(f"{said}\n{ended.said}")
     return list(outcomes.values())
@@ -438,9 +432,9 @@ def _any_data(place: Workplace, said: str) -> list[str]:
     return [] if (place.here / "out/stats.json").is_file() else ["it left no data"]
 
 
-def as_the_reference(place: Workplace, said: str) -> list[str]:
+def as_the_reference(place: Workplace, said: str, output: str) -> list[str]:
     whole = weights(place.kept("inputs") / "reference")
-    return [] if weights(place.here / "out") == whole else ["its weights are others"]
+    return [] if weights(place.here / output) == whole else ["its weights are others"]
 
 
 def _package(place: Workplace, said: str) -> list[str]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 from tests.faults import console
-from tests.faults.console import STORE, Workplace
+from tests.faults.console import STORE, Workplace, wrong_with
 from tests.faults.manglings import as_trained
 from tests.faults.outcomes import Outcome, Say
 from tests.test_outages import SLACK, TROUBLE, Server
@@ -55,13 +55,9 @@ class _Other(NamedTuple):
         os.close(self.taken)
 
 
-def trouble_trackers(folder: Path, say: Say) -> list[Outcome]:
-    """Train once with each trouble; returns the outcomes.
-
-    Args:
-        folder: to work in.
-    """
-    place, outcome = Workplace(folder), Outcome("trackers")
+def trouble_trackers(place: Workplace, say: Say) -> list[Outcome]:
+    """Train once with each trouble; returns the outcomes."""
+    outcome = Outcome("trackers")
     place.keep_stages()
     took = _seconds_of_a_training(place)
     for trouble, (at_first, then, delivers) in TROUBLE.items():
@@ -103,7 +99,7 @@ def _trouble(place: Workplace, at_first: str, then: str, took: float) -> tuple[l
     finally:
         server.end()
     shutil.copy(place.here / "server.db", place.here / STORE)
-    wrong += as_trained(place, synced.said, "trained")
+    wrong += wrong_with(partial(as_trained, state="trained"), place, synced.said)
     start, end = waited["start"], waited["end"]
     return wrong, f"{start:.1f} s at the start, {end:.1f} s at the end, {more:+.0f} s in all"
 

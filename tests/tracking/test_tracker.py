@@ -480,6 +480,23 @@ def test_sync_says_what_is_wrong(tmp_path, dead_uri, store):
         sync(tmp_path / "out")
 
 
+def test_sync_says_that_the_records_of_a_run_break_off(tmp_path, dead_uri, store, caplog):
+    with tracker(tmp_path / "out", dead_uri, exit_wait=0.1) as tracked:
+        for step in range(10):
+            tracked.metrics({"loss": step}, step)
+    file = tmp_path / "out" / "tracking.jsonl"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    caplog.clear()
+    assert 0 < sync(tmp_path / "out", store).delivered < 10
+    assert f"{file} ends before its run does" in caplog.text
+    with tracker(tmp_path / "whole", dead_uri, exit_wait=0.1) as tracked:
+        tracked.metrics({"loss": 1}, 1)
+    caplog.clear()
+    sync(tmp_path / "whole", store)
+    assert "ends before" not in caplog.text
+
+
 def test_the_address_of_a_database_is_for_its_owner_alone(tmp_path, caplog):
     uri = "postgresql+nodriver://me:s5ecret@127.0.0.1:1/store"  # sync needs it whole
     with tracker(tmp_path / "out", uri, exit_wait=0.1) as tracked:
