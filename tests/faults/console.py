@@ -8,6 +8,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from tests.faults.kills import LENGTHS, MODEL, TRAINING
 from tests.faults.sweeps import small_recipe
 
 STORE = "mlflow.db"
+_WAITED = "waited.txt"
+AT_THE_END = 10.0  # seconds that a stage may wait for MLflow by default
 LONGEST = 240  # seconds for one call on a busy machine; each takes a few
 INPUTS = ["--dataset", "data", "--reference", "reference"]
 DATA = ["data", "--config", "data.yaml", "--output", "data"]
@@ -192,6 +195,33 @@ def unlike_a_refusal(ended: Ended, names: list[str]) -> list[str]:
     elif not any(name in errors[0] for name in names):
         unlike.append(f"its sentence names none of {', '.join(names)}: {errors[0]}")
     return unlike
+
+
+def note_waits() -> None:
+    """Have this process note how long a stage's end waits for MLflow, for `seconds_waited`."""
+    from softpref.tracking import Tracker
+
+    waited = 0.0
+
+    def timed(real: Callable[..., object]) -> Callable[..., object]:
+        def wait(*arguments: object, **options: object) -> object:
+            nonlocal waited
+            began = time.monotonic()
+            try:
+                return real(*arguments, **options)
+            finally:
+                waited += time.monotonic() - began
+                Path(_WAITED).write_text(f"{waited}")
+
+        return wait
+
+    Tracker.flush = timed(Tracker.flush)  # type: ignore[method-assign]
+    Tracker.close = timed(Tracker.close)  # type: ignore[method-assign]
+
+
+def seconds_waited(here: Path) -> float:
+    """How long the stage that was called there has waited."""
+    return float((here / _WAITED).read_text())
 
 
 def _make_store(file: Path) -> None:

@@ -17,10 +17,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.faults import console
-from tests.faults.console import STORE, Result, Workplace, unlike_a_refusal, wrong_with
+from tests.faults.console import (
+    AT_THE_END,
+    STORE,
+    Result,
+    Workplace,
+    note_waits,
+    seconds_waited,
+    unlike_a_refusal,
+    wrong_with,
+)
 from tests.faults.forks import writes
 from tests.faults.manglings import as_evaluated, as_the_reference, as_trained, registered_once
 from tests.faults.outcomes import Outcome, Say
+from tests.test_outages import SLACK
 
 _SIZE = "64m"
 _FILLER = ".filler"
@@ -36,7 +46,6 @@ class Place(NamedTuple):
         at: a part of the name of a file or folder; the disk is filled when it is opened for writing, or made.
         room: bytes that are left then.
         wrong: of what the command leaves when it has been given again.
-        stops: whether the stage must stop; else only its tracking is met.
     """
 
     name: str
@@ -45,7 +54,6 @@ class Place(NamedTuple):
     at: str
     room: int
     wrong: Result
-    stops: bool = True
 
 
 _RUN = ["run", "--recipe", "recipe.yaml", "--output", "runs"]
@@ -81,7 +89,6 @@ def _places() -> list[Place]:
         Place("train: manifest of a checkpoint", *train, f"{checkpoint}.manifest", 0, trained),
         Place("train: the final weights", *train, "out/config.json", 8192, trained),
         Place("train: the last file", *train, "out/.softpref.json", 0, trained),
-        Place("train: MLflow's store alone", *train, f"store/{STORE}", 0, trained, stops=False),
         Place("evaluate: samples", *evaluate, "evaluation/samples.jsonl", 0, as_evaluated),
         Place("evaluate: report", *evaluate, "evaluation/report.html", 4096, as_evaluated),
         Place("evaluate: figures", *evaluate, "evaluation/.evaluation", 0, as_evaluated),
@@ -113,9 +120,39 @@ def _fill_all(place: Workplace, say: Say) -> Outcome:
     outcome = Outcome("disk")
     for number, one in enumerate(_places()):
         wrong = _fill(place, one, grown=bool(number % 2))
-        outcome.note(refused=one.stops, fault=f"{one.name}: {'; '.join(wrong)}" if wrong else "")
-        say(f"{one.name}: {'; '.join(wrong) or 'right'}")
+        outcome.note(refused=True, fault=f"{one.name}: {'; '.join(wrong)}" if wrong else "")
+        say(f"{one.name}: {'; '.join(wrong) or 'refused, and then right'}")
+    for trouble in ("full", "read-only"):
+        wrong = _trouble_the_store(place, trouble)
+        outcome.note(fault=f"train: a store that is {trouble}: {'; '.join(wrong)}" if wrong else "")
+        say(f"train: a store that is {trouble}: {'; '.join(wrong) or 'right'}")
     return outcome
+
+
+def _trouble_the_store(place: Workplace, trouble: str) -> list[str]:
+    """What goes wrong where the disk of MLflow's store takes nothing while a model is trained."""
+    place.begin("inputs", "store")
+    disk = place.here / "store"
+    disk.mkdir()
+    environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{disk}/{STORE}"}
+    with _small_disk(disk):
+        shutil.move(place.here / STORE, disk / STORE)
+        if trouble == "full":
+            _fill_disk(disk, 0)
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        ended = place.call(console.TRAIN, before=note_waits, environment=environment)
+        wrong = [] if ended.status == 0 else [f"it ends with {ended.status}: {ended.said[-300:]}"]
+        waited = seconds_waited(place.here)
+        wrong += [f"it waits {waited:.1f} s at its end"] if waited > AT_THE_END + SLACK else []
+        subprocess.run(["mount", "-o", f"remount,rw,size={_SIZE}", disk], check=True)
+        (disk / _FILLER).unlink(missing_ok=True)
+        synced = place.call(["track-sync", "out"])
+        if synced.status:
+            wrong.append(f"track-sync ends with {synced.status}: {synced.said[-300:]}")
+        shutil.copy(disk / STORE, place.here / STORE)
+    said = ended.said + synced.said
+    return wrong + wrong_with(partial(as_trained, state="trained"), place, said)
 
 
 def _fill(place: Workplace, one: Place, *, grown: bool) -> list[str]:
@@ -123,23 +160,6 @@ def _fill(place: Workplace, one: Place, *, grown: bool) -> list[str]:
     place.begin(*one.states)
     (place.here / "tmp").mkdir()
     environment = {"TMPDIR": str(place.here / "tmp")}
-    if not one.stops:  # the store on a disk of its own
-        (place.here / "store").mkdir()
-        with _small_disk(place.here / "store"):
-            shutil.move(place.here / STORE, place.here / "store" / STORE)
-            disk = place.here / "store"
-            environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{disk}/{STORE}"
-            ended = place.call(one.arguments, before=partial(_fill_at, disk, one), environment=environment)
-            wrong = [] if ended.status == 0 else [f"it ends with {ended.status}: {ended.said[-300:]}"]
-            if not (disk / _FILLER).exists():
-                return [*wrong, "the disk was never filled"]
-            (disk / _FILLER).unlink()
-            synced = place.call(["track-sync", "out"])
-            wrong += (
-                [] if synced.status == 0 else [f"track-sync ends with {synced.status}: {synced.said[-300:]}"]
-            )
-            shutil.copy(disk / STORE, place.here / STORE)
-            return wrong + wrong_with(one.wrong, place, synced.said)
     ended = place.call(one.arguments, before=partial(_fill_at, place.here, one), environment=environment)
     if not (place.here / _FILLER).exists():
         return [f"the disk was never filled: {ended.said[-300:]}"]
@@ -165,16 +185,21 @@ def _fill_at(disk: Path, one: Place) -> None:
 
     def changed(event: str, arguments: tuple[object, ...]) -> None:
         if one.at in writes(event, arguments) and once.acquire(blocking=False):
-            with open(disk / _FILLER, "wb", buffering=0) as filler:
-                size = len(_BLOCK)
-                while size >= 1:
-                    try:
-                        filler.write(_BLOCK[:size])
-                    except OSError:
-                        size //= 2
-                filler.truncate(filler.tell() - one.room)
+            _fill_disk(disk, one.room)
 
     sys.addaudithook(changed)
+
+
+def _fill_disk(disk: Path, room: int) -> None:
+    """Fill a disk but for `room` bytes."""
+    with open(disk / _FILLER, "wb", buffering=0) as filler:
+        size = len(_BLOCK)
+        while size >= 1:
+            try:
+                filler.write(_BLOCK[:size])
+            except OSError:
+                size //= 2
+        filler.truncate(filler.tell() - room)
 
 
 @contextmanager

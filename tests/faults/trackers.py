@@ -6,7 +6,6 @@ the tests of outages, with MLflow's own answers, in a process of its own.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -15,18 +14,17 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 from tests.faults import console
-from tests.faults.console import STORE, Workplace, wrong_with
+from tests.faults.console import AT_THE_END, STORE, Workplace, note_waits, seconds_waited, wrong_with
 from tests.faults.manglings import as_trained
 from tests.faults.outcomes import Outcome, Say
 from tests.test_outages import SLACK, TROUBLE, Server
 
-_START, _END = 5.0, 10.0  # seconds that a stage may wait by default
+_AT_THE_START = 5.0  # seconds that a pipeline may wait by default
 _MIDDLE = 8  # the step after which the server's state changes
 _SLOW = 1.0  # seconds that a slow server takes to answer
-_COSTS = "costs.json"
+_START = "start.txt"
 
 
 class _Other(NamedTuple):
@@ -85,13 +83,10 @@ def _trouble(place: Workplace, at_first: str, then: str, took: float) -> tuple[l
         wrong = [] if ended.status == 0 else [f"it ends with {ended.status}: {ended.said[-300:]}"]
         if "Traceback" in ended.said:
             wrong.append("it shows a traceback")
-        waited = json.loads((place.here / _COSTS).read_text())
+        start, end = float((place.here / _START).read_text()), seconds_waited(place.here)
         if at_first != "slow" and then != "well":
-            wrong += [
-                f"it waits {waited[at]:.1f} s at the {at}"
-                for at, most in (("start", _START), ("end", _END))
-                if waited[at] > most + SLACK
-            ]
+            wrong += [f"it waits {start:.1f} s at the start"] if start > _AT_THE_START + SLACK else []
+            wrong += [f"it waits {end:.1f} s at the end"] if end > AT_THE_END + SLACK else []
         server.become("well")
         synced = place.call(["track-sync", "out"])
         if synced.status:
@@ -100,7 +95,6 @@ def _trouble(place: Workplace, at_first: str, then: str, took: float) -> tuple[l
         server.end()
     shutil.copy(place.here / "server.db", place.here / STORE)
     wrong += wrong_with(partial(as_trained, state="trained"), place, synced.said)
-    start, end = waited["start"], waited["end"]
     return wrong, f"{start:.1f} s at the start, {end:.1f} s at the end, {more:+.0f} s in all"
 
 
@@ -140,22 +134,13 @@ def _change_in_the_middle(server: _Other, at_first: str, then: str) -> None:
     from softpref.lm.watching import TrackingCallback
     from softpref.tracking import Tracker, check_server
 
-    waited = {"start": 0.0, "end": 0.0}
-
-    def timed(name: str) -> None:
-        real = getattr(Tracker, name)
-
-        def wait(*arguments: object, **options: object) -> object:
-            began = time.monotonic()
-            try:
-                return real(*arguments, **options)
-            finally:
-                waited["end"] += time.monotonic() - began
-                Path(_COSTS).write_text(json.dumps(waited))
-
-        patch.object(Tracker, name, wait).start()
-
-    real_on_log = TrackingCallback.on_log
+    began = time.monotonic()
+    try:
+        check_server("softpref", os.environ["MLFLOW_TRACKING_URI"])
+    except ConfigError as error:  # the plan of a pipeline would end here; a later stage would not
+        print(error, file=sys.stderr)
+    Path(_START).write_text(f"{time.monotonic() - began}")
+    real_on_log, real_flush = TrackingCallback.on_log, Tracker.flush
 
     def on_log(self, args, state, control, logs=None, **more) -> None:  # type: ignore[no-untyped-def]
         real_on_log(self, args, state, control, logs, **more)
@@ -164,13 +149,5 @@ def _change_in_the_middle(server: _Other, at_first: str, then: str) -> None:
                 real_flush(self.tracker, 60)
             server.become(then)
 
-    real_flush = Tracker.flush
-    began = time.monotonic()
-    try:
-        check_server("softpref", os.environ["MLFLOW_TRACKING_URI"])
-    except ConfigError as error:  # the plan of a pipeline would end here; a later stage would not
-        print(error, file=sys.stderr)
-    waited["start"] = time.monotonic() - began
-    patch.object(TrackingCallback, "on_log", on_log).start()
-    timed("flush")
-    timed("close")
+    TrackingCallback.on_log = on_log  # type: ignore[method-assign]
+    note_waits()
