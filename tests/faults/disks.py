@@ -76,9 +76,7 @@ def _places() -> list[Place]:
         ),
         Place("data: a split", ("settings",), console.DATA, "train/data-00000", 0, _as_the_data),
         Place("data: statistics", ("settings",), console.DATA, "stats.json", 0, _as_the_data),
-        Place(
-            "sft: the final weights", ("data",), console.SFT, "reference/config.json", 8192, as_the_reference
-        ),
+        Place("sft: the final weights", ("data",), console.SFT, "reference/config.json", 8192, reference),
         Place("sft: the rows in tokens", ("data",), console.SFT, "reference/rows/train", 0, reference),
         Place("train: the run's mirror", *train, "out/tracking.jsonl", 0, trained),
         Place("train: weights of a checkpoint", *train, f"{checkpoint}config.json", 8192, trained),
