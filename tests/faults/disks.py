@@ -99,7 +99,6 @@ def _places() -> list[Place]:
             registered_once,
         ),
         Place("run: its folder", ("recipe",), _RUN, "runs/.run.json", 0, _as_the_run),
-        Place("run: a task's output", ("recipe",), _RUN, "preflight", 0, _as_the_run),
     ]
 
 
