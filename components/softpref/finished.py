@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from softpref.disk import write_whole
+from softpref.disk import DAMAGED, write_whole
 from softpref.errors import ConfigError
 from softpref.records import RESULT_FILE
 
@@ -34,7 +34,7 @@ def finished_result(folder: str | Path, made_from: Mapping[str, object], what: s
     try:
         found = json.loads((Path(folder) / RESULT_FILE).read_text(encoding="utf-8"))
         there, result = dict(found["made_from"]), found["result"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except DAMAGED:
         there, result = {}, None
     if there == made_from:
         return result

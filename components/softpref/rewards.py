@@ -8,6 +8,7 @@ import math
 import re
 from pathlib import Path
 
+from softpref.disk import DAMAGED, in_brief
 from softpref.errors import DataError
 
 _WORD, _END = re.compile(r"[^\W\d_]+"), re.compile(r"[.!?]+")
@@ -55,8 +56,10 @@ def read_reward(path: str | Path) -> TextReward:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
         warmth = {str(word): float(value) for word, value in given.pop("warmth").items()}
         reward = TextReward(warmth, **{name: float(value) for name, value in given.items()})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: expected warmth (word to number), ease and grade ({error!r})") from error
+    except DAMAGED as error:
+        raise DataError(
+            f"{path}: expected warmth (word to number), ease and grade ({in_brief(error)})"
+        ) from error
     if not all(map(math.isfinite, (*warmth.values(), reward.ease, reward.grade))):
         raise DataError(f"{path}: warmth, ease and grade must be finite numbers")
     return reward

@@ -29,7 +29,7 @@ from softpref.data.page import render_page
 from softpref.data.sources import SourceRow, fetch, open_source
 from softpref.data.splits import WITH_JUDGE, assign_splits
 from softpref.data.writing import EXAMPLES, hash_order, write_preferences
-from softpref.disk import flush_below, says_disk_trouble
+from softpref.disk import DAMAGED, flush_below, says_disk_trouble
 from softpref.errors import ConfigError, DataError
 from softpref.progress import settle_output
 from softpref.records import (
@@ -43,6 +43,7 @@ from softpref.records import (
     ColumnMapping,
     DatasetStats,
     PreferenceRow,
+    hashes_in,
     read_stats,
 )
 from softpref.remote import is_url, public_url
@@ -156,6 +157,7 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> DatasetStats:
             stats, split_of, examples = _divide(config, parts, preferences, folder, rejections, listing)
         stats |= write_extras(config, stats["conversational"], split_of, streams, folder, rejections, listing)
         write_known_answers(config, folder)
+    stats["files"] = hashes_in(folder)
     (folder / STATS_FILE).write_text(json.dumps(stats, indent=2, ensure_ascii=False), encoding="utf-8")
     escaped = {name: getattr(config, name).replace("\\", "\\\\") for name in WITH_ESCAPES}
     write_parameters(_changed(config, escaped), folder)
@@ -276,7 +278,7 @@ def _refuse_foreign(output: Path) -> None:
         return
     try:
         ours = read_stats(output)["stage"] == "data"
-    except (OSError, ValueError, KeyError, TypeError):
+    except DAMAGED:
         ours = False
     if not ours:
         raise ConfigError(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from softpref.disk import DAMAGED, in_brief
 from softpref.errors import DataError
 
 
@@ -32,17 +33,17 @@ def read_outcomes(path: str | Path) -> dict[str, Outcomes]:
         DataError: a line is not JSON, lacks a field, or its lists differ in length.
     """
     outcomes = {}
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 completions, rewards, weights = row["completions"], row["rewards"], row["weights"]
                 entry = Outcomes(completions, np.asarray(rewards, float), np.asarray(weights, float))
+                equal = len(completions) == len(rewards) == len(weights) and bool(completions)
                 outcomes[row["prompt"]] = entry
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-                raise DataError(
-                    f"{path}, line {number}: expected prompt, completions, rewards, weights ({error!r})"
-                ) from error
-            if not len(completions) == len(rewards) == len(weights) or not completions:
+            except DAMAGED as error:
+                what = "expected prompt, completions, rewards, weights"
+                raise DataError(f"{path}, line {number}: {what} ({in_brief(error)})") from error
+            if not equal:
                 raise DataError(f"{path}, line {number}: completions, rewards and weights differ in length")
     return outcomes
