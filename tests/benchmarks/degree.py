@@ -3,11 +3,12 @@
     python tests/benchmarks/degree.py --weights 0 0.1 0.3 --seeds 3 --output /tmp/degree-benchmark
 
 ConvArg's pairs of arguments and the story model of 260 thousand parameters, both beside this repository. Of
-each seed there is one split by prompt and one reference, trained on the chosen arguments. Measured on
-held-out prompts: accuracy of the implicit reward, and how it differs from that without the loss, on the same
-rows; mean length of sampled completions beside that of the reference; accuracy of the degree levels beside
-that of length alone. Intervals are bootstraps over prompts, of all seeds together. What is there already is
-not run again; writes `degree.md`.
+each seed a third of every debate's arguments is held out; training rows are pairs of the others, and the
+reference has learned from the better ones of these. Measured on pairs of held-out arguments: accuracy of the
+implicit reward, and how it differs from that without the loss, on the same rows; mean length of sampled
+completions, and how it differs from that of the reference; accuracy of the degree levels beside that of
+length alone. Intervals are bootstraps over debates, of all seeds together. What is there already is not run
+again; writes `degree.md`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +35,7 @@ DATA: dict[str, Any] = {
     "min_votes": 3,
     "max_characters": 300,
     "validation_fraction": 0.0,
-    "test_fraction": 0.4,
+    "test_fraction": 0.0,
 }
 BOTH: dict[str, Any] = {  # of both trainings
     "use_cpu": True,
@@ -47,8 +49,8 @@ REFERENCE: dict[str, Any] = {"learning_rate": 1e-3, "num_train_epochs": 2}
 TRAIN: dict[str, Any] = {
     "method": "dpo",
     "beta": 0.1,
-    "learning_rate": 3e-4,
-    "num_train_epochs": 2,
+    "learning_rate": 1e-4,
+    "num_train_epochs": 1,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 10,
     "logging_steps": 10,
@@ -70,7 +72,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--weights", nargs="+", type=float, default=[0.0, 0.1, 0.3], help="degree_weight")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 … SEEDS-1 (default 3)")
-    parser.add_argument("--rows", type=int, default=1500, help="pairs, held-out ones included (default 1500)")
+    parser.add_argument("--rows", type=int, default=1200, help="training pairs (default 1200)")
+    parser.add_argument("--held-out", type=int, default=400, help="held-out pairs (default 400)")
     parser.add_argument("--levels", type=int, default=4, help="degree_levels (default 4)")
     parser.add_argument("--output", type=Path, default=Path("degree"), help="folder of runs and the table")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "convarg" / "pairs.jsonl")
@@ -88,8 +91,8 @@ def main() -> int:
     return 0
 
 
-def prepare(seed: int, options: argparse.Namespace) -> tuple[Path, Path]:
-    """A seed's dataset and reference, which are made where they are not there yet."""
+def prepare(seed: int, options: argparse.Namespace) -> tuple[Path, Path, Path]:
+    """A seed's training and held-out rows, and its reference, which are made where they are not there yet."""
     from softpref.config import build_config
     from softpref.data import stage as data_stage
     from softpref.data.config import DataConfig
@@ -97,15 +100,32 @@ def prepare(seed: int, options: argparse.Namespace) -> tuple[Path, Path]:
     from softpref.sft.config import SFTConfig
 
     folder = options.output / f"seed-{seed}"
-    dataset, reference = folder / "dataset", folder / "reference"
-    if not (dataset / "stats.json").is_file():
-        asked = {**DATA, "source": str(options.data), "rows": options.rows, "seed": seed}
-        data_stage.run(build_config(DataConfig, asked), str(dataset))
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, held_out, reference = folder / "rows", folder / "held-out", folder / "reference"
+    parts = divided(options.data, seed)
+    for place, part, count in zip((rows, held_out), parts, (options.rows, options.held_out), strict=True):
+        if not (place / "stats.json").is_file():
+            source = folder / f"{place.name}.jsonl"
+            source.write_text("\n".join(part), encoding="utf-8")
+            asked = {**DATA, "source": str(source), "rows": count, "seed": seed}
+            data_stage.run(build_config(DataConfig, asked), str(place))
     if not (reference / "softpref.json").is_file():
         asked = {**BOTH, **REFERENCE, "base_model": options.base_model, "seed": seed}
         config = build_config(SFTConfig, asked)
-        reference_stage.run(config, dataset_dir=str(dataset), output_dir=str(reference))
-    return dataset, reference
+        reference_stage.run(config, dataset_dir=str(rows), output_dir=str(reference))
+    return rows, held_out, reference
+
+
+def divided(source: Path, seed: int) -> tuple[list[str], list[str]]:
+    """Lines of pairs of arguments to train on, and of held-out ones; pairs of one of each are left out."""
+    lines = source.read_text(encoding="utf-8").splitlines()
+    pairs = [json.loads(line) for line in lines]
+    arguments = {(pair["stance"], pair[side]) for pair in pairs for side in ("argument_a", "argument_b")}
+    held = {one for one in sorted(arguments) if random.Random(f"{seed} {one}").random() < 1 / 3}
+    parts: tuple[list[str], list[str], list[str]] = [], [], []
+    for line, pair in zip(lines, pairs, strict=True):
+        parts[sum((pair["stance"], pair[side]) in held for side in ("argument_a", "argument_b"))].append(line)
+    return parts[0], parts[2]
 
 
 def trained(run: Run, options: argparse.Namespace) -> dict[str, Any]:
@@ -114,10 +134,10 @@ def trained(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     from softpref.lm.loading import load_model, load_tokenizer
     from softpref.spo import SPOConfig, SPOTrainer
 
-    dataset, reference = prepare(run.seed, options)
-    rows = load_from_disk(str(dataset))
+    *folders, reference = prepare(run.seed, options)
+    rows, held_out = (load_from_disk(str(folder))["train"] for folder in folders)
     args = SPOConfig(
-        output_dir=str(dataset.parent / "checkpoints"),
+        output_dir=str(reference.parent / "checkpoints"),
         **BOTH,
         **TRAIN,
         degree_weight=run.weight,
@@ -126,24 +146,22 @@ def trained(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         disable_tqdm=True,
     )
     tokenizer = load_tokenizer(str(reference))
-    trainer = SPOTrainer(
-        load_model(str(reference)), args, rows["train"], rows["test"], processing_class=tokenizer
-    )
+    trainer = SPOTrainer(load_model(str(reference)), args, rows, held_out, processing_class=tokenizer)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    found: Any = trainer.predict(rows["test"])
+    found: Any = trainer.predict(held_out)
     rewards, odds = found.predictions["rewards"], np.asarray(found.label_ids)
     margins = np.where(odds < 0.5, -1, 1) * (rewards[:, 0] - rewards[:, 1])
     decided = np.isfinite(margins) & (odds != 0.5)  # others are left out, or have no winner
     return {
-        "prompts": [prompt for prompt, one in zip(rows["test"]["prompt"], decided, strict=True) if one],
+        "prompts": [prompt for prompt, one in zip(held_out["prompt"], decided, strict=True) if one],
         "right": (margins[decided] > 0).astype(float).tolist(),
         "lengths": lengths(trainer, trainer.model),
         "reference_lengths": lengths(trainer, trainer.ref_model),
         "degree": degrees(trainer) if run.weight else None,
         "skipped": trainer.row_counts["train"].get("degree_skipped", 0),
-        "rows": {split: len(one) for split, one in rows.items()},
+        "rows": [len(rows), len(held_out)],
         "steps": trainer.state.global_step,
         "logged": [log for log in trainer.state.log_history if "loss" in log],
         "seconds": seconds,
@@ -170,14 +188,14 @@ def lengths(trainer: Any, model: Any) -> dict[str, list[Any]]:
 
 @torch.no_grad()
 def degrees(trainer: Any) -> dict[str, list[Any]]:
-    """Of held-out texts at the levels of four epochs: prompt, level, tokens, and what the head says."""
+    """Of held-out texts at the levels of two epochs: prompt, level, tokens, and what the head says."""
     from softpref.lm.head import completion_hidden
     from softpref.spo.objective import packed
     from softpref.spo.rows import collate
 
     data, found = trainer.eval_dataset, {"prompts": [], "levels": [], "tokens": [], "said": []}
     model = trainer.model.eval()
-    for data.epoch in range(4):
+    for data.epoch in range(2):
         for start in range(0, len(data), 32):
             batch = collate([data[i] for i in range(start, min(start + 32, len(data)))])
             both, places = packed(batch, "degree_"), batch["degree_places"]
