@@ -470,3 +470,22 @@ def test_a_head_and_its_policy_learn_levels(trainer_of, logs_of):
     first, last = logs_of(trainer)[0], logs_of(trainer)[-1]
     assert first["degree/loss"] == pytest.approx(math.log(4), rel=1e-6)
     assert last["degree/loss"] < 0.5
+
+
+def test_the_stage_writes_a_model_without_the_head_and_records_the_loss(
+    command, tmp_path, write_dataset, make_rows, reference_folder
+):
+    dataset = write_dataset(tmp_path / "data", {"train": make_rows(12), "validation": make_rows(6, seed=1)})
+    options = {"degree_weight": 0.3, "degree_levels": 2, "kl_on": "none", "use_peft": True, "lora_r": 2}
+    lengths = {"max_prompt_length": 16, "max_completion_length": 8}
+    assert command("policy", dataset, **options, **lengths) == 0
+    folder = tmp_path / "policy"
+    saved = load_file(folder / "model.safetensors")
+    base = load_file(f"{reference_folder}/model.safetensors")
+    assert {name: one.shape for name, one in saved.items()} == {name: one.shape for name, one in base.items()}
+    assert not list(folder.rglob("*degree_head*"))
+    assert json.loads((folder / "softpref.json").read_text())["degree_weight"] == 0.3
+    lines = map(json.loads, (folder / "tracking.jsonl").read_text().splitlines())
+    logged = {name for line in lines if line["kind"] == "metrics" for name in line["values"]}
+    for name in ("loss", "accuracy", "mean_absolute_error", "length_baseline", "skipped"):
+        assert {f"degree/{name}", f"eval_degree/{name}"} & logged == {f"degree/{name}", f"eval_degree/{name}"}
