@@ -33,7 +33,7 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize(("stage", "limit"), [("data", 0.7e9), ("train", 2.5e9), ("evaluate", 2.7e9)])
+@pytest.mark.parametrize(("stage", "limit"), [("data", 0.75e9), ("train", 2.5e9), ("evaluate", 2.7e9)])
 def test_images_for_the_cpu_are_small(images, stage, limit):
     assert inspect(images[stage])["Size"] < limit
 
