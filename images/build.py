@@ -58,10 +58,12 @@ def main(arguments: list[str]) -> int:
             began = time.monotonic()
             build = _command(engine, stage, secrets, _build_arguments(options))
             status, said = _build([*build, "--tag", name, *options.engine_options, "."])
+            failed = f"{name} was not built"
             if status == 0:
                 status, said = _write_bill(engine, name, secrets, options)
+                failed = f"{name} is built, its bill of materials is not"
             if status:
-                print(f"error: {name} was not built (exit status {status})", file=sys.stderr)
+                print(f"error: {failed} (exit status {status})", file=sys.stderr)
                 if said:
                     print(said, file=sys.stderr)
                 return 1

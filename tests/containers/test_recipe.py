@@ -172,6 +172,19 @@ def test_the_recipes_own_error_is_the_last_word_of_a_build(build, tmp_path, monk
     assert "softpref-train" in printed.err.splitlines()[-2]
 
 
+def test_an_image_without_its_bill_of_materials_is_an_error(build, tmp_path, monkeypatch, capfd):
+    """An engine that builds every target but the bill's."""
+    engine = tmp_path / "podman"
+    engine.write_text("#!/bin/sh\ncase \"$*\" in *'--target sbom'*) exit 125 ;; esac\n")
+    engine.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert build.main(["--only", "data", "--sbom", str(tmp_path / "bills")]) == 1
+    (said,) = capfd.readouterr().err.splitlines()
+    assert "softpref-data" in said
+    assert "is built, its bill of materials is not (exit status 125)" in said
+    assert not (tmp_path / "bills").exists()
+
+
 @pytest.mark.parametrize(
     ("accelerator", "built_for", "words"),
     [
