@@ -93,9 +93,7 @@ def test_many_and_long_differences_are_said_in_short():
     assert ", option 07: " in said
     assert said.endswith(" there, 7 here, and 32 more")
     assert len(said) < 800
-    assert differences({"alpha": 1, "beta": "x" * 9_000}, {"alpha": 1, "beta": "y"}).endswith(
-        "x' there, 'y' here"
-    )
+    assert differences({"beta": "x" * 9_000}, {"beta": "y"}).endswith("x' there, 'y' here")
 
 
 @pytest.fixture
