@@ -4,7 +4,7 @@ import json
 
 import pytest
 from softpref.errors import DataError
-from softpref.finished import finished_result
+from softpref.finished import differences, finished_result
 from softpref.records import (
     Comparison,
     Evaluation,
@@ -84,6 +84,16 @@ def test_a_damaged_result_is_that_of_something_unknown(tmp_path, content):
     (tmp_path / "result.json").write_bytes(content)
     with pytest.raises(ValueError, match="holds an evaluation already; name another folder or remove it"):
         finished_result(tmp_path, {"alpha": 1}, "an evaluation")
+
+
+def test_many_and_long_differences_are_said_in_short():
+    own = {f"option {number:02}": number for number in range(40)}
+    said = differences(dict.fromkeys(own, 10**400), own)
+    assert said.startswith("option 00: 1000")
+    assert ", option 07: " in said
+    assert said.endswith(" there, 7 here, and 32 more")
+    assert len(said) < 800
+    assert differences({"beta": "x" * 9_000}, {"beta": "y"}).endswith("x' there, 'y' here")
 
 
 @pytest.fixture

@@ -108,7 +108,6 @@ def _seconds_of_a_training(place: Workplace) -> float:
 def _served(folder: Path) -> _Other:
     """A server on a copy of the folder's store, in a fork of this process."""
     shutil.copy(folder / STORE, folder / "server.db")
-    server = Server(folder, delay=_SLOW)
     control, write_control = os.pipe()
     read_taken, taken = os.pipe()
     process = os.fork()
@@ -116,7 +115,9 @@ def _served(folder: Path) -> _Other:
         try:
             from mlflow.server import handlers
 
+            server = Server(folder, delay=_SLOW)  # here, or its connections would be this process's, too
             handlers._tracking_store = server.store
+            os.write(taken, f"{server.uri}\n".encode())
             with open(control, encoding="utf-8") as states:
                 for state in states:
                     server.become(state.strip())
@@ -125,7 +126,7 @@ def _served(folder: Path) -> _Other:
             os._exit(0)
     os.close(control)
     os.close(taken)
-    return _Other(server.uri, process, write_control, read_taken)
+    return _Other(os.read(read_taken, 100).decode().strip(), process, write_control, read_taken)
 
 
 def _change_in_the_middle(server: _Other, at_first: str, then: str) -> None:

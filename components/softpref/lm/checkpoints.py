@@ -157,7 +157,7 @@ def fault_of(folder: str | Path) -> str:
     file = Path(folder) / MANIFEST_FILE
     try:
         files: dict[str, tuple[int, str]] = {
-            name: (described["size"], described[_HASH])
+            name: (int(described["size"]), described[_HASH])
             for name, described in json.loads(file.read_text(encoding="utf-8"))["files"].items()
         }
     except FileNotFoundError:
