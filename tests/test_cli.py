@@ -67,7 +67,7 @@ def test_help_has_the_options_of_the_stage_before_those_of_transformers(capsys):
     text = capsys.readouterr().out
     order = ["--dataset", "options of the stage", "--alpha", "options of transformers", "--adam_beta1"]
     assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
-    methods = "spo|dpo|rdpo|ipo|slic|ropo|apo_zero|apo_down|tdpo|tdpo1|simpo|cpo|orpo|sppo"
+    methods = "spo|dpo|rdpo|ipo|slic|ropo|apo_zero|apo_down|tdpo|tdpo1|simpo|cpo|orpo|kto|sppo"
     assert f"--method {methods}\n" in text
 
 

@@ -12,7 +12,8 @@ holds exactly), the rows as TRL tokenizes them, the log-probabilities that TRL f
 under every loss type of its that is ours too. Rows go through the trainer's `compute_loss` one at a time, for
 its mean over a batch is then the row's own; that makes `aot_unpaired`, which sorts the log-ratios of a batch,
 the conservative DPO, for which this version of TRL has no name. Of ORPO the likelihood is left out: TRL's is
-of the prompt too.
+of the prompt too. KTO's rows are two at a time, each of which is the other's mismatched one: the chosen of a
+row and the rejected of the next.
 """
 
 import importlib.metadata
@@ -24,7 +25,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -120,6 +121,41 @@ def loss_of(trainer, row):
     return float(loss) - (float(metrics["nll_loss"]) if isinstance(trainer, ORPOTrainer) else 0.0)
 
 
+def record_kto(policy, reference, beta, folder):
+    """The mean loss of each batch of two."""
+    rows = []
+    for i, (prompt, chosen, _) in enumerate(ROWS):
+        other, _, rejected = ROWS[(i + 1) % len(ROWS)]
+        rows += [
+            {"prompt": prompt + " ", "completion": chosen, "label": True},
+            {"prompt": other + " ", "completion": rejected, "label": False},
+        ]
+    trainer = KTOTrainer(
+        model=make_model(policy),
+        ref_model=make_model(reference),
+        args=KTOConfig(
+            output_dir=folder,
+            beta=beta,
+            undesirable_weight=1.5,
+            per_device_train_batch_size=2,
+            train_sampling_strategy="sequential",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=make_tokenizer(),
+    )
+    trainer.model.eval()
+    kept = list(trainer.train_dataset)
+    with torch.no_grad():
+        return [
+            float(trainer.compute_loss(trainer.model, trainer.data_collator(kept[i : i + 2])))
+            for i in range(0, len(kept), 2)
+        ]
+
+
 def record(folder):
     policy, reference = draw_weights()
     found = {
@@ -137,6 +173,9 @@ def record(folder):
         )
         if loss_type == "sigmoid":
             dpo = trainer
+    found["kto"] = [
+        {"beta": beta, "of_batches": record_kto(policy, reference, beta, folder)} for beta in (0.1, 1.0)
+    ]
     trainer, rows = dpo, list(dpo.train_dataset)
     batch = trainer.data_collator(rows)
     found["rows"] = [{name: row[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")} for row in rows]

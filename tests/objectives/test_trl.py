@@ -13,6 +13,7 @@ from softpref.objectives import (
     cpo_loss,
     dpo_loss,
     ipo_loss,
+    kto_loss,
     nll_loss,
     orpo_loss,
     rdpo_loss,
@@ -37,20 +38,29 @@ def recorded_logps(name):
 
 
 @pytest.fixture(scope="module")
-def own_logps():
-    """Ours of the same rows under the recorded models: policy, reference."""
+def score():
+    """`score(sequences)`: log-probabilities under the recorded models: policy, reference."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sequences = [(row["prompt"], row[which]) for row in RECORDED["rows"] for which in ("chosen", "rejected")]
-    batch = pad_sequences(sequences, pad_id=0)
-    found = []
+    models = []
     for name in ("policy", "reference"):
-        model = LlamaForCausalLM(LlamaConfig(**RECORDED["model"]["config"])).eval()
+        models.append(LlamaForCausalLM(LlamaConfig(**RECORDED["model"]["config"])).eval())
         weights = {key: torch.tensor(values) for key, values in RECORDED["model"][name].items()}
-        model.load_state_dict(weights)
+        models[-1].load_state_dict(weights)
+
+    def run(sequences):
         with torch.no_grad():
-            found.append(sequence_logps(model, batch))
-    return found
+            return [sequence_logps(model, pad_sequences(sequences, pad_id=0)) for model in models]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def own_logps(score):
+    """Ours of the same rows."""
+    return score(
+        [(row["prompt"], row[which]) for row in RECORDED["rows"] for which in ("chosen", "rejected")]
+    )
 
 
 def own_losses(kind, beta, smoothing, logps, ref_logps):
@@ -97,6 +107,28 @@ def test_losses_are_those_of_trl(recorded, own_logps):
     given = own_losses(*setting, recorded_logps("policy"), recorded_logps("reference"))
     torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(own_losses(*setting, *own_logps), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recorded", RECORDED["kto"], ids=lambda one: f"kto {one['beta']}")
+def test_losses_of_single_completions_are_those_of_trl(recorded, score):
+    """Of batches of two, whose drift is that of their completions with prompts exchanged."""
+    rows, positive = RECORDED["rows"], 0
+    for i, expected in enumerate(recorded["of_batches"]):
+        good, bad = rows[i], rows[(i + 1) % ROWS]
+        logps, ref_logps = score([(good["prompt"], good["chosen"]), (bad["prompt"], bad["rejected"])])
+        exchanged = score([(bad["prompt"], good["chosen"]), (good["prompt"], bad["rejected"])])
+        kl = (exchanged[0] - exchanged[1]).mean()
+        losses = kto_loss(
+            logps,
+            ref_logps,
+            torch.tensor([1.0, 0.0]),
+            kl,
+            beta=recorded["beta"],
+            undesirable_weight=1.5,
+        )
+        assert float(losses.mean()) == pytest.approx(expected, abs=1e-5)
+        positive += float(kl) > 0
+    assert 0 < positive < ROWS
 
 
 def test_every_loss_that_both_have_is_recorded_and_the_rows_tell_them_apart():

@@ -62,15 +62,17 @@ def one_step(make_trainer, make_model, tokenizer, adapted, watch):
     """`one_step(rows, lora, **options)`: `(trainer, model, off)` after the only step.
 
     Model and reference are those of the step in float64; `off()` is a context that yields the reference.
+    `seeds` are those of both.
     """
 
-    def run(rows, lora=False, **options):
+    def run(rows, lora=False, seeds=(0, 5), **options):
         trainer_options = {"callbacks": [watch]}
+        policy, reference = (make_model(tokenizer, layers=2, seed=seed) for seed in seeds)
         if not lora:
-            trainer_options["ref_model"] = make_model(tokenizer, layers=2, seed=5)
+            trainer_options["ref_model"] = reference
         trainer = make_trainer(
             rows,
-            model=adapted if lora else None,
+            model=adapted if lora else policy,
             trainer_options=trainer_options,
             per_device_train_batch_size=len(rows),
             train_sampling_strategy="sequential",
@@ -322,7 +324,7 @@ def test_anchor_one_without_a_kl_term_is_dpo(one_step, make_rows, watch, logs_of
         assert ours[f"rewards/{name}"] == pytest.approx(theirs[f"rewards/{name}"], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("method", [*BASELINES, "rpo", "extremes"])
+@pytest.mark.parametrize("method", [*BASELINES, "kto", "rpo", "extremes"])
 def test_the_kl_term_beside_a_baseline_is_that_of_spo(one_step, make_rows, watch, logs_of, method):
     rows = make_rows(6)
     one_step(rows, **options_of(method), beta=BETA)
@@ -459,6 +461,147 @@ def test_an_anchor_takes_its_base_from_where_baselines_have_their_reference(
         losses.append([scale * log["loss"] for log in logs_of(trainer)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert len({round(loss, 4) for loss in losses[0]}) > 1
+
+
+def unpaired(rows):
+    """Each completion a row of its own, in an order that has no pairs next to each other."""
+    every = [
+        {"prompt": row["prompt"], "completion": one, "label": place == 0}
+        for row in rows
+        for place, one in enumerate(row["completions"])
+    ]
+    return every[::2] + every[1::2][::-1]
+
+
+def desirable(row):
+    """The share of a row's decided pairs that each completion wins."""
+    size, p = len(row["completions"]), row["probability"]
+    if size == 1:
+        return [p]
+    if size == 2:
+        return [p, 1 - p]
+    if row["kind"] == "best_of_n":
+        return [1.0] + [0.0] * (size - 1)
+    return [(size - 1 - place) / (size - 1) for place in range(size)]
+
+
+def kto_by_hand(direct, model, off, rows):
+    """The mean loss of rows that are one step, and the drift that it is relative to."""
+
+    def log_ratio(prompt, completion):
+        with off() as reference, torch.no_grad():
+            old = direct.token_logps(reference, prompt, completion).sum()
+        return direct.token_logps(model, prompt, completion).sum() - old
+
+    with torch.no_grad():
+        others = [
+            log_ratio(rows[i - 1]["prompt"], one) for i, row in enumerate(rows) for one in row["completions"]
+        ]
+    drift, losses = float(sum(others) / len(others)), []
+    for row in rows:
+        each = []
+        for one, d in zip(row["completions"], desirable(row), strict=True):
+            gain = BETA * (log_ratio(row["prompt"], one) - max(0.0, drift))
+            each.append(0.8 * d * (1 - torch.sigmoid(gain)) + 1.5 * (1 - d) * torch.sigmoid(gain))
+        losses.append(sum(each) / len(each))
+    return sum(losses) / len(losses), drift
+
+
+KTO = {"method": "kto", "beta": BETA, "desirable_weight": 0.8, "undesirable_weight": 1.5}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["model", "adapter"])
+@pytest.mark.parametrize("data", ["pairs", "groups", "unpaired"])
+def test_kto_is_its_formula_relative_to_the_drift_on_mismatched_prompts(
+    one_step, make_rows, direct, watch, logs_of, data, lora
+):
+    rows = unpaired(make_rows(4)) if data == "unpaired" else rows_for(make_rows, "kto", data)
+    trainer, model, off = one_step(rows, lora, seeds=(5, 0), **KTO)
+    kept = trainer.train_dataset.rows
+    loss, drift = kto_by_hand(direct, model, off, kept)
+    assert drift > 0.05  # else it is cut off at 0
+    log = logs_of(trainer)[0]
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    direct.agree(watch.gradients[0], direct.gradient(model, loss))
+    if data == "unpaired":
+        rewards = {True: [], False: []}
+        for row in kept:
+            logps, ref_logps, _ = scored(direct, model, off, row)
+            rewards[row["probability"] == 1] += (BETA * (logps - ref_logps)).tolist()
+        for name, label in (("chosen", True), ("rejected", False)):
+            mean = sum(rewards[label]) / len(rewards[label])
+            assert log[f"rewards/{name}"] == pytest.approx(mean, rel=1e-3, abs=1e-4)
+        assert "rewards/margins" not in log
+        assert "rewards/accuracies" not in log
+
+
+@pytest.mark.parametrize("cut", [1, 2, 6])
+def test_the_drift_of_kto_is_that_of_the_step_however_it_is_cut(
+    make_trainer, make_model, tokenizer, make_rows, direct, watch, cut
+):
+    """And an evaluation's is that of each of its batches."""
+    rows = make_rows(6, sizes=(2, 3), seed=4)
+    trainer = make_trainer(
+        rows,
+        model=make_model(tokenizer, layers=2, seed=5),
+        per_device_train_batch_size=6 // cut,
+        per_device_eval_batch_size=6,
+        gradient_accumulation_steps=cut,
+        train_sampling_strategy="sequential",
+        max_grad_norm=0.0,
+        trainer_options={
+            "callbacks": [watch],
+            "ref_model": make_model(tokenizer, layers=2),
+            "eval_dataset": rows,
+        },
+        **KTO,
+    )
+    evaluated = trainer.evaluate()
+    trainer.train()
+
+    @contextmanager
+    def off():
+        yield trainer.ref_model.double()
+
+    loss, drift = kto_by_hand(direct, watch.models[0], off, trainer.train_dataset.rows)
+    assert drift > 0.05
+    direct.agree(watch.gradients[0], direct.gradient(watch.models[0], loss))
+    assert evaluated["eval_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_kto_learns_from_labels_of_single_completions(make_trainer, make_rows):
+    rows = unpaired(make_rows(6, seed=3))
+    trainer = make_trainer(
+        rows, num_train_epochs=15, per_device_train_batch_size=6, **{**KTO, "undesirable_weight": 0.8}
+    )
+    before = trainer.predict(rows).predictions["rewards"][:, 0]
+    trainer.train()
+    after = trainer.predict(rows).predictions["rewards"][:, 0]
+    gains = torch.tensor(after - before)
+    good = torch.tensor([row["label"] for row in rows])
+    assert float(gains[good].min()) > float(gains[~good].max())
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "ab", "completion": "c"}, "training row 1: needs label"),
+        ({"prompt": "ab", "completion": "c", "label": 0.5}, "label must be true of a desirable completion"),
+        ({"completion": "c", "label": True}, "training row 1: needs prompt"),
+    ],
+)
+def test_a_single_completion_that_says_too_little_is_refused(make_trainer, row, message):
+    from softpref.errors import DataError
+
+    with pytest.raises(DataError, match=message):
+        make_trainer([{"prompt": "ab", "completion": "d", "label": False}, row], **KTO)
+
+
+def test_kto_needs_two_rows_at_once(make_trainer, make_rows):
+    from softpref.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps must be at least 2"):
+        make_trainer(make_rows(4), per_device_train_batch_size=1, **KTO)
 
 
 @pytest.mark.parametrize("method", REFERENCE_FREE)

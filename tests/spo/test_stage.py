@@ -107,16 +107,19 @@ def test_self_play_learns_from_demonstrations_where_there_are_some(
         ("simpo", 2.0),
         ("cpo", 0.5),
         ("orpo", 0.5),
+        ("kto", 1.0),
     ],
 )
 def test_a_method_learns_what_is_preferred_and_the_model_says_what_it_is(
     tmp_path, write_dataset, command, method, beta
 ):
     dataset = write_dataset(tmp_path / "data", {"train": pairs(), "validation": pairs()})
-    options = {**QUICK, "num_train_epochs": 25, "eval_strategy": "epoch", "nll_weight": 0.25}
-    assert command("policy", dataset, **options, method=method, beta=beta) == 0
+    options = {**QUICK, "num_train_epochs": 25, "eval_strategy": "epoch", "per_device_eval_batch_size": 6}
+    weight = {} if method == "kto" else {"nll_weight": 0.25}
+    assert command("policy", dataset, **options, method=method, beta=beta, **weight) == 0
     said = load_metadata(tmp_path / "policy")
-    assert (said["method"], said["beta"], said["nll_weight"]) == (method, beta, 0.25)
+    assert (said["method"], said["beta"]) == (method, beta)
+    assert said["nll_weight"] == weight.get("nll_weight")
     logged = [values for values in metrics(tmp_path / "policy") if "eval_rewards/accuracies" in values]
     assert logged[-1]["eval_rewards/accuracies"] == 1
     assert logged[-1]["eval_rewards/margins"] > logged[0]["eval_rewards/margins"] + 0.2

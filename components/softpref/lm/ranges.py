@@ -30,7 +30,9 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "vocab_size": (258, math.inf, True),  # 256 bytes, end and padding: every text can be written
     # of SPO training
     **dict.fromkeys(("anchor", "kl_beta", "weight_exponent", "tdpo_alpha"), (0, math.inf, True)),
-    **dict.fromkeys(("simpo_gamma", "nll_weight"), (0, math.inf, True)),
+    **dict.fromkeys(
+        ("simpo_gamma", "nll_weight", "desirable_weight", "undesirable_weight"), (0, math.inf, True)
+    ),
     "label_smoothing": (0, 0.5, True),
     "initial_share": (0, 1, False),
     **dict.fromkeys(("sampling_interval", "sampling_batch_size", "lora_r", "rounds"), (1, math.inf, True)),

@@ -37,6 +37,7 @@ from softpref.objectives.optimum import exact_optimum, ipo_optimum
 from softpref.objectives.preference import log_group_weights, ordered_pairs, preference_loss
 from softpref.objectives.reference_free import cpo_loss, log_odds, nll_loss, orpo_loss, simpo_loss
 from softpref.objectives.reward import bradley_terry_loss
+from softpref.objectives.unpaired import kto_loss
 
 __all__ = [
     "TokenKL",
@@ -55,6 +56,7 @@ __all__ = [
     "kl_lambda",
     "kl_loss",
     "kl_per_token",
+    "kto_loss",
     "length_accuracy",
     "log_group_weights",
     "log_odds",

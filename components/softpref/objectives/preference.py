@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +121,7 @@ def ordered_pairs(
     A ranking decides all its pairs, a best-of-n the best against each other.
 
     Args:
-        group_sizes: `[groups]`.
+        group_sizes: `[groups]`; a group of one decides none.
         kind: as in `preference_loss`.
 
     Returns:
@@ -139,8 +139,8 @@ def ordered_pairs(
                 places += [start + better, start + worse]
                 groups.append(group)
         start += size
-    device = group_sizes.device
-    return torch.tensor(places, device=device), torch.tensor(groups, device=device)
+    whole: dict[str, Any] = {"dtype": torch.long, "device": group_sizes.device}
+    return torch.tensor(places, **whole), torch.tensor(groups, **whole)
 
 
 def soft_label_loss(

@@ -128,8 +128,8 @@ class _Table:
         ["dpo:0.1"],
         "plan",
         "Further models on the same rows, METHOD[:BETA][,OPTION=VALUE...]: dpo, rdpo, ipo, slic, ropo, "
-        "apo_zero, apo_down, tdpo, tdpo1, simpo, cpo, orpo, sppo (or spo), with options of the training "
-        "stage for this model only and optionally its name, such as "
+        "apo_zero, apo_down, tdpo, tdpo1, simpo, cpo, orpo, kto, sppo (or spo), with options of the "
+        "training stage for this model only and optionally its name, such as "
         '"sppo:1,train_on=samples,rounds=3".',
         pipelines=("sweep",),
         shown=True,

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 REFERENCE_FREE = ("simpo", "cpo", "orpo")
 _OF_PAIRS = ("dpo", "rdpo", "ipo", "slic", "ropo", "apo_zero", "apo_down", "tdpo", "tdpo1", *REFERENCE_FREE)
-METHODS = ("spo", *_OF_PAIRS, "sppo")
+METHODS = ("spo", *_OF_PAIRS, "kto", "sppo")
 _ONLY_FOR = {  # options that only some methods have
     "anchor": ("spo",),
     "weight_exponent": ("spo",),
@@ -24,6 +24,8 @@ _ONLY_FOR = {  # options that only some methods have
     "ropo_alpha": ("ropo",),
     "simpo_gamma": ("simpo",),
     "sppo_completions": ("sppo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
     "label_smoothing": ("dpo", "rdpo"),
     "nll_weight": _OF_PAIRS,
     "soft_labels": ("spo", *_OF_PAIRS),
@@ -84,7 +86,7 @@ class Derived:
     @property
     def takes_reference_logps(self) -> bool:
         """Whether one log-probability for each completion is enough, so that rows may bring them."""
-        return self.scores_reference and not self.takes_divergences
+        return self.scores_reference and not self.takes_divergences and self.method != "kto"
 
     @property
     def keeps_reference_logps(self) -> bool:

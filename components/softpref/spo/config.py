@@ -21,7 +21,8 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
         method: `spo`, or a baseline on the same rows in the same loop: `dpo`, `rdpo` (robust DPO), `ipo`,
             `slic` (its hinge), `ropo` (robust preference optimization; with geometric soft labels GROPO),
             `apo_zero` and `apo_down` (anchored preference optimization), `tdpo` and `tdpo1` (token-level DPO,
-            its second and its first loss), `simpo`, `cpo` and `orpo` (which need no reference), `sppo`
+            its second and its first loss), `simpo`, `cpo` and `orpo` (which need no reference), `kto` (of
+            single completions, desirable or not; rows may be `prompt`, `completion` and `label`), `sppo`
             (self-play preference optimization). Where rows hold more than two completions, methods of pairs
             take every pair that the order decides.
         alpha: softness α ≥ 0. The preference loss is minimal at softmax(reward / α): 1 gives the experts'
@@ -50,6 +51,8 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
         simpo_gamma: the margin, in nats, that `simpo` wants a better completion to win by.
         nll_weight: weight of the better completion's negative log-likelihood per token beside a loss of pairs
             (with `dpo` it is RPO). By default as published: 1 for `cpo` and `orpo`, 0 for the others.
+        desirable_weight, undesirable_weight: what `kto` weighs a desirable and an undesirable completion by.
+            Of rows that compare, a completion is desirable to the share of its decided pairs that it wins.
         sppo_completions: what `sppo` learns from of a row of K completions: `all` of them, each with its
             chance to beat another; or the `extremes`, as its authors do: the best and the worst alone, with
             their chances against all K, themselves included.
@@ -157,6 +160,7 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
         "simpo",
         "cpo",
         "orpo",
+        "kto",
         "sppo",
     ] = "spo"
     alpha: float = 1.0
@@ -173,6 +177,8 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
     ropo_alpha: float = 14.0
     simpo_gamma: float = 0.5
     nll_weight: float | None = None
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
     sppo_completions: Literal["all", "extremes"] = "all"
     reference_cache: str = ""
     # one option, whose names are the ends of λ; None is there for HfArgumentParser

@@ -68,6 +68,12 @@ def settled_arguments(args: Any, model: Any) -> SPOConfig:
             f"processes ({args.sampling_interval} × {args.world_size}): every process takes part in every "
             f"step's slice; got {args.samples_per_refresh}"
         )
+    at_once = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.method == "kto" and at_once < 2:
+        raise ConfigError(
+            "kto sets each row's completions against the prompt of another row of the same step: "
+            "SPOConfig.per_device_train_batch_size or gradient_accumulation_steps must be at least 2"
+        )
     passes = args.sampling_interval * args.world_size * args.gradient_accumulation_steps
     if args.fsdp and args.samples_policy and args.samples_per_refresh < passes:
         raise ConfigError(

@@ -15,7 +15,9 @@ from softpref.objectives import (
     apo_zero_loss,
     cpo_loss,
     dpo_loss,
+    group_of,
     ipo_loss,
+    kto_loss,
     log_odds,
     nll_loss,
     ordered_pairs,
@@ -66,14 +68,15 @@ def method_losses(
         rows: the batch's `group_sizes` and `probabilities` `[groups]`, `kinds` (one for each group),
             `lengths` `[sequences]` in tokens, and `win_probabilities` `[sequences]` for `sppo`; `offsets`
             `[sequences]` where margins have one; `log_mean_weight` where the batch is a part of an
-            optimizer step with weights.
+            optimizer step with weights; `kl`, an estimate of KL(π ‖ π_ref), for `kto`.
         ref_logps: `[sequences]`, under the reference, where `args.scores_reference`.
         divergences: `[sequences]`, Σ_t KL(π_ref ‖ π) along each completion, where `args.takes_divergences`.
         weight_scores: `[sequences]`, scores of `spo`'s weight; by default the log-probabilities.
         weighted: whether rows have `spo`'s weight.
 
     Returns:
-        `[groups]`. Methods of pairs take the mean over the pairs that a row's order decides.
+        `[groups]`. Methods of pairs take the mean over the pairs that a row's order decides, `kto` that over
+        its completions.
     """
     sizes, probabilities, kinds = rows["group_sizes"], rows["probabilities"], rows["kinds"]
     if args.method == "spo":
@@ -93,6 +96,19 @@ def method_losses(
     if args.method == "sppo":
         assert ref_logps is not None
         return sppo_loss(logps, ref_logps, rows["win_probabilities"], sizes, beta=args.beta)
+    if args.method == "kto":
+        assert ref_logps is not None
+        losses = kto_loss(
+            logps,
+            ref_logps,
+            _desirable(sizes, kinds, probabilities),
+            rows["kl"],
+            beta=args.beta,
+            desirable_weight=args.desirable_weight,
+            undesirable_weight=args.undesirable_weight,
+            offsets=rows.get("offsets"),
+        )
+        return _group_means(losses, group_of(sizes), len(sizes))
     places, groups = ordered_pairs(sizes, kinds)
     of_places = {"lengths": rows["lengths"], "ref_logps": ref_logps, "divergences": divergences}
     loss, inputs, options = _OF_PAIRS[args.method]
@@ -109,6 +125,22 @@ def method_losses(
         likelihood = nll_loss(logps[places], rows["lengths"][places], probabilities[groups])
         losses = losses + args.likelihood_weight * likelihood
     return _group_means(losses, groups, len(sizes))
+
+
+def _desirable(sizes: Tensor, kinds: Sequence[str], probabilities: Tensor) -> Tensor:
+    """How desirable each completion is, `[sequences]`: the share of its decided pairs that it wins.
+
+    That of a row with one completion is the row's probability.
+    """
+    alone = torch.repeat_interleave(sizes, sizes) == 1
+    won = probabilities.repeat_interleave(sizes) * alone
+    decided = alone.to(won.dtype)
+    places, groups = ordered_pairs(sizes, kinds)  # type: ignore[arg-type]
+    first, second = places.view(-1, 2).unbind(-1)
+    for place, share in ((first, probabilities[groups]), (second, 1 - probabilities[groups])):
+        won = won.index_add(0, place, share)
+        decided = decided.index_add(0, place, torch.ones_like(share))
+    return won / decided
 
 
 def implicit_rewards(
@@ -147,7 +179,8 @@ def preference_metrics(
     For rewards see `implicit_rewards`. `rewards/saturated` is the share of margins beyond 5, where a logistic
     loss has no curvature left: softness has no effect there. `logps/accuracies` compares plain
     log-probabilities. Rejected is the last of a row; a best-of-n row does not rank its others, so there the
-    metrics are means over all of them.
+    metrics are means over all of them. A row of one completion is chosen if it is desirable, else rejected;
+    what it has not is not a number.
 
     Args:
         logps, rows, ref_logps: as in `method_losses`.
@@ -170,7 +203,12 @@ def preference_metrics(
         "rewards/accuracies": torch.where(ties, 0.5, (margins > 0).float()),
         "rewards/saturated": (margins.abs() > SATURATED).float(),
     }
-    return {name: _group_means(values, groups, len(sizes)) for name, values in each.items()}
+    figures = {name: _group_means(values, groups, len(sizes)) for name, values in each.items()}
+    good = rows["probabilities"] > 0.5
+    for name in figures:
+        has = good if name.endswith("/chosen") else ~good if name.endswith("/rejected") else good & ~good
+        figures[name] = figures[name].masked_fill((sizes == 1) & ~has, torch.nan)
+    return figures
 
 
 def _chosen_and_rejected(sizes: Tensor, kinds: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:

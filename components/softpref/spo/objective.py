@@ -116,15 +116,15 @@ class Objective:
         }
         last = (batch.lengths.cumsum(0) - 1)[sizes.cumsum(0) - sizes]  # token of each row's chosen completion
         ended = torch.isin(batch.targets[last], torch.tensor(self._stop_ids, device=last.device))
+        ended &= (sizes > 1) | (inputs["probabilities"] > 0.5)
+        counted = torch.ones_like(ended)
         if "row_weights" in inputs:
-            weights = inputs["row_weights"]
-            losses = losses * weights
-            figures = {name: values[weights[:own] > 0] for name, values in figures.items()}
-            ended &= weights > 0
-        figures["logps/end"] = token_logps[last[:own][ended[:own]]]
+            losses, counted = losses * inputs["row_weights"], inputs["row_weights"] > 0
         means.add("loss/preference", losses[:own])
+        means.add("logps/end", token_logps[last[:own][(ended & counted)[:own]]])
         for name, values in figures.items():
-            means.add(name, values)
+            lacking = (sizes[:own] == 1) & values.isnan()
+            means.add(name, values[counted[:own] & ~lacking])
         rewards = implicit_rewards(args, logps.detach(), inputs, ref_logps)
         return RowLosses(losses, row_kl, logps.detach(), rewards, degree)
 
@@ -263,6 +263,17 @@ def sample_tensors(samples: list[Sample], states: list[Tensor | None], age: floa
         "sample_truncated": torch.tensor([float(sample.truncated) for sample in samples]),
         "sample_age": torch.full((len(samples),), float(age)),
     }
+
+
+def mismatched(batches: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int]]]:
+    """The completions of each row of some batches under the prompt of the row before; none of a row alone."""
+    rows: list[list[tuple[list[int], list[int]]]] = []
+    for batch in batches:
+        sequences = iter(packed(batch).sequences())
+        rows += [[next(sequences) for _ in range(size)] for size in batch["group_sizes"].tolist()]
+    if len(rows) < 2:
+        return []
+    return [(rows[i - 1][0][0], completion) for i, row in enumerate(rows) for _, completion in row]
 
 
 def packed(inputs: Mapping[str, Any], prefix: str = "") -> PackedBatch:

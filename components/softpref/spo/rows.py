@@ -211,10 +211,16 @@ class PreferenceRows(TrainingRows):
     """Rows of completions, best first, with what their order means; with a degree loss also `removed`."""
 
     def text(self, row: Mapping[str, Any]) -> RowText:
+        if self._alone(row):
+            return RowText(_cell(row, "prompt"), [row["completion"]])
         return RowText(*_columns(row))
 
+    def _alone(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of `kto` holds one completion, with a label."""
+        return self._args.method == "kto" and "completion" in _mapping(row) and "completions" not in row
+
     def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> Row:
-        probability = _probability(row, len(sequences))
+        probability = _label(row) if self._alone(row) else _probability(row, len(sequences))
         kind = _kind(row, len(sequences), self._args)
         made: Row = {
             "prompt": sequences[0].prompt,
@@ -374,6 +380,14 @@ def _number(row: Mapping[str, Any], column: str, most: float, range_: str) -> fl
     return float(value)
 
 
+def _label(row: Mapping[str, Any]) -> float:
+    """Whether a completion is desirable: 1 or 0."""
+    label = _cell(row, "label")
+    if not isinstance(label, bool):
+        raise DataError(f"label must be true of a desirable completion, or false, got {label!r}")
+    return float(label)
+
+
 def _weight(row: Mapping[str, Any]) -> float:
     """How much a row counts beside the others."""
     return _number(row, "weight", sys.float_info.max, "of at least 0")
@@ -410,6 +424,8 @@ def _kind(row: Mapping[str, Any], count: int, args: SPOConfig) -> PreferenceKind
         kind = args.preference_kind
     if count == 2:
         return "pairwise"
+    if count == 1:
+        return "ranking"
     if kind == "pairwise":
         raise DataError(
             f"{count} completions are no pair, but the row's kind, or preference_kind, is pairwise"

@@ -59,7 +59,7 @@ from softpref.spo.given import (
     with_adapter,
 )
 from softpref.spo.health import health_warnings
-from softpref.spo.objective import Objective, sample_tensors
+from softpref.spo.objective import Objective, mismatched, sample_tensors
 from softpref.spo.reference import (
     adapter_off,
     add_reference_logps,
@@ -337,6 +337,10 @@ class SPOTrainer(RowsTrainer):
                 total = self._to_go_total(batches)
                 for batch in batches:
                     batch["to_go_total"] = total
+        if self.args.method == "kto":
+            kl = self._mismatched_kl(batches)
+            for batch in batches:
+                batch["kl"] = kl
         if cut and self.args.method == "spo" and self.args.weight_exponent:
             log_mean = self._log_mean_weight(batches, rows)
             for batch in batches:
@@ -365,6 +369,20 @@ class SPOTrainer(RowsTrainer):
         return reduced
 
     @torch.no_grad()
+    def _mismatched_kl(self, batches: list[dict[str, Any]]) -> float:
+        """Mean of log π − log π_ref over the step's completions under other rows' prompts, all processes.
+
+        An estimate of KL(π ‖ π_ref) that draws nothing; 0 where a process has but one row.
+        """
+        sequences = mismatched(batches)
+        policy = self.accelerator.unwrap_model(self.model)
+        with self._reference(self.model) as reference:
+            theirs = self._own_scores(sequences, reference)
+        total = float((self._own_scores(sequences, policy) - theirs).double().sum())
+        count = self.sum_over_processes(len(sequences))
+        return self.sum_over_processes(total) / count if count else 0.0
+
+    @torch.no_grad()
     def _log_mean_weight(self, batches: list[dict[str, Any]], rows: int) -> Tensor:
         """log of the mean row weight over the whole step, all processes; a scalar."""
         policy = self.accelerator.unwrap_model(self.model)
@@ -391,6 +409,8 @@ class SPOTrainer(RowsTrainer):
         Args:
             return_outputs: whether `logps` and `rewards` of the completions come with it, `[sequences]`.
         """
+        if self.args.method == "kto" and "kl" not in inputs:  # an evaluation has no steps
+            inputs = {**inputs, "kl": self._mismatched_kl([inputs])}
         losses, row_kl, logps, rewards, degree = self.objective.row_losses(model, inputs, self.degree_head)
         outputs = {"logps": logps, "rewards": rewards}
         if num_items_in_batch is None:
@@ -550,15 +570,18 @@ class SPOTrainer(RowsTrainer):
     def _score(self, sequences: list[tuple[list[int], list[int]]], model: Any = None) -> list[float]:
         """Sequence log-probabilities, nats, under `model` (default: the policy), shared among processes."""
         model = self.accelerator.unwrap_model(self.model) if model is None else model
-        mine = sequences[self.args.process_index :: self.args.world_size]
+        logps = self._own_scores(sequences[self.args.process_index :: self.args.world_size], model)
+        return self.whole_list(logps.tolist(), len(sequences))
+
+    def _own_scores(self, sequences: list[tuple[list[int], list[int]]], model: Any) -> Tensor:
+        """Those of this process's sequences: `[n]`, on the CPU."""
         with whole_weights(model), self.compute_loss_context_manager():
-            logps = score_sequences(
+            return score_sequences(
                 model,
-                mine,
+                sequences,
                 batch_size=self.args.per_device_eval_batch_size,
                 plain=self.args.plain_forward,
             )
-        return self.whole_list(logps.tolist(), len(sequences))
 
     # ------------------------------------------------------------------ evaluation, logs, checkpoints
 
