@@ -373,11 +373,11 @@ def _training(folders: Folders) -> dict[str, str]:
 def _evaluate(folders: Folders, config: EvaluationConfig) -> object:
     from softpref.evaluation.stage import run
     from softpref.lm.extrapolation import extrapolated_folders
-    from softpref.records import Evaluation
+    from softpref.records import Evaluation, earlier_folders
 
     evaluation = run(config, **{f"{key}_dir": value for key, value in folders.items()})
-    extrapolated = extrapolated_folders(folders["output"])
-    return _figures(evaluation) | {one.name: _figures(Evaluation.read(one)) for one in extrapolated}
+    within = [*earlier_folders(folders["output"]), *extrapolated_folders(folders["output"])]
+    return _figures(evaluation) | {one.name: _figures(Evaluation.read(one)) for one in within}
 
 
 def _figures(evaluation: Evaluation) -> dict[str, object]:

@@ -5,8 +5,8 @@ The file that identifies a folder is written last, so a folder that has it is co
 | folder | identified by | beside it |
 | :-- | :-- | :-- |
 | dataset | `stats.json` | splits, `sft/`, `prompts/`, `rejected.jsonl`, `page.html`, what experts know |
-| model | `softpref.json` | safetensors, tokenizer, model card, `extrapolated-W/` |
-| evaluation | `evaluation.json` | `samples.jsonl`, `report.html`, `extrapolated-W/` |
+| model | `softpref.json` | safetensors, tokenizer, model card, `extrapolated-W/`, `round-N/` |
+| evaluation | `evaluation.json` | `samples.jsonl`, `report.html`, `extrapolated-W/`, `round-N/` |
 | comparison | `comparison.json` | `report.html`, `frontier.png`, `chosen/evaluation.json` |
 | registration | `registration.json` | |
 
@@ -35,6 +35,7 @@ EVALUATION_FILE, SAMPLES_FILE, REPORT_FILE = "evaluation.json", "samples.jsonl",
 SAMPLES_TABLE_FILE = "samples.json"
 COMPARISON_FILE, FRONTIER_FILE, CHOSEN_FOLDER = "comparison.json", "frontier.png", "chosen"
 REGISTRATION_FILE = "registration.json"
+ROUND_FOLDER = "round-"  # and its number: a model of an earlier round on another dimension of preference
 PARAMETERS_FILE, TIMINGS_FILE, RESULT_FILE = "parameters.yaml", "timings.json", "result.json"
 
 
@@ -49,7 +50,8 @@ Text = str | Sequence[Message]
 class PreferenceRow(TypedDict):
     """A row of the dataset: completions best first, the probability of a pair with a soft label.
 
-    `degree` is true of rankings that nobody has judged (`degree_ranking_weight` of the data stage).
+    `degree` is true of rankings that nobody has judged (`degree_ranking_weight` of the data stage). The
+    dimension is what they were judged by, where rows are judged by several; empty for a row of none.
     """
 
     prompt: Text
@@ -58,6 +60,7 @@ class PreferenceRow(TypedDict):
     probability: float | None
     source_row: NotRequired[int]
     weight: NotRequired[float | None]
+    dimension: NotRequired[str]
     source: NotRequired[str]
     degree: NotRequired[bool]
 
@@ -74,6 +77,7 @@ class ColumnMapping(TypedDict):
 
     form: str
     columns: dict[str, str | list[str]]
+    dimensions: NotRequired[dict[str, dict[str, str | list[str]]]]
     guessed: bool
     unused: NotRequired[list[str]]
     notes: NotRequired[list[str]]
@@ -105,10 +109,10 @@ class DatasetStats(TypedDict, total=False):
     """What a dataset holds and what became of its source's rows: `stats.json`.
 
     Counts are by split (`rows`, `prompts`, `sft`, `extra_prompts`), by reason (`rejected`, `left_out`), by
-    kind of row or label, or by number of completions. `longer_chosen` is the share of pairs whose better
-    completion has more characters; pairs of equal length count half. `degree_rankings` are rows of the
-    training split that were made of others; what is said of labels, lengths and prompts leaves them out.
-    `files` has hashes of the files.
+    kind of row or label, by number of completions, or by dimension (absent where rows have none).
+    `longer_chosen` is the share of pairs whose better completion has more characters; pairs of equal length
+    count half. `degree_rankings` are rows of the training split that were made of others; what is said of
+    labels, lengths and prompts leaves them out. `files` has hashes of the files.
     """
 
     stage: str
@@ -127,6 +131,7 @@ class DatasetStats(TypedDict, total=False):
     rows: dict[str, int]
     prompts: dict[str, int]
     kinds: dict[str, int]
+    dimensions: dict[str, int]
     completions_per_row: dict[str, int]
     labels: dict[str, int]
     confidence: dict[str, list[float]]
@@ -141,10 +146,37 @@ class DatasetStats(TypedDict, total=False):
     taken_over: str
 
 
+class DimensionRound(TypedDict):
+    """A round of training on one dimension of preference; options are named as in training.
+
+    Attributes:
+        dimension_weights: λ of each round before it.
+        reference: the model that it began with, which is its reference, too.
+        reference_hash: of that model's weights; empty where they were not in a folder.
+    """
+
+    dimension: str
+    dimension_weights: list[float]
+    reference: str
+    reference_hash: str
+    dataset_hash: str
+    method: str
+    alpha: float
+    anchor: float
+    beta: float
+    kl_beta: float
+    kl_on: str
+    preference_kind: str
+    soft_labels: str
+    weight_exponent: float
+    label_smoothing: float
+
+
 class ModelMetadata(TypedDict, total=False):
     """What later stages read of a model folder: `softpref.json`. Options are named as in training.
 
     Attributes:
+        lineage: the rounds behind a model that was trained on one dimension after another, its own last.
         row_counts: what was counted of the rows of each split.
         saturated: share of saturated margins at the end of training.
         split, heads, max_length: of a reward model: what it learned from, its heads, tokens that it reads.
@@ -166,6 +198,7 @@ class ModelMetadata(TypedDict, total=False):
     train_on: str
     preference_kind: str
     extrapolation: float
+    lineage: list[DimensionRound]
     adapter: bool
     cut_rows: str
     row_counts: dict[str, dict[str, int]]
@@ -317,6 +350,8 @@ class Evaluation:
             reward at each KL; None where rewards are not known.
         by_prompt: values of each prompt, by figure, for paired comparisons; None for a prompt of which the
             judge judged nothing.
+        dimensions, dimension_weights: those of preference that it learned, one after another in this order,
+            and λ of each earlier one in the last round; empty where there is one training on all rows.
         settings: those that change a figure's meaning.
         data_source, base_model: where the rows came from, and what the reference was trained from.
         example: the first prompt that was drawn from, as a user would send it.
@@ -346,6 +381,8 @@ class Evaluation:
     theory: Figures | None = None
     reward_frontier: list[list[float]] | None = None
     by_prompt: Mapping[str, Sequence[float | None]]
+    dimensions: list[str] = field(default_factory=list)
+    dimension_weights: list[float] = field(default_factory=list)
     settings: dict[str, object] = field(default_factory=dict)
     data_source: str = ""
     base_model: str = ""
@@ -640,6 +677,12 @@ def load_metadata(folder: str | Path) -> ModelMetadata:
     """
     metadata: ModelMetadata = _read_if_there(Path(folder) / METADATA_FILE)
     return metadata
+
+
+def earlier_folders(folder: str | Path) -> list[Path]:
+    """The folders `round-N` in a model folder, or of their evaluations in an evaluation's, in order."""
+    found = [path for path in Path(folder).glob(f"{ROUND_FOLDER}*") if path.is_dir()]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def _plain(value: object) -> object:

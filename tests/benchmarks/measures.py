@@ -31,13 +31,17 @@ SAMPLES = 24  # of a real model, on the held-out prompts in turn
 LONGEST = 64  # tokens of such a sample
 
 
-def exactly(policy: Path, reference: Path, dataset: Path) -> dict[str, Any]:
-    """Score every outcome of every held-out prompt; `kl` is that to the reference given the set, in nats."""
+def exactly(policy: Path, reference: Path, dataset: Path, most: int | None = None) -> dict[str, Any]:
+    """Score every outcome of every held-out prompt; `kl` is that to the reference given the set, in nats.
+
+    Args:
+        most: prompts; None: all.
+    """
     metadata, config = load_metadata(policy), EvaluationConfig(exact_prompts=1000)
     places = {"policy": str(policy), "reference": str(reference)}
     models = load_policy(config, load_reference(config, places, metadata), str(policy))
     rows = load_from_disk(str(dataset))
-    prompts = sorted({*rows["validation"]["prompt"], *rows["test"]["prompt"]})
+    prompts = sorted({*rows["validation"]["prompt"], *rows["test"]["prompt"]})[:most]
     stats = json.loads((dataset / "stats.json").read_text(encoding="utf-8"))
     outcomes = read_outcomes(dataset / "outcomes.jsonl")
     found = enumerated(models, outcomes, prompts, config, metadata, stats, [])

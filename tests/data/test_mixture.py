@@ -132,7 +132,7 @@ def test_shares_are_exact_up_to_one_row_and_the_dataset_is_the_largest(shares, a
     mixture = {f"{i}.jsonl": float(share) for i, share in enumerate(shares)}
     parts = parts_of(DataConfig(source="a.jsonl", mixture=mixture))
     assert [str(part.share) for part in parts[1:]] == [str(fractions.Fraction(share)) for share in shares]
-    assert divide_rows(parts, available, rows).counts == expected
+    assert divide_rows(parts, [part.share for part in parts], available, rows).counts == expected
     total = sum(expected)
     for part, count in zip(parts, expected, strict=True):
         assert abs(part.share * total - count) < 1
@@ -463,7 +463,7 @@ def test_rows_that_this_stage_wrote_keep_their_labels_when_they_are_mixed(here, 
         ({"b.jsonl": True}, "got True$"),
         ({"b.jsonl": "half"}, "got 'half'$"),
         ({"b.jsonl": float("nan")}, "got nan$"),
-        ({"b.jsonl": {"split": "train"}}, "got None$"),
+        ({"b.jsonl": 0.3, "c.jsonl": {"split": "train"}}, r"c.jsonl.* as others have one; got none$"),
         ({"b.jsonl": [0.3]}, "needs its share"),
         (
             {"b.jsonl": 0.5, "c.jsonl": 0.5},

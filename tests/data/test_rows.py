@@ -8,6 +8,7 @@ from softpref.data.columns import settle_layout
 from softpref.data.config import DataConfig
 from softpref.data.rows import (
     Candidate,
+    Preference,
     pair_thumbs,
     rank_candidates,
     read_candidate,
@@ -46,7 +47,7 @@ def said(*texts, first="user"):
 
 def test_chosen_and_rejected_become_a_hard_pair():
     row = read({"prompt": "q", "chosen": "good", "rejected": "bad"}, PAIR)
-    assert row == ("q", ["good", "bad"], "pairwise", None)
+    assert row == Preference("q", ["good", "bad"], "pairwise", None)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_votes_become_the_probability_of_the_better_first(votes, ties, completio
 
 
 def test_hard_labels_keep_the_winner_and_leave_ties_out():
-    assert read(voted(1, 4), VOTES, labels="hard") == ("q", ["B", "A"], "pairwise", None)
+    assert read(voted(1, 4), VOTES, labels="hard") == Preference("q", ["B", "A"], "pairwise", None)
     with pytest.raises(LeftOut, match="tie"):
         read(voted(2, 2), VOTES, labels="hard")
 
@@ -111,7 +112,7 @@ def test_a_label_column_is_read_through_its_values():
     columns = {"prompt": "prompt", "completion_a": "a", "completion_b": "b", "preference": "gold"}
     row = {"prompt": "q", "a": "A", "b": "B", "gold": "a2"}
     meaning = {"a1": "a", "a2": "b", "equal": "tie"}
-    assert read(row, columns, preference_values=meaning) == ("q", ["B", "A"], "pairwise", None)
+    assert read(row, columns, preference_values=meaning) == Preference("q", ["B", "A"], "pairwise", None)
     assert read({**row, "gold": "equal"}, columns, preference_values=meaning).probability == 0.5
     with pytest.raises(Refused, match="unknown preference value"):
         read(row, columns)
@@ -259,7 +260,7 @@ def test_transcripts_become_messages_and_are_cut_at_their_roles():
     assert row.prompt == said("hi", "yes", "why")
     assert row.completions == [said("I think so.", first="a"), said("I do not.", first="a")]
     text = read(record, IMPLICIT, transcripts="text")
-    assert text == (HUMAN, [" I think so.", " I do not."], "pairwise", None)
+    assert text[:4] == (HUMAN, [" I think so.", " I do not."], "pairwise", None)
     explicit = read(
         {"prompt": HUMAN, "chosen": said("so", first="a"), "rejected": said("no", first="a")}, PAIR
     )
@@ -278,7 +279,7 @@ def test_transcripts_become_messages_and_are_cut_at_their_roles():
 )
 def test_messages_are_read_in_the_forms_of_public_data(prompt, answer):
     row = read({"prompt": prompt, "chosen": answer("yes"), "rejected": answer("no")}, PAIR)
-    assert row == (said("hi"), [said("yes", first="a"), said("no", first="a")], "pairwise", None)
+    assert row[:4] == (said("hi"), [said("yes", first="a"), said("no", first="a")], "pairwise", None)
 
 
 def test_text_that_merely_looks_like_json_stays_text():
@@ -304,8 +305,8 @@ def test_an_input_follows_the_instruction_where_there_is_one():
 
 def test_several_rejected_completions_are_a_best_of_n_row():
     record = {"prompt": "q", "chosen": "x", "rejected": ["y", "z"]}
-    assert read(record, PAIR) == ("q", ["x", "y", "z"], "best_of_n", None)
-    assert read({**record, "rejected": ["y"]}, PAIR) == ("q", ["x", "y"], "pairwise", None)
+    assert read(record, PAIR) == Preference("q", ["x", "y", "z"], "best_of_n", None)
+    assert read({**record, "rejected": ["y"]}, PAIR) == Preference("q", ["x", "y"], "pairwise", None)
     with pytest.raises(Refused, match="fewer than two"):
         read({**record, "rejected": []}, PAIR)
     with pytest.raises(Refused, match="one label for several"):
@@ -366,7 +367,7 @@ def test_winners_are_understood_and_zero_is_not():
 
 def test_an_order_names_the_places_best_first():
     record = {"prompt": "q", "completions": ["x", "y", "z"], "o": [2, 0, 1]}
-    assert read(record, {**LIST, "order": "o"}) == ("q", ["z", "x", "y"], "ranking", None)
+    assert read(record, {**LIST, "order": "o"}) == Preference("q", ["z", "x", "y"], "ranking", None)
     assert read(record, {**LIST, "ranks": "o"}).completions == ["y", "z", "x"]
     for order in ([1, 2, 3], [0, 0, 1], [0, 1]):
         with pytest.raises(Refused, match="each completion once"):
@@ -376,19 +377,19 @@ def test_an_order_names_the_places_best_first():
 def test_lists_of_objects_are_reached_by_paths():
     record = {"prompt": "q", "answers": [{"t": "b", "rank": 2}, {"t": "a", "rank": 1}, {"t": "c", "rank": 3}]}
     columns = {"prompt": "prompt", "completions": "answers[].t", "ranks": "answers[].rank"}
-    assert read(record, columns) == ("q", ["a", "b", "c"], "ranking", None)
+    assert read(record, columns) == Preference("q", ["a", "b", "c"], "ranking", None)
 
 
 def test_lists_are_ordered_by_score_or_rank_best_first():
     record = {"prompt": "q", "completions": ["b", "c", "a"], "s": [2, 1, 3.5], "r": [2, 3, 1]}
     for label in ({"scores": "s"}, {"ranks": "r"}):
-        assert read(record, {**LIST, **label}) == ("q", ["a", "b", "c"], "ranking", None)
+        assert read(record, {**LIST, **label}) == Preference("q", ["a", "b", "c"], "ranking", None)
     assert read(record, LIST).completions == ["b", "c", "a"]  # as it stands when nothing else is said
 
 
 def test_only_the_best_is_trusted_in_best_of_n():
     record = {"prompt": "q", "completions": ["b", "c", "a"], "s": [1, 1, 3], "best": 2}
-    expected = ("q", ["a", "b", "c"], "best_of_n", None)
+    expected = Preference("q", ["a", "b", "c"], "best_of_n", None)
     assert read(record, {**LIST, "best": "best"}) == expected
     assert read(record, {**LIST, "scores": "s"}, list_kind="best_of_n") == expected
     with pytest.raises(Refused, match="out of range: 3"):
@@ -402,7 +403,7 @@ def test_equal_scores_are_refused_or_thinned_as_asked():
         read(record, columns)
     assert read(record, columns, ties="drop").completions == ["b", "a", "d"]
     pair = {"prompt": "q", "completions": ["a", "b"], "s": [2, 2]}
-    assert read(pair, columns) == ("q", ["a", "b"], "pairwise", 0.5)
+    assert read(pair, columns) == Preference("q", ["a", "b"], "pairwise", 0.5)
     with pytest.raises(LeftOut, match="tie"):
         read(pair, columns, ties="drop")
     with pytest.raises(LeftOut, match="tie"):
@@ -445,7 +446,7 @@ def test_candidates_of_a_prompt_are_ranked():
     row = rank_candidates(
         [Candidate("q", "bad", -1.0), Candidate("q", "good", 2.0), Candidate("q", "ok", 0.0)], config
     )
-    assert row == ("q", ["good", "ok", "bad"], "ranking", None)
+    assert row == Preference("q", ["good", "ok", "bad"], "ranking", None)
     with pytest.raises(Refused, match="fewer than two"):
         rank_candidates([Candidate("q", "alone", 1.0)], config)
 
@@ -482,21 +483,21 @@ def verdicts(values, completions=("A", "B", "C"), **config):
 
 def test_each_judged_pair_of_a_matrix_is_a_row_with_its_share_of_wins():
     assert verdicts([[0, 3, 1], [1, 0, None], [1, 0, 0]]) == [
-        ("q", ["A", "B"], "pairwise", 0.75),
-        ("q", ["A", "C"], "pairwise", 0.5),
+        Preference("q", ["A", "B"], "pairwise", 0.75),
+        Preference("q", ["A", "C"], "pairwise", 0.5),
     ]
     assert verdicts([[0, 0.2, 0], [0.8, 0, 0], [0, 1, 0]]) == [
-        ("q", ["B", "A"], "pairwise", 0.8),
-        ("q", ["C", "B"], "pairwise", None),  # a single vote is a hard label
+        Preference("q", ["B", "A"], "pairwise", 0.8),
+        Preference("q", ["C", "B"], "pairwise", None),  # a single vote is a hard label
     ]
 
 
 def test_a_list_of_verdicts_is_about_the_pairs_in_order():
     meanings = {"1": "a", "0": "b", "-": "tie"}
     assert verdicts([1, 0, "-"], preference_values=meanings) == [
-        ("q", ["A", "B"], "pairwise", None),
-        ("q", ["C", "A"], "pairwise", None),
-        ("q", ["B", "C"], "pairwise", 0.5),
+        Preference("q", ["A", "B"], "pairwise", None),
+        Preference("q", ["C", "A"], "pairwise", None),
+        Preference("q", ["B", "C"], "pairwise", 0.5),
     ]
     with pytest.raises(ConfigError, match="a label 0 can mean two things"):
         verdicts([1, 0, 1])

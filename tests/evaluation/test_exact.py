@@ -14,6 +14,7 @@ from softpref.evaluation.exact import (
     entropy,
     exact_figures,
     exact_prompt,
+    optimum,
     pair_probabilities,
     softmax_frontier,
     trained_objective,
@@ -354,3 +355,117 @@ def test_no_policy_has_more_entropy_than_the_softmax_frontier_at_its_reward():
 
 def test_entropy_of_a_uniform_distribution_is_the_logarithm_of_its_size():
     assert entropy(np.log(np.full(7, 1 / 7))) == pytest.approx(math.log(7))
+
+
+# Several dimensions of preference, one after another
+
+LONG, SHORT = np.array([0.4, -1.1, 0.9, 0.2, -0.3]), np.array([-0.7, 0.5, 0.1, 1.2, -0.4])
+START = np.log([0.3, 0.1, 0.25, 0.15, 0.2])
+RANKED = {"long": LONG, "short": SHORT}
+
+
+def in_rounds(method, strengths, *, weight=0.7, order=("long", "short"), **options):
+    """The optimum after two rounds, of these softnesses (of `spo`) or β."""
+    name = "alpha" if method == "spo" else "beta"
+    first, last = (
+        Objective(method=method, dimension=dimension, **{name: strength}, **options)
+        for dimension, strength in zip(order, strengths, strict=True)
+    )
+    objective = last._replace(weights=(weight,), earlier=(first,))
+    return optimum(LONG + SHORT, START, FIVE.weights, objective, dimensions=RANKED)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
+def test_rounds_of_dpo_end_at_the_composed_exponent(weight):
+    found = in_rounds("dpo", (0.8, 1.3), weight=weight)
+    composed = (1 / 0.8 + weight / 1.3) * LONG + SHORT / 1.3
+    assert np.exp(found) == pytest.approx(softmax(START + composed), abs=1e-9)
+
+
+def test_the_order_of_rounds_matters_unless_their_strengths_make_up_for_it():
+    weight, back = 0.7, 0.4
+    ended = np.exp(in_rounds("dpo", (0.8, 1.3), weight=weight))
+    swapped = np.exp(in_rounds("dpo", (0.8, 1.3), weight=weight, order=("short", "long")))
+    assert np.abs(swapped - ended).max() > 0.05
+    of_long, of_short = 1 / 0.8 + weight / 1.3, 1 / 1.3  # the exponents
+    strengths = (1 / (of_short - back * of_long), 1 / of_long)
+    made_up = np.exp(in_rounds("dpo", strengths, weight=back, order=("short", "long")))
+    assert made_up == pytest.approx(ended, abs=1e-9)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
+def test_rounds_of_spo_without_a_kl_term_end_at_the_weighted_softmax(weight):
+    found = in_rounds("spo", (0.8, 1.3), weight=weight, kl_on="none")
+    assert np.exp(found) == pytest.approx(softmax((SHORT + weight * LONG) / 1.3), abs=1e-9)
+
+
+def test_expected_reward_of_the_first_dimension_rises_with_its_weight_by_its_variance():
+    weights = np.linspace(0, 2, 201)
+    found = [np.exp(in_rounds("dpo", (0.8, 1.3), weight=weight)) for weight in weights]
+    rewards = np.array([policy @ LONG for policy in found])
+    variances = np.array([policy @ LONG**2 - (policy @ LONG) ** 2 for policy in found])
+    slopes = np.gradient(rewards, weights)
+    assert slopes[1:-1] == pytest.approx(variances[1:-1] / 1.3, rel=1e-3)
+    assert (np.diff(rewards) > 0).all()
+
+
+def test_rounds_with_a_kl_term_minimise_loss_and_divergence_together():
+    """By brute force: gradient descent in float64 on the two rounds' own losses over all pairs."""
+    alphas, beta, weight = (0.8, 1.3), 0.15, 0.7
+    pairs = pair_probabilities(FIVE.weights)
+    pairs = torch.as_tensor((pairs + pairs.T) / (pairs + pairs.T).sum())
+    before, learned = torch.as_tensor(START), torch.zeros(5, dtype=torch.float64)
+    for alpha, reward, factor in zip(alphas, (LONG, SHORT), (0.0, weight), strict=True):
+        chances = torch.sigmoid(torch.as_tensor(reward[:, None] - reward))
+        offset = factor * learned
+        logits = before.clone().requires_grad_(True)
+        optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-15)
+
+        def loss(logits=logits, alpha=alpha, offset=offset, chances=chances, before=before, opt=optimizer):
+            opt.zero_grad()
+            logps = logits.log_softmax(0)
+            z = alpha * logps - offset
+            margins = z[:, None] - z
+            value = -(pairs * 2 * chances * torch.nn.functional.logsigmoid(margins)).sum() / alpha
+            value = value + beta * (logps.exp() * (logps - before)).sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        before = logits.detach().log_softmax(0)
+        learned = alpha * before - offset
+    found = in_rounds("spo", alphas, weight=weight, beta=beta)
+    assert np.exp(found) == pytest.approx(before.exp().numpy(), abs=1e-5)
+
+
+def test_a_lineage_says_what_was_trained():
+    spo = {"method": "spo", "alpha": 0.5, "beta": 0.0, "kl_on": "none", "soft_labels": "linear"}
+    lineage = [
+        {**spo, "dimension": "long", "dimension_weights": [], "dataset_hash": "a"},
+        {**spo, "alpha": 2.0, "dimension": "short", "dimension_weights": [0.25], "dataset_hash": "a"},
+    ]
+    metadata = {**spo, "alpha": 2.0, "lineage": lineage, "dataset_hash": "a"}
+    stats = {"dataset_hash": "a", "dimensions": {"long": 5, "short": 5}, "kinds": {"pairwise": 10}}
+    objective = trained_objective(metadata, stats)
+    assert (objective.dimension, objective.weights, objective.alpha) == ("short", (0.25,), 2.0)
+    assert [(one.dimension, one.alpha) for one in objective.earlier] == [("long", 0.5)]
+    assert why_unknown(objective) == ""
+    lineage[0]["soft_labels"] = "geometric"
+    assert why_unknown(trained_objective(metadata, stats)).startswith("round 1 (long): geometric")
+    lineage[0]["dataset_hash"] = "b"
+    assert "an earlier round was trained on another dataset" in why_unknown(
+        trained_objective(metadata, stats)
+    )
+    alike = trained_objective({**spo, "dataset_hash": "a"}, stats)
+    assert why_unknown(alike) == "rows of several dimensions were trained on alike"
+
+
+def test_figures_have_the_expected_reward_of_every_dimension():
+    outcomes = FIVE._replace(rewards=LONG + SHORT, dimensions=RANKED)
+    objective = Objective(method="dpo", beta=0.5, dimension="short")
+    figures = exact_figures([exact_prompt(outcomes, START, START, objective)])
+    for name, reward in RANKED.items():
+        assert figures[f"expected_reward/{name}"].value == pytest.approx(np.exp(START) @ reward)
+        best = softmax(START + SHORT / 0.5)
+        assert figures[f"optimum_expected_reward/{name}"].value == pytest.approx(best @ reward)
+    assert figures["expected_reward"].value == pytest.approx(np.exp(START) @ (LONG + SHORT))

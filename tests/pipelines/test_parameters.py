@@ -105,6 +105,24 @@ def test_a_baseline_has_options_of_its_own_that_win_over_the_shared_ones(sweep):
     assert {config.seed for config in configs} == {5}
 
 
+def test_a_sweep_trains_dimensions_in_orders_and_with_weights_of_their_own(sweep):
+    members = plan(
+        pipeline_parameters(sweep, "embedded", {})
+        | {
+            "alphas": [1.0],
+            "data_overrides": {"dimensions": {"trait": {}, "brevity": {}}},
+            "train_overrides": {"dimensions": ["trait", "brevity"]},
+            "baselines": ["spo:0.1,dimension_weights=0.5,name=half", "dpo:1,dimensions=brevity>trait"],
+        }
+    )
+    assert [member.options for member in members] == [
+        {},
+        {"dimension_weights": "0.5"},
+        {"dimensions": "brevity>trait"},
+    ]
+    assert SPOConfig(dimensions="brevity>trait").dimension_order == ["brevity", "trait"]
+
+
 def test_the_anchor_is_of_the_softness_values_alone(sweep, caplog):
     baselines = ["dpo:0.1", "spo:0.3,alpha=4", "spo:0.1,anchor=0,name=published"]
     members = plan(pipeline_parameters(sweep, "embedded", {"anchor": 0.5, "baselines": baselines}))
@@ -165,6 +183,12 @@ def test_a_sweep_may_be_judged_by_a_language_model_and_ranked_by_win_rate(sweep)
             "sppo needs to know how often each completion wins",
         ),
         ({"baselines": ["dpo:strong"]}, "dpo:0.1"),
+        (
+            {"train_overrides": {"dimensions": ["trait", "brevity"]}},
+            "spo-alpha-0.5: dimensions has brevity, trait, and the data will have none",
+        ),
+        ({"baselines": ["dpo:0.1,dimensions=trait>trait"]}, "names of dimensions, each once"),
+        ({"baselines": ["ipo:0.1,dimensions=trait"]}, "one of spo, dpo, rdpo with dimensions"),
         ({"train_overrides": {"loging_steps": 5}}, "did you mean 'logging_steps'"),
         ({"train_overrides": {"top_p": 0.9}}, "policy's own distribution"),
         ({"train_overrides": {"temperature": 0.7}}, "policy's own distribution"),

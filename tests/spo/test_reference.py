@@ -6,7 +6,7 @@ from softpref.errors import ConfigError, DataError
 from softpref.lm.checkpoints import last_checkpoint
 from softpref.lm.scoring import score_sequences
 from softpref.spo import reference
-from softpref.spo.reference import add_reference_logps, model_fingerprint
+from softpref.spo.reference import kept_logps, model_fingerprint
 
 CACHED = ("dpo", "rdpo", "ipo", "slic", "ropo", "apo_zero", "apo_down", "sppo")
 
@@ -200,12 +200,12 @@ def test_all_processes_score_where_one_of_them_sees_no_file(tmp_path):
         calls.append(sequences)
         return [-float(len(completion)) for _, completion in sequences]
 
-    add_reference_logps(rows, tmp_path, "model", score)
-    add_reference_logps(rows, tmp_path, "model", score)
+    kept_logps(rows, tmp_path, "model", score)
+    kept_logps(rows, tmp_path, "model", score)
     assert len(calls) == 1
-    add_reference_logps(rows, tmp_path, "model", score, writes=False, everywhere=lambda here: False)
+    found = kept_logps(rows, tmp_path, "model", score, writes=False, everywhere=lambda here: False)
     assert len(calls) == 2
-    assert rows[0]["ref_logps"] == [-1.0, -2.0]
+    assert found == [[-1.0, -2.0]]
 
 
 def test_rows_that_have_no_kept_values_are_refused_with_a_reason(train, make_trainer, make_rows):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeGuard
 
 from softpref.config import closest
@@ -37,14 +37,29 @@ _LABELS: dict[Form, tuple[Names, ...]] = {
     "list": _options("scores | ranks | order | best | verdicts | probability kind | "),
     "single": _options("score | rank | label"),
 }
-_CONTEXT = ("prompt", "input", "system")  # go with every form
-_FOUND = ("prompt", "system", "weight")  # taken by their names also beside configured columns
+_CONTEXT = ("prompt", "input", "system", "dimension")  # go with every form
+# taken by their names also beside configured columns
+_FOUND = ("prompt", "system", "weight", "dimension")
 _SEVERAL_COLUMNS = {"votes", "completions", "scores", "ranks", "verdicts"}
 _SCALED = (("score_chosen", "score_rejected"), ("margin",))  # of a pair, taken only where asked for
 ROLES = {*_CONTEXT, "weight", "votes_equal"} | {
     role for form in _NEEDED for roles in (_NEEDED[form], *_LABELS[form]) for role in roles
 }
 
+# Data sets with several labels for a row: columns, and the label of each dimension.
+_KNOWN_DIMENSIONS: tuple[tuple[dict[str, Column], dict[str, dict[str, str]]], ...] = (
+    (
+        {"completions": ["response_0", "response_1"]},  # as PKU-SafeRLHF has them
+        {"helpful": {"best": "better_response_id"}, "harmless": {"best": "safer_response_id"}},
+    ),
+    (
+        {"completion": "response"},  # as HelpSteer2 has them
+        {
+            name: {"score": name}
+            for name in ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+        },
+    ),
+)
 # What public data call the columns of these roles, apart from the roles' own names.
 _KNOWN_AS: dict[Names, tuple[Names, ...]] = {
     ("prompt",): _options("instruction | question | query | messages | conversations | conversation"),
@@ -78,6 +93,7 @@ _READ_AS = {  # what a reader should know of a role
     "weight": "weights are kept in the dataset's column weight",
     "input": "where there is an input, the prompt is the instruction, a line break and the input",
     "strength": "a strength of -3 means that the first is much better, 3 that the second is",
+    "dimension": "rows are of the dimension that they name",
 }
 
 
@@ -98,6 +114,77 @@ class Layout(NamedTuple):
     implicit: bool = False
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def settle_dimensions(
+    dimensions: Mapping[str, Mapping[str, object]],
+    columns: Mapping[str, object],
+    known: Sequence[str],
+    settle: Callable[[Mapping[str, object]], Layout],
+) -> dict[str, Layout]:
+    """Settle how each dimension of a row is read; `{"": layout}` where rows have none.
+
+    Args:
+        dimensions: from the dimension's name to the roles that are its own, as configured. Without any, its
+            labels lie under its name in the columns of the labels, or all labels are of this one dimension.
+            Empty: as the columns show.
+        columns: role to column as configured, for all dimensions.
+        known: columns of the source and paths into them, see `paths_of`.
+        settle: `settle_layout` of this source.
+
+    Raises:
+        ConfigError: as `settle_layout`; or several dimensions would be read off the same label.
+    """
+    asked = bool(dimensions)
+    if not columns and not dimensions:
+        for every, labels in _KNOWN_DIMENSIONS:
+            found = {
+                name: roles for name, roles in labels.items() if all(one in known for one in roles.values())
+            }
+            if found and all(name in known for name in _flat(every.values())):
+                columns, dimensions = every, found
+    if any(dimensions.values()):
+        layouts = {name: settle({**columns, **roles}) for name, roles in dimensions.items()}
+    else:
+        layout = settle(columns)
+        label = {role: column for role in layout.label if isinstance(column := layout.columns[role], str)}
+        nested = [
+            {name.removeprefix(f"{column}.") for name in known if name.startswith(f"{column}.")}
+            for column in label.values()
+        ]
+        common = {name for name in set[str]().union(*nested) if all(name in one for one in nested)}
+        if not (names := [*dimensions] or sorted(name for name in common if is_dimension(name))):
+            return {"": layout}
+        own = {name: {role: f"{column}.{name}" for role, column in label.items()} for name in common}
+        layouts = {name: layout._replace(columns={**layout.columns, **own.get(name, {})}) for name in names}
+    if len({layout.form for layout in layouts.values()}) > 1:
+        raise ConfigError(f"dimensions {', '.join(layouts)} are of different forms; give each a source")
+    unused = set[str].intersection(*(set(layout.unused) for layout in layouts.values()))
+    notes = dict.fromkeys(note for layout in layouts.values() for note in layout.notes)
+    if not asked:
+        notes[f"recognised as dimensions of preference: {', '.join(layouts)}"] = None
+    seen: dict[str, str] = {}
+    for name, layout in layouts.items():
+        read_off = json.dumps([layout.columns[role] for role in layout.label])
+        if (other := seen.setdefault(read_off, name)) != name:
+            raise ConfigError(
+                f"dimensions {other} and {name} have the same label; give each its own, as in "
+                f'{{"{other}": {{"probability": "COLUMN"}}, "{name}": {{"probability": "OTHER"}}}}'
+            )
+        if "dimension" in layout.columns:
+            raise ConfigError(
+                f"rows name their dimension in the column {layout.columns['dimension']!r}; leave dimensions "
+                'out, or the column: {"dimension": null}'
+            )
+    return {
+        name: layout._replace(unused=tuple(one for one in layout.unused if one in unused), notes=(*notes,))
+        for name, layout in layouts.items()
+    }
+
+
+def is_dimension(value: object) -> bool:
+    """Whether a value can name a dimension: it becomes a part of figures' names."""
+    return isinstance(value, str) and bool(re.fullmatch(r"\w[\w -]{0,39}", value))
 
 
 def settle_layout(

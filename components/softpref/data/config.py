@@ -14,15 +14,15 @@ from fractions import Fraction
 from typing import Literal, NamedTuple
 
 from softpref.config import build_config, closest, shown
-from softpref.data.columns import check_roles
-from softpref.data.story_world import STORIES
+from softpref.data.columns import check_roles, is_dimension
+from softpref.data.story_world import DIMENSIONS, STORIES
 from softpref.errors import ConfigError
 from softpref.key_content import check_language
 from softpref.remote import public_url
 
 STORY_ROWS = 4000
 STORY_SFT_ROWS = 4000
-EMBEDDED = ("story", "storyteller")  # sources that need no file
+EMBEDDED = {"story": DIMENSIONS, "storyteller": ()}  # sources that need no file, and their dimensions
 WITH_ESCAPES = ("prompt_template", "implicit_prompt_end")  # in which \n is a line break
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 # What says where rows lie. It belongs to one source, so the others do not take it over from `source`.
@@ -30,7 +30,7 @@ _OF_A_PLACE = ("format", "subset", "split", "revision")
 # What says how a row is read. The others take it over unless they have their own. Duplicates, contradictions,
 # lengths, samples and splits concern the whole dataset.
 _OF_A_ROW = (
-    *("columns", "preference_values", "score_scale", "prompt_template", "implicit_prompt"),
+    *("columns", "dimensions", "preference_values", "score_scale", "prompt_template", "implicit_prompt"),
     *("implicit_prompt_end", "transcripts", "as_messages", "system_prompt", "list_kind", "group_size"),
     *("labels", "ties", "min_votes", "max_source_rows"),
 )
@@ -38,6 +38,7 @@ _STORY = (
     "mixture: story and storyteller cannot be mixed, since their known rewards hold only for their own rows; "
     "write the source with `softpref data` first, and give that folder with one of its splits"
 )
+_NEEDS_SHARE = "needs its share of the dataset, a number between 0 and 1"
 _OPTIONS = {"share", "source", *_OF_A_PLACE, *_OF_A_ROW}
 
 
@@ -55,7 +56,8 @@ class DataConfig:
         mixture: further sources and their shares of the dataset, above 0 and in sum below 1; `source` has the
             rest: `{"b.parquet": 0.3}`, or `{"b.parquet": {"share": 0.3, "columns": {"chosen": "better",
             "rejected": "worse"}}}`. The dataset is the largest seeded sample with these shares, each exact to
-            one row, or has `rows` rows with them. Each further source has its own `format`, `subset`, `split`
+            one row, or has `rows` rows with them; where no source has a share, it has all rows of all. Each
+            further source has its own `format`, `subset`, `split`
             and `revision`; how its rows are read (`columns` to `system_prompt`, `list_kind` to `min_votes`,
             `max_source_rows`) is as given here, unless it has its own. If the options include `source`, the
             key is just a name, so that two splits of one source can be mixed. Splits go by prompt across all
@@ -88,6 +90,17 @@ class DataConfig:
             or `meta.score` reaches into nested columns. Empty: columns named like a role, or by a well-known
             name, are used; log, page and `stats.json` say which. Prompt, system and weight columns are
             found by name whether or not `columns` is given; `{"prompt": null}` switches that off.
+        dimensions: what rows are judged by, where that is more than one thing: from a dimension's name to the
+            roles of its own label, beside `columns`, such as `{"helpful": {"best": "better_response_id"},
+            "harmless": {"best": "safer_response_id"}}`, or `{"helpful": {"score": "helpfulness"}, …}`. A row
+            gives a row of the dataset for each dimension that it says something of, with the name in the
+            column `dimension`; training takes one after another (`dimensions` of `SPOConfig`). `{}` for a
+            name: labels are objects with a number for it, such as `"probability": {"helpful": 0.8,
+            "harmless": 0.3}`, or all rows of the source are of this one dimension: of a file for each
+            dimension, give one as `source` and the others as `mixture`, each with its own `dimensions`.
+            Empty: labels that are objects, and columns of well-known data sets, are recognised; a column
+            `dimension` (a role of `columns`) names that of each row. Of the story world: `trait` and
+            `brevity`.
         preference_values: what the labels of `preference`, `votes` or a list of `verdicts` mean, from value
             to `"a"`, `"b"` or `"tie"`. Empty: `a`, `b`, `tie`, also 1, 2 and `model_a`, `model_b`; for
             `votes` 0 is a tie.
@@ -168,6 +181,7 @@ class DataConfig:
     revision: str | None = None
     format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet"] = "auto"
     columns: dict[str, object] = dataclasses.field(default_factory=dict)
+    dimensions: dict[str, dict[str, object]] = dataclasses.field(default_factory=dict)
     preference_values: dict[str, str] = dataclasses.field(default_factory=dict)
     score_scale: float | None = None
     prompt_template: str = ""
@@ -256,8 +270,27 @@ class DataConfig:
             raise ConfigError(
                 f"prompt_template {self.prompt_template!r} has no {{column}} field, so all prompts are equal"
             )
-        if self.columns:
-            check_roles(self.columns, has_template=bool(fields))
+        for name, roles in self.dimensions.items():
+            if not is_dimension(name) or not isinstance(roles, Mapping):
+                raise ConfigError(
+                    'dimensions must be like {"helpful": {"best": "better_response_id"}, "harmless": {}}: '
+                    f"names of up to 40 letters and digits, and roles as in columns; got {shown(name)}: "
+                    f"{shown(roles)}"
+                )
+            if self.embedded and (name not in EMBEDDED[self.source] or roles):
+                has = ", ".join(EMBEDDED[self.source]) or "none"
+                raise ConfigError(
+                    f'source "{self.source}" has the dimensions {has}, each without roles, as in '
+                    f'{{"{DIMENSIONS[0]}": {{}}}}; got {shown(name)}: {shown(roles)}'
+                )
+        for roles in [*self.dimensions.values()] or [{}]:
+            if self.columns:
+                check_roles({**self.columns, **roles}, has_template=bool(fields))
+            elif roles:
+                raise ConfigError(
+                    f"dimensions gives roles ({', '.join(roles)}), so columns must name prompt and "
+                    'completions, as in {"completions": ["response_0", "response_1"]}'
+                )
         for name, allowed in (("sft_columns", {"prompt", "completion"}), ("prompts_columns", {"prompt"})):
             for role, column in getattr(self, name).items():
                 if role not in allowed:
@@ -324,12 +357,12 @@ class Part(NamedTuple):
 
     Attributes:
         name: how records call it.
-        share: of the dataset's rows.
+        share: of the dataset's rows; None: all of its rows.
         config: how it is read, with its place as `source` and no mixture.
     """
 
     name: str
-    share: Fraction
+    share: Fraction | None
     config: DataConfig
 
 
@@ -340,12 +373,16 @@ def parts_of(config: DataConfig) -> list[Part]:
         ConfigError: a share out of range, an unknown option, a source twice, or one that cannot be mixed.
     """
     if not config.mixture:
-        return [Part(public_url(config.source), Fraction(1), config)]
+        return [Part(public_url(config.source), None, config)]
     if config.embedded:
         raise ConfigError(_STORY)
     others = [_part(config, str(name), given) for name, given in config.mixture.items()]
-    rest = Fraction(1) - sum(part.share for part in others)
-    if rest <= 0:
+    shares = [part.share for part in others if part.share is not None]
+    if shares and len(shares) < len(others):
+        name = next(part.name for part in others if part.share is None)
+        raise ConfigError(f"mixture[{name!r}] {_NEEDS_SHARE}, as others have one; got none")
+    rest = Fraction(1) - sum(shares) if shares else None
+    if rest is not None and rest <= 0:
         raise ConfigError(
             f"the shares of mixture add up to {float(1 - rest):g}; their sum must stay below 1, since source "
             "has the rest"
@@ -371,7 +408,7 @@ def parts_of(config: DataConfig) -> list[Part]:
 def _part(config: DataConfig, name: str, given: object) -> Part:
     where = f"mixture[{public_url(name)!r}]"
     options: dict[str, object] = dict(given) if isinstance(given, Mapping) else {"share": given}
-    share = _share(options.pop("share", None), where)
+    share = _share(options.pop("share"), where) if "share" in options else None
     for option in options:
         if option not in _OPTIONS:
             raise ConfigError(f"{where} has no option {option!r}{closest(option, _OPTIONS)}")
@@ -396,8 +433,7 @@ def _share(value: object, where: str) -> Fraction:
             number = float(value)
     if not 0 < number < 1:
         raise ConfigError(
-            f"{where} needs its share of the dataset, a number between 0 and 1, as in 0.3 or "
-            f'{{"share": 0.3, "split": "train"}}; got {shown(value)}'
+            f'{where} {_NEEDS_SHARE}, as in 0.3 or {{"share": 0.3, "split": "train"}}; got {shown(value)}'
         )
     return Fraction(repr(number))  # 0.3 as it is written, so that sums and counts are exact
 

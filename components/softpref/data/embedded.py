@@ -32,23 +32,25 @@ def embedded_demonstrations(config: DataConfig) -> Iterator[SourceRow]:
 def write_known_answers(config: DataConfig, folder: Path) -> None:
     """Write `outcomes.jsonl` of the story world, `reward.json` of the storyteller, and nothing of others."""
     if config.source == "story":
-        world = StoryWorld()
+        world = StoryWorld([*config.dimensions])
         with (folder / OUTCOMES_FILE).open("w", encoding="utf-8") as file:
             for prompt in world.prompts:
                 outcomes = world.outcomes(prompt)
-                line = {
+                line: dict[str, object] = {
                     "prompt": prompt,
                     "completions": outcomes.completions,
                     "rewards": outcomes.rewards.tolist(),
                     "weights": outcomes.weights.tolist(),
                 }
+                if outcomes.dimensions:
+                    line["dimensions"] = {name: own.tolist() for name, own in outcomes.dimensions.items()}
                 file.write(json.dumps(line) + "\n")
     elif config.source == "storyteller":
         storyteller.REWARD.write(folder / REWARD_FILE)
 
 
 def _world(config: DataConfig) -> World:
-    return StoryWorld() if config.source == "story" else storyteller.Storyteller()
+    return StoryWorld([*config.dimensions]) if config.source == "story" else storyteller.Storyteller()
 
 
 def _numbered(draws: Iterable[Record]) -> Iterator[SourceRow]:

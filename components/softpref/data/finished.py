@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = {*Preference._fields, "source_row"}
+_COLUMNS = {"prompt", "completions", "kind", "probability", "source_row"}
 _TAKEN = (*WITH_JUDGE, "dataset_dict.json", "sft", "prompts", OUTCOMES_FILE, REWARD_FILE)
 # the parameters that choose or change preferences while they are read
 _OF_READING = (
-    *("columns", "preference_values", "score_scale", "implicit_prompt", "implicit_prompt_end"),
+    *("columns", "dimensions", "preference_values", "score_scale", "implicit_prompt", "implicit_prompt_end"),
     *("transcripts", "list_kind", "group_size", "labels", "ties", "min_votes", "duplicates"),
     *("contradictions", "max_characters", "max_source_rows", "degree_ranking_weight"),
 )
@@ -79,14 +79,14 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
     split_of: dict[bytes, str] = {}
     hashes = []
     for split in (split for split in WITH_JUDGE if split in dataset):
-        if {*dataset[split].column_names} - {"weight", "source", "degree"} != _COLUMNS:
+        if {*dataset[split].column_names} - {"weight", "dimension", "source", "degree"} != _COLUMNS:
             raise DataError(
                 f"{config.source} has a stats.json of this stage, but its split {split} has the columns "
                 f"{', '.join(dataset[split].column_names)}; give split to read one as any other source"
             )
         digest = hashlib.sha256()
         for record in dataset[split]:
-            row = Preference(*(record[field] for field in Preference._fields))
+            row = Preference(**{name: record[name] for name in Preference._fields if name in record})
             digest.update(row_bytes(row, record.get("weight")))
             split_of[prompt_key(row.prompt)] = split
         hashes.append(digest.hexdigest())
@@ -106,7 +106,9 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
 
 def row_bytes(row: Preference, weight: float | None = None) -> bytes:
     """What a row adds to the hash of its split."""
-    return json.dumps(row if weight is None else [*row, weight], sort_keys=True).encode() + b"\n"
+    *values, dimension = row
+    beside = [*([] if weight is None else [weight]), *([dimension] if dimension else [])]
+    return json.dumps([*values, *beside], sort_keys=True).encode() + b"\n"
 
 
 def dataset_hash(hashes: list[str]) -> str:

@@ -12,18 +12,29 @@ import json
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
-from softpref.data.columns import Record, check_present, check_roles, paths_of, settle_layout, value_at
+from softpref.data.columns import (
+    Layout,
+    Record,
+    check_present,
+    check_roles,
+    paths_of,
+    settle_dimensions,
+    settle_layout,
+    value_at,
+)
 from softpref.data.config import DataConfig
 from softpref.data.rows import (
     Candidate,
     Preference,
+    has_label,
     pair_thumbs,
     rank_candidates,
     read_candidate,
+    read_dimension,
     read_preference,
     read_verdicts,
     read_weight,
@@ -38,6 +49,7 @@ from softpref.progress import follow
 logger = logging.getLogger(__name__)
 
 _PEEK = 100  # rows that show which columns a source has
+Read = TypeVar("Read", Preference, Candidate)
 _BITS = 40  # for a row's number, in an integer that holds source and row
 
 
@@ -105,7 +117,7 @@ class Source:
     Attributes:
         name: what messages and records call it.
         config: how it is read.
-        layout: the roles of its columns.
+        layouts: the roles of its columns, by dimension; under an empty name where rows have none, or name it.
         conversational: whether most of its first rows are conversations; None if none of them is usable.
         rows: all of its records.
     """
@@ -120,37 +132,96 @@ class Source:
         first, self.rows, known, common = peek(itertools.islice(rows, config.max_source_rows), name)
         self.name, self.config = name, config
         template = config.template_fields
-        given = check_roles(config.columns, bool(template)).columns if config.columns else {}
+        given = {
+            role: column
+            for roles in [*config.dimensions.values()] or [{}]
+            if config.columns
+            for role, column in check_roles({**config.columns, **roles}, bool(template)).columns.items()
+        }
         wanted = [(f"columns[{role!r}]", column) for role, column in given.items()]
         check_present([*wanted, *(("prompt_template", field) for field in template)], known, name)
-        with _naming(name):
-            self.layout = settle_layout(
-                config.columns,
+
+        def settle(columns: Mapping[str, object]) -> Layout:
+            return settle_layout(
+                columns,
                 common,
                 template,
                 scaled=config.score_scale is not None,
                 implicit=config.implicit_prompt or bool(config.implicit_prompt_end),
             )
-            for role, fits in (("weight", self._has_weight), ("system", self._has_system)):
+
+        with _naming(name):
+            self.layouts = settle_dimensions(config.dimensions, config.columns, known, settle)
+            for role, fits in (
+                ("weight", self._has_weight),
+                ("system", self._has_system),
+                ("dimension", self._has_dimension),
+            ):
                 if role in self.layout.columns and role not in config.columns:
                     self._settle_found(role, fits, first)
             self.conversational = self._prevailing(first)
         forms = value_forms([row.record for row in first if row.record], self.layout, config)
-        self.layout = self.layout._replace(
-            notes=(*self.layout.notes, *(f"recognised as messages: {form}" for form in forms))
-        )
+        notes = [*self.layout.notes, *(f"recognised as messages: {form}" for form in forms)]
+        unused = self.layout.unused
         if config.embedded:  # whose columns are its own
-            self.layout = self.layout._replace(unused=(), notes=())
-        for note in self.layout.notes:
+            unused, notes = (), []
+        self._update(unused=unused, notes=tuple(notes))
+        for note in notes:
             logger.warning("%s: %s", name, note)
-        if self.layout.unused:
-            logger.warning("%s: columns without use: %s", name, ", ".join(self.layout.unused))
+        if unused:
+            logger.warning("%s: columns without use: %s", name, ", ".join(unused))
 
-    def read(self, record: Record) -> Sequence[Preference | LeftOut]:
-        """The preferences of a record that is not one of several candidates."""
-        if self.layout.label == ("verdicts",):
-            return read_verdicts(record, self.layout, self.config)
-        return [read_preference(record, self.layout, self.config)]
+    @property
+    def layout(self) -> Layout:
+        """What the layouts of all dimensions share: all but the labels."""
+        return next(iter(self.layouts.values()))
+
+    @property
+    def has_dimensions(self) -> bool:
+        """Whether rows are of a dimension."""
+        return self.layouts.keys() != {""} or "dimension" in self.layout.columns
+
+    def read(self, record: Record) -> Sequence[Preference | Refused]:
+        """The preferences of a record that is not one of several candidates, or why it has none.
+
+        Raises:
+            Refused: the record, whatever its dimension.
+        """
+        return self._each(record, self._read)
+
+    def read_candidates(self, record: Record) -> Sequence[Candidate | Refused]:
+        """The same of a record that is one of several candidates."""
+        return self._each(record, lambda record, layout: [read_candidate(record, layout, self.config)])
+
+    def _read(self, record: Record, layout: Layout) -> Sequence[Preference | Refused]:
+        if layout.label == ("verdicts",):
+            return read_verdicts(record, layout, self.config)
+        return [read_preference(record, layout, self.config)]
+
+    def _each(
+        self, record: Record, read: Callable[[Record, Layout], Sequence[Read | Refused]]
+    ) -> list[Read | Refused]:
+        """What every dimension makes of a record."""
+        found: list[Read | Refused] = []
+        if self.layouts.keys() == {""}:
+            found += read(record, self.layout)
+            return found
+        for name, layout in self.layouts.items():
+            try:
+                if layout.label and not has_label(record, layout):
+                    raise LeftOut("dimension without a label", name)
+                found += [
+                    one if isinstance(one, Refused) else one._replace(dimension=name)
+                    for one in read(record, layout)
+                ]
+            except LeftOut as reason:
+                found.append(reason)
+            except Refused as reason:
+                found.append(reason.of(f"dimension {name}"))
+        return found
+
+    def _update(self, **values: Any) -> None:
+        self.layouts = {name: layout._replace(**values) for name, layout in self.layouts.items()}
 
     def _settle_found(self, role: str, fits: Callable[[Record], bool], rows: Sequence[SourceRow]) -> None:
         """Leave a column that was found by its name alone unused, where most rows do not fit its role."""
@@ -159,15 +230,16 @@ class Source:
             with contextlib.suppress(Refused):
                 fitting += fits(row.readable)
         if 2 * fitting < sum(row.record is not None for row in rows):
-            columns = dict(self.layout.columns)
-            self.layout = self.layout._replace(
-                unused=(*self.layout.unused, str(columns.pop(role))),
-                notes=tuple(note for note in self.layout.notes if role not in note),
-                columns=columns,
-            )
+            unused = (*self.layout.unused, str(self.layout.columns[role]))
+            self._update(unused=unused, notes=tuple(note for note in self.layout.notes if role not in note))
+            for layout in self.layouts.values():
+                del layout.columns[role]
 
     def _has_weight(self, record: Record) -> bool:
         return read_weight(record, self.layout) is not None
+
+    def _has_dimension(self, record: Record) -> bool:
+        return isinstance(read_dimension(record, self.layout), str)
 
     def _has_system(self, record: Record) -> bool:
         """Whether there is a text: a single word names a system rather than instructing one."""
@@ -179,12 +251,9 @@ class Source:
         kinds: Counter[bool] = Counter()
         for row in rows:
             with contextlib.suppress(Refused):
-                read: Sequence[Preference | LeftOut | Candidate]
-                if self.layout.form == "single":
-                    read = [read_candidate(row.readable, self.layout, self.config)]
-                else:
-                    read = self.read(row.readable)
-                kinds.update(isinstance(one.prompt, list) for one in read if not isinstance(one, LeftOut))
+                single = self.layout.form == "single"
+                read = (self.read_candidates if single else self.read)(row.readable)
+                kinds.update(isinstance(one.prompt, list) for one in read if not isinstance(one, Refused))
         return kinds.most_common(1)[0][0] if kinds else None
 
 
@@ -256,7 +325,7 @@ class Intake:
                 weight = read_weight(row.readable, source.layout)
                 for preference in source.read(row.readable):
                     with self._refusing((row.number, row.place)):
-                        if isinstance(preference, LeftOut):
+                        if isinstance(preference, Refused):
                             raise preference
                         self._accept(preference, row.number, row.place, spool, weight)
         return read
@@ -293,14 +362,16 @@ class Intake:
         key = prompt_key(row.prompt)
         parts = [_digest(completion) for completion in row.completions]
         even = row.probability == 0.5
-        identity = _digest([key.hex(), row.kind, row.probability, *(sorted(parts) if even else parts)])
+        identity = _digest(
+            [key.hex(), row.kind, row.probability, row.dimension, *(sorted(parts) if even else parts)]
+        )
         here = self._index << _BITS | number
         if (earlier := self._seen.setdefault(identity, here)) != here:
             self.duplicates += 1
             if not self._keep_duplicates:
                 other = f" of {self._names[earlier >> _BITS]}" if self._names else ""
                 raise LeftOut("duplicate", f"of row {earlier & (1 << _BITS) - 1}{other}")
-        set_id = self._sets.setdefault(_digest([key.hex(), *sorted(parts)]), len(self._sets))
+        set_id = self._sets.setdefault(_digest([key.hex(), row.dimension, *sorted(parts)]), len(self._sets))
         if set_id == len(self._winners):
             self._winners.append(b"" if even else parts[0])
         elif not even:
@@ -315,23 +386,26 @@ class Intake:
     def _take_candidates(self, spool: IO[str]) -> int:
         """Group one-candidate rows by prompt. The texts wait on disk; only their offsets are in memory."""
         read, layout, config = 0, self._source.layout, self._source.config
-        groups: dict[bytes, list[int]] = {}
+        groups: dict[tuple[bytes, str], list[int]] = {}
         seen: dict[bytes, int] = {}
         waiting_path = self._spool.with_suffix(".candidates")
         with waiting_path.open("w+b") as waiting:
             for row in follow(self._source.rows, f"reading {self._source.name}"):
                 read += 1
                 with self._refusing((row.number, row.place)):
-                    candidate = read_candidate(row.readable, layout, config)
-                    key = prompt_key(candidate.prompt)
-                    identity = _digest([key.hex(), candidate.completion])
-                    if (earlier := seen.setdefault(identity, row.number)) != row.number:
-                        self.duplicates += 1
-                        raise LeftOut("duplicate", f"of row {earlier}")
-                    groups.setdefault(key, []).append(waiting.tell())
-                    line = json.dumps([*candidate, row.number, row.place], ensure_ascii=False)
-                    waiting.write(line.encode() + b"\n")
-            for key, offsets in groups.items():
+                    for candidate in self._source.read_candidates(row.readable):
+                        with self._refusing((row.number, row.place)):
+                            if isinstance(candidate, Refused):
+                                raise candidate
+                            key = prompt_key(candidate.prompt)
+                            identity = _digest([key.hex(), candidate.dimension, candidate.completion])
+                            if (earlier := seen.setdefault(identity, row.number)) != row.number:
+                                self.duplicates += 1
+                                raise LeftOut("duplicate", f"of row {earlier}")
+                            groups.setdefault((key, candidate.dimension), []).append(waiting.tell())
+                            line = json.dumps([*candidate, row.number, row.place], ensure_ascii=False)
+                            waiting.write(line.encode() + b"\n")
+            for (key, _), offsets in groups.items():
                 for chunk in self._chunks(key, offsets):
                     candidates, places = [], []
                     for offset in chunk:

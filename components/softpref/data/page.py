@@ -43,6 +43,8 @@ def _example(row: PreferenceRow) -> dict[str, object]:
         label = "hard label"
     else:
         label = f"the first beats the second with probability {row['probability']:.2f}"
+    if dimension := row.get("dimension"):
+        label = f"{dimension}: {label}"
     return {
         "row": row["source_row"],
         "source": row.get("source", "the source"),
@@ -61,6 +63,13 @@ def _readings(stats: DatasetStats) -> Iterator[tuple[str, list[tuple[str, str]]]
             name,
             [
                 ("columns", columns + (" (guessed from their names)" if mapping["guessed"] else "")),
+                *(
+                    (
+                        f"dimension {dimension}",
+                        ", ".join(f"{role} ← {column}" for role, column in own.items()),
+                    )
+                    for dimension, own in mapping.get("dimensions", {}).items()
+                ),
                 ("read as", "; ".join(mapping.get("notes", [])) or "–"),
                 ("columns without use", ", ".join(mapping.get("unused", [])) or "–"),
                 ("prompt template", mapping["prompt_template"] or "–"),

@@ -9,7 +9,7 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from softpref.data.columns import Column, Layout, Record, value_at
+from softpref.data.columns import Column, Layout, Record, is_dimension, value_at
 from softpref.data.config import DataConfig
 from softpref.data.labels import (
     Order,
@@ -42,12 +42,13 @@ _TEXT_ROLES = ("prompt", "chosen", "rejected", "completion_a", "completion_b", "
 
 
 class Preference(NamedTuple):
-    """A prompt and its completions, best first; the rest as in `Order`."""
+    """A prompt and its completions, best first in a dimension (empty: in all); the rest as in `Order`."""
 
     prompt: Text
     completions: list[Text]
     kind: str
     probability: float | None
+    dimension: str = ""
 
 
 class Candidate(NamedTuple):
@@ -56,6 +57,7 @@ class Candidate(NamedTuple):
     prompt: Text
     completion: Text
     score: float
+    dimension: str = ""
 
 
 class Demonstration(NamedTuple):
@@ -88,21 +90,38 @@ def read_preference(record: Record, layout: Layout, config: DataConfig) -> Prefe
         raise Refused("one label for several rejected completions", f"{' and '.join(layout.label)}")
     else:
         order = Order(range(len(completions)), "best_of_n")
-    return _ordered(prompt, completions, order, config)
+    found = _ordered(prompt, completions, order, config)
+    return found._replace(dimension=read_dimension(record, layout))
 
 
 def read_verdicts(record: Record, layout: Layout, config: DataConfig) -> list[Preference | LeftOut]:
     """Read a row of several completions with verdicts on their pairs: a row for each judged pair."""
     prompt, completions = _read_list_form(record, layout, config)
+    dimension = read_dimension(record, layout)
     found: list[Preference | LeftOut] = []
     for order in order_by_verdicts(len(completions), record, layout, config):
         try:
             if isinstance(order, LeftOut):
                 raise order
-            found.append(_ordered(prompt, completions, order, config))
+            found.append(_ordered(prompt, completions, order, config)._replace(dimension=dimension))
         except LeftOut as reason:
             found.append(reason)
     return found
+
+
+def read_dimension(record: Record, layout: Layout) -> str:
+    """The dimension that the row names; empty where it names none."""
+    value = value_at(record, layout.columns["dimension"]) if "dimension" in layout.columns else None
+    if value is None or value == "":
+        return ""
+    if not isinstance(value, str) or not is_dimension(value):
+        raise Refused("dimension is not a name of up to 40 letters and digits", describe(value))
+    return value
+
+
+def has_label(record: Record, layout: Layout) -> bool:
+    """Whether a row says anything of a dimension."""
+    return any(value_at(record, layout.columns[role]) is not None for role in layout.label)
 
 
 def read_weight(record: Record, layout: Layout) -> float | None:
@@ -124,7 +143,8 @@ def read_candidate(record: Record, layout: Layout, config: DataConfig) -> Candid
     value = read_field(record, layout.columns[role])
     score = read_thumb(value) if role == "label" else read_number(value, role)
     _limit_length(prompt, completions, config)
-    return Candidate(prompt, completions[0], -score if role == "rank" else score)
+    score = -score if role == "rank" else score
+    return Candidate(prompt, completions[0], score, read_dimension(record, layout))
 
 
 def pair_thumbs(candidates: Sequence[Candidate]) -> list[Preference]:
@@ -134,8 +154,9 @@ def pair_thumbs(candidates: Sequence[Candidate]) -> list[Preference]:
     if not good or not bad:
         raise LeftOut("prompt with one label only", f"{len(good)} true and {len(bad)} false")
     _refuse_identical([*good, *bad], _numbered(candidates))
+    prompt, dimension = candidates[0].prompt, candidates[0].dimension
     return [
-        Preference(candidates[0].prompt, [good[i % len(good)], bad[i % len(bad)]], "pairwise", None)
+        Preference(prompt, [good[i % len(good)], bad[i % len(bad)]], "pairwise", None, dimension)
         for i in range(max(len(good), len(bad)))
     ]
 
@@ -147,7 +168,8 @@ def rank_candidates(candidates: Sequence[Candidate], config: DataConfig) -> Pref
     completions = [candidate.completion for candidate in candidates]
     _refuse_identical(completions, _numbered(candidates))
     order = order_by_scores([candidate.score for candidate in candidates], config)
-    return _ordered(candidates[0].prompt, completions, order, config)
+    found = _ordered(candidates[0].prompt, completions, order, config)
+    return found._replace(dimension=candidates[0].dimension)
 
 
 def read_demonstration(record: Record, columns: Mapping[str, Column], config: DataConfig) -> Demonstration:

@@ -64,14 +64,13 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> Da
 
     The folder is a saved `datasets.DatasetDict` with the splits train, validation and test, and judge where
     `judge_fraction` asks for it (columns `prompt`, `completions` best first, `kind`, `probability`, `weight`
-    where a source has weights, `source_row`, `source` where there are several, and `degree` where
-    `degree_ranking_weight` makes rows), and beside it
-    `stats.json`, `parameters.yaml`, `rejected.jsonl`,
-    `page.html`; `sft/` (a `DatasetDict` of `prompt` and `completion`) and `prompts/` (a `Dataset` of
-    `prompt`) where the configuration gives them a source; for the story world `outcomes.jsonl`, for the
-    storyteller `reward.json`. It appears under its name only when complete. The same configuration and source
-    give the same rows. Where the source is such a folder itself, its splits and what lies beside them are
-    taken over as they are.
+    where a source has weights, `dimension` where rows have any, `source_row`, `source` where there are several,
+    and `degree` where `degree_ranking_weight` makes rows), and beside it `stats.json`, `parameters.yaml`,
+    `rejected.jsonl`, `page.html`; `sft/` (a `DatasetDict` of `prompt` and `completion`) and `prompts/` (a
+    `Dataset` of `prompt`) where the configuration gives them a source; for the story world
+    `outcomes.jsonl`, for the storyteller `reward.json`. It appears under its name only when complete. The
+    same configuration and source give the same rows. Where the source is such a folder itself, its splits
+    and what lies beside them are taken over as they are.
 
     Args:
         config: what to read and how.
@@ -207,8 +206,9 @@ def _divide(
     )
     splits = {id: split_of[key] for id, key in enumerate(keys) if key in split_of}
     weighted = any("weight" in source.layout.columns for source in sources)
+    judged = any(source.has_dimensions for source in sources)
     summary, examples = write_preferences(
-        intake, config, kept, splits, folder, rejections, weighted=weighted, names=names
+        intake, config, kept, splits, folder, rejections, weighted=weighted, dimensions=judged, names=names
     )
     mappings = [_mapping(source) for source in sources]
     stats: DatasetStats = {
@@ -235,7 +235,7 @@ def _divide(
             {
                 "name": part.name,
                 "source": public_url(part.config.source),
-                "share": float(part.share),
+                "share": float(part.share or counts["rows"] / len(kept)),
                 "rows_read": one.rows_read,
                 "rejected": dict(one.refused.most_common()),
                 "left_out": dict((+one.left_out).most_common()),
@@ -249,14 +249,27 @@ def _divide(
 
 def _mapping(source: Source) -> ColumnMapping:
     """What `stats.json` says of how a source's columns are read."""
-    return {
+    labels = {
+        name: {role: layout.columns[role] for role in layout.label}
+        for name, layout in source.layouts.items()
+        if name
+    }
+    shared: dict[str, str | list[str]] = {
+        role: column
+        for role, column in source.layout.columns.items()
+        if not labels or role not in source.layout.label
+    }
+    mapping: ColumnMapping = {
         "form": source.layout.form,
-        "columns": source.layout.columns,
+        "columns": shared,
         "guessed": source.layout.guessed,
         "unused": list(source.layout.unused),
         "notes": list(source.layout.notes),
         "prompt_template": source.config.prompt_template or None,
     }
+    if labels:
+        mapping["dimensions"] = labels
+    return mapping
 
 
 def _preference_rows(config: DataConfig, fetched: Path | None) -> Iterator[SourceRow]:

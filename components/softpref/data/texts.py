@@ -28,7 +28,11 @@ class Refused(ValueError):
 
     def __init__(self, rule: str, detail: str = "") -> None:
         super().__init__(f"{rule}: {detail}" if detail else rule)
-        self.rule = rule
+        self.rule, self.detail = rule, detail
+
+    def of(self, part: str) -> Refused:
+        """The same, of a part of the row."""
+        return Refused(self.rule, f"{part}, {self.detail}" if self.detail else part)
 
 
 class LeftOut(Refused):

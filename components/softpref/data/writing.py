@@ -36,16 +36,20 @@ def write_preferences(
     rejections: RejectionLog,
     *,
     weighted: bool,
+    dimensions: bool = False,
     names: Sequence[str] = (),
 ) -> tuple[DatasetStats, list[PreferenceRow]]:
     """The second pass: write kept rows to their splits. Returns what `stats.json` says of them, and examples.
 
     Args:
         weighted: whether rows have weights; those of a source without any weigh 1.
+        dimensions: whether rows have dimensions.
         names: those of several sources.
     """
-    made = bool(config.degree_ranking_weight)
-    features = _features(bool(intake.conversational), weighted or made, several=bool(names), made=made)
+    made, several = bool(config.degree_ranking_weight), bool(names)
+    features = _features(
+        bool(intake.conversational), weighted or made, dimensions, several=several, made=made
+    )
     present = WITH_JUDGE if config.judge_fraction else SPLITS
     writer = SplitWriter(folder / "work", present, features)
     shown = set(
@@ -55,6 +59,7 @@ def write_preferences(
     prompts = {split: len({i for i in intake.prompt_ids if splits.get(i) == split}) for split in present}
     hashes = {split: hashlib.sha256() for split in present}
     kinds: Counter[str] = Counter()
+    of_dimension: Counter[str] = Counter()
     sizes: Counter[int] = Counter()
     prompt_lengths, chosen_lengths, rejected_lengths = array("L"), array("L"), array("L")
     longer = 0.0  # pairs whose better completion is the longer one; of equal length: half
@@ -77,6 +82,7 @@ def write_preferences(
             "kind": row.kind,
             "probability": row.probability,
             "weight": weight,
+            "dimension": row.dimension,
             "source_row": accepted.source_row,
         }
         if names:
@@ -86,6 +92,7 @@ def write_preferences(
         writer.write(split, {name: value for name, value in record.items() if name in features})
         hashes[split].update(row_bytes(row, weight))
         kinds[row.kind] += 1
+        of_dimension[row.dimension] += 1
         sizes[len(row.completions)] += 1
         prompt_lengths.append(characters(row.prompt))
         best, *others = map(characters, row.completions)
@@ -114,6 +121,7 @@ def write_preferences(
         "rows": dict(writer.counts),
         "prompts": prompts,
         "kinds": dict(kinds),
+        **({"dimensions": dict(sorted(of_dimension.items()))} if dimensions else {}),
         "completions_per_row": {str(size): sizes[size] for size in sorted(sizes)},
         "labels": {"hard": len(kept) - len(confidences), "soft": len(confidences)},
         "confidence": _histogram(confidences, bins=10, limits=(0.5, 1.0)),
@@ -179,7 +187,9 @@ def demonstration_features(conversational: bool) -> dict[str, Any]:
     return {"prompt": messages, "completion": messages}
 
 
-def _features(conversational: bool, weighted: bool, several: bool, made: bool) -> dict[str, Any]:
+def _features(
+    conversational: bool, weighted: bool, dimensions: bool, *, several: bool, made: bool
+) -> dict[str, Any]:
     import datasets
 
     text = demonstration_features(conversational)["prompt"]
@@ -189,6 +199,7 @@ def _features(conversational: bool, weighted: bool, several: bool, made: bool) -
         "kind": datasets.Value("string"),
         "probability": datasets.Value("float64"),
         **({"weight": datasets.Value("float64")} if weighted else {}),
+        **({"dimension": datasets.Value("string")} if dimensions else {}),
         "source_row": datasets.Value("int64"),
         **({"source": datasets.Value("string")} if several else {}),
         **({"degree": datasets.Value("bool")} if made else {}),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from softpref.errors import ConfigError
 from softpref.lm.extrapolation import extrapolated_folders
-from softpref.records import EVALUATION_FILE, Evaluation
+from softpref.records import EVALUATION_FILE, Evaluation, earlier_folders
 from softpref.remote import public_url
 from softpref.tracking import in_short, mlflow_ready, open_client, resolve_tracking_uri, short_requests
 
@@ -72,8 +72,8 @@ def find_evaluations(
 
 
 def evaluation_folders(folders: Iterable[str | Path]) -> list[Path]:
-    """These evaluation folders, each followed by those of the models extrapolated from its policy."""
-    found = ((Path(folder), *extrapolated_folders(folder)) for folder in folders)
+    """These evaluation folders, each followed by those of the models in its policy's folder."""
+    found = ((Path(folder), *earlier_folders(folder), *extrapolated_folders(folder)) for folder in folders)
     return list(dict.fromkeys(folder for group in found for folder in group))
 
 

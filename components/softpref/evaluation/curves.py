@@ -22,7 +22,7 @@ class Curve(NamedTuple):
     Attributes:
         name: what a reader calls them, like `SPO` or `SPO, 3 rounds on samples`.
         method: as the training stage names it.
-        symbol: of the parameter, `α` or `β`.
+        symbol: of the parameter, `α`, `β` or `λ`.
         members: by that parameter.
     """
 
@@ -60,7 +60,8 @@ def curves(members: Sequence[Evaluation]) -> list[Curve]:
     found = []
     for (method, *notes), group in groups.items():
         name = ", ".join([method.upper() or "not of softpref", *filter(None, notes)])
-        found.append(Curve(name, method, "α" if method == "spo" else "β", group))
+        symbol = "λ" if _weight(group[0]) is not None else _strength(group[0])[0]
+        found.append(Curve(name, method, symbol, group))
     return found
 
 
@@ -73,8 +74,23 @@ def position(member: Evaluation) -> tuple[object, ...]:
 
 
 def parameter(member: Evaluation) -> float | None:
-    """What orders a member within its curve: α of SPO, β of other methods; None where there is none."""
-    return member.alpha if member.method == "spo" else member.beta
+    """What orders a member within its curve: α of SPO, β of other methods; None where there is none.
+
+    Of one that learned dimensions one after another it is λ, what the earlier ones weigh in the last round.
+    """
+    weight = _weight(member)
+    return _strength(member)[1] if weight is None else weight
+
+
+def _strength(member: Evaluation) -> tuple[str, float | None]:
+    """Softness or strength, and its symbol."""
+    return ("α", member.alpha) if member.method == "spo" else ("β", member.beta)
+
+
+def _weight(member: Evaluation) -> float | None:
+    """λ, where it is one for all earlier dimensions."""
+    weights = set(member.dimension_weights)
+    return weights.pop() if len(weights) == 1 else None
 
 
 def all_exact(members: Sequence[Evaluation]) -> bool:
@@ -186,7 +202,12 @@ def most_entropy(rewards: np.ndarray, maximum: Sequence[Point]) -> np.ndarray:
 
 def _variant(member: Evaluation) -> tuple[str, ...]:
     """What sets a member apart from one trained once on the preferences, in words."""
-    notes = []
+    notes = [", then ".join(member.dimensions)] if member.dimensions else []
+    if _weight(member) is not None:
+        symbol, value = _strength(member)
+        notes.append(f"{symbol} = {value:g}")
+    elif member.dimension_weights:
+        notes.append(f"λ = {', '.join(format(weight, 'g') for weight in member.dimension_weights)}")
     strength = member.beta if member.method == "spo" else member.kl_beta
     if member.kl_beta and member.kl_on != "none":
         notes.append(f"KL β = {member.kl_beta:g}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ class ExactPrompt(NamedTuple):
         rewards: `[N]`, the expert's.
         policy, reference, optimum: `[N]` each, normalised over the set.
         policy_mass, reference_mass: probability that each puts on the set.
+        dimensions: by name, `[N]` each, the rewards of each dimension, where there are several.
     """
 
     rewards: np.ndarray
@@ -33,6 +35,7 @@ class ExactPrompt(NamedTuple):
     optimum: np.ndarray
     policy_mass: float
     reference_mass: float = 1.0
+    dimensions: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class Objective(NamedTuple):
@@ -44,6 +47,9 @@ class Objective(NamedTuple):
         kind, group_size: what the rows are, and how many completions each holds; `"mixed"` and 0 where they
             differ.
         altered: why labels or rows do not follow the experts' Bradley-Terry or Plackett-Luce model, or empty.
+        dimension: of preference that it was trained on, one of several, or empty.
+        weights: λ of each earlier round.
+        earlier: the objectives of the rounds before, on other dimensions, from the first on.
     """
 
     method: str = ""
@@ -63,6 +69,9 @@ class Objective(NamedTuple):
     kind: str = "pairwise"
     group_size: int = 2
     altered: str = ""
+    dimension: str = ""
+    weights: tuple[float, ...] = ()
+    earlier: tuple[Objective, ...] = ()
 
     @property
     def on_data(self) -> bool:
@@ -107,15 +116,31 @@ def trained_objective(metadata: ModelMetadata, stats: DatasetStats) -> Objective
     known: dict[str, Any] = {
         key: value for key, value in metadata.items() if key in Objective._fields and value is not None
     }
-    objective = Objective(**{**known, "kind": kind, "group_size": size, "altered": altered})
-    if objective.on_data and (stats.get("labels") or {}).get("soft") == 0:
-        objective = objective._replace(soft_labels="linear")  # both ways do the same to hard labels
-    return objective
+    lineage = metadata.get("lineage") or []
+    judged = len(stats.get("dimensions") or ())
+    if not altered and judged > 1 and not lineage:
+        altered = "rows of several dimensions were trained on alike"
+    elif not altered and any(one["dataset_hash"] != theirs for one in lineage):
+        altered = "an earlier round was trained on another dataset"
+    hard = (stats.get("labels") or {}).get("soft") == 0
+
+    def made(values: Mapping[str, Any], **others: Any) -> Objective:
+        own = {name: value for name, value in values.items() if name in Objective._fields}
+        objective = Objective(**{**own, **others, "kind": kind, "group_size": size, "altered": altered})
+        # both ways do the same to hard labels
+        return objective._replace(soft_labels="linear") if objective.on_data and hard else objective
+
+    rounds = [made(one, weights=tuple(one["dimension_weights"])) for one in lineage]
+    last = {"dimension": rounds[-1].dimension, "weights": rounds[-1].weights} if rounds else {}
+    return made(known, **last, earlier=tuple(rounds[:-1]))
 
 
 def why_unknown(objective: Objective) -> str:
     """Why the optimum of `objective` is unknown, to end a sentence with; empty where it is known."""
     method = objective.method
+    for number, one in enumerate(objective.earlier, start=1):
+        if reason := why_unknown(one):
+            return f"round {number} ({one.dimension}): {reason}"
     if method not in ("spo", "dpo", "rdpo", "ipo"):
         return f"method {method!r} has no solution to compare with"
     if objective.extrapolation:
@@ -172,10 +197,25 @@ def exact_prompt(
         policy_logps, reference_logps: `[N]`, log-probabilities of the whole completions, end token included.
         seed: of the sets drawn; with the same seed, optima of several objectives are comparable.
     """
-    best = optimum(outcomes.rewards, reference_logps, outcomes.weights, objective, seed=seed)
+    best = optimum(
+        outcomes.rewards,
+        reference_logps,
+        outcomes.weights,
+        objective,
+        dimensions=outcomes.dimensions,
+        seed=seed,
+    )
     rewards = np.asarray(outcomes.rewards, dtype=np.float64)
-    masses = (float(np.exp(_logsumexp(logps))) for logps in (policy_logps, reference_logps))
-    return ExactPrompt(rewards, _normalised(policy_logps), _normalised(reference_logps), best, *masses)
+    mass, of_reference = (float(np.exp(_logsumexp(logps))) for logps in (policy_logps, reference_logps))
+    return ExactPrompt(
+        rewards,
+        _normalised(policy_logps),
+        _normalised(reference_logps),
+        best,
+        mass,
+        of_reference,
+        outcomes.dimensions,
+    )
 
 
 def optimum(
@@ -184,6 +224,7 @@ def optimum(
     weights: np.ndarray,
     objective: Objective,
     *,
+    dimensions: Mapping[str, np.ndarray] = MappingProxyType({}),
     stands_for: np.ndarray | float = 0.0,
     seed: int = 0,
 ) -> np.ndarray:
@@ -195,21 +236,49 @@ def optimum(
     softmax(log π_ref + r/β) under Bradley-Terry, and so for all pairs of a ranking; with a KL term, that of
     `spo` with anchor 1 over these pairs. For `ipo` it is a least-squares fit over them.
 
+    With earlier rounds, each begins with the optimum of the one before, and what those have learned,
+    weighted, is a part of the base measure: log ν = anchor · log π_ref + Σ λ_i R̂_i / α.
+
     Args:
-        rewards, reference_logps: `[N]`, the expert's, and those of the reference, in nats.
+        rewards, reference_logps: `[N]`, the expert's, and those of the reference, in nats; with rounds, of
+            the model that the first of them began with.
         weights: `[N]`, the probability that a candidate of a row is this completion; sums to 1.
+        dimensions: by name, `[N]` each, the expert's rewards where there are several.
         stands_for: `[N]`, the logarithm of how many completions each is one of; 0 where all are listed.
         seed: of the sets drawn.
 
     Returns:
         `[N]` log-probabilities that sum to 1; NaN where the optimum is not known.
     """
+    rounds = (*objective.earlier, objective)
+    if why_unknown(objective) or any(one.dimension and one.dimension not in dimensions for one in rounds):
+        return np.full(len(rewards), np.nan)
+    logps, learned = np.asarray(reference_logps, dtype=np.float64), np.empty((0, len(rewards)))
+    for one in rounds:
+        offsets = np.array(one.weights) @ learned if one.weights else np.zeros(len(rewards))
+        own = dimensions[one.dimension] if one.dimension else rewards
+        best = _optimum_of_round(own, logps, weights, one, offsets, stands_for=stands_for, seed=seed)
+        before, logps = logps, best - stands_for
+        scale, anchor = (one.alpha, one.anchor) if one.method == "spo" else (one.beta, 1.0)
+        learned = np.vstack([learned, scale * (logps - anchor * before) - offsets])
+    return best
+
+
+def _optimum_of_round(
+    rewards: np.ndarray,
+    reference_logps: np.ndarray,
+    weights: np.ndarray,
+    objective: Objective,
+    offsets: np.ndarray,
+    *,
+    stands_for: np.ndarray | float,
+    seed: int,
+) -> np.ndarray:
+    """That of one round, whose loss has offsets `[N]`."""
     import torch
 
     from softpref.objectives import exact_optimum, ipo_optimum
 
-    if why_unknown(objective):
-        return np.full(len(rewards), np.nan)
     logps = torch.as_tensor(reference_logps, dtype=torch.float64)
     shift = torch.as_tensor(stands_for, dtype=torch.float64)
     tensors = torch.as_tensor(rewards, dtype=torch.float64), logps + shift
@@ -229,7 +298,8 @@ def optimum(
         asked = {"groups": torch.as_tensor(groups), "kind": kind}
     elif beta > 0:
         asked = {"pair_probabilities": torch.as_tensor(pair_probabilities(weights, groups))}
-    return exact_optimum(*tensors, alpha=alpha, beta=beta, base_logps=anchor * logps + shift, **asked).numpy()
+    base = anchor * logps + shift + torch.as_tensor(offsets) / alpha
+    return exact_optimum(*tensors, alpha=alpha, beta=beta, base_logps=base, **asked).numpy()
 
 
 def draw_groups(weights: np.ndarray, count: int, size: int, random: np.random.Generator) -> np.ndarray:
@@ -292,6 +362,17 @@ def exact_figures(
             min(p.policy_mass for p in prompts), None, None, len(prompts), len(prompts), "probability"
         ),
         "reference_mass_on_set": figure([p.reference_mass for p in prompts], "probability"),
+        **{
+            f"{whose}expected_reward/{name}": figure(
+                [expected_reward(logps, p.dimensions[name]) for p, logps in zip(prompts, each, strict=True)]
+            )
+            for name in prompts[0].dimensions
+            for whose, each in (
+                ("", [p.policy for p in prompts]),
+                ("optimum_", [p.optimum for p in prompts]),
+                ("reference_", [p.reference for p in prompts]),
+            )
+        },
     }
 
 

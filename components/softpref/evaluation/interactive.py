@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from softpref.evaluation.curves import (
@@ -58,9 +59,9 @@ def frontier_data(members: Sequence[Evaluation], chosen: str | None) -> dict[str
     drawn = curves(members)
     known = {key: unit for member in members for key, (_, unit) in _figures(member).items()}
     known = {key: known[key] for key in (*_KEYS, *known) if key in known}  # in the order of the labels
-    views = [(name, x, y) for name, x, y in _VIEWS if x in known and y in known]
+    views = [(name, x, y) for name, x, y in (*_trade_offs(known), *_VIEWS) if x in known and y in known]
     if not all_exact(members):
-        views = [view for view in views if "exact/" not in view[1]]
+        views = [view for view in views if "exact/" not in view[1] or "reward/" in view[1]]
         if not theory_points(members):  # as the drawing: entropy for reward comes first
             views.sort(key=lambda view: view[2] != "entropy_sequence")
     return {
@@ -87,6 +88,18 @@ def frontier_data(members: Sequence[Evaluation], chosen: str | None) -> dict[str
             if points
         ],
     }
+
+
+def _trade_offs(known: Collection[str]) -> list[tuple[str, str, str]]:
+    """A view of each two dimensions of preference: expected reward by one against that by the other."""
+    found = []
+    for prefix, note in (("exact/expected_reward/", ""), ("expected_reward/", ", of samples")):
+        names = [key.removeprefix(prefix) for key in known if key.startswith(prefix)]
+        found += [
+            (f"{second} for {first}{note}", prefix + first, prefix + second)
+            for first, second in itertools.combinations(names, 2)
+        ]
+    return found
 
 
 def calibrated(members: Sequence[Evaluation]) -> list[Calibrated]:
@@ -173,14 +186,17 @@ def _figures(member: Evaluation) -> dict[str, tuple[list[float | None], str]]:
         f"{group}{name}": ([figure.value, figure.low, figure.high], figure.unit)
         for group, figures in (("", member.metrics), ("exact/", member.exact or {}))
         for name, figure in figures.items()
-        if figure.value is not None and name not in others and not name.startswith("optimum_")
+        if figure.value is not None
+        and name.partition("/")[0] not in others
+        and not name.startswith("optimum_")
     }
 
 
 def _optimum(member: Evaluation) -> dict[str, float]:
     """Where the optimum of a member's own objective lies, by theory."""
     exact = member.exact or {}
-    found = {f"exact/{name}": number(exact, f"optimum_{name}") for name in ("expected_reward", "entropy")}
+    names = ["entropy", *(name for name in exact if name.partition("/")[0] == "expected_reward")]
+    found = {f"exact/{name}": number(exact, f"optimum_{name}") for name in names}
     if best := theory_point(member):
         found |= dict(zip(("kl_sequence", "expected_reward"), best, strict=True))
     return {key: value for key, value in found.items() if value is not None}
@@ -192,7 +208,7 @@ def _reference(member: Evaluation) -> dict[str, float]:
     found = {
         f"{group}{name}": number(figures, of_reference(name))
         for group, figures in groups.items()
-        for name in LABELS
+        for name in (*LABELS, *(name for name in figures if "/" in name))
     }
     found |= {"kl_sequence": 0.0, "kl_token": 0.0, "win_rate": 0.5, "length_controlled_win_rate": 0.5}
     return {key: value for key, value in found.items() if value is not None}
@@ -200,4 +216,4 @@ def _reference(member: Evaluation) -> dict[str, float]:
 
 def _title(key: str) -> str:
     name = key.removeprefix("exact/")
-    return f"{title(name)}, exact" if key == "exact/expected_reward" else title(name)
+    return f"{title(name)}, exact" if key.startswith("exact/expected_reward") else title(name)

@@ -60,13 +60,20 @@ class Row(NamedTuple):
 
 
 def title(name: str) -> str:
-    """What a figure is called; one that has no label, such as a benchmark's, keeps its name."""
-    return LABELS[name][0] if name in LABELS else name
+    """What a figure is called; one that has no label, such as a benchmark's, keeps its name.
+
+    A figure of one dimension of preference is called `NAME/DIMENSION`.
+    """
+    base, slash, dimension = name.partition("/")
+    if base not in LABELS:
+        return name
+    return f"{LABELS[base][0]}, {dimension}" if slash else LABELS[base][0]
 
 
 def of_reference(name: str) -> str:
     """The name of the same figure of the reference."""
-    return _OF_THE_REFERENCE.get(name, f"reference_{name}")
+    base, slash, dimension = name.partition("/")
+    return _OF_THE_REFERENCE.get(base, f"reference_{base}") + slash + dimension
 
 
 def rows(figures: Figures) -> list[Row]:
@@ -77,7 +84,7 @@ def rows(figures: Figures) -> list[Row]:
     return [
         Row(
             title(name),
-            LABELS[name][1] if name in LABELS else "",
+            LABELS[base][1] if (base := name.partition("/")[0]) in LABELS else "",
             figures[name],
             figures.get(f"optimum_{name}"),
             figures.get(of_reference(name)),

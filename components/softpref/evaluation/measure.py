@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from softpref.errors import DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.models import Models
-from softpref.judges.protocol import is_scoring
+from softpref.judges.expert import ExpertJudge
+from softpref.judges.protocol import ScoringJudge, is_scoring
 from softpref.judges.texts import as_text
 from softpref.progress import progress
 from softpref.records import (
@@ -58,8 +59,10 @@ def held_out(
     """Score the held-out preferences under the policy and under its reference.
 
     `preference_accuracy` goes by log π, `relative_accuracy` by log π − log π_ref, `reference_accuracy` by
-    log π_ref; the figures of `softpref.evaluation.calibration` by the preferences that the policy's method
-    implies.
+    log π_ref; where rows have dimensions, each also as `NAME/DIMENSION`. The figures of
+    `softpref.evaluation.calibration` go by the preferences that the policy's method implies, on the rows of
+    the dimension that it was trained on; after several rounds these are not known of policy and reference
+    alone.
     """
     from softpref.evaluation.calibration import calibration
     from softpref.evaluation.metrics import PerplexityMetric, PreferenceMetric, prompt_key
@@ -71,20 +74,31 @@ def held_out(
     keys = [prompt_key(row["prompt"]) for row in used]
     logps, ref_logps = _scored(models, tokens)
 
-    def ranked(scores: Scores, name: str) -> Figures:
+    relative = _less(logps, ref_logps, 1.0)
+    of_dimension: dict[str, list[int]] = {}
+    for place, row in enumerate(used):
+        if name := row.get("dimension"):
+            of_dimension.setdefault(name, []).append(place)
+
+    def ranked(scores: Scores, name: str, places: Sequence[int] = range(len(used))) -> Figures:
         found = PreferenceMetric.figures(
             bootstrap,
-            scores=scores,
-            kind=[row["kind"] for row in used],
-            probability=[row["probability"] for row in used],
-            prompt=keys,
+            scores=[scores[place] for place in places],
+            kind=[used[place]["kind"] for place in places],
+            probability=[used[place]["probability"] for place in places],
+            prompt=[keys[place] for place in places],
         )
         return {figure.replace("preference", name, 1): value for figure, value in found.items()}
 
     figures = {
         **ranked(logps, "preference"),
-        **ranked(_less(logps, ref_logps, 1.0), "relative"),
+        **ranked(relative, "relative"),
         "reference_accuracy": ranked(ref_logps, "reference")["reference_accuracy"],
+        **{
+            f"{what}_accuracy/{name}": ranked(scores, what, places)[f"{what}_accuracy"]
+            for name, places in sorted(of_dimension.items())
+            for what, scores in (("preference", logps), ("relative", relative), ("reference", ref_logps))
+        },
         **PerplexityMetric.figures(
             bootstrap,
             logp=[group[0] for group in logps],
@@ -93,8 +107,10 @@ def held_out(
         ),
     }
     reliability, by_prompt = None, dict[str, list[float]]()
-    pairs = [place for place, row in enumerate(used) if row["kind"] == "pairwise"]
-    if pairs and (implied := implied_preferences(metadata)):
+    lineage = metadata.get("lineage") or []
+    trained_on = of_dimension.get(lineage[0]["dimension"], ()) if lineage else range(len(used))
+    pairs = [place for place in trained_on if used[place]["kind"] == "pairwise"]
+    if pairs and len(lineage) < 2 and (implied := implied_preferences(metadata)):
         scale, anchor = implied
         scores = _less(logps, ref_logps, anchor)
         found = calibration(
@@ -295,7 +311,10 @@ def sampled(
         **DiversityMetric.figures(bootstrap, completions=[[text.text for text in group] for group in shown]),
         **quality(shown, reference, bootstrap),
     }
+    experts = judge.dimensions if isinstance(judge, ExpertJudge) else {}
     for prefix, side in (("", shown), ("reference_", reference)):
+        for name, expert in experts.items():
+            figures[f"{prefix}expected_reward/{name}"] = _mean_score(expert, prompts, side, bootstrap)
         figures |= {f"{prefix}{name}": one for name, one in variety(side, reference, bootstrap).items()}
         health = HealthMetric.figures(
             bootstrap,
@@ -308,6 +327,21 @@ def sampled(
         for prompt, theirs, ours in zip(prompts, reference, shown, strict=True)
     ]
     return figures, records, warnings
+
+
+def _mean_score(
+    judge: ScoringJudge, prompts: Sequence[Text], drawn: Sequence[Sequence[DrawnText]], bootstrap: Bootstrap
+) -> Figure:
+    """The mean score of samples under a judge that they do not carry the scores of."""
+    from softpref.intervals import over_prompts
+
+    means = [
+        float(
+            judge.scores([as_text(prompt, roles=True)] * len(group), [sample.text for sample in group]).mean()
+        )
+        for prompt, group in zip(prompts, drawn, strict=True)
+    ]
+    return over_prompts(means, bootstrap=bootstrap)
 
 
 def _each(texts: Sequence[Sequence[DrawnText]], part: str) -> list[list[float]]:

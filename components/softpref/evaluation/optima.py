@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from softpref.disk import content_hash
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.measure import draw_samples
 from softpref.evaluation.models import Models
@@ -19,7 +21,7 @@ from softpref.records import DatasetStats, ModelMetadata, PromptRecord, Text
 if TYPE_CHECKING:
     import numpy as np
 
-    from softpref.evaluation.exact import ExactPrompt
+    from softpref.evaluation.exact import ExactPrompt, Objective
     from softpref.evaluation.theory import SampledPrompt
     from softpref.judges.outcomes import Outcomes
     from softpref.judges.protocol import Judge
@@ -62,9 +64,15 @@ def enumerated(
     metadata: ModelMetadata,
     stats: DatasetStats,
     warnings: list[str],
+    *,
+    reference: str = "",
 ) -> list[ExactPrompt]:
-    """Score every outcome of the first `exact_prompts` prompts whose outcomes are known."""
-    from softpref.evaluation.exact import exact_prompt, trained_objective, why_unknown
+    """Score every outcome of the first `exact_prompts` prompts whose outcomes are known.
+
+    Args:
+        reference: the folder of the reference, which is not checked without it.
+    """
+    from softpref.evaluation.exact import exact_prompt, why_unknown
     from softpref.lm.scoring import check_positions, score_sequences
     from softpref.lm.tokenization import stop_token_ids, tokenize_row
 
@@ -72,7 +80,7 @@ def enumerated(
     known = known[: config.exact_prompts]
     if not known:
         return []
-    objective = trained_objective(metadata, stats)
+    objective = _objective(metadata, stats, reference)
     if reason := why_unknown(objective):
         warnings.append(f"The exact optimum is not known: {reason}.")
     found = []
@@ -94,8 +102,8 @@ def enumerated(
                 check_positions(model, len(sequences[0][0]), longest, "set exact_prompts to 0")
                 found_scores = score_sequences(model, sequences, **models.scoring, progress=loop.update)
                 scores.append(found_scores.double().numpy())
-            policy, reference = scores
-            found.append(exact_prompt(entry, policy, reference, objective, seed=config.seed))
+            policy, of_reference = scores
+            found.append(exact_prompt(entry, policy, of_reference, objective, seed=config.seed))
     return found
 
 
@@ -106,6 +114,8 @@ def against_theory(
     stats: DatasetStats,
     seed: int,
     warnings: list[str],
+    *,
+    reference: str = "",
 ) -> list[SampledPrompt]:
     """Compare the policy's samples with the optimum over those of the reference, prompt by prompt.
 
@@ -113,13 +123,14 @@ def against_theory(
         theory: of `theory_samples`.
         records: of all prompts, in the same order.
         warnings: is told why the optimum is unknown.
+        reference: as in `enumerated`.
     """
     from statistics import fmean
 
-    from softpref.evaluation.exact import trained_objective, why_unknown
+    from softpref.evaluation.exact import why_unknown
     from softpref.evaluation.theory import sampled_prompt
 
-    objective = trained_objective(metadata, stats)
+    objective = _objective(metadata, stats, reference)
     if theory and (reason := why_unknown(objective)):
         warnings.append(f"The optimum is not known: {reason}.")
     return [
@@ -133,3 +144,15 @@ def against_theory(
         )
         for (rewards, logps), record in zip(theory, records, strict=False)
     ]
+
+
+def _objective(metadata: ModelMetadata, stats: DatasetStats, reference: str) -> Objective:
+    """What was trained; of a model with rounds behind it, only beside the model that the first began with."""
+    from softpref.evaluation.exact import trained_objective
+
+    objective, lineage = trained_objective(metadata, stats), metadata.get("lineage")
+    files = sorted(Path(reference).glob("*.safetensors")) if reference and lineage else []
+    if lineage and files and lineage[0]["reference_hash"] not in ("", content_hash(*files)):
+        reason = f"the reference is not the model that the first round ({lineage[0]['dimension']}) began with"
+        return objective._replace(altered=reason)
+    return objective

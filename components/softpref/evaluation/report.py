@@ -147,6 +147,10 @@ def chips(evaluation: Evaluation) -> list[str]:
     ]
     if evaluation.kl_on != "samples":
         parts.append(f"KL on {evaluation.kl_on}")
+    if evaluation.dimensions:
+        parts.append(", then ".join(evaluation.dimensions))
+    if evaluation.dimension_weights:
+        parts.append(f"λ {', '.join(format(weight, 'g') for weight in evaluation.dimension_weights)}")
     if evaluation.extrapolation:
         parts.append(f"extrapolated by {evaluation.extrapolation:g}")
     return [*parts, f"judge: {evaluation.judge.name}"]

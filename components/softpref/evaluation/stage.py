@@ -45,6 +45,7 @@ from softpref.records import (
     PreferenceRow,
     PromptRecord,
     Text,
+    earlier_folders,
     load_metadata,
     read_dataset,
     read_stats,
@@ -92,9 +93,10 @@ def run(
     Writes `evaluation.json` (last, so that its presence means success), `samples.jsonl` (and the policy's as
     MLflow's table, `samples.json`) and `report.html`, and logs every figure as `eval/NAME`
     (`eval/exact/NAME`), its interval as `eval/low/NAME` and `eval/high/NAME`, to the policy's own MLflow run.
-    Models that were
+    Models of earlier rounds on other dimensions (`round-N` in its folder) and models that were
     extrapolated from the policy (`extrapolated-W` in its folder) are evaluated before it, on the same prompts
-    with the same seeds, into `output_dir/extrapolated-W`; the same run has their figures, `eval/expo-W/NAME`.
+    with the same seeds, into folders of the same names; the same run has their figures, `eval/round-N/NAME`
+    and `eval/expo-W/NAME`.
     Called again with the same models, data and settings, it returns what is there, and completes the run.
 
     Args:
@@ -115,7 +117,7 @@ def run(
     policy_dir, reference_dir = local_source(policy_dir, **sources), local_source(reference_dir, **sources)
     metadata = load_metadata(policy_dir)
     policy = _Member(policy_dir, policy_uri, metadata)
-    members = [*_extrapolated(policy), policy]
+    members = [*_earlier(policy), *_extrapolated(policy), policy]
     places = {
         "dataset": dataset_dir,
         "policy": policy_dir,
@@ -272,7 +274,7 @@ def headline(evaluation: Evaluation) -> dict[str, float]:
 
 
 class _Member(NamedTuple):
-    """A model to evaluate: the policy, or in its `subfolder` one that was extrapolated from it."""
+    """A model to evaluate: the policy, or one in a `subfolder` of its folder."""
 
     folder: str
     uri: str
@@ -287,7 +289,9 @@ class _Member(NamedTuple):
     def prefix(self) -> str:
         """What the names of its metrics begin with."""
         weight = self.metadata.get("extrapolation")
-        return f"eval/expo-{weight:g}/" if weight else "eval/"
+        if weight:
+            return f"eval/expo-{weight:g}/"
+        return f"eval/{self.subfolder}/" if self.subfolder else "eval/"
 
 
 class _Task(NamedTuple):
@@ -319,6 +323,25 @@ class _Task(NamedTuple):
     reference: list[list[DrawnText]]
     theory: list[tuple[np.ndarray, np.ndarray]]
     tasks: Tasks | None
+
+
+def _earlier(policy: _Member) -> list[_Member]:
+    """The models of earlier rounds in the policy's folder.
+
+    Raises:
+        ConfigError: one is incomplete.
+    """
+    members = []
+    for folder in earlier_folders(policy.folder):
+        metadata = load_metadata(folder)
+        if not metadata.get("lineage"):
+            raise ConfigError(
+                f"{folder} is not a complete model of a round: it has no {METADATA_FILE} with its lineage; "
+                "train again, or remove it"
+            )
+        uri = f"{policy.uri.rstrip('/')}/{folder.name}"
+        members.append(_Member(str(folder), uri, metadata, folder.name))
+    return members
 
 
 def _extrapolated(policy: _Member) -> list[_Member]:
@@ -404,6 +427,7 @@ def _evaluate(
     from softpref.evaluation.theory import reward_frontier, sampled_figures
 
     metadata, prompts, judge, bootstrap = member.metadata, task.prompts, task.judge, task.bootstrap
+    lineage = metadata.get("lineage") or []
     timer.enter("loading")
     models = load_policy(config, task.models, member.folder)
     check_prompts(models.policy, models, task.tokenized)
@@ -424,8 +448,9 @@ def _evaluate(
             confidence=config.confidence,
         )
     stats = read_stats(places["dataset"])
-    exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings)
-    theory = against_theory(task.theory, records, metadata, stats, config.seed, warnings)
+    began = {"reference": places["reference"]}
+    exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings, **began)
+    theory = against_theory(task.theory, records, metadata, stats, config.seed, warnings, **began)
     warnings += outside_the_set(judge, records)
     warnings += shared_pairs(judge, metadata.get("dataset_hash"))
     warnings += doubts(config, figures, task.judged, metadata, places["dataset"], len(prompts))
@@ -454,6 +479,8 @@ def _evaluate(
         theory=sampled_figures(theory, bootstrap) if theory else None,
         reward_frontier=reward_frontier(theory) if theory else None,
         by_prompt={**by_prompt(records), **preferences.by_prompt},
+        dimensions=[one["dimension"] for one in lineage],
+        dimension_weights=list(lineage[-1]["dimension_weights"]) if lineage else [],
         settings={key: getattr(config, key) for key in (*DEFINING, *_SHOWN_SETTINGS)}
         | {"max_new_tokens": models.max_new_tokens},
         data_source=stats.get("source") or "",

@@ -18,9 +18,13 @@ class ExpertJudge(ScoringJudge):
     """The expert whose rewards the data were drawn from: looks completions up among the known outcomes.
 
     A completion outside its prompt's set (see `outside`) scores 1 nat less than the worst within.
+
+    Attributes:
+        dimensions: by name, an expert for each dimension of preference, where there are several.
     """
 
     name = "expert"
+    dimensions: Mapping[str, ScoringJudge]
 
     def __init__(self, outcomes: Mapping[str, Outcomes]) -> None:
         self._rewards = {
@@ -33,9 +37,19 @@ class ExpertJudge(ScoringJudge):
             "a completion outside its prompt's set scores 1 nat less than the worst within"
         )
         self.fingerprint = digest(self._rewards)
+        names = dict.fromkeys(name for entry in outcomes.values() for name in entry.dimensions)
+        self.dimensions = {
+            name: ExpertJudge(
+                {
+                    prompt: Outcomes(entry.completions, entry.dimensions[name], entry.weights)
+                    for prompt, entry in outcomes.items()
+                }
+            )
+            for name in names
+        }
 
     def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        """Rewards, `[n]`.
+        """Rewards, `[n]`; of several dimensions their sum.
 
         Raises:
             DataError: a prompt that `outcomes.jsonl` does not hold.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +21,14 @@ class Outcomes(NamedTuple):
         completions: `N` texts.
         rewards: `[N]`, the expert's, in nats.
         weights: `[N]`, the probability that one candidate of a pair is this one; sums to 1.
+        dimensions: by name, `[N]` each, the rewards of each dimension, of which `rewards` is the sum; empty
+            where there is one reward.
     """
 
     completions: list[str]
     rewards: np.ndarray
     weights: np.ndarray
+    dimensions: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 def read_outcomes(path: str | Path) -> dict[str, Outcomes]:
@@ -38,12 +43,15 @@ def read_outcomes(path: str | Path) -> dict[str, Outcomes]:
             try:
                 row = json.loads(line)
                 completions, rewards, weights = row["completions"], row["rewards"], row["weights"]
-                entry = Outcomes(completions, np.asarray(rewards, float), np.asarray(weights, float))
-                equal = len(completions) == len(rewards) == len(weights) and bool(completions)
+                dimensions = {name: np.asarray(own, float) for name, own in row.get("dimensions", {}).items()}
+                entry = Outcomes(
+                    completions, np.asarray(rewards, float), np.asarray(weights, float), dimensions
+                )
+                lengths = {len(completions), len(rewards), len(weights), *map(len, dimensions.values())}
                 outcomes[row["prompt"]] = entry
             except DAMAGED as error:
                 what = "expected prompt, completions, rewards, weights"
                 raise DataError(f"{path}, line {number}: {what} ({in_brief(error)})") from error
-            if not equal:
+            if len(lengths) > 1 or not completions:
                 raise DataError(f"{path}, line {number}: completions, rewards and weights differ in length")
     return outcomes

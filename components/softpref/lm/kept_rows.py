@@ -60,18 +60,25 @@ class KeptRows:
     Attributes:
         folder: where they are.
         scored: whether to read the reference's log-probabilities, too, where they are known.
+        places: those of the rows to read, rising; None: all.
     """
 
     folder: Path
     scored: bool = False
+    places: Sequence[int] | None = None
 
     def __iter__(self) -> Iterator[list[TokenizedSequence]]:
-        for row in read_rows(self.folder):
+        chosen = None if self.places is None else frozenset(self.places)
+        for place, row in enumerate(read_rows(self.folder)):
+            if chosen is not None and place not in chosen:
+                continue
             yield row if self.scored else [one._replace(reference_logp=None) for one in row]
 
     def longer_prompts(self, limit: int) -> int:
         """How many prompts are longer than that."""
-        return sum(length > limit for length in prompt_lengths(self.folder))
+        lengths = list(prompt_lengths(self.folder))
+        places = range(len(lengths)) if self.places is None else self.places
+        return sum(lengths[place] > limit for place in places)
 
 
 def keep_rows(

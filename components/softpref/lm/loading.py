@@ -18,7 +18,7 @@ from softpref.lm.sources import (
     check_remote_code,
     local_source,
 )
-from softpref.records import METADATA_FILE, save_metadata
+from softpref.records import METADATA_FILE, ROUND_FOLDER, save_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_IN_PROGRESS = ("checkpoints", "tracking")  # what the names begin with that an unfinished stage leaves
+# what the names begin with that an unfinished stage leaves
+_IN_PROGRESS = ("checkpoints", "tracking", ROUND_FOLDER)
 
 
 def load_model(

@@ -269,6 +269,13 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
         config = check_early("train", *training_layers(stages["train"], member))
         if config.uses_judge:
             judges.append((f"{member.name}: ", config))
+        known = {*data.dimensions}
+        if (data.embedded or known) and not data.mixture and (missing := {*config.dimension_order} - known):
+            raise ConfigError(
+                f"{member.name}: dimensions has {', '.join(sorted(missing))}, and the data will have "
+                f"{', '.join(sorted(known)) or 'none'}; data_overrides says which, such as "
+                """{"dimensions": {"helpful": {"best": "better_response_id"}, "harmless": {…}}}"""
+            )
         if config.method == "sppo" and config.train_on == "preferences" and data.story_kind == "best_of_n":
             raise ConfigError(
                 f"{member.name}: a best-of-n row tells only its best, and sppo needs to know how often each "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ _ONLY_FOR = {  # options that only some methods have
     "nll_weight": _OF_PAIRS,
     "soft_labels": ("spo", *_OF_PAIRS),
 }
+_IMPLY_REWARDS = ("spo", "dpo", "rdpo")  # methods whose margin is a difference of rewards, in nats
 
 
 class Derived:
@@ -46,7 +48,21 @@ class Derived:
         rounds: int
         train_on: str
         round_reference: str
+        dimensions: list[str] | str | None
         initial_share: float
+
+    @property
+    def dimension_order(self) -> list[str]:
+        """`dimensions` as a list."""
+        names = self.dimensions
+        if names is None or isinstance(names, str):
+            names = [name.strip() for name in re.split("[,>]", names or "") if name.strip()]
+        return list(names)
+
+    @property
+    def dimension(self) -> str:
+        """The dimension of a single round; empty without one, or with several."""
+        return self.dimension_order[0] if len(self.dimension_order) == 1 else ""
 
     @property
     def samples_policy(self) -> bool:
@@ -170,6 +186,8 @@ def check_options(args: Any) -> None:
         _check_rounds(args, refuse)
     if args.degree_weight:
         _check_degree(args, refuse)
+    if args.dimension_order:
+        _check_dimensions(args, refuse)
     from softpref.judges.loading import check_judge_options
 
     check_judge_options(args.judge, args.judge_model, parse_overrides(args.judge_options, "judge_options"))
@@ -208,6 +226,56 @@ def _check_degree(args: Any, refuse: Callable[[str, str], None]) -> None:
         refuse("fsdp", "off with a degree_weight: weights in shards leave the head of the degree loss out")
     if args.dataloader_persistent_workers:
         refuse("dataloader_persistent_workers", "off with a degree_weight: workers would keep the old levels")
+
+
+def parse_dimension_weights(value: float | str, rounds: int | None = None) -> list[float]:
+    """λ of each earlier round, from one number for all or one for each, such as `"1, 0.5"`.
+
+    Args:
+        rounds: how many there are; None where that is not known yet.
+
+    Raises:
+        ConfigError: one is not a number of at least 0, or there is another number of them.
+    """
+    try:
+        found = [float(part) for part in str(value).split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(0 <= weight < math.inf for weight in found):
+        raise ConfigError(
+            "SPOConfig.dimension_weights must be a number of at least 0, or one for each earlier round, like "
+            f"'1, 0.5', got {value!r}"
+        )
+    if len(found) == 1:
+        return found * (rounds or 0)
+    if rounds is not None and len(found) != rounds:
+        raise ConfigError(
+            f"SPOConfig.dimension_weights has {len(found)} weights, and there are {rounds} earlier rounds; "
+            f"give one for all, or one for each, got {value!r}"
+        )
+    return found
+
+
+def _check_dimensions(args: Any, refuse: Callable[[str, str], None]) -> None:
+    parse_dimension_weights(args.dimension_weights)
+    names = args.dimension_order
+    if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+        refuse("dimensions", "names of dimensions, each once")
+    if unknown := sorted({*parse_overrides(args.dimension_options)} - {*names}):
+        refuse("dimension_options", f"about the dimensions {', '.join(names)}, not {', '.join(unknown)}")
+    if args.draws_rows:
+        refuse(
+            "dimensions",
+            "empty where rows are drawn from the policy: what earlier rounds have learned is known of the "
+            "data's completions",
+        )
+    if args.method not in _IMPLY_REWARDS:
+        refuse(
+            "method",
+            f"one of {', '.join(_IMPLY_REWARDS)} with dimensions: later rounds read rewards off its model",
+        )
+    if args.method == "spo" and args.alpha == 0:
+        refuse("alpha", "above 0 with dimensions: at softness 0 a model implies no rewards")
 
 
 def warn_of_idle_options(args: Any) -> None:
@@ -257,6 +325,11 @@ def warn_of_idle_options(args: Any) -> None:
         (not (args.samples_policy or args.draws_rows), ("sampling_engine",), "nothing is sampled"),
         (not args.draws_rows, ("round_reference",), "no row is drawn from the policy"),
         (not args.refers_to_previous, ("initial_share",), "the reference is the initial model alone"),
+        (
+            not args.dimension_order,
+            ("dimension_weights", "dimension_options", "earlier_models"),
+            "no dimension is named",
+        ),
         (
             not args.uses_judge,
             ("completions_per_prompt", "judge", "judge_model", "judge_options"),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
-from softpref.config import check_names, parse_overrides
+from softpref.config import check_names, convert, parse_overrides
 from softpref.errors import ConfigError
 from softpref.lm.arguments import StageArguments
+from softpref.lm.ranges import check_ranges
 from softpref.spo.checks import Derived, check_options, warn_of_idle_options
 
 
@@ -100,6 +102,19 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
             its endpoint.
         judge_options: of `llm` its address, rubric and budget, see `softpref.judges.llm`, such as
             `{"url": "http://HOST:8000/v1"}`; of a judge of your own what it takes.
+        dimensions: the dimension of preference to train on, of those in the data's column `dimension`; or
+            several, a list or `helpful>harmless`, in the order in which they are trained one after another:
+            each round begins with the model of the round before, which is its reference, and keeps what the
+            rounds before have learned (sequential preference optimization). Earlier rounds are kept as models
+            in `round-1` and so on of the folder. A model trained so can itself be the reference of a further
+            round. Empty: rows of all dimensions alike.
+        dimension_options: options of single rounds, such as `{"harmless": {"beta": 0.2}}`.
+        dimension_weights: λ ≥ 0, how many nats of this dimension a nat of an earlier one is worth: one number
+            for all earlier rounds, or one for each, comma-separated in their order. The optimum of the loss
+            is π_ref · exp((R + Σ λ_i R_i) / β), for `spo` without an anchor softmax((R + Σ λ_i R_i) / α);
+            0 lets the round forget.
+        earlier_models: models that the earlier rounds began with, comma-separated in their order, where they
+            are no longer what the reference's `softpref.json` says.
         extrapolation: weights w, comma-separated, for each of which the training stage also writes
             `aligned + w · (aligned − reference)` as a model of its own (ExPO, arXiv 2404.16792).
         degree_weight: γ ≥ 0 of the preference-degree loss, which is added to any method's (Li et al. 2024,
@@ -208,6 +223,10 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
     judge: str = "auto"
     judge_model: str = ""
     judge_options: dict[str, Any] | str | None = None
+    dimensions: list[str] | str | None = None
+    dimension_options: dict[str, Any] | str | None = None
+    dimension_weights: float | str = 1.0
+    earlier_models: str = ""
     extrapolation: str = ""
     degree_weight: float = 0.0
     degree_levels: int = 4
@@ -240,6 +259,9 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
             parse_overrides(self.model_init_kwargs, "SPOConfig.model_init_kwargs") or None
         )
         self.judge_options = parse_overrides(self.judge_options, "SPOConfig.judge_options") or None
+        self.dimension_options = (
+            parse_overrides(self.dimension_options, "SPOConfig.dimension_options") or None
+        )
         for name, hint in get_type_hints(SPOConfig).items():
             closed = name in SPOConfig.__annotations__ and get_origin(hint) is Literal
             if closed and getattr(self, name) not in get_args(hint):
@@ -247,6 +269,28 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
                 raise ConfigError(f"SPOConfig.{name} must be {choices}, got {getattr(self, name)!r}")
         check_options(self)
         warn_of_idle_options(self)
+
+    def of_round(self, dimension: str) -> SPOConfig:
+        """The configuration of the round on one of `dimensions`.
+
+        Raises:
+            ConfigError: its `dimension_options` are wrong.
+        """
+        options = self.dimension_options if isinstance(self.dimension_options, dict) else {}
+        own = options.get(dimension, {})
+        if not isinstance(own, dict):
+            raise ConfigError(
+                f"SPOConfig.dimension_options[{dimension!r}] must be an object of options, got {own!r}"
+            )
+        where = f"SPOConfig.dimension_options[{dimension!r}]."
+        check_names(type(self), own)
+        made = copy.copy(self)  # a new instance would settle once more what transformers has settled
+        for name, value in convert(where, own, get_type_hints(type(self))).items():
+            setattr(made, name, value)
+        made.dimensions, made.dimension_options = [dimension], None
+        check_ranges(made)
+        check_options(made)
+        return made
 
     @property
     def init_kwargs(self) -> dict[str, Any]:

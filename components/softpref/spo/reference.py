@@ -25,7 +25,7 @@ Scorer = Callable[[list[tuple[list[int], list[int]]]], list[float]]
 """`(prompt ids, completion ids)` pairs to the reference's sequence log-probabilities, nats."""
 
 
-def add_reference_logps(
+def kept_logps(
     rows: Sequence[Row],
     folder: str | Path,
     model_hash: str,
@@ -33,12 +33,12 @@ def add_reference_logps(
     *,
     writes: bool = True,
     everywhere: Callable[[bool], bool] = bool,
-) -> None:
-    """Give every row its `ref_logps`, one for each completion, from the cache; compute what is not there yet.
+) -> list[list[float]]:
+    """A model's log-probability of each row's completions, from the cache; what is not there is computed.
 
     Args:
         folder: where the files are.
-        model_hash: of the reference, and of whatever else its values depend on (`scorer_fingerprint`).
+        model_hash: of the model, and of whatever else its values depend on (`scorer_fingerprint`).
         score: computes log-probabilities; called on every process or on none.
         writes: whether this process writes the file.
         everywhere: whether something holds on every process. Another run may write the file at any moment,
@@ -61,14 +61,16 @@ def add_reference_logps(
         known = dict(zip(keys, score([sequences[key] for key in keys]), strict=True))
         if writes:
             _write(file, identity, known)
+    found = []
     for number, row in enumerate(rows):
         try:
-            row["ref_logps"] = [known[_key(row["prompt"], one)] for one in row["completions"]]
+            found.append([known[_key(row["prompt"], one)] for one in row["completions"]])
         except KeyError:
             raise DataError(
                 f"{file} lacks a completion of row {number}; it was cut off or changed: remove it, and it is "
                 "made anew"
             ) from None
+    return found
 
 
 def model_fingerprint(model: Any) -> str:
@@ -97,9 +99,14 @@ def scorer_fingerprint(model: Any, args: SPOConfig) -> str:
 
 def set_reference_logps(rows: Sequence[Row], score: Scorer) -> None:
     """Give every row its `ref_logps`, computed now and not cached."""
+    for row, logps in zip(rows, computed_logps(rows, score), strict=True):
+        row["ref_logps"] = logps
+
+
+def computed_logps(rows: Sequence[Row], score: Scorer) -> list[list[float]]:
+    """The log-probability of each row's completions, computed now and not cached."""
     logps = iter(score([(row["prompt"], one) for row in rows for one in row["completions"]]))
-    for row in rows:
-        row["ref_logps"] = [next(logps) for _ in row["completions"]]
+    return [[next(logps) for _ in row["completions"]] for row in rows]
 
 
 @contextmanager

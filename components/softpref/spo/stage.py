@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from softpref.artifacts import readable, strengths
 from softpref.config import parse_overrides
 from softpref.disk import says_disk_trouble
-from softpref.errors import DataError
+from softpref.errors import ConfigError, DataError
 from softpref.judges.loading import load_judge
 from softpref.judges.protocol import Judge, is_scoring, verdicts_of
 from softpref.judges.texts import as_text, text_rows
@@ -21,12 +23,15 @@ from softpref.lm.loading import load_tokenizer
 from softpref.lm.scoring import computing_precision
 from softpref.lm.sources import check_remote_code, local_source, source_name
 from softpref.lm.tokenization import stop_token_ids
-from softpref.records import judged_rows, load_metadata, read_dataset
-from softpref.spo.checks import member_name
+from softpref.records import ROUND_FOLDER, judged_rows, load_metadata, read_dataset
+from softpref.spo.checks import member_name, parse_dimension_weights
 from softpref.spo.config import SPOConfig
 from softpref.spo.given import loaded
+from softpref.spo.lineage import describe_round, earlier_rounds, lineage_of, of_dimension
 from softpref.spo.rows import RowsWithTokens
 from softpref.spo.trainer import SPOTrainer
+
+logger = logging.getLogger(__name__)
 
 # What the model is: the objective, for a reader and for the exact optimum.
 _DEFINING = (
@@ -54,6 +59,7 @@ _NOT_TRACKED = {
     *("extrapolation", "merge_adapter", "trust_remote_code", "logging_steps", "save_total_limit"),
     "remove_unused_columns",
     "judge_options",  # mostly addresses and budgets
+    "earlier_models",
 }
 _TRACKED = (*(name for name in SPOConfig.__annotations__ if name not in _NOT_TRACKED), *TRAINING_OPTIONS)
 _WRITTEN = ("extrapolation", "merge_adapter")
@@ -86,11 +92,14 @@ def run(
 ) -> dict[str, float]:
     """Train a policy from the reference on the preferences of a dataset folder.
 
+    With several dimensions, a model for each, one after another: the last in `output_dir`, the others in
+    `round-1` and so on within it.
+
     Args:
         dataset_dir: a dataset folder of stage 1; its `prompts/`, where there is one, feeds the KL term.
         reference_dir: the model to start from, which is also the frozen reference: a model folder, the URL of
             one, or a model of the MLflow registry.
-        name: by default method and α or β.
+        name: by default method and α or β, and the dimension, where there is one.
         output_dir, experiment, parent_run_id, tracking_uri, checkpoint_dir: see `softpref.lm.course.Course`.
 
     Returns:
@@ -100,13 +109,31 @@ def run(
     Raises:
         ConfigError, DataError: before training.
     """
+    if len(config.dimension_order) > 1:
+        rounds = [config.of_round(dimension) for dimension in config.dimension_order]
+        where = {"experiment": experiment, "parent_run_id": parent_run_id, "tracking_uri": tracking_uri}
+        for number, one in enumerate(rounds, start=1):
+            inner = f"{ROUND_FOLDER}{number}" if number < len(rounds) else ""
+            metrics = run(
+                one,
+                dataset_dir=dataset_dir,
+                reference_dir=reference_dir,
+                output_dir=Path(output_dir) / inner,
+                name=f"{name}-{inner}" if name and inner else name,
+                checkpoint_dir=str(Path(checkpoint_dir) / inner) if checkpoint_dir else "",
+                **where,
+            )
+            config.distributed_state.wait_for_everyone()  # the first process saves
+            reference_dir = Path(output_dir) / inner
+        return metrics
     reference_dir = str(reference_dir)
     check_remote_code(reference_dir, config.trust_remote_code)
+    member = member_name(config.method, config.alpha, config.beta)
     course = Course(
         "train",
         config,
         output_dir,
-        name=name or member_name(config.method, config.alpha, config.beta),
+        name=name or (f"{member}-{config.dimension}" if config.dimension else member),
         experiment=experiment,
         parent_run_id=parent_run_id,
         tracking_uri=tracking_uri,
@@ -115,6 +142,7 @@ def run(
     stats = dataset_stats(dataset_dir)
     dataset_hash = stats.get("dataset_hash", "")
     preferences, prompts = _load_preferences(dataset_dir)
+    preferences, places = _of_dimension(config, preferences, dataset_dir)
     training_rows = _training_rows(config, dataset_dir, preferences)
     judge = None
     if config.uses_judge:
@@ -134,6 +162,9 @@ def run(
     reference = source_name(reference_dir, tracking_uri=tracking_uri)
     reference_dir = local_source(reference_dir, tracking_uri=tracking_uri)
     reference_metadata = load_metadata(reference_dir)
+    lineage = lineage_of(reference, reference_metadata) if config.dimension else []
+    earlier = earlier_rounds(lineage, _listed(config.earlier_models), tracking_uri=tracking_uri)
+    weights = parse_dimension_weights(config.dimension_weights, len(lineage))
     # of a folder, what it was made from; else the model itself
     base_model = reference_metadata.get("base_model", reference) if reference == reference_dir else reference
     identity = {
@@ -161,6 +192,7 @@ def run(
     )
     splits = {"train": training_rows, "validation": preferences.get("validation")}
     for split, tokens in kept.items():
+        tokens = replace(tokens, places=places.get(split))
         if split == "validation" or config.train_on == "preferences":  # else of a row not all is read
             splits[split] = RowsWithTokens(splits[split], tokens)
     course.timer.enter("reading" if kept else "tokenizing")
@@ -172,6 +204,7 @@ def run(
         processing_class=tokenizer,
         prompt_dataset=prompts,
         judge=judge,
+        earlier_rounds=earlier,
     )
     with course.trained(trainer, stats, trainer.row_counts) as trained:
         if trained.model is not None:
@@ -184,6 +217,16 @@ def run(
                 base_model=base_model,
                 dataset_hash=dataset_hash,
             )
+            if config.dimension:
+                own = describe_round(
+                    config,
+                    reference,
+                    reference_dir,
+                    weights,
+                    dataset_hash=dataset_hash,
+                    defining=_DEFINING,
+                )
+                description["lineage"] = [*lineage, own]
             description |= {
                 "cut_rows": config.cut_rows,
                 "row_counts": trainer.row_counts,
@@ -204,6 +247,38 @@ def run(
         last = {what: log[what] for log in trainer.state.log_history for what in _OF_STEPS if what in log}
         trained.metrics.update({what: value for what, value in last.items() if what not in trained.metrics})
     return trained.metrics
+
+
+def _of_dimension(
+    config: SPOConfig, preferences: dict[str, Any], dataset_dir: str | Path
+) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """The splits' rows of the dimension that is asked for, and their places, where one is.
+
+    A split of validation that has none is left out.
+    """
+    judged = [split for split, rows in preferences.items() if "dimension" in rows.column_names]
+    if not config.dimension:
+        if judged:
+            logger.warning("%s has rows of several dimensions; all are trained on alike", dataset_dir)
+        return preferences, {}
+    found: dict[str, Any] = {}
+    places: dict[str, list[int]] = {}
+    for split in ("train", "validation"):
+        if split in preferences:
+            rows, where = of_dimension(preferences[split], config.dimension)
+            if where:
+                found[split], places[split] = rows, where
+    if "train" not in found:
+        names = {name for split in judged for name in preferences[split].unique("dimension") if name}
+        raise ConfigError(
+            f"{dataset_dir} holds no training preference of the dimension {config.dimension!r}; its "
+            f"dimensions: {', '.join(sorted(names)) or 'none'}"
+        )
+    return found, places
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _try_judge(judge: Judge, rows: Any) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import settle_model
 from softpref.objectives import degree_loss, kl_lambda
 from softpref.spo.buffer import SampleBuffer
+from softpref.spo.checks import parse_dimension_weights
 from softpref.spo.config import SPOConfig
 from softpref.spo.degree import sides_of
 from softpref.spo.degree_head import DegreeCallback, DegreeHead
@@ -59,10 +61,13 @@ from softpref.spo.given import (
     with_adapter,
 )
 from softpref.spo.health import health_warnings
+from softpref.spo.lineage import EarlierRound, offsets_of
 from softpref.spo.objective import Objective, mismatched, sample_tensors
 from softpref.spo.reference import (
+    Scorer,
     adapter_off,
-    add_reference_logps,
+    computed_logps,
+    kept_logps,
     scorer_fingerprint,
     set_reference_logps,
 )
@@ -70,6 +75,7 @@ from softpref.spo.rounds import RoundRows
 from softpref.spo.rows import (
     AnswerRows,
     PreferenceRows,
+    Row,
     TrainingRows,
     collate,
     kl_prompts,
@@ -110,6 +116,9 @@ class SPOTrainer(RowsTrainer):
         model_init: makes the model, anew for each call of `train`; given in place of `model`.
         compute_metrics: as in `transformers.Trainer`; it is given what `predict` returns.
         optimizers: optimizer and scheduler of the model's own parameters.
+        earlier_rounds: the rounds on other dimensions of preference that led to the model, which is the
+            reference (see `softpref.spo.lineage`): what they have learned of the rows' completions is
+            computed once, before training, and weighed by `SPOConfig.dimension_weights`.
 
     Metrics, averaged over all rows or samples since the last log: `loss/preference`; `logps/chosen`,
     `logps/rejected`, `logps/accuracies` (chosen likelier than rejected) and `logps/end` (of the end
@@ -150,13 +159,14 @@ class SPOTrainer(RowsTrainer):
         model_init: Callable[..., PreTrainedModel] | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, LRScheduler | None] = (None, None),
+        earlier_rounds: Sequence[EarlierRound] = (),
         **unknown: Any,
     ) -> None:
         refuse_arguments(unknown, inspect.signature(SPOTrainer.__init__).parameters)
         self.args = args = settled_arguments(args, model)
         if train_dataset is not None:
             train_dataset = rows_of(train_dataset, "train_dataset")
-        self._check_arguments(model, model_init, judge)
+        self._check_arguments(model, model_init, judge, earlier_rounds)
         self._peft_config = peft_config
         self.ref_model = None if ref_model is None else loaded(ref_model, args)
         self._copies_policy = ref_model is None
@@ -200,11 +210,16 @@ class SPOTrainer(RowsTrainer):
             decodes(self.model)  # finds out, and says, before training whether a cache can be used
         if args.takes_reference_logps:
             self._keep_reference_logps([self.train_dataset, *evaluated.values()], fingerprint)
+        self._earlier_rounds = earlier_rounds
+        if earlier_rounds:
+            self._add_offsets([self.train_dataset, *evaluated.values()], earlier_rounds)
         self.buffer = self._sample_buffer(given, prompt_dataset)
 
     # ------------------------------------------------------------------ what is handed over
 
-    def _check_arguments(self, model: Any, model_init: Any, judge: Judge | None) -> None:
+    def _check_arguments(
+        self, model: Any, model_init: Any, judge: Judge | None, earlier_rounds: Sequence[EarlierRound]
+    ) -> None:
         """Refuse arguments that do not go together, whatever the model and the rows are."""
         args = self.args
         if model is not None and model_init is not None:
@@ -214,6 +229,12 @@ class SPOTrainer(RowsTrainer):
                 "a model_init makes a new model, and reference, for each training: leave "
                 "SPOConfig.reference_cache out"
             )
+        if len(args.dimension_order) > 1 or (earlier_rounds and not args.dimension):
+            raise ConfigError(
+                "SPOTrainer trains one round: name in SPOConfig.dimensions the one that its rows are of, and "
+                "hand over earlier_rounds; the stage `softpref train` trains several, one after another"
+            )
+        parse_dimension_weights(args.dimension_weights, len(earlier_rounds) if earlier_rounds else None)
         if args.uses_judge and judge is None:
             raise ConfigError(
                 f"rounds={args.rounds}, train_on={args.train_on} draw completions that must be judged: give "
@@ -546,19 +567,55 @@ class SPOTrainer(RowsTrainer):
             if not isinstance(rows, PreferenceRows):
                 continue
             if self.args.reference_cache:
-                self.accelerator.wait_for_everyone()
-                add_reference_logps(
-                    rows.rows,
-                    self.args.reference_cache,
-                    model_hash,
-                    self._score_initial,
-                    writes=self.is_world_process_zero(),
-                    everywhere=lambda here: self.sum_over_processes(here) == self.args.world_size,
-                )
+                for row, logps in zip(
+                    rows.rows, self._kept_logps(rows.rows, model_hash, self._score_initial), strict=True
+                ):
+                    row["ref_logps"] = logps
                 continue
             lacking = [row for row in rows.rows if "ref_logps" not in row]
             if lacking and (self.args.keeps_reference_logps or len(lacking) < len(rows.rows)):
                 set_reference_logps(lacking, self._score_initial)
+
+    def _add_offsets(self, sets: Sequence[Any], rounds: Sequence[EarlierRound]) -> None:
+        """Give rows what earlier rounds have learned of them; of their models one at a time is in memory."""
+        every = [rows.rows for rows in sets if isinstance(rows, PreferenceRows)]
+        if any("offsets" in row for rows in every for row in rows):
+            raise ConfigError("rows bring offsets, and earlier rounds make them: leave out one of the two")
+        found: list[list[list[list[float]]]] = [[] for _ in every]  # of each set, by model
+        for one in (*rounds, None):
+            model, score = None, self._score_initial
+            if one is not None:
+                model = loaded(one.reference, self.args).to(self.args.device).eval()
+                score = partial(self._score, model=model)
+            fingerprint = ""
+            if self.args.reference_cache:
+                reference = self.model if self.ref_model is None else self.ref_model
+                fingerprint = scorer_fingerprint(reference if model is None else model, self.args)
+            for rows, logps in zip(every, found, strict=True):
+                if self.args.reference_cache:
+                    logps.append(self._kept_logps(rows, fingerprint, score))
+                else:
+                    logps.append(computed_logps(rows, score))
+        weights = parse_dimension_weights(self.args.dimension_weights, len(rounds))
+        for rows, logps in zip(every, found, strict=True):
+            for row, offsets in zip(rows, offsets_of(rounds, weights, logps), strict=True):
+                row["offsets"] = offsets
+        first = [row["offsets"][0] - row["offsets"][-1] for rows in every[:1] for row in rows]
+        if any(first) and self.is_world_process_zero():
+            logger.warning(
+                "earlier rounds speak for the better completion of a row by %.3f nats on average, against it "
+                "in %.0f %% of the rows: the loss does not begin at that of no margin (ln 2 of dpo)",
+                sum(first) / len(first),
+                100 * sum(one < 0 for one in first) / len(first),
+            )
+
+    def _evaluated_rows(self, given: Any) -> TrainingRows | RoundRows:
+        if self._earlier_rounds and not isinstance(given, (TrainingRows, RoundRows)):
+            raise ConfigError(
+                "what earlier rounds have learned is computed before training: hand these rows to SPOTrainer "
+                "as a set of its eval_dataset"
+            )
+        return super()._evaluated_rows(given)
 
     def _score_initial(self, sequences: list[tuple[list[int], list[int]]]) -> list[float]:
         """Under the reference; where there is no copy of it, before training: under the policy."""
@@ -566,6 +623,18 @@ class SPOTrainer(RowsTrainer):
         without_adapter = self.ref_model is None and self._uses_adapter
         with adapter_off(self.model) if without_adapter else nullcontext(model) as reference:
             return self._score(sequences, reference)
+
+    def _kept_logps(self, rows: Sequence[Row], model_hash: str, score: Scorer) -> list[list[float]]:
+        """See `softpref.spo.reference.kept_logps`; all processes must call it."""
+        self.accelerator.wait_for_everyone()
+        return kept_logps(
+            rows,
+            self.args.reference_cache,
+            model_hash,
+            score,
+            writes=self.is_world_process_zero(),
+            everywhere=lambda here: self.sum_over_processes(here) == self.args.world_size,
+        )
 
     def _score(self, sequences: list[tuple[list[int], list[int]]], model: Any = None) -> list[float]:
         """Sequence log-probabilities, nats, under `model` (default: the policy), shared among processes."""
