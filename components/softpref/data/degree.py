@@ -28,7 +28,7 @@ def degree_rankings(row: Preference, config: DataConfig) -> Iterator[Preference]
         whole = row.completions[place]
         left = texts_by_level(whole, config.degree_levels, config.degree_language)
         if left and _characters(left[-1]):
-            yield Preference(row.prompt, [whole, *left], "ranking", None)
+            yield Preference(row.prompt, [whole, *left], "ranking", None, row.dimension)
 
 
 def _characters(text: Text) -> str:

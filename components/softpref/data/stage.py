@@ -64,7 +64,7 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> Da
 
     The folder is a saved `datasets.DatasetDict` with the splits train, validation and test, and judge where
     `judge_fraction` asks for it (columns `prompt`, `completions` best first, `kind`, `probability`, `weight`
-    where a source has weights, `dimension` where rows have any, `source_row`, `source` where there are several,
+    where a source has weights, `dimension` where rows have any, `source_row`, `source` where there are many,
     and `degree` where `degree_ranking_weight` makes rows), and beside it `stats.json`, `parameters.yaml`,
     `rejected.jsonl`, `page.html`; `sft/` (a `DatasetDict` of `prompt` and `completion`) and `prompts/` (a
     `Dataset` of `prompt`) where the configuration gives them a source; for the story world
