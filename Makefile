@@ -8,7 +8,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # mkdocs-material's announcement of its successor is no warning about the pages
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: setup setup-core sweep test test-fast test-slow test-faults test-vllm lint docs bench packages check-infra test-tracking images test-containers test-cluster
+.PHONY: setup setup-core sweep test test-fast test-slow test-faults test-vllm lint docs bench packages lock check-infra test-tracking images test-containers test-cluster
 
 setup: $(VENV)/.ready
 
@@ -49,7 +49,7 @@ check-infra: setup  ## manifests, YAML and Dockerfiles; offline, in seconds
 	$(BIN)/hadolint images/Dockerfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/infra
 
-test-faults: setup  ## kills stages and sweeps at 120 places and asks that nothing is lost; half an hour
+test-faults: setup  ## kills, damaged files, full disks, trackers in trouble: nothing may be lost; an hour and a half
 	OMP_NUM_THREADS=1 PYTHONPATH=components:. $(BIN)/python -m tests.faults.campaign $(ARGS)
 
 test-tracking: setup  ## a sweep on PostgreSQL, an S3 store and a server that is killed in the middle; minutes
@@ -78,6 +78,28 @@ packages: setup  ## pipelines, components, list of parameters; tests compare the
 	$(BIN)/python pipelines/spo_sweep.py compile --recipe own --output pipelines/packages/spo_own.yaml
 	$(BIN)/python pipelines/spo_sweep.py components
 	$(BIN)/python -m softpref.preflight.parameters > docs/parameters.md
+
+# resolved for x86-64, where ARM needs the same packages; the hashes are of a version's wheels for every platform
+LOCK := cd images && UV_CUSTOM_COMPILE_COMMAND="make lock" $(abspath $(BIN))/uv pip compile --quiet --no-config \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --only-binary :all: --generate-hashes --no-annotate
+
+lock: setup  ## the hash of every package of the images, into images/locks; TORCH_INDEX=URL: also of torch's build for the CPU
+	$(LOCK) -c ../constraints.txt requirements/data.txt -o locks/data.txt
+	$(LOCK) -c ../constraints.txt --no-deps requirements/kfp.txt -o locks/kfp.txt
+	$(LOCK) -c ../constraints.txt --no-deps requirements/torch.txt -o locks/torch-cuda.txt
+	$(LOCK) -c ../constraints.txt requirements/torch.txt -o locks/cuda.txt
+	$(LOCK) -c ../constraints.txt --excludes requirements/cuda.txt requirements/data.txt requirements/train.txt \
+		-o locks/train.txt
+	$(LOCK) -c ../constraints.txt --excludes requirements/cuda.txt requirements/data.txt requirements/train.txt \
+		requirements/evaluate.txt -o locks/evaluate.txt
+	$(LOCK) -c ../constraints.txt requirements/tracking.txt -o locks/tracking.txt
+	$(LOCK) -c ../constraints.txt requirements/build.txt -o locks/build.txt
+	$(LOCK) requirements/sbom.txt -o locks/sbom.txt
+ifdef TORCH_INDEX
+	rm -f images/locks/torch-cpu.txt
+	sed -n 's/^torch==.*/&+cpu/p' constraints.txt | \
+		($(LOCK) --no-deps --default-index "$(TORCH_INDEX)" - -o locks/torch-cpu.txt)
+endif
 
 images:  ## build the container images with Podman or Docker; BUILD="--accelerator cuda --push" passes options
 	python3 images/build.py $(BUILD)

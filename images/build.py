@@ -36,6 +36,8 @@ sys.path.insert(0, str(REPOSITORY / "components"))
 from softpref import __version__  # noqa: E402
 from softpref.images import PREFIX, STAGES, image_name  # noqa: E402
 
+EPOCH = 315_532_800  # 1980, the date of all files of the images; SOURCE_DATE_EPOCH of the recipe
+
 # pip's options that a build may need
 _SOURCES = ("index-url", "extra-index-url", "find-links")
 _OPTIONS = (*_SOURCES, "no-index", "trusted-host", "proxy", "timeout", "default-timeout", "retries")
@@ -54,19 +56,14 @@ def main(arguments: list[str]) -> int:
         secrets = _write_secrets(configuration, Path(folder))
         for stage, name in names.items():
             began = time.monotonic()
-            command = [engine, "build", "--file", "images/Dockerfile", "--target", stage, "--tag", name]
-            command += ["--network=host", *secrets]
-            # only Docker's format has health checks
-            command += ["--format=docker"] if engine == "podman" else []
-            for argument, value in _build_arguments(options).items():
-                command += ["--build-arg", f"{argument}={value}"]
-            if engine == "docker":  # predefined arguments, kept out of the history; Podman passes them itself
-                for variable in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
-                    if variable in os.environ or variable.lower() in os.environ:
-                        command += ["--build-arg", variable]
-            status, said = _build([*command, *options.engine_options, "."])
+            build = _command(engine, stage, secrets, _build_arguments(options))
+            status, said = _build([*build, "--tag", name, *options.engine_options, "."])
+            failed = f"{name} was not built"
+            if status == 0:
+                status, said = _write_bill(engine, name, secrets, options)
+                failed = f"{name} is built, its bill of materials is not"
             if status:
-                print(f"error: {name} was not built (exit status {status})", file=sys.stderr)
+                print(f"error: {failed} (exit status {status})", file=sys.stderr)
                 if said:
                     print(said, file=sys.stderr)
                 return 1
@@ -78,6 +75,33 @@ def main(arguments: list[str]) -> int:
         for name in names.values():
             subprocess.run([engine, "push", name], check=True)
     return 0
+
+
+def _command(engine: str, target: str, secrets: list[str], arguments: Mapping[str, str]) -> list[str]:
+    """The engine's command that builds a target of the recipe, but for what becomes of it."""
+    command = [engine, "build", "--file", "images/Dockerfile", "--target", target, "--network=host", *secrets]
+    if engine == "podman":  # only Docker's format has health checks; every layer has one date
+        command += ["--format=docker", f"--timestamp={EPOCH}"]
+    for argument, value in arguments.items():
+        command += ["--build-arg", f"{argument}={value}"]
+    if engine == "docker":  # predefined arguments, kept out of the history; Podman passes them itself
+        for variable in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
+            if variable in os.environ or variable.lower() in os.environ:
+                command += ["--build-arg", variable]
+    return command
+
+
+def _write_bill(engine: str, name: str, secrets: list[str], options: argparse.Namespace) -> tuple[int, str]:
+    """Write the bill of materials of a built image; returns what `_build` does."""
+    arguments = {**_build_arguments(options), "DESCRIBED": name, "NAME": name}
+    with tempfile.TemporaryDirectory() as folder:
+        build = _command(engine, "sbom", secrets, arguments)
+        status, said = _build([*build, "--output", f"type=local,dest={folder}", "."])
+        if status == 0:
+            options.sbom.mkdir(parents=True, exist_ok=True)
+            file = re.sub(r"[^\w.-]", "-", name.rpartition("/")[2]) + ".cdx.json"
+            shutil.copyfile(Path(folder, "sbom.json"), options.sbom / file)
+    return status, said
 
 
 def _build(command: list[str]) -> tuple[int, str]:
@@ -176,10 +200,13 @@ def _write_secrets(configuration: Mapping[str, list[str]], folder: Path) -> list
 
 def _build_arguments(options: argparse.Namespace) -> dict[str, str]:
     arguments = {"ACCELERATOR": options.accelerator, "VERSION": __version__, "REVISION": revision()}
+    arguments["SOURCE_DATE_EPOCH"] = str(EPOCH)
     if options.base:
         arguments["BASE_IMAGE"] = options.base
     if options.torch_index:
         arguments["TORCH_INDEX"] = options.torch_index
+    if options.torch_hash:
+        arguments["TORCH_HASH"] = options.torch_hash
     return arguments
 
 
@@ -219,6 +246,16 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--accelerator", choices=("cpu", "cuda"), default="cpu", help="what torch is built for"
     )
     parser.add_argument("--torch-index", metavar="URL", help="package index to take torch from")
+    parser.add_argument(
+        "--torch-hash", metavar="sha256:HASH", help="of another build of torch than images/locks holds"
+    )
+    parser.add_argument(
+        "--sbom",
+        type=Path,
+        default=REPOSITORY / "images/sbom",
+        metavar="FOLDER",
+        help="for the bills of materials, a NAME.cdx.json of each image (default: images/sbom)",
+    )
     parser.add_argument("--base", metavar="IMAGE", help="another base image, or the same one by its digest")
     parser.add_argument("--engine", choices=("podman", "docker"), help="default: the first that is installed")
     parser.add_argument("--push", action="store_true", help="push what was built")

@@ -83,6 +83,10 @@ def test_files_are_refused_by_name(tmp_path):
     broken.write_text("a: [1", encoding="utf-8")
     with pytest.raises(ConfigError, match="not valid YAML"):
         read_mapping(broken)
+    broken.write_bytes(b"a: 1\n\x07b: 2")  # of which the parser speaks in two lines
+    with pytest.raises(ConfigError, match="not valid YAML") as refused:
+        read_mapping(broken)
+    assert "\n" not in str(refused.value)
     broken.write_text("- 1", encoding="utf-8")
     with pytest.raises(ConfigError, match="holds a list"):
         read_mapping(broken)

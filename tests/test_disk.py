@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import signal
 import sqlite3
@@ -9,7 +10,14 @@ from pathlib import Path
 
 import pytest
 from softpref.cli import main
-from softpref.disk import content_hash, disk_trouble, says_disk_trouble, write_whole
+from softpref.disk import (
+    content_hash,
+    disk_trouble,
+    remove_parts,
+    says_disk_trouble,
+    write_private,
+    write_whole,
+)
 from softpref.errors import ConfigError, DiskError
 
 
@@ -113,6 +121,7 @@ def test_a_full_disk_is_called_full(write):
         ("EIO", "/a/b cannot be written: the disk reports an error"),
         ("EACCES", "/a/b: this user has no permission there; give another folder"),
         ("ENOTDIR", "/a/b: a file is where a folder should be; give another folder"),
+        ("EISDIR", "/a/b: a folder is where a file should be; give another folder"),
     ],
 )
 def test_each_kind_of_trouble_has_its_words_and_its_remedy(code, said):
@@ -162,6 +171,43 @@ def test_the_console_says_it_with_status_2_even_if_the_result_cannot_be_written(
     said = capsys.readouterr().err
     assert said == f"error: {disk_trouble(OSError(errno.ENOSPC, ''), [output])}\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="there is no /proc here")
+@pytest.mark.parametrize("output", ["/proc/softpref", "/proc/softpref/out"])
+def test_an_output_where_no_file_can_be_made_is_refused(output, capsys):
+    assert main(["data", "--output", output, "--rows", "20"]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: /proc/\S+: this file system takes no new files; give another folder, .*\n", said
+    )
+
+
+def test_an_absent_file_is_no_trouble_of_a_disk(tmp_path):
+    with pytest.raises(FileNotFoundError) as absent:
+        (tmp_path / "absent").read_text()
+    assert disk_trouble(absent.value) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_had_begun_to_write_is_removed(tmp_path):
+    child = os.fork()
+    if child == 0:
+        os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        write_whole(tmp_path / "file", "new")
+    os.waitpid(child, 0)
+    assert [path.name for path in tmp_path.iterdir()] == [f".file.{child}.part"]
+    remove_parts(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_private_file_is_its_owners_alone_whatever_was_there(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("open to all")
+    file.chmod(0o644)
+    write_private(file, "password")
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.read_text() == "password"
 
 
 def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path, at_most):

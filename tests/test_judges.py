@@ -77,6 +77,15 @@ def test_damaged_outcomes_are_refused_by_line(tmp_path):
     path.write_text(json.dumps(good) + "\n" + json.dumps(good | {"rewards": [1.0, 2.0]}) + "\n")
     with pytest.raises(DataError, match=r"line 2.*differ in length"):
         read_outcomes(path)
+    for damaged in (
+        b'{"prompt": "\xff"}',
+        b"[" * 100_000,
+        b"7",
+        json.dumps(good | {"weights": 1.0}).encode(),
+    ):
+        path.write_bytes(json.dumps(good).encode() + b"\n" + damaged + b"\n")
+        with pytest.raises(DataError, match=r"outcomes\.jsonl, line 2: expected prompt"):
+            read_outcomes(path)
 
 
 def test_rankings_give_all_ordered_pairs_and_best_of_n_only_the_best():

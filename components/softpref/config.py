@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from softpref.disk import in_brief
 from softpref.errors import ConfigError
 from softpref.records import PARAMETERS_FILE
 from softpref.remote import public_url
@@ -84,7 +85,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
             values = yaml.load(content, Loader)
     except Exception as error:  # of the parser, or of the types of its values
         raise ConfigError(
-            f"configuration file {path} is not valid YAML or JSON: {_in_words(error)}"
+            f"configuration file {path} is not valid YAML or JSON: {in_brief(error)}"
         ) from error
     if values is None:
         return {}
@@ -108,7 +109,7 @@ def parse_overrides(overrides: str | Mapping[str, Any] | None, name: str = "over
         values = _from_json(overrides)
     except _BROKEN_JSON as error:
         raise ConfigError(
-            f"{name} is not JSON ({_in_words(error)}); write it like {_meant(overrides, dict)}, "
+            f"{name} is not JSON ({in_brief(error)}); write it like {_meant(overrides, dict)}, "
             f"got {shown(overrides)}"
         ) from error
     if not isinstance(values, dict):
@@ -137,10 +138,6 @@ def shown(value: object) -> str:
         return _repr.repr(value)
     except ValueError:
         return "a number of thousands of digits"
-
-
-def _in_words(error: Exception) -> str:
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _check_values(values: object, where: str) -> None:
@@ -348,7 +345,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
                 try:
                     value = _from_json(value)
                 except _BROKEN_JSON as error:
-                    broken = f" ({_in_words(error)}); write it as JSON, like {_meant(value, container)}"
+                    broken = f" ({in_brief(error)}); write it as JSON, like {_meant(value, container)}"
                     continue
                 _check_values(value, name)
             if isinstance(value, container) or (container is tuple and isinstance(value, list)):

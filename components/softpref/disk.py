@@ -15,6 +15,9 @@ from typing import ParamSpec, TypeVar
 
 from softpref.errors import DiskError, SoftprefError
 
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What reading a file of JSON can raise, whatever it holds."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -30,7 +33,9 @@ _HAPPENED = {
     errno.EPERM: "this user has no permission there",
     errno.EEXIST: "something else has that name",
     errno.ENOTDIR: "a file is where a folder should be",
+    errno.EISDIR: "a folder is where a file should be",
     errno.ENAMETOOLONG: "the name is too long",
+    errno.ENOENT: "this file system takes no new files",
 }
 _ROOM = "free some space there"
 _REMEDIES = {
@@ -73,6 +78,20 @@ def write_whole(path: str | Path, text: str) -> None:
     _flush_folder(path.parent)
 
 
+def remove_parts(folder: str | Path) -> None:
+    """Remove what processes that were killed within `write_whole` have left in a folder of this one alone."""
+    for part in Path(folder).glob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
+def write_private(path: str | Path, text: str) -> None:
+    """Write a file anew that only its owner may read, for it may hold a password."""
+    path = Path(path)
+    path.unlink(missing_ok=True)
+    with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(text)
+
+
 def content_hash(*paths: str | Path) -> str:
     """XXH3 of the contents of files: against accidents, where a cryptographic hash would take minutes."""
     import xxhash
@@ -93,6 +112,18 @@ def flush_below(folder: str | Path) -> None:
         elif path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def in_brief(error: BaseException) -> str:
+    """An error's message on one line of at most 300 characters."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyError):
+        text = f"it lacks {text}"
+    return f"{text[:300]} …" if len(text) > 300 else text or type(error).__name__
 
 
 def disk_trouble(error: BaseException, folders: Sequence[str | Path] = ()) -> str | None:
@@ -151,10 +182,24 @@ def _causes(error: BaseException) -> Iterator[tuple[int, BaseException]]:
 
 def _code(error: BaseException) -> int:
     if isinstance(error, OSError) and error.errno:
-        return error.errno
+        return 0 if error.errno == errno.ENOENT and not _takes_nothing(error.filename) else error.errno
     text = str(error)
     known = (code for code, words in _SAID.items() if re.search(words, text, re.IGNORECASE))
     return next(known, _UNSAID if re.search(_TORCH_WRITES, text) else 0)
+
+
+def _takes_nothing(file: str | bytes | None) -> bool:
+    """Whether the nearest folder that is there lets none be made, as /proc does; else a file was absent."""
+    if file is None:
+        return False
+    path = Path(os.fsdecode(file)).absolute()
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=next(one for one in path.parents if one.is_dir())))
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _suspect(folders: Sequence[str | Path], code: int) -> str:

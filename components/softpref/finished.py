@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from softpref.disk import write_whole
+from softpref.config import shown
+from softpref.disk import DAMAGED, write_whole
 from softpref.errors import ConfigError
 from softpref.records import RESULT_FILE
+
+_SAID = 8  # differences in a message
 
 
 def write_result(folder: str | Path, made_from: Mapping[str, object], result: object) -> None:
@@ -34,7 +37,7 @@ def finished_result(folder: str | Path, made_from: Mapping[str, object], what: s
     try:
         found = json.loads((Path(folder) / RESULT_FILE).read_text(encoding="utf-8"))
         there, result = dict(found["made_from"]), found["result"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except DAMAGED:
         there, result = {}, None
     if there == made_from:
         return result
@@ -49,6 +52,7 @@ def as_recorded(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def differences(found: Mapping[str, object], own: Mapping[str, object]) -> str:
-    """In what recorded values differ from those of this call, in words."""
+    """In what recorded values differ from those of this call, in words: the first of them."""
     differing = sorted(key for key in {*own, *found} if own.get(key) != found.get(key))
-    return ", ".join(f"{key}: {found.get(key)!r} there, {own.get(key)!r} here" for key in differing)
+    said = [f"{key}: {shown(found.get(key))} there, {shown(own.get(key))} here" for key in differing[:_SAID]]
+    return ", ".join(said) + (f", and {len(differing) - _SAID} more" if differing[_SAID:] else "")

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
-from softpref.disk import flush_below, write_whole
+from softpref.disk import DAMAGED, content_hash, flush_below, in_brief, remove_parts, write_whole
 from softpref.errors import ConfigError, DataError
 
 STATS_FILE, REJECTED_FILE, PAGE_FILE = "stats.json", "rejected.jsonl", "page.html"
@@ -39,6 +39,8 @@ ROUND_FOLDER = "round-"  # and its number: a model of an earlier round on anothe
 PARAMETERS_FILE, TIMINGS_FILE, RESULT_FILE = "parameters.yaml", "timings.json", "result.json"
 
 
+T = TypeVar("T")
+
 Message = dict[str, str]
 """A message of a conversation: `role` and `content`."""
 Text = str | Sequence[Message]
@@ -48,7 +50,8 @@ Text = str | Sequence[Message]
 class PreferenceRow(TypedDict):
     """A row of the dataset: completions best first, the probability of a pair with a soft label.
 
-    The dimension is what they were judged by, where rows are judged by several; empty for a row of none.
+    `degree` is true of rankings that nobody has judged (`degree_ranking_weight` of the data stage). The
+    dimension is what they were judged by, where rows are judged by several; empty for a row of none.
     """
 
     prompt: Text
@@ -59,6 +62,14 @@ class PreferenceRow(TypedDict):
     weight: NotRequired[float | None]
     dimension: NotRequired[str]
     source: NotRequired[str]
+    degree: NotRequired[bool]
+
+
+def judged_rows(rows: Any) -> Any:
+    """Of a split of a dataset the rows that were judged: those without `degree`."""
+    if "degree" not in rows.column_names:
+        return rows
+    return rows.filter(lambda made: not made, input_columns="degree", keep_in_memory=True)
 
 
 class ColumnMapping(TypedDict):
@@ -100,7 +111,8 @@ class DatasetStats(TypedDict, total=False):
     Counts are by split (`rows`, `prompts`, `sft`, `extra_prompts`), by reason (`rejected`, `left_out`), by
     kind of row or label, by number of completions, or by dimension (absent where rows have none).
     `longer_chosen` is the share of pairs whose better completion has more characters; pairs of equal length
-    count half.
+    count half. `degree_rankings` are rows of the training split that were made of others; what is said of
+    labels, lengths and prompts leaves them out. `files` has hashes of the files.
     """
 
     stage: str
@@ -115,6 +127,7 @@ class DatasetStats(TypedDict, total=False):
     rejected: dict[str, int]
     left_out: dict[str, int]
     not_sampled: int
+    degree_rankings: int
     rows: dict[str, int]
     prompts: dict[str, int]
     kinds: dict[str, int]
@@ -126,6 +139,7 @@ class DatasetStats(TypedDict, total=False):
     longer_chosen: float
     dataset_hash: str
     test_hash: str
+    files: dict[str, str]
     mixture: list[MixedSource]
     sft: dict[str, object]
     extra_prompts: dict[str, object]
@@ -401,9 +415,10 @@ class Evaluation:
 
         Raises:
             ConfigError: the folder holds none.
+            DataError: it is damaged.
         """
         path = Path(folder) / EVALUATION_FILE
-        return cls.of(_read(path, "an evaluation folder"), path)
+        return _typed(path, _read(path, "an evaluation folder"), lambda values: cls.of(values, path))
 
     def write(self, folder: Path) -> None:
         _write(folder / EVALUATION_FILE, self.as_dict())
@@ -504,9 +519,13 @@ class Comparison:
 
         Raises:
             ConfigError: the folder holds none.
+            DataError: it is damaged.
         """
         path = Path(folder) / COMPARISON_FILE
-        known = _read(path, "a comparison folder")
+        return _typed(path, _read(path, "a comparison folder"), lambda values: cls._of(values, path))
+
+    @classmethod
+    def _of(cls, known: Mapping[str, Any], path: Path) -> Comparison:
         members = [Evaluation.of(member, path) for member in known.get("members", ())]
         uses = [
             BestFor(**{**one, "differences": figures_of(one["differences"])})
@@ -551,7 +570,7 @@ class Registration:
     @classmethod
     def read(cls, folder: str | Path) -> Registration:
         path = Path(folder) / REGISTRATION_FILE
-        return cls(**_read(path, "a registration folder"))
+        return _typed(path, _read(path, "a registration folder"), lambda values: cls(**values))
 
     def write(self, folder: Path) -> None:
         _write(folder / REGISTRATION_FILE, asdict(self))
@@ -577,34 +596,85 @@ def write_samples_table(folder: Path, records: Iterable[PromptRecord]) -> None:
 
 
 def read_samples(folder: str | Path, most: int) -> list[PromptRecord]:
-    """The first `most` prompts of `samples.jsonl`; empty where it is absent."""
+    """The first `most` prompts of `samples.jsonl`; empty where it is absent.
+
+    Raises:
+        DataError: it is damaged.
+    """
     path = Path(folder) / SAMPLES_FILE
-    if not path.is_file():
+    if not path.exists():
         return []
-    with open(path, encoding="utf-8") as lines:
-        found = [json.loads(line) for line in itertools.islice(lines, most)]
-    return [
-        PromptRecord(
-            one["prompt"], *([DrawnText(**text) for text in one[side]] for side in ("reference", "policy"))
-        )
-        for one in found
-    ]
+
+    def read(path: Path) -> list[PromptRecord]:
+        with open(path, encoding="utf-8") as lines:
+            found = [json.loads(line) for line in itertools.islice(lines, most)]
+        return [
+            PromptRecord(
+                one["prompt"],
+                *([DrawnText(**text) for text in one[side]] for side in ("reference", "policy")),
+            )
+            for one in found
+        ]
+
+    return _typed(path, path, read)
 
 
 def read_stats(folder: str | Path) -> DatasetStats:
-    """What `stats.json` says of a dataset; empty where it is absent."""
+    """What `stats.json` says of a dataset; empty where it is absent.
+
+    Raises:
+        DataError: it is damaged.
+    """
     stats: DatasetStats = _read_if_there(Path(folder) / STATS_FILE)
     return stats
 
 
+def hashes_in(folder: Path) -> dict[str, str]:
+    """The hash of each file of rows in a dataset folder, and of what experts know, by its path there."""
+    files = [*folder.rglob("data-*.arrow"), folder / OUTCOMES_FILE, folder / REWARD_FILE]  # others are caches
+    return {
+        file.relative_to(folder).as_posix(): content_hash(file) for file in sorted(files) if file.exists()
+    }
+
+
+def read_dataset(folder: str | Path) -> Any:
+    """A dataset, or its splits by name, as the data stage saved them in a folder.
+
+    Raises:
+        DataError: a file is absent or damaged, or not the one that `stats.json` describes.
+    """
+    from datasets import load_from_disk
+
+    whole = next((one for one in (Path(folder), Path(folder).parent) if (one / STATS_FILE).is_file()), None)
+    stats = read_stats(whole) if whole else {}
+    try:
+        for name, digest in stats.get("files", {}).items():
+            if whole and (file := whole / name).is_relative_to(folder) and content_hash(file) != digest:
+                raise ValueError(f"its {file.relative_to(folder)} is not what was written")
+        found: Any = load_from_disk(str(folder))
+        splits = found if isinstance(found, dict) else {"": found}
+        for rows in splits.values():
+            rows.data.validate(full=True)  # else what is damaged within a column is met anywhere, or crashes
+    except Exception as error:  # those of datasets, Arrow and JSON are of all kinds
+        raise DataError(
+            f"the dataset {folder} cannot be read: {in_brief(error)}; make it anew with softpref data"
+        ) from error
+    return found
+
+
 def save_metadata(folder: str | Path, values: Mapping[str, object]) -> None:
     """Write what later stages need to know of a model folder (`softpref.json`), its last file."""
+    remove_parts(folder)
     flush_below(folder)
     write_whole(Path(folder) / METADATA_FILE, json.dumps(values, indent=2) + "\n")
 
 
 def load_metadata(folder: str | Path) -> ModelMetadata:
-    """Read `softpref.json` of a model folder; empty for a model that softpref did not write."""
+    """Read `softpref.json` of a model folder; empty for a model that softpref did not write.
+
+    Raises:
+        DataError: it is damaged.
+    """
     metadata: ModelMetadata = _read_if_there(Path(folder) / METADATA_FILE)
     return metadata
 
@@ -613,10 +683,6 @@ def earlier_folders(folder: str | Path) -> list[Path]:
     """The folders `round-N` in a model folder, or of their evaluations in an evaluation's, in order."""
     found = [path for path in Path(folder).glob(f"{ROUND_FOLDER}*") if path.is_dir()]
     return sorted(found, key=lambda path: (len(path.name), path.name))
-
-
-def _read_if_there(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _plain(value: object) -> object:
@@ -635,15 +701,38 @@ def _plain(value: object) -> object:
 
 
 def _read(path: Path, what: str) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"{path} does not exist; give {what}")
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
+    values: dict[str, Any] = _read_if_there(path)
     return values
 
 
+def _read_if_there(path: Path) -> Any:
+    return _typed(path, path, _object_in) if path.exists() else {}
+
+
+def _object_in(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds a {type(values).__name__}, not an object")
+    json.dumps(values, ensure_ascii=False).encode()  # an escape can stand for what is no text
+    return values
+
+
+def _typed(path: Path, values: Any, read: Callable[[Any], T]) -> T:
+    """What `read` makes of a file's values; that they are not what softpref writes is a `DataError`."""
+    try:
+        return read(values)
+    except DataError:
+        raise
+    except DAMAGED as error:
+        raise DataError(
+            f"{path} cannot be read: {in_brief(error)}; it is damaged, or not a file of softpref's: have the "
+            "stage that writes it do so again"
+        ) from error
+
+
 def _write(path: Path, values: Mapping[str, object]) -> None:
+    remove_parts(path.parent)
     flush_below(path.parent)
     write_whole(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from softpref.disk import DAMAGED, in_brief
 from softpref.errors import DataError
 
 _WORD, _END = re.compile(r"[^\W\d_]+"), re.compile(r"[.!?]+")
@@ -73,8 +74,10 @@ def read_rewards(path: str | Path) -> dict[str, TextReward]:
             )
             for name, fields in given.get("dimensions", {"": given}).items()
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: expected warmth (word to number), ease and grade ({error!r})") from error
+    except DAMAGED as error:
+        raise DataError(
+            f"{path}: expected warmth (word to number), ease and grade ({in_brief(error)})"
+        ) from error
     for reward in rewards.values():
         numbers = (reward.ease, reward.grade, reward.brevity, reward.usual)
         if not all(map(math.isfinite, (*reward.warmth.values(), *numbers))):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,7 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize(("stage", "limit"), [("data", 0.7e9), ("train", 2.5e9), ("evaluate", 2.7e9)])
+@pytest.mark.parametrize(("stage", "limit"), [("data", 0.75e9), ("train", 2.5e9), ("evaluate", 2.7e9)])
 def test_images_for_the_cpu_are_small(images, stage, limit):
     assert inspect(images[stage])["Size"] < limit
 
@@ -82,37 +83,113 @@ def test_images_share_the_layers_of_those_before_them(images):
     assert layers["tracking"][:2] == layers["data"][:2]
 
 
-def test_what_a_build_is_told_of_pip_is_in_no_layer_and_no_history(tmp_path):
-    """The data image built anew, with a marker in pip's configuration and one in the certificates."""
-    marker = "planted-9f86d081"
+MARKER = "planted-9f86d081"
+ANEW = "localhost/softpref-test-anew"
+
+
+def build_data(folder, repository=REPOSITORY, environment=os.environ):
+    """Build a data image without a cache, from `repository`."""
+    command = [sys.executable, "images/build.py", "--only", "data", "--engine=podman", "--prefix", ANEW]
+    command += ["--tag", "1", "--sbom", str(folder), "--", "--no-cache"]
+    return subprocess.run(
+        command, cwd=repository, env=environment, capture_output=True, text=True, timeout=1500
+    )
+
+
+@pytest.fixture(scope="module")
+def anew(tmp_path_factory):
+    """The data image built anew: its name, and the folder of its bill of materials.
+
+    There is a marker in pip's configuration and one in the certificates.
+    """
+    folder = tmp_path_factory.mktemp("anew")
     bundle = (
         os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE") or "/etc/ssl/certs/ca-certificates.crt"
     )
-    shutil.copy(bundle, tmp_path / "bundle.pem")
-    with (tmp_path / "bundle.pem").open("a") as file:
-        file.write(f"\n# {marker}\n")
+    shutil.copy(bundle, folder / "bundle.pem")
+    with (folder / "bundle.pem").open("a") as file:
+        file.write(f"\n# {MARKER}\n")
     environment = {
         **os.environ,
-        "PIP_CERT": str(tmp_path / "bundle.pem"),
-        "PIP_TRUSTED_HOST": f"{marker}.example",
+        "PIP_CERT": str(folder / "bundle.pem"),
+        "PIP_TRUSTED_HOST": f"{MARKER}.example",
     }
-    command = [sys.executable, "images/build.py", "--only", "data", "--engine=podman"]
-    command += ["--prefix", "localhost/softpref-test-planted", "--tag", "1", "--", "--no-cache"]
-    name = "localhost/softpref-test-planted-data:1"
+    name = f"{ANEW}-data:1"
     try:
-        subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True, timeout=500)
-        archive = tmp_path / "image.tar"
-        podman("image", "save", "--format=docker-archive", "--output", str(archive), name)
+        built = build_data(folder, environment=environment)
+        assert built.returncode == 0, built.stdout[-3000:] + built.stderr
+        yield name, folder
     finally:
         podman("image", "rm", "--force", name, check=False)
+
+
+def test_what_a_build_is_told_of_pip_is_in_no_layer_and_no_history(anew, tmp_path):
+    archive = tmp_path / "image.tar"
+    podman("image", "save", "--format=docker-archive", "--output", str(archive), anew[0])
     searched = 0
     with tarfile.open(archive) as outer:
         for member in outer.getmembers():
             if member.isfile():
                 content = outer.extractfile(member).read()
                 searched += len(content)
-                assert marker.encode() not in content, member.name
+                assert MARKER.encode() not in content, member.name
     assert searched > 3e8  # layers lie in it as plain archives
+
+
+def test_an_image_that_is_built_anew_has_the_same_layers(images, anew):
+    assert inspect(anew[0])["RootFS"]["Layers"] == inspect(images["data"])["RootFS"]["Layers"]
+
+
+def test_compiled_modules_hold_the_hash_of_their_source_for_all_files_are_of_one_date(images):
+    """With the date that the source had they would be compiled at each start, for it has another one now."""
+    program = (
+        "import importlib.util, pathlib, json, sys\n"
+        "known = [[0, 0], [0, 0]]\n"
+        "for source in pathlib.Path('/opt/softpref/lib').rglob('*.py'):\n"
+        "    compiled = pathlib.Path(importlib.util.cache_from_source(str(source)))\n"
+        "    known[0][source.stat().st_mtime == int(sys.argv[1])] += 1\n"
+        "    if compiled.exists():\n"
+        "        known[1][compiled.read_bytes()[4] == 3] += 1\n"  # checked by hash, see PEP 552
+        "print(json.dumps(known))"
+    )
+    dates, hashes = json.loads(podman(*CONFINED, images["data"], "python", "-c", program, "315532800").stdout)
+    assert dates[0] == hashes[0] == 0
+    assert hashes[1] > 0.95 * dates[1] > 5000
+
+
+def test_the_bill_of_materials_names_all_that_the_image_has_and_nothing_else(anew):
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    name, folder = anew
+    text = (folder / "softpref-test-anew-data-1.cdx.json").read_text()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    bill = json.loads(text)
+    assert bill["metadata"]["component"]["name"] == name
+    kinds = {}
+    for one in bill["components"]:
+        kind = one.get("purl", "pkg:own/").split("/")[0]
+        kinds.setdefault(kind, set()).add((one["name"].lower().replace("_", "-"), one["version"]))
+    installed = json.loads(podman(*CONFINED, name, "pip", "list", "--format=json").stdout)
+    python = {(one["name"].lower().replace("_", "-"), one["version"]) for one in installed}
+    assert kinds["pkg:pypi"] | kinds["pkg:own"] == python
+    debian = podman(*CONFINED, name, "dpkg-query", "--show", "--showformat=${Package} ${Version}\\n").stdout
+    assert kinds["pkg:deb"] == {tuple(line.replace("_", "-").split()) for line in debian.splitlines()}
+
+
+def test_a_wrong_hash_stops_the_build(tmp_path):
+    """That of setuptools, the first package that is installed."""
+    copy = tmp_path / "repository"
+    for part in ("components", "images", "pipelines/recipes", "pipelines/clusters"):
+        shutil.copytree(REPOSITORY / part, copy / part)
+    for file in ("pyproject.toml", "README.md", "LICENSE", ".dockerignore"):
+        shutil.copy(REPOSITORY / file, copy)
+    lock = copy / "images/locks/build.txt"
+    lock.write_text(re.sub("sha256:[0-9a-f]{64}", f"sha256:{64 * '0'}", lock.read_text()))
+    built = build_data(tmp_path, copy)
+    assert built.returncode == 1
+    assert "DO NOT MATCH THE HASHES" in built.stdout
+    assert "was not built" in built.stderr
 
 
 @contextmanager

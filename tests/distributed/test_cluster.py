@@ -95,6 +95,24 @@ def test_a_job_that_fails_fails_the_step_with_the_last_lines_of_the_node(
     assert not (tmp_path / "policy").exists()
 
 
+def test_addresses_of_a_job_are_its_owners_alone_and_what_stays_holds_no_password(
+    cluster, train, launcher, nodes_run, tmp_path
+):
+    address = "https://me:secret@models.example/judge?signature=abc"
+    nodes_run(
+        "names = 'job.json', 'parameters.json'\n"
+        "modes = {name: oct((job / name).stat().st_mode & 0o777) for name in names}\n"
+        "given = json.loads((job / 'parameters.json').read_text())['judge_model']\n"
+        "sys.exit(f'{modes} {given}')"
+    )
+    with pytest.raises(StageFailed) as failed:
+        train("policy", launcher(), world_size=2, judge_model=address)
+    assert f"{{'job.json': '0o600', 'parameters.json': '0o600'}} {address}" in str(failed.value)
+    [parameters] = (tmp_path / "shared").rglob("parameters.json")
+    assert json.loads(parameters.read_text())["judge_model"] == "https://models.example/judge"
+    assert parameters.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_refusal_on_the_nodes_is_the_faces_own_and_is_not_repeated(cluster, train, launcher):
     with pytest.raises(SoftprefError, match="did you mean 'kl_gradient'"):
         train("policy", launcher(retries=2), world_size=2, kl_gradent="full")

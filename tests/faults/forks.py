@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -27,7 +28,8 @@ class Ended(NamedTuple):
     """How a fork ended.
 
     Attributes:
-        status: 0; 2 for an error that softpref explains; 1 for any other; -9 where it was killed.
+        status: 0; 2 for an error that softpref explains; 1 for any other; -9 where it was killed, -14 where
+            it took too long.
         said: what it printed.
         changes: of files in the fuse's folder; unknown where it was killed.
     """
@@ -37,17 +39,19 @@ class Ended(NamedTuple):
     changes: int
 
 
-def in_fork(work: Callable[[], object], log: Path, fuse: Fuse | None = None) -> Ended:
+def in_fork(work: Callable[[], object], log: Path, fuse: Fuse | None = None, *, longest: int = 0) -> Ended:
     """Do `work` in a fork of this process, whose imports it shares.
 
     Args:
         log: file for what it prints.
+        longest: seconds that it may take; 0 for any.
     """
     counted, write_count = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
     if process == 0:
+        signal.alarm(longest)
         _run(work, log, fuse, write_count)
     os.close(write_count)
     with open(counted, encoding="ascii") as pipe:
@@ -73,13 +77,29 @@ def _run(work: Callable[[], object], log: Path, fuse: Fuse | None, write_count: 
     except SoftprefError as error:
         print(f"error: {error}")
         status = 2
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os.write(write_count, str(changes[0]).encode())
         os._exit(status)
+
+
+def writes(event: str, arguments: tuple[object, ...]) -> str:
+    """The file or folder that an audit event of Python's begins to change; empty for any other event."""
+    if event == "open":
+        path, _, flags = arguments
+        if not (isinstance(flags, int) and flags & _WRITING):
+            return ""
+    elif event in _CHANGES:
+        path = arguments[0]
+    else:
+        return ""
+    return str(path) if isinstance(path, (str, os.PathLike)) else ""
 
 
 def _light(fuse: Fuse, changes: list[int]) -> None:
@@ -87,14 +107,7 @@ def _light(fuse: Fuse, changes: list[int]) -> None:
     within, lock = str(fuse.folder.absolute()), threading.Lock()
 
     def changed(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "open":
-            path, _, flags = arguments
-            writes = isinstance(flags, int) and flags & _WRITING
-        elif event in _CHANGES:
-            path, writes = arguments[0], True
-        else:
-            return
-        if not (writes and isinstance(path, (str, os.PathLike)) and within in str(path)):
+        if within not in writes(event, arguments):
             return
         with lock:
             changes[0] += 1

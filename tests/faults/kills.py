@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.faults.forks import Fuse, in_fork
+from tests.faults.outcomes import Outcome, Say
 from tests.faults.tracked import differences, tracked_in
 
 LENGTHS = {"max_prompt_length": 32, "max_completion_length": 32}
@@ -57,15 +58,7 @@ class Case(NamedTuple):
     store: Path | None = None
 
 
-class Outcome(NamedTuple):
-    """What came of a case: kills by what the stage did then, and what went wrong."""
-
-    name: str
-    kills: int
-    faults: list[str]
-
-
-def kill_everywhere(folder: Path, kills: int, seed: int, say: Callable[[str], None]) -> list[Outcome]:
+def kill_everywhere(folder: Path, kills: int, seed: int, say: Say) -> list[Outcome]:
     """Kill each case in turn; returns the outcomes.
 
     Args:
@@ -80,7 +73,7 @@ def kill_everywhere(folder: Path, kills: int, seed: int, say: Callable[[str], No
     for case, share in zip(cases, shares, strict=True):
         outcome = _kill(case, folder / case.name.replace(", ", "-"), share, chance)
         outcomes.append(outcome)
-        say(f"{case.name}: killed {outcome.kills} times, {len(outcome.faults)} faults")
+        say(f"{case.name}: killed {outcome.cases} times, {len(outcome.faults)} faults")
         for fault in outcome.faults:
             say(f"    {fault}")
     return outcomes
@@ -92,11 +85,11 @@ def _kill(case: Case, folder: Path, kills: int, chance: random.Random) -> Outcom
     ended = in_fork(partial(case.work, whole), folder / "whole.log", Fuse(whole, 10**9))
     took = time.monotonic() - began
     if ended.status:
-        return Outcome(case.name, 0, [f"fails without being killed: {ended.said[-2000:]}"])
+        return Outcome(case.name, 1, faults=[f"fails without being killed: {ended.said[-2000:]}"])
     result, tracked = case.result(whole), tracked_in(whole / "mlflow.db")
-    faults, killed = [], 0
-    while killed < kills:
-        here = _begun(case, folder / f"kill-{killed}")
+    outcome = Outcome(case.name)
+    while outcome.cases < kills:
+        here = _begun(case, folder / f"kill-{outcome.cases}")
         by_change = chance.random() < 0.75
         fuse = (
             Fuse(here, change=chance.randint(1, ended.changes))
@@ -104,26 +97,25 @@ def _kill(case: Case, folder: Path, kills: int, chance: random.Random) -> Outcom
             else Fuse(here, seconds=chance.uniform(0.0, took))
         )
         where = f"at change {fuse.change}" if by_change else f"after {fuse.seconds:.2f} s"
-        first = in_fork(partial(case.work, here), folder / f"kill-{killed}.log", fuse)
+        first = in_fork(partial(case.work, here), folder / f"kill-{outcome.cases}.log", fuse)
         if first.status != -9:  # it was faster this time
             shutil.rmtree(here)
             continue
-        log = folder / f"kill-{killed}-again.log"
+        log = folder / f"kill-{outcome.cases}-again.log"
         again = in_fork(partial(case.work, here), log)
         said = f"killed {where} of {ended.changes} ({log}): "
         if again.status:
-            faults.append(f"{said}called again, it ends with {again.status}: {again.said[-600:]}")
+            unlike = [f"called again, it ends with {again.status}: {again.said[-600:]}"]
         else:
             try:
                 unlike = [] if case.result(here) == result else ["its result is another"]
                 unlike += differences(tracked_in(here / "mlflow.db"), tracked)
             except (OSError, ValueError, KeyError, sqlite3.DatabaseError) as error:
                 unlike = [f"its result cannot be read: {error}"]
-            faults += [said + fault for fault in unlike]
-        killed += 1
-        if not faults:
+        outcome.note(fault=said + "; ".join(unlike) if unlike else "")
+        if not unlike:
             shutil.rmtree(here)
-    return Outcome(case.name, killed, faults)
+    return outcome
 
 
 def _begun(case: Case, folder: Path) -> Path:
@@ -242,14 +234,23 @@ def _register(folder: Path, *, policy: Path, evaluation: Path) -> None:
 
 
 def _weights(folder: Path) -> object:
-    """Hashes of the weights; what training leaves beside them must be gone."""
-    files = sorted((folder / "out").rglob("*.safetensors"))
-    left = [path.name for path in (folder / "out").iterdir() if path.name.startswith("checkpoint")]
-    return left, [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+    return weights(folder / "out")
 
 
 def _figures(folder: Path) -> object:
-    evaluation = json.loads((folder / "out/evaluation.json").read_text(encoding="utf-8"))
+    return figures(folder / "out")
+
+
+def weights(output: Path) -> object:
+    """Hashes of a model folder's weights; what training leaves beside them must be gone."""
+    files = sorted(output.rglob("*.safetensors"))
+    left = [path.name for path in output.iterdir() if path.name.startswith("checkpoint")]
+    return left, [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+
+
+def figures(output: Path) -> object:
+    """Those of an evaluation folder, over all and by prompt."""
+    evaluation = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
     return evaluation["metrics"], evaluation["by_prompt"]
 
 

@@ -10,12 +10,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from tests.faults.kills import Outcome
+from tests.faults.outcomes import Outcome, Say
 from tests.faults.tracked import tracked_in
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ _MOST_AGAIN = 2  # tasks that two calls of a sweep do twice, beside those that e
 _ALWAYS = {"plan-sweep", "compare-models", "register-model", "importer"}
 
 
-def kill_sweeps(folder: Path, kills: int, seed: int, say: Callable[[str], None]) -> list[Outcome]:
+def kill_sweeps(folder: Path, kills: int, seed: int, say: Say) -> list[Outcome]:
     """Kill a sweep `kills` times at random moments, each in a folder of its own.
 
     Args:
@@ -31,20 +31,19 @@ def kill_sweeps(folder: Path, kills: int, seed: int, say: Callable[[str], None])
         seed: of the moments.
     """
     folder.mkdir(parents=True)
-    chance, faults = random.Random(seed), []
+    chance, outcome = random.Random(seed), Outcome("sweep")
     recipe = _recipe(folder)
     began = time.monotonic()
     whole = _sweep(recipe, folder / "whole")
     took = time.monotonic() - began
     figures = _figures(folder / "whole")
-    number, killed = 0, 0
-    while killed < kills:
+    number = 0
+    while outcome.cases < kills:
         number += 1
         here, moment = folder / f"kill-{number}", chance.uniform(0.15, 1.0) * took
         first = _sweep(recipe, here, killed_after=moment)
         if not (here / "out/run.json").exists():
             continue  # it was still reading its parameters
-        killed += 1
         again = _sweep(recipe, here)
         said = f"sweep killed after {moment:.0f} of {took:.0f} s ({here}): "
         own = []
@@ -62,20 +61,27 @@ def kill_sweeps(folder: Path, kills: int, seed: int, say: Callable[[str], None])
         say(f"{said}{len(own)} faults; done again: {redone or 'nothing'}")
         for fault in own:
             say(f"    {fault}")
-        faults += [said + fault for fault in own]
-    return [Outcome("sweep", killed, faults)]
+        outcome.note(fault=said + "; ".join(own) if own else "")
+    return [outcome]
 
 
-def _recipe(folder: Path) -> Path:
-    recipe = yaml.safe_load((_ROOT / "pipelines/recipes/embedded.yaml").read_text(encoding="utf-8"))
+def small_recipe() -> dict[str, Any]:
+    """The default recipe with two small models, which are trained in seconds."""
+    recipe: dict[str, Any] = yaml.safe_load(
+        (_ROOT / "pipelines/recipes/embedded.yaml").read_text(encoding="utf-8")
+    )
     recipe |= {"rows": 600, "samples_per_refresh": 32, "samples_per_prompt": 4, "num_train_epochs": 8}
     recipe["data_overrides"] |= {"sft_rows": 600}
     recipe["sft_overrides"]["model_config"] |= {"hidden_size": 32, "num_hidden_layers": 1}
     recipe["train_overrides"] |= {"save_steps": 20, "logging_steps": 5}
     recipe["evaluation_overrides"] = {"exact_prompts": 2, "bootstrap_samples": 100}
     recipe |= {"alphas": [0.5, 1], "baselines": [], "registered_model_name": ""}
+    return recipe
+
+
+def _recipe(folder: Path) -> Path:
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    path.write_text(yaml.safe_dump(small_recipe()), encoding="utf-8")
     return path
 
 

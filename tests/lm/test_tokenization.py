@@ -361,6 +361,10 @@ def test_the_stop_tokens_are_the_tokenizers_the_generation_configs_and_the_templ
     assert stop_token_ids(tokenizer, model) == [tokenizer.eos_token_id]
     model.generation_config.eos_token_id = [0, 2]
     assert stop_token_ids(tokenizer, model) == sorted([0, 2, tokenizer.eos_token_id])
+    for wrong in (10**400, -1, "2"):
+        model.generation_config.eos_token_id = wrong
+        with pytest.raises(ConfigError, match=r"generation_config\.json has .* as eos_token_id, which"):
+            stop_token_ids(tokenizer, model)
     gemma = architectures.gemma_pieces()  # whose end token never follows a turn
     turn = gemma.convert_tokens_to_ids("<end_of_turn>")
     assert stop_token_ids(gemma) == sorted([gemma.eos_token_id, turn])

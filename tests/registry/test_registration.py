@@ -1,11 +1,13 @@
 """Registration in a real MLflow store of small models that nobody trained."""
 
 import json
+import resource
+import signal
 import time
 from pathlib import Path
 
 import pytest
-from softpref.errors import ConfigError, DataError
+from softpref.errors import ConfigError, DataError, DiskError
 from softpref.records import Registration
 from softpref.registry.config import RegistryConfig
 from softpref.registry.served import model_hash
@@ -31,6 +33,27 @@ def evaluation(tmp_path, write_evaluation):
 
 def versions(client):
     return sorted(client.search_model_versions("name = 'story'"), key=lambda version: int(version.version))
+
+
+@pytest.fixture
+def file_limit():
+    """`file_limit(bytes)`: no file of this process may grow larger, as on a disk that becomes full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, former)
+
+
+def test_a_full_disk_is_called_so_also_where_the_store_met_it(
+    tmp_path, store, model, evaluation, client, file_limit
+):
+    file_limit(20_000)
+    with pytest.raises(DiskError, match="and give the same command again"):
+        run(config(store), model, evaluation, tmp_path / "registration")
+    file_limit(resource.RLIM_INFINITY)
+    assert run(config(store), model, evaluation, tmp_path / "registration").version == "1"
+    assert len(versions(client)) == 1
 
 
 def test_registered_version_says_where_it_comes_from_and_how_good_it_is(

@@ -111,6 +111,16 @@ def test_every_file_of_a_checkpoint_is_in_its_manifest_and_none_may_differ(train
     assert fault_of(newest) == ""
 
 
+@pytest.mark.parametrize("size", [[712], "many", None])
+def test_a_manifest_of_other_values_is_said_to_be_damaged(tmp_path, size):
+    file = {"size": size, "xxh3_128": "0"}
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps({"files": {"config.json": file}}))
+    assert fault_of(tmp_path).startswith(
+        f"its {MANIFEST_FILE} cannot be read" if size != 10**400 else "its config"
+    )
+
+
 def test_where_the_newest_is_damaged_training_goes_on_from_the_one_before_to_the_same_end(
     trained, tmp_path, make_model, tokenizer, make_rows, caplog
 ):

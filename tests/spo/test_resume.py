@@ -170,6 +170,14 @@ RUNS = {
         "beta": 1.0,
         "initial_share": 0.3,
     },
+    "degree": {
+        "method": "dpo",
+        "num_train_epochs": 1,
+        "rounds": 2,
+        "degree_weight": 0.1,
+        "degree_levels": 2,  # for which one word is enough; "a" alone is none
+        **SAVING,
+    },
     "cached": {"method": "dpo", "num_train_epochs": 1},
     "cached-again": {"method": "dpo", "num_train_epochs": 1},
 }

@@ -4,7 +4,9 @@ import http.client
 import json
 import socket
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from softpref.spo import vllm_server
@@ -15,7 +17,9 @@ pytestmark = pytest.mark.fast
 
 @pytest.fixture
 def server():
+    """A server with an engine of a model that 100 bytes of weights may come for."""
     with EngineServer(("127.0.0.1", 0), token="", options={}) as server:
+        server._core = SimpleNamespace(most_weight_bytes=100)
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield server
@@ -50,7 +54,7 @@ def test_json_that_is_nested_too_deeply_is_a_bad_request(address, path):
         ("PUT", "/engine", 1 << 21),
         ("POST", f"/weights/{'0' * 32}", 1 << 21),
         ("POST", "/samples", 1 << 27),
-        ("PUT", f"/weights/{'0' * 32}/0", 1 << 35),
+        ("PUT", f"/weights/{'0' * 32}/0", 101),
         ("PUT", "/engine", "9" * 5000),
     ],
 )
@@ -80,3 +84,46 @@ def test_weights_that_are_never_loaded_do_not_fill_the_disk(server, address):
         assert asked(address, "PUT", f"/weights/{number:032x}/0", b"weights") == (200, {})
     kept = {folder.name for folder in Path(server._folder.name).iterdir()}
     assert kept == {f"{number:032x}" for number in (3, 4)}
+
+
+def test_the_parts_of_weights_together_are_bounded_by_the_engines_model(server, address):
+    version = "0" * 32
+    assert asked(address, "PUT", f"/weights/{version}/0", b"w" * 60) == (200, {})
+    status, answer = asked(address, "PUT", f"/weights/{version}/1", b"w" * 41)
+    assert (status, "at most 40 bytes" in answer["error"]) == (413, True)
+    assert asked(address, "PUT", f"/weights/{version}/1", b"w" * 40) == (200, {})
+
+
+def test_weights_for_no_engine_are_not_kept(server, address):
+    server._core = None
+    status, answer = asked(address, "PUT", f"/weights/{'0' * 32}/0", b"weights")
+    assert (status, answer) == (409, {"error": "has no engine yet"})
+    assert list(Path(server._folder.name).iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"GET /health HTTP/1.1\r\n", b"PUT /weights/%032d/0 HTTP/1.1\r\nContent-Length: 90\r\n\r\n" % 0],
+    ids=["head", "body"],
+)
+def test_a_request_that_trickles_in_is_given_up(server, address, monkeypatch, head):
+    monkeypatch.setattr(vllm_server, "_PATIENCE", 0.5)
+    began = time.monotonic()
+    with socket.create_connection(address, timeout=10) as trickle:
+        trickle.sendall(head)
+        answer = b""
+        while time.monotonic() < began + 10:  # a byte each 50 ms: never silent for the half second
+            try:
+                trickle.sendall(b"x")
+                trickle.settimeout(0.05)
+                if not (found := trickle.recv(1 << 16)):
+                    break
+                answer += found
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+    assert time.monotonic() - began < 5
+    assert not answer or b" 408 " in answer.splitlines()[0]
+    assert asked(address, "GET", "/health") == (200, {"status": "ok"})
+    assert not list(Path(server._folder.name).rglob("*.partial"))

@@ -14,7 +14,9 @@ from softpref.tracking import (
     resolve_tracking_uri,
     short_requests,
 )
+from softpref.tracking.waiting import WAIT
 
+from tests.test_outages import SLACK
 from tests.tracking.conftest import history, in_processes_at_once, tracker
 
 
@@ -89,6 +91,32 @@ def test_a_store_that_waiting_does_not_mend_is_refused_at_once(tmp_path, kind, s
     with pytest.raises(ConfigError, match=said) as refused:
         check_server("stories", broken_store(kind, tmp_path))
     assert "secret" not in str(refused.value)
+
+
+def test_a_store_that_takes_nothing_is_waited_for_no_longer_than_a_silent_one(
+    tmp_path, store, monkeypatch, caplog, capfd
+):
+    connection = sqlite3.connect(tmp_path / "mlflow.db")
+    connection.execute("DROP TABLE metrics")
+    connection.commit()
+    connection.close()
+    monkeypatch.setenv(WAIT, "2")
+    tracked = tracker(tmp_path / "out", store)
+    tracked.metrics({"loss": 1}, 1)
+    begun = time.monotonic()
+    tracked.flush(60)
+    tracked.close()
+    assert time.monotonic() - begun < 2 + SLACK  # in all; a file that others use has a minute
+    assert "did not reach MLflow" in caplog.text
+    assert "Traceback" not in caplog.text + capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["a folder", "garbage"])
+def test_a_file_that_is_no_store_is_said_to_be_none_before_mlflow_tries_it_ten_times(tmp_path, kind):
+    file = tmp_path / "mlflow.db"
+    file.mkdir() if kind == "a folder" else file.write_bytes(b"no database " * 100)
+    with pytest.raises(sqlite3.DatabaseError):
+        open_client(f"sqlite:///{file}")
 
 
 def test_request_limits_are_given_back(tmp_path, store):

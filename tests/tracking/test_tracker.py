@@ -269,6 +269,21 @@ def test_records_whose_beginning_is_lost_go_on_in_their_run(tmp_path, store, cli
     assert history(client, first.run_id, "loss") == [(1, 1), (2, 2)]
 
 
+def test_a_run_whose_records_are_all_lost_stores_no_point_twice(tmp_path, store, client):
+    first = tracker(tmp_path / "out", store)
+    for step in (1, 2, 3):
+        first.metrics({"loss": step}, step)
+    first.close("FAILED")
+    (tmp_path / "out" / "tracking.jsonl").write_bytes(b"[" * 100_000)
+    with tracker(tmp_path / "out", store) as second:
+        second.resume(2)
+        for step in (3, 4):
+            second.metrics({"loss": step}, step)
+    assert second.run_id == first.run_id
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+    assert history(client, first.run_id, "loss") == [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+
 def test_a_disk_that_is_full_for_a_while_costs_the_records_of_that_time_alone(
     tmp_path, store, monkeypatch, caplog
 ):
@@ -463,6 +478,23 @@ def test_sync_says_what_is_wrong(tmp_path, dead_uri, store):
             sync(tmp_path / "out")
     with pytest.raises(ConfigError, match=r"2 records of .* wait"):
         sync(tmp_path / "out")
+
+
+def test_sync_says_that_the_records_of_a_run_break_off(tmp_path, dead_uri, store, caplog):
+    with tracker(tmp_path / "out", dead_uri, exit_wait=0.1) as tracked:
+        for step in range(10):
+            tracked.metrics({"loss": step}, step)
+    file = tmp_path / "out" / "tracking.jsonl"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    caplog.clear()
+    assert 0 < sync(tmp_path / "out", store).delivered < 10
+    assert f"{file} ends before its run does" in caplog.text
+    with tracker(tmp_path / "whole", dead_uri, exit_wait=0.1) as tracked:
+        tracked.metrics({"loss": 1}, 1)
+    caplog.clear()
+    sync(tmp_path / "whole", store)
+    assert "ends before" not in caplog.text
 
 
 def test_the_address_of_a_database_is_for_its_owner_alone(tmp_path, caplog):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ..tracking.soak import differences, soak
 from .stack import SECRETS, manifests, missing_tools, running_stack
 
 pytestmark = pytest.mark.skipif(
@@ -117,6 +118,16 @@ def test_who_serves_may_read_and_not_write(stack, login, tmp_path):
     experiment = client.get_experiment_by_name("of-the-runs")
     with pytest.raises(MlflowException, match="Permission denied"):
         client.create_run(experiment.experiment_id)
+
+
+@pytest.mark.slow
+def test_fifty_runs_log_at_once_and_nothing_is_lost_doubled_or_left_open(stack, login, tmp_path):
+    """As `tests/tracking/test_soak.py` on SQLite."""
+    login(RUNS)
+    soaked = soak(stack.uri, tmp_path)
+    print(soaked)
+    assert differences(soaked, stack.query) == []
+    assert sum(key.endswith("artifacts/notes/note.txt") for key in stack.objects_in("mlflow")) >= soaked.runs
 
 
 def test_backup_and_restore_bring_everything_back(stack, login, tmp_path):

@@ -18,6 +18,7 @@ from softpref.data import story_world, storyteller
 from softpref.data.columns import check_roles, is_dimension
 from softpref.data.story_world import STORIES
 from softpref.errors import ConfigError
+from softpref.key_content import check_language
 from softpref.remote import public_url
 
 STORY_ROWS = 4000
@@ -137,6 +138,16 @@ class DataConfig:
             world, whose repeated draws are independent, and drops them elsewhere.
         contradictions: whether to keep or drop all rows whose completions another row of the same prompt
             orders differently. They are counted in any case.
+        degree_ranking_weight: γ ≥ 0. Above 0 the training split gets further rows that no person has judged:
+            rankings of a completion, the same without some of its key content, and so on until none of it is
+            left (phrases found by RAKE; see `degree_weight` of `softpref train`, whose loss this states as
+            preferences, without a head). They weigh γ beside the others' 1, half of it each where `degree_on`
+            is `both`, and their column `degree` is true: no judge and no reference model learns from them. A
+            variant of our own: since a whole text always wins, policies can learn from it to write at length.
+        degree_levels: completions of such a ranking, at least 2.
+        degree_on: of which completions of a row: its `preferred` (first) one, its `dispreferred` (last), or
+            `both`.
+        degree_language: whose stop words divide a text into phrases; `en` is the only list there is.
         max_characters: rows whose prompt and longest completion together exceed this are left out.
         rows: preference rows to draw from the story world (4000 by default), or the size of a seeded sample
             of the accepted rows of any other source (all by default; of a mixture, as many as its shares
@@ -188,6 +199,10 @@ class DataConfig:
     min_votes: int = 1
     duplicates: Literal["auto", "drop", "keep"] = "auto"
     contradictions: Literal["keep", "drop"] = "keep"
+    degree_ranking_weight: float = 0.0
+    degree_levels: int = 4
+    degree_on: Literal["both", "preferred", "dispreferred"] = "both"
+    degree_language: str = "en"
     max_characters: int | None = None
     rows: int | None = None
     max_source_rows: int | None = None
@@ -219,6 +234,7 @@ class DataConfig:
             )
         for name, least in (
             ("group_size", 2),
+            ("degree_levels", 2),
             ("min_votes", 1),
             ("votes", 0),
             ("seed", 0),
@@ -241,6 +257,9 @@ class DataConfig:
             )
         if self.judge_fraction == 1:
             raise ConfigError("judge_fraction 1 leaves nothing to train on; it must stay below 1")
+        if not 0 <= self.degree_ranking_weight < math.inf:
+            raise ConfigError(f"degree_ranking_weight must be at least 0, got {self.degree_ranking_weight}")
+        check_language(self.degree_language)
         if self.score_scale is not None and not 0 < self.score_scale < math.inf:
             raise ConfigError(f"score_scale must be a number above 0, got {self.score_scale}")
         for value, meaning in self.preference_values.items():
@@ -281,7 +300,8 @@ class DataConfig:
                 if not isinstance(column, str) or not column:
                     raise ConfigError(f"{name}[{role!r}] must be one column name, got {column!r}")
         if self.embedded:
-            for name in ("columns", "prompt_template", "as_messages", "system_prompt", "sft_source"):
+            fixed = ("columns", "prompt_template", "as_messages", "system_prompt", "sft_source")
+            for name in (*fixed, "degree_ranking_weight"):  # a text with less has no known reward
                 if getattr(self, name):
                     raise ConfigError(
                         f'{name} does not go with source "{self.source}", whose rows are fixed plain text'

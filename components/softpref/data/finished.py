@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from softpref.data.config import DataConfig
 from softpref.data.rows import Preference
 from softpref.data.splits import SPLITS, WITH_JUDGE, prompt_key
+from softpref.disk import DAMAGED
 from softpref.errors import ConfigError, DataError
-from softpref.records import OUTCOMES_FILE, REJECTED_FILE, REWARD_FILE, DatasetStats, read_stats
+from softpref.records import OUTCOMES_FILE, REJECTED_FILE, REWARD_FILE, DatasetStats, read_dataset, read_stats
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -26,7 +27,7 @@ _TAKEN = (*WITH_JUDGE, "dataset_dict.json", "sft", "prompts", OUTCOMES_FILE, REW
 _OF_READING = (
     *("columns", "dimensions", "preference_values", "score_scale", "implicit_prompt", "implicit_prompt_end"),
     *("transcripts", "list_kind", "group_size", "labels", "ties", "min_votes", "duplicates"),
-    *("contradictions", "max_characters", "max_source_rows"),
+    *("contradictions", "max_characters", "max_source_rows", "degree_ranking_weight"),
 )
 _OF_ALL_READING = ("prompt_template", "as_messages", "system_prompt")  # also of further sources
 
@@ -47,7 +48,7 @@ def is_finished(folder: Path) -> bool:
             sorted(SPLITS),
             sorted(WITH_JUDGE),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except DAMAGED:
         return False
 
 
@@ -60,8 +61,6 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
         ConfigError: the configuration would change its rows.
         DataError: its rows are not those that its `stats.json` describes.
     """
-    import datasets
-
     stats = read_stats(source)
     _check_unchanged_reading(config, sum(stats["rows"].values()))
     replaced = {
@@ -76,11 +75,11 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
         lines = (source / REJECTED_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if json.loads(line)["source"] not in replaced]
         (folder / REJECTED_FILE).write_text("".join(kept), encoding="utf-8")
-    dataset = datasets.load_from_disk(str(folder))
+    dataset: DatasetDict = read_dataset(folder)
     split_of: dict[bytes, str] = {}
     hashes = []
     for split in (split for split in WITH_JUDGE if split in dataset):
-        if {*dataset[split].column_names} - {"weight", "dimension", "source"} != _COLUMNS:
+        if {*dataset[split].column_names} - {"weight", "dimension", "source", "degree"} != _COLUMNS:
             raise DataError(
                 f"{config.source} has a stats.json of this stage, but its split {split} has the columns "
                 f"{', '.join(dataset[split].column_names)}; give split to read one as any other source"

@@ -29,7 +29,7 @@ from softpref.data.page import render_page
 from softpref.data.sources import SourceRow, fetch, open_source
 from softpref.data.splits import WITH_JUDGE, assign_splits
 from softpref.data.writing import EXAMPLES, hash_order, write_preferences
-from softpref.disk import flush_below, says_disk_trouble
+from softpref.disk import DAMAGED, flush_below, says_disk_trouble
 from softpref.errors import ConfigError, DataError
 from softpref.progress import settle_output
 from softpref.records import (
@@ -43,6 +43,7 @@ from softpref.records import (
     ColumnMapping,
     DatasetStats,
     PreferenceRow,
+    hashes_in,
     read_stats,
 )
 from softpref.remote import is_url, public_url
@@ -63,13 +64,13 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> Da
 
     The folder is a saved `datasets.DatasetDict` with the splits train, validation and test, and judge where
     `judge_fraction` asks for it (columns `prompt`, `completions` best first, `kind`, `probability`, `weight`
-    where a source has weights, `dimension` where rows have any, `source_row`, and `source` where there are
-    several), and beside it `stats.json`, `parameters.yaml`, `rejected.jsonl`, `page.html`; `sft/` (a
-    `DatasetDict` of `prompt` and `completion`) and `prompts/` (a `Dataset` of `prompt`) where the
-    configuration gives them a source; for the story world `outcomes.jsonl`, for the storyteller
-    `reward.json`. It appears under its name only when complete. The same configuration and source give the
-    same rows. Where the source is such a folder itself, its splits and what lies beside them are taken over
-    as they are.
+    where a source has weights, `dimension` where rows have any, `source_row`, `source` where there are many,
+    and `degree` where `degree_ranking_weight` makes rows), and beside it `stats.json`, `parameters.yaml`,
+    `rejected.jsonl`, `page.html`; `sft/` (a `DatasetDict` of `prompt` and `completion`) and `prompts/` (a
+    `Dataset` of `prompt`) where the configuration gives them a source; for the story world
+    `outcomes.jsonl`, for the storyteller `reward.json`. It appears under its name only when complete. The
+    same configuration and source give the same rows. Where the source is such a folder itself, its splits
+    and what lies beside them are taken over as they are.
 
     Args:
         config: what to read and how.
@@ -155,6 +156,7 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> DatasetStats:
             stats, split_of, examples = _divide(config, parts, preferences, folder, rejections, listing)
         stats |= write_extras(config, stats["conversational"], split_of, streams, folder, rejections, listing)
         write_known_answers(config, folder)
+    stats["files"] = hashes_in(folder)
     (folder / STATS_FILE).write_text(json.dumps(stats, indent=2, ensure_ascii=False), encoding="utf-8")
     escaped = {name: getattr(config, name).replace("\\", "\\\\") for name in WITH_ESCAPES}
     write_parameters(_changed(config, escaped), folder)
@@ -289,7 +291,7 @@ def _refuse_foreign(output: Path) -> None:
         return
     try:
         ours = read_stats(output)["stage"] == "data"
-    except (OSError, ValueError, KeyError, TypeError):
+    except DAMAGED:
         ours = False
     if not ours:
         raise ConfigError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softpref.data.config import DataConfig
+from softpref.data.degree import degree_rankings, sides
 from softpref.data.finished import dataset_hash, row_bytes
 from softpref.data.intake import Intake, RejectionLog
 from softpref.data.splits import SPLITS, WITH_JUDGE
@@ -45,7 +46,10 @@ def write_preferences(
         dimensions: whether rows have dimensions.
         names: those of several sources.
     """
-    features = _features(bool(intake.conversational), weighted, dimensions, several=bool(names))
+    made, several = bool(config.degree_ranking_weight), bool(names)
+    features = _features(
+        bool(intake.conversational), weighted or made, dimensions, several=several, made=made
+    )
     present = WITH_JUDGE if config.judge_fraction else SPLITS
     writer = SplitWriter(folder / "work", present, features)
     shown = set(
@@ -60,6 +64,7 @@ def write_preferences(
     prompt_lengths, chosen_lengths, rejected_lengths = array("L"), array("L"), array("L")
     longer = 0.0  # pairs whose better completion is the longer one; of equal length: half
     confidences = array("d")
+    rankings = 0
     examples: list[PreferenceRow] = []
     for index, accepted in enumerate(intake.accepted()):
         row = accepted.row
@@ -70,7 +75,7 @@ def write_preferences(
                 rejections.add(accepted.source_row, accepted.place, reason, origin=origin)
             continue
         split = splits[intake.prompt_ids[index]]
-        weight = accepted.weight if accepted.weight is not None or not weighted else 1.0
+        weight = accepted.weight if accepted.weight is not None or not (weighted or made) else 1.0
         record: PreferenceRow = {
             "prompt": row.prompt,
             "completions": row.completions,
@@ -82,6 +87,8 @@ def write_preferences(
         }
         if names:
             record["source"] = names[accepted.source]
+        if made:
+            record["degree"] = False
         writer.write(split, {name: value for name, value in record.items() if name in features})
         hashes[split].update(row_bytes(row, weight))
         kinds[row.kind] += 1
@@ -96,10 +103,21 @@ def write_preferences(
             confidences.append(row.probability)
         if index in shown:
             examples.append(record)
+        if not made or split != "train":
+            continue
+        assert weight is not None
+        for ranking in degree_rankings(row, config):
+            share = weight * config.degree_ranking_weight / len(sides(config))
+            writer.write(split, {**record, **ranking._asdict(), "weight": share, "degree": True})
+            hashes[split].update(row_bytes(ranking, share))
+            kinds[ranking.kind] += 1
+            sizes[len(ranking.completions)] += 1
+            rankings += 1
     writer.save(folder)
     completions = chosen_lengths + rejected_lengths
     return {
         "not_sampled": len(intake.set_ids) - len(kept) - rejections.left_out["contradiction"],
+        **({"degree_rankings": rankings} if made else {}),
         "rows": dict(writer.counts),
         "prompts": prompts,
         "kinds": dict(kinds),
@@ -169,7 +187,9 @@ def demonstration_features(conversational: bool) -> dict[str, Any]:
     return {"prompt": messages, "completion": messages}
 
 
-def _features(conversational: bool, weighted: bool, dimensions: bool, several: bool) -> dict[str, Any]:
+def _features(
+    conversational: bool, weighted: bool, dimensions: bool, *, several: bool, made: bool
+) -> dict[str, Any]:
     import datasets
 
     text = demonstration_features(conversational)["prompt"]
@@ -182,6 +202,7 @@ def _features(conversational: bool, weighted: bool, dimensions: bool, several: b
         **({"dimension": datasets.Value("string")} if dimensions else {}),
         "source_row": datasets.Value("int64"),
         **({"source": datasets.Value("string")} if several else {}),
+        **({"degree": datasets.Value("bool")} if made else {}),
     }
 
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from softpref.disk import write_private
 from softpref.distributed.command import stage_arguments
 from softpref.distributed.processes import (
     Rendezvous,
@@ -52,7 +53,7 @@ class NodeTask:
     gpus: int
 
     def write(self, folder: Path) -> None:
-        (folder / JOB_FILE).write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        write_private(folder / JOB_FILE, json.dumps(asdict(self), indent=2))
 
     @classmethod
     def read(cls, folder: Path) -> NodeTask:

@@ -18,10 +18,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from softpref.config import without_secrets
+from softpref.disk import write_private
 from softpref.distributed.command import Stage, job_name, make_on_volume, read_result
 from softpref.distributed.config import TrainJobConfig
 from softpref.distributed.kubernetes_nodes import KubernetesNodes
-from softpref.distributed.node import CHECKPOINTS, OUTPUT, PARAMETERS_FILE, RESULT_FILE, NodeTask, finished
+from softpref.distributed.node import (
+    CHECKPOINTS,
+    JOB_FILE,
+    OUTPUT,
+    PARAMETERS_FILE,
+    RESULT_FILE,
+    NodeTask,
+    finished,
+)
 from softpref.distributed.processes import StageFailed, cancellable
 from softpref.errors import ConfigError
 from softpref.tracking.pipeline_run import RUN_ID, RUN_NAME
@@ -85,6 +95,7 @@ def run_trainjob(
             shutil.copytree(folder / OUTPUT, folders["output"], dirs_exist_ok=True)
         finally:
             nodes.delete(name)
+            _forget_secrets(folder)
     shutil.rmtree(folder, ignore_errors=True)
     return result
 
@@ -115,8 +126,15 @@ def _prepare(folder: Path, task: NodeTask, values: Mapping[str, object], folders
         shutil.copytree(source, part)
         part.replace(target)  # so a folder of this name is complete
     (folder / RESULT_FILE).unlink(missing_ok=True)  # an earlier error
-    (folder / PARAMETERS_FILE).write_text(json.dumps(dict(values)), encoding="utf-8")
+    write_private(folder / PARAMETERS_FILE, json.dumps(dict(values)))
     task.write(folder)
+
+
+def _forget_secrets(folder: Path) -> None:
+    """Leave no password and no signature in a folder that stays; a repeated step writes its files anew."""
+    for file in (folder / PARAMETERS_FILE, folder / JOB_FILE):
+        if file.is_file():
+            write_private(file, json.dumps(without_secrets(json.loads(file.read_text(encoding="utf-8")))))
 
 
 def _attempts(job: TrainJobConfig, nodes: KubernetesNodes, name: str, folder: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -87,7 +88,10 @@ class _Store:
         if not mlflow_ready(uri):
             raise ConfigError("mlflow is not installed here; give folders of evaluations")
         self._uri, self._kept = uri, kept
-        self._client: MlflowClient = open_client(uri)
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        return open_client(self._uri)
 
     def evaluations(self, address: str) -> list[Found]:
         try:

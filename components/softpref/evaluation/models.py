@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
+from softpref.disk import in_brief
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.judges.texts import as_text
@@ -52,7 +53,10 @@ def load_reference(config: EvaluationConfig, places: Mapping[str, str], metadata
         places["reference"], dtype=config.dtype, device=device, trust_remote_code=trusted
     ).eval()
     if (Path(places["policy"]) / "config.json").is_file():  # said before anything is drawn
-        of_the_policy = AutoConfig.from_pretrained(places["policy"], trust_remote_code=trusted)
+        try:
+            of_the_policy = AutoConfig.from_pretrained(places["policy"], trust_remote_code=trusted)
+        except Exception as error:  # as `load_model` says it
+            raise ConfigError(f"model {places['policy']} cannot be loaded: {in_brief(error)}") from error
         check_same_vocabulary(SimpleNamespace(config=of_the_policy), reference)
     return Models(
         None,

@@ -47,6 +47,7 @@ from softpref.records import (
     Text,
     earlier_folders,
     load_metadata,
+    read_dataset,
     read_stats,
     write_samples,
     write_samples_table,
@@ -539,9 +540,7 @@ def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> DatasetDict:
         raise ConfigError(f"{path} is not a dataset folder of the data stage (it has no dataset_dict.json)")
     # before the import below, which takes seconds
     check_judge(config.judge, path, model=config.judge_model, options=config.judge_options)
-    import datasets
-
-    dataset = datasets.load_from_disk(str(path))
+    dataset: DatasetDict = read_dataset(path)
     if split not in dataset:
         raise DataError(f"{path} has no split {split!r}; it has {', '.join(dataset)}")
     if not len(dataset[split]):

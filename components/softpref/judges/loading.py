@@ -15,7 +15,7 @@ from softpref.judges.protocol import Judge
 from softpref.judges.reward_model import load_reward_judge
 from softpref.judges.texts import preference_pairs, text_rows
 from softpref.lm.sources import check_model_source
-from softpref.records import JUDGE_SPLIT, OUTCOMES_FILE, REWARD_FILE, PreferenceRow
+from softpref.records import JUDGE_SPLIT, OUTCOMES_FILE, REWARD_FILE, PreferenceRow, read_dataset
 from softpref.rewards import read_rewards
 
 JudgeName = Literal["auto", "expert", "bradley-terry", "reward-model", "llm"]
@@ -141,9 +141,7 @@ def load_judge(
         if (folder / REWARD_FILE).is_file():
             return RewardJudge(read_rewards(folder / REWARD_FILE))
     if splits is None:
-        import datasets
-
-        splits = datasets.load_from_disk(str(dataset_dir))
+        splits = read_dataset(dataset_dir)
     split = JUDGE_SPLIT if JUDGE_SPLIT in splits else "train"
     pairs = preference_pairs(text_rows(splits.get(split, ())))
     return BradleyTerryJudge(pairs, seed=seed, max_rows=max_rows, split=split)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from softpref.disk import DAMAGED, in_brief
 from softpref.errors import DataError
 
 
@@ -37,7 +38,7 @@ def read_outcomes(path: str | Path) -> dict[str, Outcomes]:
         DataError: a line is not JSON, lacks a field, or its lists differ in length.
     """
     outcomes = {}
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
@@ -46,12 +47,11 @@ def read_outcomes(path: str | Path) -> dict[str, Outcomes]:
                 entry = Outcomes(
                     completions, np.asarray(rewards, float), np.asarray(weights, float), dimensions
                 )
+                lengths = {len(completions), len(rewards), len(weights), *map(len, dimensions.values())}
                 outcomes[row["prompt"]] = entry
-            except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-                raise DataError(
-                    f"{path}, line {number}: expected prompt, completions, rewards, weights ({error!r})"
-                ) from error
-            lengths = {len(completions), len(rewards), len(weights), *map(len, dimensions.values())}
+            except DAMAGED as error:
+                what = "expected prompt, completions, rewards, weights"
+                raise DataError(f"{path}, line {number}: {what} ({in_brief(error)})") from error
             if len(lengths) > 1 or not completions:
                 raise DataError(f"{path}, line {number}: completions, rewards and weights differ in length")
     return outcomes

@@ -42,8 +42,10 @@ class TextRow(TypedDict):
 
 
 def text_rows(rows: Iterable[PreferenceRow]) -> Iterator[TextRow]:
-    """Dataset rows as judges are asked about them."""
+    """Dataset rows as judges are asked about them; none that nobody has judged (`degree`)."""
     for row in rows:
+        if row.get("degree"):
+            continue
         yield {
             "prompt": as_text(row["prompt"], roles=True),
             "completions": [as_text(completion) for completion in row["completions"]],

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
-from softpref.disk import content_hash, flush_below, write_whole
+from softpref.disk import DAMAGED, content_hash, flush_below, in_brief, remove_parts, write_whole
 from softpref.errors import ConfigError
 from softpref.finished import as_recorded, differences
 
@@ -59,11 +59,11 @@ def claim_checkpoints(folder: str | Path, identity: Mapping[str, object], args: 
     file = Path(folder) / _IDENTITY
     own = as_recorded(identity)
     found, unreadable = own, ""
-    if file.is_file():
+    if file.exists():
         try:
             found = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            unreadable = str(error)
+        except DAMAGED as error:
+            unreadable = in_brief(error)
     checkpoint = last_checkpoint_of_all(folder, args)  # after which the first process may write the file
     if checkpoint and unreadable:
         raise ConfigError(
@@ -92,6 +92,7 @@ def remove_checkpoints(folder: str | Path) -> None:
     for checkpoint in checkpoints_in(folder).values():
         shutil.rmtree(checkpoint, ignore_errors=True)
     with contextlib.suppress(OSError):  # the model is saved already
+        remove_parts(folder)
         for file in (folder / _IDENTITY, *folder.glob("nonfinite_batch*.safetensors")):
             file.unlink(missing_ok=True)
         folder.rmdir()
@@ -156,13 +157,13 @@ def fault_of(folder: str | Path) -> str:
     file = Path(folder) / MANIFEST_FILE
     try:
         files: dict[str, tuple[int, str]] = {
-            name: (described["size"], described[_HASH])
+            name: (int(described["size"]), described[_HASH])
             for name, described in json.loads(file.read_text(encoding="utf-8"))["files"].items()
         }
     except FileNotFoundError:
         return f"it has no {MANIFEST_FILE}, its last file, so writing it was cut off"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its {MANIFEST_FILE} cannot be read ({error!r:.100})"
+    except DAMAGED as error:
+        return f"its {MANIFEST_FILE} cannot be read ({in_brief(error)})"
     for name, (size, digest) in files.items():
         path = Path(folder) / name
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from softpref.lm.loading import require_new_folder, save_model_files
 from softpref.lm.training import GuardedTrainer
 from softpref.lm.watching import add_stage_callbacks, stage_tracker
 from softpref.progress import settle_output
-from softpref.records import METADATA_FILE, RESULT_FILE, save_metadata
+from softpref.records import METADATA_FILE, RESULT_FILE, read_stats, save_metadata
 from softpref.timings import PhaseTimer
 from softpref.tracking.waiting import END, patience
 
@@ -235,11 +234,10 @@ def dataset_stats(dataset_dir: str | Path) -> DatasetStats:
     """`stats.json` of a dataset folder of the data stage.
 
     Raises:
-        DataError: it is no such folder.
+        DataError: it is no such folder, or the file is damaged.
     """
     folder = Path(dataset_dir)
     for file in ("stats.json", "dataset_dict.json"):
         if not (folder / file).is_file():
             raise DataError(f"{folder} is not a dataset folder of the data stage: it holds no {file}")
-    stats: DatasetStats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
-    return stats
+    return read_stats(folder)

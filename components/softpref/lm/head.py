@@ -50,12 +50,19 @@ class CompletionHidden(NamedTuple):
         targets: `[T]`, the completion tokens.
         head: what turns hidden states into scores.
         autocast: the dtype in which autocast had the model compute its head, or None. The methods follow it.
+        beneath: where `hidden` are logits, and it was asked for, what entered the head, `[T, H]`.
     """
 
     hidden: Tensor
     targets: Tensor
     head: Head
     autocast: torch.dtype | None = None
+    beneath: Tensor | None = None
+
+    @property
+    def states(self) -> Tensor:
+        """The hidden states themselves, `[T, H]`, also where `hidden` are logits."""
+        return self.hidden if self.beneath is None else self.beneath
 
     def logits(self) -> Tensor:
         """The scores from which each completion token was chosen: `[T, V]` fp32. For few tokens at a time."""
@@ -95,7 +102,7 @@ class CompletionHidden(NamedTuple):
 
 
 def completion_hidden(
-    model: Any, batch: PackedBatch | PaddedBatch, *, plain: bool = False
+    model: Any, batch: PackedBatch | PaddedBatch, *, plain: bool = False, beneath: bool = False
 ) -> CompletionHidden:
     """Run the model and keep the hidden states that predict completion tokens; no prompt, no padding.
 
@@ -111,6 +118,7 @@ def completion_hidden(
             Or padded already.
         plain: pad, and have the model compute full logits: slower, larger, and the same numbers up to
             rounding.
+        beneath: whether full logits come with the states that entered the head.
     """
     try:
         inner = _unwrapped(model)
@@ -121,7 +129,10 @@ def completion_hidden(
         batch = pad_sequences(batch.sequences(), 0).to(batch.input_ids.device)
     known = None if plain else _known_head(model)
     if known is None:
-        return CompletionHidden(batch.predicting(batch.run(model).logits).float(), batch.targets, Head(None))
+        with _seen_entering(model, beneath) as seen:
+            logits = batch.predicting(batch.run(model).logits).float()
+        states = batch.predicting(seen[-1]) if beneath else None
+        return CompletionHidden(logits, batch.targets, Head(None), beneath=states)
     module, head = known
     entered: list[tuple[Tensor, Head, torch.dtype | None]] = []
 
@@ -269,6 +280,22 @@ def _tried_form(model: Any, module: nn.Linear) -> _Form | _Unknown:
     if not (scale > 0 and torch.allclose(seen, expected, rtol=1e-6, atol=0)):
         return _Unknown("its logits are not the scores of its head, nor those times a factor or under a cap")
     return _Form(scale, softcap)
+
+
+@contextmanager
+def _seen_entering(model: Any, asked: bool) -> Iterator[list[Tensor]]:
+    """What enters a model's head inside, where that is asked for."""
+    seen: list[Tensor] = []
+    if not asked:
+        yield seen
+        return
+    while not hasattr(model, "get_output_embeddings"):
+        model = model.module
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from itertools import compress, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from softpref.disk import DAMAGED, in_brief
 from softpref.errors import DataError, SoftprefError
 from softpref.lm import tokenization
 from softpref.lm.arguments import StageArguments
@@ -32,7 +33,7 @@ from softpref.lm.scoring import computing_precision
 from softpref.lm.tokenization import TokenizedSequence, stop_token_ids
 from softpref.lm.tokenizing import RowText, tokenize_here
 from softpref.progress import follow
-from softpref.records import METADATA_FILE, RESULT_FILE
+from softpref.records import METADATA_FILE, RESULT_FILE, read_dataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,12 +97,10 @@ def keep_rows(
         args: of the stage; a completion beyond its length limits is not scored.
         score: gives the model's log-probabilities, if they are to be kept, too.
     """
-    from datasets import load_from_disk
-
     folder = Path(model_dir) / ROWS_FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        preferences = load_from_disk(str(dataset_dir))
+        preferences = read_dataset(dataset_dir)
         splits = [split for split in _SPLITS if len(preferences.get(split, ()))]
         tokenizer = load_tokenizer(str(model_dir), trust_remote_code=args.trust_remote_code)
         stop_ids = stop_token_ids(tokenizer, model)
@@ -172,8 +171,8 @@ def _usable(
         found = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
         splits = {split: (made["data"], made["files"]) for split, made in found["splits"].items()}
         scoring = dict(found["scored"] or {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [], {}, f"{folder / _DESCRIPTION} cannot be read ({error!r})"
+    except DAMAGED as error:
+        return [], {}, f"{folder / _DESCRIPTION} cannot be read ({in_brief(error)})"
     differing = [name for name in identity if found.get(name) != identity[name]]
     differing += [f"{split} rows" for split in splits if splits[split][0] != _data_hash(dataset_dir, split)]
     if differing:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from softpref.disk import in_brief
 from softpref.errors import ConfigError
 from softpref.lm.sources import (
     check_model_source,
@@ -79,8 +80,10 @@ def load_model(
                 **options,
             )
             _check_weights(source, found)
-    except (OSError, ValueError, ImportError, TypeError) as error:
-        raise ConfigError(f"model {source} cannot be loaded: {error}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # of many libraries, which read what may be damaged
+        raise ConfigError(f"model {source} cannot be loaded: {in_brief(error)}") from error
     check_finite(model, f"model {source}")
     settle_generation_config(model)
     return model.to(device) if device else model
@@ -119,8 +122,8 @@ def load_reward_model(
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, TypeError) as error:
-        raise ConfigError(f"reward model {source} cannot be loaded: {error}") from error
+    except Exception as error:  # of many libraries, which read what may be damaged
+        raise ConfigError(f"reward model {source} cannot be loaded: {in_brief(error)}") from error
     classes = model.config.architectures or []
     if found["missing_keys"] and any("CausalLM" in name or "LMHead" in name for name in classes):
         raise ConfigError(
@@ -190,8 +193,8 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(
                 source, trust_remote_code=trust_remote_code, revision=revision or "main"
             )
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"the tokenizer of {source} cannot be loaded: {error}") from error
+    except Exception as error:  # of many libraries, which read what may be damaged
+        raise ConfigError(f"the tokenizer of {source} cannot be loaded: {in_brief(error)}") from error
     if tokenizer.eos_token_id is None and needs_end:
         raise ConfigError(f"the tokenizer of {source} has no eos_token; add one, a completion must end")
     if tokenizer.pad_token_id is None:

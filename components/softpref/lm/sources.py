@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref import remote
+from softpref.disk import DAMAGED
 from softpref.errors import ConfigError
 from softpref.remote import NotReached, Pinned, is_url, public_url
 
@@ -187,7 +188,7 @@ def _json(path: Path) -> dict[str, Any]:
     """A JSON object's values; none of an absent file or of other content, which loading refuses."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except DAMAGED:
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from softpref.config import shown
 from softpref.errors import ConfigError, DataError
 from softpref.records import Text
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MOST_IDS = 2**31
 _CUTS = 3  # how often a message is cut: alone, the rest may have other tokens than within the whole
 _TAIL = 40  # characters by which the end of the ids is found in the prompt
 _MEANING = {
@@ -235,9 +237,17 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> lis
     They are the tokenizer's end token, those of the model's generation config (chat models often name
     several, `<|im_end|>` beside `<|endoftext|>`), and the token that the chat template writes right after an
     assistant's words: some models end their turns with one that neither names (Gemma's `<end_of_turn>`).
+
+    Raises:
+        ConfigError: the generation config names what is no id.
     """
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = [named] if isinstance(named, int) else list(named or [])
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if wrong := [one for one in ids if not (isinstance(one, int) and 0 <= one < _MOST_IDS)]:
+        raise ConfigError(
+            f"the model's generation_config.json has {shown(wrong[0])} as eos_token_id, which is no id of a "
+            "token; correct it there"
+        )
     turn = _end_of_turn(tokenizer, _template(tokenizer))
     return sorted({*ids, tokenizer.eos_token_id, turn} - {None})
 

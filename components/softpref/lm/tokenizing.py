@@ -62,6 +62,7 @@ def tokenize_rows(
     *,
     name: str,
     count: int,
+    lenient: bool = False,
     **options: Any,
 ) -> Iterator[tuple[Payload, list[TokenizedSequence]]]:
     """Tokenize rows, in their order; the same whatever the number of processes of either kind.
@@ -74,6 +75,7 @@ def tokenize_rows(
         args: `TrainingArguments` with `dataset_num_proc`.
         name: of one of the rows, for messages and files.
         count: how many of them are to be tokenized.
+        lenient: whether a row that cannot be used comes as one sequence without ids, and is no error.
         options: of `tokenize_row`.
 
     Raises:
@@ -82,7 +84,11 @@ def tokenize_rows(
     """
 
     def here() -> Iterator[tuple[Payload, Found]]:
-        return tokenize_here(jobs(), tokenizer, args, count=count, **options)
+        rows = tokenize_here(jobs(), tokenizer, args, count=count, **options)
+        if not lenient:
+            return rows
+        none = [TokenizedSequence([], [], False)]
+        return ((payload, none if isinstance(found, DataError) else found) for payload, found in rows)
 
     if args.world_size == 1:
         yield from _usable(here(), name)

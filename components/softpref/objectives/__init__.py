@@ -18,6 +18,7 @@ from softpref.objectives.chunked import (
     token_kl,
     token_logps,
 )
+from softpref.objectives.degree import degree_logits, degree_loss, length_accuracy
 from softpref.objectives.kl import (
     kl_lambda,
     kl_loss,
@@ -44,6 +45,8 @@ __all__ = [
     "apo_zero_loss",
     "bradley_terry_loss",
     "cpo_loss",
+    "degree_logits",
+    "degree_loss",
     "dpo_loss",
     "exact_optimum",
     "group_of",
@@ -54,6 +57,7 @@ __all__ = [
     "kl_loss",
     "kl_per_token",
     "kto_loss",
+    "length_accuracy",
     "log_group_weights",
     "log_odds",
     "modpo_loss",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref.config import without_secrets
-from softpref.disk import write_whole
+from softpref.disk import DAMAGED, write_whole
 from softpref.errors import ConfigError
 from softpref.finished import as_recorded
 
@@ -106,6 +106,6 @@ def _read(file: Path) -> dict[str, Any]:
     """The record; empty where there is none, or a cut one."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except DAMAGED:
         return {}
     return found if isinstance(found, dict) and {"id", "name"} <= found.keys() else {}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from softpref.artifacts import plain
 from softpref.config import write_parameters
-from softpref.disk import says_disk_trouble
+from softpref.disk import disk_trouble, says_disk_trouble
 from softpref.errors import ConfigError, DataError
 from softpref.fitness import gate_failures
 from softpref.lm.sources import check_remote_code
@@ -155,11 +155,13 @@ def _register(
         raise ConfigError("mlflow is not installed here, and registration needs it: pip install mlflow")
     from mlflow.exceptions import MlflowException
 
-    client = open_client(uri)
     try:
         with short_requests():
+            client = open_client(uri)
             client.search_registered_models(max_results=1)
     except Exception as error:
+        if disk_trouble(error):
+            raise
         raise ConfigError(
             f"MLflow at {public_url(uri)} does not answer ({in_short(error)}); {kept}"
         ) from error
@@ -196,6 +198,8 @@ def _register(
             if verdict.moves:
                 client.set_registered_model_alias(name, "champion", number)
         except MlflowException as error:
+            if disk_trouble(error):  # of a store on this machine
+                raise
             raise ConfigError(f"MLflow at {public_url(uri)}: {in_short(error)}; {kept}") from error
     reason = "this version is the champion already" if aliases.get("champion") == number else verdict.reason
     if newer:

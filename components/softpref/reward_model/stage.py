@@ -19,7 +19,7 @@ from softpref.lm.course import TRAINING_OPTIONS, Course, dataset_stats
 from softpref.lm.loading import load_model, load_tokenizer, with_reward_heads
 from softpref.lm.scoring import check_ids
 from softpref.lm.sources import local_source, source_name
-from softpref.records import JUDGE_SPLIT, REWARD_STAGE, Figure
+from softpref.records import JUDGE_SPLIT, REWARD_STAGE, Figure, read_dataset
 from softpref.reward_model.config import RewardModelConfig
 from softpref.reward_model.trainer import RatedRows, RewardTrainer, bootstrap_weights
 
@@ -137,9 +137,7 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def _load_splits(dataset_dir: str | Path, split: str) -> dict[str, Any]:
     """The preferences to learn from, as `train`, and those of the validation split, if there are any."""
-    from datasets import load_from_disk
-
-    splits = load_from_disk(str(dataset_dir))
+    splits = read_dataset(dataset_dir)
     if split not in splits or not len(splits[split]):
         remedy = "make the dataset anew with judge_fraction" if split == JUDGE_SPLIT else "name another"
         raise DataError(

@@ -17,6 +17,7 @@ from softpref.lm.loading import load_model, load_tokenizer
 from softpref.lm.scoring import check_sequences
 from softpref.lm.sources import local_source, source_name
 from softpref.lm.tokenization import stop_token_ids
+from softpref.records import judged_rows, read_dataset
 from softpref.sft.config import SFTConfig
 from softpref.sft.scratch import build_model, build_tokenizer
 from softpref.sft.trainer import Demonstrations, SFTTrainer, collate
@@ -132,15 +133,13 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def _load_demonstrations(dataset_dir: str | Path) -> dict[str, Any]:
     """Split name → rows with `prompt` and `completion`."""
-    from datasets import load_from_disk
-
     folder = Path(dataset_dir)
     if (folder / "sft").is_dir():
-        splits = {split: rows for split, rows in load_from_disk(str(folder / "sft")).items() if len(rows)}
+        splits = {split: rows for split, rows in read_dataset(folder / "sft").items() if len(rows)}
     else:
-        preferences = load_from_disk(str(folder))
+        preferences = read_dataset(folder)
         splits = {
-            split: preferences[split]
+            split: judged_rows(preferences[split])
             .map(lambda row: {"completion": row["completions"][0]}, keep_in_memory=True)
             .select_columns(["prompt", "completion"])
             for split in ("train", "validation")

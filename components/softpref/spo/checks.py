@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from softpref.config import parse_overrides
 from softpref.errors import ConfigError
+from softpref.key_content import check_language
 from softpref.lm.extrapolation import parse_weights
 
 logger = logging.getLogger(__name__)
@@ -183,6 +184,8 @@ def check_options(args: Any) -> None:
         refuse("remove_unused_columns", "false: SPOTrainer makes the columns that it needs")
     if args.draws_rows:
         _check_rounds(args, refuse)
+    if args.degree_weight:
+        _check_degree(args, refuse)
     if args.dimension_order:
         _check_dimensions(args, refuse)
     from softpref.judges.loading import check_judge_options
@@ -212,6 +215,17 @@ def _check_rounds(args: Any, refuse: Callable[[str, str], None]) -> None:
         )
     if args.dataloader_persistent_workers:
         refuse("dataloader_persistent_workers", "off with rounds: workers would keep the old rows")
+
+
+def _check_degree(args: Any, refuse: Callable[[str, str], None]) -> None:
+    check_language(args.degree_language)
+    for name in ("degree_levels", "degree_heads"):
+        if getattr(args, name) != int(getattr(args, name)):
+            refuse(name, "a whole number")
+    if args.fsdp:
+        refuse("fsdp", "off with a degree_weight: weights in shards leave the head of the degree loss out")
+    if args.dataloader_persistent_workers:
+        refuse("dataloader_persistent_workers", "off with a degree_weight: workers would keep the old levels")
 
 
 def parse_dimension_weights(value: float | str, rounds: int | None = None) -> list[float]:
@@ -320,6 +334,11 @@ def warn_of_idle_options(args: Any) -> None:
             not args.uses_judge,
             ("completions_per_prompt", "judge", "judge_model", "judge_options"),
             "no completion is drawn and judged",
+        ),
+        (
+            not args.degree_weight,
+            ("degree_levels", "degree_heads", "degree_on", "degree_language"),
+            "there is no degree loss without a degree_weight",
         ),
     ]
     for holds, options, reason in idle:

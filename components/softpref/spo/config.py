@@ -118,6 +118,17 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
             are no longer what the reference's `softpref.json` says.
         extrapolation: weights w, comma-separated, for each of which the training stage also writes
             `aligned + w · (aligned − reference)` as a model of its own (ExPO, arXiv 2404.16792).
+        degree_weight: γ ≥ 0 of the preference-degree loss, which is added to any method's (Li et al. 2024,
+            arXiv 2409.17791). Of each row's preferred (first) and dispreferred (last) completion some key
+            content, phrases found by RAKE, is removed; a small head reads from the policy's state at the end
+            of what is left how much that was, and its cross-entropy trains both. The head is thrown away. 0
+            switches it off; 0.1 is a value to begin with. Longer texts lack less, so compare
+            `degree/accuracy` with `degree/length_baseline`.
+        degree_levels: K ≥ 2: level k lacks k/(K − 1) of the phrases, the highest first, and each row is given
+            one level by chance in each epoch. A completion of fewer than K − 1 phrases takes no part.
+        degree_heads: 2 heads, for the preferred and the dispreferred completions, or 1 for both.
+        degree_on: completions that take part: `both`, or those `preferred` or `dispreferred` alone.
+        degree_language: whose stop words divide a text into phrases; `en` is the only list there is.
         sampling_engine: what draws samples: `transformers`, the trained model itself, or `vllm`, which loads
             its weights at each refresh (`sampling/logps_difference` says how well both agree). In this
             process vLLM needs memory for a second copy of the weights, and for the keys and values of
@@ -218,6 +229,11 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
     dimension_weights: float | str = 1.0
     earlier_models: str = ""
     extrapolation: str = ""
+    degree_weight: float = 0.0
+    degree_levels: int = 4
+    degree_heads: int = 2
+    degree_on: Literal["both", "preferred", "dispreferred"] = "both"
+    degree_language: str = "en"
     model_init_kwargs: dict[str, Any] | str | None = None
     use_peft: bool = False
     lora_r: int = 16

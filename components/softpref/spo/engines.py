@@ -188,8 +188,8 @@ class VLLMServerEngine:
             "stop_ids": list(stop_ids),
         }
         for last in (False, True):
-            version = self._client.synchronise(self._spec, policy_weights(model))
             try:
+                version = self._client.synchronise(self._spec, policy_weights(model))
                 answer = self._client.request("POST", "/samples", {**request, "weights": version})
                 break
             except _WeightsGone as error:  # the server was restarted, or serves another trainer as well

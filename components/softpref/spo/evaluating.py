@@ -43,6 +43,8 @@ class RowsTrainer(GuardedTrainer):
         """Rows made of those that were handed over, which the model has positions and embeddings for."""
         rows = kind(given, self.processing_class, self.args, stop_ids=self.stop_ids, name=name)
         sequences = [(row["prompt"], one) for row in rows.rows for one in row["completions"]]
+        removed = [row["removed"] for row in rows.rows if "removed" in row]
+        sequences += [(one["prompt"], ids) for one in removed for side in one["texts"] for ids in side]
         check_sequences(model, sequences, self.args.max_completion_length if sampled else 0)
         return rows
 
@@ -126,8 +128,15 @@ class RowsTrainer(GuardedTrainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         means = self.objective.means["eval"].take(self.sum_over_processes)
+        if self.args.degree_weight:
+            means |= self._length_baseline("eval")
         named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
+
+    def _length_baseline(self, mode: str) -> dict[str, float]:
+        """`degree/length_baseline` of training or evaluation since it was last taken."""
+        found = self.objective.lengths[mode].take(lambda counts: self.accelerator.reduce(counts, "sum"))
+        return {} if found is None else {"degree/length_baseline": found}
 
 
 def _spread(values: np.ndarray, places: Sequence[int], count: int) -> np.ndarray:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from softpref.objectives import length_accuracy
+
 
 class Means:
     """Running means on the device; read once per log, so that no step waits for a copy."""
@@ -53,6 +55,28 @@ class WeightSums:
         total, squares, count = gather(self._sums[None]).logsumexp(0).tolist()
         self._sums = self._none
         return None if count == -math.inf else min(1.0, math.exp(2 * total - squares - count))
+
+
+class LengthLevels:
+    """How many texts of each length and degree level there were, for the accuracy of length alone.
+
+    Args:
+        longest: tokens of a text, at most.
+        levels: how many there are.
+    """
+
+    def __init__(self, longest: int, levels: int, device: torch.device | str) -> None:
+        self._counts = torch.zeros(longest + 1, levels, device=device)
+
+    def add(self, lengths: Tensor, levels: Tensor) -> None:
+        """Add texts: `[texts]` each."""
+        self._counts.index_put_((lengths, levels), self._counts.new_ones(len(lengths)), accumulate=True)
+
+    def take(self, sum_over_processes: Callable[[Tensor], Tensor]) -> float | None:
+        """The accuracy since the last call, see `length_accuracy`; None of no texts."""
+        counts = sum_over_processes(self._counts).cpu()
+        self._counts = torch.zeros_like(self._counts)
+        return length_accuracy(counts) if bool(counts.any()) else None
 
 
 class SamplingClock:

@@ -175,8 +175,13 @@ def check_reference(ref_model: Any, model: Any, args: SPOConfig) -> None:
         )
 
 
-def check_optimizer(optimizer: Any, model: nn.Module) -> None:
-    """Refuse an optimizer that holds no trained parameter."""
+def check_optimizer(optimizer: Any, model: nn.Module, args: SPOConfig) -> None:
+    """Refuse an optimizer that holds no trained parameter, and any where the trainer has more to train."""
+    if optimizer and args.degree_weight:
+        raise ConfigError(
+            "with a degree_weight the trainer makes the optimizer itself, for the head of the degree loss is "
+            "in it; leave optimizers out, and name one by SPOConfig.optim"
+        )
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     if optimizer and not any(
         id(one) in trained for group in optimizer.param_groups for one in group["params"]

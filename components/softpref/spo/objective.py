@@ -19,7 +19,8 @@ from softpref.lm.sampling import Sample
 from softpref.lm.scoring import scoring_batches, sequence_logps, sum_by_sequence
 from softpref.objectives import TokenKL, kl_lambda, kl_loss, log_group_weights, prefix_ratios, reward_to_go
 from softpref.spo.config import SPOConfig
-from softpref.spo.gauges import Means, WeightSums
+from softpref.spo.degree_head import DegreeHead
+from softpref.spo.gauges import LengthLevels, Means, WeightSums
 from softpref.spo.losses import implicit_rewards, method_losses, preference_metrics
 
 
@@ -30,12 +31,14 @@ class RowLosses(NamedTuple):
         losses: the preference loss of each row, `[rows]`.
         kl: in training with a KL term on rows, that of each row, `[rows]`; else None.
         logps, rewards: of each completion, `[sequences]`, without gradient.
+        degree: with a degree loss, the cross-entropy of the level of each of the batch's texts, `[texts]`.
     """
 
     losses: Tensor
     kl: Tensor | None
     logps: Tensor
     rewards: Tensor
+    degree: Tensor | None
 
 
 class Objective:
@@ -49,6 +52,7 @@ class Objective:
     Attributes:
         means: of training and of evaluation: the metrics of `SPOTrainer`.
         step_weights, log_weights: importance weights since they were last taken, for two readers.
+        lengths: with a degree loss, the lengths of its texts by level, of training and of evaluation.
     """
 
     def __init__(
@@ -61,17 +65,23 @@ class Objective:
         self._reference, self._stop_ids = reference, list(stop_ids)
         self.means = {"train": Means(), "eval": Means()}
         self.step_weights, self.log_weights = (WeightSums(args.device) for _ in range(2))
+        self.lengths = {
+            mode: LengthLevels(args.max_completion_length, args.degree_levels, args.device)
+            for mode in (self.means if args.degree_weight else ())
+        }
         self._kept_head: CompletionHidden | None = None  # how the reference's kept states become scores
 
     def means_of(self, model: Any) -> Means:
         return self.means["train" if model.training else "eval"]
 
-    def row_losses(self, model: Any, inputs: Mapping[str, Any]) -> RowLosses:
+    def row_losses(
+        self, model: Any, inputs: Mapping[str, Any], degree_head: DegreeHead | None = None
+    ) -> RowLosses:
         """The losses of a batch's rows, and the policy's log-probabilities and rewards of them."""
         means = self.means_of(model)
         args, sizes = self.args, inputs["group_sizes"]
         batch = packed(inputs)
-        states = self._hidden(model, batch)
+        states, degree = self._row_states(model, batch, inputs, degree_head)
         ref_logps, divergences, row_kl = inputs.get("ref_logps"), None, None
         regularises = args.regularises_rows and model.training
         lacks_logps = args.scores_reference and ref_logps is None
@@ -116,7 +126,34 @@ class Objective:
             lacking = (sizes[:own] == 1) & values.isnan()
             means.add(name, values[counted[:own] & ~lacking])
         rewards = implicit_rewards(args, logps.detach(), inputs, ref_logps)
-        return RowLosses(losses, row_kl, logps.detach(), rewards)
+        return RowLosses(losses, row_kl, logps.detach(), rewards, degree)
+
+    def _row_states(
+        self, model: Any, batch: PackedBatch, inputs: Mapping[str, Any], degree_head: DegreeHead | None
+    ) -> tuple[CompletionHidden, Tensor | None]:
+        """What the model knows at the tokens of a batch's rows, and the degree losses of the texts."""
+        if degree_head is None:
+            return self._hidden(model, batch), None
+        means, own = self.means_of(model), inputs.get("own_rows", len(inputs["group_sizes"]))
+        means.add("degree/skipped", inputs["degree_skipped"][:own])
+        if "degree_levels" not in inputs:
+            for name in ("loss", "accuracy", "mean_absolute_error"):
+                means.add(f"degree/{name}", torch.zeros(0))  # all processes must have the same names
+            return self._hidden(model, batch), None
+        both = packed(inputs, "degree_")
+        found = completion_hidden(model, both, plain=self.args.plain_forward, beneath=True)
+        places, rows = inputs["degree_places"], inputs["degree_own"]
+        ends = found.states[both.lengths.cumsum(0)[places] - 1]
+        levels, mine = inputs["degree_levels"], inputs["degree_rows"] < own
+        logits = degree_head(ends, inputs["degree_sides"])
+        losses = nn.functional.cross_entropy(logits, levels, reduction="none")
+        errors = (logits.argmax(-1) - levels)[mine].abs()
+        means.add("degree/loss", losses[mine])
+        means.add("degree/accuracy", errors == 0)
+        means.add("degree/mean_absolute_error", errors)
+        lengths = self.lengths["train" if model.training else "eval"]
+        lengths.add(both.lengths[places][mine] - 1, levels[mine])
+        return found._replace(hidden=found.hidden[rows], targets=found.targets[rows], beneath=None), losses
 
     def sample_losses(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """The KL term's loss of each of a batch's samples, `[samples]`."""

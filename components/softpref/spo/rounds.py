@@ -20,12 +20,14 @@ from softpref.judges.protocol import is_telling
 from softpref.judges.texts import as_text
 from softpref.lm.sampling import Sample, sampling_noise
 from softpref.lm.tokenization import decode_completion
+from softpref.lm.tokenizing import RowText
 from softpref.objectives.preference import PreferenceKind
 from softpref.progress import progress
 from softpref.records import Text
 from softpref.spo.config import SPOConfig
+from softpref.spo.degree import add_removed
 from softpref.spo.reference import Scorer, set_reference_logps
-from softpref.spo.rows import Row, extremes
+from softpref.spo.rows import Row, extremes, with_levels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +82,8 @@ class RoundRows(Dataset[Row]):
         self.rows: list[Row] = []
         self.number: int | None = None
         """The present round, from 0; None before the first."""
+        self.epoch = 0
+        """Of training, from 0, which gives rows their degree levels."""
         self.left_out = 0.0
         """Share of the rows drawn last that are left out, see `SPOConfig.cut_rows`."""
 
@@ -87,7 +91,7 @@ class RoundRows(Dataset[Row]):
         return len(self._given)
 
     def __getitem__(self, index: int) -> Row:
-        return self.rows[index]
+        return with_levels(self.rows[index], self._args, self.epoch, index)
 
     def begin(self, number: int) -> None:
         """Draw the rows of round `number`, unless they are here (from a checkpoint)."""
@@ -97,6 +101,8 @@ class RoundRows(Dataset[Row]):
             self.rows = [row.copy() for row in self._given]
         else:
             self.rows = self._drawn(number)
+            if self._args.degree_weight:
+                self._add_removed(number)
         if self._args.refers_to_previous:
             set_reference_logps(self.rows, self._score_reference)
         self.number = number
@@ -171,6 +177,21 @@ class RoundRows(Dataset[Row]):
         if self._args.cut_rows == "leave_out":
             self._leave_cut_rows_out(rows, number)
         return rows
+
+    def _add_removed(self, number: int) -> None:
+        """Give what was drawn its texts for the degree loss."""
+        texts = (
+            RowText(prompt, [self._message(index, one) for one in row["completions"]])
+            for index, (prompt, row) in enumerate(zip(self._prompts, self.rows, strict=True))
+        )
+        name = f"row of round {number + 1}"
+        add_removed(self.rows, texts, self._tokenizer, self._args, stop_ids=self._stop_ids, name=name)
+
+    def _message(self, index: int, completion: list[int]) -> Text:
+        """A completion as its prompt is, text or messages."""
+        text = self._text(index, completion)
+        plain = isinstance(self._prompts[index], str)
+        return text if plain else [{"role": "assistant", "content": text}]
 
     def _leave_cut_rows_out(self, rows: list[Row], number: int) -> None:
         """Give weight 0 to rows with a completion that was cut, and theirs to the others.

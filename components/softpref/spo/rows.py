@@ -6,6 +6,7 @@ with a `prompt` or with one that both begin with. Computes no loss.
 
 from __future__ import annotations
 
+import logging
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -21,14 +22,18 @@ from softpref.errors import ConfigError, DataError
 from softpref.lm.implicit import cut_common_messages, cut_common_prefix, is_transcript
 from softpref.lm.kept_rows import KeptRows
 from softpref.lm.packing import pack_sequences
-from softpref.lm.tokenization import TokenizedSequence, log_findings, row_findings
+from softpref.lm.tokenization import TokenizedSequence, log_findings, row_findings, stop_token_ids
 from softpref.lm.tokenizing import Job, RowText, tokenize_rows
 from softpref.objectives.preference import PreferenceKind
 from softpref.progress import follow
 from softpref.spo.config import SPOConfig
+from softpref.spo.degree import DegreeText, Removed, add_removed, degree_tensors, drawn, sides_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
 
 
 class Row(TypedDict, total=False):
@@ -44,6 +49,8 @@ class Row(TypedDict, total=False):
         win_probabilities: of each completion, its chance to beat another of the row, for `sppo`.
         offsets: of each completion, a reward that it has besides that of the labels, nats: the offset of the
             loss's margins.
+        removed: its completions without some of their key content, for the degree loss.
+        degree_texts: those of them that the present epoch gives.
     """
 
     prompt: Required[list[int]]
@@ -54,6 +61,8 @@ class Row(TypedDict, total=False):
     ref_logps: list[float]
     win_probabilities: list[float]
     offsets: list[float]
+    removed: Removed
+    degree_texts: list[DegreeText]
 
 
 class RowsWithTokens(Sequence[Mapping[str, Any]]):
@@ -90,7 +99,9 @@ class TrainingRows(Dataset[Row], ABC):
         rows: those that take part.
         numbers: their places in what was given.
         prompts: ids of every given prompt.
-        counts: of rows `given`, of those `left_out`, of what `row_findings` names, and those `weighted`.
+        counts: of rows `given`, of those `left_out`, of what `row_findings` names, and those `weighted`; with
+            a degree loss `degree_skipped`, the completions that take no part in it.
+        epoch: of training, from 0, which gives rows their degree levels; an evaluation's is always the first.
 
     Raises:
         DataError: names the row and its fault, or says why none takes part.
@@ -106,6 +117,7 @@ class TrainingRows(Dataset[Row], ABC):
         name: str = "preference row",
     ) -> None:
         self._tokenizer, self._args = tokenizer, args
+        given = rows_of(given, f"the {name}s")
         self._options: dict[str, Any] = {
             "stop_ids": stop_ids,
             "max_prompt_length": args.max_prompt_length,
@@ -141,24 +153,26 @@ class TrainingRows(Dataset[Row], ABC):
             )
         if _settle_weights(self.rows, name):
             self.counts["weighted"] = len(self.rows)
+        self.epoch = 0
+        if args.degree_weight:
+            self._add_removed(given, name)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        return self.rows[index]
+        return with_levels(self.rows[index], self._args, self.epoch, index)
 
     def _tokenized(
-        self, given: Iterable[Mapping[str, Any]], name: str
+        self, given: Collection[Mapping[str, Any]], name: str
     ) -> Iterator[tuple[Mapping[str, Any], list[TokenizedSequence]]]:
         """Rows and their sequences."""
-        rows = rows_of(given, f"the {name}s")
-        known, count = None, len(rows)
+        known, count = None, len(given)
         if isinstance(given, RowsWithTokens):
             known, count = given.tokens, given.tokens.longer_prompts(self._options["max_prompt_length"])
 
         def jobs() -> Iterator[tuple[Mapping[str, Any], Job]]:
-            shown = follow(rows, f"tokenizing {name}s", disable=_quiet(self._args))
+            shown = follow(given, f"tokenizing {name}s", disable=_quiet(self._args))
             for row, tokens in zip(shown, repeat(None) if known is None else known):  # noqa: B905
                 yield row, self._job(row, tokens)
 
@@ -181,6 +195,9 @@ class TrainingRows(Dataset[Row], ABC):
             for one in tokens
         ]
 
+    def _add_removed(self, given: Collection[Mapping[str, Any]], name: str) -> None:
+        """What the degree loss needs of rows whose completions are known."""
+
     @abstractmethod
     def text(self, row: Mapping[str, Any]) -> RowText:
         """What of a row is tokenized."""
@@ -191,7 +208,7 @@ class TrainingRows(Dataset[Row], ABC):
 
 
 class PreferenceRows(TrainingRows):
-    """Rows of completions, best first, with what their order means."""
+    """Rows of completions, best first, with what their order means; with a degree loss also `removed`."""
 
     def text(self, row: Mapping[str, Any]) -> RowText:
         if self._alone(row):
@@ -221,6 +238,22 @@ class PreferenceRows(TrainingRows):
                 made = extremes(made)
         return made
 
+    def _add_removed(self, given: Collection[Mapping[str, Any]], name: str) -> None:
+        kept = frozenset(self.numbers)
+        texts = (self.text(row) for number, row in enumerate(given) if number in kept)
+        stops = self._options["stop_ids"] or stop_token_ids(self._tokenizer)
+        skipped = add_removed(self.rows, texts, self._tokenizer, self._args, stop_ids=stops, name=name)
+        self.counts["degree_skipped"] = skipped
+        if skipped and self._args.process_index == 0:
+            logger.warning(
+                "%d of %d completions of the %ss have fewer than %d key phrases or were cut, and take no "
+                "part in the degree loss.",
+                skipped,
+                len(self.rows) * len(sides_of(self._args)),
+                name,
+                self._args.degree_levels - 1,
+            )
+
 
 class AnswerRows(TrainingRows):
     """What rounds that draw their rows need: prompts, and for self-play the best completion of each."""
@@ -235,6 +268,13 @@ class AnswerRows(TrainingRows):
     def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> Row:
         [sequence] = sequences
         return {"prompt": sequence.prompt, "completions": [sequence.completion], "weight": _weight(row)}
+
+
+def with_levels(row: Row, args: SPOConfig, epoch: int, number: int) -> Row:
+    """A row as an epoch gives it: with its texts for the degree loss, where there is one."""
+    if "removed" not in row:
+        return row
+    return {**row, "degree_texts": drawn(row, args, epoch, number)}
 
 
 def _quiet(args: SPOConfig) -> bool:
@@ -489,4 +529,6 @@ def collate(rows: list[Row]) -> dict[str, Any]:
     for name in ("ref_logps", "win_probabilities", "offsets"):
         if all(name in row for row in rows):
             inputs[name] = torch.tensor([value for row in rows for value in row[name]])
+    if all("degree_texts" in row for row in rows):
+        inputs |= degree_tensors(rows)
     return inputs

@@ -23,7 +23,7 @@ from softpref.lm.loading import load_tokenizer
 from softpref.lm.scoring import computing_precision
 from softpref.lm.sources import check_remote_code, local_source, source_name
 from softpref.lm.tokenization import stop_token_ids
-from softpref.records import ROUND_FOLDER, load_metadata
+from softpref.records import ROUND_FOLDER, judged_rows, load_metadata, read_dataset
 from softpref.spo.checks import member_name, parse_dimension_weights
 from softpref.spo.config import SPOConfig
 from softpref.spo.given import loaded
@@ -46,6 +46,7 @@ _DEFINING = (
     "weight_exponent",
     "label_smoothing",
     "nll_weight",
+    "degree_weight",
     "rounds",
     "train_on",
     "judge",
@@ -70,6 +71,8 @@ _OF_STEPS = (
     "entropy",
     "completions/mean_length",
     "sampling/ess",
+    "degree/accuracy",
+    "degree/length_baseline",
 )
 _HEADLINE = ("train_loss", "eval_loss", "eval_rewards/accuracies", *_OF_STEPS)
 
@@ -306,24 +309,22 @@ def _mean_saturated(logged: Sequence[Mapping[str, float]]) -> float | None:
 
 def _load_preferences(dataset_dir: str | Path) -> tuple[dict[str, Any], Any]:
     """Preference splits that hold rows, and the separate prompts if any."""
-    from datasets import load_from_disk
-
     folder = Path(dataset_dir)
-    splits = {split: rows for split, rows in load_from_disk(str(folder)).items() if len(rows)}
+    splits = {split: rows for split, rows in read_dataset(folder).items() if len(rows)}
     if "train" not in splits:
         raise DataError(f"{folder} holds no training preferences")
-    prompts = load_from_disk(str(folder / "prompts")) if (folder / "prompts").is_dir() else None
+    prompts = read_dataset(folder / "prompts") if (folder / "prompts").is_dir() else None
     return splits, prompts
 
 
 def _training_rows(config: SPOConfig, dataset_dir: str | Path, preferences: dict[str, Any]) -> Any:
     """The preferences, or for self-play the demonstrations where the dataset has some."""
-    from datasets import load_from_disk
-
     folder = Path(dataset_dir) / "sft"
-    if config.train_on != "self_play" or not folder.is_dir():
+    if config.train_on == "preferences":
         return preferences["train"]
-    demonstrations = load_from_disk(str(folder)).get("train", ())
+    if config.train_on == "samples" or not folder.is_dir():
+        return judged_rows(preferences["train"])
+    demonstrations = read_dataset(folder).get("train", ())
     if not len(demonstrations):
         raise DataError(f"{folder} holds no training demonstration, which self-play learns from")
     return demonstrations

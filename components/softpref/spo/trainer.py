@@ -32,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from softpref.errors import ConfigError
+from softpref.errors import ConfigError, DataError
 from softpref.lm.decoding import decodes
 from softpref.lm.head import try_out
 from softpref.lm.packing import evaluation_mode
@@ -41,10 +41,12 @@ from softpref.lm.scoring import check_sequences, computing_precision, score_sequ
 from softpref.lm.sharding import whole_weights
 from softpref.lm.tokenization import stop_token_ids
 from softpref.lm.training import settle_model
-from softpref.objectives import kl_lambda
+from softpref.objectives import degree_loss, kl_lambda
 from softpref.spo.buffer import SampleBuffer
 from softpref.spo.checks import parse_dimension_weights
 from softpref.spo.config import SPOConfig
+from softpref.spo.degree import sides_of
+from softpref.spo.degree_head import DegreeCallback, DegreeHead
 from softpref.spo.engines import check_agreement, sampling_engine
 from softpref.spo.evaluating import RowsTrainer
 from softpref.spo.gauges import SamplingClock
@@ -129,8 +131,12 @@ class SPOTrainer(RowsTrainer):
     (steps since the samples were drawn), `sampling/logps_difference` (of the engine's log-probabilities to
     the trainer's own when samples are drawn, nats per token), `sampling/ess` (effective sample size, a
     fraction), `sampling/tokens_per_second`, `sampling/time_fraction`; with `kl_on=data` in their place
-    `kl/data` (nats along a completion of the rows); and with rounds `round`, counted from 1, and
-    `rows/left_out_fraction` of the rows drawn last (see `SPOConfig.cut_rows`).
+    `kl/data` (nats along a completion of the rows); with rounds `round`, counted from 1, and
+    `rows/left_out_fraction` of the rows drawn last (see `SPOConfig.cut_rows`); and with a degree loss, of the
+    texts that take part, `degree/loss` (cross-entropy, nats), `degree/accuracy` and
+    `degree/mean_absolute_error` of the level, `degree/length_baseline` (the best accuracy that these texts'
+    lengths alone allow) and `degree/skipped` (share of the completions that take no part). An evaluation has
+    these metrics, too; its loss is the method's own.
 
     Raises:
         ConfigError, DataError: before training, for anything that cannot be trained on.
@@ -167,7 +173,7 @@ class SPOTrainer(RowsTrainer):
         set_seed(args.seed)  # an adapter's weights are drawn
         self.model_init: Any = model_init
         policy = self.call_model_init() if model_init else self._ready(loaded(model, args))
-        check_optimizer(optimizers[0], policy)
+        check_optimizer(optimizers[0], policy, args)
         # before anything costly: an engine may not be installed, or its server be away
         self._engine = sampling_engine(args, policy) if args.samples_policy or args.draws_rows else None
         fingerprint = ""
@@ -177,7 +183,7 @@ class SPOTrainer(RowsTrainer):
         self.stop_ids = stop_token_ids(self.processing_class, policy)
         self.objective = Objective(args, self._reference, self.stop_ids)
         self._clock = SamplingClock()
-        self._steps_per_round = 1
+        self._steps_per_round = self._steps_per_epoch = 1
         given = self._training_rows(train_dataset, policy)
         evaluated = self.evaluation_sets(eval_dataset, policy)
         self.row_counts: dict[str, dict[str, int]] = {
@@ -195,7 +201,7 @@ class SPOTrainer(RowsTrainer):
             eval_dataset=evaluated if isinstance(eval_dataset, dict) else evaluated.get("validation"),
             processing_class=self.processing_class,
             compute_metrics=compute_metrics,
-            callbacks=[*(callbacks or []), *([_RoundCallback(self._begin_round)] if self.rounds else [])],
+            callbacks=[*(callbacks or []), *self._own_callbacks()],
             optimizers=optimizers,
         )
         self.model_init = model_init  # which the base class takes in place of a model alone
@@ -255,6 +261,7 @@ class SPOTrainer(RowsTrainer):
         self._uses_adapter = hasattr(model, "peft_config")
         switch_dropout_off(model)
         settle_model(model)
+        self.degree_head = DegreeHead(model, args) if args.degree_weight else None
         if self._copies_policy:
             live = args.scores_reference and not args.keeps_reference_logps
             needed = args.kl_strength > 0 or live or args.mixes_references
@@ -273,7 +280,13 @@ class SPOTrainer(RowsTrainer):
         args = self.args
         kind = PreferenceRows if args.train_on == "preferences" else AnswerRows
         sampled = args.samples_policy or args.draws_rows
-        return self.rows_for(kind, given, "training row", model, sampled=sampled)
+        rows = self.rows_for(kind, given, "training row", model, sampled=sampled)
+        if rows.counts["degree_skipped"] == len(sides_of(args)) * len(rows):
+            raise DataError(
+                f"no completion of the {len(rows)} training rows has degree_levels − 1 = "
+                f"{args.degree_levels - 1} key phrases; lower degree_levels, or leave degree_weight out"
+            )
+        return rows
 
     def _round_rows(self, given: TrainingRows | None, rows: Any, judge: Judge | None) -> RoundRows | None:
         """Rows that change with each round, made of those that were given."""
@@ -315,6 +328,12 @@ class SPOTrainer(RowsTrainer):
             world_size=args.world_size,
         )
 
+    def _own_callbacks(self) -> list[TrainerCallback]:
+        own: list[TrainerCallback] = [_RoundCallback(self._begin_round)] if self.rounds else []
+        if self.args.degree_weight:
+            own.append(DegreeCallback(self._present_head, self._average, self._begin_epoch))
+        return own
+
     # ------------------------------------------------------------------ one optimizer step
 
     def get_batch_samples(
@@ -348,6 +367,13 @@ class SPOTrainer(RowsTrainer):
             log_mean = self._log_mean_weight(batches, rows)
             for batch in batches:
                 batch["log_mean_weight"] = log_mean
+        if self.args.degree_weight:
+            sides = [batch["degree_sides"] for batch in batches if "degree_sides" in batch]
+            counts = [
+                self.sum_over_processes(sum(int((one == side).sum()) for one in sides)) for side in range(2)
+            ]
+            for batch in batches:
+                batch["degree_counts"] = torch.tensor(counts)
         return batches, rows
 
     @torch.no_grad()
@@ -407,7 +433,7 @@ class SPOTrainer(RowsTrainer):
         """
         if self.args.method == "kto" and "kl" not in inputs:  # an evaluation has no steps
             inputs = {**inputs, "kl": self._mismatched_kl([inputs])}
-        losses, row_kl, logps, rewards = self.objective.row_losses(model, inputs)
+        losses, row_kl, logps, rewards, degree = self.objective.row_losses(model, inputs, self.degree_head)
         outputs = {"logps": logps, "rewards": rewards}
         if num_items_in_batch is None:
             loss = losses[: inputs.get("own_rows")].mean()
@@ -418,6 +444,10 @@ class SPOTrainer(RowsTrainer):
         if "sample_lengths" in inputs:
             kl = self.objective.sample_losses(model, inputs)
             loss = loss + self.args.kl_strength * kl.sum() / inputs["samples_in_step"]
+        if degree is not None:
+            sides, counts = inputs["degree_sides"], inputs["degree_counts"]
+            share = degree_loss(degree, sides, counts, len(sides_of(self.args)))
+            loss = loss + self.args.degree_weight * share
         loss = loss * self.current_gradient_accumulation_steps * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
@@ -475,7 +505,7 @@ class SPOTrainer(RowsTrainer):
         if size is not None and size < self.args.min_ess:
             self.buffer.expire()
 
-    # ------------------------------------------------------------------ rounds and kept log-probabilities
+    # ------------------------------------------------------------------ rounds
 
     def set_initial_training_values(
         self, args: TrainingArguments, dataloader: DataLoader[Any]
@@ -490,7 +520,8 @@ class SPOTrainer(RowsTrainer):
             values = super().set_initial_training_values(args, dataloader)
         finally:
             args.num_train_epochs = passes
-        steps_of_epoch, max_steps = values[1], values[-1]
+        self._steps_per_epoch = steps_of_epoch = values[1]
+        max_steps = values[-1]
         self._steps_per_round = max(1, int(passes)) * steps_of_epoch
         if max_steps <= (rounds - 1) * self._steps_per_round and passes:
             logger.warning(
@@ -506,6 +537,30 @@ class SPOTrainer(RowsTrainer):
         """Prepare the rows of the round of optimizer step `step`; the last round has no end."""
         assert self.rounds is not None
         self.rounds.begin(min(step // self._steps_per_round, self.args.rounds - 1))
+
+    # ------------------------------------------------------------------ the degree loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As in the base class; the head of the degree loss is a group of its own."""
+        optimizer = super().create_optimizer(model)
+        if self.degree_head is not None:
+            self.degree_head.join(optimizer, self.args.learning_rate)
+        return optimizer
+
+    def _present_head(self) -> DegreeHead:
+        assert self.degree_head is not None
+        return self.degree_head
+
+    def _average(self, value: Tensor) -> Tensor:
+        mean: Tensor = self.accelerator.reduce(value, reduction="mean")
+        return mean
+
+    def _begin_epoch(self, step: int) -> None:
+        """Have the rows draw the levels of the epoch of optimizer step `step`."""
+        rows: Any = self.train_dataset
+        rows.epoch = step // self._steps_per_epoch
+
+    # ------------------------------------------------------------------ kept log-probabilities
 
     def _keep_reference_logps(self, sets: Sequence[Any], model_hash: str) -> None:
         """Give rows the reference's log-probabilities once, if asked to or if some rows bring their own."""
@@ -609,6 +664,8 @@ class SPOTrainer(RowsTrainer):
                 means.update({} if size is None else {"sampling/ess": size})
             if self.buffer is not None or self.rounds is not None:
                 means.update(self._clock.take())
+            if self.degree_head is not None:
+                means |= self._length_baseline("train")
             if self.is_world_process_zero():
                 for warning in health_warnings(
                     self.args, means, self.state.log_history, ended="train_loss" in logs
@@ -624,12 +681,16 @@ class SPOTrainer(RowsTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.rounds is not None and self.args.should_save:
             self.rounds.save(output_dir)
+        if self.degree_head is not None and self.args.should_save:
+            self.degree_head.save(output_dir)
         if self.buffer is not None:
             self._expire_samples()  # before the next step would
             os.makedirs(output_dir, exist_ok=True)  # the first process makes it, at its own pace
             self.buffer.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.degree_head is not None:
+            self.degree_head.load(checkpoint)  # first: of a checkpoint without, the optimizer would complain
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.buffer is not None:
             self.buffer.load(checkpoint)

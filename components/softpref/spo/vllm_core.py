@@ -61,6 +61,9 @@ class VLLMCore:
         trust_remote_code: run model code that comes with a checkpoint.
         beside_trainer: whether the trained model is in this process too.
 
+    Attributes:
+        most_weight_bytes: what no checkpoint of the model exceeds: twice its weights, and a megabyte.
+
     Raises:
         ConfigError: vLLM is not installed, or cannot run this model here.
     """
@@ -127,6 +130,8 @@ class VLLMCore:
             _engines.append(self._engine)
             # on some devices some shapes have no kernel
             self.sample([[0]], [0], max_new_tokens=1, stop_ids=[])
+            # a checkpoint may hold an output layer that the model ties to its embeddings, and has headers
+            self.most_weight_bytes: int = 2 * sum(self._engine.collective_rpc(_weight_bytes)) + (1 << 20)
         except SoftprefError:
             raise
         except (ValueError, RuntimeError, NotImplementedError, torch.OutOfMemoryError) as error:
@@ -255,6 +260,10 @@ def _drawn(output: Any) -> Drawn:
     ids = list(output.token_ids)
     logps = [entry[token].logprob for token, entry in zip(ids, output.logprobs, strict=True)]
     return Drawn(ids, logps, output.finish_reason != "stop")
+
+
+def _weight_bytes(worker: Any) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in worker.get_model().parameters())
 
 
 def _load_tensors(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -12,7 +12,8 @@ or a tunnel in front of it.
     GET  /health                    whether it runs; asks for no token
     GET  /engine                    {"built": whether it has an engine}
     PUT  /engine                    builds the engine of an `EngineSpec`, unless it is there already
-    PUT  /weights/VERSION/PART      stores a part of the weights, a safetensors file
+    PUT  /weights/VERSION/PART      stores a part of the weights, a safetensors file; all parts together may
+                                    be twice as large as the engine's model
     POST /weights/VERSION           {"parts": n}: loads them
     POST /samples                   {"weights": VERSION, "prompts": …, "seeds": …, "max_new_tokens": …,
                                     "stop_ids": …} -> {"samples": [[completion, token_logps, truncated], …]}
@@ -29,14 +30,16 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BufferedIOBase
+from io import BufferedIOBase, BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +49,9 @@ from softpref.spo.vllm_core import EngineSpec, VLLMCore
 
 logger = logging.getLogger("softpref.spo.vllm_server")
 
-_MAX_BODY = 16 << 30  # bytes; the largest single tensor must fit
 _MAX_JSON, _MAX_PROMPTS = 1 << 20, 64 << 20  # bytes of a request in JSON, and of one with prompts
+_PATIENCE = 60.0  # seconds for a request's head, of silence, and for a body beside what its size allows
+_SLOWEST = 256 << 10  # bytes of a body per second; one that comes more slowly is given up
 _MAX_CONNECTIONS = 64  # at once; a trainer needs one for each of its processes
 _WEIGHTS = re.compile(r"/weights/(?P<version>[0-9a-f]{32})(?:/(?P<part>\d{1,6}))?")
 
@@ -70,6 +74,7 @@ class EngineServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = _MAX_CONNECTIONS
 
     def __init__(self, address: tuple[str, int], *, token: str, options: dict[str, Any]) -> None:
         super().__init__(address, _Handler)
@@ -100,6 +105,13 @@ class EngineServer(ThreadingHTTPServer):
     def state(self) -> dict[str, object]:
         return {"built": self._core is not None}
 
+    def room(self, version: str) -> int:
+        """Bytes that may still come of these weights: no more is kept than the engine's model can have."""
+        folder = Path(self._folder.name, version)
+        kept = sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
+        most: int = self._engine().most_weight_bytes
+        return max(0, most - kept)
+
     def store(self, version: str, part: int, body: BufferedIOBase, size: int) -> dict[str, object]:
         """Keep a part of the weights until they are loaded, or until two later ones have come."""
         folder = Path(self._folder.name, version)
@@ -108,15 +120,17 @@ class EngineServer(ThreadingHTTPServer):
         for old in sorted(others, key=lambda one: one.stat().st_mtime)[:-1]:  # the last may be loading
             shutil.rmtree(old, ignore_errors=True)
         partial = folder / f"{part}.{threading.get_ident()}.partial"
-        with partial.open("wb") as file:
-            left = size
-            while left and (block := body.read(min(left, 1 << 20))):
-                file.write(block)
-                left -= len(block)
-        if left:
-            partial.unlink()
-            raise Refusal(HTTPStatus.BAD_REQUEST, f"got {size - left} of {size} bytes")
-        partial.replace(folder / f"{part}.safetensors")
+        try:
+            with partial.open("wb") as file:
+                left = size
+                while left and (block := body.read(min(left, 1 << 20))):
+                    file.write(block)
+                    left -= len(block)
+            if left:
+                raise Refusal(HTTPStatus.BAD_REQUEST, f"got {size - left} of {size} bytes")
+            partial.replace(folder / f"{part}.safetensors")
+        finally:
+            partial.unlink(missing_ok=True)
         return {}
 
     def server_close(self) -> None:
@@ -172,17 +186,46 @@ class EngineServer(ThreadingHTTPServer):
         return self._core
 
 
+class _Timed(RawIOBase):
+    """What a connection sends, read until `deadline` (seconds of `time.monotonic`): a trickle ends too."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.deadline = time.monotonic() + _PATIENCE
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request comes too slowly")
+        self._connection.settimeout(min(left, _PATIENCE))
+        try:
+            return self._connection.recv_into(buffer)
+        finally:
+            self._connection.settimeout(_PATIENCE)  # of the answer
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: EngineServer
     protocol_version = "HTTP/1.1"
-    timeout = 60  # seconds of silence after which a connection is given up; a trainer makes one per request
+    timeout = _PATIENCE
+
+    def setup(self) -> None:
+        super().setup()
+        self._timed = _Timed(self.connection)
+        self.rfile = BufferedReader(self._timed, 1 << 20)
 
     def _answer(self) -> None:
         status, answer = HTTPStatus.OK, {}
+        self.close_connection = True  # a trainer makes one for each request
         try:
             answer = self._handle()
         except Refusal as error:
             status, answer = error.status, {"error": str(error)}
+        except TimeoutError as error:
+            status, answer = HTTPStatus.REQUEST_TIMEOUT, {"error": f"{error}"}
         except (SoftprefError, KeyError, TypeError, ValueError, RecursionError) as error:
             status, answer = HTTPStatus.BAD_REQUEST, {"error": f"{error}"}
             logger.warning("%s %s: %s", self.command, self.path, error)
@@ -190,9 +233,8 @@ class _Handler(BaseHTTPRequestHandler):
             status, answer = HTTPStatus.INTERNAL_SERVER_ERROR, {"error": f"{type(error).__name__}: {error}"}
             logger.exception("%s %s", self.command, self.path)
         body = json.dumps(answer).encode()
-        if status != HTTPStatus.OK:
-            self.close_connection = True  # what the trainer was still sending is not the next request
         self.send_response(status)
+        self.send_header("Connection", "close")
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -216,7 +258,8 @@ class _Handler(BaseHTTPRequestHandler):
             return server.alone(server.sample, self._json(_MAX_PROMPTS))
         found = _WEIGHTS.fullmatch(self.path)
         if found and found["part"] and self.command == "PUT":
-            return server.store(found["version"], int(found["part"]), self.rfile, self._body_size(_MAX_BODY))
+            size = self._body_size(server.room(found["version"]))
+            return server.store(found["version"], int(found["part"]), self.rfile, size)
         if found and not found["part"] and self.command == "POST":
             return server.alone(server.load, found["version"], int(self._json(_MAX_JSON)["parts"]))
         raise Refusal(HTTPStatus.NOT_FOUND, f"does not know {self.command} {self.path}")
@@ -230,6 +273,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"wants a body with a length, at most {most} bytes"
             )
+        self._timed.deadline = time.monotonic() + _PATIENCE + int(size) / _SLOWEST
         return int(size)
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -63,6 +63,8 @@ class Delivery:
         if not records:
             return 0
         run_id = self._mirror.run_id or self._open_run()
+        if self._mirror.lost and not self._last_steps:
+            self._learn_last_steps(self._existing_run(run_id))
         points: list[Metric] = []
         params: dict[str, str] = {}
         tags: dict[str, str] = {}
@@ -124,12 +126,15 @@ class Delivery:
             run_id = run.info.run_id
             if found and run.info.status != "RUNNING":
                 self._client.update_run(run_id, status="RUNNING")
-            for metric in run.data.metrics:
-                points = self._client.get_metric_history(run_id, metric)
-                self._last_steps[metric] = max(point.step for point in points)
+            self._learn_last_steps(run)
         with self._lock:
             self._mirror.remember_run(run_id)
         return run_id
+
+    def _learn_last_steps(self, run: Run) -> None:
+        for metric in run.data.metrics:
+            points = self._client.get_metric_history(run.info.run_id, metric)
+            self._last_steps[metric] = max(point.step for point in points)
 
     def _log(
         self, run_id: str, points: Sequence[Metric], params: dict[str, str], tags: dict[str, str]

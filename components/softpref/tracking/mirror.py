@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal, TypedDict
 
+from softpref.disk import write_private
+
 logger = logging.getLogger(__name__)
 
 TAG_LENGTH, NAME_LENGTH = 8000, 250  # MLflow's own limits
@@ -67,6 +69,9 @@ class Mirror:
 
     Numbers (`n`) are never reused. Both files are only appended to, in whole lines: the torn line of a killed
     process is cut off when the file is reopened, and a line that is no record is passed over.
+
+    Attributes:
+        lost: whether records that were delivered are no longer there.
     """
 
     def __init__(self, path: Path, sent: IO[bytes], header: Record | None = None) -> None:
@@ -79,7 +84,7 @@ class Mirror:
         self._resumed = False
         self._cursor = self._end = 0  # before the first record that is not delivered; after the last one
         if header is not None:
-            _write_private(path, _line({"n": 0, "time": milliseconds(), **header}))
+            write_private(path, _line({"n": 0, "time": milliseconds(), **header}).decode())
         _cut_torn_line(path)
         _cut_torn_line(path.with_suffix(".sent"))
         for line in path.with_suffix(".sent").read_bytes().splitlines():
@@ -89,12 +94,15 @@ class Mirror:
             elif note.keys() == {"run_id"} and isinstance(note["run_id"], str):
                 self.run_id = note["run_id"]
         self._last = -1
+        delivered = set[int]()
         self.status: str | None = None
         self.header: Record = {}
         for record, _ in _records(path):
             if record["kind"] == "run" and not self.header:
                 self.header = record
             self._last = max(self._last, record["n"])
+            if record["n"] <= self._sent:
+                delivered.add(record["n"])
             if record["kind"] in ("end", "reopen"):
                 self.status = record.get("status")
             elif record["kind"] == "metrics":
@@ -103,6 +111,7 @@ class Mirror:
         if not self.header:
             raise Unreadable(f"{path} does not say which run it is of")
         self._last = max(self._last, self._sent)
+        self.lost = len(delivered) <= self._sent
         self.run_id = self.header.get("run_id") or self.run_id
         self.owned: bool = self.header["owned"]
         self._file = path.open("ab", buffering=0)
@@ -317,7 +326,7 @@ def _put_before(path: Path, header: Record) -> None:
     """Give a mirror that lacks its first record one."""
     lines = [_line({"n": 0, "time": milliseconds(), **header}), *(line for _, line in _records(path))]
     new = path.with_suffix(".new")
-    _write_private(new, b"".join(lines))
+    write_private(new, b"".join(lines).decode())
     os.replace(new, path)
 
 
@@ -327,13 +336,6 @@ def _open_sent(path: Path) -> IO[bytes]:
 
 def _same(one: float, other: float) -> bool:
     return one == other or (math.isnan(one) and math.isnan(other))
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Only its owner may read it: the address of a database may hold a password, and `sync` needs it."""
-    path.unlink(missing_ok=True)
-    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(content)
 
 
 def _cut_torn_line(path: Path) -> None:

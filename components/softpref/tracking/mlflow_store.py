@@ -7,10 +7,11 @@ import importlib
 import logging
 import os
 import re
+import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -70,8 +71,9 @@ def mlflow_ready(uri: str) -> bool:
             importlib.import_module("mlflow.store.tracking.rest_store")
         else:
             importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
-            for name in ("alembic", "mlflow.store.db.utils"):  # a hundred lines of schema migrations
-                logging.getLogger(name).setLevel(logging.WARNING)
+            logging.getLogger("alembic").setLevel(logging.WARNING)  # a hundred lines of schema migrations
+            # its errors are raised, too: a traceback each, a second apart
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     except ImportError:
         return False
     return True
@@ -97,7 +99,14 @@ def open_client(uri: str) -> MlflowClient:
             made = file.with_name(f"{unfinished}{os.getpid()}")
             MlflowClient(f"sqlite:///{made}").search_experiments(max_results=1)
             made.replace(file)
+        _try_to_read(file)
         return MlflowClient(uri)
+
+
+def _try_to_read(file: Path) -> None:
+    """Have what cannot be opened at all fail now: MLflow would try again for a hundred seconds."""
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("PRAGMA schema_version")
 
 
 def where_to_look(uri: str, run_id: str | None) -> str:

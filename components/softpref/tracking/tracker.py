@@ -30,7 +30,17 @@ from softpref.tracking.mlflow_store import (
     short_requests,
 )
 from softpref.tracking.pipeline_run import current_pipeline_run, experiment_of, find_or_open_root
-from softpref.tracking.waiting import END, LONGEST, LONGEST_KILLED, START, WAIT, Answers, patience, with_store
+from softpref.tracking.waiting import (
+    END,
+    LONGEST,
+    LONGEST_KILLED,
+    START,
+    WAIT,
+    Answers,
+    is_busy,
+    patience,
+    with_store,
+)
 
 if TYPE_CHECKING:
     from softpref.records import DatasetStats
@@ -69,7 +79,7 @@ class Tracker:
         tracking_uri: MLflow store. Default: `MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` in the
             current directory.
         exit_wait: Seconds without an answer of MLflow that `flush` and `close` wait in all. Default: the
-            environment's `SOFTPREF_TRACKING_WAIT`, else 8, and a minute for a SQLite file.
+            environment's `SOFTPREF_TRACKING_WAIT`, else 8, and a minute for a SQLite file that others use.
 
     Raises:
         ConfigError: `SOFTPREF_TRACKING_WAIT` is no number of seconds.
@@ -96,11 +106,15 @@ class Tracker:
         inherited = None if pipeline_run else os.environ.get("MLFLOW_RUN_ID")
         attached = inherited or run_id or None
         root = root and pipeline_run is not None
-        self._patience = with_store(patience(END), self.tracking_uri) if exit_wait is None else exit_wait
+        self._least_patience = patience(END) if exit_wait is None else exit_wait
+        self._patience = self._least_patience
+        if exit_wait is None:
+            self._patience = with_store(self._patience, self.tracking_uri)
         self._answers = Answers()
         self._changed = threading.Condition()
         self._waited_for = self._closing = self._abandoned = self._closed = self._sender_done = False
         self._trouble: str | None = None
+        self._failing_since = 0.0  # of the sender, by `time.monotonic`; 0 while it succeeds
         self._unusable: set[str] = set()
         self._sender: threading.Thread | None = None
         self._mirror: Mirror | None = None
@@ -271,7 +285,8 @@ class Tracker:
             self._waited_for = True
             self._changed.notify_all()
             while not done():
-                silent_since = max(begun, self._answers.last())
+                # a store that is read, and takes nothing, is of no more use than a silent one
+                silent_since = max(begun, self._failing_since or self._answers.last())
                 left = min(silent_since + self._patience, begun + longest) - time.monotonic()
                 if left <= 0:
                     self._patience = max(0.0, self._patience - (time.monotonic() - silent_since))
@@ -318,6 +333,11 @@ class Tracker:
             except Exception as error:  # of the network, the store or its driver
                 failures += 1
                 self._trouble = in_short(error)
+                self._failing_since = self._failing_since or time.monotonic()
+                if not is_busy(error):
+                    with self._changed:
+                        self._patience = min(self._patience, self._least_patience)
+                        self._changed.notify_all()
                 if failures == 1:
                     logger.warning(
                         f"MLflow at {public_url(self.tracking_uri)} cannot be reached ({self._trouble}); "
@@ -331,7 +351,7 @@ class Tracker:
             else:
                 if failures:
                     logger.warning("MLflow at %s answers again", public_url(self.tracking_uri))
-                    failures, self._trouble = 0, None
+                    failures, self._trouble, self._failing_since = 0, None, 0.0
                 with self._changed:  # gather the next batch
                     self._changed.wait_for(self._is_hurried, _BATCH_SECONDS)
         self._short_requests.close()
@@ -378,6 +398,8 @@ def sync(output_dir: str | Path, tracking_uri: str | None = None, silence: float
             mirror.close()
             raise ConfigError("mlflow is not installed here, so nothing can be sent")
         run_id = mirror.run_id
+        if mirror.owned and mirror.status is None:
+            logger.warning("%s ends before its run does: the stage was cut off, or the file", path)
     return SyncResult(delivered, run_id)
 
 

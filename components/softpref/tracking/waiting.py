@@ -36,8 +36,13 @@ def patience(default: float) -> float:
 
 
 def with_store(seconds: float, uri: str) -> float:
-    """The patience with the store at `uri`: at least a minute with a file, which answers in the end."""
+    """The patience with the store at `uri`: at least a minute with a file, which others may be using."""
     return seconds if sqlite_file(uri) is None else max(seconds, _FILE)
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether others use a store in a file just now; no other trouble with one passes by itself."""
+    return "database is locked" in str(error)
 
 
 class Answers:
