@@ -26,8 +26,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = yaml.safe_load((ROOT / "pipelines" / "recipes" / "embedded.yaml").read_text(encoding="utf-8"))
 DIMENSIONS = ("trait", "brevity")
-ALPHAS, PASSES = (1.0, 2.0), (1.5, 1.0)  # of the first round and of the second
-PROMPTS = 6  # held-out ones that models are measured on, every story of each
+# of the first round and of the second, which begins near its optimum; a pass has some 800 steps
+ALPHAS, PASSES, SAMPLES = (1.0, 2.0), (1.5, 0.5), (128, 64)
+PROMPTS = 4  # held-out ones that models are measured on, every story of each
 WEIGHTS = (0.0, 0.5, 1.0, 2.0)
 SHARES = (0.25, 0.5, 0.75)  # of trait among the labels of both
 MOST_KL = 0.05  # KL(optimum ‖ policy) in nats, for every model whose optimum is known
@@ -57,19 +58,19 @@ def plan() -> list[Run]:
     """All runs, each after the one that it begins with."""
     orders = (DIMENSIONS, DIMENSIONS[::-1])
     first = [Run(order[:1]) for order in orders]
-    second = [Run(order, weight) for order in orders for weight in WEIGHTS]
+    second = [Run(order, weight) for weight in WEIGHTS for order in orders]
     return [*first, *second, *(Run(DIMENSIONS, share=share) for share in SHARES)]
 
 
 def options(run: Run, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the training stage; both at once has the softness of a first round."""
-    names = "learning_rate", "num_train_epochs", "samples_per_refresh", "sampling_interval"
-    asked = {name: RECIPE[name] for name in names} | RECIPE["train_overrides"]
-    asked |= {"beta": RECIPE["beta"], "save_strategy": "no", **overrides}
-    if run.share is not None:
-        return {**asked, "alpha": ALPHAS[0], "num_train_epochs": PASSES[1]}  # of twice as many rows
     place = len(run.rounds) - 1
-    own = {"dimensions": run.rounds[-1], "alpha": ALPHAS[place], "num_train_epochs": PASSES[place]}
+    asked = {name: RECIPE[name] for name in ("learning_rate", "sampling_interval", "beta")}
+    asked |= RECIPE["train_overrides"] | {"save_strategy": "no", "per_device_eval_batch_size": 256}
+    asked |= {"num_train_epochs": PASSES[place], "samples_per_refresh": SAMPLES[place], **overrides}
+    if run.share is not None:  # of twice as many rows
+        return {**asked, "alpha": ALPHAS[0]}
+    own = {"dimensions": run.rounds[-1], "alpha": ALPHAS[place]}
     return {**asked, **own, **({"dimension_weights": run.weight} if len(run.rounds) > 1 else {})}
 
 
@@ -121,7 +122,10 @@ def train_and_measure(run: Run, folder: Path, overrides: Mapping[str, Any]) -> d
     policy, asked = folder / run.name, options(run, overrides)
     if not (policy / "softpref.json").is_file():
         shutil.rmtree(policy, ignore_errors=True)
-        config = build_config(SPOConfig, asked)
+        cache = (
+            {"reference_cache": str(folder / "logps")} if len(run.rounds) > 1 and run.share is None else {}
+        )
+        config = build_config(SPOConfig, asked, cache)
         train(config, dataset_dir=str(dataset), reference_dir=str(begins), output_dir=str(policy))
     figures = exactly(policy, folder / "reference", folder / "dataset", PROMPTS)
     return {"figures": figures, "options": asked}

@@ -5,12 +5,13 @@ import re
 
 import numpy as np
 import pytest
+from datasets import load_from_disk
 from softpref.data.config import DataConfig
 from softpref.data.stage import run
-from softpref.data.storyteller import REWARD, Storyteller
+from softpref.data.storyteller import DIMENSIONS, REWARD, Storyteller
 from softpref.errors import DataError
 from softpref.judges.loading import load_judge
-from softpref.rewards import TextReward, read_reward
+from softpref.rewards import TextReward, read_rewards, write_rewards
 
 
 def test_reward_by_hand():
@@ -22,11 +23,16 @@ def test_reward_by_hand():
     assert reward(text) == pytest.approx(1.0 + 0.2 * (1.0 - index))
     assert reward("Incomprehensibilities") == pytest.approx(-0.2 * 5.0)  # no text is bad without bounds
     assert reward("") == reward("… 12 !") == 0.0
+    short = TextReward({}, brevity=0.25, usual=10)
+    assert short(text) == pytest.approx(0.25 * 2)
+    assert short("one " * 13) == pytest.approx(-0.25 * 3)
+    assert short("one " * 99) == pytest.approx(-0.25 * 10)  # nor without bounds
 
 
 def test_reward_file_is_read_back_or_refused(tmp_path):
-    REWARD.write(tmp_path / "reward.json")
-    assert read_reward(tmp_path / "reward.json") == REWARD
+    for rewards in ({"": REWARD}, DIMENSIONS):
+        write_rewards(tmp_path / "reward.json", rewards)
+        assert read_rewards(tmp_path / "reward.json") == rewards
     for text in (
         "{",
         "[]",
@@ -34,10 +40,12 @@ def test_reward_file_is_read_back_or_refused(tmp_path):
         '{"warmth": {"a": "b"}}',
         '{"warmth": {"a": NaN}}',
         '{"warmth": {}, "x": 1}',
+        '{"warmth": {}, "usual": Infinity}',
+        '{"dimensions": {"warmth": {}}}',
     ):
         (tmp_path / "reward.json").write_text(text)
         with pytest.raises(DataError, match=r"reward\.json"):
-            read_reward(tmp_path / "reward.json")
+            read_rewards(tmp_path / "reward.json")
 
 
 def test_stories_are_natural_text_of_many_lengths():
@@ -94,3 +102,36 @@ def test_dataset_folder_knows_its_reward(tmp_path):
     assert json.loads((tmp_path / "data" / "reward.json").read_text())["warmth"]["hugged"] == 1.2
     again = run(config, str(tmp_path / "again"))
     assert again["dataset_hash"] == stats["dataset_hash"]
+
+
+def test_dimensions_judge_the_same_stories_and_conflict_in_part(tmp_path):
+    config = DataConfig(
+        "storyteller", rows=400, sft_rows=50, votes=0, dimensions={"warmth": {}, "brevity": {}}
+    )
+    stats = run(config, str(tmp_path / "data"))
+    assert stats["dimensions"] == {"brevity": 400, "warmth": 400}
+    judge = load_judge("auto", tmp_path / "data")
+    seen, agree = {}, []
+    for split in load_from_disk(str(tmp_path / "data")).values():
+        for row in split:
+            first, second = (DIMENSIONS[row["dimension"]](text) for text in row["completions"])
+            told = judge.dimensions[row["dimension"]].scores(["any"] * 2, row["completions"])
+            assert told.tolist() == [first, second]
+            expected = 1 / (1 + np.exp(second - first))
+            assert (row["probability"] or 1.0) == pytest.approx(expected)
+            other = seen.setdefault(row["source_row"], row["completions"])
+            assert {*other} == {*row["completions"]}
+            if other is not row["completions"]:
+                agree.append(other == row["completions"])
+    assert len(agree) == 400
+    assert 0.3 < np.mean(agree) < 0.7
+    texts = [" She hugged the sad mouse.", " It broke."]
+    assert judge.scores(["any"] * 2, texts) == pytest.approx(
+        [sum(reward(text) for reward in DIMENSIONS.values()) for text in texts]
+    )
+    rewards = [
+        DIMENSIONS["brevity"](text)
+        for row in load_from_disk(str(tmp_path / "data"))["train"]
+        for text in row["completions"]
+    ]
+    assert 0.7 < np.std(rewards) < 2.0

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 from softpref.disk import content_hash
+from softpref.errors import ConfigError
+from softpref.evaluation.addresses import evaluation_folders
 from softpref.evaluation.curves import curves
 from softpref.evaluation.interactive import frontier_data
 from softpref.lm.loading import load_model, load_tokenizer
 from softpref.lm.scoring import score_sequences
 from softpref.lm.tokenization import stop_token_ids, tokenize_row
-from softpref.records import load_metadata, save_metadata
+from softpref.records import earlier_folders, load_metadata, save_metadata
 
 from tests.evaluations import evaluations
 
@@ -202,3 +204,32 @@ def test_a_sweep_over_weights_is_a_curve_for_each_order():
     keys = {axis["key"] for axis in data["axes"]}
     assert not any("optimum" in key or "reference" in key for key in keys)
     assert data["reference"]["exact/expected_reward/warm"] == 0.0
+
+
+def test_the_models_of_earlier_rounds_are_evaluated_and_compared_with_the_last(
+    world, judged, policy, evaluating, tmp_path, recorded
+):
+    whole = tmp_path / "policy"
+    shutil.copytree(policy, whole)
+    shutil.copytree(world.reference, whole / "round-1")
+    metadata = load_metadata(policy)
+    first = {**metadata, "name": "first", "lineage": metadata["lineage"][:1]}
+    save_metadata(whole / "round-1", first)
+    output = tmp_path / "evaluation"
+    last = evaluating(world, output, dataset=judged, policy=whole)
+    [folder] = earlier_folders(output)
+    inner = json.loads((folder / "evaluation.json").read_text())
+    assert (inner["name"], inner["dimensions"], inner["model_uri"]) == (
+        "first",
+        ["warm"],
+        f"{whole}/round-1",
+    )
+    assert inner["metrics"]["kl_sequence"]["value"] == pytest.approx(0, abs=1e-6)  # it is the first reference
+    assert inner["evaluation_id"] == last["evaluation_id"]
+    assert "implied_accuracy" in inner["metrics"]  # one round's preferences follow from model and reference
+    assert evaluation_folders([output]) == [output, folder]
+    tracked = {name for call in recorded if call[0] == "metrics" for name in call[1]}
+    assert {"eval/round-1/preference_accuracy/warm", "eval/preference_accuracy/warm"} <= tracked
+    (whole / "round-1" / "softpref.json").unlink()
+    with pytest.raises(ConfigError, match="not a complete model of a round"):
+        evaluating(world, tmp_path / "other", dataset=judged, policy=whole)

@@ -100,3 +100,27 @@ def test_an_unknown_optimum_has_no_figures(world):
     assert figures["optimum_kl"].value is None
     assert figures["effective_sample_size"].value is None
     assert figures["expected_reward"].value == 0.4
+
+
+@pytest.mark.parametrize("method", ["spo", "dpo"])
+def test_samples_tell_the_optimum_after_several_rounds(world, method):
+    rewards, reference, drawn = world
+    second = np.random.default_rng(4).normal(size=OUTPUTS)
+    first = Objective(method, alpha=0.8, beta=0.8, anchor=1.0, kl_on="none", dimension="warm")
+    last = Objective(method, alpha=1.5, beta=1.5, anchor=1.0, kl_on="none", dimension="short")
+    objective = last._replace(weights=(0.6,), earlier=(first,))
+    dimensions = {"warm": rewards, "short": second}
+    found = sampled_prompt(
+        (rewards + second)[drawn],
+        reference[drawn],
+        objective,
+        dimensions={name: values[drawn] for name, values in dimensions.items()},
+        policy_reward=0.0,
+        policy_kl=0.0,
+    )
+    logits = reference + (1 / 0.8 + 0.6 / 1.5) * rewards + second / 1.5
+    expected = np.exp(logits - np.logaddexp.reduce(logits))
+    figures = sampled_figures([found])
+    for name, values in dimensions.items():
+        assert figures[f"optimum_expected_reward/{name}"].value == pytest.approx(expected @ values)
+    assert figures["optimum_kl"].value == pytest.approx(expected @ (np.log(expected) - reference))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from softpref.errors import ConfigError
+from softpref.lm.scoring import score_sequences
 from softpref.records import load_metadata
 from softpref.spo.lineage import EarlierRound, earlier_rewards
 
@@ -337,3 +338,83 @@ def test_wrong_rounds_are_refused_before_the_first_is_trained(
     assert command("wrong", dataset, **given) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "wrong").exists()
+
+
+# Theory: a small world whose every answer is known
+
+ANSWERS = ["a", "b", "ab", "ba", "cd", "d"]
+REWARDS = {
+    "long": torch.tensor([0.3, -0.9, 1.2, 0.1, 0.6, -0.8], dtype=torch.float64),
+    "short": torch.tensor([0.9, 0.2, -1.0, 0.4, -0.2, 0.7], dtype=torch.float64),
+}
+
+
+def every_pair(rewards):
+    """All pairs of answers, with the exact probability of Bradley-Terry."""
+    pairs = [(i, j) for i in range(len(ANSWERS)) for j in range(i)]
+    return [
+        {
+            "prompt": "gh",
+            "completions": [ANSWERS[i], ANSWERS[j]],
+            "kind": "pairwise",
+            "probability": float(torch.sigmoid(rewards[i] - rewards[j])),
+        }
+        for i, j in pairs
+    ]
+
+
+@pytest.fixture
+def trained(make_trainer):
+    """`trained(model, dimension, **options)`: a copy of the model, trained until it has settled."""
+
+    def train(model, dimension, earlier=(), **options):
+        rows = every_pair(REWARDS[dimension])
+        trainer = make_trainer(
+            rows,
+            model=deepcopy(model),
+            dimensions=dimension,
+            kl_on="none",
+            num_train_epochs=70,
+            per_device_train_batch_size=len(rows),
+            learning_rate=3e-2,
+            lr_scheduler_type="cosine",
+            logging_steps=1000,
+            trainer_options={"earlier_rounds": list(earlier)},
+            **options,
+        )
+        trainer.train()
+        return trainer.model.eval()
+
+    return train
+
+
+def on_answers(model, tokenizer):
+    """log-probabilities of the answers given their set: `[answers]`."""
+    from softpref.lm.tokenization import stop_token_ids, tokenize_row
+
+    rows = tokenize_row(tokenizer, "gh", ANSWERS, stop_ids=stop_token_ids(tokenizer, model))
+    logps = score_sequences(model, [(row.prompt, row.completion) for row in rows])
+    return logps.double().log_softmax(0)
+
+
+@pytest.mark.parametrize("order", [("long", "short"), ("short", "long")], ids="-".join)
+@pytest.mark.parametrize("method", ["spo", "dpo"])
+def test_rounds_end_at_the_optimum_of_either_order_and_every_weight(
+    make_model, tokenizer, trained, method, order
+):
+    start = make_model(tokenizer, layers=2, seed=21)
+    options = {"method": method, "alpha": 0.8, "beta": 0.8}
+    first = trained(start, order[0], **options)
+    began, earlier = on_answers(start, tokenizer), EarlierRound(start, method, alpha=0.8, beta=0.8)
+    gained = []
+    for weight in (0.0, 2.0):
+        own = {"method": method, "alpha": 1.3, "beta": 1.3, "dimension_weights": weight}
+        second = on_answers(trained(first, order[1], [earlier], **own), tokenizer)
+        if method == "spo":
+            logits = (REWARDS[order[1]] + weight * REWARDS[order[0]]) / 1.3
+        else:
+            logits = began + (1 / 0.8 + weight / 1.3) * REWARDS[order[0]] + REWARDS[order[1]] / 1.3
+        optimum = logits.log_softmax(0)
+        assert float((optimum.exp() * (optimum - second)).sum()) < 5e-3
+        gained.append(float(second.exp() @ REWARDS[order[0]]))
+    assert gained[1] - gained[0] > 0.3

@@ -14,15 +14,17 @@ from fractions import Fraction
 from typing import Literal, NamedTuple
 
 from softpref.config import build_config, closest, shown
+from softpref.data import story_world, storyteller
 from softpref.data.columns import check_roles, is_dimension
-from softpref.data.story_world import DIMENSIONS, STORIES
+from softpref.data.story_world import STORIES
 from softpref.errors import ConfigError
 from softpref.key_content import check_language
 from softpref.remote import public_url
 
 STORY_ROWS = 4000
 STORY_SFT_ROWS = 4000
-EMBEDDED = {"story": DIMENSIONS, "storyteller": ()}  # sources that need no file, and their dimensions
+# sources that need no file, and their dimensions
+EMBEDDED = {"story": story_world.DIMENSIONS, "storyteller": tuple(storyteller.DIMENSIONS)}
 WITH_ESCAPES = ("prompt_template", "implicit_prompt_end")  # in which \n is a line break
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 # What says where rows lie. It belongs to one source, so the others do not take it over from `source`.
@@ -100,7 +102,7 @@ class DataConfig:
             dimension, give one as `source` and the others as `mixture`, each with its own `dimensions`.
             Empty: labels that are objects, and columns of well-known data sets, are recognised; a column
             `dimension` (a role of `columns`) names that of each row. Of the story world: `trait` and
-            `brevity`.
+            `brevity`; of the storyteller: `warmth` and `brevity`.
         preference_values: what the labels of `preference`, `votes` or a list of `verdicts` mean, from value
             to `"a"`, `"b"` or `"tie"`. Empty: `a`, `b`, `tie`, also 1, 2 and `model_a`, `model_b`; for
             `votes` 0 is a tie.
@@ -278,10 +280,10 @@ class DataConfig:
                     f"{shown(roles)}"
                 )
             if self.embedded and (name not in EMBEDDED[self.source] or roles):
-                has = ", ".join(EMBEDDED[self.source]) or "none"
+                has = EMBEDDED[self.source]
                 raise ConfigError(
-                    f'source "{self.source}" has the dimensions {has}, each without roles, as in '
-                    f'{{"{DIMENSIONS[0]}": {{}}}}; got {shown(name)}: {shown(roles)}'
+                    f'source "{self.source}" has the dimensions {", ".join(has)}, each without roles, as in '
+                    f'{{"{has[0]}": {{}}}}; got {shown(name)}: {shown(roles)}'
                 )
         for roles in [*self.dimensions.values()] or [{}]:
             if self.columns:

@@ -12,6 +12,7 @@ from softpref.data.config import STORY_ROWS, STORY_SFT_ROWS, DataConfig
 from softpref.data.sources import SourceRow
 from softpref.data.story_world import StoryWorld, World
 from softpref.records import OUTCOMES_FILE, REWARD_FILE
+from softpref.rewards import write_rewards
 
 
 def embedded_preferences(config: DataConfig) -> Iterator[SourceRow]:
@@ -46,11 +47,13 @@ def write_known_answers(config: DataConfig, folder: Path) -> None:
                     line["dimensions"] = {name: own.tolist() for name, own in outcomes.dimensions.items()}
                 file.write(json.dumps(line) + "\n")
     elif config.source == "storyteller":
-        storyteller.REWARD.write(folder / REWARD_FILE)
+        rewards = {name: storyteller.DIMENSIONS[name] for name in config.dimensions}
+        write_rewards(folder / REWARD_FILE, rewards or {"": storyteller.REWARD})
 
 
 def _world(config: DataConfig) -> World:
-    return StoryWorld([*config.dimensions]) if config.source == "story" else storyteller.Storyteller()
+    world = StoryWorld if config.source == "story" else storyteller.Storyteller
+    return world([*config.dimensions])
 
 
 def _numbered(draws: Iterable[Record]) -> Iterator[SourceRow]:

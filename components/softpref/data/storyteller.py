@@ -3,7 +3,8 @@
 A prompt begins a story; a story goes on for two to six sentences, so that completions differ in length as
 those of real data do. The experts' reward depends only on the text. Preferences follow Bradley-Terry,
 rankings Plackett-Luce. What a trained model should do is therefore known here too, by importance sampling
-from its reference.
+from its reference. Asked for dimensions, experts judge the same stories by `warmth`, the reward otherwise,
+and by `brevity`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ REWARD = TextReward(
     grade=2.0,
 )
 """What experts like: warm words, and words that are easy to read."""
+DIMENSIONS = {"warmth": REWARD, "brevity": TextReward({}, brevity=0.1, usual=28)}
+"""What they judge by, one after another, where there are dimensions."""
 
 _MIDDLE = (0.1, 0.3, 0.3, 0.2, 0.1)  # how often a story has 0, 1, 2, 3, 4 sentences between first and last
 _FALLING = 0.85  # how much rarer each form or word of a list is than the one before it
@@ -43,9 +46,14 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 class Storyteller(World):
-    """Prompts, one for each trait, animal and name, and stories in natural language."""
+    """Prompts, one for each trait, animal and name, and stories in natural language.
 
-    def __init__(self) -> None:
+    Args:
+        dimensions: of `DIMENSIONS`.
+    """
+
+    def __init__(self, dimensions: Sequence[str] = ()) -> None:
+        self.dimensions = dimensions
         self._subjects = {
             f"Once upon a time a {trait} {animal} called {name} lived {home}.": (name, animal, home)
             for trait in _GRAMMAR["traits"]
@@ -74,7 +82,10 @@ class Storyteller(World):
         stories: dict[str, None] = {}
         while len(stories) < count:
             stories[self.story(prompt, random)] = None
-        return list(stories), np.array([REWARD(story) for story in stories])
+        if not self.dimensions:
+            return list(stories), np.array([REWARD(story) for story in stories])
+        rewards = [[DIMENSIONS[name](story) for story in stories] for name in self.dimensions]
+        return list(stories), np.array(rewards)
 
     def _one(self, options: Sequence[str], random: np.random.Generator, but: str = "") -> str:
         while (

@@ -199,6 +199,12 @@ def _optimum(member: Evaluation) -> dict[str, float]:
     found = {f"exact/{name}": number(exact, f"optimum_{name}") for name in names}
     if best := theory_point(member):
         found |= dict(zip(("kl_sequence", "expected_reward"), best, strict=True))
+        theory = member.theory or {}
+        found |= {
+            name.removeprefix("optimum_"): number(theory, name)
+            for name in theory
+            if name.startswith("optimum_expected_reward/")
+        }
     return {key: value for key, value in found.items() if value is not None}
 
 

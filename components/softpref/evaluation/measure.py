@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from softpref.errors import DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.models import Models
-from softpref.judges.expert import ExpertJudge
+from softpref.judges.expert import ExpertJudge, RewardJudge
 from softpref.judges.protocol import ScoringJudge, is_scoring
 from softpref.judges.texts import as_text
 from softpref.progress import progress
@@ -311,7 +311,7 @@ def sampled(
         **DiversityMetric.figures(bootstrap, completions=[[text.text for text in group] for group in shown]),
         **quality(shown, reference, bootstrap),
     }
-    experts = judge.dimensions if isinstance(judge, ExpertJudge) else {}
+    experts = judge.dimensions if isinstance(judge, (ExpertJudge, RewardJudge)) else {}
     for prefix, side in (("", shown), ("reference_", reference)):
         for name, expert in experts.items():
             figures[f"{prefix}expected_reward/{name}"] = _mean_score(expert, prompts, side, bootstrap)

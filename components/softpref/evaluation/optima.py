@@ -19,10 +19,8 @@ from softpref.progress import progress
 from softpref.records import DatasetStats, ModelMetadata, PromptRecord, Text
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from softpref.evaluation.exact import ExactPrompt, Objective
-    from softpref.evaluation.theory import SampledPrompt
+    from softpref.evaluation.theory import ReferenceSamples, SampledPrompt
     from softpref.judges.outcomes import Outcomes
     from softpref.judges.protocol import Judge
     from softpref.lm.tokenization import TokenizedPrompt
@@ -34,13 +32,14 @@ def theory_samples(
     tokenized: Sequence[TokenizedPrompt],
     judge: Judge,
     config: EvaluationConfig,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rewards and log-probabilities of samples of the reference, for the first `exact_prompts` prompts.
+) -> list[ReferenceSamples]:
+    """Samples of the reference with their rewards, for the first `exact_prompts` prompts.
 
     Empty unless the judge is an expert that knows the reward of any text.
     """
     import numpy as np
 
+    from softpref.evaluation.theory import ReferenceSamples
     from softpref.lm.scoring import score_sequences
 
     if not isinstance(judge, RewardJudge) or not config.theory_samples or not config.exact_prompts:
@@ -52,7 +51,10 @@ def theory_samples(
     for samples, texts in zip(drawn, shown, strict=True):
         sequences = [(sample.prompt, sample.completion) for sample in samples]
         logps = score_sequences(models.reference, sequences, **models.scoring).double().numpy()
-        found.append((np.array([text.score for text in texts], dtype=float), logps))
+        told = [text.text for text in texts]  # of which the expert needs no prompt
+        dimensions = {name: one.scores([""] * len(told), told) for name, one in judge.dimensions.items()}
+        rewards = np.array([text.score for text in texts], dtype=float)
+        found.append(ReferenceSamples(rewards, logps, dimensions))
     return found
 
 
@@ -108,7 +110,7 @@ def enumerated(
 
 
 def against_theory(
-    theory: Sequence[tuple[np.ndarray, np.ndarray]],
+    theory: Sequence[ReferenceSamples],
     records: Sequence[PromptRecord],
     metadata: ModelMetadata,
     stats: DatasetStats,
@@ -135,14 +137,15 @@ def against_theory(
         warnings.append(f"The optimum is not known: {reason}.")
     return [
         sampled_prompt(
-            rewards,
-            logps,
+            samples.rewards,
+            samples.logps,
             objective,
+            dimensions=samples.dimensions,
             policy_reward=fmean(sample.score or 0.0 for sample in record.policy),
             policy_kl=fmean(sample.kl or 0.0 for sample in record.policy),
             seed=seed,
         )
-        for (rewards, logps), record in zip(theory, records, strict=False)
+        for samples, record in zip(theory, records, strict=False)
     ]
 
 

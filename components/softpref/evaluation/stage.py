@@ -55,9 +55,9 @@ from softpref.records import (
 from softpref.timings import PhaseTimer
 
 if TYPE_CHECKING:
-    import numpy as np
     from datasets import DatasetDict
 
+    from softpref.evaluation.theory import ReferenceSamples
     from softpref.intervals import Bootstrap
     from softpref.judges.outcomes import Outcomes
     from softpref.judges.protocol import Judge
@@ -321,7 +321,7 @@ class _Task(NamedTuple):
     bootstrap: Bootstrap
     models: Models
     reference: list[list[DrawnText]]
-    theory: list[tuple[np.ndarray, np.ndarray]]
+    theory: list[ReferenceSamples]
     tasks: Tasks | None
 
 

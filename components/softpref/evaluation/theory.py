@@ -7,7 +7,8 @@ distribution over them (the density ratio to the reference), as long as enough o
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,20 @@ TRUSTED = 0.1
 """Effective share of the samples above which the optimum's figures can be compared."""
 
 
+class ReferenceSamples(NamedTuple):
+    """`n` samples of the reference for a prompt.
+
+    Attributes:
+        rewards: `[n]`, the expert's.
+        logps: `[n]`, log-probabilities of the whole samples, nats.
+        dimensions: by name, `[n]` each, the rewards of each dimension of preference, where there are several.
+    """
+
+    rewards: np.ndarray
+    logps: np.ndarray
+    dimensions: Mapping[str, np.ndarray] = MappingProxyType({})
+
+
 class SampledPrompt(NamedTuple):
     """One prompt: `n` samples of the reference, and what the policy did.
 
@@ -28,6 +43,7 @@ class SampledPrompt(NamedTuple):
         reference_logps: `[n]`, log-probabilities of the whole samples under the reference, nats.
         optimum: `[n]`, log-probabilities of the optimum over the samples; NaN where it is not known.
         policy_reward, policy_kl: means over the policy's own samples, nats.
+        dimensions: as in `ReferenceSamples`.
     """
 
     rewards: np.ndarray
@@ -35,6 +51,7 @@ class SampledPrompt(NamedTuple):
     optimum: np.ndarray
     policy_reward: float
     policy_kl: float
+    dimensions: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 def sampled_prompt(
@@ -42,6 +59,7 @@ def sampled_prompt(
     reference_logps: np.ndarray,
     objective: Objective,
     *,
+    dimensions: Mapping[str, np.ndarray] = MappingProxyType({}),
     policy_reward: float,
     policy_kl: float,
     seed: int = 0,
@@ -54,9 +72,15 @@ def sampled_prompt(
     # a sample represents 1 / (n π_ref) completions like it
     stands_for = -np.log(count) - np.asarray(reference_logps, dtype=np.float64)
     best = optimum(
-        rewards, reference_logps, np.full(count, 1 / count), objective, stands_for=stands_for, seed=seed
+        rewards,
+        reference_logps,
+        np.full(count, 1 / count),
+        objective,
+        dimensions=dimensions,
+        stands_for=stands_for,
+        seed=seed,
     )
-    return SampledPrompt(rewards, reference_logps, best, policy_reward, policy_kl)
+    return SampledPrompt(rewards, reference_logps, best, policy_reward, policy_kl, dimensions)
 
 
 def sampled_figures(
@@ -80,6 +104,10 @@ def sampled_figures(
         "optimum_entropy": figure([float(-(w @ (ratio + p.reference_logps))) for p, w, ratio in of]),
         "effective_sample_size": figure([float(1 / (len(w) * (w @ w))) for w in weights], "fraction"),
         "reference_expected_reward": figure([float(p.rewards.mean()) for p in prompts]),
+        **{
+            f"optimum_expected_reward/{name}": figure([float(w @ p.dimensions[name]) for p, w, _ in of])
+            for name in prompts[0].dimensions
+        },
     }
 
 

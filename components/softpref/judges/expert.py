@@ -73,17 +73,32 @@ class ExpertJudge(ScoringJudge):
 
 
 class RewardJudge(ScoringJudge):
-    """The expert whose reward can be read off any text, as the dataset's `reward.json` describes."""
+    """The expert whose reward can be read off any text, as the dataset's `reward.json` describes.
+
+    Args:
+        rewards: by dimension of preference, of which the score is the sum; one alone under an empty name.
+
+    Attributes:
+        dimensions: by name, an expert for each dimension, where there are several.
+    """
 
     name = "expert"
+    dimensions: Mapping[str, ScoringJudge]
 
-    def __init__(self, reward: TextReward) -> None:
-        self._reward = reward
+    def __init__(self, rewards: Mapping[str, TextReward]) -> None:
+        self._rewards = rewards
+        words = {word for reward in rewards.values() for word in reward.warmth}
+        named = [name for name in rewards if name]
         self.description = (
-            f"the experts' own reward, known for every text: {len(reward.warmth)} words, and ease of reading"
+            f"the experts' own reward, known for every text: {len(words)} words, and ease of reading"
+            + (f"; the sum of {' and '.join(named)}" if named else "")
         )
-        self.fingerprint = digest(dataclasses.asdict(reward))
+        described = {name: dataclasses.asdict(reward) for name, reward in rewards.items()}
+        self.fingerprint = digest(described)
+        self.dimensions = {name: RewardJudge({"": rewards[name]}) for name in named}
 
     def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         """Rewards, `[n]`."""
-        return np.array([self._reward(completion) for completion in completions])
+        return np.array(
+            [sum(reward(completion) for reward in self._rewards.values()) for completion in completions]
+        )

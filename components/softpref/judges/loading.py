@@ -16,7 +16,7 @@ from softpref.judges.reward_model import load_reward_judge
 from softpref.judges.texts import preference_pairs, text_rows
 from softpref.lm.sources import check_model_source
 from softpref.records import JUDGE_SPLIT, OUTCOMES_FILE, REWARD_FILE, PreferenceRow, read_dataset
-from softpref.rewards import read_reward
+from softpref.rewards import read_rewards
 
 JudgeName = Literal["auto", "expert", "bradley-terry", "reward-model", "llm"]
 ENTRY_POINTS = "softpref.judges"
@@ -139,7 +139,7 @@ def load_judge(
         if outcomes:
             return ExpertJudge(outcomes)
         if (folder / REWARD_FILE).is_file():
-            return RewardJudge(read_reward(folder / REWARD_FILE))
+            return RewardJudge(read_rewards(folder / REWARD_FILE))
     if splits is None:
         splits = read_dataset(dataset_dir)
     split = JUDGE_SPLIT if JUDGE_SPLIT in splits else "train"

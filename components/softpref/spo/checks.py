@@ -301,7 +301,7 @@ def warn_of_idle_options(args: Any) -> None:
             for option, methods in _ONLY_FOR.items()
         ),
         (
-            not args.takes_reference_logps,
+            not (args.takes_reference_logps or args.dimension_order),
             ("reference_cache",),
             "the loss takes no log-probabilities of the reference that could be kept",
         ),

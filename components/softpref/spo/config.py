@@ -60,7 +60,8 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
             their chances against all K, themselves included.
         reference_cache: folder that keeps the reference's log-probabilities of all rows, under a hash of
             model, precision and rows. They are computed once, and runs that share the folder share them;
-            without a KL term the reference then takes no memory in training. Empty: computed with each batch.
+            without a KL term the reference then takes no memory in training. With earlier rounds it keeps
+            those of their models, too. Empty: computed with each batch.
         kl_gradient: estimator of the regulariser's gradient on samples. `token` is cheaper and has less
             variance: Σ_t ∇KL_t with the sampled prefixes held fixed. `full` adds the effect of a token on
             later divergences, and is exact in expectation. A number λ from 0 (`token`) to 1 (`full`) lies

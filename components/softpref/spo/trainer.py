@@ -210,8 +210,9 @@ class SPOTrainer(RowsTrainer):
             decodes(self.model)  # finds out, and says, before training whether a cache can be used
         if args.takes_reference_logps:
             self._keep_reference_logps([self.train_dataset, *evaluated.values()], fingerprint)
-        self._earlier_rounds = earlier_rounds
-        if earlier_rounds:
+        weights = parse_dimension_weights(args.dimension_weights, len(earlier_rounds))
+        self._has_offsets = any(weights)
+        if self._has_offsets:
             self._add_offsets([self.train_dataset, *evaluated.values()], earlier_rounds)
         self.buffer = self._sample_buffer(given, prompt_dataset)
 
@@ -610,7 +611,7 @@ class SPOTrainer(RowsTrainer):
             )
 
     def _evaluated_rows(self, given: Any) -> TrainingRows | RoundRows:
-        if self._earlier_rounds and not isinstance(given, (TrainingRows, RoundRows)):
+        if self._has_offsets and not isinstance(given, (TrainingRows, RoundRows)):
             raise ConfigError(
                 "what earlier rounds have learned is computed before training: hand these rows to SPOTrainer "
                 "as a set of its eval_dataset"
