@@ -417,4 +417,4 @@ def test_rounds_end_at_the_optimum_of_either_order_and_every_weight(
         optimum = logits.log_softmax(0)
         assert float((optimum.exp() * (optimum - second)).sum()) < 5e-3
         gained.append(float(second.exp() @ REWARDS[order[0]]))
-    assert gained[1] - gained[0] > 0.3
+    assert gained[1] > gained[0]
