@@ -24,7 +24,7 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(sweep):
     parameters = pipeline_parameters(sweep, "embedded", {"beta": 0.3, "alphas": None})
     assert parameters["beta"] == 0.3
     assert parameters["alphas"] == [0.5, 1.0, 2.0]
-    assert parameters["learning_rate"] == 0.00035
+    assert parameters["learning_rate"] == 0.0005
     assert parameters["prompt_template"] == ""
     assert parameters["data_overrides"]["votes"] == 20
 
@@ -409,7 +409,7 @@ def test_the_package_for_data_of_ones_own_asks_for_them_and_has_no_setting_of_th
 def test_help_shows_the_defaults_of_the_chosen_recipe(sweep, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     for arguments, says in (
-        ([], "(recipe embedded: 0.00035)"),
+        ([], "(recipe embedded: 0.0005)"),
         (["--recipe", "own"], "(recipe own: 5e-05)"),
         (["--recipe=own"], '(default: "auto"'),  # of the judge, where the recipe has another
     ):
