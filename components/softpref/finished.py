@@ -54,8 +54,9 @@ def as_recorded(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def differences(found: Mapping[str, object], own: Mapping[str, object]) -> str:
-    """In what recorded values differ from those of this call, in words: the first of them."""
+    """In what recorded values differ from those of this call, in words: some of them, best those of both."""
     differing = sorted(key for key in {*own, *found} if own.get(key) != found.get(key))
+    differing.sort(key=lambda key: not (key in own and key in found))
     show = _repr.repr
     said = [f"{key}: {show(found.get(key))} there, {show(own.get(key))} here" for key in differing[:_SAID]]
     return ", ".join(said) + (f", and {len(differing) - _SAID} more" if differing[_SAID:] else "")
