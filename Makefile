@@ -49,7 +49,7 @@ check-infra: setup  ## manifests, YAML and Dockerfiles; offline, in seconds
 	$(BIN)/hadolint images/Dockerfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/infra
 
-test-faults: setup  ## kills, damaged files, full disks, trackers in trouble: nothing may be lost; an hour and a half
+test-faults: setup  ## kills, damaged files, full disks, trackers in trouble: nothing may be lost; up to two hours
 	OMP_NUM_THREADS=1 PYTHONPATH=components:. $(BIN)/python -m tests.faults.campaign $(ARGS)
 
 test-tracking: setup  ## a sweep on PostgreSQL, an S3 store and a server that is killed in the middle; minutes

@@ -90,8 +90,8 @@ def test_many_and_long_differences_are_said_in_short():
     own = {f"option {number:02}": number for number in range(40)}
     said = differences(dict.fromkeys(own, 10**400), own)
     assert said.startswith("option 00: 1000")
-    assert ", option 07: " in said
-    assert said.endswith(" there, 7 here, and 32 more")
+    assert ", option 04: " in said
+    assert said.endswith(" there, 4 here, and 35 more")
     assert len(said) < 800
     assert differences({"beta": "x" * 9_000}, {"beta": "y"}).endswith("x' there, 'y' here")
 

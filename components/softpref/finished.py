@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from softpref.config import shown
 from softpref.disk import DAMAGED, write_whole
 from softpref.errors import ConfigError
 from softpref.records import RESULT_FILE
 
-_SAID = 8  # differences in a message
+_SAID = 5  # differences in a message
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 60
 
 
 def write_result(folder: str | Path, made_from: Mapping[str, object], result: object) -> None:
@@ -52,7 +54,9 @@ def as_recorded(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def differences(found: Mapping[str, object], own: Mapping[str, object]) -> str:
-    """In what recorded values differ from those of this call, in words: the first of them."""
+    """In what recorded values differ from those of this call, in words: some of them, best those of both."""
     differing = sorted(key for key in {*own, *found} if own.get(key) != found.get(key))
-    said = [f"{key}: {shown(found.get(key))} there, {shown(own.get(key))} here" for key in differing[:_SAID]]
+    differing.sort(key=lambda key: not (key in own and key in found))
+    show = _repr.repr
+    said = [f"{key}: {show(found.get(key))} there, {show(own.get(key))} here" for key in differing[:_SAID]]
     return ", ".join(said) + (f", and {len(differing) - _SAID} more" if differing[_SAID:] else "")

@@ -34,7 +34,7 @@ DATA: dict[str, Any] = {
     | {"completion_a": "argument_a", "completion_b": "argument_b"},
     "prompt_template": "{stance}\n",
     "min_votes": 3,
-    "max_characters": 300,
+    "max_characters": 240,
     "validation_fraction": 0.0,
     "test_fraction": 0.0,
 }
@@ -43,20 +43,20 @@ BOTH: dict[str, Any] = {  # of both trainings
     "bf16": False,
     "save_strategy": "no",
     "max_prompt_length": 64,
-    "max_completion_length": 160,
-    "per_device_train_batch_size": 16,
+    "max_completion_length": 130,
+    "per_device_train_batch_size": 8,
 }
-REFERENCE: dict[str, Any] = {"learning_rate": 1e-3, "num_train_epochs": 2}
+REFERENCE: dict[str, Any] = {"learning_rate": 2e-3, "num_train_epochs": 3}
 TRAIN: dict[str, Any] = {
     "method": "dpo",
     "beta": 0.1,
-    "learning_rate": 1e-4,
-    "num_train_epochs": 1,
+    "learning_rate": 5e-4,
+    "num_train_epochs": 2,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 10,
     "logging_steps": 10,
 }
-SAMPLES = 128  # completions drawn of a model, on the held-out prompts in turn
+SAMPLES = 64  # completions drawn of a model, on the held-out prompts in turn
 
 
 class Run(NamedTuple):
@@ -73,8 +73,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--weights", nargs="+", type=float, default=[0.0, 0.1, 0.3], help="degree_weight")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 … SEEDS-1 (default 3)")
-    parser.add_argument("--rows", type=int, default=800, help="training pairs (default 800)")
-    parser.add_argument("--held-out", type=int, default=300, help="held-out pairs of each kind (default 300)")
+    parser.add_argument("--rows", type=int, default=240, help="training pairs (default 240)")
+    parser.add_argument("--held-out", type=int, default=120, help="held-out pairs of each kind (default 120)")
     parser.add_argument("--levels", type=int, default=4, help="degree_levels (default 4)")
     parser.add_argument("--output", type=Path, default=Path("degree"), help="folder of runs and the table")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "convarg" / "pairs.jsonl")

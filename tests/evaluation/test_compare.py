@@ -340,6 +340,7 @@ def test_comparison_holds_members_choice_and_what_registration_needs(tmp_path):
     result = run(save(tmp_path, SOFT, DPO, SHARP, EVEN), str(tmp_path / "out"), max_kl=5.0)
     known = {"reference_uri", "dataset_hash", "settings"}  # of an evaluation alone
     blank = {"kl_beta": 0.0, "kl_on": "samples", "theory": None, "reward_frontier": None, "reliability": None}
+    blank |= {"dimensions": [], "dimension_weights": []}
     even = {key: value for key, value in EVEN.items() if key not in known}
     assert result["members"][1] == blank | even
     assert result["chosen"] == "even"

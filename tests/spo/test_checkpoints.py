@@ -14,6 +14,7 @@ from softpref.lm.checkpoints import (
     claim_checkpoints,
     fault_of,
     last_checkpoint,
+    remove_checkpoints,
     thin_checkpoints,
 )
 from softpref.spo import SPOConfig, SPOTrainer
@@ -109,6 +110,14 @@ def test_every_file_of_a_checkpoint_is_in_its_manifest_and_none_may_differ(train
             assert file.name in said, what
             file.write_bytes(content)
     assert fault_of(newest) == ""
+
+
+def test_what_a_kill_left_of_a_file_goes_with_the_checkpoints(tmp_path):
+    folder = tmp_path / "checkpoints"
+    claim_checkpoints(folder, {"seed": 1}, Args)
+    (folder / ".run.json.7.part").write_text('{"se')
+    remove_checkpoints(folder)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("size", [[712], "many", None])

@@ -23,6 +23,7 @@ SHARED = {
 }
 CASES = {
     "token": {"beta": 0.3, "learning_rate": 0.1},
+    "limited": {"beta": 0.3, "learning_rate": 0.02, "reverse_kl_limit": 0.001},
     "lambda": {"beta": 0.3, "learning_rate": 0.1, "kl_gradient": 0.7, "max_importance_ratio": 1.5},
     "full-weighted": {
         "beta": 0.3,

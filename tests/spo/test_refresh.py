@@ -145,6 +145,52 @@ def test_each_step_takes_the_estimators_gradient_of_its_slice(
     assert max(all_weights) > 1.1  # and that a cap of 1.02 cuts
 
 
+@pytest.mark.parametrize("cut", [1, 3])
+def test_what_exceeds_the_limit_of_the_reverse_divergence_is_added(train, direct, watch, logs_of, cut):
+    limit = 3.0
+    trainer, drawn = train(cut=cut, reverse_kl_limit=limit)
+    rows, reference, logs = trainer.train_dataset.rows, trainer.ref_model.double(), logs_of(trainer)
+    divergences = []
+    for step, _, samples in list(slices(drawn))[:3]:
+        model = watch.models[step]
+        kl, value, _ = kl_surrogate(direct, model, reference, samples, discount=0, weighted=False)
+        excess = torch.zeros((), dtype=torch.float64)
+        for sample in samples:
+            policy, other = (
+                direct.distributions(one, sample.prompt, sample.completion) for one in (model, reference)
+            )
+            for p, q in zip(policy, other.detach(), strict=True):
+                divergence = sum(q[v].exp() * (q[v] - p[v]) for v in range(len(q)))
+                divergences.append(divergence.item())
+                if divergence > limit:
+                    excess = excess + divergence - limit
+        loss = preference_loss(direct, model, rows) + BETA * (kl + excess / len(samples))
+        direct.agree(watch.gradients[step], direct.gradient(model, loss), 3e-4)
+        assert logs[step]["kl/reverse_excess"] == pytest.approx(excess.item() / len(samples), rel=1e-3)
+        assert logs[step]["kl/sequence"] == pytest.approx(value, rel=1e-3)  # without it
+    assert min(divergences) < 0.8 * limit
+    assert max(divergences) > 1.2 * limit
+
+
+def test_a_policy_that_is_sure_of_what_the_reference_never_gives_comes_back_under_a_limit(
+    train, make_model, tokenizer, logs_of
+):
+    kl = {}
+    for limit in (None, 2.0):
+        policy = make_model(tokenizer, layers=2, seed=5)  # the reference's weights
+        head = torch.nn.Linear(policy.lm_head.in_features, policy.lm_head.out_features)
+        head.weight.data.copy_(policy.lm_head.weight.data)
+        head.bias.data.zero_()[tokenizer.convert_tokens_to_ids("h")] = 40.0
+        policy.lm_head = head
+        trainer, _ = train(
+            model=policy, reverse_kl_limit=limit, beta=10.0, learning_rate=0.001, num_train_epochs=40
+        )
+        kl[limit] = [log["kl/sequence"] for log in logs_of(trainer)]
+    assert min(kl[None]) > 30  # eight tokens, of some five nats each
+    assert kl[2.0][:4] == pytest.approx(kl[None][:4])  # of the same samples
+    assert max(kl[2.0][-8:]) < 15
+
+
 def test_samples_know_what_the_policy_that_drew_them_thought(train, direct, watch):
     _, drawn = train()
     for step, samples in drawn:

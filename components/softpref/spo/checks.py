@@ -176,6 +176,8 @@ def check_options(args: Any) -> None:
         )
     if args.max_importance_ratio is not None and not args.max_importance_ratio >= 1:
         refuse("max_importance_ratio", "at least 1, or left out to leave stale samples unweighted")
+    if args.reverse_kl_limit is not None and not args.reverse_kl_limit > 0:
+        refuse("reverse_kl_limit", "above 0 nats, or left out to set no limit")
     if args.train_sampling_strategy not in ("random", "sequential"):
         refuse("train_sampling_strategy", "random or sequential: a row has no single length")
     if "inputs" in args.include_for_metrics:
@@ -312,7 +314,7 @@ def warn_of_idle_options(args: Any) -> None:
         # of spo alone: a sweep's baselines have its other models' options
         (
             spo and not args.samples_policy,
-            ("kl_gradient", "kl_prompts", "refresh", "max_importance_ratio"),
+            ("kl_gradient", "kl_prompts", "refresh", "max_importance_ratio", "reverse_kl_limit"),
             no_samples,
         ),
         (

@@ -79,6 +79,11 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
         max_importance_ratio: weigh stale samples by the ratio of the present policy to the one that drew
             them, clipped to this value (≥ 1; inf clips nothing). None applies no weights: less variance, but
             biased by what changed since the refresh.
+        reverse_kl_limit: nats (above 0) that KL(reference ‖ policy) may reach at a token of a sample; what is
+            above is added to that sample's KL. KL(policy ‖ reference) has no gradient left where the policy
+            has become sure of a token that the reference never gives: the model then stays there for good.
+            This brings it back, and leaves the optimum where it is if no token's divergence exceeds the limit
+            there. None: no limit.
         rounds: how often training rows are drawn anew from the present policy; each round makes
             `num_train_epochs` passes over as many rows as the training data have (`max_steps` ends rounds
             early, or extends the last). With `train_on=preferences` the first round takes the data as they
@@ -205,6 +210,7 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
     refresh: Literal["fixed", "adaptive"] = "fixed"
     min_ess: float = 0.5
     max_importance_ratio: float | None = None
+    reverse_kl_limit: float | None = None
     sampling_engine: Literal["transformers", "vllm"] = "transformers"
     vllm_server: str = ""
     sampling_batch_size: int = 64

@@ -17,7 +17,7 @@ from softpref.lm.head import CompletionHidden, completion_hidden, output_head
 from softpref.lm.packing import PackedBatch, pack_sequences
 from softpref.lm.sampling import Sample
 from softpref.lm.scoring import scoring_batches, sequence_logps, sum_by_sequence
-from softpref.objectives import TokenKL, kl_lambda, kl_loss, log_group_weights, prefix_ratios, reward_to_go
+from softpref.objectives import kl_lambda, kl_loss, log_group_weights, prefix_ratios, reward_to_go
 from softpref.spo.config import SPOConfig
 from softpref.spo.degree_head import DegreeHead
 from softpref.spo.gauges import LengthLevels, Means, WeightSums
@@ -158,7 +158,8 @@ class Objective:
     def sample_losses(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """The KL term's loss of each of a batch's samples, `[samples]`."""
         means = self.means_of(model)
-        found = self.token_kl(model, inputs)
+        states, theirs = self._sample_states(model, inputs)
+        found = states.kl(theirs)
         lengths = inputs["sample_lengths"]
         losses = kl_loss(
             found.kl,
@@ -180,21 +181,30 @@ class Objective:
             self.step_weights.add(log_weights)
             self.log_weights.add(log_weights)
             means.add("sampling/age", inputs["sample_age"])
+        if self.args.reverse_kl_limit is not None:
+            # where the policy is sure of one token, KL(policy ‖ reference) has no gradient left; this has
+            over = (states.kl(theirs, reverse=True).kl - self.args.reverse_kl_limit).clamp_min(0)
+            excess = sum_by_sequence(over, lengths)
+            means.add("kl/reverse_excess", excess)
+            losses = losses + excess
         return losses
 
-    def token_kl(self, model: Any, inputs: Mapping[str, Any]) -> TokenKL:
-        """KL to the reference at each token of a batch's samples."""
+    def _sample_states(
+        self, model: Any, inputs: Mapping[str, Any]
+    ) -> tuple[CompletionHidden, CompletionHidden]:
+        """Hidden states at each token of a batch's samples, the policy's and the reference's."""
         batch = packed(inputs, "sample_")
         states = self._hidden(model, batch)
         if "sample_ref_hidden" not in inputs:
-            return states.kl(self._reference_hidden(model, batch))
+            return states, self._reference_hidden(model, batch)
         assert self._kept_head is not None
         kept = self._kept_head._replace(hidden=inputs["sample_ref_hidden"], targets=batch.targets)
-        return states.kl(kept)
+        return states, kept
 
     def to_go(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Σ of `reward_to_go` over a batch's samples: `[positions]`."""
-        found = self.token_kl(model, inputs)
+        states, theirs = self._sample_states(model, inputs)
+        found = states.kl(theirs)
         token_kl, lengths = found.kl, inputs["sample_lengths"]
         if self.args.max_importance_ratio is not None:
             token_kl = token_kl * prefix_ratios(

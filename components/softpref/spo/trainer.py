@@ -127,7 +127,8 @@ class SPOTrainer(RowsTrainer):
     `simpo`, the log-odds of the mean token for `orpo`, β·(logp − logp_ref) for the others; rejected is the
     last of a row, or the mean of a best-of-n row's others) and `rewards/saturated` (share of margins beyond 5
     nats, where softness has no effect); of samples `kl/sequence` and `kl/token` (nats),
-    `entropy` (nats per token), `completions/mean_length`, `completions/truncated_fraction`, `sampling/age`
+    `kl/reverse_excess` where there is a limit (`reverse_kl_limit`, nats a sample), `entropy` (nats per
+    token), `completions/mean_length`, `completions/truncated_fraction`, `sampling/age`
     (steps since the samples were drawn), `sampling/logps_difference` (of the engine's log-probabilities to
     the trainer's own when samples are drawn, nats per token), `sampling/ess` (effective sample size, a
     fraction), `sampling/tokens_per_second`, `sampling/time_fraction`; with `kl_on=data` in their place

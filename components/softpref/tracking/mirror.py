@@ -58,6 +58,7 @@ _NEEDED: dict[str, dict[str, type]] = {  # of each kind, what it must have
 }
 _OF_A_DATASET = ("name", "digest", "source", "profile", "context")
 _NO_NUMBERS = ("nan", "inf", "-inf")
+_BITS = 63  # of MLflow's integers
 
 
 class Unreadable(Exception):
@@ -89,7 +90,7 @@ class Mirror:
         _cut_torn_line(path.with_suffix(".sent"))
         for line in path.with_suffix(".sent").read_bytes().splitlines():
             note = _json(line)
-            if note.keys() == {"n"} and isinstance(note["n"], int):
+            if note.keys() == {"n"} and isinstance(note["n"], int) and _is_number(note["n"]):
                 self._sent = max(self._sent, note["n"])
             elif note.keys() == {"run_id"} and isinstance(note["run_id"], str):
                 self.run_id = note["run_id"]
@@ -299,18 +300,24 @@ def _record(line: bytes) -> Record | None:
     found: Any = _json(line)
     needed = _NEEDED.get(str(found.get("kind")))
     if needed is None or not all(
-        isinstance(found.get(name), kind) for name, kind in {"n": int, "time": int, **needed}.items()
+        isinstance(found.get(name), kind) and (kind is not int or _is_number(found[name]))
+        for name, kind in {"n": int, "time": int, **needed}.items()
     ):
         return None
     if found["kind"] == "metrics":
         numbers = found["values"].values()
-        usable = all(isinstance(one, (int, float)) or one in _NO_NUMBERS for one in numbers)
+        usable = all(_is_number(one) or one in _NO_NUMBERS for one in numbers)
     elif found["kind"] == "dataset":
         usable = all(isinstance(found["dataset"].get(name), str) for name in _OF_A_DATASET)
     else:
         usable = found["kind"] != "end" or found["status"] in ("FINISHED", "FAILED", "KILLED")
     record: Record = found
     return record if usable else None
+
+
+def _is_number(value: object) -> bool:
+    """Whether `float` takes it; it does not take every int."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**_BITS)
 
 
 def _json(line: bytes) -> dict[str, Any]:
