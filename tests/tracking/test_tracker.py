@@ -340,6 +340,16 @@ def test_nothing_is_stored_twice_when_an_answer_is_lost(tmp_path, store, client,
     assert len(history(client, run.info.run_id, "bad")) == 20
 
 
+def test_a_mapping_is_one_parameter_whatever_the_order_of_its_keys(tmp_path, store, client, caplog):
+    with tracker(tmp_path / "out", store) as tracked:
+        tracked.params({"sizes": {"b": {"d": 1, 2: 2}, "a": 2}})
+        tracked.params({"sizes": {"a": 2, "b": {2: 2, "d": 1}}})
+    run = client.get_run(tracked.run_id)
+    assert run.data.params == {"sizes": '{"a": 2, "b": {"2": 2, "d": 1}}'}
+    assert "param_changed" not in caplog.text
+    assert not [tag for tag in run.data.tags if tag.startswith("param_changed")]
+
+
 def test_changed_and_long_parameters_are_recorded_and_raise_nothing(tmp_path, store, client, caplog):
     whole = "x" * 20_000
     with tracker(tmp_path / "out", store) as tracked:

@@ -406,9 +406,10 @@ def usable_name(key: object) -> str:
 
 
 def as_text(value: object) -> str:
-    """The text of a parameter or tag; a container as JSON."""
+    """The text of a parameter or tag; a container as JSON, keys in order: KFP gives them in any."""
     if isinstance(value, (dict, list, tuple)):
-        return json.dumps(value, ensure_ascii=False, default=str)
+        plain = json.loads(json.dumps(value, default=str))  # with keys that can be compared
+        return json.dumps(plain, ensure_ascii=False, sort_keys=True)
     return str(value)
 
 
