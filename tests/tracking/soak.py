@@ -8,6 +8,7 @@ logged twice.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref.tracking import run_tracked_in
+from softpref.tracking.waiting import WAIT
 
 METRICS, PARAMS = ("loss", "kl/sequence", "rewards/accuracies"), 30
 _PACE = 0.02  # seconds between steps; a step that is trained takes longer
@@ -109,7 +111,12 @@ def soak(uri: str, folder: Path, runs: int = 50, steps: int = 200) -> Soak:
     """
     given = json.dumps([uri, str(folder), runs, steps, _PACE, METRICS, PARAMS])
     done = subprocess.run(
-        [sys.executable, "-c", _ONE_RUN, given], capture_output=True, text=True, timeout=1200, cwd=folder
+        [sys.executable, "-c", _ONE_RUN, given],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        cwd=folder,
+        env={**os.environ, WAIT: "120"},  # a few cores serve all: a run may get no answer for ten seconds
     )
     assert done.returncode == 0, done.stderr[-5000:]
     measured = [json.loads((folder / f"{number}/measured.json").read_text()) for number in range(runs)]
@@ -145,7 +152,7 @@ def differences(soaked: Soak, query: Callable[[str], Sequence[Sequence[Any]]]) -
     points = stored("run_uuid, metrics.key, step, value", "metrics JOIN runs USING (run_uuid)")
     said = []
     if lost := logged - points:
-        said.append(f"{lost.total()} points are lost, such as {min(lost)}")
+        said.append(f"{lost.total()} points are lost, such as {min(lost, key=str)}")
     if more := points - logged:
         said.append(f"{more.total()} points are doubled or of another value, such as {min(more)}")
     found = stored("run_uuid, params.key, value", "params JOIN runs USING (run_uuid)")
