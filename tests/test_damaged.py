@@ -44,9 +44,10 @@ READERS = {
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("content", CONTENTS)
 def test_what_is_no_record_is_refused_by_the_files_name(tmp_path, name, content):
-    if (name, content) == ("samples.jsonl", "empty"):
-        pytest.skip("an empty file holds no samples")
     (tmp_path / name).write_bytes(CONTENTS[content])
+    if (name, content) == ("samples.jsonl", "empty"):  # lines, of which there may be none
+        assert READERS[name](tmp_path) == []
+        return
     with pytest.raises(DataError) as refused:
         READERS[name](tmp_path)
     said = str(refused.value)
@@ -121,12 +122,14 @@ MANGLINGS = {
 @pytest.mark.parametrize("mangling", MANGLINGS)
 def test_a_damaged_dataset_is_refused_by_its_name(dataset, file, mangling):
     path, mangle = dataset / file, MANGLINGS[mangling]
-    if (file, mangling) == ("train/dataset_info.json", "foreign"):
-        pytest.skip("the rows say themselves what they are")
+    whole = read_dataset(dataset)["train"].to_list()
     if mangle is None:
         path.unlink()
     else:
         path.write_bytes(mangle(path.read_bytes()))
+    if (file, mangling) == ("train/dataset_info.json", "foreign"):  # the rows say themselves what they are
+        assert read_dataset(dataset)["train"].to_list() == whole
+        return
     with pytest.raises(DataError) as refused:
         read_dataset(dataset)
     said = str(refused.value)
