@@ -15,6 +15,7 @@ from softpref.tracking.pipeline_run import (
     KEY_TAG,
     PARENT_TAG,
     PipelineRun,
+    discard_unused,
     experiment_of,
     find_or_open,
     find_or_open_root,
@@ -102,8 +103,9 @@ class Delivery:
                 self._upload(run_id, record)
             elif kind == "end":
                 send()
-                self._existing_run(run_id)
+                run = self._existing_run(run_id)
                 self._client.set_terminated(run_id, record["status"], record["time"])
+                discard_unused(self._client, run, (KEY_TAG, self._mirror.header["key"]))
         send()
         with self._lock:
             self._mirror.delivered(records[-1]["n"], place)

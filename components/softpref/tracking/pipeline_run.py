@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 RUN_ID, RUN_NAME, KFP_UI = "SOFTPREF_RUN_ID", "SOFTPREF_RUN_NAME", "SOFTPREF_KFP_UI"
 KEY_TAG = "softpref.tracking_key"  # of every run that a stage opens
+_IN_USE_TAG = "softpref.in_use"  # of the run that whoever asked for one has taken; see `find_or_open`
 PARENT_TAG = "mlflow.parentRunId"
 _ID_TAG, _ADDRESS_TAG = "kfp.pipeline_run_id", "kfp.pipeline_run_url"
 _PAUSE = 2.0  # seconds between attempts to reach a server that is away
@@ -81,7 +83,12 @@ def find_or_open(
     tags: Mapping[str, str],
     began: int,
 ) -> tuple[Run, bool]:
-    """The run with a tag, opened when there is none; of several opened at the same moment, the oldest.
+    """The run with a tag, opened when there is none.
+
+    MLflow has no way to open a run only where there is none. So several may have the tag: opened by several
+    steps at the same moment, or by a request that was given up, and that the server carried out later. One
+    that is in use is taken, else the oldest; it is marked before anything is logged to it, so whoever looks
+    later takes it, too. The others are removed when it ends.
 
     Args:
         key: the tag and its value.
@@ -91,21 +98,56 @@ def find_or_open(
     Returns:
         The run, and whether it existed before.
     """
+    found, opened = _runs_with(client, experiment_id, key), None
+    if not found:
+        opened = client.create_run(
+            experiment_id, start_time=began, tags={**source_tags(), **tags, key[0]: key[1]}, run_name=name
+        )
+        time.sleep(_SETTLE)
+        found = _runs_with(client, experiment_id, key) or [opened]
+    run = found[0]
+    if _IN_USE_TAG not in run.data.tags:
+        client.set_tag(run.info.run_id, _IN_USE_TAG, "true")
+    if opened and opened.info.run_id != run.info.run_id:  # another step was faster
+        _discard(client, opened)
+    return run, opened is None
 
-    def search() -> list[Run]:
-        query = f"tags.`{key[0]}` = '{key[1]}'"
-        return client.search_runs([experiment_id], query, order_by=["attributes.start_time ASC"])
 
-    if found := search():
-        return found[0], True
-    opened = client.create_run(  # MLflow has no way to open a run only where there is none
-        experiment_id, start_time=began, tags={**source_tags(), **tags, key[0]: key[1]}, run_name=name
-    )
-    time.sleep(_SETTLE)
-    oldest = min(search(), key=lambda run: (run.info.start_time, run.info.run_id), default=opened)
-    if oldest.info.run_id != opened.info.run_id:  # another step was faster
-        client.delete_run(opened.info.run_id)
-    return oldest, False
+def discard_unused(client: MlflowClient, run: Run, key: tuple[str, str]) -> None:
+    """Remove the runs with a tag that nobody has taken, but for this one."""
+    for other in _runs_with(client, run.info.experiment_id, key):
+        if other.info.run_id != run.info.run_id and _IN_USE_TAG not in other.data.tags:
+            _discard(client, other)
+
+
+def _runs_with(client: MlflowClient, experiment_id: str, key: tuple[str, str]) -> list[Run]:
+    """The runs with a tag, the one to take first."""
+    return sorted(client.search_runs([experiment_id], f"tags.`{key[0]}` = '{key[1]}'"), key=_order)
+
+
+def _order(run: Run) -> tuple[bool, int, str]:
+    """By which everybody orders runs with one tag."""
+    return _IN_USE_TAG not in run.data.tags, run.info.start_time, run.info.run_id
+
+
+def _discard(client: MlflowClient, run: Run) -> None:
+    """Remove a run, but end it where something was logged to it."""
+    if not run.data.metrics and not run.data.params:
+        _remove(client, run, "KILLED")
+    elif run.info.status == "RUNNING":
+        client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _remove(client: MlflowClient, run: Run, otherwise: str) -> None:
+    """Delete a run, which MLflow can restore; end it where that is not allowed."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.delete_run(run.info.run_id)
+    except MlflowException as error:  # MLflow's permission to edit is none to delete
+        if error.error_code != "PERMISSION_DENIED":
+            raise
+        client.set_terminated(run.info.run_id, otherwise)
 
 
 def find_or_open_root(client: MlflowClient, experiment_id: str, run: PipelineRun) -> str:
@@ -178,7 +220,8 @@ def _finish(
     client: MlflowClient, experiment_id: str, run: PipelineRun, status: str, tags: Mapping[str, object]
 ) -> None:
     now = int(time.time() * 1000)
-    root, _ = find_or_open(client, experiment_id, (_ID_TAG, run.id), run.name, {}, now)
+    root_key = (_ID_TAG, run.id)
+    root, _ = find_or_open(client, experiment_id, root_key, run.name, {}, now)
     own: dict[str, object] = {"mlflow.runName": run.name, **tags}
     if status == "FAILED" and root.info.status == "KILLED":
         status = "KILLED"
@@ -187,12 +230,27 @@ def _finish(
         own[_ADDRESS_TAG] = address
     for key, value in own.items():
         client.set_tag(root.info.run_id, usable_name(key), as_text(value)[:TAG_LENGTH])
-    parents = [root.info.run_id]
+    root_id = root.info.run_id
+    stages: dict[str, list[Run]] = defaultdict(list)
+    doubles = {run.info.run_id: run for run in _runs_with(client, experiment_id, root_key)}
+    del doubles[root_id]
+    parents = [root_id, *doubles]
     for parent in parents:  # grows: the plugin's runs of loops have children
         for child in client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'"):
-            if KEY_TAG not in child.data.tags and os.environ.get("MLFLOW_RUN_ID"):
+            stage = child.data.tags.get(KEY_TAG)
+            if stage is None and os.environ.get("MLFLOW_RUN_ID"):
                 parents.append(child.info.run_id)
-                client.delete_run(child.info.run_id)
-            elif child.info.status == "RUNNING":
-                client.set_terminated(child.info.run_id, "FAILED" if status == "FINISHED" else status)
+                _remove(client, child, status)
+                continue
+            if parent in doubles:
+                client.set_tag(child.info.run_id, PARENT_TAG, root_id)
+            stages[stage or child.info.run_id].append(child)
+    for runs in stages.values():
+        child, *unused = sorted(runs, key=_order)
+        if child.info.status == "RUNNING":
+            client.set_terminated(child.info.run_id, "FAILED" if status == "FINISHED" else status)
+        for double in unused:
+            _discard(client, double)
+    for double in doubles.values():
+        _discard(client, double)
     client.set_terminated(root.info.run_id, status)
