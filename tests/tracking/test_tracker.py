@@ -246,7 +246,11 @@ def test_a_foreign_line_in_the_records_costs_nothing_but_itself(tmp_path, caplog
         file.write_bytes(b"\n".join([*lines, b'{"torn": ']))
     second = Mirror.for_run(folder, header)
     second.append({"kind": "metrics", "time": 1, "step": 4, "values": {"loss": 4}})
-    left, _ = second.next_records()
+    left = []
+    while second.waiting():  # the line that says that it goes on stands alone
+        records, place = second.next_records()
+        left += records
+        second.delivered(records[-1]["n"], place)
     assert [one["step"] for one in left if one["kind"] == "metrics"] == [2, 3, 4]
     assert second.run_id == "the run"
     assert second.unrecorded({"loss": 3.0}, 3) == {}
@@ -338,6 +342,66 @@ def test_nothing_is_stored_twice_when_an_answer_is_lost(tmp_path, store, client,
     assert run.data.params == {"alpha": "2"}
     assert history(client, run.info.run_id, "loss") == [(step, step) for step in range(20)]
     assert len(history(client, run.info.run_id, "bad")) == 20
+
+
+@pytest.fixture
+def slow_calls(monkeypatch):
+    """Have calls of MLflow's client take half a second; those named `lost` fail once, when they are made."""
+    from mlflow import MlflowClient
+
+    made: list[str] = []
+    monkeypatch.setattr("softpref.tracking.tracker._BATCH_SECONDS", 0.05)
+    monkeypatch.setattr("softpref.tracking.pipeline_run._SETTLE", 0.01)
+
+    def slow_down(name, lost):
+        real = getattr(MlflowClient, name)
+
+        def call(self, *arguments, **options):
+            made.append(name)
+            if name in lost and made.count(name) == lost[name]:
+                raise ConnectionError("the request is lost")
+            time.sleep(0.5)
+            return real(self, *arguments, **options)
+
+        monkeypatch.setattr(MlflowClient, name, call)
+
+    def slow(**lost):
+        for name in ("search_runs", "create_run", "set_tag", "log_batch", "log_artifact"):
+            slow_down(name, lost)
+        return made
+
+    return slow
+
+
+def test_the_end_waits_as_long_as_a_slow_server_answers_also_when_a_request_was_lost(
+    tmp_path, store, client, slow_calls, caplog
+):
+    client.create_experiment("stories")
+    made = slow_calls(create_run=1)
+    with tracker(tmp_path / "out", store, exit_wait=1.5) as tracked:
+        tracked.metrics({"loss": 1}, 0)
+    assert made.count("create_run") == 2
+    assert "did not reach" not in caplog.text
+    assert client.get_run(tracked.run_id).info.status == "FINISHED"
+
+
+def test_what_the_server_has_taken_is_not_sent_again_when_the_next_request_is_lost(
+    tmp_path, store, client, slow_calls, caplog
+):
+    with tracker(tmp_path / "out", store, exit_wait=1.5) as tracked:
+        assert tracked.flush(30)
+        made = slow_calls(log_artifact=4)
+        for number in range(4):
+            (tmp_path / f"{number}.txt").write_text(f"{number}")
+            tracked.artifact(tmp_path / f"{number}.txt")
+    assert made.count("log_artifact") == 5
+    assert "did not reach" not in caplog.text
+    assert [file.path for file in client.list_artifacts(tracked.run_id)] == [
+        "0.txt",
+        "1.txt",
+        "2.txt",
+        "3.txt",
+    ]
 
 
 def test_a_mapping_is_one_parameter_whatever_the_order_of_its_keys(tmp_path, store, client, caplog):

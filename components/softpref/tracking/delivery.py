@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from softpref.remote import public_url
-from softpref.tracking.mirror import HOUSEKEEPING, NAME_LENGTH, TAG_LENGTH, Mirror, Record
+from softpref.tracking.mirror import HOUSEKEEPING, NAME_LENGTH, TAG_LENGTH, TOGETHER, Mirror, Record
 from softpref.tracking.mlflow_store import RunGone, in_short, open_client
 from softpref.tracking.pipeline_run import (
     KEY_TAG,
@@ -57,8 +57,6 @@ class Delivery:
 
     def deliver_batch(self) -> int:
         """Deliver the next records and note it; returns how many."""
-        from mlflow.entities import Metric
-
         with self._lock:
             records, place = self._mirror.next_records()
         if not records:
@@ -66,16 +64,37 @@ class Delivery:
         run_id = self._mirror.run_id or self._open_run()
         if self._mirror.lost and not self._last_steps:
             self._learn_last_steps(self._existing_run(run_id))
+        if records[0]["kind"] in TOGETHER:
+            self._send_together(run_id, records)
+        else:
+            self._send_alone(run_id, records[0])
+        with self._lock:
+            self._mirror.delivered(records[-1]["n"], place)
+            self._lock.notify_all()
+        return sum(record["kind"] not in HOUSEKEEPING for record in records)
+
+    def _send_alone(self, run_id: str, record: Record) -> None:
+        kind = record["kind"]
+        if kind == "dataset":
+            self._log_dataset(run_id, record["dataset"])
+        elif kind == "artifact":
+            self._upload(run_id, record)
+        elif kind == "end":
+            run = self._existing_run(run_id)
+            self._client.set_terminated(run_id, record["status"], record["time"])
+            discard_unused(self._client, run, (KEY_TAG, self._mirror.header["key"]))
+        else:
+            self._existing_run(run_id)
+            self._client.update_run(run_id, status="RUNNING")
+            if parent := record.get("parent_run_id"):
+                self._client.set_tag(run_id, PARENT_TAG, parent)
+
+    def _send_together(self, run_id: str, records: Sequence[Record]) -> None:
+        from mlflow.entities import Metric
+
         points: list[Metric] = []
         params: dict[str, str] = {}
         tags: dict[str, str] = {}
-
-        def send() -> None:
-            self._log(run_id, points, params, tags)
-            points.clear()
-            params.clear()
-            tags.clear()
-
         for record in records:
             kind = record["kind"]
             if kind == "metrics":
@@ -87,30 +106,12 @@ class Delivery:
             elif kind == "params":
                 values = {key: str(value) for key, value in record["values"].items()}
                 if any(params.get(key, value) != value for key, value in values.items()):
-                    send()
+                    self._log(run_id, points, params, tags)
+                    points, params, tags = [], {}, {}
                 params.update(values)
             elif kind == "tags":
                 tags.update({key: str(value) for key, value in record["values"].items()})
-            elif kind == "reopen":
-                self._existing_run(run_id)
-                self._client.update_run(run_id, status="RUNNING")
-                if parent := record.get("parent_run_id"):
-                    tags[PARENT_TAG] = parent
-            elif kind == "dataset":
-                self._log_dataset(run_id, record["dataset"])
-            elif kind == "artifact":
-                send()
-                self._upload(run_id, record)
-            elif kind == "end":
-                send()
-                run = self._existing_run(run_id)
-                self._client.set_terminated(run_id, record["status"], record["time"])
-                discard_unused(self._client, run, (KEY_TAG, self._mirror.header["key"]))
-        send()
-        with self._lock:
-            self._mirror.delivered(records[-1]["n"], place)
-            self._lock.notify_all()
-        return sum(record["kind"] not in HOUSEKEEPING for record in records)
+        self._log(run_id, points, params, tags)
 
     def _open_run(self) -> str:
         """Open the run, or find the one of an earlier attempt whose answer or pod was lost."""

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 TAG_LENGTH, NAME_LENGTH = 8000, 250  # MLflow's own limits
 HOUSEKEEPING = ("run", "reopen")  # kinds of records that send nothing
+TOGETHER = ("run", "metrics", "params", "tags")  # kinds of which many are one request
 _BATCH_RECORDS, _BATCH_BYTES = 200, 400_000
 
 
@@ -236,7 +237,11 @@ class Mirror:
         )
 
     def next_records(self) -> tuple[list[Record], int]:
-        """A batch of undelivered records, oldest first, and the place after it for `delivered`."""
+        """A batch of undelivered records, oldest first, and the place after it for `delivered`.
+
+        What takes a request of its own is a batch of its own: what the server has taken is not sent again
+        because it does not take the next one.
+        """
         records: list[Record] = []
         size = 0
         with self.path.open("rb") as file:
@@ -245,9 +250,15 @@ class Mirror:
                 line = file.readline()
                 if not line.endswith(b"\n"):
                     break
+                record = _record(line)
+                alone = record is not None and record["kind"] not in TOGETHER
+                if alone and records:
+                    break
                 size += len(line)
-                if record := _record(line):
+                if record:
                     records.append(record)
+                if alone:
+                    break
         if not records:  # what is no record need not be delivered
             self._cursor += size
         return records, self._cursor + size

@@ -114,7 +114,7 @@ class Tracker:
         self._changed = threading.Condition()
         self._waited_for = self._closing = self._abandoned = self._closed = self._sender_done = False
         self._trouble: str | None = None
-        self._refused_since = 0.0  # the store answers, but takes nothing; by `time.monotonic`, 0 for neither
+        self._refused_since = 0.0  # the store answers, but takes nothing; by `time.monotonic`, 0 for never
         self._unusable: set[str] = set()
         self._sender: threading.Thread | None = None
         self._mirror: Mirror | None = None
@@ -286,7 +286,8 @@ class Tracker:
             self._changed.notify_all()
             while not done():
                 # a store that is read, and takes nothing, is of no more use than a silent one
-                silent_since = max(begun, self._refused_since or self._answers.last())
+                refused = self._refused_since > self._answers.taken()
+                silent_since = max(begun, self._refused_since if refused else self._answers.last())
                 left = min(silent_since + self._patience, begun + longest) - time.monotonic()
                 if left <= 0:
                     self._patience = max(0.0, self._patience - (time.monotonic() - silent_since))
@@ -318,7 +319,7 @@ class Tracker:
         mirror = self._mirror
         assert mirror is not None
         delivery = Delivery(mirror, self.tracking_uri, self._answers, self._changed)
-        failures = 0
+        failures = refusals = 0  # batches in a row: all, and those of which nothing was taken
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self._abandoned or mirror.waiting())
@@ -334,8 +335,12 @@ class Tracker:
             except Exception as error:  # of the network, the store or its driver
                 failures += 1
                 self._trouble = in_short(error)
-                if self._answers.last() > begun:
-                    self._refused_since = self._refused_since or time.monotonic()
+                if self._answers.taken() > begun:
+                    refusals, self._refused_since = 0, 0.0
+                elif self._answers.last() > begun:
+                    refusals += 1
+                    if refusals == 2:  # one may be a late answer
+                        self._refused_since = time.monotonic()
                 if not is_busy(error):
                     with self._changed:
                         self._patience = min(self._patience, self._least_patience)
@@ -353,7 +358,8 @@ class Tracker:
             else:
                 if failures:
                     logger.warning("MLflow at %s answers again", public_url(self.tracking_uri))
-                    failures, self._trouble, self._refused_since = 0, None, 0.0
+                    failures, self._trouble = 0, None
+                refusals, self._refused_since = 0, 0.0
                 with self._changed:  # gather the next batch
                     self._changed.wait_for(self._is_hurried, _BATCH_SECONDS)
         self._short_requests.close()

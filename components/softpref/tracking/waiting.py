@@ -46,14 +46,18 @@ def is_busy(error: BaseException) -> bool:
 
 
 class Answers:
-    """Notes when the store last answered, for whoever waits for it."""
+    """Notes when the store last answered, and last took something, for whoever waits for it."""
 
     def __init__(self) -> None:
-        self._last = time.monotonic()
+        self._last = self._taken = time.monotonic()
 
     def last(self) -> float:
         """The moment of the last answer, or that of the making, by `time.monotonic`."""
         return self._last
+
+    def taken(self) -> float:
+        """The moment of the last answer to what changes the store, or that of the making."""
+        return self._taken
 
     def of(self, client: MlflowClient) -> MlflowClient:
         """The client, each of whose answers is noted."""
@@ -70,6 +74,8 @@ class _Noted:
         def noted(*arguments: Any, **options: Any) -> Any:
             answer = call(*arguments, **options)
             self._answers._last = time.monotonic()
+            if not name.startswith(("get_", "search_")):
+                self._answers._taken = self._answers._last
             return answer
 
         return noted
