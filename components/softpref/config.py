@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import os
 import re
 import reprlib
 import types
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from softpref.disk import in_brief
+from softpref.disk import in_brief, what_is_at
 from softpref.errors import ConfigError
 from softpref.records import PARAMETERS_FILE
 from softpref.remote import public_url
@@ -75,8 +76,8 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
             return super().construct_mapping(node, deep)
 
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"configuration file {path} does not exist")
+    if not os.path.isfile(path):
+        raise ConfigError(f"configuration file {path} {what_is_at(path)}; give a YAML or JSON file")
     content = path.read_bytes()
     try:
         try:

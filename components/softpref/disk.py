@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -58,6 +59,14 @@ _SAID = {
 }
 _TORCH_WRITES = r"PytorchStreamWriter failed|inline_container\.cc.*unexpected pos|basic_ios::clear"
 _ALMOST_NOTHING = 1 << 20  # bytes
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFREG: "a file",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 _BLOCK = 1 << 22
 
 
@@ -112,6 +121,19 @@ def flush_below(folder: str | Path) -> None:
         elif path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def what_is_at(path: str | Path) -> str:
+    """What a path is, as the end of the sentence that refuses it: "does not exist", "is a folder"."""
+    try:
+        return f"is {_KINDS[stat.S_IFMT(os.stat(path).st_mode)]}"
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no path has a null byte
+        if os.path.islink(path):
+            return f"is a link to {os.readlink(path)}, which does not exist"
+        home = " (~ is not replaced here: write the folder's name)" if str(path).startswith("~") else ""
+        return f"does not exist{home}"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def in_brief(error: BaseException) -> str:

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
-from softpref.disk import DAMAGED, content_hash, flush_below, in_brief, remove_parts, write_whole
+from softpref.disk import DAMAGED, content_hash, flush_below, in_brief, remove_parts, what_is_at, write_whole
 from softpref.errors import ConfigError, DataError
 
 STATS_FILE, REJECTED_FILE, PAGE_FILE = "stats.json", "rejected.jsonl", "page.html"
@@ -701,8 +702,8 @@ def _plain(value: object) -> object:
 
 
 def _read(path: Path, what: str) -> dict[str, Any]:
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist; give {what}")
+    if not os.path.isfile(path):
+        raise ConfigError(f"{path} {what_is_at(path)}; give {what}")
     values: dict[str, Any] = _read_if_there(path)
     return values
 

@@ -57,7 +57,7 @@ def test_smallest_setting_gives_figures(results, script):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--model", "nowhere.gguf"), "--model: model nowhere.gguf: there is no such GGUF file"),
+        (("--model", "nowhere.gguf"), "--model: model nowhere.gguf does not exist; give a GGUF file"),
         (("--output", "nowhere/results.md"), "--output: there is no folder nowhere"),
         (("--rounds", "0"), "--rounds must be at least 1"),
         (("--device", "gpu"), "invalid choice: 'gpu'"),

@@ -16,6 +16,7 @@ from softpref.data.config import EMBEDDED
 from softpref.data.file_formats import Row, format_of, printable, read_file
 from softpref.data.folders import CARD, choose_split, files_in
 from softpref.data.texts import Refused
+from softpref.disk import what_is_at
 from softpref.errors import ConfigError, DataError
 from softpref.remote import Pinned, is_url, public_url
 
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _NOWHERE = (
-    'source {!r} does not exist; give "story", "storyteller", a file, a folder, a URL like s3://BUCKET/FILE, '
+    'source {!r} {}; give "story", "storyteller", a file, a folder, a URL like s3://BUCKET/FILE, '
     "or a Hub dataset id like owner/name"
 )
 
@@ -83,20 +84,20 @@ def open_source(
             rows = open_source(str(path), format=format, subset=subset, split=split)
         return _of_url(source, path, rows)
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):
         if subset is not None or split not in (None, "train"):
             raise ConfigError(
                 f"{source} is one file, without splits and subsets; leave out split={split!r}, "
                 f"subset={subset!r}"
             )
         return _number([(path.name, read_file(path, format))])
-    if path.is_dir():
+    if os.path.isdir(path):
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _number([(path.name, _read_saved(path, split))])
         files = files_in(path, format, subset, split)
         return _number((printable(os.path.relpath(file, path)), read_file(file, format)) for file in files)
-    if _names_a_path(source) or not _HUB_ID.fullmatch(source):
-        raise ConfigError(_NOWHERE.format(source))
+    if _names_a_path(source) or os.path.lexists(source) or not _HUB_ID.fullmatch(source):
+        raise ConfigError(_NOWHERE.format(source, what_is_at(source)))
     return _number([(source, _read_hub(source, subset, split, revision))])
 
 
@@ -136,13 +137,15 @@ def pin(source: str, revision: str | None = None) -> Pinned:
         return Pinned(source, revision, "")
     if is_url(source):
         return Pinned(source, revision, remote.fingerprint(source))
-    if Path(source).exists():
+    if os.path.isfile(source) or os.path.isdir(source):
         return Pinned(source, revision, remote.fingerprint_of_path(Path(source)))
+    if os.path.lexists(source):
+        raise ConfigError(_NOWHERE.format(source, what_is_at(source)))
     if _names_a_path(source):
         logger.warning("source %s is not on this machine: changes to it will go unnoticed", source)
         return Pinned(source, revision, "")
     if not _HUB_ID.fullmatch(source):
-        raise ConfigError(_NOWHERE.format(source))
+        raise ConfigError(_NOWHERE.format(source, what_is_at(source)))
     return remote.pin_repository("dataset", source, revision, "source")
 
 

@@ -8,11 +8,13 @@ AlpacaEval (`tatsu-lab/alpaca_eval`), MT-Bench (`lm-sys/FastChat`), Arena-Hard i
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from softpref.disk import what_is_at
 from softpref.errors import DataError
 
 _FORMATS = {  # by the fields of a line; the first that fits counts
@@ -83,8 +85,8 @@ def read_benchmark(path: str | Path) -> Benchmark:
         DataError: the file is absent, holds no rows, or has the fields of no benchmark.
     """
     file = Path(path)
-    if not file.is_file():
-        raise DataError(f"{file} does not exist; give the benchmark's file")
+    if not os.path.isfile(file):
+        raise DataError(f"{file} {what_is_at(file)}; give the benchmark's file")
     try:
         text = file.read_text(encoding="utf-8")
         rows = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, text.splitlines()))

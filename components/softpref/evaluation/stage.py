@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from softpref.artifacts import readable, strengths
 from softpref.config import without_secrets, write_parameters
-from softpref.disk import content_hash, says_disk_trouble
+from softpref.disk import content_hash, says_disk_trouble, what_is_at
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.doubts import doubts, outside_the_set, shared_pairs
@@ -536,6 +537,8 @@ def _judge(
 def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> DatasetDict:
     """The dataset, refused if it cannot give the judge or the split."""
     path, split = Path(dataset_dir), config.split
+    if not os.path.isdir(path):
+        raise ConfigError(f"dataset {path} {what_is_at(path)}; give a folder of the data stage")
     if not (path / "dataset_dict.json").is_file():
         raise ConfigError(f"{path} is not a dataset folder of the data stage (it has no dataset_dict.json)")
     # before the import below, which takes seconds

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from softpref.config import build_config, read_mapping
+from softpref.disk import what_is_at
 from softpref.errors import ConfigError
 from softpref.judges.protocol import TellingJudge, Verdict, digest
 from softpref.remote import public_url
@@ -157,8 +158,8 @@ class LLMOptions:
         where = "rubric"
         if isinstance(given, str):
             path, where = Path(given).expanduser(), f"rubric {given}"
-            if not path.is_file():
-                raise ConfigError(f"{where} does not exist; give a YAML or text file, or a mapping")
+            if not os.path.isfile(path):
+                raise ConfigError(f"{where} {what_is_at(path)}; give a YAML or text file, or a mapping")
             if path.suffix.lower() not in (".yaml", ".yml", ".json"):
                 text = path.read_text(encoding="utf-8").strip()
                 if not text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 import softpref
 from softpref.config import write_parameters
+from softpref.disk import what_is_at
 from softpref.errors import DataError
 from softpref.finished import as_recorded, finished_result, write_result
 from softpref.lm.arguments import StageArguments, require_devices
@@ -237,6 +239,8 @@ def dataset_stats(dataset_dir: str | Path) -> DatasetStats:
         DataError: it is no such folder, or the file is damaged.
     """
     folder = Path(dataset_dir)
+    if not os.path.isdir(folder):
+        raise DataError(f"dataset {folder} {what_is_at(folder)}; give a folder of the data stage")
     for file in ("stats.json", "dataset_dict.json"):
         if not (folder / file).is_file():
             raise DataError(f"{folder} is not a dataset folder of the data stage: it holds no {file}")

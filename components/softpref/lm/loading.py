@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softpref.disk import in_brief
+from softpref.disk import in_brief, what_is_at
 from softpref.errors import ConfigError
 from softpref.lm.sources import (
     check_model_source,
@@ -275,7 +275,7 @@ def require_new_folder(folder: str | Path) -> None:
     if (folder / METADATA_FILE).exists():
         raise ConfigError(f"{folder} holds a finished model already; name another folder or remove it first")
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; name a new folder for the model")
+        raise ConfigError(f"{folder} {what_is_at(folder)}; name a new folder for the model")
     present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if present and not any(name.startswith(_IN_PROGRESS) for name in present):
         some = ", ".join(present[:3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref import remote
-from softpref.disk import DAMAGED
+from softpref.disk import DAMAGED, what_is_at
 from softpref.errors import ConfigError
 from softpref.remote import NotReached, Pinned, is_url, public_url
 
@@ -58,8 +59,8 @@ def check_model_source(source: str) -> None:
         return
     path = Path(source)
     if source.endswith(".gguf"):
-        if not path.is_file():
-            raise ConfigError(f"model {source}: there is no such GGUF file")
+        if not os.path.isfile(path):
+            raise ConfigError(f"model {source} {what_is_at(path)}; give a GGUF file")
     elif path.is_dir():
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise ConfigError(
@@ -71,11 +72,11 @@ def check_model_source(source: str) -> None:
                 f"model {source}: the folder holds no *.safetensors; "
                 "convert other weights first, they are not loaded because unpickling can run code"
             )
-    elif path.is_file():
-        raise ConfigError(f"model {source} is a file; give a checkpoint folder, or a .gguf file")
+    elif os.path.lexists(path):
+        raise ConfigError(f"model {source} {what_is_at(path)}; give a checkpoint folder, or a .gguf file")
     elif path.is_absolute() or source.startswith(("./", "../", "~")) or source.count("/") > 1 or not source:
         raise ConfigError(
-            f"model {source!r} does not exist; give a checkpoint folder, a .gguf file, a URL of one, "
+            f"model {source!r} {what_is_at(source)}; give a checkpoint folder, a .gguf file, a URL of one, "
             "models:/NAME@ALIAS of the MLflow registry, or a Hub id like owner/name"
         )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softpref.config import NULL, closest, read_mapping
+from softpref.disk import what_is_at
 from softpref.errors import ConfigError
 from softpref.preflight.parameters import SWEEP
 
@@ -30,7 +32,9 @@ def find_file(name: str, folder: Path, what: str) -> Path:
         ConfigError: there is no such file.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
+        if os.path.lexists(path):
+            raise ConfigError(f"{what} {name!r} {what_is_at(path)}; give a YAML file")
         raise ConfigError(f"there is no {what} {name!r}{closest(name, names_in(folder))}")
     return path
 

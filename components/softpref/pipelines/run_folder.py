@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softpref.config import without_secrets
-from softpref.disk import DAMAGED, write_whole
+from softpref.disk import DAMAGED, what_is_at, write_whole
 from softpref.errors import ConfigError
 from softpref.finished import as_recorded
 
@@ -54,7 +54,7 @@ def claimed(path: Path, name: str, parameters: Mapping[str, Any]) -> Iterator[Ru
     """
     taken = f"--output {path}"
     if path.exists() and not path.is_dir():
-        raise ConfigError(f"{taken} is a file; name a folder")
+        raise ConfigError(f"{taken} {what_is_at(path)}; name a folder")
     # a process that was killed at its very start leaves the lock, and perhaps a part of the record
     begun = (path / _RECORD).is_file() or not path.exists() or all(map(_is_ours, path.iterdir()))
     if not begun:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from softpref.disk import what_is_at
 from softpref.errors import ConfigError
 from softpref.pipelines.packages import read_package
 from softpref.pipelines.profiles import Profile
@@ -163,8 +164,8 @@ def _client(options: argparse.Namespace) -> kfp.Client:
             )
             return str(answer.data, errors="replace")
 
-    if options.token_file and not Path(options.token_file).is_file():
-        raise ConfigError(f"--token-file {options.token_file} does not exist")
+    if options.token_file and not os.path.isfile(options.token_file):
+        raise ConfigError(f"--token-file {options.token_file} {what_is_at(options.token_file)}; give a file")
     credentials = ServiceAccountTokenVolumeCredentials(options.token_file) if options.token_file else None
     with warnings.catch_warnings():
         # kfp warns at each start that it needs Kubeflow Pipelines 2

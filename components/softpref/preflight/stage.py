@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from softpref.config import COMMIT, TRUE, Config, build_config, closest, parse_overrides, without_secrets
+from softpref.disk import what_is_at
 from softpref.errors import ConfigError
 from softpref.preflight.parameters import PLANNED, STAGES, TABLE, of_stage
 from softpref.remote import Pinned, public_url
@@ -371,13 +372,14 @@ def _layers(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_local_source(source: str, name: str = "source") -> None:
-    """Refuse a source that can only be a path and does not exist; a Hub id is checked when it is read."""
+    """Refuse a source that can only be a path, and is no file or folder; a Hub id is checked when read."""
     suffixes = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
     looks_local = "://" not in source and (
         source.startswith(("/", "./", "../", "~")) or Path(source).suffix.lower() in suffixes
     )
-    if looks_local and not Path(source).expanduser().exists():
+    is_there = os.path.isfile(source) or os.path.isdir(source)
+    if not is_there and (looks_local or os.path.lexists(source)):
         raise ConfigError(
-            f"{name} {source} does not exist; give a file, a folder, a Hub id like owner/name"
+            f"{name} {source} {what_is_at(source)}; give a file, a folder, a Hub id like owner/name"
             + (", or story" if name == "source" else "")
         )

@@ -16,6 +16,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, SupportsFloat
 
+from softpref.disk import what_is_at
 from softpref.errors import ConfigError
 from softpref.remote import NotReached, public_url, within
 from softpref.tracking.delivery import Delivery
@@ -386,6 +387,8 @@ def sync(output_dir: str | Path, tracking_uri: str | None = None, silence: float
             or the run is not usable. What was delivered until then is remembered.
         NotReached: the store does not answer.
     """
+    if not os.path.isdir(output_dir):
+        raise ConfigError(f"{output_dir} {what_is_at(output_dir)}; give the output folder of a stage")
     paths = sorted(Path(output_dir).glob("tracking*.jsonl"))
     if not paths:
         raise ConfigError(f"{output_dir} holds no tracking.jsonl; give the output folder of a stage")
