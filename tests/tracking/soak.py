@@ -135,7 +135,9 @@ def differences(soaked: Soak, query: Callable[[str], Sequence[Sequence[Any]]]) -
 
     def stored(what: str, table: str, only: str = "") -> Counter[tuple[Any, ...]]:
         joined = f"{table} JOIN experiments USING (experiment_id)"
-        return Counter(map(tuple, query(f"SELECT {what} FROM {joined} WHERE experiments.name = 'soak'{only}")))
+        return Counter(
+            map(tuple, query(f"SELECT {what} FROM {joined} WHERE experiments.name = 'soak'{only}"))
+        )
 
     numbers = {run_tracked_in(soaked.folder / str(number)): number for number in range(soaked.runs)}
     logged = Counter(
