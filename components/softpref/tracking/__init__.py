@@ -6,7 +6,8 @@ a restart of the stage, or `sync(output_dir)`, sends the rest.
 
 Sending twice is harmless: MLflow drops a metric whose run, key, step, time and value it already has; a
 parameter may be sent again with the same value; tags and files replace themselves; and the tag
-`softpref.tracking_key` finds a run whose creation was never acknowledged.
+`softpref.tracking_key` finds a run whose creation was never acknowledged. Where such a creation comes
+late there are two; the tag `softpref.in_use` says which one is the run, and the other goes when it ends.
 
 MLflow cannot forget. So a resumed run (`resume`) records no point that an earlier process has recorded, and
 one whose records were lost with its pod sends none up to the last step that MLflow has.
