@@ -346,7 +346,7 @@ def test_nothing_is_stored_twice_when_an_answer_is_lost(tmp_path, store, client,
 
 @pytest.fixture
 def slow_calls(monkeypatch):
-    """Have calls of MLflow's client take half a second; those named `lost` fail once, when they are made."""
+    """Have calls of MLflow's client take a second; those named `lost` fail once, when they are made."""
     from mlflow import MlflowClient
 
     made: list[str] = []
@@ -360,7 +360,7 @@ def slow_calls(monkeypatch):
             made.append(name)
             if name in lost and made.count(name) == lost[name]:
                 raise ConnectionError("the request is lost")
-            time.sleep(0.5)
+            time.sleep(1)
             return real(self, *arguments, **options)
 
         monkeypatch.setattr(MlflowClient, name, call)
@@ -378,7 +378,7 @@ def test_the_end_waits_as_long_as_a_slow_server_answers_also_when_a_request_was_
 ):
     client.create_experiment("stories")
     made = slow_calls(create_run=1)
-    with tracker(tmp_path / "out", store, exit_wait=1.5) as tracked:
+    with tracker(tmp_path / "out", store, exit_wait=4) as tracked:
         tracked.metrics({"loss": 1}, 0)
     assert made.count("create_run") == 2
     assert "did not reach" not in caplog.text
@@ -388,7 +388,7 @@ def test_the_end_waits_as_long_as_a_slow_server_answers_also_when_a_request_was_
 def test_what_the_server_has_taken_is_not_sent_again_when_the_next_request_is_lost(
     tmp_path, store, client, slow_calls, caplog
 ):
-    with tracker(tmp_path / "out", store, exit_wait=1.5) as tracked:
+    with tracker(tmp_path / "out", store, exit_wait=4) as tracked:
         assert tracked.flush(30)
         made = slow_calls(log_artifact=4)
         for number in range(4):
