@@ -303,6 +303,7 @@ class DrawnText(NamedTuple):
         kl: Σ KL_t to the reference, nats; only of policy samples.
         win: P(it beats the reference's sample of the same place); only where the judge was asked of both.
         reason: what the judge said of them.
+        heads: scores by each of the judge's heads, nats; empty where it has none, or one.
     """
 
     text: str
@@ -314,6 +315,7 @@ class DrawnText(NamedTuple):
     kl: float | None = None
     win: float | None = None
     reason: str = ""
+    heads: Sequence[float] = ()
 
 
 class PromptRecord(NamedTuple):
@@ -689,7 +691,7 @@ def _plain(value: object) -> object:
     """Named tuples as dictionaries; what a sample or a judge has none of is left out."""
     if isinstance(value, DrawnText):
         absent = DrawnText._field_defaults
-        left_out = [name for name in ("kl", "win", "reason") if getattr(value, name) == absent[name]]
+        left_out = [name for name in ("kl", "win", "reason", "heads") if getattr(value, name) == absent[name]]
         return {name: part for name, part in value._asdict().items() if name not in left_out}
     if isinstance(value, JudgedBy) and value.usage is None:
         return {name: _plain(part) for name, part in value._asdict().items() if name != "usage"}

@@ -19,7 +19,7 @@ from softpref.evaluation.meanings import title
 from softpref.evaluation.measure import implied_preferences
 from softpref.evaluation.stage import headline
 from softpref.fitness import ailments
-from softpref.lm.loading import load_model, load_tokenizer
+from softpref.lm.loading import load_model, load_tokenizer, with_reward_heads
 from softpref.lm.tokenization import stop_token_ids, tokenize_row
 from softpref.records import Evaluation, load_metadata, read_samples, save_metadata
 
@@ -271,10 +271,6 @@ def test_without_outcomes_a_trained_judge_speaks_and_says_how_well(world, evalua
 def test_a_reward_model_judges_and_is_measured_beside_length_and_the_reference(
     world, evaluating, tmp_path, recorded
 ):
-    import torch
-    from datasets import load_from_disk
-    from softpref.lm.loading import load_model, load_tokenizer, with_reward_heads
-
     tokenizer = load_tokenizer(world.policy)
     torch.manual_seed(0)
     model = with_reward_heads(load_model(world.policy), 1, tokenizer.pad_token_id)
@@ -302,6 +298,45 @@ def test_a_reward_model_judges_and_is_measured_beside_length_and_the_reference(
     }
     assert tracked["eval/judge/accuracy"] == judge["accuracy"]
     assert not any("the very pairs" in warning for warning in found["warnings"])
+
+
+def test_the_heads_of_a_reward_model_say_how_much_of_a_win_is_sure(world, evaluating, tmp_path, recorded):
+    """The right values: one text at a time, by transformers alone."""
+    tokenizer = load_tokenizer(world.policy)
+    torch.manual_seed(0)
+    model = with_reward_heads(load_model(world.policy), 4, tokenizer.pad_token_id)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    save_metadata(tmp_path / "judge", {"stage": "judge", "heads": 4})
+    options = {"judge": "reward-model", "judge_model": str(tmp_path / "judge"), "device": "cpu"}
+    found = evaluating(world, tmp_path / "out", dataset=world.plain, samples_per_prompt=3, **options)
+    rates = []
+    for record in read_samples(tmp_path / "out", 1000):
+        ours, theirs = (
+            torch.stack(
+                [
+                    model(**tokenizer(record.prompt + one.text + " </s>", return_tensors="pt")).logits[0]
+                    for one in side
+                ]
+            ).detach()
+            for side in (record.policy, record.reference)
+        )
+        assert [one.heads for one in record.policy] == [pytest.approx(row, abs=1e-5) for row in ours.tolist()]
+        rates.append((ours[:, None] - theirs).sigmoid().mean((0, 1)).numpy())
+    sure = found["metrics"]["sure_win_rate"]
+    assert sure["value"] == pytest.approx(np.percentile(np.mean(rates, axis=0), 10), abs=1e-5)
+    assert sure["low"] < sure["value"] < found["metrics"]["win_rate"]["value"]
+    tracked = {
+        name: value for call, values in recorded if call == "metrics" for name, value in values.items()
+    }
+    assert tracked["eval/sure_win_rate"] == sure["value"]
+    assert (tracked["eval/low/sure_win_rate"], tracked["eval/high/sure_win_rate"]) == (
+        sure["low"],
+        sure["high"],
+    )
+    said = f"By nine of ten of its heads the policy wins more than {sure['value']:.0%} of comparisons"
+    assert said in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("recorded")

@@ -23,7 +23,7 @@ from softpref.finished import as_recorded, finished_result, write_result
 from softpref.fitness import ailments
 from softpref.judges.loading import check_judge, load_judge
 from softpref.judges.outcomes import read_outcomes
-from softpref.judges.protocol import is_scoring, is_telling, sigmoid
+from softpref.judges.protocol import is_scoring, is_telling
 from softpref.judges.reliability import agreement
 from softpref.judges.texts import text_rows
 from softpref.lm.extrapolation import extrapolated_folders
@@ -43,7 +43,6 @@ from softpref.records import (
     JudgedBy,
     ModelMetadata,
     PreferenceRow,
-    PromptRecord,
     Text,
     earlier_folders,
     load_metadata,
@@ -239,33 +238,6 @@ def _completed(
     return Evaluation.read(output)
 
 
-def by_prompt(records: Sequence[PromptRecord]) -> dict[str, Sequence[float | None]]:
-    """Values of each prompt, by figure, for paired comparisons of members of a sweep.
-
-    Of a judge without scores the win rate alone; None for a prompt of which it judged nothing.
-    """
-    import numpy as np
-
-    from softpref.evaluation.diversity import variety_by_prompt
-    from softpref.evaluation.quality import SEARCHED, best_of, scores_of
-
-    scores, theirs = (scores_of([getattr(one, side) for one in records]) for side in ("policy", "reference"))
-    if scores is None or theirs is None:
-        wins = [[s.win for s in record.policy if s.win is not None] for record in records]
-        return {"win_rate": [float(np.mean(group)) if group else None for group in wins]}
-    values = {
-        "expected_reward": [float(np.mean(group)) for group in scores],
-        "win_rate": [
-            float(sigmoid(np.subtract.outer(ours, group)).mean())
-            for ours, group in zip(scores, theirs, strict=True)
-        ],
-        f"best_of_{SEARCHED}": [best_of(group, SEARCHED) for group in scores],
-    }
-    variety = variety_by_prompt([one.policy for one in records], [one.reference for one in records])
-    values["good_diversity"] = variety["good_diversity"]
-    return {name: [*found] for name, found in values.items() if np.isfinite(found).all()}
-
-
 def headline(evaluation: Evaluation) -> dict[str, float]:
     """α, β and the figures that tell models of a sweep apart, few enough for one page of the UI's table."""
     shown = (*_HEADLINE, *(_EXACT_HEADLINE if evaluation.exact else _SAMPLED_HEADLINE))
@@ -434,11 +406,10 @@ def _evaluate(
     timer.enter("evaluation")
 
     preferences = held_out(models, task.rows, metadata, bootstrap)
-    of_samples, records, unjudged = sampled(
-        models, prompts, task.tokenized, task.reference, judge, config, bootstrap
-    )
-    warnings = [*preferences.warnings, *task.judge_warnings, *unjudged]
-    figures = {**preferences.figures, **of_samples}
+    samples = sampled(models, prompts, task.tokenized, task.reference, judge, config, bootstrap)
+    records = samples.records
+    warnings = [*preferences.warnings, *task.judge_warnings, *samples.warnings]
+    figures = {**preferences.figures, **samples.figures}
     if task.tasks:
         figures |= measured(
             task.tasks,
@@ -478,7 +449,7 @@ def _evaluate(
         softmax_frontier=softmax_frontier(exact) if exact else None,
         theory=sampled_figures(theory, bootstrap) if theory else None,
         reward_frontier=reward_frontier(theory) if theory else None,
-        by_prompt={**by_prompt(records), **preferences.by_prompt},
+        by_prompt={**samples.by_prompt, **preferences.by_prompt},
         dimensions=[one["dimension"] for one in lineage],
         dimension_weights=list(lineage[-1]["dimension_weights"]) if lineage else [],
         settings={key: getattr(config, key) for key in (*DEFINING, *_SHOWN_SETTINGS)}
