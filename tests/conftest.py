@@ -254,3 +254,18 @@ def empty_store(tmp_path_factory):
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_registered_models()
     return path
+
+
+@pytest.fixture
+def store(tmp_path, empty_store):
+    """The address of an empty store of this test."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture
+def client(store):
+    """Of the test's store."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(store)

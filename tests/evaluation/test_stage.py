@@ -583,11 +583,12 @@ def artifact(path, uri=""):
     return SimpleNamespace(path=str(path), uri=uri or f"file://{path}", metadata={})
 
 
-def test_component_writes_artifacts_and_tracks_to_a_real_store(world, extrapolated, tmp_path):
+def test_component_writes_artifacts_and_tracks_to_a_real_store(world, extrapolated, empty_store, tmp_path):
     import mlflow
     from softpref.evaluation.component import evaluate_model
 
-    logged = {}
+    shutil.copy(empty_store, tmp_path / "own.db")
+    store, logged = f"sqlite:///{tmp_path}/own.db", {}
     metrics = SimpleNamespace(log_metric=logged.__setitem__, metadata={})
     evaluation, report = artifact(tmp_path / "evaluation"), artifact(tmp_path / "report.html")
     policy = copy_policy(world, tmp_path / "policy")
@@ -601,7 +602,7 @@ def test_component_writes_artifacts_and_tracks_to_a_real_store(world, extrapolat
         metrics=metrics,
         samples_per_prompt=4,
         experiment="component",
-        tracking_uri=f"sqlite:///{tmp_path}/own.db",
+        tracking_uri=store,
         overrides={"bootstrap_samples": 100},
     )
     written = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
@@ -617,7 +618,7 @@ def test_component_writes_artifacts_and_tracks_to_a_real_store(world, extrapolat
     assert (evaluation.metadata["alpha"], evaluation.metadata["judge"]) == (written["alpha"], "expert")
     assert all(np.isfinite(value) for value in logged.values())
     assert evaluation.metadata["evaluation_id"] == written["evaluation_id"]
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/own.db")
+    client = mlflow.MlflowClient(store)
     [run] = client.search_runs([client.get_experiment_by_name("component").experiment_id])
     win_rate = written["metrics"]["win_rate"]
     for key, part in {
@@ -628,7 +629,7 @@ def test_component_writes_artifacts_and_tracks_to_a_real_store(world, extrapolat
         assert run.data.metrics[key] == win_rate[part]
     (used,) = run.inputs.dataset_inputs
     assert used.dataset.digest == written["dataset_hash"][:36]
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/own.db")
+    mlflow.set_tracking_uri(store)
     try:
         table = client.load_table(run.info.experiment_id, "evaluation/samples.json", [run.info.run_id])
     finally:
