@@ -13,7 +13,8 @@ from softpref.data.stage import run as make_dataset
 from softpref.evaluation import compare
 from softpref.evaluation.exact import ExactPrompt
 from softpref.evaluation.report import write_report
-from softpref.records import DrawnText, Figure, PromptRecord, write_samples
+from softpref.records.evaluation import DrawnText, PromptRecord, write_samples
+from softpref.records.figures import Figure
 
 from tests.evaluations import evaluation
 

@@ -49,7 +49,7 @@ def llama(seed):
 
 
 def save_model(folder: Path, seed: int, **metadata) -> Path:
-    from softpref.records import save_metadata
+    from softpref.records.model import save_metadata
 
     llama(seed).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -189,7 +189,7 @@ def extrapolated(world, tmp_path_factory):
 
     from softpref.lm.extrapolation import write_extrapolations
     from softpref.lm.loading import load_model
-    from softpref.records import load_metadata, save_metadata
+    from softpref.records.model import load_metadata, save_metadata
 
     folder = tmp_path_factory.mktemp("extrapolated") / "policy"
     shutil.copytree(world.policy, folder)

@@ -14,7 +14,8 @@ from softpref.evaluation import choice, compare, tables
 from softpref.evaluation.addresses import evaluation_folders
 from softpref.evaluation.compare import outcome_lines
 from softpref.fitness import Limits
-from softpref.records import Comparison, JudgedBy
+from softpref.records.comparison import Comparison
+from softpref.records.evaluation import JudgedBy
 
 from tests.evaluations import evaluations
 

@@ -10,7 +10,7 @@ from softpref.evaluation.quality import length_controlled_win_rate, quality
 from softpref.intervals import interval
 from softpref.judges.protocol import TellingJudge, Verdict, verdicts_of
 from softpref.judges.reliability import agreement
-from softpref.records import DrawnText
+from softpref.records.evaluation import DrawnText
 
 pytestmark = pytest.mark.fast
 

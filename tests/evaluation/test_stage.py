@@ -21,7 +21,8 @@ from softpref.evaluation.stage import headline
 from softpref.fitness import ailments
 from softpref.lm.loading import load_model, load_tokenizer, with_reward_heads
 from softpref.lm.tokenization import stop_token_ids, tokenize_row
-from softpref.records import Evaluation, load_metadata, read_samples, save_metadata
+from softpref.records.evaluation import Evaluation, read_samples
+from softpref.records.model import load_metadata, save_metadata
 
 METRICS = {
     "preference_accuracy", "preference_margin", "win_rate", "expected_reward", "reference_expected_reward",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from softpref.errors import ConfigError, DataError, DiskError
-from softpref.records import Registration
+from softpref.records.registration import Registration
 from softpref.registry.config import RegistryConfig
 from softpref.registry.served import model_hash
 from softpref.registry.stage import decision_markdown, run

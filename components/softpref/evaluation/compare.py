@@ -20,17 +20,8 @@ from softpref.evaluation.tables import Column, columns, softness
 from softpref.evaluation.uses import best_for, use_lines
 from softpref.fitness import Limits, ailments, number
 from softpref.pages import render
-from softpref.records import (
-    CHOSEN_FOLDER,
-    COMPARISON_FILE,
-    EVALUATION_FILE,
-    FRONTIER_FILE,
-    REPORT_FILE,
-    Comparison,
-    Evaluation,
-    PromptRecord,
-    read_samples,
-)
+from softpref.records.comparison import CHOSEN_FOLDER, COMPARISON_FILE, FRONTIER_FILE, Comparison
+from softpref.records.evaluation import EVALUATION_FILE, REPORT_FILE, Evaluation, PromptRecord, read_samples
 from softpref.tracking import current_pipeline_run
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from softpref.evaluation.metrics import words
 from softpref.evaluation.quality import scores_of
 from softpref.intervals import DEFAULT_BOOTSTRAP, Bootstrap, over_prompts
-from softpref.records import DrawnText, Figure
+from softpref.records.evaluation import DrawnText
+from softpref.records.figures import Figure
 
 SAME = 0.8
 """Likeness of n-grams from which two answers count as the same one."""

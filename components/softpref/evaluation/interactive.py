@@ -21,7 +21,7 @@ from softpref.evaluation.frontier import look
 from softpref.evaluation.meanings import LABELS, of_reference, title
 from softpref.fitness import number
 from softpref.judges.reward_model import lower_scores
-from softpref.records import DrawnText, Evaluation, Reliability
+from softpref.records.evaluation import DrawnText, Evaluation, Reliability
 
 MOST_PROMPTS = 200
 _MOST_SAMPLES = 8  # of a model, for a prompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from softpref.records import Figure, Figures
+from softpref.records.figures import Figure, Figures
 
 LABELS = {
     "win_rate": ("Win rate", "probability that the judge prefers its sample to the reference's"),

@@ -14,16 +14,10 @@ from softpref.judges.protocol import ScoringJudge, is_scoring, sigmoid
 from softpref.judges.reward_model import RewardModelJudge
 from softpref.judges.texts import as_text
 from softpref.progress import progress
-from softpref.records import (
-    DrawnText,
-    Figure,
-    Figures,
-    ModelMetadata,
-    PreferenceRow,
-    PromptRecord,
-    Reliability,
-    Text,
-)
+from softpref.records.dataset import PreferenceRow, Text
+from softpref.records.evaluation import DrawnText, PromptRecord, Reliability
+from softpref.records.figures import Figure, Figures
+from softpref.records.model import ModelMetadata
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,8 @@ from softpref.intervals import (
 )
 from softpref.judges.protocol import sigmoid
 from softpref.judges.reward_model import LOWER
-from softpref.records import DrawnText, Figure
+from softpref.records.evaluation import DrawnText
+from softpref.records.figures import Figure
 
 SEARCHED = 8
 """Answers of which search takes the best, in the figure `best_of_8`."""

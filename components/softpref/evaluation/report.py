@@ -12,7 +12,8 @@ from softpref.evaluation.meanings import LABELS, rows
 from softpref.fitness import ailments, number
 from softpref.pages import number as in_digits
 from softpref.pages import render
-from softpref.records import Evaluation, Figures, PromptRecord
+from softpref.records.evaluation import Evaluation, PromptRecord
+from softpref.records.figures import Figures
 
 if TYPE_CHECKING:
     from softpref.evaluation.exact import ExactPrompt

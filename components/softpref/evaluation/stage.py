@@ -29,28 +29,20 @@ from softpref.judges.texts import text_rows
 from softpref.lm.extrapolation import extrapolated_folders
 from softpref.lm.sources import check_model_source, check_remote_code, local_source, source_name
 from softpref.progress import settle_output
-from softpref.records import (
+from softpref.records.dataset import OUTCOMES_FILE, STATS_FILE, PreferenceRow, Text, read_dataset, read_stats
+from softpref.records.evaluation import (
     EVALUATION_FILE,
-    METADATA_FILE,
-    OUTCOMES_FILE,
     REPORT_FILE,
     SAMPLES_FILE,
     SAMPLES_TABLE_FILE,
-    STATS_FILE,
     DrawnText,
     EvaluatedOn,
     Evaluation,
     JudgedBy,
-    ModelMetadata,
-    PreferenceRow,
-    Text,
-    earlier_folders,
-    load_metadata,
-    read_dataset,
-    read_stats,
     write_samples,
     write_samples_table,
 )
+from softpref.records.model import METADATA_FILE, ModelMetadata, earlier_folders, load_metadata
 from softpref.timings import PhaseTimer
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import numpy as np
 from softpref.errors import ConfigError
 from softpref.judges.protocol import ScoringJudge, digest
 from softpref.judges.texts import as_given
-from softpref.records import REWARD_STAGE, ModelMetadata, load_metadata
+from softpref.records.model import REWARD_STAGE, ModelMetadata, load_metadata
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
