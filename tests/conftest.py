@@ -1,7 +1,9 @@
 """Toy language models shared by several test folders; and what is skipped where a package is absent."""
 
 import os
+import resource
 import shutil
+import signal
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -269,3 +271,13 @@ def client(store):
     from mlflow import MlflowClient
 
     return MlflowClient(store)
+
+
+@pytest.fixture
+def file_limit():
+    """`file_limit(bytes)`: no file of this process may grow larger, as on a disk that becomes full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, former)
