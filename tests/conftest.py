@@ -1,7 +1,9 @@
 """Toy language models shared by several test folders; and what is skipped where a package is absent."""
 
 import os
+import resource
 import shutil
+import signal
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -254,3 +256,28 @@ def empty_store(tmp_path_factory):
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_registered_models()
     return path
+
+
+@pytest.fixture
+def store(tmp_path, empty_store):
+    """The address of an empty store of this test."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture
+def client(store):
+    """Of the test's store."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(store)
+
+
+@pytest.fixture
+def file_limit():
+    """`file_limit(bytes)`: no file of this process may grow larger, as on a disk that becomes full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, former)

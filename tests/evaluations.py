@@ -1,6 +1,6 @@
 """Evaluations for tests that look at a few figures: what is not given is blank."""
 
-from softpref.records import Evaluation
+from softpref.records.evaluation import Evaluation
 
 _BLANK = {
     "name": "a model",

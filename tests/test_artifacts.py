@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from softpref.artifacts import describe, model_values, plain, readable
-from softpref.records import save_metadata
+from softpref.records.model import save_metadata
 
 pytestmark = pytest.mark.fast
 

@@ -13,7 +13,8 @@ from softpref.data.stage import run as make_dataset
 from softpref.evaluation import compare
 from softpref.evaluation.exact import ExactPrompt
 from softpref.evaluation.report import write_report
-from softpref.records import DrawnText, Figure, PromptRecord, write_samples
+from softpref.records.evaluation import DrawnText, PromptRecord, write_samples
+from softpref.records.figures import Figure
 
 from tests.evaluations import evaluation
 
@@ -74,7 +75,9 @@ def records(name):
             text = (
                 f"{who} says {i}: the {rng.choice(['green', 'red'])} apple {HOSTILE} {LONG if i == 2 else ''}"
             )
-            yield DrawnText(text, rng.gauss(0, 1) if i else 0.0, i == 2, 12)
+            score = rng.gauss(0, 1) if i else 0.0
+            heads = (2 * score, 0.0) if prompt == PROMPTS[1] else ()
+            yield DrawnText(text, score, i == 2, 12, heads=heads)
 
     return [
         PromptRecord(prompt, list(drawn(prompt, "reference")), list(drawn(prompt, name)))
@@ -321,10 +324,24 @@ def test_models_stand_side_by_side_and_what_differs_is_marked(comparison):
     assert left == "score 0.00 · 12 tokens"
 
 
+def test_a_sample_has_the_score_that_nine_of_ten_heads_exceed(comparison):
+    first = comparison.get_by_label("Left").locator("option").nth(1).inner_text()  # whose reference is shown
+    drawn = [*records(first)[1].reference, *(text for name in NAMES for text in records(name)[1].policy)]
+    middle = np.mean([text.score for text in drawn])
+    sure = {text.text: np.percentile([2 * (text.score - middle), 0], 10) + middle for text in drawn}
+    comparison.get_by_label("Prompt", exact=True).select_option("1")
+    told = comparison.locator("#browser .sample .score").all_inner_texts()
+    assert len(told) == 6
+    for text, said in zip(texts(comparison), told, strict=True):
+        assert f", surely above {sure[text]:.2f} ·" in said
+    assert comparison.get_by_text("Surely above: what nine of ten heads of the judge exceed").is_visible()
+    comparison.get_by_label("Prompt", exact=True).select_option("0")
+
+
 def test_best_first_sorts_each_side_by_score(comparison):
     comparison.get_by_label("best first").check()
     told = comparison.locator("#browser .sample .score").all_inner_texts()
-    scores = [float(re.match(r"score (\S+)", text)[1]) for text in told]
+    scores = [float(re.match(r"score ([-0-9.]+)", text)[1]) for text in told]
     for side in (scores[::2], scores[1::2]):
         assert side == sorted(side, reverse=True)
     comparison.get_by_label("best first").uncheck()

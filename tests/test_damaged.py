@@ -5,16 +5,11 @@ import json
 import pytest
 from softpref.errors import DataError
 from softpref.finished import differences, finished_result
-from softpref.records import (
-    Comparison,
-    Evaluation,
-    Registration,
-    hashes_in,
-    load_metadata,
-    read_dataset,
-    read_samples,
-    read_stats,
-)
+from softpref.records.comparison import Comparison
+from softpref.records.dataset import hashes_in, read_dataset, read_stats
+from softpref.records.evaluation import Evaluation, read_samples
+from softpref.records.model import load_metadata
+from softpref.records.registration import Registration
 
 from tests.evaluations import evaluation
 

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import resource
 import signal
 import sqlite3
 from pathlib import Path
@@ -19,16 +18,6 @@ from softpref.disk import (
     write_whole,
 )
 from softpref.errors import ConfigError, DiskError
-
-
-@pytest.fixture
-def at_most():
-    """`at_most(bytes)`: no file of this process may grow larger, as on a disk that becomes full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, former)
 
 
 def text(path):
@@ -86,13 +75,13 @@ def store_by_sqlalchemy(path):
 @pytest.mark.parametrize(
     "write", [text, json_lines, safetensors, optimizer, arrow, dataset, store, store_by_sqlalchemy]
 )
-def test_the_error_of_every_library_that_writes_is_one_sentence(tmp_path, at_most, write):
+def test_the_error_of_every_library_that_writes_is_one_sentence(tmp_path, file_limit, write):
     @says_disk_trouble
     def run(config, *, output_dir, checkpoint_dir=""):
         write(Path(output_dir) / "file")
 
     (tmp_path / "out").mkdir()
-    at_most(20_000)
+    file_limit(20_000)
     with pytest.raises(DiskError) as refused:
         run(None, output_dir=str(tmp_path / "out"))
     said = str(refused.value)
@@ -210,10 +199,10 @@ def test_a_private_file_is_its_owners_alone_whatever_was_there(tmp_path):
     assert file.read_text() == "password"
 
 
-def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path, at_most):
+def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path, file_limit):
     file = tmp_path / "file"
     write_whole(file, "old")
-    at_most(1000)
+    file_limit(1000)
     with pytest.raises(OSError, match="too large"):
         write_whole(file, "x" * 10_000)
     assert file.read_text() == "old"

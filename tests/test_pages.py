@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from jinja2 import UndefinedError
 from softpref.pages import number, render, span
-from softpref.records import Figure
+from softpref.records.figures import Figure
 
 pytestmark = pytest.mark.fast
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ from softpref.judges.bradley_terry import BradleyTerryJudge
 from softpref.judges.protocol import ScoringJudge
 from softpref.judges.reliability import agreement, decided_pairs
 from softpref.judges.texts import preference_pairs
-from softpref.records import Evaluation, JudgedBy
+from softpref.records.evaluation import Evaluation, JudgedBy
 
 from tests.evaluations import evaluation
 

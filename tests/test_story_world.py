@@ -12,7 +12,7 @@ from softpref.config import build_config
 from softpref.data.config import DataConfig
 from softpref.evaluation.config import EvaluationConfig
 from softpref.fitness import ailments
-from softpref.records import Evaluation
+from softpref.records.evaluation import Evaluation
 from softpref.sft.config import SFTConfig
 from softpref.spo.config import SPOConfig
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from softpref.records import load_metadata
+from softpref.records.model import load_metadata
 
 OUTCOME_MARK = "[softpref] "
 _NAMED = ("name", "stage", "method", "dataset_hash", "code_version")

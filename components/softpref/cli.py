@@ -26,7 +26,7 @@ from softpref.preflight.early import check_early
 if TYPE_CHECKING:
     from softpref.data.config import DataConfig
     from softpref.evaluation.config import BenchmarkConfig, EvaluationConfig
-    from softpref.records import Evaluation
+    from softpref.records.evaluation import Evaluation
     from softpref.registry.config import RegistryConfig
     from softpref.reward_model.config import RewardModelConfig
     from softpref.sft.config import SFTConfig
@@ -175,7 +175,7 @@ def _compare(options: argparse.Namespace) -> int:
     from softpref.evaluation.compare import outcome_lines, run
     from softpref.evaluation.tables import format_table
     from softpref.fitness import Limits
-    from softpref.records import REPORT_FILE
+    from softpref.records.evaluation import REPORT_FILE
 
     comparison = run(
         options.evaluations,
@@ -373,7 +373,8 @@ def _training(folders: Folders) -> dict[str, str]:
 def _evaluate(folders: Folders, config: EvaluationConfig) -> object:
     from softpref.evaluation.stage import run
     from softpref.lm.extrapolation import extrapolated_folders
-    from softpref.records import Evaluation, earlier_folders
+    from softpref.records.evaluation import Evaluation
+    from softpref.records.model import earlier_folders
 
     evaluation = run(config, **{f"{key}_dir": value for key, value in folders.items()})
     within = [*earlier_folders(folders["output"]), *extrapolated_folders(folders["output"])]

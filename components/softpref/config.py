@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from softpref.disk import in_brief, what_is_at
 from softpref.errors import ConfigError
-from softpref.records import PARAMETERS_FILE
+from softpref.records.files import PARAMETERS_FILE
 from softpref.remote import public_url
 
 Config = TypeVar("Config")

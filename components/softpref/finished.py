@@ -10,7 +10,7 @@ from typing import Any
 
 from softpref.disk import DAMAGED, write_whole
 from softpref.errors import ConfigError
-from softpref.records import RESULT_FILE
+from softpref.records.files import RESULT_FILE
 
 _SAID = 5  # differences in a message
 _repr = reprlib.Repr()

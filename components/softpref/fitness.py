@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from softpref.records import Evaluation, Figure, Figures, JudgedBy
+from softpref.records.evaluation import Evaluation, JudgedBy
+from softpref.records.figures import Figure, Figures
 
 # Health: how far a policy may exceed its reference, or fall short of it. Softness moves a model among texts
 # that the reference writes too, and explains none of this. Samples count as worse only where the intervals do

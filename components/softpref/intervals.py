@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from softpref.records import Figure
+from softpref.records.figures import Figure
 
 
 class Bootstrap(NamedTuple):

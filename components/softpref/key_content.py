@@ -13,7 +13,7 @@ from collections.abc import Collection
 from fractions import Fraction
 
 from softpref.errors import ConfigError
-from softpref.records import Text
+from softpref.records.dataset import Text
 
 # what carries grammar rather than content: articles, pronouns, prepositions, conjunctions, auxiliaries,
 # adverbs of degree, and their contractions

@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from softpref.records import TIMINGS_FILE
+from softpref.records.files import TIMINGS_FILE
 
 
 class PhaseTimer:

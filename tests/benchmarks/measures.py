@@ -25,7 +25,7 @@ from softpref.lm.loading import load_model, load_tokenizer
 from softpref.lm.sampling import Sample
 from softpref.lm.scoring import scoring_batches, sum_by_sequence
 from softpref.lm.tokenization import stop_token_ids, tokenize_row
-from softpref.records import load_metadata
+from softpref.records.model import load_metadata
 
 SAMPLES = 24  # of a real model, on the held-out prompts in turn
 LONGEST = 64  # tokens of such a sample

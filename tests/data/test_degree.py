@@ -9,7 +9,7 @@ from softpref.data.stage import run
 from softpref.errors import ConfigError
 from softpref.judges.texts import text_rows
 from softpref.key_content import texts_by_level
-from softpref.records import judged_rows
+from softpref.records.dataset import judged_rows
 from softpref.sft.stage import _load_demonstrations
 
 WEIGHT = 0.3

@@ -15,12 +15,9 @@ from softpref.data.story_world import StoryWorld
 from softpref.errors import ConfigError, DataError
 from softpref.judges.outcomes import read_outcomes
 
+from tests.data.files import write
+
 OBJECTS = {"completion_a": "A", "completion_b": "B"}
-
-
-def write(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
 
 
 def prepared(tmp_path, records, **options):

@@ -9,11 +9,9 @@ from softpref.data.config import DataConfig
 from softpref.data.stage import run
 from softpref.errors import ConfigError, DataError
 
+from tests.data.files import lines, splits
+
 SAME = ("rows", "prompts", "kinds", "labels", "dataset_hash", "test_hash", "rejected", "left_out", "mapping")
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def jsonl(records):
@@ -33,10 +31,6 @@ def pairs(prompts=20, conversational=False):
         for i in range(3)
         for p in range(prompts)
     ]
-
-
-def splits(folder):
-    return {split: list(rows) for split, rows in datasets.load_from_disk(str(folder)).items()}
 
 
 @pytest.fixture(scope="module")

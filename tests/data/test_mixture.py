@@ -16,6 +16,8 @@ from softpref.data.mixture import divide_rows
 from softpref.data.stage import run
 from softpref.errors import ConfigError, DataError
 
+from tests.data.files import everything, lines, splits, write
+
 QUESTION = {"prompt": "question", "chosen": "better", "rejected": "worse"}
 
 
@@ -24,23 +26,6 @@ def pairs(count, name, first=0):
         {"prompt": f"Question {i}?", "chosen": f"{name} good {i}", "rejected": f"{name} bad {i}"}
         for i in range(first, first + count)
     ]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def splits(folder):
-    return {split: list(rows) for split, rows in datasets.load_from_disk(str(folder)).items()}
-
-
-def everything(folder):
-    return [row for rows in splits(folder).values() for row in rows]
 
 
 def counts(folder):

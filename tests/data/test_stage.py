@@ -18,14 +18,7 @@ from softpref.data.splits import prompt_key
 from softpref.data.stage import run
 from softpref.errors import ConfigError, DataError
 
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def write(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
+from tests.data.files import everything, lines, write
 
 
 def pairs(prompts=20, per_prompt=3):
@@ -34,11 +27,6 @@ def pairs(prompts=20, per_prompt=3):
         for i in range(per_prompt)
         for p in range(prompts)
     ]
-
-
-def everything(folder):
-    saved = datasets.load_from_disk(str(folder))
-    return [row for split in saved.values() for row in split]
 
 
 @pytest.fixture(scope="module")

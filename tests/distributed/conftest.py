@@ -80,11 +80,11 @@ def folders(tmp_path_factory, make_tokenizer, make_model):
 
 
 @pytest.fixture
-def train(tmp_path, folders, monkeypatch):
+def train(tmp_path, folders, store, monkeypatch):
     """`train(name, launcher, world_size, **options)`: the face of stage 3; its metrics and model folder."""
     from softpref.spo.component import train_policy
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def run(name, launcher="", world_size=1, **options):
@@ -174,11 +174,11 @@ def launcher(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def train_reference(tmp_path, folders, monkeypatch):
+def train_reference(tmp_path, folders, store, monkeypatch):
     """`train_reference(name, processes, **options)`: the face of stage 2; its metrics and model folder."""
     from softpref.sft.component import train_reference
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def run(name, processes=1, **options):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,20 @@ WORDS += ["home", "away", "<b>", "."]
 PROMPTS = [f"tell me of {hero} " for hero in ("fox", "owl", "cat", "hen", "<b>")]
 ANSWERS = [" ".join(pair) for pair in itertools.product(("runs", "sleeps", "eats"), ("home", "away", "."))]
 REWARDS = np.linspace(-1.0, 1.5, len(ANSWERS))
+METRICS = {  # of the stage, with a judge that scores
+    "preference_accuracy", "preference_margin", "win_rate", "expected_reward", "reference_expected_reward",
+    "kl_sequence", "entropy_sequence", "distinct_1", "distinct_2", "self_bleu", "perplexity",
+    "completion_length", "truncated_fraction", "reference_truncated_fraction", "kl_token",
+    "repetition", "reference_repetition", "cross_entropy", "reference_cross_entropy",
+    "relative_accuracy", "relative_margin", "reference_accuracy", "implied_accuracy", "implied_log_loss",
+    "vote_entropy", "vote_divergence", "overconfidence", "calibration_error", "calibration_floor",
+    "length_controlled_win_rate", "best_of_8", "reference_best_of_8",
+    *(
+        f"{side}{name}"
+        for side in ("", "reference_")
+        for name in ("vendi_score", "distinct_answers", "mode_share", "compression_ratio", "good_diversity")
+    ),
+}  # fmt: skip
 
 
 def tokenizer():
@@ -49,7 +64,7 @@ def llama(seed):
 
 
 def save_model(folder: Path, seed: int, **metadata) -> Path:
-    from softpref.records import save_metadata
+    from softpref.records.model import save_metadata
 
     llama(seed).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -185,11 +200,9 @@ def evaluated(world, tmp_path_factory):
 @pytest.fixture(scope="session")
 def extrapolated(world, tmp_path_factory):
     """The policy's folder with two extrapolated models in it, not to be written to."""
-    import shutil
-
     from softpref.lm.extrapolation import write_extrapolations
     from softpref.lm.loading import load_model
-    from softpref.records import load_metadata, save_metadata
+    from softpref.records.model import load_metadata, save_metadata
 
     folder = tmp_path_factory.mktemp("extrapolated") / "policy"
     shutil.copytree(world.policy, folder)
@@ -204,3 +217,18 @@ def extrapolated(world, tmp_path_factory):
 def evaluating():
     """The function that runs the stage with few samples."""
     return evaluate
+
+
+@pytest.fixture
+def evaluation(evaluated):
+    """What the finished evaluation says."""
+    return json.loads((evaluated / "evaluation.json").read_text())
+
+
+def copy_policy(world, folder, **metadata):
+    """The policy in another folder, with changed metadata."""
+    from softpref.records.model import load_metadata, save_metadata
+
+    shutil.copytree(world.policy, folder)
+    save_metadata(folder, load_metadata(folder) | metadata)
+    return folder

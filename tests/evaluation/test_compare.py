@@ -14,7 +14,8 @@ from softpref.evaluation import choice, compare, tables
 from softpref.evaluation.addresses import evaluation_folders
 from softpref.evaluation.compare import outcome_lines
 from softpref.fitness import Limits
-from softpref.records import Comparison, JudgedBy
+from softpref.records.comparison import Comparison
+from softpref.records.evaluation import JudgedBy
 
 from tests.evaluations import evaluations
 
@@ -359,6 +360,30 @@ def test_report_shows_rule_reason_and_escaped_samples(tmp_path):
     assert "say &lt;b&gt;" in page
     assert "&lt;i&gt;dpo&lt;/i&gt; speaks" in page
     assert "<i>dpo" not in page
+
+
+def test_report_says_where_the_figures_of_all_members_come_from(tmp_path):
+    shared = {"reference_uri": "s3://reference", "data_source": "tales.jsonl"}
+    members = [SHARP | shared | {"base_model": "owner/one"}, EVEN | shared | {"base_model": "owner/other"}]
+    run(save(tmp_path, *members), str(tmp_path / "out"))
+    page = (tmp_path / "out" / "report.html").read_text()
+    told = {"reference": "s3://reference", "data": "tales.jsonl", "evaluation id": "same"}
+    for name, value in told.items():
+        assert f'<th scope="row">{name}</th><td><code>{value}</code></td>' in page
+    for name in ("policy", "base model"):  # each has its own
+        assert f'<th scope="row">{name}</th>' not in page
+
+
+def test_report_says_how_much_of_each_win_is_sure_where_the_judge_has_heads(tmp_path):
+    heads = {"sure_win_rate": figure(0.47, 0.05)}
+    sure = [one | {"metrics": one["metrics"] | heads} for one in (SHARP, EVEN)]
+    run(save(tmp_path / "heads", *sure), str(tmp_path / "out"))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert '<th scope="col" class="n">Sure win rate' in page
+    assert page.count('data-value="0.47"') == 2
+    assert "Sure win rate: what nine of ten heads of the judge exceed." in page
+    run(save(tmp_path / "none", SHARP, EVEN), str(tmp_path / "other"))
+    assert "ure win rate" not in (tmp_path / "other" / "report.html").read_text()
 
 
 def test_figures_and_scores_that_a_judge_did_not_give_are_dashes(tmp_path):

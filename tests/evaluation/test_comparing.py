@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from softpref.errors import ConfigError
 from softpref.evaluation.comparing import compare_samples
-from softpref.evaluation.diversity import variety
+from softpref.evaluation.diversity import variety_by_prompt
+from softpref.evaluation.measure import by_prompt
 from softpref.evaluation.quality import length_controlled_win_rate, quality
-from softpref.evaluation.stage import by_prompt
 from softpref.intervals import interval
 from softpref.judges.protocol import TellingJudge, Verdict, verdicts_of
 from softpref.judges.reliability import agreement
-from softpref.records import DrawnText, PromptRecord
+from softpref.records.evaluation import DrawnText
 
 pytestmark = pytest.mark.fast
 
@@ -70,8 +70,7 @@ def test_what_was_not_judged_is_left_out_and_said():
         "The judge left 4 of 6 pairs of samples unjudged: it has gone home. Its figures come from the others "
         "alone."
     ]
-    records = [PromptRecord("p", REFERENCE[0], judged[0]), PromptRecord("q", REFERENCE[1], judged[1])]
-    assert by_prompt(records) == {"win_rate": [pytest.approx(0.7), None]}
+    assert by_prompt(judged, REFERENCE, {}) == {"win_rate": [pytest.approx(0.7), None]}
 
 
 def test_figures_that_need_scores_are_absent_and_others_come_from_what_was_judged():
@@ -81,7 +80,7 @@ def test_figures_that_need_scores_are_absent_and_others_come_from_what_was_judge
     assert figures["length_controlled_win_rate"] == length_controlled_win_rate(
         [[0.9, 0.5], [0.25, 0.5]], [[1, 3], [2, 1]], [[1, 1], [1, 1]]
     )
-    assert set(variety(judged, REFERENCE)) == {
+    assert set(variety_by_prompt(judged, REFERENCE)) == {
         "vendi_score", "distinct_answers", "mode_share", "compression_ratio",
     }  # fmt: skip
     nothing = quality(SAMPLES, REFERENCE)["length_controlled_win_rate"]

@@ -14,7 +14,7 @@ from softpref.evaluation.interactive import frontier_data
 from softpref.lm.loading import load_model, load_tokenizer
 from softpref.lm.scoring import score_sequences
 from softpref.lm.tokenization import stop_token_ids, tokenize_row
-from softpref.records import earlier_folders, load_metadata, save_metadata
+from softpref.records.model import earlier_folders, load_metadata, save_metadata
 
 from tests.evaluations import evaluations
 

@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
-from softpref.evaluation.metrics import sigmoid
-from softpref.evaluation.quality import best_of, length_controlled_win_rate
+from softpref.evaluation.metrics import WinRateMetric, sigmoid
+from softpref.evaluation.quality import best_of, length_controlled_win_rate, sure_win_rate
 from softpref.intervals import Bootstrap
 
 pytestmark = pytest.mark.fast
@@ -21,6 +21,30 @@ def test_best_of_k_is_the_mean_over_all_subsets(count):
 def test_best_of_more_than_there_are_is_not_known():
     assert np.isnan(best_of([1.0, 2.0], 3))
     assert np.isnan(best_of([], 1))
+
+
+def test_the_sure_win_rate_is_the_tenth_percentile_of_the_heads_win_rates():
+    random = np.random.default_rng(0)
+    ours, theirs = random.normal(0.3, 1, (20, 3, 8)), random.normal(0, 1, (20, 2, 8))
+    rates = [
+        np.mean([sigmoid(a[head] - b[head]) for p in range(20) for a in ours[p] for b in theirs[p]])
+        for head in range(8)
+    ]
+    found = sure_win_rate(ours, theirs, bootstrap=Bootstrap(200))
+    assert found.value == pytest.approx(np.percentile(rates, 10))
+    assert found.low < found.value < found.high
+    assert (found.n, found.prompts, found.unit) == (60, 20, "probability")
+    assert sure_win_rate(ours[:1], theirs[:1]).low is None  # of one prompt nothing is known
+
+
+def test_the_interval_of_the_sure_win_rate_is_that_of_the_win_rate_where_heads_agree():
+    random = np.random.default_rng(1)
+    ours, theirs = random.normal(0.3, 1, (30, 3, 1)), random.normal(0, 1, (30, 3, 1))
+    alike = sure_win_rate(ours.repeat(4, axis=2), theirs.repeat(4, axis=2))
+    usual = WinRateMetric.figures(policy=ours[..., 0], reference=theirs[..., 0], bootstrap=Bootstrap())
+    parts = ("value", "low", "high", "n", "prompts")
+    for part in parts:
+        assert getattr(alike, part) == pytest.approx(getattr(usual["win_rate"], part)), part
 
 
 def judged(random, prompts, per_prompt, advantage, per_word, extra_words):

@@ -10,7 +10,7 @@ from softpref.lm.extrapolation import (
     write_extrapolations,
 )
 from softpref.lm.loading import load_model, load_tokenizer, save_model_folder
-from softpref.records import load_metadata
+from softpref.records.model import load_metadata
 from torch import nn
 
 pytestmark = pytest.mark.fast

@@ -8,7 +8,7 @@ from softpref.errors import ConfigError
 from softpref.lm.loading import load_model, load_tokenizer, require_new_folder, save_model_folder
 from softpref.lm.scoring import score_sequences
 from softpref.lm.sources import check_model_source
-from softpref.records import load_metadata
+from softpref.records.model import load_metadata
 
 SEQUENCES = [([1, 7], [8, 3])]
 

@@ -8,6 +8,8 @@ from scipy.stats import chisquare
 from softpref.lm.sampling import sample_completions, sampling_noise
 from softpref.lm.scoring import score_sequences
 
+from tests.enumeration import outcome_probabilities
+
 pytestmark = pytest.mark.fast
 
 PROMPTS = [[1, 5, 6, 7], [1], [1, 7], [1, 6, 6, 5, 5, 7, 7], [1, 5]]
@@ -29,21 +31,9 @@ def sample(model, prompts, *, seed=0, length=6, stop_ids=(STOP,), **options):
     return sample_completions(model, prompts, noise=noise, stop_ids=stop_ids, **options)
 
 
-def outcome_probabilities(model, prompt, length):
-    """Every completion of at most `length` tokens with its probability, by enumeration."""
-    outcomes, open_prefixes = [], [()]
-    for step in range(length):
-        longer = [(*prefix, token) for prefix in open_prefixes for token in range(model.config.vocab_size)]
-        closed = [c for c in longer if c[-1] == STOP or step == length - 1]
-        open_prefixes = [c for c in longer if c[-1] != STOP]
-        outcomes += closed
-    logps = score_sequences(model, [(prompt, list(c)) for c in outcomes])
-    return dict(zip(outcomes, logps.double().exp().tolist(), strict=True))
-
-
 def test_the_samples_distribution_is_the_models_whatever_its_generation_config_says(model, tokenizer):
     prompt, count = PROMPTS[0], 6000
-    chances = outcome_probabilities(model, prompt, length=3)
+    chances = outcome_probabilities(model, prompt, length=3, stop=STOP)
     assert sum(chances.values()) == pytest.approx(1, abs=1e-5)
     model.generation_config.update(
         do_sample=True, temperature=0.1, top_p=0.5, top_k=1, repetition_penalty=2.0

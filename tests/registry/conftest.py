@@ -1,7 +1,6 @@
 """Tiny models with known odds and their evaluation folders; nothing here is trained."""
 
 import json
-import shutil
 
 import pytest
 
@@ -12,19 +11,6 @@ STORE_NAMES = ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")
 def own_environment(monkeypatch):
     for name in STORE_NAMES:
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def store(tmp_path, empty_store):
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
-
-
-@pytest.fixture
-def client(store):
-    from mlflow import MlflowClient
-
-    return MlflowClient(store)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import torch
 from softpref.errors import ConfigError
 from softpref.lm.loading import load_model, load_tokenizer
 from softpref.lm.sources import local_source, pin_model, source_name
-from softpref.records import load_metadata
+from softpref.records.model import load_metadata
 from softpref.registry.config import RegistryConfig
 from softpref.registry.stage import run
 

@@ -3,7 +3,7 @@
 import pytest
 from softpref.errors import ConfigError
 from softpref.fitness import gate_failures
-from softpref.records import figures_of
+from softpref.records.figures import figures_of
 from softpref.registry import gate
 from softpref.registry.config import RegistryConfig
 from softpref.registry.gate import challenge

@@ -2,13 +2,12 @@
 
 import json
 import resource
-import signal
 import time
 from pathlib import Path
 
 import pytest
 from softpref.errors import ConfigError, DataError, DiskError
-from softpref.records import Registration
+from softpref.records.registration import Registration
 from softpref.registry.config import RegistryConfig
 from softpref.registry.served import model_hash
 from softpref.registry.stage import decision_markdown, run
@@ -33,16 +32,6 @@ def evaluation(tmp_path, write_evaluation):
 
 def versions(client):
     return sorted(client.search_model_versions("name = 'story'"), key=lambda version: int(version.version))
-
-
-@pytest.fixture
-def file_limit():
-    """`file_limit(bytes)`: no file of this process may grow larger, as on a disk that becomes full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, former)
 
 
 def test_a_full_disk_is_called_so_also_where_the_store_met_it(

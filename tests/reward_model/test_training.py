@@ -80,11 +80,6 @@ def settings(base):
     }
 
 
-@pytest.fixture
-def store(tmp_path):
-    return f"sqlite:///{tmp_path}/mlflow.db"
-
-
 def batch_of(rows, tokenizer, weights=None, heads=1, length=64):
     config = RewardModelConfig(base_model="gpt2", use_cpu=True, max_length=length, disable_tqdm=True)
     given = np.ones((len(rows), heads)) if weights is None else weights

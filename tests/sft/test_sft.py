@@ -12,7 +12,7 @@ from softpref.lm.loading import load_model, load_tokenizer, save_model_folder
 from softpref.lm.sampling import sample_completions, sampling_noise
 from softpref.lm.scoring import score_sequences
 from softpref.lm.tokenization import decode, tokenize_prompt, tokenize_sequence
-from softpref.records import load_metadata
+from softpref.records.model import load_metadata
 from softpref.sft.config import SFTConfig
 from softpref.sft.scratch import build_model, build_tokenizer
 from softpref.sft.stage import headline, run

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from softpref.errors import ConfigError
 from softpref.lm.scoring import score_sequences
-from softpref.records import load_metadata
+from softpref.records.model import load_metadata
 from softpref.spo.lineage import EarlierRound, earlier_rewards
 
 QUICK = {

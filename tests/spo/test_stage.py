@@ -7,7 +7,7 @@ import re
 import pytest
 from safetensors import safe_open
 from softpref.lm.checkpoints import seal_checkpoint
-from softpref.records import load_metadata
+from softpref.records.model import load_metadata
 from softpref.spo.stage import headline
 
 PROMPTS = ["ab", "cd", "ef"]

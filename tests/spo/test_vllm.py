@@ -13,7 +13,6 @@ import pytest
 import torch
 from softpref.errors import ConfigError, SoftprefError
 from softpref.lm.sampling import sample_completions, sampling_noise
-from softpref.lm.scoring import score_sequences
 from softpref.spo import SPOConfig, engines
 from softpref.spo.engines import (
     VLLMEngine,
@@ -25,6 +24,8 @@ from softpref.spo.engines import (
     sampling_engine,
 )
 from softpref.spo.vllm_core import shared_core
+
+from tests.enumeration import outcome_probabilities
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` sets up an environment")
 
@@ -119,18 +120,6 @@ def largest_difference(model, samples):
     return check_agreement(model, samples, precision="float32", sequences=len(samples)).largest
 
 
-def outcome_probabilities(model, prompt, length):
-    """Every completion of at most `length` tokens with its probability, by enumeration."""
-    outcomes, open_prefixes = [], [()]
-    for step in range(length):
-        longer = [(*prefix, token) for prefix in open_prefixes for token in range(model.config.vocab_size)]
-        closed = [c for c in longer if c[-1] == STOP or step == length - 1]
-        open_prefixes = [c for c in longer if c[-1] != STOP]
-        outcomes += closed
-    logps = score_sequences(model, [(prompt, list(c)) for c in outcomes])
-    return dict(zip(outcomes, logps.double().exp().tolist(), strict=True))
-
-
 def assert_follows(samples, chances):
     """Whether counts of completions are what their probabilities give, by a chi-square test."""
     from scipy.stats import chisquare
@@ -149,7 +138,7 @@ def assert_follows(samples, chances):
 
 def test_the_samples_distribution_is_the_models_whatever_its_generation_config_says(engine, build):
     model, prompt, count = build(), PROMPTS[0], 4000
-    chances = outcome_probabilities(model, prompt, length=3)
+    chances = outcome_probabilities(model, prompt, length=3, stop=STOP)
     assert sum(chances.values()) == pytest.approx(1, abs=1e-5)
     model.generation_config.update(
         do_sample=True, temperature=0.1, top_p=0.5, top_k=1, repetition_penalty=2.0, eos_token_id=[5, 6]
@@ -159,7 +148,7 @@ def test_the_samples_distribution_is_the_models_whatever_its_generation_config_s
 
 def test_the_chi_square_test_would_see_another_temperature(in_process, build):
     model = build()
-    chances = outcome_probabilities(model, PROMPTS[0], length=3)
+    chances = outcome_probabilities(model, PROMPTS[0], length=3, stop=STOP)
     with torch.no_grad():
         model.lm_head.weight.mul_(1.1)
     with pytest.raises(AssertionError):

@@ -1,7 +1,6 @@
 """A store and a client of one test, and what all tests of tracking read from them."""
 
 import json
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -21,19 +20,6 @@ from tests.served import free_port
 def own_environment(monkeypatch):
     for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", RUN_ID, RUN_NAME):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def store(tmp_path, empty_store):
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
-
-
-@pytest.fixture
-def client(store):
-    from mlflow import MlflowClient
-
-    return MlflowClient(store)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from softpref.data.config import DataConfig
 from softpref.data.rows import Preference
 from softpref.key_content import texts_by_level
-from softpref.records import Text
+from softpref.records.dataset import Text
 
 
 def sides(config: DataConfig) -> tuple[int, ...]:

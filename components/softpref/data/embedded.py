@@ -11,7 +11,7 @@ from softpref.data.columns import Record
 from softpref.data.config import STORY_ROWS, STORY_SFT_ROWS, DataConfig
 from softpref.data.sources import SourceRow
 from softpref.data.story_world import StoryWorld, World
-from softpref.records import OUTCOMES_FILE, REWARD_FILE
+from softpref.records.dataset import OUTCOMES_FILE, REWARD_FILE
 from softpref.rewards import write_rewards
 
 

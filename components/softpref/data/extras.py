@@ -15,7 +15,7 @@ from softpref.data.splits import prompt_key
 from softpref.data.texts import LeftOut, Refused
 from softpref.data.writing import SplitWriter, demonstration_features
 from softpref.errors import DataError
-from softpref.records import JUDGE_SPLIT, DatasetStats
+from softpref.records.dataset import JUDGE_SPLIT, DatasetStats
 
 
 def write_extras(

@@ -14,7 +14,14 @@ from softpref.data.rows import Preference
 from softpref.data.splits import SPLITS, WITH_JUDGE, prompt_key
 from softpref.disk import DAMAGED
 from softpref.errors import ConfigError, DataError
-from softpref.records import OUTCOMES_FILE, REJECTED_FILE, REWARD_FILE, DatasetStats, read_dataset, read_stats
+from softpref.records.dataset import (
+    OUTCOMES_FILE,
+    REJECTED_FILE,
+    REWARD_FILE,
+    DatasetStats,
+    read_dataset,
+    read_stats,
+)
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

@@ -15,7 +15,7 @@ from softpref.data.config import DataConfig, Part
 from softpref.data.intake import Intake
 from softpref.data.writing import hash_order
 from softpref.errors import DataError
-from softpref.records import MixtureCounts
+from softpref.records.dataset import MixtureCounts
 
 logger = logging.getLogger(__name__)
 

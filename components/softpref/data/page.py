@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from softpref.data.config import EMBEDDED
 from softpref.judges.texts import as_text
 from softpref.pages import render
-from softpref.records import DatasetStats, PreferenceRow, Text
+from softpref.records.dataset import DatasetStats, PreferenceRow, Text
 
 _SHOWN_CHARACTERS = 700
 

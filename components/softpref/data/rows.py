@@ -36,7 +36,7 @@ from softpref.data.texts import (
     reads_transcripts,
 )
 from softpref.lm.implicit import is_transcript
-from softpref.records import Text
+from softpref.records.dataset import Text
 
 _TEXT_ROLES = ("prompt", "chosen", "rejected", "completion_a", "completion_b", "completions", "completion")
 

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable
 
 from softpref.errors import DataError
-from softpref.records import JUDGE_SPLIT, Text
+from softpref.records.dataset import JUDGE_SPLIT, Text
 
 SPLITS = ("train", "validation", "test")
 WITH_JUDGE = (*SPLITS, JUDGE_SPLIT)

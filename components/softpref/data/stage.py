@@ -32,20 +32,19 @@ from softpref.data.writing import EXAMPLES, hash_order, write_preferences
 from softpref.disk import DAMAGED, flush_below, says_disk_trouble
 from softpref.errors import ConfigError, DataError
 from softpref.progress import settle_output
-from softpref.records import (
+from softpref.records.dataset import (
     OUTCOMES_FILE,
     PAGE_FILE,
-    PARAMETERS_FILE,
     REJECTED_FILE,
     REWARD_FILE,
     STATS_FILE,
-    TIMINGS_FILE,
     ColumnMapping,
     DatasetStats,
     PreferenceRow,
     hashes_in,
     read_stats,
 )
+from softpref.records.files import PARAMETERS_FILE, TIMINGS_FILE
 from softpref.remote import is_url, public_url
 from softpref.timings import PhaseTimer
 

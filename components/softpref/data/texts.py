@@ -15,7 +15,7 @@ from softpref.data.columns import Column, Record, is_message, value_at
 from softpref.data.config import DataConfig
 from softpref.lm import implicit
 from softpref.lm.implicit import is_transcript
-from softpref.records import Message, Text
+from softpref.records.dataset import Message, Text
 
 _ROLES = ("system", "user", "assistant")
 _ROLES_AS = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them

@@ -15,7 +15,7 @@ from softpref.data.finished import dataset_hash, row_bytes
 from softpref.data.intake import Intake, RejectionLog
 from softpref.data.splits import SPLITS, WITH_JUDGE
 from softpref.data.texts import LeftOut, characters
-from softpref.records import DatasetStats, PreferenceRow
+from softpref.records.dataset import DatasetStats, PreferenceRow
 
 if TYPE_CHECKING:
     import numpy as np

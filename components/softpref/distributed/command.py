@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from softpref.errors import ConfigError, SoftprefError
-from softpref.records import METADATA_FILE, STATS_FILE
+from softpref.records.dataset import STATS_FILE
+from softpref.records.model import METADATA_FILE
 from softpref.tracking.pipeline_run import current_pipeline_run
 
 Stage = Literal["sft", "train", "judge"]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from softpref.errors import ConfigError
 from softpref.lm.extrapolation import extrapolated_folders
-from softpref.records import EVALUATION_FILE, Evaluation, earlier_folders
+from softpref.records.evaluation import EVALUATION_FILE, Evaluation
+from softpref.records.model import earlier_folders
 from softpref.remote import public_url
 from softpref.tracking import in_short, mlflow_ready, open_client, resolve_tracking_uri, short_requests
 

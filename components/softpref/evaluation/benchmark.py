@@ -20,7 +20,8 @@ from softpref.evaluation.leaderboards import (
 )
 from softpref.lm.sources import check_model_source, check_remote_code, local_source
 from softpref.progress import progress, settle_output
-from softpref.records import Text, load_metadata
+from softpref.records.dataset import Text
+from softpref.records.model import load_metadata
 
 
 @says_disk_trouble

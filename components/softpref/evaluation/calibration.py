@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from softpref.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval, resampled
-from softpref.records import Figure, Reliability
+from softpref.records.evaluation import Reliability
+from softpref.records.figures import Figure
 
 BINS = 10
 """Bins of confidence, with equally many pairs in each."""

@@ -18,7 +18,7 @@ from softpref.evaluation.exact import ExactPrompt, entropy, expected_reward
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-from softpref.records import Reliability
+from softpref.records.evaluation import Reliability
 
 POLICY, REFERENCE, OPTIMUM = "#2f7fc1", "#8c8c8c", "#e0822c"
 INK = "#0a0b0c"  # stands for the page's text colour in inline drawings

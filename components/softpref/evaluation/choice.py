@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from softpref.errors import ConfigError
 from softpref.fitness import Limits, ailments, gate_failures, judge_doubt, number
-from softpref.records import Evaluation
+from softpref.records.evaluation import Evaluation
 
 METRIC_NAMES = {"expected_reward": "expected reward", "win_rate": "win rate"}
 """The metrics that may rank members, as people read them."""

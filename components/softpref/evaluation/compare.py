@@ -15,22 +15,13 @@ from softpref.evaluation.choice import check_rule, choose, no_scores, rule_in_wo
 from softpref.evaluation.curves import all_exact, equal_reward, position
 from softpref.evaluation.interactive import MOST_PROMPTS
 from softpref.evaluation.meanings import title
-from softpref.evaluation.report import chips
+from softpref.evaluation.report import chips, provenance
 from softpref.evaluation.tables import Column, columns, softness
 from softpref.evaluation.uses import best_for, use_lines
 from softpref.fitness import Limits, ailments, number
 from softpref.pages import render
-from softpref.records import (
-    CHOSEN_FOLDER,
-    COMPARISON_FILE,
-    EVALUATION_FILE,
-    FRONTIER_FILE,
-    REPORT_FILE,
-    Comparison,
-    Evaluation,
-    PromptRecord,
-    read_samples,
-)
+from softpref.records.comparison import CHOSEN_FOLDER, COMPARISON_FILE, FRONTIER_FILE, Comparison
+from softpref.records.evaluation import EVALUATION_FILE, REPORT_FILE, Evaluation, PromptRecord, read_samples
 from softpref.tracking import current_pipeline_run
 
 
@@ -178,7 +169,7 @@ def _write_report(output: Path, comparison: Comparison, samples: Mapping[str, li
         comparison=comparison,
         names_of={one.figure: title(one.figure) for one in comparison.best_for},
         run=_what_was_run(members),
-        origin=_origin(members[0]),
+        provenance=provenance(members),
         warnings=gathered_warnings(members),
         titles=[column.title for column in shown],
         rows=[(member, softness(member), [column.of(member) for column in shown]) for member in members],
@@ -221,20 +212,9 @@ def _sampled_prompts(members: Sequence[Evaluation]) -> int:
     return max(int(number(member.metrics, "kl_sequence", "prompts") or 0) for member in members)
 
 
-def _origin(member: Evaluation) -> list[tuple[str, object]]:
-    """What all members share, for the foot of the page."""
-    facts = {
-        "Reference": member.reference_uri,
-        "Data": member.data_source,
-        "Data hash": member.dataset_hash,
-        "Evaluation": member.evaluation_id,
-        "Settings": ", ".join(f"{key} {value}" for key, value in member.settings.items()),
-    }
-    return [(name, value) for name, value in facts.items() if value]
-
-
 _CALIBRATION = ("vote_divergence", "overconfidence", "calibration_error", "calibration_floor")
 _ON_THE_PAGE = (
+    Column("sure win rate", "metrics", "sure_win_rate"),
     Column("relative accuracy", "metrics", "relative_accuracy"),
     Column("divergence from the votes", "metrics", "vote_divergence"),
     Column("win rate at equal length", "metrics", "length_controlled_win_rate"),

@@ -9,7 +9,8 @@ import numpy as np
 from softpref.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval
 from softpref.judges.protocol import Judge, Verdict, is_telling
 from softpref.judges.reliability import ask, unjudged
-from softpref.records import DrawnText, Figures
+from softpref.records.evaluation import DrawnText
+from softpref.records.figures import Figures
 
 
 def compare_samples(

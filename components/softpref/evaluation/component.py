@@ -60,7 +60,7 @@ def evaluate_model(
     from softpref.evaluation.compare import warning_lines
     from softpref.evaluation.config import EvaluationConfig
     from softpref.evaluation.stage import headline, run
-    from softpref.records import REPORT_FILE
+    from softpref.records.evaluation import REPORT_FILE
     from softpref.tracking import deliver_missed, watch_termination
 
     watch_termination(experiment, tracking_uri or None)
@@ -159,7 +159,8 @@ def compare_models(
     from softpref.errors import DataError
     from softpref.evaluation.compare import outcome_lines, run
     from softpref.evaluation.tables import format_table, markdown_table
-    from softpref.records import CHOSEN_FOLDER, REPORT_FILE
+    from softpref.records.comparison import CHOSEN_FOLDER
+    from softpref.records.evaluation import REPORT_FILE
     from softpref.registry.config import RegistryConfig
     from softpref.tracking import deliver_missed, resolve_tracking_uri, watch_termination, where_to_look
 

@@ -13,7 +13,9 @@ import numpy as np
 
 from softpref.evaluation.theory import TRUSTED
 from softpref.fitness import number
-from softpref.records import EqualReward, EqualRewardRow, Evaluation, Figures
+from softpref.records.comparison import EqualReward, EqualRewardRow
+from softpref.records.evaluation import Evaluation
+from softpref.records.figures import Figures
 
 
 class Curve(NamedTuple):

@@ -10,14 +10,15 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from softpref.evaluation.metrics import words
 from softpref.evaluation.quality import scores_of
 from softpref.intervals import DEFAULT_BOOTSTRAP, Bootstrap, over_prompts
-from softpref.records import DrawnText, Figure
+from softpref.records.evaluation import DrawnText
+from softpref.records.figures import Figure
 
 SAME = 0.8
 """Likeness of n-grams from which two answers count as the same one."""
@@ -26,29 +27,26 @@ Equivalence = Callable[[str, str], bool]
 
 
 def variety(
-    samples: Sequence[Sequence[DrawnText]],
-    reference: Sequence[Sequence[DrawnText]],
-    bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
+    by_prompt: Mapping[str, Sequence[float]], bootstrap: Bootstrap = DEFAULT_BOOTSTRAP
 ) -> dict[str, Figure]:
-    """`vendi_score`, `distinct_answers`, `mode_share`, `compression_ratio` and `good_diversity`.
-
-    Args:
-        samples, reference: of the model that is measured, and of its reference, by prompt.
-    """
+    """The figures of what `variety_by_prompt` found."""
     units = {"vendi_score": "answers", "distinct_answers": "answers", "compression_ratio": "ratio"}
     return {
         name: over_prompts(values, units.get(name, "fraction"), bootstrap)
-        for name, values in variety_by_prompt(samples, reference).items()
+        for name, values in by_prompt.items()
     }
 
 
 def variety_by_prompt(
     samples: Sequence[Sequence[DrawnText]], reference: Sequence[Sequence[DrawnText]]
 ) -> dict[str, list[float]]:
-    """The figures of `variety`, a value for each prompt.
+    """Of each prompt `vendi_score`, `distinct_answers`, `mode_share`, `compression_ratio`, `good_diversity`.
 
     Texts are cut to the lower quartile of the lengths of the reference's samples, in words and marks; good is
     a sample that scores at least as high as the median of the reference's on its prompt.
+
+    Args:
+        samples, reference: of the model that is measured, and of its reference, by prompt.
     """
     lengths = [len(words(text.text)) for group in reference for text in group]
     length = int(np.quantile(lengths, 0.25)) if lengths else 0

@@ -10,7 +10,10 @@ from softpref.judges.bradley_terry import BradleyTerryJudge
 from softpref.judges.expert import ExpertJudge
 from softpref.judges.protocol import Judge
 from softpref.judges.reward_model import RewardModelJudge
-from softpref.records import Figures, JudgedBy, ModelMetadata, PromptRecord, read_stats
+from softpref.records.dataset import read_stats
+from softpref.records.evaluation import JudgedBy, PromptRecord
+from softpref.records.figures import Figures
+from softpref.records.model import ModelMetadata
 
 _FEW_PROMPTS = 20
 

@@ -11,7 +11,9 @@ import numpy as np
 
 from softpref.intervals import DEFAULT_BOOTSTRAP, Bootstrap, over_prompts
 from softpref.judges.outcomes import Outcomes
-from softpref.records import DatasetStats, Figure, ModelMetadata
+from softpref.records.dataset import DatasetStats
+from softpref.records.figures import Figure
+from softpref.records.model import ModelMetadata
 
 # Sets are drawn instead of enumerated: so many that the optimum is within about 0.001 nats (KL) of the true
 # one, unless the orders of each set are too many.

@@ -25,7 +25,8 @@ from softpref.evaluation.curves import (
 )
 from softpref.evaluation.labels import Labels
 from softpref.fitness import number
-from softpref.records import Evaluation, Figure
+from softpref.records.evaluation import Evaluation
+from softpref.records.figures import Figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

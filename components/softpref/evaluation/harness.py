@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from softpref.errors import ConfigError
-from softpref.records import Figure, Figures
+from softpref.records.figures import Figure, Figures
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softpref.evaluation.config import EvaluationConfig
-from softpref.records import EvaluatedOn, PreferenceRow
+from softpref.records.dataset import PreferenceRow
+from softpref.records.evaluation import EvaluatedOn
 
 if TYPE_CHECKING:
     from softpref.judges.protocol import Judge

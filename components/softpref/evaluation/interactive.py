@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from softpref.evaluation.curves import (
     Curve,
     all_exact,
@@ -18,7 +20,8 @@ from softpref.evaluation.curves import (
 from softpref.evaluation.frontier import look
 from softpref.evaluation.meanings import LABELS, of_reference, title
 from softpref.fitness import number
-from softpref.records import DrawnText, Evaluation, Reliability
+from softpref.judges.reward_model import lower_scores
+from softpref.records.evaluation import DrawnText, Evaluation, Reliability
 
 MOST_PROMPTS = 200
 _MOST_SAMPLES = 8  # of a model, for a prompt
@@ -135,16 +138,32 @@ def samples_data(
         of: how many prompts there were.
     """
     shown: list[dict[str, object]] = []
-    judged, left = False, _MOST_CHARACTERS
+    judged, sure, left = False, False, _MOST_CHARACTERS
     for i, prompt in enumerate(prompts):
         drawn = [list(side[i][:_MOST_SAMPLES]) if i < len(side) else [] for _, side in sides]
         left -= len(prompt) + sum(len(sample.text) for side in drawn for sample in side)
         if shown and left < 0:
             break
-        told = [[_sample(sample) for sample in side] for side in drawn]
+        surely = iter(_surely([sample for side in drawn for sample in side]))
+        told = [[_sample(sample) | next(surely) for sample in side] for side in drawn]
+        sure |= any("surely" in sample for side in told for sample in side)
         judged |= any("score" in sample or "win" in sample for side in told for sample in side)
         shown.append({"prompt": prompt, "sides": told})
-    return {"sides": [title for title, _ in sides], "prompts": shown, "of": of, "judged": judged}
+    return {
+        "sides": [title for title, _ in sides],
+        "prompts": shown,
+        "of": of,
+        "judged": judged,
+        "sure": sure,
+    }
+
+
+def _surely(samples: Sequence[DrawnText]) -> list[dict[str, float]]:
+    """Of each sample of a prompt the score that nine of ten heads of the judge exceed, if it has several."""
+    if not samples or not all(sample.heads for sample in samples):
+        return [{} for _ in samples]
+    found = lower_scores(np.array([sample.heads for sample in samples]))
+    return [{"surely": value} for value in found.tolist()]
 
 
 def _sample(sample: DrawnText) -> dict[str, object]:

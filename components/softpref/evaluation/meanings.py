@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from softpref.records import Figure, Figures
+from softpref.records.figures import Figure, Figures
 
 LABELS = {
     "win_rate": ("Win rate", "probability that the judge prefers its sample to the reference's"),
+    "sure_win_rate": ("Sure win rate", "the win rate that nine of ten heads of the judge exceed"),
     "position_consistency": ("Position consistency", "pairs judged the same in both orders"),
     "length_controlled_win_rate": ("Win rate at equal length", "what it would be without longer answers"),
     "expected_reward": ("Expected reward", "mean score under the judge"),

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from softpref.errors import DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.models import Models
 from softpref.judges.expert import ExpertJudge, RewardJudge
-from softpref.judges.protocol import ScoringJudge, is_scoring
+from softpref.judges.protocol import ScoringJudge, is_scoring, sigmoid
+from softpref.judges.reward_model import RewardModelJudge
 from softpref.judges.texts import as_text
 from softpref.progress import progress
-from softpref.records import (
-    DrawnText,
-    Figure,
-    Figures,
-    ModelMetadata,
-    PreferenceRow,
-    PromptRecord,
-    Reliability,
-    Text,
-)
+from softpref.records.dataset import PreferenceRow, Text
+from softpref.records.evaluation import DrawnText, PromptRecord, Reliability
+from softpref.records.figures import Figure, Figures
+from softpref.records.model import ModelMetadata
 
 if TYPE_CHECKING:
     import numpy as np
@@ -244,9 +239,7 @@ def draw_samples(
     shown = []
     for prompt, own, group in zip(prompts, ids, drawn, strict=True):
         completions = [decode_completion(models.tokenizer, prompt, own, each.completion) for each in group]
-        scores: Sequence[float | None] = [None] * count
-        if is_scoring(judge):
-            scores = judge.scores([as_text(prompt, roles=True)] * count, completions).tolist()
+        scores, heads = _scores(judge, as_text(prompt, roles=True), completions)
         shown.append(
             [
                 DrawnText(
@@ -256,11 +249,41 @@ def draw_samples(
                     len(drawing.completion),
                     repetition(drawing.completion),
                     -sum(drawing.token_logps),  # under the model itself; see `sampled`
+                    heads=by_head,
                 )
-                for completion, score, drawing in zip(completions, scores, group, strict=True)
+                for completion, score, by_head, drawing in zip(completions, scores, heads, group, strict=True)
             ]
         )
     return drawn, shown
+
+
+def _scores(
+    judge: Judge, prompt: str, completions: Sequence[str]
+) -> tuple[Sequence[float | None], Sequence[Sequence[float]]]:
+    """Scores of completions of a prompt, and those by each head of a judge that has several."""
+    asked, no_heads = [prompt] * len(completions), [()] * len(completions)
+    if isinstance(judge, RewardModelJudge):
+        heads = judge.heads(asked, completions)
+        return heads.mean(1).tolist(), heads.tolist() if heads.shape[1] > 1 else no_heads
+    if is_scoring(judge):
+        return judge.scores(asked, completions).tolist(), no_heads
+    return [None] * len(completions), no_heads
+
+
+class Sampled(NamedTuple):
+    """What samples tell of a policy.
+
+    Attributes:
+        figures: by name.
+        by_prompt: values of each prompt, by figure; None for a prompt of which the judge judged nothing.
+        records: the samples, beside those of the reference.
+        warnings: about what was not judged.
+    """
+
+    figures: Figures
+    by_prompt: dict[str, list[float | None]]
+    records: list[PromptRecord]
+    warnings: list[str]
 
 
 def sampled(
@@ -271,13 +294,13 @@ def sampled(
     judge: Judge,
     config: EvaluationConfig,
     bootstrap: Bootstrap,
-) -> tuple[Figures, list[PromptRecord], list[str]]:
-    """Draw from the policy: its figures, its samples beside those of the `reference`, and warnings.
+) -> Sampled:
+    """Draw from the policy, and measure its samples beside those of the `reference`.
 
     A judge without scores is asked of the first `judge_pairs_per_prompt` samples of each prompt.
     """
     from softpref.evaluation.comparing import compare_samples
-    from softpref.evaluation.diversity import variety
+    from softpref.evaluation.diversity import variety, variety_by_prompt
     from softpref.evaluation.metrics import DiversityMetric, HealthMetric, SampleMetric, WinRateMetric
     from softpref.evaluation.quality import quality
 
@@ -312,10 +335,11 @@ def sampled(
         **quality(shown, reference, bootstrap),
     }
     experts = judge.dimensions if isinstance(judge, (ExpertJudge, RewardJudge)) else {}
-    for prefix, side in (("", shown), ("reference_", reference)):
+    varieties = [variety_by_prompt(side, reference) for side in (shown, reference)]
+    for prefix, side, varied in zip(("", "reference_"), (shown, reference), varieties, strict=True):
         for name, expert in experts.items():
             figures[f"{prefix}expected_reward/{name}"] = _mean_score(expert, prompts, side, bootstrap)
-        figures |= {f"{prefix}{name}": one for name, one in variety(side, reference, bootstrap).items()}
+        figures |= {f"{prefix}{name}": one for name, one in variety(varied, bootstrap).items()}
         health = HealthMetric.figures(
             bootstrap,
             length=_each(side, "tokens"),
@@ -326,7 +350,40 @@ def sampled(
         PromptRecord(as_text(prompt, roles=True), theirs, ours)
         for prompt, theirs, ours in zip(prompts, reference, shown, strict=True)
     ]
-    return figures, records, warnings
+    return Sampled(figures, by_prompt(shown, reference, varieties[0]), records, warnings)
+
+
+def by_prompt(
+    samples: Sequence[Sequence[DrawnText]],
+    reference: Sequence[Sequence[DrawnText]],
+    varied: Mapping[str, Sequence[float]],
+) -> dict[str, list[float | None]]:
+    """Values of each prompt, by figure, for paired comparisons of members of a sweep.
+
+    Of a judge without scores the win rate alone; None for a prompt of which it judged nothing.
+
+    Args:
+        samples, reference: of the model that is measured, and of its reference, by prompt.
+        varied: see `variety_by_prompt`.
+    """
+    import numpy as np
+
+    from softpref.evaluation.quality import SEARCHED, best_of, scores_of
+
+    scores, theirs = scores_of(samples), scores_of(reference)
+    if scores is None or theirs is None:
+        wins = [[text.win for text in group if text.win is not None] for group in samples]
+        return {"win_rate": [float(np.mean(group)) if group else None for group in wins]}
+    values = {
+        "expected_reward": [float(np.mean(group)) for group in scores],
+        "win_rate": [
+            float(sigmoid(np.subtract.outer(ours, group)).mean())
+            for ours, group in zip(scores, theirs, strict=True)
+        ],
+        f"best_of_{SEARCHED}": [best_of(group, SEARCHED) for group in scores],
+        "good_diversity": varied["good_diversity"],
+    }
+    return {name: [*found] for name, found in values.items() if np.isfinite(found).all()}
 
 
 def _mean_score(

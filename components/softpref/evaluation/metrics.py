@@ -18,7 +18,8 @@ import numpy as np
 
 from softpref.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval, over_prompts
 from softpref.judges.protocol import sigmoid
-from softpref.records import Figure, Figures, Text
+from softpref.records.dataset import Text
+from softpref.records.figures import Figure, Figures
 
 Token = TypeVar("Token")
 _Rows = Sequence[Sequence[float]]  # one per prompt, a value per sample

@@ -12,7 +12,8 @@ from softpref.disk import in_brief
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.judges.texts import as_text
-from softpref.records import ModelMetadata, PreferenceRow, Text
+from softpref.records.dataset import PreferenceRow, Text
+from softpref.records.model import ModelMetadata
 
 if TYPE_CHECKING:
     from softpref.lm.tokenization import TokenizedPrompt

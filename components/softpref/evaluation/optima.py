@@ -16,7 +16,9 @@ from softpref.evaluation.measure import draw_samples
 from softpref.evaluation.models import Models
 from softpref.judges.expert import RewardJudge
 from softpref.progress import progress
-from softpref.records import DatasetStats, ModelMetadata, PromptRecord, Text
+from softpref.records.dataset import DatasetStats, Text
+from softpref.records.evaluation import PromptRecord
+from softpref.records.model import ModelMetadata
 
 if TYPE_CHECKING:
     from softpref.evaluation.exact import ExactPrompt, Objective

@@ -14,7 +14,9 @@ from softpref.intervals import (
     resampled,
 )
 from softpref.judges.protocol import sigmoid
-from softpref.records import DrawnText, Figure
+from softpref.judges.reward_model import LOWER
+from softpref.records.evaluation import DrawnText
+from softpref.records.figures import Figure
 
 SEARCHED = 8
 """Answers of which search takes the best, in the figure `best_of_8`."""
@@ -27,10 +29,12 @@ def quality(
     reference: Sequence[Sequence[DrawnText]],
     bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
 ) -> dict[str, Figure]:
-    """`length_controlled_win_rate` against the reference, and `best_of_8`, the expected best score of eight.
+    """`length_controlled_win_rate` against the reference, `best_of_8`, the expected best score of eight, and
+    `sure_win_rate`.
 
-    The n-th sample of a prompt is compared with the n-th of the reference: by their scores, or where a judge
-    gave none by its verdict of this pair. Only scores give a `best_of_8`.
+    For the win rate at equal length the n-th sample of a prompt is compared with the n-th of the reference:
+    by their scores, or where a judge gave none by its verdict of this pair. Only scores give a `best_of_8`,
+    only a judge of several heads a `sure_win_rate`.
 
     Args:
         samples, reference: of the model that is measured, and of its reference, by prompt.
@@ -43,6 +47,11 @@ def quality(
         for prefix, side in (("", samples), ("reference_", reference))
         if (found := scores_of(side)) is not None
     }
+    if any(text.heads for group in samples for text in group):
+        figures["sure_win_rate"] = sure_win_rate(
+            *([np.array([text.heads for text in group]) for group in side] for side in (samples, reference)),
+            bootstrap=bootstrap,
+        )
     known = [
         [(win, ours.tokens, theirs.tokens) for ours, theirs in row if (win := _win(ours, theirs)) is not None]
         for row in pairs
@@ -64,6 +73,29 @@ def _win(ours: DrawnText, theirs: DrawnText) -> float | None:
     if ours.score is None or theirs.score is None:
         return ours.win
     return float(sigmoid(np.array(ours.score - theirs.score)))
+
+
+def sure_win_rate(
+    ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], *, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP
+) -> Figure:
+    """The win rate that nine of ten heads of a judge exceed (`LOWER`): how much of it is sure.
+
+    The win rate of a head is σ(score difference) averaged over all pairs of samples of a prompt, then over
+    prompts. Intervals resample prompts.
+
+    Args:
+        ours, theirs: `[samples, heads]` of each prompt, scores of the model's samples and the reference's.
+    """
+    wins = np.array([sigmoid(a[:, None] - b).mean((0, 1)) for a, b in zip(ours, theirs, strict=True)])
+    count, heads = wins.shape
+    value, samples = float(np.quantile(wins.mean(0), LOWER)), sum(map(len, ours))
+    if count < 2:
+        return Figure(value, None, None, samples, count, "probability")
+    found = [
+        np.quantile(wins[drawn].mean(1), LOWER, axis=1) for drawn in resampled(count, bootstrap, width=heads)
+    ]
+    low, high = percentiles(np.concatenate(found), count, bootstrap.confidence)
+    return Figure(value, low, high, samples, count, "probability")
 
 
 def best_of(scores: Sequence[float], count: int) -> float:

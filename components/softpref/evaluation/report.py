@@ -12,7 +12,8 @@ from softpref.evaluation.meanings import LABELS, rows
 from softpref.fitness import ailments, number
 from softpref.pages import number as in_digits
 from softpref.pages import render
-from softpref.records import Evaluation, Figures, PromptRecord
+from softpref.records.evaluation import Evaluation, PromptRecord
+from softpref.records.figures import Figures
 
 if TYPE_CHECKING:
     from softpref.evaluation.exact import ExactPrompt
@@ -88,7 +89,7 @@ def write_report(
         chips=chips(evaluation),
         softness=softness_sentence(evaluation),
         trust=trust_sentence(evaluation.theory) if evaluation.theory else "",
-        provenance=provenance(evaluation),
+        provenance=provenance([evaluation]),
     )
     path.write_text(page, encoding="utf-8")
 
@@ -156,8 +157,13 @@ def chips(evaluation: Evaluation) -> list[str]:
     return [*parts, f"judge: {evaluation.judge.name}"]
 
 
-def provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """Where the figures come from."""
+def provenance(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:
+    """Where the figures come from: of several evaluations, what is the same of all."""
+    first, *others = map(_facts, evaluations)
+    return [fact for fact in first if all(fact in facts for facts in others)]
+
+
+def _facts(evaluation: Evaluation) -> list[tuple[str, str]]:
     facts = {
         "data": evaluation.data_source,
         "base model": evaluation.base_model,

@@ -7,66 +7,46 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING
 
 from softpref.artifacts import readable, strengths
 from softpref.config import without_secrets, write_parameters
+<<<<<<< HEAD
 from softpref.disk import content_hash, says_disk_trouble, what_is_at
 from softpref.errors import ConfigError, DataError
+=======
+from softpref.disk import content_hash, says_disk_trouble
+from softpref.errors import ConfigError
+>>>>>>> house
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.doubts import doubts, outside_the_set, shared_pairs
-from softpref.evaluation.harness import Tasks, find_tasks, measured
-from softpref.evaluation.identity import DEFINING, identify
-from softpref.evaluation.measure import draw_samples, held_out, reference_accuracy, sampled
-from softpref.evaluation.models import Models, check_prompts, load_policy, load_reference, tokenize_prompts
-from softpref.evaluation.optima import against_theory, enumerated, theory_samples
+from softpref.evaluation.harness import find_tasks, measured
+from softpref.evaluation.identity import DEFINING
+from softpref.evaluation.measure import held_out, sampled
+from softpref.evaluation.members import Member, members_of
+from softpref.evaluation.models import check_prompts, load_policy
+from softpref.evaluation.optima import against_theory, enumerated
+from softpref.evaluation.task import Task, load_dataset, prepare
 from softpref.finished import as_recorded, finished_result, write_result
 from softpref.fitness import ailments
-from softpref.judges.loading import check_judge, load_judge
-from softpref.judges.outcomes import read_outcomes
-from softpref.judges.protocol import is_scoring, is_telling, sigmoid
-from softpref.judges.reliability import agreement
-from softpref.judges.texts import text_rows
-from softpref.lm.extrapolation import extrapolated_folders
+from softpref.judges.protocol import is_telling
 from softpref.lm.sources import check_model_source, check_remote_code, local_source, source_name
 from softpref.progress import settle_output
-from softpref.records import (
+from softpref.records.dataset import STATS_FILE, read_stats
+from softpref.records.evaluation import (
     EVALUATION_FILE,
-    METADATA_FILE,
-    OUTCOMES_FILE,
     REPORT_FILE,
     SAMPLES_FILE,
     SAMPLES_TABLE_FILE,
-    STATS_FILE,
-    DrawnText,
-    EvaluatedOn,
     Evaluation,
-    JudgedBy,
-    ModelMetadata,
-    PreferenceRow,
-    PromptRecord,
-    Text,
-    earlier_folders,
-    load_metadata,
-    read_dataset,
-    read_stats,
     write_samples,
     write_samples_table,
 )
+from softpref.records.model import METADATA_FILE
 from softpref.timings import PhaseTimer
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
-
-    from softpref.evaluation.theory import ReferenceSamples
-    from softpref.intervals import Bootstrap
-    from softpref.judges.outcomes import Outcomes
-    from softpref.judges.protocol import Judge
-    from softpref.lm.tokenization import TokenizedPrompt
     from softpref.tracking import Tracker
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +96,9 @@ def run(
     policy_uri = policy_uri or source_name(policy_dir, **sources)
     reference_uri = reference_uri or source_name(reference_dir, **sources)
     policy_dir, reference_dir = local_source(policy_dir, **sources), local_source(reference_dir, **sources)
-    metadata = load_metadata(policy_dir)
-    policy = _Member(policy_dir, policy_uri, metadata)
-    members = [*_earlier(policy), *_extrapolated(policy), policy]
+    members = members_of(policy_dir, policy_uri)
+    policy = members[-1]
+    metadata = policy.metadata
     places = {
         "dataset": dataset_dir,
         "policy": policy_dir,
@@ -140,7 +120,7 @@ def run(
         raise ConfigError(
             f"{policy_dir} has no {METADATA_FILE} with max_completion_length; set max_new_tokens"
         )
-    dataset = _load_dataset(dataset_dir, config)
+    dataset = load_dataset(dataset_dir, config)
     tasks = find_tasks(config.lm_eval_tasks)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -148,7 +128,7 @@ def run(
     write_parameters(config, output)
     with _tracker(config, output, policy) as tracker:
         run_id = _run_of(policy) or tracker.run_id
-        task = _prepare(config, dataset, places, metadata, tasks, timer)
+        task = prepare(config, dataset, places, metadata, tasks, timer)
         for member in members:
             folder = output / member.subfolder
             folder.mkdir(exist_ok=True)
@@ -181,14 +161,14 @@ def _made_from(config: EvaluationConfig, places: Mapping[str, str]) -> dict[str,
     )
 
 
-def _run_of(policy: _Member) -> str | None:
+def _run_of(policy: Member) -> str | None:
     """The run that trained the policy, where that is known."""
     from softpref.tracking import run_tracked_in
 
     return policy.metadata.get("run_id") or run_tracked_in(policy.folder)
 
 
-def _tracker(config: EvaluationConfig, output: Path, policy: _Member) -> Tracker:
+def _tracker(config: EvaluationConfig, output: Path, policy: Member) -> Tracker:
     """Of the policy's own run, or of a new one."""
     from softpref.tracking import Tracker
 
@@ -202,7 +182,7 @@ def _tracker(config: EvaluationConfig, output: Path, policy: _Member) -> Tracker
     )
 
 
-def _track(tracker: Tracker, output: Path, members: Sequence[_Member], dataset_dir: str) -> None:
+def _track(tracker: Tracker, output: Path, members: Sequence[Member], dataset_dir: str) -> None:
     """Track what was measured of all members, the policy last; nothing a second time."""
     tables = []
     for member in members:
@@ -228,7 +208,7 @@ def _track(tracker: Tracker, output: Path, members: Sequence[_Member], dataset_d
 
 
 def _completed(
-    config: EvaluationConfig, output: Path, members: Sequence[_Member], dataset_dir: str
+    config: EvaluationConfig, output: Path, members: Sequence[Member], dataset_dir: str
 ) -> Evaluation:
     """A finished evaluation, and what a kill after it has kept from the tracking run."""
     from softpref.tracking import finish, is_finished
@@ -240,33 +220,6 @@ def _completed(
     return Evaluation.read(output)
 
 
-def by_prompt(records: Sequence[PromptRecord]) -> dict[str, Sequence[float | None]]:
-    """Values of each prompt, by figure, for paired comparisons of members of a sweep.
-
-    Of a judge without scores the win rate alone; None for a prompt of which it judged nothing.
-    """
-    import numpy as np
-
-    from softpref.evaluation.diversity import variety_by_prompt
-    from softpref.evaluation.quality import SEARCHED, best_of, scores_of
-
-    scores, theirs = (scores_of([getattr(one, side) for one in records]) for side in ("policy", "reference"))
-    if scores is None or theirs is None:
-        wins = [[s.win for s in record.policy if s.win is not None] for record in records]
-        return {"win_rate": [float(np.mean(group)) if group else None for group in wins]}
-    values = {
-        "expected_reward": [float(np.mean(group)) for group in scores],
-        "win_rate": [
-            float(sigmoid(np.subtract.outer(ours, group)).mean())
-            for ours, group in zip(scores, theirs, strict=True)
-        ],
-        f"best_of_{SEARCHED}": [best_of(group, SEARCHED) for group in scores],
-    }
-    variety = variety_by_prompt([one.policy for one in records], [one.reference for one in records])
-    values["good_diversity"] = variety["good_diversity"]
-    return {name: [*found] for name, found in values.items() if np.isfinite(found).all()}
-
-
 def headline(evaluation: Evaluation) -> dict[str, float]:
     """α, β and the figures that tell models of a sweep apart, few enough for one page of the UI's table."""
     shown = (*_HEADLINE, *(_EXACT_HEADLINE if evaluation.exact else _SAMPLED_HEADLINE))
@@ -274,150 +227,11 @@ def headline(evaluation: Evaluation) -> dict[str, float]:
     return readable({**strengths(vars(evaluation)), **{name: figures.get(name) for name in shown}})
 
 
-class _Member(NamedTuple):
-    """A model to evaluate: the policy, or one in a `subfolder` of its folder."""
-
-    folder: str
-    uri: str
-    metadata: ModelMetadata
-    subfolder: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.metadata.get("name") or Path(self.folder).name
-
-    @property
-    def prefix(self) -> str:
-        """What the names of its metrics begin with."""
-        weight = self.metadata.get("extrapolation")
-        if weight:
-            return f"eval/expo-{weight:g}/"
-        return f"eval/{self.subfolder}/" if self.subfolder else "eval/"
-
-
-class _Task(NamedTuple):
-    """What every member is measured on and against.
-
-    Attributes:
-        identity, identity_parts: `evaluation_id`, and `evaluated_on`, which it is made of.
-        prompts, tokenized, rows: held-out prompts to draw from, their ids, their preference rows to score.
-        outcomes: by prompt, where the dataset knows them.
-        judged: what is known of the judge.
-        judge_warnings: about how that was measured.
-        models: without the policy.
-        reference: samples of the reference, by prompt.
-        theory: see `theory_samples`.
-        tasks: of the LM Evaluation Harness, if any are asked for.
-    """
-
-    identity: str
-    identity_parts: EvaluatedOn
-    prompts: list[Text]
-    tokenized: list[TokenizedPrompt]
-    rows: list[PreferenceRow]
-    outcomes: dict[str, Outcomes]
-    judge: Judge
-    judged: JudgedBy
-    judge_warnings: list[str]
-    bootstrap: Bootstrap
-    models: Models
-    reference: list[list[DrawnText]]
-    theory: list[ReferenceSamples]
-    tasks: Tasks | None
-
-
-def _earlier(policy: _Member) -> list[_Member]:
-    """The models of earlier rounds in the policy's folder.
-
-    Raises:
-        ConfigError: one is incomplete.
-    """
-    members = []
-    for folder in earlier_folders(policy.folder):
-        metadata = load_metadata(folder)
-        if not metadata.get("lineage"):
-            raise ConfigError(
-                f"{folder} is not a complete model of a round: it has no {METADATA_FILE} with its lineage; "
-                "train again, or remove it"
-            )
-        uri = f"{policy.uri.rstrip('/')}/{folder.name}"
-        members.append(_Member(str(folder), uri, metadata, folder.name))
-    return members
-
-
-def _extrapolated(policy: _Member) -> list[_Member]:
-    """The models extrapolated from the policy, in its folder.
-
-    Raises:
-        ConfigError: one is incomplete.
-    """
-    members = []
-    for folder in extrapolated_folders(policy.folder):
-        metadata = load_metadata(folder)
-        if not metadata.get("extrapolation"):
-            raise ConfigError(
-                f"{folder} is not a complete extrapolated model: it has no {METADATA_FILE} with its "
-                "extrapolation; train again, or remove it"
-            )
-        uri = f"{policy.uri.rstrip('/')}/{folder.name}"
-        members.append(_Member(str(folder), uri, metadata, folder.name))
-    return members
-
-
-def _prepare(
-    config: EvaluationConfig,
-    dataset: DatasetDict,
-    places: Mapping[str, str],
-    metadata: ModelMetadata,
-    tasks: Tasks | None,
-    timer: PhaseTimer,
-) -> _Task:
-    """Choose prompts and rows, find the judge, load the reference and draw its samples."""
-    from softpref.evaluation.metrics import prompt_key
-    from softpref.intervals import Bootstrap
-
-    bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, config.seed)
-    rows: list[PreferenceRow] = list(dataset[config.split])
-    chosen = _choose(
-        {prompt_key(row["prompt"]): row["prompt"] for row in rows}, config.max_prompts, config.seed
-    )
-    prompts = list(chosen.values())
-    kept = list(_choose(dict(enumerate(rows)), config.max_rows, config.seed).values())
-    outcomes_path = Path(places["dataset"]) / OUTCOMES_FILE
-    outcomes = read_outcomes(outcomes_path) if outcomes_path.is_file() else {}
-    judge, judged, judge_warnings = _judge(config, dataset, places["dataset"], outcomes, bootstrap)
-    for doubt in shared_pairs(judge, metadata.get("dataset_hash")):
-        logger.warning("%s", doubt)
-    models = load_reference(config, places, metadata)
-    tokenized = tokenize_prompts(models, prompts, rows)
-    check_prompts(models.reference, models, tokenized)
-    timer.enter("evaluation")
-    if judged.accuracy is not None:
-        held = dict(enumerate(dataset["validation"]))
-        known = list(_choose(held, config.max_rows, config.seed).values())
-        judged = judged._replace(reference_accuracy=reference_accuracy(models, known, bootstrap))
-    return _Task(
-        *identify(config, rows, judge, places["reference"], models.max_new_tokens),
-        prompts,
-        tokenized,
-        kept,
-        outcomes,
-        judge,
-        judged,
-        judge_warnings,
-        bootstrap,
-        models,
-        draw_samples(models, "reference", prompts, tokenized, judge, config)[1],
-        theory_samples(models, prompts, tokenized, judge, config),
-        tasks,
-    )
-
-
 def _evaluate(
     config: EvaluationConfig,
-    task: _Task,
+    task: Task,
     places: Mapping[str, str],
-    member: _Member,
+    member: Member,
     run_id: str | None,
     output: Path,
     timer: PhaseTimer,
@@ -435,11 +249,10 @@ def _evaluate(
     timer.enter("evaluation")
 
     preferences = held_out(models, task.rows, metadata, bootstrap)
-    of_samples, records, unjudged = sampled(
-        models, prompts, task.tokenized, task.reference, judge, config, bootstrap
-    )
-    warnings = [*preferences.warnings, *task.judge_warnings, *unjudged]
-    figures = {**preferences.figures, **of_samples}
+    samples = sampled(models, prompts, task.tokenized, task.reference, judge, config, bootstrap)
+    records = samples.records
+    warnings = [*preferences.warnings, *task.judge_warnings, *samples.warnings]
+    figures = {**preferences.figures, **samples.figures}
     if task.tasks:
         figures |= measured(
             task.tasks,
@@ -479,7 +292,7 @@ def _evaluate(
         softmax_frontier=softmax_frontier(exact) if exact else None,
         theory=sampled_figures(theory, bootstrap) if theory else None,
         reward_frontier=reward_frontier(theory) if theory else None,
-        by_prompt={**by_prompt(records), **preferences.by_prompt},
+        by_prompt={**samples.by_prompt, **preferences.by_prompt},
         dimensions=[one["dimension"] for one in lineage],
         dimension_weights=list(lineage[-1]["dimension_weights"]) if lineage else [],
         settings={key: getattr(config, key) for key in (*DEFINING, *_SHOWN_SETTINGS)}
@@ -496,6 +309,7 @@ def _evaluate(
     write_samples_table(output, records)
     write_report(output / REPORT_FILE, evaluation, records, exact)
     return evaluation
+<<<<<<< HEAD
 
 
 def _judge(
@@ -559,3 +373,5 @@ def _choose(items: dict[Key, Value], most: int, seed: int) -> dict[Key, Value]:
         return items
     keep = set(np.random.default_rng(seed).choice(len(items), most, replace=False).tolist())
     return {key: value for i, (key, value) in enumerate(items.items()) if i in keep}
+=======
+>>>>>>> house

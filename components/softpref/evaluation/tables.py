@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from softpref.artifacts import plain
 from softpref.evaluation.curves import position
-from softpref.records import Evaluation, Figure
+from softpref.records.evaluation import Evaluation
+from softpref.records.figures import Figure
 
 _GAP = "&nbsp;&nbsp;"
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from softpref.evaluation.exact import Objective, optimum
 from softpref.intervals import DEFAULT_BOOTSTRAP, Bootstrap, over_prompts
-from softpref.records import Figure
+from softpref.records.figures import Figure
 
 TRUSTED = 0.1
 """Effective share of the samples above which the optimum's figures can be compared."""

@@ -10,7 +10,9 @@ import numpy as np
 
 from softpref.fitness import ailments, judge_doubt
 from softpref.intervals import interval
-from softpref.records import BestFor, Evaluation, Figure
+from softpref.records.comparison import BestFor
+from softpref.records.evaluation import Evaluation
+from softpref.records.figures import Figure
 
 
 class _Use(NamedTuple):

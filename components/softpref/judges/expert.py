@@ -10,7 +10,7 @@ import numpy as np
 from softpref.errors import DataError
 from softpref.judges.outcomes import Outcomes
 from softpref.judges.protocol import ScoringJudge, digest
-from softpref.records import OUTCOMES_FILE
+from softpref.records.dataset import OUTCOMES_FILE
 from softpref.rewards import TextReward
 
 

@@ -15,7 +15,7 @@ from softpref.judges.protocol import Judge
 from softpref.judges.reward_model import load_reward_judge
 from softpref.judges.texts import preference_pairs, text_rows
 from softpref.lm.sources import check_model_source
-from softpref.records import JUDGE_SPLIT, OUTCOMES_FILE, REWARD_FILE, PreferenceRow, read_dataset
+from softpref.records.dataset import JUDGE_SPLIT, OUTCOMES_FILE, REWARD_FILE, PreferenceRow, read_dataset
 from softpref.rewards import read_rewards
 
 JudgeName = Literal["auto", "expert", "bradley-terry", "reward-model", "llm"]

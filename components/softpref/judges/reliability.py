@@ -11,7 +11,7 @@ from softpref.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval
 from softpref.judges.protocol import Judge, Verdict, is_scoring, is_telling, verdicts_of
 from softpref.judges.texts import TextRow, preference_pairs
 from softpref.progress import progress
-from softpref.records import Figure
+from softpref.records.figures import Figure
 
 _AT_ONCE = 64  # pairs that a judge without scores is asked of, between which the bar moves
 

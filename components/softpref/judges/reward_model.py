@@ -11,13 +11,13 @@ import numpy as np
 from softpref.errors import ConfigError
 from softpref.judges.protocol import ScoringJudge, digest
 from softpref.judges.texts import as_given
-from softpref.records import REWARD_STAGE, ModelMetadata, load_metadata
+from softpref.records.model import REWARD_STAGE, ModelMetadata, load_metadata
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LOWER = 0.1
-"""The quantile over heads that is the lower score."""
+"""The quantile over heads that is sure: of scores, and of win rates."""
 
 
 class RewardModelJudge(ScoringJudge):
@@ -61,18 +61,16 @@ class RewardModelJudge(ScoringJudge):
         return scores
 
     def lower(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        """`[n]`: the score that nine of ten heads exceed (`LOWER`); the distance to the score is uncertainty.
-
-        Only differences within a prompt mean anything, so each head counts from its own mean over the
-        prompt's completions given here. Equal to the score where there is one head, or one completion.
+        """`[n]`: the score that nine of ten heads exceed, see `lower_scores`; what the score is above it is
+        uncertainty.
         """
         heads = self.heads(prompts, completions)
-        _, group = np.unique(np.array(prompts, dtype=object).astype(str), return_inverse=True)
-        means = np.zeros((group.max() + 1, heads.shape[1])) if len(group) else np.zeros((0, heads.shape[1]))
-        np.add.at(means, group, heads)
-        means /= np.bincount(group)[:, None]
-        centred = heads - means[group]
-        lower: np.ndarray = np.quantile(centred, LOWER, axis=1) + means[group].mean(1)
+        lower = np.empty(len(prompts))
+        places: dict[str, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            places.setdefault(prompt, []).append(place)
+        for group in places.values():
+            lower[group] = lower_scores(heads[group])
         return lower
 
     def heads(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
@@ -87,6 +85,20 @@ class RewardModelJudge(ScoringJudge):
         ]
         found: np.ndarray = rate(self._model, encoded).numpy().astype(np.float64)[own]
         return found
+
+
+def lower_scores(heads: np.ndarray) -> np.ndarray:
+    """The scores of completions of one prompt that nine of ten heads exceed (`LOWER`), `[n]` in nats.
+
+    Only differences within a prompt mean anything, so each head counts from its own mean over the
+    completions given here. Equal to the scores where there is one head, or one completion.
+
+    Args:
+        heads: `[n, heads]`, scores by each head.
+    """
+    means = heads.mean(0)
+    lower: np.ndarray = np.quantile(heads - means, LOWER, axis=1) + means.mean()
+    return lower
 
 
 def load_reward_judge(

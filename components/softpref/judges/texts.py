@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypedDict
 
-from softpref.records import Message, PreferenceRow, Text
+from softpref.records.dataset import Message, PreferenceRow, Text
 
 
 class Conversation(str):

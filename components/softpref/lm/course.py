@@ -22,14 +22,16 @@ from softpref.lm.loading import require_new_folder, save_model_files
 from softpref.lm.training import GuardedTrainer
 from softpref.lm.watching import add_stage_callbacks, stage_tracker
 from softpref.progress import settle_output
-from softpref.records import METADATA_FILE, RESULT_FILE, read_stats, save_metadata
+from softpref.records.dataset import read_stats
+from softpref.records.files import RESULT_FILE
+from softpref.records.model import METADATA_FILE, save_metadata
 from softpref.timings import PhaseTimer
 from softpref.tracking.waiting import END, patience
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from softpref.records import DatasetStats
+    from softpref.records.dataset import DatasetStats
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,9 @@ from softpref.lm.scoring import computing_precision
 from softpref.lm.tokenization import TokenizedSequence, stop_token_ids
 from softpref.lm.tokenizing import RowText, tokenize_here
 from softpref.progress import follow
-from softpref.records import METADATA_FILE, RESULT_FILE, read_dataset
+from softpref.records.dataset import read_dataset
+from softpref.records.files import RESULT_FILE
+from softpref.records.model import METADATA_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from softpref.lm.sources import (
     check_remote_code,
     local_source,
 )
-from softpref.records import METADATA_FILE, ROUND_FOLDER, save_metadata
+from softpref.records.model import METADATA_FILE, ROUND_FOLDER, save_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from softpref.lm.packing import evaluation_mode
 from softpref.lm.tokenization import conversation_ids, has_chat_template, plain_ids
-from softpref.records import Message, Text
+from softpref.records.dataset import Message, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softpref.config import shown
 from softpref.errors import ConfigError, DataError
-from softpref.records import Text
+from softpref.records.dataset import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

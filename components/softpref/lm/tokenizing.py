@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from softpref.errors import DataError, SoftprefError
 from softpref.lm.row_files import read_rows, write_rows
 from softpref.lm.tokenization import TokenizedSequence, tokenize_prompt, tokenize_row
-from softpref.records import Text
+from softpref.records.dataset import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from softpref import __version__
-from softpref.records import Figure
+from softpref.records.figures import Figure
 
 
 def number(value: float | None) -> str:

@@ -428,7 +428,7 @@
     function card(sample, pieces, who) {
       if (!sample) return make("div", { class: "sample absent" });
       const facts = [
-        sample.score == null ? "" : `score ${sample.score.toFixed(2)}`,
+        sample.score == null ? "" : `score ${sample.score.toFixed(2)}${sample.surely == null ? "" : `, surely above ${sample.surely.toFixed(2)}`}`,
         sample.win == null ? "" : `wins by ${(100 * sample.win).toFixed(0)}%`,
         sample.tokens ? `${sample.tokens} tokens` : "",
         sample.truncated ? "cut at the limit" : "",

@@ -23,7 +23,7 @@ from softpref.pipelines.containers import Containers
 from softpref.pipelines.run_folder import claimed
 from softpref.pipelines.screen import log_and_screen
 from softpref.pipelines.tasks import TaskServer
-from softpref.records import TIMINGS_FILE
+from softpref.records.files import TIMINGS_FILE
 from softpref.remote import public_url
 from softpref.tracking import (
     RUN_ID,
@@ -214,7 +214,9 @@ def _summarise(folders: Sequence[Path], output: Path, tracking_uri: str, run_id:
     from softpref.evaluation.addresses import evaluation_folders
     from softpref.evaluation.compare import outcome_lines, warning_lines
     from softpref.evaluation.tables import format_table
-    from softpref.records import Comparison, Evaluation, Registration
+    from softpref.records.comparison import Comparison
+    from softpref.records.evaluation import Evaluation
+    from softpref.records.registration import Registration
     from softpref.registry import stage as registry
 
     found = [file.parent for file in _below(folders, "evaluation.json") if file.parent.name == "evaluation"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from softpref.fitness import figure_text, judge_doubt, number
-from softpref.records import EvaluatedOn, Evaluation, Figures
+from softpref.records.evaluation import EvaluatedOn, Evaluation
+from softpref.records.figures import Figures
 from softpref.registry.config import RegistryConfig
 
 _JUDGED = ("win_rate", "expected_reward")  # metrics that are only as good as the judge

@@ -33,7 +33,8 @@ from softpref.errors import ConfigError
 from softpref.judges.texts import as_text
 from softpref.lm.loading import load_tokenizer
 from softpref.lm.sources import check_model_source
-from softpref.records import METADATA_FILE, ModelMetadata, Text
+from softpref.records.dataset import Text
+from softpref.records.model import METADATA_FILE, ModelMetadata
 from softpref.registry.config import RegistryConfig
 from softpref.tracking import in_short
 

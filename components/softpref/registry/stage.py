@@ -21,7 +21,10 @@ from softpref.errors import ConfigError, DataError
 from softpref.fitness import gate_failures
 from softpref.lm.sources import check_remote_code
 from softpref.progress import settle_output
-from softpref.records import Comparison, Evaluation, ModelMetadata, Registration, load_metadata
+from softpref.records.comparison import Comparison
+from softpref.records.evaluation import Evaluation
+from softpref.records.model import ModelMetadata, load_metadata
+from softpref.records.registration import Registration
 from softpref.registry.config import RegistryConfig
 from softpref.registry.gate import challenge
 from softpref.registry.served import (

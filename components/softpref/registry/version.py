@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 from softpref.artifacts import plain
 from softpref.fitness import figure_text
-from softpref.records import Comparison, Evaluation, ModelMetadata, figures_of
+from softpref.records.comparison import Comparison
+from softpref.records.evaluation import Evaluation
+from softpref.records.figures import figures_of
+from softpref.records.model import ModelMetadata
 from softpref.registry.gate import Champion
 
 if TYPE_CHECKING:

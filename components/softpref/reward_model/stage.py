@@ -19,7 +19,9 @@ from softpref.lm.course import TRAINING_OPTIONS, Course, dataset_stats
 from softpref.lm.loading import load_model, load_tokenizer, with_reward_heads
 from softpref.lm.scoring import check_ids
 from softpref.lm.sources import local_source, source_name
-from softpref.records import JUDGE_SPLIT, REWARD_STAGE, Figure, read_dataset
+from softpref.records.dataset import JUDGE_SPLIT, read_dataset
+from softpref.records.figures import Figure
+from softpref.records.model import REWARD_STAGE
 from softpref.reward_model.config import RewardModelConfig
 from softpref.reward_model.trainer import RatedRows, RewardTrainer, bootstrap_weights
 

@@ -15,7 +15,7 @@ from softpref.lm.rating import Encoded, head_scores, padded, rated_text
 from softpref.lm.training import GuardedTrainer
 from softpref.objectives.reward import bradley_terry_loss
 from softpref.progress import follow
-from softpref.records import PreferenceRow
+from softpref.records.dataset import PreferenceRow
 from softpref.reward_model.config import RewardModelConfig
 
 if TYPE_CHECKING:

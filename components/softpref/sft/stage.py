@@ -17,7 +17,7 @@ from softpref.lm.loading import load_model, load_tokenizer
 from softpref.lm.scoring import check_sequences
 from softpref.lm.sources import local_source, source_name
 from softpref.lm.tokenization import stop_token_ids
-from softpref.records import judged_rows, read_dataset
+from softpref.records.dataset import judged_rows, read_dataset
 from softpref.sft.config import SFTConfig
 from softpref.sft.scratch import build_model, build_tokenizer
 from softpref.sft.trainer import Demonstrations, SFTTrainer, collate

@@ -14,7 +14,7 @@ import torch
 from softpref.key_content import texts_by_level
 from softpref.lm.packing import pack_sequences
 from softpref.lm.tokenizing import Job, RowText, tokenize_rows
-from softpref.records import Text
+from softpref.records.dataset import Text
 from softpref.spo.config import SPOConfig
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from softpref.disk import content_hash
 from softpref.errors import ConfigError
 from softpref.lm.sources import check_model_source, local_source
 from softpref.objectives import implied_rewards, weighted_rewards
-from softpref.records import METADATA_FILE, DimensionRound, ModelMetadata
+from softpref.records.model import METADATA_FILE, DimensionRound, ModelMetadata
 
 
 class EarlierRound(NamedTuple):

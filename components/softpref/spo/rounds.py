@@ -23,7 +23,7 @@ from softpref.lm.tokenization import decode_completion
 from softpref.lm.tokenizing import RowText
 from softpref.objectives.preference import PreferenceKind
 from softpref.progress import progress
-from softpref.records import Text
+from softpref.records.dataset import Text
 from softpref.spo.config import SPOConfig
 from softpref.spo.degree import add_removed
 from softpref.spo.reference import Scorer, set_reference_logps

@@ -23,7 +23,8 @@ from softpref.lm.loading import load_tokenizer
 from softpref.lm.scoring import computing_precision
 from softpref.lm.sources import check_remote_code, local_source, source_name
 from softpref.lm.tokenization import stop_token_ids
-from softpref.records import ROUND_FOLDER, judged_rows, load_metadata, read_dataset
+from softpref.records.dataset import judged_rows, read_dataset
+from softpref.records.model import ROUND_FOLDER, load_metadata
 from softpref.spo.checks import member_name, parse_dimension_weights
 from softpref.spo.config import SPOConfig
 from softpref.spo.given import loaded

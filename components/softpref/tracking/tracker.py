@@ -44,7 +44,7 @@ from softpref.tracking.waiting import (
 )
 
 if TYPE_CHECKING:
-    from softpref.records import DatasetStats
+    from softpref.records.dataset import DatasetStats
 
 logger = logging.getLogger(__name__)
 
