@@ -12,11 +12,18 @@ from softpref.judges.reliability import agreement
 from softpref.judges.reward_model import load_reward_judge
 from softpref.judges.texts import text_rows
 from softpref.lm.loading import with_reward_heads
-from softpref.lm.rating import rate
+from softpref.lm.rating import RewardHeads, rate, read
 from softpref.objectives import bradley_terry_loss
+from softpref.reward_model import stage, trainer
 from softpref.reward_model.config import RewardModelConfig
 from softpref.reward_model.stage import headline, run
-from softpref.reward_model.trainer import RatedRows, bootstrap_weights, collate, row_losses
+from softpref.reward_model.trainer import (
+    RatedRows,
+    RewardTrainer,
+    bootstrap_weights,
+    collate,
+    row_losses,
+)
 from transformers import AutoModelForSequenceClassification
 
 GOOD, BAD = ["calm", "kind", "warm"], ["rude", "cold", "grim"]
@@ -247,6 +254,84 @@ def test_what_is_frozen_stays_and_the_rest_learns(tmp_path, settings, store, bas
     assert ("model.norm.weight" in changed) == (frozen == 1)
 
 
+@pytest.mark.parametrize("other", ["every batch", "resumed"])
+def test_heads_alone_learn_the_same_from_texts_that_are_read_once(
+    tmp_path, settings, store, monkeypatch, other
+):
+    known = [f"{who} and {what}: " for who in NOUNS for what in NOUNS]
+    rows = {"judge": lexicon_rows(known[:9], 4, 0), "validation": lexicon_rows(known[9:12], 2, 1)}
+    dataset = write_dataset(tmp_path / "data", **rows)
+    alone = {"layers": 1, "frozen_layers": 1, "learning_rate": 1e-2, "num_train_epochs": 3, "seed": 5}
+    saved = {"save_strategy": "steps", "save_steps": 4}
+    read_texts: list[int] = []
+    monkeypatch.setattr(
+        trainer,
+        "read",
+        lambda model, texts, **more: read_texts.append(len(texts)) or read(model, texts, **more),
+    )
+
+    def trained(name):
+        config = RewardModelConfig(**{**settings, **alone, **saved})
+        metrics = run(config, dataset_dir=dataset, output_dir=tmp_path / name, tracking_uri=store)
+        return metrics, AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
+
+    (metrics, model) = trained("once")
+    distinct = [
+        {(row["prompt"], one) for row in part for one in row["completions"]} for part in rows.values()
+    ]
+    assert read_texts == [len(part) for part in distinct]
+    if other == "every batch":
+        monkeypatch.setattr(stage, "_only_heads_learn", lambda model: False)
+    else:
+        step = RewardTrainer.training_step
+
+        def cut(self, *given):
+            if self.state.global_step == 6:
+                raise RuntimeError("cut off")
+            return step(self, *given)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(RewardTrainer, "training_step", cut)
+            with pytest.raises(RuntimeError, match="cut off"):
+                trained(other)
+        assert (tmp_path / other / "checkpoints" / "checkpoint-4").is_dir()
+    (again, same) = trained(other)
+    for figure in ("train_loss", "eval_loss", "accuracy"):
+        assert again[figure] == pytest.approx(metrics[figure], rel=1e-5)
+    assert metrics["train_loss"] < math.log(2)
+    mine, theirs = model.state_dict(), same.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert model.config.num_hidden_layers == 1
+    assert mine["score.weight"].abs().min() > 0
+    for name, weights in mine.items():
+        assert torch.allclose(weights, theirs[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_the_lowest_layers_are_those_of_the_whole_model(tmp_path, plain):
+    """Of an architecture that says of each layer what it is."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    window = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}
+    config = Qwen2Config(vocab_size=len(plain), num_hidden_layers=4, **sizes, **window)
+    whole = Qwen2ForCausalLM(config).eval()
+    cut = with_reward_heads(whole, 2, plain.pad_token_id, layers=3)
+    assert cut.config.layer_types == config.layer_types[:3]
+    torch.nn.init.normal_(cut.score.weight)
+    texts = [
+        {"input_ids": plain("the owl and the sea")["input_ids"]},
+        {"input_ids": plain("sea")["input_ids"]},
+    ]
+    for text, features in zip(texts, read(cut, texts), strict=True):
+        hidden = whole(torch.tensor([text["input_ids"]]), output_hidden_states=True).hidden_states[3][0, -1]
+        assert torch.allclose(features, whole.model.norm(hidden), atol=1e-6)
+    assert torch.allclose(RewardHeads(cut)(read(cut, texts)).logits, rate(cut, texts), atol=1e-6)
+    cut.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(rate(loaded, texts), rate(cut, texts))
+
+
 def test_what_no_judge_can_be_trained_with_is_refused(tmp_path, settings):
     dataset = write_dataset(tmp_path / "data", train=lexicon_rows(NOUNS, 1, 0))
     with pytest.raises(DataError, match=r"no preferences in a split 'judge'.*judge_fraction"):
@@ -260,4 +345,7 @@ def test_what_no_judge_can_be_trained_with_is_refused(tmp_path, settings):
     both = write_dataset(tmp_path / "both", judge=lexicon_rows(NOUNS, 1, 0))
     config = RewardModelConfig(**settings, frozen_layers=3)
     with pytest.raises(ConfigError, match="frozen_layers is 3, and the model has 2 layers"):
+        run(config, dataset_dir=both, output_dir=tmp_path / "judge")
+    config = RewardModelConfig(**settings, layers=3)
+    with pytest.raises(ConfigError, match=r"RewardModelConfig\.layers is 3, and the model has 2 layers"):
         run(config, dataset_dir=both, output_dir=tmp_path / "judge")

@@ -135,13 +135,16 @@ def load_reward_model(
     return model.to(device) if device else model
 
 
-def with_reward_heads(model: Any, heads: int, pad_id: int) -> Any:
+def with_reward_heads(model: Any, heads: int, pad_id: int, layers: int = 0) -> Any:
     """A sequence-classification model on the body of a causal language model.
 
     Its heads begin at zero, where every pair is even: they differ by what they learn, and by nothing else.
 
+    Args:
+        layers: how many of the body's lowest layers it gets; 0: all.
+
     Raises:
-        ConfigError: transformers has no such model of this architecture.
+        ConfigError: transformers has no such model of this architecture, or the body has fewer layers.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -149,6 +152,8 @@ def with_reward_heads(model: Any, heads: int, pad_id: int) -> Any:
     config = copy.deepcopy(model.config)
     config.num_labels = heads
     config.get_text_config().pad_token_id = pad_id
+    if layers:
+        _keep_layers(config.get_text_config(), layers)
     from_config: Callable[..., PreTrainedModel] = AutoModelForSequenceClassification.from_config
     try:
         rated: Any = from_config(config, dtype=model.dtype)
@@ -157,13 +162,26 @@ def with_reward_heads(model: Any, heads: int, pad_id: int) -> Any:
             f"transformers has no sequence classification for the architecture {config.model_type!r}, which "
             "a reward model needs; take another base_model"
         ) from error
-    rated.base_model.load_state_dict(model.base_model.state_dict())
+    kept = rated.base_model.state_dict().keys()
+    weights_of_body = model.base_model.state_dict()
+    rated.base_model.load_state_dict({name: weights_of_body[name] for name in kept})
     body = {id(weights) for weights in rated.base_model.parameters()}
     with torch.no_grad():
         for weights in rated.parameters():
             if id(weights) not in body:
                 weights.zero_()
     return rated
+
+
+def _keep_layers(config: Any, layers: int) -> None:
+    """Make a model's configuration that of one of its lowest layers alone."""
+    whole = config.num_hidden_layers
+    if layers > whole:
+        raise ConfigError(f"RewardModelConfig.layers is {layers}, and the model has {whole} layers")
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == whole:  # says something of each
+            setattr(config, name, value[:layers])
+    config.num_hidden_layers = layers
 
 
 def load_tokenizer(

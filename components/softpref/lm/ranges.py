@@ -27,6 +27,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     # of a reward model
     **dict.fromkeys(("heads", "max_length"), (1, math.inf, True)),
     "frozen_layers": (0, math.inf, True),
+    "layers": (0, math.inf, True),
     "vocab_size": (258, math.inf, True),  # 256 bytes, end and padding: every text can be written
     # of SPO training
     **dict.fromkeys(("anchor", "kl_beta", "weight_exponent", "tdpo_alpha"), (0, math.inf, True)),

@@ -6,10 +6,10 @@ A sequence-classification model reads both and gives a number for each of its he
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from softpref.lm.packing import evaluation_mode
@@ -70,6 +70,39 @@ def head_scores(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return heads.float()
 
 
+class Rated(NamedTuple):
+    """What a model with reward heads says of texts."""
+
+    logits: Tensor  # [texts, heads]
+
+
+class RewardHeads(nn.Module):
+    """The heads of a sequence-classification model, on what its body makes of texts.
+
+    Trained, they are the model's own. For a body that is not trained: see `read`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.score = model.score
+        self.config = model.config
+
+    def forward(self, features: Tensor) -> Rated:
+        """Scores of texts whose `features` are `[texts, width]`."""
+        return Rated(self.score(features))
+
+
+def read(
+    model: Any, encoded: Sequence[Encoded], *, progress: Callable[[int], object] | None = None
+) -> Tensor:
+    """What the heads of a model are given of each text, `[texts, width]` fp32 on the CPU; see `rate`."""
+    heads, model.score = model.score, nn.Identity()
+    try:
+        return rate(model, encoded, progress=progress)
+    finally:
+        model.score = heads
+
+
 @torch.no_grad()
 def rate(
     model: Any, encoded: Sequence[Encoded], *, progress: Callable[[int], object] | None = None
@@ -83,11 +116,13 @@ def rate(
     """
     pad_id = model.config.get_text_config().pad_token_id
     device = next(model.parameters()).device
-    scores = torch.empty(len(encoded), model.config.num_labels)
+    scores = torch.empty(0, model.config.num_labels)
     with evaluation_mode(model):
         for places in _batches([len(one["input_ids"]) for one in encoded], alone=pad_id is None):
             batch = padded([encoded[place] for place in places], pad_id or 0)
             found = head_scores(model, {name: part.to(device) for name, part in batch.items()})
+            if not len(scores):
+                scores = torch.empty(len(encoded), found.shape[1])
             scores[places] = found.cpu()
             if progress:
                 progress(len(places))

@@ -26,8 +26,13 @@ class RewardModelConfig(StageArguments, TrainingArguments):
             differ the preferences leave open what is better. The score is their mean. 1 takes every prompt
             once.
         max_length: tokens read of a prompt with its completion; longer ones lose their beginning.
+        layers: the lowest layers of the model, which are kept; the others are left out. 0 keeps all. Half of
+            them cost half, and often tell better texts from worse ones better: the last layers serve the next
+            token.
         frozen_layers: the lowest layers that stay as they are, with the embeddings: less to compute, and less
-            to learn from few preferences. Only the heads are trained where it is the number of all layers.
+            to learn from few preferences. Where it is the number of all layers kept, only the heads are
+            trained: each text is read once, whatever the number of its pairs and epochs. Heads alone want a
+            learning rate of 1e-3 to 1e-2.
         use_peft: train a LoRA adapter beside the heads, and save the merged model.
         lora_r, lora_alpha, lora_target_modules: the adapter's rank, scale, and layers (comma-separated, or
             `all-linear`).
@@ -41,6 +46,7 @@ class RewardModelConfig(StageArguments, TrainingArguments):
     split: str = "judge"
     heads: int = 8
     max_length: int = 1024
+    layers: int = 0
     frozen_layers: int = 0
     use_peft: bool = False
     lora_r: int = 16

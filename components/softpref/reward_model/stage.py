@@ -17,6 +17,7 @@ from softpref.judges.reward_model import RewardModelJudge
 from softpref.judges.texts import text_rows
 from softpref.lm.course import TRAINING_OPTIONS, Course, dataset_stats
 from softpref.lm.loading import load_model, load_tokenizer, with_reward_heads
+from softpref.lm.rating import RewardHeads
 from softpref.lm.scoring import check_ids
 from softpref.lm.sources import local_source, source_name
 from softpref.records.dataset import JUDGE_SPLIT, read_dataset
@@ -27,7 +28,16 @@ from softpref.reward_model.trainer import RatedRows, RewardTrainer, bootstrap_we
 
 logger = logging.getLogger(__name__)
 
-_TRACKED = ("split", "heads", "max_length", "frozen_layers", "use_peft", "lora_r", *TRAINING_OPTIONS)
+_TRACKED = (
+    "split",
+    "heads",
+    "max_length",
+    "layers",
+    "frozen_layers",
+    "use_peft",
+    "lora_r",
+    *TRAINING_OPTIONS,
+)
 
 
 @says_disk_trouble
@@ -88,7 +98,9 @@ def run(
     if finished is not None:
         return finished
     tokenizer = load_tokenizer(base, **options)
-    model = with_reward_heads(load_model(base, **options), config.heads, tokenizer.pad_token_id)
+    model = with_reward_heads(
+        load_model(base, **options), config.heads, tokenizer.pad_token_id, config.layers
+    )
     _freeze(model, config.frozen_layers)
     course.timer.enter("tokenizing")
     learned, held_out = splits["train"], splits.get("validation")
@@ -101,8 +113,17 @@ def run(
         validation = RatedRows(held_out, even, tokenizer, config, "held-out preference")
     check_ids(model, (text["input_ids"] for row in train.rows for text in row.texts))
     course.claim()
+    trained_part = _with_adapter(model, config)
+    if _only_heads_learn(model) and not config.fsdp:
+        course.timer.enter("reading")
+        quiet = bool(config.disable_tqdm) or config.process_index > 0
+        model.to(config.device)
+        train.read_by(model, "text", quiet=quiet)
+        if validation is not None:
+            validation.read_by(model, "held-out text", quiet=quiet)
+        trained_part = RewardHeads(model)
     trainer = RewardTrainer(
-        model=_with_adapter(model, config),
+        model=trained_part,
         args=config,
         train_dataset=train,
         eval_dataset=validation,
@@ -113,6 +134,8 @@ def run(
     with course.trained(trainer, stats, row_counts, trained_parameters=weights) as trained:
         if trained.model is not None:
             whole = trained.model.merge_and_unload() if config.use_peft else trained.model
+            if isinstance(whole, RewardHeads):
+                whole = model  # whose heads they are
             course.timer.enter("evaluation")
             judge = RewardModelJudge(whole, tokenizer, max_length=config.max_length)
             found, _ = agreement(judge, text_rows(held_out or ()))
@@ -178,6 +201,12 @@ def _freeze(model: Any, layers: int) -> None:
         module.requires_grad_(False)
     if layers == len(stack):  # what stands above the last layer, such as a norm
         model.base_model.requires_grad_(False)
+
+
+def _only_heads_learn(model: Any) -> bool:
+    return hasattr(model, "score") and not any(
+        weights.requires_grad for weights in model.base_model.parameters()
+    )
 
 
 def _with_adapter(model: Any, config: RewardModelConfig) -> Any:

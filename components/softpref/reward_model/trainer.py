@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from softpref.judges.texts import as_text, ordered_pairs
-from softpref.lm.rating import Encoded, head_scores, padded, rated_text
+from softpref.lm.rating import Encoded, head_scores, padded, rated_text, read
 from softpref.lm.training import GuardedTrainer
 from softpref.objectives.reward import bradley_terry_loss
-from softpref.progress import follow
+from softpref.progress import follow, progress
 from softpref.records.dataset import PreferenceRow
 from softpref.reward_model.config import RewardModelConfig
 
@@ -29,11 +29,13 @@ class RatedRow(NamedTuple):
         texts: of each completion, best first.
         pairs: places of the better and the worse one, and P(better wins).
         weights: `[heads]`, how much the row counts for each head.
+        features: `[texts, width]`, what a model's heads are given of each text, where it has been read.
     """
 
     texts: list[Encoded]
     pairs: list[tuple[int, int, float]]
     weights: list[float]
+    features: Tensor | None = None
 
 
 class RewardTrainer(GuardedTrainer):
@@ -122,6 +124,31 @@ class RatedRows(torch.utils.data.Dataset[RatedRow]):
     def __getitem__(self, index: int) -> RatedRow:
         return self.rows[index]
 
+    def read_by(self, model: Any, name: str, *, quiet: bool) -> None:
+        """Keep what the model's heads are given of every text; batches then hold it in place of tokens.
+
+        For a body that training leaves as it is: each text is then read once, and not once for each of its
+        pairs in each epoch.
+
+        Args:
+            model: a sequence-classification model.
+            name: what progress calls one of the texts.
+            quiet: show no progress.
+        """
+        places: dict[tuple[int, ...], int] = {}
+        encoded: list[Encoded] = []
+        for row in self.rows:
+            for text in row.texts:
+                if (key := tuple(text["input_ids"])) not in places:
+                    places[key] = len(encoded)
+                    encoded.append(text)
+        with progress(f"reading {name}s", total=len(encoded), disable=quiet) as loop:
+            features = read(model, encoded, progress=loop.update)
+        self.rows = [
+            row._replace(features=features[[places[tuple(text["input_ids"])] for text in row.texts]])
+            for row in self.rows
+        ]
+
 
 def bootstrap_weights(rows: Sequence[PreferenceRow], heads: int, seed: int) -> np.ndarray:
     """`[rows, heads]`: how often each head has drawn a row's prompt, times the row's own weight.
@@ -154,17 +181,26 @@ _OF_PAIRS = ("rows", "weights", "better", "worse", "share")
 
 
 def collate(rows: Sequence[RatedRow], pad_id: int) -> dict[str, Tensor]:
-    """One batch: the texts of all rows, `rows` (pairs of each), `weights` `[rows, heads]`, and the pairs."""
+    """One batch: the texts of all rows, `rows` (pairs of each), `weights` `[rows, heads]`, and the pairs.
+
+    Texts are tokens, or `features` `[texts, width]`.
+    """
     starts = np.cumsum([0, *(len(row.texts) for row in rows)])
     pairs = [
         (start + i, start + j, p) for start, row in zip(starts, rows, strict=False) for i, j, p in row.pairs
     ]
     better, worse, share = zip(*pairs, strict=True)
+    features = [row.features for row in rows if row.features is not None]
+    of_texts = (
+        padded([text for row in rows for text in row.texts], pad_id)
+        if not features
+        else {"features": torch.cat(features)}
+    )
     return {
         "rows": torch.tensor([len(row.pairs) for row in rows]),
         "weights": torch.tensor([row.weights for row in rows]),
         "better": torch.tensor(better),
         "worse": torch.tensor(worse),
         "share": torch.tensor(share),
-        **padded([text for row in rows for text in row.texts], pad_id),
+        **of_texts,
     }
