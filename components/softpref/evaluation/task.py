@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from softpref.disk import what_is_at
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
 from softpref.evaluation.doubts import shared_pairs
@@ -123,6 +125,8 @@ def prepare(
 def load_dataset(dataset_dir: str, config: EvaluationConfig) -> DatasetDict:
     """The dataset, refused if it cannot give the judge or the split."""
     path, split = Path(dataset_dir), config.split
+    if not os.path.isdir(path):
+        raise ConfigError(f"dataset {path} {what_is_at(path)}; give a folder of the data stage")
     if not (path / "dataset_dict.json").is_file():
         raise ConfigError(f"{path} is not a dataset folder of the data stage (it has no dataset_dict.json)")
     # before the import below, which takes seconds
