@@ -196,6 +196,17 @@ def test_what_the_api_has_no_log_of_any_more_the_ui_is_asked_for(wait):
     assert lines[-1] == "chosen:   spo-alpha-1. It is soft."
 
 
+def test_where_no_log_can_be_had_the_run_says_where_its_outcome_is(wait):
+    end = Workflow().step("compare-models", "Succeeded", "Succeeded")
+    with PipelinesApi(states=["SUCCEEDED"], workflows=[end.manifest]) as server:
+        status, lines, errors = wait(server)
+    assert lines[-2] == "succeeded"
+    assert re.fullmatch(
+        r"what the run came to is in its steps' logs, .*; see http\S+/#/runs/details/\S+", lines[-1]
+    )
+    assert (status, errors) == (0, "")
+
+
 def test_a_run_of_which_no_model_passes_the_gate_says_so_once_and_fails(wait):
     end = Workflow().step("compare-models", "Failed", "Failed:main: Error (exit code 1)")
     log = (

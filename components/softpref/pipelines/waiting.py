@@ -289,13 +289,16 @@ def _report(
 ) -> None:
     """Print the outcome from the last steps' logs: figures, choice, warnings, places.
 
-    In a sweep the comparison's log covers the evaluations.
+    In a sweep the comparison's log covers the evaluations. Kubeflow may have no log of a pod that succeeded.
     """
     said_by: dict[str, list[str]] = {}
+    logs = []
     for path, step in steps.items():
         if path and path[-1] in _SPEAKERS and step.pod:
-            log = _log(client, run_id, workflow, step.pod, address)
-            said_by.setdefault(path[-1], []).extend(outcome(log))
+            logs.append(_log(client, run_id, workflow, step.pod, address))
+            said_by.setdefault(path[-1], []).extend(outcome(logs[-1]))
+    if logs and not any(logs):
+        print(f"what the run came to is in its steps' logs, which are not available here; see {address}")
     if said_by.get("compare-models"):
         said_by.pop("evaluate-model", None)
     for line in dict.fromkeys(line for name in _SPEAKERS for line in said_by.get(name, ())):
