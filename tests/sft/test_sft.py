@@ -312,7 +312,7 @@ def test_messages_cannot_train_a_model_from_nothing(tmp_path, settings):
         ({}, "needs base_model"),
         ({"model_config": {"hidden_size": 8}}, '"model_type"'),
         ({"base_model": "/nowhere/model"}, "model '/nowhere/model' does not exist"),
-        ({"base_model": "missing.gguf"}, "no such GGUF file"),
+        ({"base_model": "missing.gguf"}, "missing.gguf does not exist"),
         ({"model_config": SMALL, "vocab_size": 257}, "vocab_size must be at least 258"),
         ({"model_config": SMALL, "max_prompt_length": 0}, "max_prompt_length must be at least 1"),
         ({"model_config": SMALL, "learning_rte": 1.0}, "did you mean 'learning_rate'"),
