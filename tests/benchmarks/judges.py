@@ -150,12 +150,13 @@ def prepare(name: str, folder: Path, options: argparse.Namespace, **given: Any) 
 
 
 def table(folder: Path) -> str:
-    """Agreement of each judge, and the paired difference to length, over all splits that are there."""
+    """Agreement of each judge, and the paired differences to length and to words, over all splits there."""
     from softpref.intervals import interval
 
     lines = [
-        "| preferences | splits | rows | held-out prompts | pairs | judge | agreement | less length |",
-        "| :-- | --: | --: | --: | --: | :-- | :-- | :-- |",
+        "| preferences | splits | rows | held-out prompts | pairs | judge | agreement | less length "
+        "| less words and lengths |",
+        "| :-- | --: | --: | --: | --: | :-- | :-- | :-- | :-- |",
     ]
     for name in DATA:
         runs = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{name}-[0-9].json"))]
@@ -166,15 +167,29 @@ def table(folder: Path) -> str:
         longer = right.pop("longer")
         which = "longer" if longer.mean() >= 0.5 else "shorter"
         length = longer if which == "longer" else 1 - longer
-        rows = " to ".join(map(str, sorted({run["rows"] for run in runs})))
+        sizes = sorted({run["rows"] for run in runs})
+        rows = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
         for judge, values in {**right, f"{which} is better": length}.items():
-            own, over = interval(values, prompts), interval(values - length, prompts)
-            spans = [f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in (own, over)]
-            difference = "" if judge not in right else spans[1]
-            lines.append(
-                f"| {name} | {len(runs)} | {rows} | {len({*prompts})} | {len(prompts)} | {judge} "
-                f"| {spans[0]} | {difference} |"
-            )
+            less = [
+                interval(values - other, prompts)
+                for other in (length, right["words and lengths"])
+                if judge in right and other is not values
+            ]
+            spans = [
+                f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"
+                for one in (interval(values, prompts), *less)
+            ]
+            cells = [
+                name,
+                len(runs),
+                rows,
+                len({*prompts}),
+                len(prompts),
+                judge,
+                *spans,
+                *["", ""][len(less) :],
+            ]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, ""])
 
 
