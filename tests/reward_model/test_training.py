@@ -281,7 +281,7 @@ def test_heads_alone_learn_the_same_from_texts_that_are_read_once(
     ]
     assert read_texts == [len(part) for part in distinct]
     if other == "every batch":
-        monkeypatch.setattr(stage, "_only_heads_learn", lambda model: False)
+        monkeypatch.setattr(stage, "_only_heads_learn", lambda model, config: False)
     else:
         step = RewardTrainer.training_step
 
@@ -305,6 +305,20 @@ def test_heads_alone_learn_the_same_from_texts_that_are_read_once(
     assert mine["score.weight"].abs().min() > 0
     for name, weights in mine.items():
         assert torch.allclose(weights, theirs[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"neftune_noise_alpha": 5.0}])
+def test_heads_alone_learn_with_options_that_concern_the_body(tmp_path, settings, store, options):
+    dataset = write_dataset(tmp_path / "data", judge=lexicon_rows(NOUNS, 4, 0))
+    heads = []
+    for given in ({}, options):
+        config = RewardModelConfig(**{**settings, "frozen_layers": 2, "learning_rate": 1e-2, **given})
+        folder = tmp_path / f"judge-{len(heads)}"
+        run(config, dataset_dir=dataset, output_dir=folder, tracking_uri=store)
+        heads.append(AutoModelForSequenceClassification.from_pretrained(folder).score.weight)
+    plain, other = heads
+    assert other.abs().min() > 0
+    assert torch.equal(plain, other) == ("gradient_checkpointing" in options)  # noise changes what they learn
 
 
 def test_the_lowest_layers_are_those_of_the_whole_model(tmp_path, plain):

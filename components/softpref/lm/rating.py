@@ -91,6 +91,9 @@ class RewardHeads(nn.Module):
         """Scores of texts whose `features` are `[texts, width]`."""
         return Rated(self.score(features))
 
+    def gradient_checkpointing_enable(self, **_: object) -> None:
+        """Nothing: trainers call it where it is asked for, and no layers are here to compute again."""
+
 
 def read(
     model: Any, encoded: Sequence[Encoded], *, progress: Callable[[int], object] | None = None

@@ -114,7 +114,7 @@ def run(
     check_ids(model, (text["input_ids"] for row in train.rows for text in row.texts))
     course.claim()
     trained_part = _with_adapter(model, config)
-    if _only_heads_learn(model) and not config.fsdp:
+    if _only_heads_learn(model, config):
         course.timer.enter("reading")
         quiet = bool(config.disable_tqdm) or config.process_index > 0
         model.to(config.device)
@@ -203,10 +203,11 @@ def _freeze(model: Any, layers: int) -> None:
         model.base_model.requires_grad_(False)
 
 
-def _only_heads_learn(model: Any) -> bool:
-    return hasattr(model, "score") and not any(
-        weights.requires_grad for weights in model.base_model.parameters()
-    )
+def _only_heads_learn(model: Any, config: RewardModelConfig) -> bool:
+    """Whether the heads are given the same of a text in every batch, and stand by themselves."""
+    if config.fsdp or config.neftune_noise_alpha or not hasattr(model, "score"):
+        return False
+    return not any(weights.requires_grad for weights in model.base_model.parameters())
 
 
 def _with_adapter(model: Any, config: RewardModelConfig) -> Any:
