@@ -86,6 +86,16 @@ def test_sharper_softer_and_short_models_are_healthy(healthy):
     assert ailments(evaluation(**healthy)) == []
 
 
+def test_without_intervals_only_a_blatant_fault_counts():
+    def alone(**values):
+        return {name: {"value": value, "low": None, "high": None} for name, value in values.items()}
+
+    few = alone(truncated_fraction=0.15, repetition=0.3, cross_entropy=4.5)
+    assert ailments(evaluation(**few)) == []
+    blatant = alone(truncated_fraction=0.2, repetition=0.5, cross_entropy=6.0)
+    assert len(ailments(evaluation(**blatant))) == 3
+
+
 def test_what_was_not_measured_is_not_held_against_a_model():
     assert ailments(evaluations.evaluation()) == []
 

@@ -72,8 +72,8 @@ def test_the_difference_is_taken_pair_by_pair_and_resampled_by_prompt():
     over = agreement(Long(), rows)[0]["over_length"]
     assert (over.value, over.low, over.high) == (0.0, 0.0, 0.0)
     # rows of one prompt are one observation: with all rows of one kind in one prompt the interval is wide
-    few = [row(f"p{i % 4}", *(("aaa", "b") if i % 4 else ("b", "aaa"))) for i in range(40)]
-    alone = [row(f"p{i}", *(("aaa", "b") if i % 4 else ("b", "aaa"))) for i in range(40)]
+    few = [row(f"p{i % 12}", *(("aaa", "b") if i % 4 else ("b", "aaa"))) for i in range(120)]
+    alone = [row(f"p{i}", *(("aaa", "b") if i % 4 else ("b", "aaa"))) for i in range(120)]
     widths = [
         one.high - one.low for one in (agreement(Vowels(), rows)[0]["accuracy"] for rows in (few, alone))
     ]

@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 
 from softpref.records.evaluation import Evaluation, JudgedBy
-from softpref.records.figures import Figure, Figures
+from softpref.records.figures import LEAST_PROMPTS, Figure, Figures
 
 # Health: how far a policy may exceed its reference, or fall short of it. Softness moves a model among texts
 # that the reference writes too, and explains none of this. Samples count as worse only where the intervals do
@@ -32,6 +32,8 @@ the reference, which puts it at that entropy; a model farther away writes what t
 FAR_IN_ALL = 20.0
 """Nats per completion that `STRANGER` and `FARTHER` must amount to: in a short answer, a few unlikely words
 may rightly become certain. What the reference says once in e^20 times cannot come from preferences."""
+BLATANT = 3
+"""Times the allowance by which samples must be worse where their prompts are too few for intervals."""
 
 SATURATED = 5.0
 """Nats of a margin beyond which a logistic loss is straight, to within one per cent of its slope."""
@@ -62,8 +64,8 @@ def gate_failures(evaluation: Evaluation, limits: Limits) -> list[str]:
         low = number(metrics, "win_rate", "low")
         if low is None:
             failures.append(
-                "the evaluation gives no interval for win_rate, which takes two held-out prompts; "
-                "evaluate on more, or set min_win_rate to null"
+                f"the evaluation gives no interval for win_rate, which takes {LEAST_PROMPTS} held-out "
+                "prompts; evaluate on more, or set min_win_rate to 0"
             )
         elif low <= limits.min_win_rate:
             failures.append(
@@ -101,9 +103,9 @@ def distrust(judge: JudgedBy) -> str:
     if accuracy is None or accuracy.low is None:
         return (
             "how often the judge agrees with held-out preferences is unknown, so it may be no better than a "
-            "coin; hold out preferences of two prompts or more for validation"
+            f"coin; hold out preferences of {LEAST_PROMPTS} prompts or more for validation"
         )
-    agrees = f"the judge agrees with {_span(accuracy)} of the held-out preferences, "
+    agrees = f"the judge agrees with {accuracy.text()} of the held-out preferences, "
     if accuracy.low <= 0.5:
         return f"{agrees}no better than a coin by its interval; give more preferences, or another judge"
     if over is None or over.low is None or over.low > 0:
@@ -111,15 +113,11 @@ def distrust(judge: JudgedBy) -> str:
     length, longer = judge.length_accuracy or Figure(), judge.longer_accuracy or Figure()
     which = "longer" if length.value == longer.value else "shorter"
     return (
-        f"{agrees}and '{which} is better' with {_span(length)}: the difference, {_span(over)}, is not above "
+        f"{agrees}and '{which} is better' with {length.text()}: the difference, {over.text()}, is not above "
         "0 by its interval, so the judge may know length alone; train a reward model (softpref judge), give "
         "it more preferences, or hold out more prompts. If length is what people want, no judge is needed: "
         "compare completion_length, and set min_win_rate to 0"
     )
-
-
-def _span(figure: Figure) -> str:
-    return f"{figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]"
 
 
 def ailments(evaluation: Evaluation) -> list[str]:
@@ -178,7 +176,9 @@ def _more(metrics: Figures, name: str, allowed: float) -> bool:
     """Whether the policy's figure exceeds the reference's by more than `allowed`, and beyond chance."""
     low, high = number(metrics, name, "low"), number(metrics, f"reference_{name}", "high")
     ours, theirs = _both(metrics, name)
-    return low is not None and high is not None and low > high and ours > theirs + allowed
+    if low is None or high is None:
+        return ours > theirs + BLATANT * allowed
+    return low > high and ours > theirs + allowed
 
 
 def saturation_warning(share: float) -> str:

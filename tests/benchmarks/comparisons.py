@@ -258,10 +258,11 @@ def table(part: str, runs: Sequence[Run], output: Path) -> str:
 
 def cell(values: Sequence[Any], digits: int) -> str:
     """A value, of several seeds their range, each with its interval where it has one; a dash for none."""
+    from softpref.records.figures import Figure
+
     known = [value for value in values if value is not None]
     if known and isinstance(known[0], dict):
-        numbers = [[f"{one[end]:.{digits}f}" for end in ("value", "low", "high")] for one in known]
-        return "; ".join(f"{value} [{low}, {high}]" for value, low, high in numbers)
+        return "; ".join(Figure.of(one).text(digits) for one in known)
     return " to ".join(dict.fromkeys(f"{end(known):.{digits}f}" for end in (min, max))) if known else "–"
 
 

@@ -309,13 +309,10 @@ def joined(found: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 
 
 def cell(values: np.ndarray, prompts: np.ndarray, digits: int = 3) -> str:
-    """A mean with its interval over prompts."""
+    """A mean with its interval over prompts, if there are enough for one."""
     from softpref.intervals import interval
 
-    figure = interval(values, prompts)
-    ends = (figure.value, figure.low, figure.high)
-    value, low, high = ("–" if end is None else f"{end:.{digits}f}" for end in ends)
-    return f"{value} [{low}, {high}]"
+    return interval(values, prompts).text(digits)
 
 
 if __name__ == "__main__":

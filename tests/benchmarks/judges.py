@@ -130,7 +130,7 @@ def by_share(name: str, options: argparse.Namespace) -> list[str]:
     lines = []
     for share, values in {**found, "longer is better": longer}.items():
         own, less = interval(values, prompts), interval(np.subtract(values, found[1.0]), prompts)
-        spans = [f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in (own, less)]
+        spans = [one.text() for one in (own, less)]
         lines.append(f"| {name} | {own.prompts} | {own.n} | {share} | {spans[0]} | {spans[1]} |")
     return lines
 
@@ -175,10 +175,7 @@ def table(folder: Path) -> str:
                 for other in (length, right["words and lengths"])
                 if judge in right and other is not values
             ]
-            spans = [
-                f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"
-                for one in (interval(values, prompts), *less)
-            ]
+            spans = [one.text(3) for one in (interval(values, prompts), *less)]
             cells = [
                 name,
                 len(runs),

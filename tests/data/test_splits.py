@@ -1,7 +1,7 @@
 """Splits go by prompt, in exact shares, and stay the same."""
 
 import pytest
-from softpref.data.splits import SPLITS, WITH_JUDGE, assign_splits, prompt_key
+from softpref.data.splits import SPLITS, WITH_JUDGE, assign_splits, few_prompts, prompt_key
 from softpref.errors import DataError
 
 pytestmark = pytest.mark.fast
@@ -42,6 +42,34 @@ def test_the_judge_has_its_share_of_what_held_out_prompts_leave(prompts, judge, 
     changed = {key for key in without if assignment[key] != without[key]}
     assert {without[key] for key in changed} == {"train"}
     assert {assignment[key] for key in changed} == {"judge"}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "validation", "known_reward", "said"),
+    [
+        (100, 0.1, False, []),
+        (
+            90,
+            0.1,
+            False,
+            ["only 9 of 90 prompts are held out for validation", "only 9 of 90 prompts are held"],
+        ),
+        (
+            90,
+            0.1,
+            True,
+            ["only 9 of 90 prompts are held out for test, and intervals take 10: no model will be"],
+        ),
+        (90, 0.0, False, ["raise test_fraction"]),
+    ],
+)
+def test_too_few_held_out_prompts_for_intervals_are_said_with_what_they_cost(
+    prompts, validation, known_reward, said
+):
+    split_of = assign_splits(keys(prompts), validation_fraction=validation, test_fraction=0.1, seed=0)
+    found = few_prompts(split_of, known_reward)
+    assert len(found) == len(said)
+    assert all(any(part in sentence for sentence in found) for part in said)
 
 
 def test_a_judge_needs_a_prompt_of_its_own():

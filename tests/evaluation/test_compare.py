@@ -45,13 +45,15 @@ def figure(value, spread=0.1):
         "value": value,
         "low": value - spread,
         "high": value + spread,
-        "n": 8,
-        "prompts": 4,
+        "n": 24,
+        "prompts": 12,
         "unit": "nats",
     }
 
 
 def member(name, alpha, rewards, kl, entropy, method="spo"):
+    """`rewards` are of four prompts, each of which stands for three like it."""
+    rewards = 3 * rewards
     mean = sum(rewards) / len(rewards)
     return {
         "name": name,
@@ -115,13 +117,13 @@ def save(root, *members):
 
 def test_members_are_compared_on_the_prompts_that_a_judge_judged_of_both():
     """Of the other prompts there is no difference; without them `soft` would be as good as `sharp`."""
-    wins = {"sharp": [0.9, 0.8, None, 0.7, 0.8], "soft": [0.5, 0.4, 0.99, None, 0.4]}
+    wins = {"sharp": 4 * [0.9, 0.8, None, 0.7, 0.8], "soft": 4 * [0.5, 0.4, 0.99, None, 0.4]}
     members = [
         entry | {"by_prompt": {"win_rate": wins[entry["name"]]}, "metrics": {"win_rate": figure(value, 0.05)}}
         for entry, value in ((SHARP, 0.8), (SOFT, 0.57))
     ]
     assert choose(members, "win_rate").name == "sharp"
-    alike = [entry | {"by_prompt": {"win_rate": [0.9, 0.8, None, 0.7, 0.8]}} for entry in members]
+    alike = [entry | {"by_prompt": {"win_rate": wins["sharp"]}} for entry in members]
     assert choose(alike, "win_rate").name == "soft"
 
 
@@ -249,7 +251,7 @@ def test_where_the_chosen_fails_the_gate_the_next_that_passes_is_chosen_and_it_i
     result = run(folders, str(tmp_path / "out"), limits=Limits(min_win_rate=0.5))
     assert result["chosen"] == "sharp"
     assert list(result["passed_over"]) == ["even"]
-    said = "The rule ranks higher, but the gate refuses: even (win_rate is 0.53 [0.48, 0.58], n=8: "
+    said = "The rule ranks higher, but the gate refuses: even (win_rate is 0.53 [0.48, 0.58], n=24: "
     assert said in result["reason"]
     assert "win_rate is 0.53" in (tmp_path / "out" / "report.html").read_text()
     assert json.loads((tmp_path / "out" / "chosen" / "evaluation.json").read_text())["name"] == "sharp"
@@ -330,11 +332,12 @@ def test_of_one_member_no_comparison_is_claimed():
     assert "gain" not in choice.reason
 
 
-def test_with_a_single_prompt_nothing_is_sure_and_the_best_is_chosen():
-    one = [copy.deepcopy(entry) for entry in (SHARP, SOFT)]
-    for entry in one:
-        entry["by_prompt"] = {"expected_reward": entry["by_prompt"]["expected_reward"][:1]}
-    assert choose(one, "expected_reward").name == "sharp"
+def test_with_too_few_prompts_nothing_is_sure_and_the_best_is_chosen():
+    for count, chosen in ((1, "sharp"), (9, "sharp"), (10, "even")):
+        few = [copy.deepcopy(entry) for entry in (SHARP, EVEN)]
+        for entry in few:
+            entry["by_prompt"] = {"expected_reward": entry["by_prompt"]["expected_reward"][:count]}
+        assert choose(few, "expected_reward").name == chosen
 
 
 def test_comparison_holds_members_choice_and_what_registration_needs(tmp_path):

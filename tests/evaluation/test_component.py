@@ -16,9 +16,13 @@ def artifact(path, uri=""):
     return SimpleNamespace(path=str(path), uri=uri or f"file://{path}", metadata={})
 
 
-def test_component_writes_artifacts_and_tracks_to_a_real_store(world, extrapolated, empty_store, tmp_path):
+def test_component_writes_artifacts_and_tracks_to_a_real_store(
+    world, extrapolated, empty_store, tmp_path, monkeypatch
+):
     import mlflow
     from softpref.evaluation.component import evaluate_model
+
+    monkeypatch.setattr("softpref.intervals.LEAST_PROMPTS", 3)  # as many as this world holds out
 
     shutil.copy(empty_store, tmp_path / "own.db")
     store, logged = f"sqlite:///{tmp_path}/own.db", {}

@@ -57,8 +57,11 @@ def test_a_reward_model_judges_and_is_measured_beside_length_and_the_reference(
     assert not any("the very pairs" in warning for warning in found["warnings"])
 
 
-def test_the_heads_of_a_reward_model_say_how_much_of_a_win_is_sure(world, evaluating, tmp_path, recorded):
+def test_the_heads_of_a_reward_model_say_how_much_of_a_win_is_sure(
+    world, evaluating, tmp_path, recorded, monkeypatch
+):
     """The right values: one text at a time, by transformers alone."""
+    monkeypatch.setattr("softpref.evaluation.quality.LEAST_PROMPTS", 3)  # as many as this world holds out
     tokenizer = load_tokenizer(world.policy)
     torch.manual_seed(0)
     model = with_reward_heads(load_model(world.policy), 4, tokenizer.pad_token_id)

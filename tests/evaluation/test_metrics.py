@@ -83,31 +83,34 @@ def test_equal_samples_win_half():
 
 
 def test_sample_means_are_over_samples_and_their_intervals_over_prompts():
-    figures = compute(
-        SampleMetric,
-        kl=[[1.0, 3.0], [5.0, 7.0]],
-        entropy=[[2.0, 2.0], [2.0, 2.0]],
-        length=[[4.0, 6.0], [8.0, 10.0]],
-    )
-    assert figures["kl_sequence"].value == 4.0
-    assert (figures["kl_sequence"].n, figures["kl_sequence"].prompts) == (4, 2)
-    assert figures["entropy_sequence"][:3] == (2.0, 2.0, 2.0)
-    assert figures["kl_token"].value == pytest.approx(16 / 28)
+    for times in (4, 5):  # of two prompts
+        figures = compute(
+            SampleMetric,
+            kl=times * [[1.0, 3.0], [5.0, 7.0]],
+            entropy=times * [[2.0, 2.0], [2.0, 2.0]],
+            length=times * [[4.0, 6.0], [8.0, 10.0]],
+        )
+        assert figures["kl_sequence"].value == 4.0
+        assert (figures["kl_sequence"].n, figures["kl_sequence"].prompts) == (4 * times, 2 * times)
+        known = times == 5  # an interval takes ten prompts
+        assert figures["entropy_sequence"][:3] == ((2.0, 2.0, 2.0) if known else (2.0, None, None))
+        assert figures["kl_token"].value == pytest.approx(16 / 28)
 
 
 def test_health_is_of_samples_and_surprise_of_their_tokens():
+    # the interval's ends are those where one of ten prompts is of the one kind, which are binomial quantiles
     figures = compute(
         HealthMetric,
-        length=[[4.0, 6.0], [8.0, 10.0]],
-        truncated=[[1.0, 0.0], [0.0, 0.0]],
-        repetition=[[0.5, 0.0], [0.0, 0.1]],
-        surprisal=[[8.0, 12.0], [4.0, 4.0]],
+        length=5 * [[4.0, 6.0], [8.0, 10.0]],
+        truncated=5 * [[1.0, 0.0], [0.0, 0.0]],
+        repetition=5 * [[0.5, 0.0], [0.0, 0.1]],
+        surprisal=5 * [[8.0, 12.0], [4.0, 4.0]],
     )
     assert figures["truncated_fraction"].value == 0.25
     assert figures["repetition"].value == pytest.approx(0.15)
     assert figures["cross_entropy"].value == pytest.approx(28 / 28)
-    assert figures["cross_entropy"].low == pytest.approx(8 / 18)
-    assert figures["cross_entropy"].high == pytest.approx(20 / 10)
+    assert figures["cross_entropy"].low == pytest.approx((20 + 9 * 8) / (10 + 9 * 18))
+    assert figures["cross_entropy"].high == pytest.approx((9 * 20 + 8) / (9 * 10 + 18))
 
 
 @pytest.mark.parametrize(
@@ -166,14 +169,14 @@ def test_self_bleu_of_equal_texts_is_one_and_of_strangers_nothing():
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    """With eight prompts and correlated samples, where resampling rows would cover far less."""
+    """With ten prompts and correlated samples, where resampling rows would cover far less."""
     random = np.random.default_rng(5)
-    prompts = np.repeat(np.arange(8), 20)
+    prompts = np.repeat(np.arange(10), 20)
     hits, naive_hits = 0, 0
     for trial in range(300):
-        values = random.normal(size=8)[prompts] + random.normal(size=160)
+        values = random.normal(size=10)[prompts] + random.normal(size=200)
         figure = interval(values, prompts, bootstrap=Bootstrap(400, 0.9, trial))
-        naive = interval(values, np.arange(160), bootstrap=Bootstrap(400, 0.9, trial))
+        naive = interval(values, np.arange(200), bootstrap=Bootstrap(400, 0.9, trial))
         hits += figure.low <= 0 <= figure.high
         naive_hits += naive.low <= 0 <= naive.high
     assert 0.84 <= hits / 300 <= 0.96
@@ -188,6 +191,8 @@ def test_interval_of_many_prompts_is_that_of_the_normal_theory():
     assert figure.high - figure.value == pytest.approx(1.96 * error, rel=0.08)
 
 
-def test_one_prompt_has_no_interval_and_unknown_values_have_no_figure():
+def test_few_prompts_have_no_interval_and_unknown_values_have_no_figure():
     assert interval([1.0, 2.0], ["p", "p"])[:3] == (1.5, None, None)
+    assert interval(range(9), range(9))[:3] == (4.0, None, None)
+    assert interval(range(10), range(10)).low < 4.5 < interval(range(10), range(10)).high
     assert interval([float("nan")], ["p"])[:4] == (None, None, None, 0)

@@ -13,7 +13,12 @@ pytestmark = pytest.mark.fast
 
 
 def member(name, **by_prompt):
-    return {"name": name, "by_prompt": by_prompt, "metrics": {}}
+    """Values are of a few prompts, each of which stands for three like it."""
+    return {
+        "name": name,
+        "by_prompt": {figure: 3 * values for figure, values in by_prompt.items()},
+        "metrics": {},
+    }
 
 
 SHARP = member("sharp", expected_reward=[3.0, 1.0, 2.0, 4.0], good_diversity=[0.1, 0.2, 0.1, 0.2])
@@ -52,7 +57,7 @@ def test_a_broken_model_serves_no_use():
 
 def test_a_judge_like_a_coin_decides_no_use_that_rests_on_it():
     coin = {"name": "bradley-terry", "accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}}
-    votes = {"vote_divergence": [0.1, 0.2, 0.1, 0.2]}
+    votes = {"vote_divergence": 3 * [0.1, 0.2, 0.1, 0.2]}
     judged = [one | {"judge": coin, "by_prompt": one["by_prompt"] | votes} for one in (SHARP, SOFT)]
     assert [found.figure for found in best_for(evaluations(judged))] == ["vote_divergence"]
 

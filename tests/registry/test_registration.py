@@ -176,7 +176,7 @@ def test_the_next_that_passes_the_gate_is_registered_and_its_version_says_why(
     models, evaluations = {}, []
     for name, alpha, rate in (("sharp", 0.5, (0.6, 0.55, 0.65)), ("soft", 2.0, (0.6, 0.5, 0.7))):
         models[name] = write_model(tmp_path / name, name=name, alpha=alpha)
-        rates = {"by_prompt": {"win_rate": [0.59, 0.6, 0.61]}, "settings": {"confidence": 0.95}}
+        rates = {"by_prompt": {"win_rate": 4 * [0.59, 0.6, 0.61]}, "settings": {"confidence": 0.95}}
         rates |= {"rounds": 1, "train_on": "preferences", "extrapolation": 0.0, "softmax_frontier": None}
         identity = {"name": name, "alpha": alpha, "model_uri": str(models[name]), "exact": None}
         value, low, high = rate

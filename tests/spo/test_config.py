@@ -64,6 +64,7 @@ def layers(tmp_path):
         ({"extrapolation": "0.5", "use_peft": True, "merge_adapter": False}, "extrapolation must be empty"),
         ({"method": "ropo", "ropo_alpha": 0.0}, "ropo_alpha must be above 0"),
         ({"method": "sppo", "initial_share": 1.5}, "initial_share must be from 0 to 1"),
+        ({"train_on": "self_play", "opponent_history": 0}, "opponent_history must be at least 1"),
         ({"method": "simpo", "simpo_gamma": -0.1}, "simpo_gamma must be at least 0"),
         ({"method": "dpo", "nll_weight": -0.1}, "nll_weight must be at least 0"),
         ({"method": "kto", "desirable_weight": -1.0}, "desirable_weight must be at least 0"),
@@ -126,6 +127,8 @@ IDLE = [
     ({"train_on": "self_play"}, {"completions_per_prompt": 4}, "no completion is drawn and judged"),
     ({"method": "dpo"}, {"round_reference": "previous"}, "no row is drawn"),
     ({"method": "dpo", "rounds": 2}, {"initial_share": 0.5}, "the reference is the initial model alone"),
+    ({"rounds": 2}, {"opponent_history": 2}, "self-play has one round"),
+    ({"train_on": "self_play"}, {"opponent_history": 2}, "self-play has one round"),
     ({"method": "dpo"}, {"label_smoothing_factor": 0.1}, "label_smoothing is what dpo and rdpo take"),
 ]
 NEEDED = [
@@ -140,6 +143,7 @@ NEEDED = [
     {"method": "dpo", "rounds": 2, "completions_per_prompt": 4, "judge": "expert"},
     {"method": "dpo", "train_on": "self_play", "round_reference": "previous"},
     {"method": "dpo", "train_on": "self_play", "round_reference": "previous", "initial_share": 0.5},
+    {"method": "dpo", "train_on": "self_play", "rounds": 3, "opponent_history": 2},
     {"kl_on": "data"},
     {"reverse_kl_limit": 2.0},
     {"method": "dpo", "kl_beta": 0.1, "kl_on": "data", "rounds": 2, "sampling_engine": "vllm"},

@@ -240,6 +240,39 @@ def test_a_round_of_sppo_begins_at_the_target_squared(rounds, logs_of):
         assert log["loss"] == pytest.approx(sum(targets) / len(targets), rel=1e-3)
 
 
+@pytest.mark.parametrize("history", [2, ROUNDS])
+def test_self_play_meets_the_opponents_of_the_latest_rounds(rounds, history):
+    options = {"method": "dpo", "train_on": "self_play", "round_reference": "previous", "num_train_epochs": 1}
+    _, watched = rounds(**options, opponent_history=history)
+    opponents = [[sample.completion for sample in samples] for _, _, samples in watched.drawn]
+    met = set()
+    for number, (policy, rows) in enumerate(zip(watched.models, watched.rows, strict=True)):
+        for i, row in enumerate(rows):
+            opponent = row["completions"][1]
+            ages = [age for age in range(number + 1) if opponents[number - age][i] == opponent]
+            assert min(ages) < history
+            met |= {(number, age) for age in ages if len(ages) == 1}
+        # whoever wrote an opponent, the reference is the policy that the round began with
+        flat = [(row["prompt"], completion) for row in rows for completion in row["completions"]]
+        found = [logp for row in rows for logp in row["ref_logps"]]
+        assert found == pytest.approx(score_sequences(policy, flat).tolist(), abs=1e-4)
+    assert {(ROUNDS - 1, age) for age in range(history)} <= met
+
+
+def test_every_round_of_the_history_gives_its_share_of_opponents(rounds):
+    trainer, _ = rounds(
+        method="dpo", train_on="self_play", opponent_history=3, rounds=5, num_train_epochs=1, trains=False
+    )
+    drawing = trainer.rounds
+    drawing._given = [{"prompt": [i], "completions": [[0]]} for i in range(9_000)]
+    for number in range(5):
+        drawn = [{"prompt": [i], "completions": [[0], [number]]} for i in range(9_000)]
+        rows = drawing._against_history(drawn, number)
+    counts = np.bincount([row["completions"][1][0] for row in rows])
+    assert counts[:2].tolist() == [0, 0]
+    assert counts[2:].tolist() == pytest.approx([3_000] * 3, abs=5 * np.sqrt(2_000))
+
+
 def test_the_authors_sppo_learns_from_the_best_and_the_worst_with_wins_over_all(rounds, judge):
     """Their P counts a completion's comparison with itself as ½."""
     _, watched = rounds(
@@ -389,8 +422,9 @@ def test_an_adapters_previous_policy_has_its_adapter_on(rounds, logs_of):
         {"method": "sppo", "completions_per_prompt": 3, "sppo_completions": "extremes"},
         {"method": "dpo", "train_on": "self_play", "round_reference": "previous"},
         {"method": "dpo", "train_on": "self_play", "round_reference": "previous", "initial_share": 0.4},
+        {"method": "dpo", "train_on": "self_play", "opponent_history": 2},
     ],
-    ids=["spo", "sppo", "extremes", "self-play", "mixture"],
+    ids=["spo", "sppo", "extremes", "self-play", "mixture", "history"],
 )
 def test_a_resumed_run_ends_as_the_uninterrupted_one(rounds, weights, logs_of, tmp_path, options):
     options = {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from softpref.errors import DataError
 from softpref.records.dataset import JUDGE_SPLIT, Text
+from softpref.records.figures import LEAST_PROMPTS
 
 SPLITS = ("train", "validation", "test")
 WITH_JUDGE = (*SPLITS, JUDGE_SPLIT)
@@ -57,6 +59,25 @@ def assign_splits(
         )
     names = ["test"] * test + ["validation"] * validation + [JUDGE_SPLIT] * judge
     return {key: names[rank] if rank < len(names) else "train" for rank, key in enumerate(ordered)}
+
+
+def few_prompts(split_of: Mapping[bytes, str], known_reward: bool) -> list[str]:
+    """A sentence for each held-out split with too few prompts for intervals, and what that will cost.
+
+    Args:
+        split_of: each prompt's split.
+        known_reward: a judge need not be trusted then, which is what the validation split is for.
+    """
+    costs = {"test": "no model will be surely better than another, nor pass a gate that asks for a win rate"}
+    if not known_reward:
+        costs["validation"] = "no judge that learns will be trusted"
+    counts = Counter(split_of.values())
+    return [
+        f"only {counts[split]} of {len(split_of)} prompts are held out for {split}, and intervals take "
+        f"{LEAST_PROMPTS}: {cost}; give more prompts, or raise {split}_fraction"
+        for split, cost in costs.items()
+        if 0 < counts[split] < LEAST_PROMPTS
+    ]
 
 
 def _plain(text: str) -> str:

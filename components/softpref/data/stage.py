@@ -27,7 +27,7 @@ from softpref.data.intake import Intake, RejectionLog, Source, check_alike, chec
 from softpref.data.mixture import choose_rows
 from softpref.data.page import render_page
 from softpref.data.sources import SourceRow, fetch, open_source
-from softpref.data.splits import WITH_JUDGE, assign_splits
+from softpref.data.splits import WITH_JUDGE, assign_splits, few_prompts
 from softpref.data.writing import EXAMPLES, hash_order, write_preferences
 from softpref.disk import DAMAGED, flush_below, says_disk_trouble
 from softpref.errors import ConfigError, DataError
@@ -155,6 +155,9 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> DatasetStats:
             stats, split_of, examples = _divide(config, parts, preferences, folder, rejections, listing)
         stats |= write_extras(config, stats["conversational"], split_of, streams, folder, rejections, listing)
         write_known_answers(config, folder)
+    known_reward = any((folder / name).is_file() for name in (OUTCOMES_FILE, REWARD_FILE))
+    for sentence in few_prompts(split_of, known_reward):
+        logger.warning("%s", sentence)
     stats["files"] = hashes_in(folder)
     (folder / STATS_FILE).write_text(json.dumps(stats, indent=2, ensure_ascii=False), encoding="utf-8")
     escaped = {name: getattr(config, name).replace("\\", "\\\\") for name in WITH_ESCAPES}

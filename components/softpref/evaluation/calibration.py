@@ -16,7 +16,7 @@ import numpy as np
 
 from softpref.intervals import DEFAULT_BOOTSTRAP, Bootstrap, interval, resampled
 from softpref.records.evaluation import Reliability
-from softpref.records.figures import Figure
+from softpref.records.figures import LEAST_PROMPTS, Figure
 
 BINS = 10
 """Bins of confidence, with equally many pairs in each."""
@@ -118,7 +118,7 @@ def _calibration_error(
         return np.asarray(np.abs(table[drawn].sum(1)).sum(-1) / sizes[drawn].sum((1, 2)))
 
     value = float(error(sums, np.arange(count)[None])[0])
-    if count < 2:
+    if count < LEAST_PROMPTS:
         whole = Figure(value, None, None, len(gaps), count, "probability")
         unknown = whole._replace(value=None)
         return {"calibration_error": whole, "calibration_floor": unknown}

@@ -166,7 +166,7 @@ def _level(member: Evaluation, rule: str, unknown: float) -> float:
 
 
 def _not_inferior(member: Evaluation, best: Evaluation, rule: str, margin: float) -> bool:
-    """Whether `member` falls short of `best` by less than `margin`; unknown, so no, with a single prompt.
+    """Whether `member` falls short of `best` by less than `margin`; unknown, so no, with too few prompts.
 
     Prompts differ more than members do, so only paired differences tell members apart.
     """

@@ -12,7 +12,7 @@ from softpref.judges.protocol import Judge
 from softpref.judges.reward_model import RewardModelJudge
 from softpref.records.dataset import read_stats
 from softpref.records.evaluation import JudgedBy, PromptRecord
-from softpref.records.figures import Figures
+from softpref.records.figures import LEAST_PROMPTS, Figures
 from softpref.records.model import ModelMetadata
 
 _FEW_PROMPTS = 20
@@ -59,8 +59,12 @@ def doubts(
     from softpref.lm.tokenization import findings_text
 
     found = []
-    if prompts < 2:
-        found.append("Only one held-out prompt: there are no intervals, and nothing generalises from it.")
+    if prompts < LEAST_PROMPTS:
+        count = "one held-out prompt" if prompts == 1 else f"{prompts} held-out prompts"
+        found.append(
+            f"Only {count}: intervals take {LEAST_PROMPTS}, so none is given, and no model is surely better "
+            "than another."
+        )
     elif prompts < _FEW_PROMPTS:
         found.append(f"Only {prompts} held-out prompts: intervals are wide and rough.")
     truncated = number(figures, "truncated_fraction") or 0.0

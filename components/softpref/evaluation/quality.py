@@ -16,7 +16,7 @@ from softpref.intervals import (
 from softpref.judges.protocol import sigmoid
 from softpref.judges.reward_model import LOWER
 from softpref.records.evaluation import DrawnText
-from softpref.records.figures import Figure
+from softpref.records.figures import LEAST_PROMPTS, Figure
 
 SEARCHED = 8
 """Answers of which search takes the best, in the figure `best_of_8`."""
@@ -89,7 +89,7 @@ def sure_win_rate(
     wins = np.array([sigmoid(a[:, None] - b).mean((0, 1)) for a, b in zip(ours, theirs, strict=True)])
     count, heads = wins.shape
     value, samples = float(np.quantile(wins.mean(0), LOWER)), sum(map(len, ours))
-    if count < 2:
+    if count < LEAST_PROMPTS:
         return Figure(value, None, None, samples, count, "probability")
     found = [
         np.quantile(wins[drawn].mean(1), LOWER, axis=1) for drawn in resampled(count, bootstrap, width=heads)
@@ -147,7 +147,7 @@ def length_controlled_win_rate(
     longer = np.tanh(difference / (difference.std() or 1.0))
     value = float(sigmoid(_effects(won, longer, np.ones(observations)))[0])
     count = len(sizes)
-    if count < 2:
+    if count < LEAST_PROMPTS:
         return Figure(value, None, None, observations, count, "probability")
     found = []
     for drawn in resampled(count, bootstrap):

@@ -30,8 +30,7 @@ class Column(NamedTuple):
             return "–"
         if self.group != "metrics":
             return f"{figure.value:.3f}"
-        interval = "" if figure.low is None else f" [{figure.low:.2f}, {figure.high:.2f}]"
-        return f"{figure.value:.2f}{interval}"
+        return figure.text()
 
 
 _WIN_RATE = Column("win rate", "metrics", "win_rate")

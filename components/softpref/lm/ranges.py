@@ -36,7 +36,10 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     ),
     "label_smoothing": (0, 0.5, True),
     "initial_share": (0, 1, False),
-    **dict.fromkeys(("sampling_interval", "sampling_batch_size", "lora_r", "rounds"), (1, math.inf, True)),
+    **dict.fromkeys(
+        ("sampling_interval", "sampling_batch_size", "lora_r", "rounds", "opponent_history"),
+        (1, math.inf, True),
+    ),
     **dict.fromkeys(("completions_per_prompt", "degree_levels"), (2, math.inf, True)),
     "degree_weight": (0, math.inf, True),
     "degree_heads": (1, 2, False),

@@ -24,7 +24,7 @@ class Reliability(NamedTuple):
     Attributes:
         confidence: mean probability that the model gives to the completion that it prefers.
         share: mean share of votes of that completion; equals the confidence in a calibrated model.
-        low, high: interval of the share; None with fewer than two prompts.
+        low, high: interval of the share; None with fewer than `LEAST_PROMPTS` prompts.
         pairs: how many.
     """
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from softpref.fitness import figure_text, judge_doubt, number
 from softpref.records.evaluation import EvaluatedOn, Evaluation
-from softpref.records.figures import Figures
+from softpref.records.figures import LEAST_PROMPTS, Figures
 from softpref.registry.config import RegistryConfig
 
 _JUDGED = ("win_rate", "expected_reward")  # metrics that are only as good as the judge
@@ -44,7 +44,9 @@ def challenge(evaluation: Evaluation, champion: Champion | None, config: Registr
         )
     if number(metrics, name, "low") is None:
         return Verdict(
-            False, f"nobody becomes champion without an interval of {name}, which takes two held-out prompts"
+            False,
+            f"nobody becomes champion without an interval of {name}, which takes {LEAST_PROMPTS} held-out "
+            "prompts",
         )
     if champion is None:
         return Verdict(True, "there was no champion yet and the gate is passed")

@@ -21,7 +21,6 @@ from softpref.lm.rating import RewardHeads
 from softpref.lm.scoring import check_ids
 from softpref.lm.sources import local_source, source_name
 from softpref.records.dataset import JUDGE_SPLIT, read_dataset
-from softpref.records.figures import Figure
 from softpref.records.model import REWARD_STAGE
 from softpref.reward_model.config import RewardModelConfig
 from softpref.reward_model.trainer import RatedRows, RewardTrainer, bootstrap_weights
@@ -239,13 +238,9 @@ def _say(found: Mapping[str, Any]) -> None:
         logger.warning("there are no validation preferences: how far the judge can be trusted is unknown")
         return
 
-    def text(figure: Figure) -> str:
-        span = "" if figure.low is None else f" [{figure.low:.2f}, {figure.high:.2f}]"
-        return f"{figure.value:.2f}{span}"
-
     logger.warning(
         "the judge agrees with %s of the validation preferences, length alone with %s; difference %s",
-        *(text(found[name]) for name in ("accuracy", "length_accuracy", "over_length")),
+        *(found[name].text() for name in ("accuracy", "length_accuracy", "over_length")),
     )
 
 

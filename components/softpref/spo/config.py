@@ -98,6 +98,9 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
             authors do: previous for `sppo`, initial otherwise.
         initial_share: share a of the initial model in a previous reference: their geometric mixture,
             a · log π_initial + (1 − a) · log π_previous. With `dpo` and self-play it is α-SPIN, as 0 is SPIN.
+        opponent_history: self-play is against a completion of one of so many of the latest policies, those
+            that the rounds began with, chosen for each row by chance: fictitious play, which damps the back
+            and forth of two policies. 1 plays against the newest alone.
         judge: who judges drawn completions in the training stage: `expert` (the data's known reward),
             `bradley-terry` (learned from the preferences of the split `judge`, or of the training split where
             there is none), `reward-model`, `auto`, the expert if there is one, else `bradley-terry`; `llm`, a
@@ -227,6 +230,7 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
     completions_per_prompt: int = 2
     round_reference: Literal["auto", "initial", "previous"] = "auto"
     initial_share: float = 0.0
+    opponent_history: int = 1
     judge: str = "auto"
     judge_model: str = ""
     judge_options: dict[str, Any] | str | None = None

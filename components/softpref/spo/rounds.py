@@ -47,7 +47,7 @@ class RoundRows(Dataset[Row]):
         rows: one for each row of a round: `prompt` (ids) and `completions`, where the first round trains on
             given rows or the first completion is the answer of self-play.
         prompts: the same prompts, text or messages.
-        args: see `SPOConfig`: `rounds`, `train_on`, `completions_per_prompt`, `method`.
+        args: see `SPOConfig`: `rounds`, `train_on`, `completions_per_prompt`, `method`, `opponent_history`.
         tokenizer: decodes what was drawn.
         stop_ids: ids that end a completion; one that ends with another id was cut.
         judge: see `softpref.judges.protocol`; None in self-play.
@@ -80,6 +80,7 @@ class RoundRows(Dataset[Row]):
         self._score, self._score_initial = score, score_initial
         self._rank, self._world_size = rank, world_size
         self.rows: list[Row] = []
+        self._opponents: list[list[list[int]]] = []  # of the latest rounds, a completion for each row
         self.number: int | None = None
         """The present round, from 0; None before the first."""
         self.epoch = 0
@@ -117,7 +118,7 @@ class RoundRows(Dataset[Row]):
 
     def forget(self) -> None:
         """Have the next round draw its rows, whichever it is."""
-        self.number, self.left_out = None, 0.0
+        self.number, self.left_out, self._opponents = None, 0.0, []
 
     def save(self, folder: str | Path) -> None:
         """Write into a checkpoint what the present rows have beyond the given ones."""
@@ -131,7 +132,13 @@ class RoundRows(Dataset[Row]):
             ]  # a drawn row has no log-probabilities of the given one
             for row, given in zip(self.rows, self._given, strict=True)
         ]
-        state = {"round": self.number, "left_out": self.left_out, "rows": rows, "lacks": lacks}
+        state = {
+            "round": self.number,
+            "left_out": self.left_out,
+            "rows": rows,
+            "lacks": lacks,
+            "opponents": self._opponents,
+        }
         (Path(folder) / _FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: str | Path) -> None:
@@ -153,6 +160,7 @@ class RoundRows(Dataset[Row]):
                 f"{len(self)}; resume with the data that it was saved with"
             )
         self.number, self.left_out = state["round"], state.get("left_out", 0.0)
+        self._opponents = state.get("opponents", [])
         lacks = state.get("lacks") or [[]] * len(self)
         rows: Any = [
             {**{name: value for name, value in given.items() if name not in lacking}, **row}
@@ -174,9 +182,19 @@ class RoundRows(Dataset[Row]):
                 here = range(start, min(start + at_once, len(self)))
                 # the 1 separates the seed from those of `SampleBuffer`: zeros at a seed's end do not count
                 rows += self._chunk(here, count, (self._args.seed, number, start, 1), loop.update)
+        if self._args.opponent_history > 1 and self._args.train_on == "self_play":
+            rows = self._against_history(rows, number)
         if self._args.cut_rows == "leave_out":
             self._leave_cut_rows_out(rows, number)
         return rows
+
+    def _against_history(self, rows: list[Row], number: int) -> list[Row]:
+        """The rows, each with the opponent of a round chosen by chance among the latest."""
+        newest = [row["completions"][1] for row in rows]
+        self._opponents = [*self._opponents, newest][-self._args.opponent_history :]
+        random = np.random.default_rng((self._args.seed, number, 2))
+        rounds = random.integers(len(self._opponents), size=len(rows)).tolist()
+        return [self._against_answer(i, self._opponents[one][i]) for i, one in enumerate(rounds)]
 
     def _add_removed(self, number: int) -> None:
         """Give what was drawn its texts for the degree loss."""
