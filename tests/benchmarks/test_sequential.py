@@ -4,14 +4,27 @@ import pytest
 from softpref.config import build_config
 from softpref.spo.config import SPOConfig
 
-from tests.benchmarks.sequential import DIMENSIONS, SHARES, WEIGHTS, Run, options, plan, table
+from tests.benchmarks.sequential import (
+    SHARES,
+    STORY,
+    STORYTELLER,
+    WEIGHTS,
+    Run,
+    exponent,
+    options,
+    plan,
+    table,
+)
+
+DIMENSIONS = STORY.dimensions
 
 
-def test_every_run_is_another_model_that_training_accepts():
-    runs = plan()
+@pytest.mark.parametrize("world", [STORY, STORYTELLER])
+def test_every_run_is_another_model_that_training_accepts(world):
+    runs = plan(world)
     assert len({run.name for run in runs}) == len(runs) == 2 + 2 * len(WEIGHTS) + len(SHARES)
     for place, run in enumerate(runs):
-        config = build_config(SPOConfig, options(run, {"learning_rate": 1e-3}))
+        config = build_config(SPOConfig, options(world, run, {"learning_rate": 1e-3}))
         assert config.learning_rate == 1e-3
         assert config.dimension == ("" if run.share is not None else run.rounds[-1])
         if run.share is None and len(run.rounds) > 1:  # it begins with a model that is there by then
@@ -40,7 +53,7 @@ def test_the_table_says_what_is_shown_and_what_is_not():
         other.name: measured(0.75, 0.125, 0.03125, theory=-0.5),
         both.name: measured(0.625, 0.5, None),
     }
-    lines = table(plan(), found).splitlines()
+    lines = table(STORY, plan(STORY), found).splitlines()
     assert lines[2] == "| trait, then brevity | 0 | 0.50 (0.50) | 0.25 (0.25) | 0.25 | 0.013 | 0.990 |"
     assert lines[3] == "| trait, then brevity | 1 | 0.75 (0.25) | 0.12 (0.12) | 0.25 | 0.031 | 0.990 |"
     assert lines[4] == "| both at once, 25% trait | – | 0.62 | 0.50 | 0.25 | – | 0.990 |"
@@ -49,7 +62,46 @@ def test_the_table_says_what_is_shown_and_what_is_not():
     assert "trait first: its expected reward rises with λ, of the models (0.50, 0.75): yes" in said
     assert "trait first: its expected reward rises with λ, of theory (0.50, 0.25): no" in said
     found[other.name]["figures"]["kl_optimum_to_policy"] = 0.0625
-    assert "at most 0.062, goal 0.05: no" in table(plan(), found)
+    assert "at most 0.062, goal 0.05: no" in table(STORY, plan(STORY), found)
+
+
+def test_without_enumeration_models_are_as_near_theory_as_their_weighted_reward():
+    warm, brief = STORYTELLER.dimensions
+    runs = [Run((warm, brief), weight) for weight in (0.0, 2.0)]
+    # π_ref · exp(warmth / 2) has become π_ref · exp(warmth / 2 + (brevity + λ warmth) / 2)
+    assert [exponent(STORYTELLER, run) for run in runs] == [{warm: 0.5, brief: 0.5}, {warm: 1.5, brief: 0.5}]
+    assert exponent(STORYTELLER, Run((warm,))) == {warm: 0.5}
+
+    def sampled(warmth, brevity, theory, share=0.5):
+        return {
+            "figures": {
+                f"expected_reward/{warm}": warmth,
+                f"expected_reward/{brief}": brevity,
+                f"optimum_expected_reward/{warm}": theory[0],
+                f"optimum_expected_reward/{brief}": theory[1],
+                f"reference_expected_reward/{warm}": 1.0,
+                f"reference_expected_reward/{brief}": -1.0,
+                "kl": 0.5,
+                "optimum_kl": 0.625,
+                "effective_sample_size": share,
+                "truncated_fraction": 0.0,
+            }
+        }
+
+    # gains of (1, 1) weighed (0.5, 0.5) against (1, 1.5): 1 of 1.25; of (2, 0) weighed (1.5, 0.5), all of 3
+    found = {
+        runs[0].name: sampled(2.0, 0.0, (2.0, 0.5)),
+        runs[1].name: sampled(3.0, -1.0, (3.0, -1.0)),
+    }
+    text = table(STORYTELLER, runs, found)
+    assert "| warmth, then brevity | 0 | 2.00 (2.00) | 0.00 (0.50) | 0.50 (0.62) | 0.50 | 0.000 |" in text
+    assert "weighted reward above the reference's: -20% to +0% of theory's, goal 15%: no" in text
+    assert "KL to the first reference: -20% to -20% of theory's, goal 15%: no" in text
+    # what too few samples carry is not compared
+    found[runs[0].name] = sampled(2.0, 0.0, (2.0, 0.5), share=0.05)
+    assert "weighted reward above the reference's: +0% to +0% of theory's, goal 15%: yes" in table(
+        STORYTELLER, runs, found
+    )
 
 
 @pytest.mark.parametrize("share", [0.25])
@@ -62,7 +114,7 @@ def test_rows_of_a_share_weigh_as_much(tmp_path, share):
 
     config = DataConfig(rows=60, sft_rows=20, dimensions={name: {} for name in DIMENSIONS})
     run(config, str(tmp_path / "dataset"))
-    folder = by_shares(tmp_path / "dataset", share)
+    folder = by_shares(STORY, tmp_path / "dataset", share)
     for split in load_from_disk(str(folder)).values():
         for row in split:
             assert row["weight"] == (share if row["dimension"] == "trait" else 1 - share)
