@@ -230,6 +230,30 @@ def test_without_a_degree_weight_there_is_nothing_of_it(trainer_of, rows, logs_o
     assert not [name for log in logs_of(trainer) for name in log if name.startswith("degree")]
 
 
+@pytest.mark.parametrize("method", ["spo", "dpo"])
+def test_without_weight_it_is_the_base_method_bit_for_bit_and_with_hardly_any_almost(
+    trainer_of, rows, weights, logs_of, method
+):
+    """A weight of 1e-20 has the head, its texts and its draws, but no effect."""
+    kl_on = "samples" if method == "spo" else "none"
+    base = {"method": method, "beta": 0.3, "num_train_epochs": 3, "kl_on": kl_on}
+    found = []
+    for options in ({}, {"degree_levels": 2, "degree_on": "preferred"}, {"degree_weight": 1e-20}):
+        trainer = trainer_of(rows, fresh=True, **{"degree_weight": 0.0, **base, **options})
+        trainer.train()
+        logs = [
+            {name: one for name, one in log.items() if not name.startswith(("degree", "sampling/t"))}
+            for log in logs_of(trainer)
+        ]
+        found.append((weights(trainer.model), torch.get_rng_state(), logs))
+    (base_weights, base_state, base_logs), *others = found
+    for own, state, logs in others:
+        exact = own is others[0][0]
+        torch.testing.assert_close(own, base_weights, rtol=0, atol=0 if exact else 1e-6)
+        assert torch.equal(state, base_state)
+        assert logs == base_logs if exact else len(logs) == len(base_logs)
+
+
 def test_the_trajectory_is_the_same_however_steps_are_cut_and_padded(trainer_of, rows, weights, logs_of):
     found = []
     for options in (
