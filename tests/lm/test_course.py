@@ -39,6 +39,7 @@ class Trainer:
 def begin(tmp_path, monkeypatch):
     """`begin(**options) -> (course, trainer)` of a run that writes to `model`, its checkpoints to `kept`."""
     monkeypatch.setattr("softpref.tracking.tracker.mlflow_ready", lambda uri: False)
+    monkeypatch.setattr("softpref.tracking.syncing.mlflow_ready", lambda uri: False)
 
     def make(**options):
         config = SFTConfig(

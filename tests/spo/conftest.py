@@ -166,6 +166,7 @@ def command(tmp_path, reference_folder, monkeypatch):
     """`command(name, dataset, *more, **options)`: `softpref train` to the folder `name`; its exit status."""
     # the mirror alone is written
     monkeypatch.setattr("softpref.tracking.tracker.mlflow_ready", lambda uri: False)
+    monkeypatch.setattr("softpref.tracking.syncing.mlflow_ready", lambda uri: False)
 
     def run(name, dataset, *more, **options):
         from softpref.cli import main

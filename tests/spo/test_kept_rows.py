@@ -47,6 +47,7 @@ def made(tmp_path_factory, write_dataset, reference_folder, make_rows):
     config.write_text(json.dumps({**options, "disable_tqdm": True, "max_completion_length": 3}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("softpref.tracking.tracker.mlflow_ready", lambda uri: False)
+        patch.setattr("softpref.tracking.syncing.mlflow_ready", lambda uri: False)
         places = ["--dataset", dataset, "--output", str(folder / "reference")]
         assert main(["sft", *places, "--config", str(config)]) == 0
     return dataset, str(folder / "reference")
@@ -304,6 +305,7 @@ def test_they_are_not_kept_where_nobody_wants_them(made, tmp_path, monkeypatch, 
     from softpref.cli import main
 
     monkeypatch.setattr("softpref.tracking.tracker.mlflow_ready", lambda uri: False)
+    monkeypatch.setattr("softpref.tracking.syncing.mlflow_ready", lambda uri: False)
     options = {"base_model": reference_folder, "num_train_epochs": 0, "use_cpu": True, "bf16": False}
     (tmp_path / "sft.json").write_text(json.dumps({**options, "keep_rows": False}))
     places = ["--dataset", made[0], "--output", str(tmp_path / "reference")]
@@ -319,6 +321,7 @@ def scored(made, tmp_path_factory, reference_folder):
     folder = tmp_path_factory.mktemp("scored")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("softpref.tracking.tracker.mlflow_ready", lambda uri: False)
+        patch.setattr("softpref.tracking.syncing.mlflow_ready", lambda uri: False)
         assert main(["sft", *keeping_logps(folder, made[0], reference_folder)]) == 0
     return made[0], str(folder / "reference")
 

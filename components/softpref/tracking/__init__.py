@@ -23,12 +23,16 @@ from softpref.tracking.mlflow_store import (
     source_tags,
     where_to_look,
 )
-from softpref.tracking.pipeline_run import KFP_UI, RUN_ID, RUN_NAME, current_pipeline_run, finish_pipeline_run
-from softpref.tracking.termination import watch_termination
-from softpref.tracking.tracker import (
-    SyncResult,
-    Tracker,
+from softpref.tracking.pipeline_run import (
+    KFP_UI,
+    RUN_ID,
+    RUN_NAME,
     check_server,
+    current_pipeline_run,
+    finish_pipeline_run,
+)
+from softpref.tracking.syncing import (
+    SyncResult,
     deliver_missed,
     finish,
     is_finished,
@@ -36,6 +40,8 @@ from softpref.tracking.tracker import (
     sync,
     sync_below,
 )
+from softpref.tracking.termination import watch_termination
+from softpref.tracking.tracker import Tracker
 
 __all__ = [
     "KFP_UI",

@@ -14,19 +14,21 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from softpref.errors import ConfigError
 from softpref.remote import public_url, within
 from softpref.tracking import waiting
 from softpref.tracking.mirror import TAG_LENGTH, as_text, usable_name
 from softpref.tracking.mlflow_store import (
     find_experiment,
     in_short,
+    lasting_refusal,
     mlflow_ready,
     open_client,
     resolve_tracking_uri,
     short_requests,
     source_tags,
 )
-from softpref.tracking.waiting import END, Answers, with_store
+from softpref.tracking.waiting import END, START, Answers, with_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -254,3 +256,33 @@ def _finish(
     for double in doubles.values():
         _discard(client, double)
     client.set_terminated(root.info.run_id, status)
+
+
+def check_server(experiment: str, tracking_uri: str | None = None) -> str | None:
+    """Id of the pipeline's run in MLflow, opened when absent; None, with a warning, while MLflow is away.
+
+    Raises:
+        ConfigError: what is wrong will not pass by waiting: the server refuses the login or its own host
+            name, the experiment was deleted, or there is no usable store at this address. Without this check
+            a sweep would fail only at its end, when it registers the model.
+    """
+    uri, run, answers = resolve_tracking_uri(tracking_uri), current_pipeline_run(), Answers()
+    silence = with_store(waiting.patience(START), uri)
+    if not mlflow_ready(uri):
+        logger.warning("mlflow is not installed here; going on, records wait")
+        return None
+
+    def look_up() -> str | None:
+        with short_requests():
+            client = answers.of(open_client(uri))
+            experiment_id = experiment_of(client, experiment, uri)
+            return find_or_open_root(client, experiment_id, run) if run else None
+
+    try:
+        return within(silence, look_up, answers.last)
+    except Exception as error:
+        place = public_url(uri)
+        if refusal := lasting_refusal(error, uri):
+            raise ConfigError(f"MLflow at {place} {refusal}") from error
+        logger.warning("MLflow at %s cannot be reached (%s); going on, records wait", place, in_short(error))
+        return None
