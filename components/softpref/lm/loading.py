@@ -177,7 +177,7 @@ def _keep_layers(config: Any, layers: int) -> None:
     """Make a model's configuration that of one of its lowest layers alone."""
     whole = config.num_hidden_layers
     if layers > whole:
-        raise ConfigError(f"RewardModelConfig.layers is {layers}, and the model has {whole} layers")
+        raise ConfigError(f"layers is {layers}, and the model has {whole} layers")
     for name, value in config.to_dict().items():
         if "layer" in name and isinstance(value, list) and len(value) == whole:  # says something of each
             setattr(config, name, value[:layers])
