@@ -65,13 +65,17 @@ def frontier(prompts: Sequence[ExactPrompt]) -> tuple[list[float], list[float]]:
     return kls, rewards
 
 
-def beside_theory(policy: Path, reference: Path, dataset: Path) -> dict[str, Any]:
+def beside_theory(policy: Path, reference: Path, dataset: Path, prompts: int = 32) -> dict[str, Any]:
     """What the evaluation stage says of samples, and of the optimum by importance sampling."""
-    config = EvaluationConfig(samples_per_prompt=32, max_prompts=32, exact_prompts=32, theory_samples=192)
+    config = EvaluationConfig(
+        samples_per_prompt=32, max_prompts=prompts, exact_prompts=prompts, theory_samples=192
+    )
     folders = {"dataset_dir": str(dataset), "reference_dir": str(reference), "policy_dir": str(policy)}
     found = evaluate(config, **folders, output_dir=str(policy / "evaluation"))
-    figures = {name: figure["value"] for name, figure in (found["metrics"] | found["theory"]).items()}
-    kls, rewards = zip(*found["reward_frontier"], strict=True)
+    assert found.theory is not None
+    assert found.reward_frontier is not None
+    figures = {name: figure.value for name, figure in {**found.metrics, **found.theory}.items()}
+    kls, rewards = zip(*found.reward_frontier, strict=True)
     reached = figures["kl"] <= kls[-1]  # beyond, too few samples of the reference tell
     return {**figures, "most_reward": float(np.interp(figures["kl"], kls, rewards)) if reached else None}
 

@@ -104,6 +104,46 @@ def test_without_enumeration_models_are_as_near_theory_as_their_weighted_reward(
     )
 
 
+def test_a_model_is_measured_beside_theory_in_both_dimensions(tmp_path, monkeypatch):
+    """From data to figures, with a model that is the reference still."""
+    from softpref.data import stage as data
+    from softpref.data.config import DataConfig
+    from softpref.sft import stage as sft
+    from softpref.sft.config import SFTConfig
+    from softpref.spo import stage as spo
+
+    from tests.benchmarks.measures import beside_theory
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    dataset, reference, policy = (tmp_path / name for name in ("dataset", "reference", "policy"))
+    rows = {"rows": 60, "sft_rows": 60, "dimensions": {name: {} for name in STORYTELLER.dimensions}}
+    data.run(build_config(DataConfig, {"source": "storyteller", **rows}), str(dataset))
+    recipe = STORYTELLER.settings
+    small = {"max_steps": 1, "logging_steps": 1, "disable_tqdm": True}
+    sft.run(
+        build_config(SFTConfig, recipe["sft_overrides"], small),
+        dataset_dir=str(dataset),
+        output_dir=str(reference),
+    )
+    asked = options(
+        STORYTELLER, Run(("warmth",)), {"learning_rate": 1e-12, "samples_per_refresh": 8, **small}
+    )
+    spo.run(
+        build_config(SPOConfig, asked),
+        dataset_dir=str(dataset),
+        reference_dir=str(reference),
+        output_dir=str(policy),
+    )
+    found = beside_theory(policy, reference, dataset, prompts=2)
+    assert found["kl"] == pytest.approx(0, abs=1e-3)
+    for name in STORYTELLER.dimensions:
+        ours, theirs = (found[f"{whose}expected_reward/{name}"] for whose in ("", "reference_"))
+        assert ours == pytest.approx(theirs, abs=1.0)  # of 64 samples each
+    # of one dimension the optimum is a tilt, which raises its reward and has some KL
+    assert found["optimum_kl"] > 0
+    assert found["optimum_expected_reward/warmth"] > found["reference_expected_reward/warmth"]
+
+
 @pytest.mark.parametrize("share", [0.25])
 def test_rows_of_a_share_weigh_as_much(tmp_path, share):
     from datasets import load_from_disk

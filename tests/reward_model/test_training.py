@@ -361,5 +361,5 @@ def test_what_no_judge_can_be_trained_with_is_refused(tmp_path, settings):
     with pytest.raises(ConfigError, match="frozen_layers is 3, and the model has 2 layers"):
         run(config, dataset_dir=both, output_dir=tmp_path / "judge")
     config = RewardModelConfig(**settings, layers=3)
-    with pytest.raises(ConfigError, match="^layers is 3, and the model has 2 layers"):
+    with pytest.raises(ConfigError, match=r"^layers is 3, and the model has 2 layers"):
         run(config, dataset_dir=both, output_dir=tmp_path / "judge")
