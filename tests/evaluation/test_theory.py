@@ -21,6 +21,31 @@ def world():
     return rewards, reference, np.repeat(np.arange(OUTPUTS), counts)
 
 
+def twice(logps):
+    """Of a policy that is the reference."""
+    return logps, logps
+
+
+def test_the_distance_from_the_optimum_is_estimated_from_samples_of_the_reference():
+    """Normal rewards and a policy tilted by part of them: KL between the tilts is (1 − 0.4)² s² / 2."""
+    random = np.random.default_rng(2)
+    estimates = []
+    for _ in range(40):
+        rewards, reference = random.normal(scale=0.7, size=192), random.normal(-40.0, 8.0, size=192)
+        policy = reference + 0.4 * rewards - 0.5 * 0.4**2 * 0.7**2  # normalised over all outputs
+        found = sampled_prompt(
+            rewards,
+            reference,
+            policy,
+            Objective("spo", alpha=1.0, anchor=1.0),
+            policy_reward=0.0,
+            policy_kl=0.0,
+        )
+        estimates.append(sampled_figures([found])["kl_optimum_to_policy"].value)
+    assert min(estimates) > 0
+    assert np.mean(estimates) == pytest.approx(0.6**2 * 0.7**2 / 2, rel=0.05)
+
+
 @pytest.mark.parametrize(
     "objective",
     [
@@ -40,7 +65,10 @@ def test_samples_tell_the_optimum_that_enumeration_tells(world, objective):
     # pairs as samples of the reference make them: two samples, equal outputs among them
     weights = np.exp(reference)
     exact = exact_prompt(Outcomes([""] * OUTPUTS, rewards, weights), reference, reference, objective)
-    found = sampled_prompt(rewards[drawn], reference[drawn], objective, policy_reward=0.0, policy_kl=0.0)
+    policy = reference + 0.3 * np.random.default_rng(8).normal(size=OUTPUTS)
+    policy -= np.logaddexp.reduce(policy)
+    logps = reference[drawn], policy[drawn]
+    found = sampled_prompt(rewards[drawn], *logps, objective, policy_reward=0.0, policy_kl=0.0)
     figures = {name: figure.value for name, figure in sampled_figures([found]).items()}
     optimum = np.exp(exact.optimum)
     # pairs of samples name an output as often as samples of it, pairs of outcomes are of distinct ones
@@ -48,6 +76,7 @@ def test_samples_tell_the_optimum_that_enumeration_tells(world, objective):
     assert figures["optimum_expected_reward"] == pytest.approx(optimum @ rewards, abs=close)
     assert figures["optimum_kl"] == pytest.approx(optimum @ (exact.optimum - reference), abs=close)
     assert figures["optimum_entropy"] == pytest.approx(-optimum @ exact.optimum, abs=close)
+    assert figures["kl_optimum_to_policy"] == pytest.approx(optimum @ (exact.optimum - policy), abs=close)
 
 
 def test_an_optimum_far_from_the_reference_is_not_trusted():
@@ -58,7 +87,7 @@ def test_an_optimum_far_from_the_reference_is_not_trusted():
         (Objective("spo", alpha=0.2, anchor=1.0), False),
         (Objective("spo", alpha=1.0, anchor=0.0), False),  # every text counts alike, however unlikely
     ):
-        found = sampled_prompt(rewards, logps, objective, policy_reward=0.0, policy_kl=0.0)
+        found = sampled_prompt(rewards, logps, logps, objective, policy_reward=0.0, policy_kl=0.0)
         share = sampled_figures([found])["effective_sample_size"].value
         assert (share >= TRUSTED) is trusted
 
@@ -67,7 +96,8 @@ def test_effective_share_of_normal_rewards_is_the_known_one():
     """For a normal reward of spread s, weights exp(r/α) leave exp(−(s/α)²) of the samples."""
     rewards = np.random.default_rng(1).normal(scale=0.8, size=200_000)
     objective = Objective("spo", alpha=1.0, anchor=1.0)
-    found = sampled_prompt(rewards, np.zeros_like(rewards), objective, policy_reward=0.0, policy_kl=0.0)
+    none = np.zeros_like(rewards)
+    found = sampled_prompt(rewards, none, none, objective, policy_reward=0.0, policy_kl=0.0)
     figures = {name: figure.value for name, figure in sampled_figures([found]).items()}
     assert figures["effective_sample_size"] == pytest.approx(np.exp(-0.64), rel=0.03)
     assert figures["optimum_expected_reward"] == pytest.approx(0.64, rel=0.03)
@@ -77,7 +107,11 @@ def test_effective_share_of_normal_rewards_is_the_known_one():
 def test_no_policy_gains_more_than_the_frontier(world):
     rewards, reference, drawn = world
     prompt = sampled_prompt(
-        rewards[drawn], reference[drawn], Objective("spo", alpha=1.0), policy_reward=0.0, policy_kl=0.0
+        rewards[drawn],
+        *twice(reference[drawn]),
+        Objective("spo", alpha=1.0),
+        policy_reward=0.0,
+        policy_kl=0.0,
     )
     points = np.array(reward_frontier([prompt]))
     assert points[0] == pytest.approx([0.0, rewards[drawn].mean()], abs=1e-9)
@@ -94,10 +128,15 @@ def test_no_policy_gains_more_than_the_frontier(world):
 def test_an_unknown_optimum_has_no_figures(world):
     rewards, reference, drawn = world
     prompt = sampled_prompt(
-        rewards[drawn], reference[drawn], Objective("slic", beta=1.0), policy_reward=0.4, policy_kl=0.2
+        rewards[drawn],
+        *twice(reference[drawn]),
+        Objective("slic", beta=1.0),
+        policy_reward=0.4,
+        policy_kl=0.2,
     )
     figures = sampled_figures([prompt])
     assert figures["optimum_kl"].value is None
+    assert figures["kl_optimum_to_policy"].value is None
     assert figures["effective_sample_size"].value is None
     assert figures["expected_reward"].value == 0.4
 
@@ -112,7 +151,7 @@ def test_samples_tell_the_optimum_after_several_rounds(world, method):
     dimensions = {"warm": rewards, "short": second}
     found = sampled_prompt(
         (rewards + second)[drawn],
-        reference[drawn],
+        *twice(reference[drawn]),
         objective,
         dimensions={name: values[drawn] for name, values in dimensions.items()},
         policy_reward=0.0,

@@ -21,6 +21,8 @@ from softpref.records.evaluation import PromptRecord
 from softpref.records.model import ModelMetadata
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from softpref.evaluation.exact import ExactPrompt, Objective
     from softpref.evaluation.theory import ReferenceSamples, SampledPrompt
     from softpref.judges.outcomes import Outcomes
@@ -56,7 +58,7 @@ def theory_samples(
         told = [text.text for text in texts]  # of which the expert needs no prompt
         dimensions = {name: one.scores([""] * len(told), told) for name, one in judge.dimensions.items()}
         rewards = np.array([text.score for text in texts], dtype=float)
-        found.append(ReferenceSamples(rewards, logps, dimensions))
+        found.append(ReferenceSamples(rewards, logps, sequences, dimensions))
     return found
 
 
@@ -112,6 +114,7 @@ def enumerated(
 
 
 def against_theory(
+    models: Models,
     theory: Sequence[ReferenceSamples],
     records: Sequence[PromptRecord],
     metadata: ModelMetadata,
@@ -121,7 +124,8 @@ def against_theory(
     *,
     reference: str = "",
 ) -> list[SampledPrompt]:
-    """Compare the policy's samples with the optimum over those of the reference, prompt by prompt.
+    """Compare the policy with the optimum over samples of the reference, prompt by prompt: what it makes of
+    them, and its own samples.
 
     Args:
         theory: of `theory_samples`.
@@ -133,6 +137,10 @@ def against_theory(
 
     from softpref.evaluation.exact import why_unknown
     from softpref.evaluation.theory import sampled_prompt
+    from softpref.lm.scoring import score_sequences
+
+    def scored(samples: ReferenceSamples) -> np.ndarray:
+        return score_sequences(models.policy, samples.sequences, **models.scoring).double().numpy()
 
     objective = _objective(metadata, stats, reference)
     if theory and (reason := why_unknown(objective)):
@@ -141,6 +149,7 @@ def against_theory(
         sampled_prompt(
             samples.rewards,
             samples.logps,
+            scored(samples),
             objective,
             dimensions=samples.dimensions,
             policy_reward=fmean(sample.score or 0.0 for sample in record.policy),

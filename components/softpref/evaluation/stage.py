@@ -258,7 +258,7 @@ def _evaluate(
     stats = read_stats(places["dataset"])
     began = {"reference": places["reference"]}
     exact = enumerated(models, task.outcomes, prompts, config, metadata, stats, warnings, **began)
-    theory = against_theory(task.theory, records, metadata, stats, config.seed, warnings, **began)
+    theory = against_theory(models, task.theory, records, metadata, stats, config.seed, warnings, **began)
     warnings += outside_the_set(judge, records)
     warnings += shared_pairs(judge, metadata.get("dataset_hash"))
     warnings += doubts(config, figures, task.judged, metadata, places["dataset"], len(prompts))

@@ -49,6 +49,7 @@ _EXACT = (
 _THEORY = (
     Column("optimum's reward", "theory", "optimum_expected_reward"),
     Column("optimum's KL", "theory", "optimum_kl"),
+    Column("KL(optimum‖policy)", "theory", "kl_optimum_to_policy"),
     Column("effective share", "theory", "effective_sample_size"),
 )
 

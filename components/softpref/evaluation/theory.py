@@ -27,11 +27,13 @@ class ReferenceSamples(NamedTuple):
     Attributes:
         rewards: `[n]`, the expert's.
         logps: `[n]`, log-probabilities of the whole samples, nats.
+        sequences: `n` pairs of prompt and completion ids, for the policy to score.
         dimensions: by name, `[n]` each, the rewards of each dimension of preference, where there are several.
     """
 
     rewards: np.ndarray
     logps: np.ndarray
+    sequences: Sequence[tuple[list[int], list[int]]]
     dimensions: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
@@ -40,7 +42,7 @@ class SampledPrompt(NamedTuple):
 
     Attributes:
         rewards: `[n]`, the expert's.
-        reference_logps: `[n]`, log-probabilities of the whole samples under the reference, nats.
+        reference_logps, policy_logps: `[n]`, log-probabilities of the whole samples, nats.
         optimum: `[n]`, log-probabilities of the optimum over the samples; NaN where it is not known.
         policy_reward, policy_kl: means over the policy's own samples, nats.
         dimensions: as in `ReferenceSamples`.
@@ -48,6 +50,7 @@ class SampledPrompt(NamedTuple):
 
     rewards: np.ndarray
     reference_logps: np.ndarray
+    policy_logps: np.ndarray
     optimum: np.ndarray
     policy_reward: float
     policy_kl: float
@@ -57,6 +60,7 @@ class SampledPrompt(NamedTuple):
 def sampled_prompt(
     rewards: np.ndarray,
     reference_logps: np.ndarray,
+    policy_logps: np.ndarray,
     objective: Objective,
     *,
     dimensions: Mapping[str, np.ndarray] = MappingProxyType({}),
@@ -80,7 +84,7 @@ def sampled_prompt(
         stands_for=stands_for,
         seed=seed,
     )
-    return SampledPrompt(rewards, reference_logps, best, policy_reward, policy_kl, dimensions)
+    return SampledPrompt(rewards, reference_logps, policy_logps, best, policy_reward, policy_kl, dimensions)
 
 
 def sampled_figures(
@@ -89,7 +93,9 @@ def sampled_figures(
     """Means over prompts, each with its interval.
 
     With weights w of the optimum over n samples of the reference: expected reward Σ w r, KL to the reference
-    Σ w log(n w), entropy −Σ w (log(n w) + log π_ref), effective sample size 1 / (n Σ w²).
+    Σ w log(n w), entropy −Σ w (log(n w) + log π_ref), effective sample size 1 / (n Σ w²). With the policy's
+    v = π / (n π_ref), KL(optimum ‖ policy) is Σ (w log(w / v) − w + v): v − w has the mean 0, and leaves no
+    term below 0.
     """
 
     figure = functools.partial(over_prompts, bootstrap=bootstrap)
@@ -101,6 +107,7 @@ def sampled_figures(
         "kl": figure([p.policy_kl for p in prompts]),
         "optimum_expected_reward": figure([float(w @ p.rewards) for p, w, _ in of]),
         "optimum_kl": figure([float(w @ ratio) for _, w, ratio in of]),
+        "kl_optimum_to_policy": figure([_kl_to_policy(p) for p in prompts]),
         "optimum_entropy": figure([float(-(w @ (ratio + p.reference_logps))) for p, w, ratio in of]),
         "effective_sample_size": figure([float(1 / (len(w) * (w @ w))) for w in weights], "fraction"),
         "reference_expected_reward": figure([float(p.rewards.mean()) for p in prompts]),
@@ -109,6 +116,12 @@ def sampled_figures(
             for name in prompts[0].dimensions
         },
     }
+
+
+def _kl_to_policy(prompt: SampledPrompt) -> float:
+    ratio = prompt.policy_logps - prompt.reference_logps - np.log(len(prompt.optimum))
+    weights = np.exp(prompt.optimum)
+    return float((weights * (prompt.optimum - ratio) - weights + np.exp(ratio)).sum())
 
 
 def reward_frontier(prompts: Sequence[SampledPrompt]) -> list[list[float]]:
