@@ -127,13 +127,19 @@ def prepare(world: World, folder: Path, data: Mapping[str, Any]) -> None:
 def by_shares(world: World, dataset: Path, share: float) -> Path:
     """The dataset with weights, of which the rows of the first dimension have this share."""
     from datasets import load_from_disk
+    from softpref.records.dataset import hashes_in, read_stats
 
     folder = dataset.with_name(f"dataset-share-{share:g}")
-    if not (folder / "dataset_dict.json").is_file():
-        shutil.copytree(dataset, folder, ignore=shutil.ignore_patterns("train", "validation", "test"))
-        shares = dict(zip(world.dimensions, (share, 1 - share), strict=True))
+    if not folder.is_dir():
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
         rows = load_from_disk(str(dataset))
-        rows.map(lambda row: {"weight": shares[row["dimension"]]}).save_to_disk(str(folder))
+        shutil.copytree(dataset, partial, ignore=lambda path, _: rows if Path(path) == dataset else ())
+        shares = dict(zip(world.dimensions, (share, 1 - share), strict=True))
+        rows.map(lambda row: {"weight": shares[row["dimension"]]}).save_to_disk(str(partial))
+        stats = {**read_stats(dataset), "files": hashes_in(partial)}
+        (partial / "stats.json").write_text(json.dumps(stats), encoding="utf-8")
+        partial.rename(folder)
     return folder
 
 

@@ -139,16 +139,16 @@ def test_a_model_is_measured_beside_theory_in_both_dimensions(tmp_path, monkeypa
 
 @pytest.mark.parametrize("share", [0.25])
 def test_rows_of_a_share_weigh_as_much(tmp_path, share):
-    from datasets import load_from_disk
     from softpref.data.config import DataConfig
     from softpref.data.stage import run
+    from softpref.records.dataset import read_dataset
 
     from tests.benchmarks.sequential import by_shares
 
     config = DataConfig(rows=60, sft_rows=20, dimensions={name: {} for name in DIMENSIONS})
     run(config, str(tmp_path / "dataset"))
     folder = by_shares(STORY, tmp_path / "dataset", share)
-    for split in load_from_disk(str(folder)).values():
+    for split in read_dataset(folder).values():
         for row in split:
             assert row["weight"] == (share if row["dimension"] == "trait" else 1 - share)
     assert (folder / "outcomes.jsonl").is_file()
