@@ -35,7 +35,8 @@ def test_stages_follow_one_another_from_data_to_registry(tmp_path, monkeypatch, 
     )
     shared = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "16"]
 
-    assert main(["data", "--output", "dataset", "--rows", "200", "--sft_rows", "200"]) == 0
+    data = ["data", "--output", "dataset", "--rows", "200", "--sft_rows", "200"]
+    assert main([*data, "--test_fraction", "0.17"]) == 0  # ten prompts or more, for intervals
     assert (
         main(["sft", "--dataset", "dataset", "--output", "reference", "--config", str(config), *shared]) == 0
     )

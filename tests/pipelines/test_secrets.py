@@ -96,7 +96,9 @@ def test_nothing_that_a_sweep_writes_shows_a_secret(server, quick_recipe, tmp_pa
     recipe = quick_recipe(
         source=f"http://me:{SOURCE}@{server}/pairs.jsonl?X-Amz-Signature={SIGNED}",
         data_overrides={
-            "sft_source": f"http://me:{DEMONSTRATIONS}@{server}/demonstrations.jsonl?X-Amz-Signature={SIGNED}"
+            "sft_source": f"http://me:{DEMONSTRATIONS}@{server}/demonstrations.jsonl?X-Amz-Signature={SIGNED}",
+            "validation_fraction": 0.17,  # ten prompts or more, for intervals
+            "test_fraction": 0.17,
         },
         judge="llm",
         judge_model="tiny",
