@@ -47,7 +47,7 @@ def test_what_is_recognised_assumed_and_unused_is_said(tmp_path, caplog):
         assert said in page
         assert said in caplog.text
     assert "columns without use: id" in caplog.text
-    assert "only 2 of 20 prompts are held out for test, and intervals take 10" in caplog.text
+    assert "the split test has only 2 of 20 prompts, and intervals take 10" in caplog.text
     assert "columns without use</th><td><code>id<" in page
 
 

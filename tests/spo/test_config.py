@@ -127,8 +127,8 @@ IDLE = [
     ({"train_on": "self_play"}, {"completions_per_prompt": 4}, "no completion is drawn and judged"),
     ({"method": "dpo"}, {"round_reference": "previous"}, "no row is drawn"),
     ({"method": "dpo", "rounds": 2}, {"initial_share": 0.5}, "the reference is the initial model alone"),
-    ({"rounds": 2}, {"opponent_history": 2}, "self-play has one round"),
-    ({"train_on": "self_play"}, {"opponent_history": 2}, "self-play has one round"),
+    ({"rounds": 2}, {"opponent_history": 2}, "there is no self-play of several rounds"),
+    ({"train_on": "self_play"}, {"opponent_history": 2}, "there is no self-play of several rounds"),
     ({"method": "dpo"}, {"label_smoothing_factor": 0.1}, "label_smoothing is what dpo and rdpo take"),
 ]
 NEEDED = [

@@ -73,7 +73,7 @@ def few_prompts(split_of: Mapping[bytes, str], known_reward: bool) -> list[str]:
         costs["validation"] = "no judge that learns will be trusted"
     counts = Counter(split_of.values())
     return [
-        f"only {counts[split]} of {len(split_of)} prompts are held out for {split}, and intervals take "
+        f"the split {split} has only {counts[split]} of {len(split_of)} prompts, and intervals take "
         f"{LEAST_PROMPTS}: {cost}; give more prompts, or raise {split}_fraction"
         for split, cost in costs.items()
         if 0 < counts[split] < LEAST_PROMPTS

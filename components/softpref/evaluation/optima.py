@@ -135,15 +135,20 @@ def against_theory(
     """
     from statistics import fmean
 
+    import numpy as np
+
     from softpref.evaluation.exact import why_unknown
     from softpref.evaluation.theory import sampled_prompt
     from softpref.lm.scoring import score_sequences
 
     def scored(samples: ReferenceSamples) -> np.ndarray:
+        if reason:  # there is nothing to compare with
+            return np.full_like(samples.logps, np.nan)
         return score_sequences(models.policy, samples.sequences, **models.scoring).double().numpy()
 
     objective = _objective(metadata, stats, reference)
-    if theory and (reason := why_unknown(objective)):
+    reason = why_unknown(objective)
+    if theory and reason:
         warnings.append(f"The optimum is not known: {reason}.")
     return [
         sampled_prompt(

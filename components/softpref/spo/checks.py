@@ -327,7 +327,11 @@ def warn_of_idle_options(args: Any) -> None:
         (not (args.samples_policy or args.draws_rows), ("sampling_engine",), "nothing is sampled"),
         (not args.draws_rows, ("round_reference",), "no row is drawn from the policy"),
         (not args.refers_to_previous, ("initial_share",), "the reference is the initial model alone"),
-        (args.train_on != "self_play" or args.rounds == 1, ("opponent_history",), "self-play has one round"),
+        (
+            args.train_on != "self_play" or args.rounds == 1,
+            ("opponent_history",),
+            "there is no self-play of several rounds",
+        ),
         (
             not args.dimension_order,
             ("dimension_weights", "dimension_options", "earlier_models"),
