@@ -1,7 +1,7 @@
 """Two dimensions of preference, one after the other, beside the optimum and beside both at once.
 
     python tests/benchmarks/sequential.py --output runs
-    python tests/benchmarks/sequential.py --world storyteller --output runs-on-text
+    python tests/benchmarks/sequential.py --world storyteller --alphas 4 4 --output runs-on-text
 
 The story world, judged by trait and by brevity, or the storyteller, by warmth and by brevity. Both orders;
 the second round with each weight λ of what the first has learned; and for comparison one training on the
@@ -164,7 +164,7 @@ def train_and_measure(world: World, run: Run, folder: Path, overrides: Mapping[s
         config = build_config(SPOConfig, asked, cache)
         train(config, dataset_dir=str(dataset), reference_dir=str(begins), output_dir=str(policy))
     places = policy, folder / "reference", folder / "dataset"
-    figures = exactly(*places, PROMPTS) if world is STORY else beside_theory(*places)
+    figures = exactly(*places, PROMPTS) if world.name == STORY.name else beside_theory(*places)
     return {"figures": figures, "options": asked}
 
 
@@ -188,7 +188,7 @@ _SAMPLED = {
 
 def table(world: World, runs: Iterable[Run], found: Mapping[str, Mapping[str, Any]]) -> str:
     """A line for each model, with theory's figures behind its own, and whether the goals are met."""
-    columns = _EXACT if world is STORY else _SAMPLED
+    columns = _EXACT if world.name == STORY.name else _SAMPLED
     rewards = {f"reward of {name}": f"expected_reward/{name}" for name in world.dimensions}
     head = ["learned", "λ", *rewards, "KL to the first reference", *columns]
     lines = [f"| {' | '.join(head)} |", "| :-- |" + " --: |" * (len(head) - 1)]
@@ -238,12 +238,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--world", choices=list(WORLDS), default="story")
     parser.add_argument("--output", type=Path, default=Path("sequential"), help="folder of models and tables")
+    parser.add_argument(
+        "--alphas", type=float, nargs=2, metavar=("FIRST", "SECOND"), help="softness of the two rounds"
+    )
     parser.add_argument("--data-overrides", default="{}", help="JSON, as in a recipe")
     parser.add_argument("--train-overrides", default="{}", help="JSON, as in a recipe")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{given.output.absolute()}/mlflow.db")
     world = WORLDS[given.world]
+    if given.alphas:
+        world = world._replace(alphas=tuple(given.alphas))
     results, runs = given.output / "sequential.jsonl", plan(world)
     prepare(world, given.output, json.loads(given.data_overrides))
     for run in runs:
