@@ -32,6 +32,7 @@ def parameters(pipeline, **overrides):
 def test_all_that_the_data_stage_reads_is_listed():
     overrides = {
         "sft_source": "s.jsonl",
+        "unpaired_source": "u.jsonl",
         "mixture": {
             "https://me:word@host/b.jsonl?key=1": 0.1,
             "c": {"source": "owner/c", "share": 0.2, "revision": "v2"},
@@ -39,6 +40,7 @@ def test_all_that_the_data_stage_reads_is_listed():
     }
     expected = [
         FurtherSource("sft_source", "s.jsonl", None),
+        FurtherSource("unpaired_source", "u.jsonl", None),
         FurtherSource("mixture['https://host/b.jsonl']", "https://me:word@host/b.jsonl?key=1", None),
         FurtherSource("mixture['c']", "owner/c", "v2"),
     ]
@@ -80,6 +82,15 @@ def test_no_further_source_of_this_machine_is_sent_to_a_cluster(sweep, rows, ove
     assert command.main(sweep, [*arguments, "--data-overrides", json.dumps(overrides)]) == 2
     assert "b.jsonl is on this machine, and no step of the cluster sees it" in capsys.readouterr().err
     assert not (rows / "package.yaml").exists()
+
+
+def test_completions_judged_alone_are_refused_where_no_model_learns_from_them(sweep, rows):
+    given = parameters(sweep, unpaired_source="b.jsonl") | {"alphas": [1.0]}
+    with pytest.raises(
+        ConfigError, match=r"the method kto learns.* such as baselines kto:0\.1, or leave them"
+    ):
+        plan(given | {"baselines": ["dpo:0.1"]})
+    assert [member.method for member in plan(given | {"baselines": ["kto:0.1"]})] == ["spo", "kto"]
 
 
 def test_a_signed_url_is_no_file_of_this_machine():

@@ -25,6 +25,12 @@ STORY_ROWS = 4000
 STORY_SFT_ROWS = 4000
 # sources that need no file, and their dimensions
 EMBEDDED = {"story": story_world.DIMENSIONS, "storyteller": tuple(storyteller.DIMENSIONS)}
+# what may lie beside the preferences, from a source of its own (`sft_source` …), and the roles of its columns
+FURTHER = {
+    "sft": ("prompt", "completion"),
+    "prompts": ("prompt",),
+    "unpaired": ("prompt", "completion", "label"),
+}
 WITH_ESCAPES = ("prompt_template", "implicit_prompt_end")  # in which \n is a line break
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 # What says where rows lie. It belongs to one source, so the others do not take it over from `source`.
@@ -171,6 +177,10 @@ class DataConfig:
         sft_columns: from `prompt` and `completion` to the columns of `sft_source`.
         prompts_source: further prompts to sample from in training, read like `source`.
         prompts_columns: from `prompt` to the column of `prompts_source`.
+        unpaired_source: completions that were judged alone, read like `source`: a `prompt`, a `completion`
+            and a `label`, true or false. They need no counterpart, and the method `kto` alone learns from
+            them, beside the preferences of `source`. Those of prompts that `source` has are left out.
+        unpaired_columns: from `prompt`, `completion` and `label` to the columns of `unpaired_source`.
 
     Raises:
         ConfigError: a value outside its range, an unknown role, or values that do not go together.
@@ -218,6 +228,8 @@ class DataConfig:
     sft_columns: dict[str, str] = dataclasses.field(default_factory=dict)
     prompts_source: str | None = None
     prompts_columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    unpaired_source: str | None = None
+    unpaired_columns: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in WITH_ESCAPES:
@@ -293,10 +305,11 @@ class DataConfig:
                     f"dimensions gives roles ({', '.join(roles)}), so columns must name prompt and "
                     'completions, as in {"completions": ["response_0", "response_1"]}'
                 )
-        for name, allowed in (("sft_columns", {"prompt", "completion"}), ("prompts_columns", {"prompt"})):
+        for further, roles_of in FURTHER.items():
+            name = f"{further}_columns"
             for role, column in getattr(self, name).items():
-                if role not in allowed:
-                    raise ConfigError(f"{name} has the role {role!r}; known: {', '.join(sorted(allowed))}")
+                if role not in roles_of:
+                    raise ConfigError(f"{name} has the role {role!r}; known: {', '.join(roles_of)}")
                 if not isinstance(column, str) or not column:
                     raise ConfigError(f"{name}[{role!r}] must be one column name, got {column!r}")
         if self.embedded:
@@ -333,6 +346,12 @@ class DataConfig:
     def embedded(self) -> bool:
         """Whether the source is a world of our own."""
         return self.source in EMBEDDED
+
+    @property
+    def further_sources(self) -> dict[str, str]:
+        """The sources of what lies beside the preferences, by the name of its folder."""
+        given = {name: getattr(self, f"{name}_source") for name in FURTHER}
+        return {name: source for name, source in given.items() if source}
 
     @property
     def template_fields(self) -> list[str]:

@@ -1,19 +1,21 @@
-"""Demonstrations and further prompts beside the preferences of a dataset: `sft/` and `prompts/`."""
+"""What lies beside the preferences of a dataset: demonstrations, further prompts, unpaired completions."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from softpref.data.columns import check_present
-from softpref.data.config import DataConfig
+from softpref.data.config import FURTHER, DataConfig
 from softpref.data.embedded import embedded_demonstrations
 from softpref.data.intake import RejectionLog, peek
-from softpref.data.rows import Demonstration, read_demonstration, read_prompt
+from softpref.data.rows import Demonstration, Judged, read_demonstration, read_judged, read_prompt
 from softpref.data.sources import SourceRow
 from softpref.data.splits import prompt_key
 from softpref.data.texts import LeftOut, Refused
-from softpref.data.writing import SplitWriter, demonstration_features
+from softpref.data.writing import SplitWriter, further_features
 from softpref.errors import DataError
 from softpref.records.dataset import JUDGE_SPLIT, DatasetStats
 
@@ -27,19 +29,20 @@ def write_extras(
     rejections: RejectionLog,
     listing: Path,
 ) -> DatasetStats:
-    """`sft/` and `prompts/`, where the configuration gives them a source; what `stats.json` says of them.
+    """`sft/`, `prompts/`, `unpaired/`, where the configuration gives them a source; what `stats.json` says of
+    them.
 
     Args:
-        streams: the rows of the further sources `sft` and `prompts`.
+        streams: the rows of the further sources, by the name of the folder.
     """
     extras: DatasetStats = {}
-    features = demonstration_features(conversational)
+    features = further_features(conversational)
+    of = {name: {role: features[role] for role in roles} for name, roles in FURTHER.items()}
     if config.embedded or "sft" in streams:
         demonstrations = streams.get("sft") or embedded_demonstrations(config)
-        columns = {"prompt": "prompt", "completion": "completion", **config.sft_columns}
-        writer = SplitWriter(folder / "work", ("train", "validation"), features, "sft-")
+        writer = SplitWriter(folder / "work", ("train", "validation"), of["sft"], "sft-")
         held_out = 0
-        for row in _extra_rows(demonstrations, columns, config, "sft", conversational, rejections, listing):
+        for row in _extra_rows(demonstrations, config, "sft", conversational, rejections, listing):
             split = split_of.get(prompt_key(row.prompt), "train")
             if split in ("test", JUDGE_SPLIT):  # the reference must not have seen what it is judged on or by
                 held_out += 1
@@ -55,13 +58,10 @@ def write_extras(
         rejected = dict(rejections.extras["sft"])
         extras["sft"] = {**writer.counts, "held_out": held_out, "rejected": rejected}
     if "prompts" in streams:
-        columns = {"prompt": "prompt", **config.prompts_columns}
-        writer = SplitWriter(folder / "work", ("train",), {"prompt": features["prompt"]}, "prompts-")
+        writer = SplitWriter(folder / "work", ("train",), of["prompts"], "prompts-")
         seen: set[bytes] = set()
         held_out = 0
-        for row in _extra_rows(
-            streams["prompts"], columns, config, "prompts", conversational, rejections, listing
-        ):
+        for row in _extra_rows(streams["prompts"], config, "prompts", conversational, rejections, listing):
             key = prompt_key(row.prompt)
             if split_of.get(key, "train") != "train":
                 held_out += 1
@@ -73,23 +73,49 @@ def write_extras(
         writer.dataset("train").save_to_disk(str(folder / "prompts"))
         rejected = dict(rejections.extras["prompts"])
         extras["extra_prompts"] = {**writer.counts, "held_out": held_out, "rejected": rejected}
+    if "unpaired" in streams:
+        writer = SplitWriter(folder / "work", ("train",), of["unpaired"], "unpaired-")
+        digest = hashlib.sha256()
+        of_preferences = desirable = 0
+        for row in _extra_rows(streams["unpaired"], config, "unpaired", conversational, rejections, listing):
+            if prompt_key(row.prompt) in split_of:  # held out, or learned from already
+                of_preferences += 1
+                continue
+            assert isinstance(row, Judged)
+            writer.write("train", row._asdict())
+            desirable += row.label
+            digest.update(json.dumps(row).encode() + b"\n")
+        if not writer.counts["train"]:
+            raise DataError(
+                f"{config.unpaired_source} gave no completion of a prompt that {config.source} lacks"
+            )
+        writer.dataset("train").save_to_disk(str(folder / "unpaired"))
+        extras["unpaired"] = {
+            **writer.counts,
+            "desirable": desirable,
+            "of_preferences": of_preferences,
+            "hash": digest.hexdigest(),
+            "rejected": dict(rejections.extras["unpaired"]),
+        }
     return extras
 
 
 def _extra_rows(
     stream: Iterator[SourceRow],
-    columns: dict[str, str],
     config: DataConfig,
     name: str,
     conversational: bool,
     rejections: RejectionLog,
     listing: Path,
-) -> Iterator[Demonstration]:
-    """Demonstrations, or prompts with an empty completion; what cannot be used is listed under `name`."""
-    source = (config.sft_source if name == "sft" else config.prompts_source) or config.source
+) -> Iterator[Demonstration | Judged]:
+    """Demonstrations, prompts with an empty completion, or judged completions, of the further source `name`;
+    what cannot be used is listed.
+    """
+    source = config.further_sources.get(name, config.source)
     _, stream, known, _ = peek(stream, source)
-    fields = config.template_fields
-    if fields and "prompt" not in (config.sft_columns if name == "sft" else config.prompts_columns):
+    own = getattr(config, f"{name}_columns")
+    columns, fields = {**{role: role for role in FURTHER[name]}, **own}, config.template_fields
+    if fields and "prompt" not in own:
         columns = {role: column for role, column in columns.items() if role != "prompt"}
         check_present([("prompt_template", field) for field in fields], known, source)
     check_present([(f"{name}_columns[{role!r}]", column) for role, column in columns.items()], known, source)
@@ -97,10 +123,12 @@ def _extra_rows(
     for row in stream:
         read += 1
         try:
-            if name == "sft":
-                record = read_demonstration(row.readable, columns, config)
-            else:
+            record: Demonstration | Judged
+            if name == "prompts":
                 record = Demonstration(read_prompt(row.readable, columns, config), "")
+            else:
+                read_one = read_demonstration if name == "sft" else read_judged
+                record = read_one(row.readable, columns, config)
             if isinstance(record.prompt, list) is not conversational:
                 raise Refused("plain text and conversations are mixed", "with the preferences")
             taken += 1

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from softpref.data.config import DataConfig
+from softpref.data.config import FURTHER, DataConfig
 from softpref.data.rows import Preference
 from softpref.data.splits import SPLITS, WITH_JUDGE, prompt_key
 from softpref.disk import DAMAGED
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COLUMNS = {"prompt", "completions", "kind", "probability", "source_row"}
-_TAKEN = (*WITH_JUDGE, "dataset_dict.json", "sft", "prompts", OUTCOMES_FILE, REWARD_FILE)
+_TAKEN = (*WITH_JUDGE, "dataset_dict.json", *FURTHER, OUTCOMES_FILE, REWARD_FILE)
 # the parameters that choose or change preferences while they are read
 _OF_READING = (
     *("columns", "dimensions", "preference_values", "score_scale", "implicit_prompt", "implicit_prompt_end"),
@@ -62,7 +62,7 @@ def is_finished(folder: Path) -> bool:
 def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
     """Copy the splits of a finished dataset, and what lies beside them, into `folder`.
 
-    Its demonstrations and prompts are left out where the configuration gives others.
+    Its demonstrations, prompts and unpaired completions are left out where the configuration gives others.
 
     Raises:
         ConfigError: the configuration would change its rows.
@@ -70,9 +70,7 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
     """
     stats = read_stats(source)
     _check_unchanged_reading(config, sum(stats["rows"].values()))
-    replaced = {
-        name for name, given in (("sft", config.sft_source), ("prompts", config.prompts_source)) if given
-    }
+    replaced = config.further_sources.keys()
     for name in _TAKEN:
         if (source / name).is_dir() and name not in replaced:
             shutil.copytree(source / name, folder / name)
@@ -124,8 +122,7 @@ def dataset_hash(hashes: list[str]) -> str:
 
 
 def _check_unchanged_reading(config: DataConfig, rows: int) -> None:
-    further = config.sft_source or config.prompts_source
-    names = _OF_READING if further else (*_OF_READING, *_OF_ALL_READING)
+    names = _OF_READING if config.further_sources else (*_OF_READING, *_OF_ALL_READING)
     defaults = DataConfig()
     given = [name for name in names if getattr(config, name) != getattr(defaults, name)]
     if config.rows is not None and config.rows < rows:

@@ -26,7 +26,7 @@ from softpref.data.columns import (
     settle_layout,
     value_at,
 )
-from softpref.data.config import DataConfig
+from softpref.data.config import FURTHER, DataConfig
 from softpref.data.rows import (
     Candidate,
     Preference,
@@ -78,13 +78,13 @@ class RejectionLog:
     Attributes:
         refused: unusable preference rows by rule.
         left_out: usable preference rows that the configuration asked to leave out, by rule.
-        extras: both together, of the further sources `sft` and `prompts`.
+        extras: both together, of the further sources, by the name of the folder.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
         self.refused, self.left_out = Counter[str](), Counter[str]()
-        self.extras = {"sft": Counter[str](), "prompts": Counter[str]()}
+        self.extras = {name: Counter[str]() for name in FURTHER}
 
     def add(
         self, source_row: int, place: str, reason: Refused, source: str = "preferences", origin: str = ""

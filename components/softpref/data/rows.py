@@ -67,6 +67,14 @@ class Demonstration(NamedTuple):
     completion: Text
 
 
+class Judged(NamedTuple):
+    """One completion that was judged alone: whether it is desirable."""
+
+    prompt: Text
+    completion: Text
+    label: bool
+
+
 def read_preference(record: Record, layout: Layout, config: DataConfig) -> Preference:
     """Read a row of the forms pair, candidates and list."""
     columns = layout.columns
@@ -179,6 +187,12 @@ def read_demonstration(record: Record, columns: Mapping[str, Column], config: Da
     prompt, completions = _split_prompt(_prompt(record, columns, config), [completion], config, False)
     _limit_length(prompt, completions, config)
     return Demonstration(prompt, completions[0])
+
+
+def read_judged(record: Record, columns: Mapping[str, Column], config: DataConfig) -> Judged:
+    """Read a completion that was judged alone, with its label."""
+    label = bool(read_thumb(read_field(record, columns["label"])))
+    return Judged(*read_demonstration(record, columns, config), label)
 
 
 def read_prompt(record: Record, columns: Mapping[str, Column], config: DataConfig) -> Text:

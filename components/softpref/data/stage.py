@@ -19,7 +19,7 @@ from pathlib import Path
 from softpref import __version__
 from softpref.artifacts import readable
 from softpref.config import without_secrets, write_parameters
-from softpref.data.config import EMBEDDED, WITH_ESCAPES, DataConfig, Part, parts_of
+from softpref.data.config import EMBEDDED, FURTHER, WITH_ESCAPES, DataConfig, Part, parts_of
 from softpref.data.embedded import embedded_preferences, write_known_answers
 from softpref.data.extras import write_extras
 from softpref.data.finished import is_finished, take_over
@@ -51,10 +51,10 @@ from softpref.timings import PhaseTimer
 logger = logging.getLogger(__name__)
 
 _WRITTEN = {  # what a dataset folder holds; a run replaces them all
-    *(*WITH_JUDGE, "dataset_dict.json", "sft", "prompts", STATS_FILE, PARAMETERS_FILE, TIMINGS_FILE),
+    *(*WITH_JUDGE, "dataset_dict.json", *FURTHER, STATS_FILE, PARAMETERS_FILE, TIMINGS_FILE),
     *(REJECTED_FILE, PAGE_FILE, OUTCOMES_FILE, REWARD_FILE),
 }
-_SOURCES = ("source", "sft_source", "prompts_source")
+_SOURCES = ("source", *(f"{name}_source" for name in FURTHER))
 
 
 @says_disk_trouble
@@ -65,11 +65,11 @@ def run(config: DataConfig, output_dir: str, page_path: str | None = None) -> Da
     `judge_fraction` asks for it (columns `prompt`, `completions` best first, `kind`, `probability`, `weight`
     where a source has weights, `dimension` where rows have any, `source_row`, `source` where there are many,
     and `degree` where `degree_ranking_weight` makes rows), and beside it `stats.json`, `parameters.yaml`,
-    `rejected.jsonl`, `page.html`; `sft/` (a `DatasetDict` of `prompt` and `completion`) and `prompts/` (a
-    `Dataset` of `prompt`) where the configuration gives them a source; for the story world
-    `outcomes.jsonl`, for the storyteller `reward.json`. It appears under its name only when complete. The
-    same configuration and source give the same rows. Where the source is such a folder itself, its splits
-    and what lies beside them are taken over as they are.
+    `rejected.jsonl`, `page.html`; `sft/` (a `DatasetDict` of `prompt` and `completion`), `prompts/` (a
+    `Dataset` of `prompt`) and `unpaired/` (one of `prompt`, `completion` and `label`) where the configuration
+    gives them a source; for the story world `outcomes.jsonl`, for the storyteller `reward.json`. It appears
+    under its name only when complete. The same configuration and source give the same rows. Where the source
+    is such a folder itself, its splits and what lies beside them are taken over as they are.
 
     Args:
         config: what to read and how.
@@ -139,11 +139,7 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> DatasetStats:
     if config.mixture:
         _refuse_finished(parts, fetched)
     preferences = [] if finished else list(map(_preference_rows, (part.config for part in parts), fetched))
-    streams = {
-        name: open_source(source)
-        for name, source in (("sft", config.sft_source), ("prompts", config.prompts_source))
-        if source
-    }
+    streams = {name: open_source(source) for name, source in config.further_sources.items()}
     config = _without_secrets(config)
     if finished:
         taken = take_over(place, config, folder)

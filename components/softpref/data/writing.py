@@ -179,12 +179,13 @@ class SplitWriter:
         datasets.DatasetDict(parts).save_to_disk(str(folder), num_shards=shards)
 
 
-def demonstration_features(conversational: bool) -> dict[str, Any]:
+def further_features(conversational: bool) -> dict[str, Any]:
+    """Columns of what lies beside the preferences."""
     import datasets
 
     text = datasets.Value("string")
     messages = [{"role": text, "content": text}] if conversational else text
-    return {"prompt": messages, "completion": messages}
+    return {"prompt": messages, "completion": messages, "label": datasets.Value("bool")}
 
 
 def _features(
@@ -192,7 +193,7 @@ def _features(
 ) -> dict[str, Any]:
     import datasets
 
-    text = demonstration_features(conversational)["prompt"]
+    text = further_features(conversational)["prompt"]
     return {
         "prompt": text,
         "completions": datasets.List(text),

@@ -24,7 +24,6 @@ _DECIDE = ("torch", "transformers", "tokenizers", "datasets")  # packages whose 
 DEFAULT_BASELINE_BETA = 0.1
 _ENDED_WELL = {"COMPLETE", "CACHED", "SUCCEEDED"}  # states of KFP's metadata and of its API
 _OF_STORIES = ("votes", "story_kind")  # options of the data stage
-_FURTHER_SOURCES = ("sft_source", "prompts_source")
 ARTIFACT_SCHEME = "minio://"  # of addresses in KFP's own store
 
 
@@ -142,7 +141,10 @@ class FurtherSource(NamedTuple):
 def further_sources(data_overrides: str | Mapping[str, Any] | None) -> list[FurtherSource]:
     """The sources in `data_overrides` that `plan` has accepted."""
     overrides = parse_overrides(data_overrides, "data_overrides")
-    further = [FurtherSource(name, overrides[name], None) for name in _FURTHER_SOURCES if overrides.get(name)]
+    from softpref.data.config import FURTHER
+
+    names = [f"{name}_source" for name in FURTHER]
+    further = [FurtherSource(name, overrides[name], None) for name in names if overrides.get(name)]
     for place, given in parse_overrides(overrides.get("mixture"), "mixture").items():
         options = given if isinstance(given, Mapping) else {}
         name = f"mixture[{public_url(place)!r}]"
@@ -282,6 +284,11 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
                 f"{member.name}: a best-of-n row tells only its best, and sppo needs to know how often each "
                 "completion wins; use story_kind pairwise or ranking, or train_on=samples"
             )
+    if data.unpaired_source and not any(member.method == "kto" for member in members):
+        raise ConfigError(
+            "unpaired_source: only the method kto learns from completions that were judged alone, and none "
+            "of these models is of it; add one, such as baselines kto:0.1, or leave them out"
+        )
     experts = [prefix for prefix, config in judges if config.judge == "expert"]
     if experts and not data.embedded:
         raise ConfigError(

@@ -81,8 +81,9 @@ class MixedSource(MixtureCounts):
 class DatasetStats(TypedDict, total=False):
     """What a dataset holds and what became of its source's rows: `stats.json`.
 
-    Counts are by split (`rows`, `prompts`, `sft`, `extra_prompts`), by reason (`rejected`, `left_out`), by
-    kind of row or label, by number of completions, or by dimension (absent where rows have none).
+    Counts are by split (`rows`, `prompts`, `sft`, `extra_prompts`, `unpaired`), by reason (`rejected`,
+    `left_out`), by kind of row or label, by number of completions, or by dimension (absent where rows have
+    none).
     `longer_chosen` is the share of pairs whose better completion has more characters; pairs of equal length
     count half. `degree_rankings` are rows of the training split that were made of others; what is said of
     labels, lengths and prompts leaves them out. `files` has hashes of the files.
@@ -116,6 +117,7 @@ class DatasetStats(TypedDict, total=False):
     mixture: list[MixedSource]
     sft: dict[str, object]
     extra_prompts: dict[str, object]
+    unpaired: dict[str, object]
     taken_over: str
 
 

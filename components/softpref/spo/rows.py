@@ -217,7 +217,13 @@ class PreferenceRows(TrainingRows):
 
     def _alone(self, row: Mapping[str, Any]) -> bool:
         """Whether a row of `kto` holds one completion, with a label."""
-        return self._args.method == "kto" and "completion" in _mapping(row) and "completions" not in row
+        row = _mapping(row)
+        # a column of a table, in which others have completions, is null where a row has none
+        return (
+            self._args.method == "kto"
+            and row.get("completion") is not None
+            and row.get("completions") is None
+        )
 
     def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> Row:
         probability = _label(row) if self._alone(row) else _probability(row, len(sequences))

@@ -97,7 +97,8 @@ def run(
     `round-1` and so on within it.
 
     Args:
-        dataset_dir: a dataset folder of stage 1; its `prompts/`, where there is one, feeds the KL term.
+        dataset_dir: a dataset folder of stage 1; its `prompts/`, where there is one, feeds the KL term, and
+            `kto` learns from its `unpaired/`, too.
         reference_dir: the model to start from, which is also the frozen reference: a model folder, the URL of
             one, or a model of the MLflow registry.
         name: by default method and α or β, and the dimension, where there is one.
@@ -145,6 +146,7 @@ def run(
     preferences, prompts = _load_preferences(dataset_dir)
     preferences, places = _of_dimension(config, preferences, dataset_dir)
     training_rows = _training_rows(config, dataset_dir, preferences)
+    unpaired = _unpaired(config, dataset_dir)
     judge = None
     if config.uses_judge:
         judge = load_judge(
@@ -172,6 +174,7 @@ def run(
         "dataset_hash": dataset_hash,
         "reference": reference,
         "reference_run_id": reference_metadata.get("run_id") or "",
+        **({"unpaired_hash": stats["unpaired"]["hash"]} if unpaired is not None else {}),
         **{key: getattr(config, key) for key in _TRACKED},
     }
     finished = course.finished(identity, **{key: getattr(config, key) for key in _WRITTEN})
@@ -194,8 +197,13 @@ def run(
     splits = {"train": training_rows, "validation": preferences.get("validation")}
     for split, tokens in kept.items():
         tokens = replace(tokens, places=places.get(split))
-        if split == "validation" or config.train_on == "preferences":  # else of a row not all is read
+        # of rows whose completions are drawn not all is read, and unpaired ones have no tokens yet
+        if split == "validation" or (config.train_on == "preferences" and unpaired is None):
             splits[split] = RowsWithTokens(splits[split], tokens)
+    if unpaired is not None:
+        from datasets import concatenate_datasets
+
+        splits["train"] = concatenate_datasets([training_rows, unpaired])
     course.timer.enter("reading" if kept else "tokenizing")
     trainer = SPOTrainer(
         model,
@@ -316,6 +324,13 @@ def _load_preferences(dataset_dir: str | Path) -> tuple[dict[str, Any], Any]:
         raise DataError(f"{folder} holds no training preferences")
     prompts = read_dataset(folder / "prompts") if (folder / "prompts").is_dir() else None
     return splits, prompts
+
+
+def _unpaired(config: SPOConfig, dataset_dir: str | Path) -> Any:
+    """The completions that were judged alone, where `kto` takes them; they are of no dimension."""
+    folder = Path(dataset_dir) / "unpaired"
+    takes = config.method == "kto" and config.train_on == "preferences" and not config.dimension
+    return read_dataset(folder) if takes and folder.is_dir() else None
 
 
 def _training_rows(config: SPOConfig, dataset_dir: str | Path, preferences: dict[str, Any]) -> Any:
