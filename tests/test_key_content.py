@@ -1,5 +1,6 @@
 """RAKE against scores by hand, and what a text keeps at each level."""
 
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -21,12 +22,18 @@ pytestmark = pytest.mark.fast
 
 # candidates: "linear systems" twice, "fast solvers", "linear solvers", "good"
 # freq: linear 3, systems 2, fast 1, solvers 2, good 1; deg: linear 6, systems 4, fast 2, solvers 4, good 1
-# so each word of two scores 2, every pair 4, and "good" 1: ties by first occurrence
+# so each word of a pair scores 2, every pair 4, and "good" 1: ties by first occurrence
 FIRST = "Fast solvers of linear systems, and the Linear solvers are good for linear systems."
 # candidates: "deep red wine", "red", "wine", "cheese"
 # freq: deep 1, red 2, wine 2, cheese 1; deg: deep 3, red 3 + 1, wine 3 + 1, cheese 1
-# deep 3, red 2, wine 2, cheese 1: "deep red wine" 7, then "red" 2 and "wine" 2 as they occur, "cheese" 1
+# deep 3, red 2, wine 2, cheese 1: "deep red wine" 7, then "wine" 2 and "red" 2 as they occur, "cheese" 1
 SECOND = "A deep red wine; the wine is red.\nCheese"
+# zoo has a degree of 1 + 5 and occurs twice: "red wine box cat zoo" 4 * 5 + 3, "fig tree" 2 + 2, "zoo" 3;
+# by the mean of its words "fig tree" would have 2, and by degree alone "zoo" 6
+THIRD = "Zoo, very: red wine box cat zoo; fig tree"
+# cat 2, box 8/3, fig 7/3: "box box fig" 23/3, then "cat box" and "fig fig", both 14/3, as they occur;
+# in floating-point numbers the sum of "fig fig" is the greater one
+FOURTH = "Cat box, fig fig; box box fig"
 
 
 @pytest.mark.parametrize(
@@ -34,6 +41,8 @@ SECOND = "A deep red wine; the wine is red.\nCheese"
     [
         (FIRST, ["fast solvers", "linear systems", "linear solvers", "good"]),
         (SECOND, ["deep red wine", "wine", "red", "cheese"]),
+        (THIRD, ["red wine box cat zoo", "fig tree", "zoo"]),
+        (FOURTH, ["box box fig", "cat box", "fig fig"]),
         ("What is it?", []),
         ("Don’t: it’s the state-of-the-art.", ["state-of-the-art"]),
     ],
@@ -43,7 +52,7 @@ def test_phrases_are_ranked_as_by_hand(text, ranked):
 
 
 def test_scores_are_degree_over_frequency_summed_over_a_phrase():
-    """The order of three phrases whose scores, 7, 13/2 and 20/3, only exact sums put right."""
+    """By the definition, written out; a word that occurs twice in a phrase counts twice."""
     text = "a b c, a x, c d e f and d"
     stop = STOP_WORDS["en"]
     phrases = [["b", "c"], ["x"], ["c", "d", "e", "f"], ["d"]]  # "a" is a stop word
@@ -108,6 +117,30 @@ PIECES = [
 ]
 PIECES += [" ", "  ", " ", "\n", "\t", ", ", ". ", "*", '"', "\u00a0"]
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
+
+
+@pytest.mark.parametrize(
+    ("text", "levels"),
+    [
+        (FIRST, [f" of , and the {left} for ." for left in ("Linear solvers are good", "are good", "are")]),
+        (SECOND, ["A ; the is red.\nCheese", "A ; the is .\nCheese", "A ; the is .\n"]),
+    ],
+)
+def test_levels_are_these_on_every_platform(text, levels):
+    assert texts_by_level(text, 4) == levels
+
+
+def test_no_stop_word_and_no_punctuation_ever_vanishes():
+    """As an eye reads the text, without the product's own notion of a phrase."""
+    text = "Well, an old oak (of the park) isn't as tall -- or so they say -- as that: a fir, a very big fir!"
+    texts = texts_by_level(text, 6)
+    assert len(texts) == 5
+    for one in texts:
+        words = re.findall(r"[a-z']+", one.lower())
+        content = ("old", "oak", "park", "tall", "say", "fir", "big")
+        stops = " ".join(word for word in words if word not in content)
+        assert stops == "well an of the isn't as or so they as that a a very"
+        assert re.sub(r"[\w\s']", "", one) == ",()----:,!"
 
 
 @given(TEXTS, st.integers(2, 6))

@@ -11,12 +11,13 @@ from softpref.errors import ConfigError
 from softpref.evaluation.addresses import evaluation_folders
 from softpref.evaluation.curves import curves
 from softpref.evaluation.interactive import frontier_data
+from softpref.evaluation.report import chips
 from softpref.lm.loading import load_model, load_tokenizer
 from softpref.lm.scoring import score_sequences
 from softpref.lm.tokenization import stop_token_ids, tokenize_row
 from softpref.records.model import earlier_folders, load_metadata, save_metadata
 
-from tests.evaluations import evaluations
+from tests.evaluations import evaluation, evaluations
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,13 @@ def policy(world, tmp_path_factory):
     ]
     save_metadata(folder, {**load_metadata(folder), **own, "lineage": lineage})
     return folder
+
+
+def test_a_report_states_the_order_of_the_rounds_and_the_weights():
+    for order in (["warm", "short"], ["short", "warm"]):
+        said = chips(evaluation(dimensions=order, dimension_weights=[0.5]))
+        assert said[-3:-1] == [", then ".join(order), "λ 0.5"]
+    assert not [one for one in chips(evaluation()) if "then" in one or "λ" in one]
 
 
 @pytest.fixture(scope="module")

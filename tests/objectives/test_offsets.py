@@ -277,9 +277,12 @@ def test_the_optimum_of_each_round_is_tilted_by_all_dimensions_and_rewards_come_
 
 def test_without_weights_or_without_change_a_round_is_dpo_of_its_own_dimension(first):
     policy, reward = first
+    nothing = implied(START, START, 0)
     for start, earlier, weights in (
         (policy, reward[None], 0.0),
-        (START, implied(START, START, 0)[None], 5.0),  # the round before has changed nothing
+        (policy, torch.stack([reward, REWARDS[2]]), (0.0, 0.0)),
+        *((START, nothing[None], weight) for weight in (0.5, 5.0)),  # the round before has changed nothing
+        (START, torch.stack([nothing, nothing]), (5.0, 0.3)),
     ):
         found = round_of(start, REWARDS[1], earlier, 1, weights)
         assert divergence(tilted(start, REWARDS[1] / BETAS[1]), found) < 1e-9
@@ -355,6 +358,10 @@ def test_modpo_is_the_formula_of_its_paper():
     ratios, r = (x.detach().numpy() for x in (logps - ref_logps, rewards))
     z = (0.3 * (ratios[::2] - ratios[1::2]) - 0.6 * (r[::2] - r[1::2])) / 0.4
     np.testing.assert_allclose(found.detach(), softplus(-z), rtol=1e-12)
+    slopes, of_rewards = torch.autograd.grad(found.sum(), [logps, rewards], allow_unused=True)
+    np.testing.assert_allclose(slopes[::2], -0.3 / 0.4 * expit(-z), rtol=1e-12)
+    np.testing.assert_allclose(slopes[1::2], 0.3 / 0.4 * expit(-z), rtol=1e-12)
+    assert of_rewards is None
 
 
 @pytest.mark.parametrize("scaling", ["log", "linear"])
@@ -366,7 +373,10 @@ def test_odpo_is_the_formula_of_its_paper(scaling):
     differences = s[::2] - s[1::2]
     z = 0.3 * (ratios[::2] - ratios[1::2]) - 0.5 * (np.log(differences) if scaling == "log" else differences)
     np.testing.assert_allclose(found.detach(), softplus(-z), rtol=1e-12)
-    assert torch.autograd.grad(found.sum(), scores, allow_unused=True) == (None,)
+    slopes, of_scores = torch.autograd.grad(found.sum(), [logps, scores], allow_unused=True)
+    np.testing.assert_allclose(slopes[::2], -0.3 * expit(-z), rtol=1e-12)
+    np.testing.assert_allclose(slopes[1::2], 0.3 * expit(-z), rtol=1e-12)
+    assert of_scores is None
 
 
 def test_what_cannot_be_a_weight_or_an_offset_is_refused():

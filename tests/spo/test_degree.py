@@ -112,6 +112,12 @@ def level_of(seed, epoch, row, side, levels):
     return int(np.random.default_rng((seed, epoch, row, side, 2)).integers(levels))
 
 
+def test_levels_are_drawn_alike_on_every_platform():
+    """By row, side and epoch of the seed 3; NumPy promises this generator's numbers."""
+    drawn = [level_of(3, epoch, row, side, 4) for epoch in (0, 1) for row in (0, 1, 2) for side in (0, 1)]
+    assert drawn == [3, 3, 1, 2, 3, 0, 3, 0, 0, 1, 1, 2]
+
+
 def degree_by_hand(model, tokenizer, rows, weights, *, epoch=0, levels=4, sides=(0, 1), heads=2):
     """L_deg as its formula is written, one text at a time, with transformers' own hidden states."""
     weight, bias = weights
@@ -144,13 +150,28 @@ def degree_by_hand(model, tokenizer, rows, weights, *, epoch=0, levels=4, sides=
         {"degree_on": "dispreferred", "degree_levels": 2},
         {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4},
         {"lora": True},
+        {"pad_is_eos": True},
+        {"pad_is_eos": True, "plain_forward": True},
     ],
-    ids=["dpo", "plain", "one head", "preferred", "dispreferred", "accumulated", "adapter"],
+    ids=[
+        "dpo",
+        "plain",
+        "one head",
+        "preferred",
+        "dispreferred",
+        "accumulated",
+        "adapter",
+        "pad",
+        "pad, plain",
+    ],
 )
 def test_the_step_is_that_of_the_formula(
-    trainer_of, adapted, words, rows, watch, head, direct, logs_of, options
+    trainer_of, adapted, make_tokenizer, words, rows, watch, head, direct, logs_of, options
 ):
-    options = dict(options)
+    options, given = dict(options), {}
+    if options.pop("pad_is_eos", False):  # the last token, which the head reads, is that of the padding
+        words = make_tokenizer(pad_is_eos=True)
+        given["processing_class"] = words
     lora = options.pop("lora", False)
     levels, heads = options.get("degree_levels", 4), options.get("degree_heads", 2)
     sides = {"preferred": (0,), "dispreferred": (1,)}.get(options.get("degree_on"), (0, 1))
@@ -159,7 +180,7 @@ def test_the_step_is_that_of_the_formula(
         trainer = trainer_of(
             rows,
             model=adapted() if lora else None,
-            trainer_options={"callbacks": [watch]},
+            trainer_options={"callbacks": [watch], **given},
             degree_weight=gamma,
             **options,
         )
@@ -293,7 +314,7 @@ def test_each_epoch_draws_levels_uniformly_and_anew(trainer_of, rows):
     assert (abs(counts / len(drawn) - 1 / 4) < 0.03).all()  # four standard errors
 
 
-def test_a_batch_without_a_text_that_takes_part_has_no_degree_loss(trainer_of, rows, watch, logs_of):
+def test_a_batch_without_a_text_that_takes_part_has_no_degree_loss(trainer_of, rows, watch, head, logs_of):
     """Each row of its own step: those of too few phrases take the very step that they took without."""
     short = [
         {"prompt": "say: ", "completions": ["sun", "tea of zoo"]},
@@ -310,6 +331,8 @@ def test_a_batch_without_a_text_that_takes_part_has_no_degree_loss(trainer_of, r
         trainer.train()
         if gamma:
             first, second = logs_of(trainer)
+            assert not any(one.any() for one in head.gradients[0])
+            assert all(one.any() for one in head.gradients[1])
     assert torch.equal(watch.gradients[0], watch.gradients[2])
     assert first["degree/skipped"] == 1
     assert "degree/loss" not in first
@@ -334,10 +357,12 @@ def test_the_head_is_in_checkpoints_and_never_in_the_model(trainer_of, rows, tmp
     for one, other in zip(resumed.degree_head.parameters(), whole.degree_head.parameters(), strict=True):
         assert torch.equal(one, other)
         assert one.any()
-    last = [
-        {k: v for k, v in logs_of(one)[-1].items() if "loss" in k or "deg" in k} for one in (whole, resumed)
+    curves = [
+        [{k: v for k, v in log.items() if "loss" in k or "deg" in k} for log in logs_of(one)[4:]]
+        for one in (whole, resumed)
     ]
-    assert last[0] == last[1]
+    assert len(curves[0]) == 2
+    assert curves[0] == curves[1]
     whole.model.save_pretrained(tmp_path / "saved")
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     kept = load_file(checkpoint / "model.safetensors")
@@ -494,6 +519,19 @@ def test_a_head_and_its_policy_learn_levels(trainer_of, logs_of):
     first, last = logs_of(trainer)[0], logs_of(trainer)[-1]
     assert first["degree/loss"] == pytest.approx(math.log(4), rel=1e-6)
     assert last["degree/loss"] < 0.5
+
+
+def test_of_a_model_whose_states_are_all_alike_no_head_learns_anything(
+    trainer_of, make_model, words, rows, logs_of
+):
+    model = make_model(words, layers=2, spread=0.2)
+    model.model.norm.weight.requires_grad_(False).zero_()
+    options = {"optim": "adamw_torch", "learning_rate": 1e-3, "num_train_epochs": 10, "method": "dpo"}
+    trainer = trainer_of(rows, fresh=True, model=model, **options)
+    trainer.train()
+    losses = [log["degree/loss"] for log in logs_of(trainer)]
+    # but for the bias, which learns how often each level was drawn so far
+    assert losses == pytest.approx([math.log(4)] * len(losses), abs=0.03)
 
 
 def test_the_stage_writes_a_model_without_the_head_and_records_the_loss(

@@ -51,9 +51,7 @@ def implied(method, sums, count):
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("method", ["dpo", "spo"])
-def test_a_step_is_that_of_the_formula(
-    make_trainer, make_rows, models, direct, watch, tokenizer, method, count
-):
+def test_a_step_is_that_of_the_formula(make_trainer, make_rows, models, direct, watch, caplog, method, count):
     rows = make_rows(5, soft=True, seed=4)
     weights = WEIGHTS[count]
     trainer = make_trainer(
@@ -99,6 +97,9 @@ def test_a_step_is_that_of_the_formula(
         begins = -(p * F.logsigmoid(z) + (1 - p) * F.logsigmoid(-z)).mean()
         assert expected.item() == pytest.approx(float(begins), abs=1e-4)
         assert abs(float(begins) - 0.6931) > 0.01
+        mean = -float(z.mean())
+        assert f"speak for the better completion of a row by {mean:.3f} nats on average" in caplog.text
+        assert f"in {100 * float((z > 0).float().mean()):.0f} % of the rows: the loss does not" in caplog.text
 
 
 def test_rewards_of_metrics_are_what_this_round_learns(make_trainer, make_rows, models):
@@ -117,7 +118,9 @@ def test_rewards_of_metrics_are_what_this_round_learns(make_trainer, make_rows, 
     assert metrics["eval_rewards/margins"] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
 
 
-def test_weights_of_zero_are_training_without_earlier_rounds(make_trainer, make_rows, models, weights):
+def test_weights_of_zero_are_training_without_earlier_rounds(
+    make_trainer, make_rows, models, weights, caplog
+):
     ended = []
     for options in ({"earlier_rounds": rounds_of(models, "dpo", 1)}, {}):
         trainer = make_trainer(
@@ -132,6 +135,30 @@ def test_weights_of_zero_are_training_without_earlier_rounds(make_trainer, make_
         trainer.train()
         ended.append(weights(trainer.model))
     assert torch.equal(*ended)
+    assert "does not begin" not in caplog.text
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_offsets_of_bf16_models_are_fp32_numbers_near_those_of_fp32(
+    make_trainer, make_rows, models, tmp_path, cached
+):
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        first, second = (deepcopy(model).to(dtype) for model in models[:2])
+        trainer = make_trainer(
+            make_rows(6, seed=4),
+            model=second,
+            method="dpo",
+            beta=0.5,
+            dimensions="short",
+            bf16=dtype == torch.bfloat16,
+            reference_cache=str(tmp_path / "kept") if cached else "",
+            trainer_options={"earlier_rounds": rounds_of([first], "dpo", 1)},
+        )
+        found.append(torch.tensor([one for row in trainer.train_dataset.rows for one in row["offsets"]]))
+    assert not torch.equal(found[1], found[1].bfloat16().float())  # rounded after no sum
+    assert float((found[1] - found[0]).abs().max()) < 0.2  # what forward passes in bf16 alone cost
+    assert float((found[1] - found[0]).abs().max()) > 1e-4
 
 
 def test_kept_log_probabilities_give_the_same_offsets(make_trainer, make_rows, models, tmp_path, monkeypatch):

@@ -339,8 +339,9 @@ def test_sppo_with_a_kl_term_is_regularised_towards_the_initial_model(rounds, di
 
 @pytest.mark.parametrize("lora", [False, True], ids=["model", "adapter"])
 @pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("history", [1, 2])
 def test_a_mixed_reference_is_geometric_between_the_previous_policy_and_the_initial_model(
-    rounds, direct, model, logs_of, share, lora
+    rounds, direct, watch, model, logs_of, share, lora, history
 ):
     """α-SPIN: DPO of demonstrations against the policy's own completions, relative to that mixture."""
     trainer, watched = rounds(
@@ -348,15 +349,19 @@ def test_a_mixed_reference_is_geometric_between_the_previous_policy_and_the_init
         train_on="self_play",
         round_reference="previous",
         initial_share=share,
+        opponent_history=history,
         rounds=2,
         num_train_epochs=1,
         per_device_train_batch_size=ROWS,
         learning_rate=0.05,
+        max_grad_norm=0.0,
         use_peft=lora,
-        trainer_options={"judge": None},
+        trainer_options={"judge": None, "callbacks": [watch]},
     )
     initial = model.double()
-    for rows, policy, log in zip(watched.rows, watched.models, logs_of(trainer), strict=True):
+    for rows, policy, log, before, gradient in zip(
+        watched.rows, watched.models, logs_of(trainer), watch.models, watch.gradients, strict=True
+    ):
         losses, policy = [], policy.double()
         with torch.no_grad():
             for row in rows:
@@ -370,6 +375,14 @@ def test_a_mixed_reference_is_geometric_between_the_previous_policy_and_the_init
                     scores.append(BETA * (now - share * old - (1 - share) * now))
                 losses.append(math.log1p(math.exp(scores[1] - scores[0])))
         assert log["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+        exact = 0.0  # the same as a formula of the policy, for its gradient
+        for row in rows:
+            margins = [
+                direct.token_logps(before, row["prompt"], one).sum() - kept
+                for one, kept in zip(row["completions"], row["ref_logps"], strict=True)
+            ]
+            exact = exact - torch.nn.functional.logsigmoid(BETA * (margins[0] - margins[1])) / ROWS
+        direct.agree(gradient, direct.gradient(before, exact), 1e-3)
     assert logs_of(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert abs(logs_of(trainer)[1]["loss"] - math.log(2)) > 1e-3
 
