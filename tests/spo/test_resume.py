@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from softpref.lm.loading import load_model, load_tokenizer
 from softpref.lm.checkpoints import last_checkpoint
 from softpref.spo import SPOConfig, SPOTrainer
+from softpref.spo.lineage import EarlierRound
 
 
 class Steps(TrainerCallback):
@@ -51,14 +52,22 @@ def train(output, start, dies_at, rows, options):
         "save_total_limit": 2, "lr_scheduler_type": "linear", "max_prompt_length": 16,
         "max_completion_length": 8, "beta": 0.3, "seed": 3, **options,
     })
+    earlier = []
+    if config.dimensions:  # a first round on another dimension, which has moved every weight
+        other = load_model(start)
+        with torch.no_grad():
+            for weight in other.parameters():
+                weight += 0.1 * torch.randn_like(weight)
+        earlier = [EarlierRound(other, "dpo", beta=0.5)]
     trainer = SPOTrainer(
-        load_model(start), config, train_dataset=rows, processing_class=load_tokenizer(start), judge=Judge()
+        load_model(start), config, train_dataset=rows, processing_class=load_tokenizer(start), judge=Judge(),
+        earlier_rounds=earlier,
     )
     Path(output).mkdir(exist_ok=True, parents=True)
     if trainer.is_world_process_zero():
         trainer.add_callback(Steps(output, dies_at))
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
-    found = trainer.predict(rows[:5]) if trainer.ref_model is not None else None
+    found = trainer.predict(rows[:5]) if trainer.ref_model is not None and not earlier else None
     if trainer.is_world_process_zero():
         trainer.model.save_pretrained(output + "/final")
         trainer.state.save_to_json(output + "/final/state.json")
@@ -178,6 +187,7 @@ RUNS = {
         "degree_levels": 2,  # for which one word is enough; "a" alone is none
         **SAVING,
     },
+    "dimensions": {"method": "dpo", "num_train_epochs": 2, "dimensions": "short", "dimension_weights": "0.7"},
     "cached": {"method": "dpo", "num_train_epochs": 1},
     "cached-again": {"method": "dpo", "num_train_epochs": 1},
 }
@@ -229,6 +239,8 @@ def test_two_processes_train_as_one(tmp_path, launch, make_rows, start):
             assert "test_logps/chosen" in one
         for one, other in zip(*rows, strict=True):
             assert other["completions"] == one["completions"]
+            assert ("offsets" in one) == (name == "dimensions")
+            assert other.get("offsets") == pytest.approx(one.get("offsets"), abs=1e-4)
             assert other["probability"] == pytest.approx(one["probability"])
             for key in ("ref_logps", "win_probabilities"):
                 assert other.get(key) == pytest.approx(one.get(key), abs=1e-4)
