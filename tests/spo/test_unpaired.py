@@ -51,7 +51,9 @@ def unpaired(path, rows):
     return {"unpaired_source": write(path, rows), "unpaired_columns": columns}
 
 
-def test_completions_judged_alone_lie_beside_the_preferences_and_keep_clear_of_their_prompts(tmp_path, pairs):
+def test_completions_judged_alone_lie_beside_the_preferences_and_keep_clear_of_their_prompts(
+    tmp_path, pairs, caplog
+):
     rows = [
         *judged("e"),
         {"q": "ab", "a": "e", "thumb": 1},  # a prompt of the preferences, in whatever split
@@ -70,6 +72,7 @@ def test_completions_judged_alone_lie_beside_the_preferences_and_keep_clear_of_t
     ]
     own = stats["unpaired"]
     assert (own["train"], own["desirable"], own["of_preferences"]) == (5, 2, 1)
+    assert "1 of 6 completions of" in caplog.text
     assert own["rejected"] == {"label is neither true nor false": 1}
     assert "unpaired/data-00000-of-00001.arrow" in stats["files"]
     assert "completions judged alone, train" in (tmp_path / "data" / "page.html").read_text(encoding="utf-8")
@@ -89,6 +92,10 @@ def test_no_completion_of_another_prompt_is_an_error(tmp_path, pairs):
         DataError, match=r"judged.jsonl gave no completion of a prompt that .*pairs.jsonl lacks"
     ):
         run(DataConfig(source=pairs, **unpaired(tmp_path / "judged.jsonl", rows)), str(tmp_path / "data"))
+    with pytest.raises(
+        ConfigError, match=r"unpaired_columns has no effect without unpaired_source; give that"
+    ):
+        DataConfig(source=pairs, unpaired_columns={"label": "thumb"})
     with pytest.raises(ConfigError, match=r"unpaired_columns has the role 'score'; known: prompt, compl"):
         DataConfig(source=pairs, unpaired_source=pairs, unpaired_columns={"score": "s"})
 
@@ -142,6 +149,8 @@ def test_the_command_line_says_what_is_wrong_with_a_label(tmp_path, pairs, capsy
     source = write(tmp_path / "judged.jsonl", [{"prompt": "x", "completion": "e", "label": "good"}])
     given = ["--source", pairs, "--unpaired_source", source, "--output", str(tmp_path / "data")]
     assert main(["data", *given]) == 2
-    assert "1 of the 1 rows of" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 of the 1 rows of" in said
+    assert ": label is neither true nor false (1). They are listed in" in said
     (line,) = (tmp_path / "data.rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["source"] == "unpaired"

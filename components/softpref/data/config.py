@@ -307,6 +307,10 @@ class DataConfig:
                 )
         for further, roles_of in FURTHER.items():
             name = f"{further}_columns"
+            if getattr(self, name) and further not in self.further_sources:
+                raise ConfigError(
+                    f"{name} has no effect without {further}_source; give that, or leave it out"
+                )
             for role, column in getattr(self, name).items():
                 if role not in roles_of:
                     raise ConfigError(f"{name} has the role {role!r}; known: {', '.join(roles_of)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from softpref.data.texts import LeftOut, Refused
 from softpref.data.writing import SplitWriter, further_features
 from softpref.errors import DataError
 from softpref.records.dataset import JUDGE_SPLIT, DatasetStats
+
+logger = logging.getLogger(__name__)
 
 
 def write_extras(
@@ -89,6 +92,14 @@ def write_extras(
             raise DataError(
                 f"{config.unpaired_source} gave no completion of a prompt that {config.source} lacks"
             )
+        if of_preferences:
+            logger.warning(
+                "%d of %d completions of %s answer prompts that %s has, too, and are left out",
+                of_preferences,
+                of_preferences + writer.counts["train"],
+                config.unpaired_source,
+                config.source,
+            )
         writer.dataset("train").save_to_disk(str(folder / "unpaired"))
         extras["unpaired"] = {
             **writer.counts,
@@ -137,7 +148,8 @@ def _extra_rows(
             refused += not isinstance(reason, LeftOut)
             rejections.add(row.number, row.place, reason, source=name)
     if not taken or refused > config.max_rejected_fraction * read:
+        reasons = "; ".join(f"{rule} ({count})" for rule, count in rejections.extras[name].most_common(3))
         raise DataError(
             f"{refused} of the {read} rows of {source} ({name}) were refused, max_rejected_fraction is "
-            f"{config.max_rejected_fraction}; they are listed in {listing}"
+            f"{config.max_rejected_fraction}: {reasons}. They are listed in {listing}"
         )
