@@ -307,15 +307,15 @@ class DataConfig:
                 )
         for further, roles_of in FURTHER.items():
             name = f"{further}_columns"
-            if getattr(self, name) and further not in self.further_sources:
-                raise ConfigError(
-                    f"{name} has no effect without {further}_source; give that, or leave it out"
-                )
             for role, column in getattr(self, name).items():
                 if role not in roles_of:
                     raise ConfigError(f"{name} has the role {role!r}; known: {', '.join(roles_of)}")
                 if not isinstance(column, str) or not column:
                     raise ConfigError(f"{name}[{role!r}] must be one column name, got {column!r}")
+            if getattr(self, name) and further not in self.further_sources:
+                raise ConfigError(
+                    f"{name} has no effect without {further}_source; give that, or leave it out"
+                )
         if self.embedded:
             fixed = ("columns", "prompt_template", "as_messages", "system_prompt", "sft_source")
             for name in (*fixed, "degree_ranking_weight"):  # a text with less has no known reward
