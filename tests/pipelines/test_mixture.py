@@ -84,12 +84,11 @@ def test_no_further_source_of_this_machine_is_sent_to_a_cluster(sweep, rows, ove
     assert not (rows / "package.yaml").exists()
 
 
-def test_completions_judged_alone_are_refused_where_no_model_learns_from_them(sweep, rows):
+def test_unpaired_completions_are_refused_where_no_model_learns_from_them(sweep, rows):
     given = parameters(sweep, unpaired_source="b.jsonl") | {"alphas": [1.0]}
-    with pytest.raises(
-        ConfigError, match=r"the method kto learns.* such as baselines kto:0\.1, or leave them"
-    ):
-        plan(given | {"baselines": ["dpo:0.1"]})
+    for other in ("dpo:0.1", "kto:0.1,train_on=self_play"):
+        with pytest.raises(ConfigError, match=r"the method kto learns.* such as baselines kto:0\.1\)"):
+            plan(given | {"baselines": [other]})
     assert [member.method for member in plan(given | {"baselines": ["kto:0.1"]})] == ["spo", "kto"]
 
 

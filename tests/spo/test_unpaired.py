@@ -1,4 +1,4 @@
-"""Completions that were judged alone: from a source of their own, past the splits, to the method `kto`."""
+"""Unpaired completions: from a source of their own, past the splits, to the method `kto`."""
 
 import itertools
 import json
@@ -51,7 +51,7 @@ def unpaired(path, rows):
     return {"unpaired_source": write(path, rows), "unpaired_columns": columns}
 
 
-def test_completions_judged_alone_lie_beside_the_preferences_and_keep_clear_of_their_prompts(
+def test_unpaired_completions_lie_beside_the_preferences_and_keep_clear_of_their_prompts(
     tmp_path, pairs, caplog
 ):
     rows = [
@@ -71,11 +71,13 @@ def test_completions_judged_alone_lie_beside_the_preferences_and_keep_clear_of_t
         {"prompt": "g", "completion": "e", "label": False},
     ]
     own = stats["unpaired"]
-    assert (own["train"], own["desirable"], own["of_preferences"]) == (5, 2, 1)
+    assert (own["train"], own["desirable"], own["shared_prompt"]) == (5, 2, 1)
     assert "1 of 6 completions of" in caplog.text
     assert own["rejected"] == {"label is neither true nor false": 1}
     assert "unpaired/data-00000-of-00001.arrow" in stats["files"]
-    assert "completions judged alone, train" in (tmp_path / "data" / "page.html").read_text(encoding="utf-8")
+    assert "unpaired completions, 40 % desirable, train" in (tmp_path / "data" / "page.html").read_text(
+        encoding="utf-8"
+    )
     assert sum(stats["rows"].values()) == len(PROMPTS)
     again = run(DataConfig(source=str(tmp_path / "data")), str(tmp_path / "taken-over"))
     assert again["unpaired"] == own
@@ -88,9 +90,7 @@ def test_completions_judged_alone_lie_beside_the_preferences_and_keep_clear_of_t
 
 def test_no_completion_of_another_prompt_is_an_error(tmp_path, pairs):
     rows = [{"q": prompt, "a": "e", "thumb": True} for prompt in PROMPTS]
-    with pytest.raises(
-        DataError, match=r"judged.jsonl gave no completion of a prompt that .*pairs.jsonl lacks"
-    ):
+    with pytest.raises(DataError, match=r"every prompt of .*judged.jsonl is also among the preferences"):
         run(DataConfig(source=pairs, **unpaired(tmp_path / "judged.jsonl", rows)), str(tmp_path / "data"))
     with pytest.raises(
         ConfigError, match=r"unpaired_columns has no effect without unpaired_source; give that"
@@ -98,6 +98,55 @@ def test_no_completion_of_another_prompt_is_an_error(tmp_path, pairs):
         DataConfig(source=pairs, unpaired_columns={"label": "thumb"})
     with pytest.raises(ConfigError, match=r"unpaired_columns has the role 'score'; known: prompt, compl"):
         DataConfig(source=pairs, unpaired_source=pairs, unpaired_columns={"score": "s"})
+
+
+SYSTEM = "Be brief, please."
+
+
+@pytest.mark.parametrize(
+    ("beside", "columns", "options"),
+    [
+        ({}, {}, {}),
+        ({"system": SYSTEM}, {}, {}),
+        ({"system_prompt": SYSTEM}, {}, {"as_messages": True}),
+        ({}, {}, {"as_messages": True, "system_prompt": SYSTEM}),
+        ({"input": "of this"}, {"prompt": "instruction"}, {}),
+        ({"hint": "of this"}, {}, {"prompt_template": "{instruction} {hint}"}),
+    ],
+    ids=["plain", "system", "system message", "system prompt", "input", "template"],
+)
+def test_no_prompt_of_the_preferences_gets_in_whatever_it_is_made_of(tmp_path, beside, columns, options):
+    """One file as both: pairs within a prompt, and beside them the completions of prompts with one label."""
+    asked = "instruction" if columns or "prompt_template" in options else "prompt"
+    rows = [
+        {asked: f"{prompt}?", **beside, "completion": one, "label": one == "a"}
+        for prompt in PROMPTS
+        for one in ("a", "b")
+    ]
+    rows += [{asked: f"{prompt}!", **beside, "completion": "a", "label": True} for prompt in PROMPTS[:5]]
+    source = write(tmp_path / "thumbs.jsonl", rows)
+    given = {"source": source, "unpaired_source": source, "unpaired_columns": columns, **options}
+    stats = run(DataConfig(**given), str(tmp_path / "data"))
+    assert (stats["unpaired"]["train"], stats["unpaired"]["shared_prompt"]) == (5, 2 * len(PROMPTS))
+    found = json.dumps(datasets.load_from_disk(str(tmp_path / "data" / "unpaired"))["prompt"][:])
+    assert found.count("!") == 5
+    assert found.count(SYSTEM) == (5 if SYSTEM in (*beside.values(), options.get("system_prompt")) else 0)
+    assert found.count("of this") == (5 if "of this" in beside.values() else 0)
+
+
+def test_a_word_beside_a_prompt_is_no_system_text_here_either(tmp_path, pairs):
+    rows = [{**row, "system": "gpt"} for row in judged("e")]
+    stats = run(DataConfig(source=pairs, **unpaired(tmp_path / "judged.jsonl", rows)), str(tmp_path / "data"))
+    assert stats["unpaired"]["train"] == 4
+    assert datasets.load_from_disk(str(tmp_path / "data" / "unpaired"))[0]["prompt"] == "fa"
+
+
+def test_unpaired_completions_that_were_changed_are_not_taken_over(tmp_path, pairs):
+    run(DataConfig(source=pairs, **unpaired(tmp_path / "judged.jsonl", judged("e"))), str(tmp_path / "data"))
+    (file,) = (tmp_path / "data" / "unpaired").glob("data-*.arrow")
+    file.write_bytes(file.read_bytes().replace(b"fa", b"zz"))
+    with pytest.raises(DataError, match=r"unpaired cannot be read: .* is not what was written"):
+        run(DataConfig(source=str(tmp_path / "data")), str(tmp_path / "taken-over"))
 
 
 @pytest.mark.parametrize("method", ["kto", "dpo"])
@@ -135,7 +184,7 @@ def preferred(policy, prompt, completions):
 
 
 def test_a_training_is_not_taken_for_one_with_other_completions(tmp_path, pairs, command, capsys):
-    """A finished model is handed back only to who asks for it, completions judged alone included."""
+    """A finished model is handed back only to who asks for it, unpaired completions included."""
     options = {**QUICK, "num_train_epochs": 1}
     for good in "ef":
         beside = unpaired(tmp_path / f"{good}.jsonl", judged(good))
@@ -150,7 +199,7 @@ def test_the_command_line_says_what_is_wrong_with_a_label(tmp_path, pairs, capsy
     given = ["--source", pairs, "--unpaired_source", source, "--output", str(tmp_path / "data")]
     assert main(["data", *given]) == 2
     said = capsys.readouterr().err
-    assert "1 of the 1 rows of" in said
-    assert ": label is neither true nor false (1). They are listed in" in said
+    assert "none of the 1 rows of" in said
+    assert "can be used: label is neither true nor false (1). They are listed in" in said
     (line,) = (tmp_path / "data.rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["source"] == "unpaired"

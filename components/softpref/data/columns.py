@@ -116,6 +116,20 @@ class Layout(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+def further_columns(own: Mapping[str, str], roles: Names, known: Sequence[str]) -> dict[str, str]:
+    """Role to column of a further source, whose columns have the names of their roles unless `own` says else.
+
+    `system`, and the `input` of an `instruction`, are found by their names, as in a source of preferences:
+    the prompts of both must be comparable.
+    """
+    columns = {**{role: role for role in roles}, **own}
+    if "system" not in own and (system := _find(("system",), known)):
+        columns["system"] = system[0]
+    if "input" not in own and columns["prompt"] == "instruction" and "input" in known:
+        columns["input"] = "input"
+    return columns
+
+
 def settle_dimensions(
     dimensions: Mapping[str, Mapping[str, object]],
     columns: Mapping[str, object],

@@ -25,7 +25,7 @@ STORY_ROWS = 4000
 STORY_SFT_ROWS = 4000
 # sources that need no file, and their dimensions
 EMBEDDED = {"story": story_world.DIMENSIONS, "storyteller": tuple(storyteller.DIMENSIONS)}
-# what may lie beside the preferences, from a source of its own (`sft_source` …), and the roles of its columns
+# what may lie beside the preferences, from a source of its own (`sft_source` …), and the roles it needs
 FURTHER = {
     "sft": ("prompt", "completion"),
     "prompts": ("prompt",),
@@ -174,13 +174,15 @@ class DataConfig:
         sft_rows: demonstrations to draw from the story world (4000 by default), or the most to take from
             `sft_source`.
         sft_source: demonstrations for the reference model, read like `source`.
-        sft_columns: from `prompt` and `completion` to the columns of `sft_source`.
+        sft_columns: from `prompt` and `completion` to the columns of `sft_source`; also `input` and `system`.
         prompts_source: further prompts to sample from in training, read like `source`.
-        prompts_columns: from `prompt` to the column of `prompts_source`.
-        unpaired_source: completions that were judged alone, read like `source`: a `prompt`, a `completion`
-            and a `label`, true or false. They need no counterpart, and the method `kto` alone learns from
-            them, beside the preferences of `source`. Those of prompts that `source` has are left out.
-        unpaired_columns: from `prompt`, `completion` and `label` to the columns of `unpaired_source`.
+        prompts_columns: from `prompt` to the column of `prompts_source`; also `input` and `system`.
+        unpaired_source: completions without a counterpart, read like `source`: a `prompt`, a `completion` and
+            a `label`, true or false. Only the method `kto` learns from them, beside the preferences. Each row
+            counts, also where several judged the same completion. Those whose prompt is among the preferences
+            are left out.
+        unpaired_columns: from `prompt`, `completion` and `label` to the columns of `unpaired_source`; also
+            `input` and `system`.
 
     Raises:
         ConfigError: a value outside its range, an unknown role, or values that do not go together.
@@ -308,8 +310,8 @@ class DataConfig:
         for further, roles_of in FURTHER.items():
             name = f"{further}_columns"
             for role, column in getattr(self, name).items():
-                if role not in roles_of:
-                    raise ConfigError(f"{name} has the role {role!r}; known: {', '.join(roles_of)}")
+                if role not in (allowed := (*roles_of, "input", "system")):
+                    raise ConfigError(f"{name} has the role {role!r}; known: {', '.join(allowed)}")
                 if not isinstance(column, str) or not column:
                     raise ConfigError(f"{name}[{role!r}] must be one column name, got {column!r}")
             if getattr(self, name) and further not in self.further_sources:

@@ -8,14 +8,14 @@ import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from softpref.data.columns import check_present
+from softpref.data.columns import check_present, further_columns, value_at
 from softpref.data.config import FURTHER, DataConfig
 from softpref.data.embedded import embedded_demonstrations
 from softpref.data.intake import RejectionLog, peek
 from softpref.data.rows import Demonstration, Judged, read_demonstration, read_judged, read_prompt
 from softpref.data.sources import SourceRow
 from softpref.data.splits import prompt_key
-from softpref.data.texts import LeftOut, Refused
+from softpref.data.texts import LeftOut, Refused, may_instruct
 from softpref.data.writing import SplitWriter, further_features
 from softpref.errors import DataError
 from softpref.records.dataset import JUDGE_SPLIT, DatasetStats
@@ -79,10 +79,10 @@ def write_extras(
     if "unpaired" in streams:
         writer = SplitWriter(folder / "work", ("train",), of["unpaired"], "unpaired-")
         digest = hashlib.sha256()
-        of_preferences = desirable = 0
+        shared_prompt = desirable = 0
         for row in _extra_rows(streams["unpaired"], config, "unpaired", conversational, rejections, listing):
             if prompt_key(row.prompt) in split_of:  # held out, or learned from already
-                of_preferences += 1
+                shared_prompt += 1
                 continue
             assert isinstance(row, Judged)
             writer.write("train", row._asdict())
@@ -90,21 +90,21 @@ def write_extras(
             digest.update(json.dumps(row).encode() + b"\n")
         if not writer.counts["train"]:
             raise DataError(
-                f"{config.unpaired_source} gave no completion of a prompt that {config.source} lacks"
+                f"every prompt of {config.unpaired_source} is also among the preferences, so none of its "
+                "completions is left"
             )
-        if of_preferences:
+        if shared_prompt:
             logger.warning(
-                "%d of %d completions of %s answer prompts that %s has, too, and are left out",
-                of_preferences,
-                of_preferences + writer.counts["train"],
+                "%d of %d completions of %s are left out: their prompts are also among the preferences",
+                shared_prompt,
+                shared_prompt + writer.counts["train"],
                 config.unpaired_source,
-                config.source,
             )
         writer.dataset("train").save_to_disk(str(folder / "unpaired"))
         extras["unpaired"] = {
             **writer.counts,
             "desirable": desirable,
-            "of_preferences": of_preferences,
+            "shared_prompt": shared_prompt,
             "hash": digest.hexdigest(),
             "rejected": dict(rejections.extras["unpaired"]),
         }
@@ -119,15 +119,19 @@ def _extra_rows(
     rejections: RejectionLog,
     listing: Path,
 ) -> Iterator[Demonstration | Judged]:
-    """Demonstrations, prompts with an empty completion, or judged completions, of the further source `name`;
-    what cannot be used is listed.
+    """What the further source `name` gives: demonstrations, prompts (with an empty completion) or unpaired
+    completions. What cannot be used is listed.
     """
     source = config.further_sources.get(name, config.source)
-    _, stream, known, _ = peek(stream, source)
+    first, stream, known, _ = peek(stream, source)
     own = getattr(config, f"{name}_columns")
-    columns, fields = {**{role: role for role in FURTHER[name]}, **own}, config.template_fields
+    columns, fields = further_columns(own, FURTHER[name], known), config.template_fields
+    if "system" in {*columns} - {*own}:
+        values = [value_at(row.record, columns["system"]) for row in first if row.record is not None]
+        if 2 * sum(map(may_instruct, values)) < len(values):  # found by its name alone, it is something else
+            del columns["system"]
     if fields and "prompt" not in own:
-        columns = {role: column for role, column in columns.items() if role != "prompt"}
+        columns = {role: column for role, column in columns.items() if role not in ("prompt", "input")}
         check_present([("prompt_template", field) for field in fields], known, source)
     check_present([(f"{name}_columns[{role!r}]", column) for role, column in columns.items()], known, source)
     read = refused = taken = 0
@@ -149,7 +153,11 @@ def _extra_rows(
             rejections.add(row.number, row.place, reason, source=name)
     if not taken or refused > config.max_rejected_fraction * read:
         reasons = "; ".join(f"{rule} ({count})" for rule, count in rejections.extras[name].most_common(3))
-        raise DataError(
-            f"{refused} of the {read} rows of {source} ({name}) were refused, max_rejected_fraction is "
-            f"{config.max_rejected_fraction}: {reasons}. They are listed in {listing}"
-        )
+        if not taken:
+            verdict = f"none of the {read} rows of {source} ({name}) can be used"
+        else:
+            verdict = (
+                f"{refused} of the {read} rows of {source} ({name}) were refused, more than "
+                f"max_rejected_fraction = {config.max_rejected_fraction} allows"
+            )
+        raise DataError(f"{verdict}: {reasons}. They are listed in {listing}")

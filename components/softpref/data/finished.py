@@ -71,6 +71,9 @@ def take_over(source: Path, config: DataConfig, folder: Path) -> Finished:
     stats = read_stats(source)
     _check_unchanged_reading(config, sum(stats["rows"].values()))
     replaced = config.further_sources.keys()
+    for name in FURTHER:
+        if (source / name).is_dir() and name not in replaced:
+            read_dataset(source / name)  # it is what its stats.json describes
     for name in _TAKEN:
         if (source / name).is_dir() and name not in replaced:
             shutil.copytree(source / name, folder / name)

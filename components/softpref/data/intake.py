@@ -42,7 +42,7 @@ from softpref.data.rows import (
 )
 from softpref.data.sources import SourceRow
 from softpref.data.splits import prompt_key
-from softpref.data.texts import LeftOut, Refused
+from softpref.data.texts import LeftOut, Refused, may_instruct
 from softpref.errors import ConfigError, DataError
 from softpref.progress import follow
 
@@ -92,7 +92,7 @@ class RejectionLog:
         """List a row.
 
         Args:
-            source: `preferences`, `sft` or `prompts`.
+            source: `preferences`, or a further source by the name of its folder.
             origin: which of several sources of preferences it comes from.
         """
         left_out = isinstance(reason, LeftOut)
@@ -242,9 +242,7 @@ class Source:
         return isinstance(read_dimension(record, self.layout), str)
 
     def _has_system(self, record: Record) -> bool:
-        """Whether there is a text: a single word names a system rather than instructing one."""
-        value = value_at(record, self.layout.columns["system"])
-        return value is None or (isinstance(value, str) and (not value.strip() or len(value.split()) > 1))
+        return may_instruct(value_at(record, self.layout.columns["system"]))
 
     def _prevailing(self, rows: Iterable[SourceRow]) -> bool | None:
         """Whether most of the rows are conversations: the first must not decide for all others."""

@@ -68,7 +68,7 @@ class Demonstration(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """One completion that was judged alone: whether it is desirable."""
+    """A completion without a counterpart, and whether it is desirable."""
 
     prompt: Text
     completion: Text
@@ -185,12 +185,13 @@ def read_demonstration(record: Record, columns: Mapping[str, Column], config: Da
     column = columns["completion"]
     completion = read_text(read_field(record, column), "completion", repr(column), config)
     prompt, completions = _split_prompt(_prompt(record, columns, config), [completion], config, False)
+    prompt = _with_system(prompt, record, columns, config)
     _limit_length(prompt, completions, config)
     return Demonstration(prompt, completions[0])
 
 
 def read_judged(record: Record, columns: Mapping[str, Column], config: DataConfig) -> Judged:
-    """Read a completion that was judged alone, with its label."""
+    """Read a completion without a counterpart, with its label."""
     label = bool(read_thumb(read_field(record, columns["label"])))
     return Judged(*read_demonstration(record, columns, config), label)
 
@@ -200,7 +201,7 @@ def read_prompt(record: Record, columns: Mapping[str, Column], config: DataConfi
     prompt = _prompt(record, columns, config)
     if prompt is None:
         raise Refused("prompt is missing")
-    return _conversation_start(prompt, config)
+    return _with_system(_conversation_start(prompt, config), record, columns, config)
 
 
 def value_forms(records: Iterable[Record], layout: Layout, config: DataConfig) -> list[str]:

@@ -162,6 +162,11 @@ def read_number(value: object, role: str) -> float:
     return number
 
 
+def may_instruct(value: object) -> bool:
+    """Whether it can be a system text, or none: a single word names a system rather than instructing one."""
+    return value is None or (isinstance(value, str) and (not value.strip() or len(value.split()) > 1))
+
+
 def describe(value: object) -> str:
     if isinstance(value, str):
         return f"the text {short(value)}"

@@ -268,8 +268,10 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
     check_early("sft", *_layers(stages["sft"]))
     evaluating = _build(EvaluationConfig, stages["evaluate"])
     judges = [("", evaluating)]  # with prefixes of messages about them
+    takes_unpaired = False
     for member in members:
         config = check_early("train", *training_layers(stages["train"], member))
+        takes_unpaired |= config.takes_unpaired
         if config.uses_judge:
             judges.append((f"{member.name}: ", config))
         known = {*data.dimensions}
@@ -284,10 +286,11 @@ def check(parameters: Mapping[str, Any], *, here: bool = True) -> list[Member]:
                 f"{member.name}: a best-of-n row tells only its best, and sppo needs to know how often each "
                 "completion wins; use story_kind pairwise or ranking, or train_on=samples"
             )
-    if data.unpaired_source and not any(member.method == "kto" for member in members):
+    if data.unpaired_source and not takes_unpaired:
         raise ConfigError(
-            "unpaired_source: only the method kto learns from completions that were judged alone, and none "
-            "of these models is of it; add one, such as baselines kto:0.1, or leave them out"
+            "unpaired_source: only the method kto learns from unpaired completions, and only with train_on "
+            "preferences; no model here does. Leave unpaired_source out, or have a model of kto (in a sweep "
+            "such as baselines kto:0.1)"
         )
     experts = [prefix for prefix, config in judges if config.judge == "expert"]
     if experts and not data.embedded:

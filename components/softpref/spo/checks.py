@@ -120,6 +120,11 @@ class Derived:
         return self.draws_rows and self.train_on != "self_play"
 
     @property
+    def takes_unpaired(self) -> bool:
+        """Whether training learns from completions without a counterpart."""
+        return self.method == "kto" and self.train_on == "preferences"
+
+    @property
     def refers_to_previous(self) -> bool:
         """Whether a round's reference is the policy at its beginning."""
         wanted = self.round_reference == "previous" or (

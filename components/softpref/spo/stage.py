@@ -197,14 +197,13 @@ def run(
     splits = {"train": training_rows, "validation": preferences.get("validation")}
     for split, tokens in kept.items():
         tokens = replace(tokens, places=places.get(split))
-        # of rows whose completions are drawn not all is read, and unpaired ones have no tokens yet
-        if split == "validation" or (config.train_on == "preferences" and unpaired is None):
+        if split == "validation" or config.train_on == "preferences":  # else of a row not all is read
             splits[split] = RowsWithTokens(splits[split], tokens)
-    if unpaired is not None:
+    if unpaired is not None:  # whose tokens are not kept
         from datasets import concatenate_datasets
 
         splits["train"] = concatenate_datasets([training_rows, unpaired])
-    course.timer.enter("reading" if kept else "tokenizing")
+    course.timer.enter("reading" if kept and unpaired is None else "tokenizing")
     trainer = SPOTrainer(
         model,
         config,
@@ -327,10 +326,9 @@ def _load_preferences(dataset_dir: str | Path) -> tuple[dict[str, Any], Any]:
 
 
 def _unpaired(config: SPOConfig, dataset_dir: str | Path) -> Any:
-    """The completions that were judged alone, where `kto` takes them; they are of no dimension."""
+    """The dataset's unpaired completions, where training takes them; None where there are none."""
     folder = Path(dataset_dir) / "unpaired"
-    takes = config.method == "kto" and config.train_on == "preferences" and not config.dimension
-    return read_dataset(folder) if takes and folder.is_dir() else None
+    return read_dataset(folder) if config.takes_unpaired and folder.is_dir() else None
 
 
 def _training_rows(config: SPOConfig, dataset_dir: str | Path, preferences: dict[str, Any]) -> Any:
