@@ -115,7 +115,9 @@ SYSTEM = "Be brief, please."
     ],
     ids=["plain", "system", "system message", "system prompt", "input", "template"],
 )
-def test_no_prompt_of_the_preferences_gets_in_whatever_it_is_made_of(tmp_path, beside, columns, options):
+def test_no_prompt_of_the_preferences_gets_in_whatever_it_is_made_of(
+    tmp_path, caplog, beside, columns, options
+):
     """One file as both: pairs within a prompt, and beside them the completions of prompts with one label."""
     asked = "instruction" if columns or "prompt_template" in options else "prompt"
     rows = [
@@ -130,6 +132,9 @@ def test_no_prompt_of_the_preferences_gets_in_whatever_it_is_made_of(tmp_path, b
     assert (stats["unpaired"]["train"], stats["unpaired"]["shared_prompt"]) == (5, 2 * len(PROMPTS))
     found = json.dumps(datasets.load_from_disk(str(tmp_path / "data" / "unpaired"))["prompt"][:])
     assert found.count("!") == 5
+    said = {"system": "system ← system", "system_prompt": "system ← system_prompt", "input": "input ← input"}
+    for name in {*beside} & {*said}:
+        assert f"thumbs.jsonl (unpaired): recognised by the columns' names: {said[name]}" in caplog.text
     assert found.count(SYSTEM) == (5 if SYSTEM in (*beside.values(), options.get("system_prompt")) else 0)
     assert found.count("of this") == (5 if "of this" in beside.values() else 0)
 

@@ -77,38 +77,50 @@ def write_extras(
         rejected = dict(rejections.extras["prompts"])
         extras["extra_prompts"] = {**writer.counts, "held_out": held_out, "rejected": rejected}
     if "unpaired" in streams:
+        rows = _extra_rows(streams["unpaired"], config, "unpaired", conversational, rejections, listing)
         writer = SplitWriter(folder / "work", ("train",), of["unpaired"], "unpaired-")
-        digest = hashlib.sha256()
-        shared_prompt = desirable = 0
-        for row in _extra_rows(streams["unpaired"], config, "unpaired", conversational, rejections, listing):
-            if prompt_key(row.prompt) in split_of:  # held out, or learned from already
-                shared_prompt += 1
-                continue
-            assert isinstance(row, Judged)
-            writer.write("train", row._asdict())
-            desirable += row.label
-            digest.update(json.dumps(row).encode() + b"\n")
-        if not writer.counts["train"]:
-            raise DataError(
-                f"every prompt of {config.unpaired_source} is also among the preferences, so none of its "
-                "completions is left"
-            )
-        if shared_prompt:
-            logger.warning(
-                "%d of %d completions of %s are left out: their prompts are also among the preferences",
-                shared_prompt,
-                shared_prompt + writer.counts["train"],
-                config.unpaired_source,
-            )
-        writer.dataset("train").save_to_disk(str(folder / "unpaired"))
-        extras["unpaired"] = {
-            **writer.counts,
-            "desirable": desirable,
-            "shared_prompt": shared_prompt,
-            "hash": digest.hexdigest(),
-            "rejected": dict(rejections.extras["unpaired"]),
-        }
+        extras["unpaired"] = _write_unpaired(rows, config, split_of, writer, folder / "unpaired")
+        extras["unpaired"]["rejected"] = dict(rejections.extras["unpaired"])
     return extras
+
+
+def _write_unpaired(
+    rows: Iterator[Demonstration | Judged],
+    config: DataConfig,
+    split_of: Mapping[bytes, str],
+    writer: SplitWriter,
+    folder: Path,
+) -> dict[str, object]:
+    """Save those whose prompt the preferences lack, and say how many there are."""
+    digest = hashlib.sha256()
+    shared_prompt = desirable = 0
+    for row in rows:
+        if prompt_key(row.prompt) in split_of:  # held out, or learned from already
+            shared_prompt += 1
+            continue
+        assert isinstance(row, Judged)
+        writer.write("train", row._asdict())
+        desirable += row.label
+        digest.update(json.dumps(row).encode() + b"\n")
+    if not writer.counts["train"]:
+        raise DataError(
+            f"every prompt of {config.unpaired_source} is also among the preferences, so none of its "
+            "completions is left"
+        )
+    if shared_prompt:
+        logger.warning(
+            "%d of %d completions of %s are left out: their prompts are also among the preferences",
+            shared_prompt,
+            shared_prompt + writer.counts["train"],
+            config.unpaired_source,
+        )
+    writer.dataset("train").save_to_disk(str(folder))
+    return {
+        **writer.counts,
+        "desirable": desirable,
+        "shared_prompt": shared_prompt,
+        "hash": digest.hexdigest(),
+    }
 
 
 def _extra_rows(
@@ -130,6 +142,8 @@ def _extra_rows(
         values = [value_at(row.record, columns["system"]) for row in first if row.record is not None]
         if 2 * sum(map(may_instruct, values)) < len(values):  # found by its name alone, it is something else
             del columns["system"]
+    if found := [f"{role} ← {columns[role]}" for role in columns if role not in (*own, *FURTHER[name])]:
+        logger.warning("%s (%s): recognised by the columns' names: %s", source, name, ", ".join(found))
     if fields and "prompt" not in own:
         columns = {role: column for role, column in columns.items() if role not in ("prompt", "input")}
         check_present([("prompt_template", field) for field in fields], known, source)
