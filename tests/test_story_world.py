@@ -66,8 +66,6 @@ def evaluated(world):
         if (setting := (alpha, beta, dataset, adam_epsilon)) not in known:
             name, passes = "-".join(map(str, setting)), PASSES[alpha]
             changes = {"alpha": alpha, "beta": beta, "adam_epsilon": adam_epsilon, "num_train_epochs": passes}
-            if not beta:  # a limit is of the KL term alone
-                changes["reverse_kl_limit"] = None
             config = build_config(
                 SPOConfig,
                 {key: RECIPE[key] for key in ("learning_rate", "samples_per_refresh", "sampling_interval")},
