@@ -128,6 +128,18 @@ def test_containers_see_the_files_of_a_mixture(rows):
     assert readable >= {str(rows / "a.jsonl"), str(rows / "b.jsonl")}
 
 
+def test_containers_share_what_is_kept_of_the_reference(rows, monkeypatch):
+    from softpref.pipelines.containers import Containers
+
+    kept = str(rows / "out" / "reference-cache")
+    monkeypatch.setenv("SOFTPREF_REFERENCE_CACHE", kept)
+    containers = Containers([])
+    containers._engine = SimpleNamespace(rootless=True)
+    containers.open(rows / "out", {"tracking_uri": "http://mlflow"})
+    assert containers._volumes[kept] == "rw"
+    assert containers._environment["SOFTPREF_REFERENCE_CACHE"] == kept
+
+
 def test_the_data_step_of_a_run_mixes(rows, monkeypatch):
     """From the command line's text through KFP's own runner, which hands numbers over as floats."""
     from kfp import local

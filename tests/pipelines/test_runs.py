@@ -52,6 +52,7 @@ def test_sweep_trains_compares_and_registers(quick_recipe, folder):
     took = result.stdout.splitlines()[-1]
     assert "training" in took
     assert "evaluation" in took
+    assert list((output / "reference-cache").glob("*.safetensors"))
     assert (output / "comparison/frontier.png").stat().st_size > 10_000
     assert "frontier" in (output / "comparison/report.html").read_text().lower()
 

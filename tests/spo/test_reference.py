@@ -4,9 +4,10 @@ import pytest
 import torch
 from softpref.errors import ConfigError, DataError
 from softpref.lm.checkpoints import last_checkpoint
+from softpref.lm.fingerprint import model_fingerprint
 from softpref.lm.scoring import score_sequences
 from softpref.spo import reference
-from softpref.spo.reference import kept_logps, model_fingerprint
+from softpref.spo.reference import kept_logps
 
 CACHED = ("dpo", "rdpo", "ipo", "slic", "ropo", "apo_zero", "apo_down", "sppo")
 

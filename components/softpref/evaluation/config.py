@@ -46,6 +46,8 @@ class EvaluationConfig:
             enumerates them, else see `theory_samples`; 0 leaves theory out.
         theory_samples: samples of the reference for each of these prompts, from which the optimum is
             estimated where the reward of any text is known; 0 leaves that out.
+        reference_cache: folder that keeps what the reference writes and scores here, which is the same beside
+            every model of a sweep; empty takes `SOFTPREF_REFERENCE_CACHE`, or keeps nothing.
         lm_eval_tasks: tasks of the LM Evaluation Harness to measure the policy by as well, names or files of
             tasks (`.yaml`); needs `softpref[lm-eval]`.
         bootstrap_samples: resamples per confidence interval.
@@ -74,6 +76,7 @@ class EvaluationConfig:
     judge_validation_pairs: int = 200
     exact_prompts: int = 8
     theory_samples: int = 1024
+    reference_cache: str = ""
     lm_eval_tasks: list[str] = field(default_factory=list)
     bootstrap_samples: int = 1000
     confidence: float = 0.95

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from softpref.errors import DataError
@@ -132,16 +133,13 @@ def reference_accuracy(models: Models, rows: Sequence[PreferenceRow], bootstrap:
     None where no row decides anything, or can be tokenized.
     """
     from softpref.evaluation.metrics import PreferenceMetric
-    from softpref.lm.scoring import score_sequences
 
     used, tokens = _tokenized(models, models.reference, rows)
     if not used:
         return None
     pairs = [(sequence.prompt, sequence.completion) for group in tokens for sequence in group]
     with progress("reference on the judge's pairs", total=len(pairs), unit="sequence") as loop:
-        scores = iter(
-            score_sequences(models.reference, pairs, **models.scoring, progress=loop.update).tolist()
-        )
+        scores = iter(models.asked.logps(pairs, **models.scoring, progress=loop.update).tolist())
     return PreferenceMetric.figures(
         bootstrap,
         scores=[[next(scores) for _ in group] for group in tokens],
@@ -196,8 +194,8 @@ def _scored(models: Models, rows: Sequence[Sequence[TokenizedSequence]]) -> tupl
     pairs = [(sequence.prompt, sequence.completion) for group in rows for sequence in group]
     found = []
     with progress("held-out preferences", total=2 * len(pairs), unit="sequence") as loop:
-        for model in (models.policy, models.reference):
-            scores = iter(score_sequences(model, pairs, **models.scoring, progress=loop.update).tolist())
+        for scorer in (partial(score_sequences, models.policy), models.asked.logps):
+            scores = iter(scorer(pairs, **models.scoring, progress=loop.update).tolist())
             found.append([[next(scores) for _ in group] for group in rows])
     return found[0], found[1]
 
@@ -225,9 +223,9 @@ def draw_samples(
     ids = [prompt.ids for prompt in tokenized]
     count = config.samples_per_prompt
     model = getattr(models, side)
+    sampler = partial(models.asked.draws, draw) if side == "reference" else partial(draw, model)
     with progress(f"{side} samples", total=len(ids) * count, unit="sample") as loop:
-        drawn = draw(
-            model,
+        drawn = sampler(
             ids,
             count,
             max_new_tokens=models.max_new_tokens,

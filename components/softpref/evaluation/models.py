@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 from softpref.disk import in_brief
 from softpref.errors import ConfigError, DataError
 from softpref.evaluation.config import EvaluationConfig
+from softpref.evaluation.reference_cache import REFERENCE_CACHE, ReferenceCache
 from softpref.judges.texts import as_text
 from softpref.records.dataset import PreferenceRow, Text
 from softpref.records.model import ModelMetadata
@@ -27,10 +29,14 @@ class Scoring(TypedDict):
 
 
 class Models(NamedTuple):
-    """Both models (the policy None until it is loaded), and how texts become their tokens."""
+    """Both models (the policy None until it is loaded), and how texts become their tokens.
+
+    `asked` has what the reference was asked before, by other evaluations, too.
+    """
 
     policy: Any
     reference: Any
+    asked: ReferenceCache
     tokenizer: Any
     max_prompt_length: int | None
     max_new_tokens: int
@@ -62,6 +68,7 @@ def load_reference(config: EvaluationConfig, places: Mapping[str, str], metadata
     return Models(
         None,
         reference,
+        ReferenceCache(reference, config.reference_cache or os.environ.get(REFERENCE_CACHE, "")),
         load_tokenizer(places["policy"], trust_remote_code=trusted),
         metadata.get("max_prompt_length"),
         config.max_new_tokens or metadata["max_completion_length"],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,6 @@ def theory_samples(
     import numpy as np
 
     from softpref.evaluation.theory import ReferenceSamples
-    from softpref.lm.scoring import score_sequences
 
     if not isinstance(judge, RewardJudge) or not config.theory_samples or not config.exact_prompts:
         return []
@@ -54,7 +54,7 @@ def theory_samples(
     found = []
     for samples, texts in zip(drawn, shown, strict=True):
         sequences = [(sample.prompt, sample.completion) for sample in samples]
-        logps = score_sequences(models.reference, sequences, **models.scoring).double().numpy()
+        logps = models.asked.logps(sequences, **models.scoring).double().numpy()
         told = [text.text for text in texts]  # of which the expert needs no prompt
         dimensions = {name: one.scores([""] * len(told), told) for name, one in judge.dimensions.items()}
         rewards = np.array([text.score for text in texts], dtype=float)
@@ -103,12 +103,12 @@ def enumerated(
             )
             sequences = [(each.prompt, each.completion) for each in tokenized]
             longest = max(len(completion) for _, completion in sequences)
-            scores = []
             for model in (models.policy, models.reference):
                 check_positions(model, len(sequences[0][0]), longest, "set exact_prompts to 0")
-                found_scores = score_sequences(model, sequences, **models.scoring, progress=loop.update)
-                scores.append(found_scores.double().numpy())
-            policy, of_reference = scores
+            policy, of_reference = (
+                scores(sequences, **models.scoring, progress=loop.update).double().numpy()
+                for scores in (partial(score_sequences, models.policy), models.asked.logps)
+            )
             found.append(exact_prompt(entry, policy, of_reference, objective, seed=config.seed))
     return found
 

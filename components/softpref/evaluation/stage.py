@@ -48,7 +48,10 @@ _HEADLINE = ("win_rate", "expected_reward", "kl_sequence", "entropy_sequence", "
 _EXACT_HEADLINE = ("exact/kl_optimum_to_policy", "exact/mass_on_set")
 _SAMPLED_HEADLINE = ("self_bleu", "truncated_fraction")
 # where and how figures are computed, which changes none of them
-_NOT_OF_FIGURES = ("batch_size", "plain_forward", "device", "experiment", "tracking_uri", "parent_run_id")
+_NOT_OF_FIGURES = (
+    *("batch_size", "plain_forward", "device", "reference_cache"),
+    *("experiment", "tracking_uri", "parent_run_id"),
+)
 _SHOWN_SETTINGS = ("confidence", "bootstrap_samples", "theory_samples")
 
 

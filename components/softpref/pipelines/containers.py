@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softpref.errors import ConfigError
+from softpref.evaluation.reference_cache import REFERENCE_CACHE
 from softpref.interruption import interruptible
 from softpref.preflight.stage import further_sources
 from softpref.tracking import RUN_ID, RUN_NAME
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 # variables of the launcher's environment that tasks get
 _FORWARDED = (
-    *(RUN_ID, RUN_NAME),
+    *(RUN_ID, RUN_NAME, REFERENCE_CACHE),
     *("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
     *("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"),
     *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
@@ -185,7 +186,8 @@ class Containers:
         """Make the folders that tasks write to, and serve a SQLite tracking store.
 
         Args:
-            output: folder of the run; the tasks' outputs will be in its `pipeline`.
+            output: folder of the run; the tasks' outputs will be in its `pipeline`. What evaluations keep of
+                the reference is where `SOFTPREF_REFERENCE_CACHE` says.
             parameters: of the pipeline; tasks can read the files and folders that they name.
 
         Returns:
@@ -193,7 +195,7 @@ class Containers:
         """
         address = str(parameters["tracking_uri"])
         self._labels = {OUTPUT_LABEL: str(output.absolute())}
-        writable = [output / "pipeline"]
+        writable = [output / "pipeline", *map(Path, filter(None, [os.environ.get(REFERENCE_CACHE)]))]
         if store := sqlite_file(address):
             writable.append(artifact_folder(store))
             address = self._stack.enter_context(served(store, output / "mlflow-server.log"))

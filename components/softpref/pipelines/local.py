@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from softpref.errors import ConfigError
+from softpref.evaluation.reference_cache import REFERENCE_CACHE
 from softpref.interruption import Interrupted
 from softpref.pipelines.containers import Containers
 from softpref.pipelines.run_folder import claimed
@@ -87,6 +88,8 @@ def run_here(
     with in_containers as containers, claimed(output, name, parameters) as run:
         os.environ["MLFLOW_TRACKING_URI"] = uri
         os.environ[RUN_ID], os.environ[RUN_NAME] = run.id, run.name
+        kept_elsewhere = os.environ.get(REFERENCE_CACHE, "")
+        os.environ[REFERENCE_CACHE] = kept_elsewhere or str((output / "reference-cache").absolute())
         root = check_server(parameters["experiment"], uri)
         print(f"output {output}, tracking {public_url(uri)}")
         results = _results(output, anew=options.no_cache)
@@ -121,6 +124,7 @@ def run_here(
                 tracking_uri=uri,
             )
             del os.environ[RUN_ID], os.environ[RUN_NAME]
+            os.environ[REFERENCE_CACHE] = kept_elsewhere
     refusal = _refusal(results.folders) if failure else ""
     if failure and not refusal:
         print(screen.last_lines(40), file=sys.stderr)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from softpref.errors import ConfigError, DataError
+from softpref.lm.fingerprint import model_fingerprint
 from softpref.spo.config import SPOConfig
 from softpref.spo.rows import Row
 
@@ -71,23 +72,6 @@ def kept_logps(
                 "made anew"
             ) from None
     return found
-
-
-def model_fingerprint(model: Any) -> str:
-    """SHA-256 of a model's weights by name; of a PEFT model, of the model beneath its adapter."""
-    digest = hashlib.sha256()
-    prefix = ""
-    if hasattr(model, "peft_config"):
-        prefix, model = getattr(model.base_model, "prefix", ""), model.get_base_model()
-    weights = {
-        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
-        for name, tensor in model.state_dict().items()
-        if not (prefix and (prefix in name or ".modules_to_save." in name))
-    }
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def scorer_fingerprint(model: Any, args: SPOConfig) -> str:
