@@ -145,7 +145,7 @@ def test_every_refused_row_of_an_s3_folder_is_listed_by_file_and_row(tmp_path, b
 def test_an_absent_further_source_is_refused_before_the_first_is_read(tmp_path, memory, cache, monkeypatch):
     memory.pipe("/rows.jsonl", jsonl(pairs()))
     monkeypatch.setattr("softpref.data.intake.Intake.take", lambda *_: pytest.fail("read"))
-    with pytest.raises(ConfigError, match=r"memory://absent\.jsonl does not exist"):
+    with pytest.raises(ConfigError, match=r"prompts_source: .*memory://absent\.jsonl does not exist"):
         run(
             DataConfig(source="memory://rows.jsonl", prompts_source="memory://absent.jsonl"),
             str(tmp_path / "data"),

@@ -139,7 +139,7 @@ def _build(config: DataConfig, folder: Path, listing: Path) -> DatasetStats:
     if config.mixture:
         _refuse_finished(parts, fetched)
     preferences = [] if finished else list(map(_preference_rows, (part.config for part in parts), fetched))
-    streams = {name: open_source(source) for name, source in config.further_sources.items()}
+    streams = {name: _further_rows(name, source) for name, source in config.further_sources.items()}
     config = _without_secrets(config)
     if finished:
         taken = take_over(place, config, folder)
@@ -268,6 +268,14 @@ def _mapping(source: Source) -> ColumnMapping:
     if labels:
         mapping["dimensions"] = labels
     return mapping
+
+
+def _further_rows(name: str, source: str) -> Iterator[SourceRow]:
+    """Those of the source that the parameter `NAME_source` gives, which an error names."""
+    try:
+        return open_source(source)
+    except ConfigError as error:
+        raise ConfigError(f"{name}_source: {error}") from error
 
 
 def _preference_rows(config: DataConfig, fetched: Path | None) -> Iterator[SourceRow]:
