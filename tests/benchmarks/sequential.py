@@ -56,7 +56,7 @@ class World(NamedTuple):
         return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
-STORY = World("story", "embedded", ("trait", "brevity"), (1.0, 2.0), (1.5, 1.0), (128, 128))
+STORY = World("story", "embedded", ("trait", "brevity"), (1.0, 2.0), (1.5, 1.0), (128, 64))
 # theory needs optima that samples of the reference still represent: with λ = 2 reward is weighed by 1.5
 STORYTELLER = World("storyteller", "storyteller", ("warmth", "brevity"), (2.0, 2.0), (1.0, 0.5), (128, 64))
 WORLDS = {world.name: world for world in (STORY, STORYTELLER)}
