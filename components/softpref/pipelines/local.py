@@ -89,7 +89,9 @@ def run_here(
         os.environ["MLFLOW_TRACKING_URI"] = uri
         os.environ[RUN_ID], os.environ[RUN_NAME] = run.id, run.name
         kept_elsewhere = os.environ.get(REFERENCE_CACHE, "")
-        os.environ[REFERENCE_CACHE] = kept_elsewhere or str((output / "reference-cache").absolute())
+        os.environ[REFERENCE_CACHE] = str(Path(kept_elsewhere or output / "reference-cache").absolute())
+        if options.no_cache:
+            shutil.rmtree(output / "reference-cache", ignore_errors=True)
         root = check_server(parameters["experiment"], uri)
         print(f"output {output}, tracking {public_url(uri)}")
         results = _results(output, anew=options.no_cache)
