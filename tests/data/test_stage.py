@@ -16,6 +16,7 @@ import pytest
 from softpref.data.config import DataConfig
 from softpref.data.splits import prompt_key
 from softpref.data.stage import run
+from softpref.data.story_world import StoryWorld
 from softpref.errors import ConfigError, DataError
 
 from tests.data.files import everything, lines, write
@@ -33,7 +34,7 @@ def pairs(prompts=20, per_prompt=3):
 def story(tmp_path_factory):
     """The story world's dataset, with votes of five experts."""
     folder = tmp_path_factory.mktemp("story") / "dataset"
-    stats = run(DataConfig(rows=1500, sft_rows=600, votes=5), str(folder))
+    stats = run(DataConfig(rows=1500, sft_rows=1500, votes=5), str(folder))
     return folder, stats
 
 
@@ -66,7 +67,7 @@ def test_the_folder_has_the_documented_layout(story):
     assert sorted(row["source_row"] for row in everything(folder)) == list(range(1, 1501))
     assert json.loads((folder / "stats.json").read_text()) == stats
     assert lines(folder / "rejected.jsonl") == []
-    assert not (folder / "prompts").exists()
+    assert [*datasets.load_from_disk(str(folder / "prompts"))["prompt"]] == StoryWorld().further_prompts
     assert not (folder / "work").exists()
 
 
@@ -81,10 +82,11 @@ def test_prompts_never_cross_splits(story):
 def test_the_reference_never_sees_a_test_prompt(story):
     folder, stats = story
     saved, demonstrations = datasets.load_from_disk(str(folder)), datasets.load_from_disk(str(folder / "sft"))
-    assert set(demonstrations["train"]["prompt"]) == set(saved["train"]["prompt"])
+    known = {*saved["train"]["prompt"], *StoryWorld().further_prompts}
+    assert {*demonstrations["train"]["prompt"]} == known
     assert set(demonstrations["validation"]["prompt"]) == set(saved["validation"]["prompt"])
     assert demonstrations["train"].column_names == ["prompt", "completion"]
-    assert stats["sft"]["train"] + stats["sft"]["validation"] + stats["sft"]["held_out"] == 600
+    assert stats["sft"]["train"] + stats["sft"]["validation"] + stats["sft"]["held_out"] == 1500
 
 
 def test_story_preferences_follow_the_rewards_in_outcomes(story):

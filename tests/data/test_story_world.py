@@ -100,6 +100,42 @@ def test_pairs_of_a_seed_never_change(votes, digest):
     assert hashlib.sha256(rows.encode()).hexdigest()[:16] == digest
 
 
+def test_writers_know_more_prompts_than_experts_judge():
+    world = StoryWorld()
+    judged = collections.Counter(row["prompt"] for row in world.preferences(2000, seed=0))
+    written = collections.Counter(row["prompt"] for row in world.demonstrations(4000, seed=0))
+    assert {*judged} == {*world.prompts}
+    assert {*written} == {*world.prompts, *world.further_prompts}
+    assert len(world.further_prompts) == len(world.prompts) == 64
+    assert not {*world.prompts} & {*world.further_prompts}
+    assert chisquare([*written.values()]).pvalue > 0.01
+
+
+def test_each_trait_has_stories_that_are_written_more_often():
+    world = StoryWorld()
+    prompts = [prompt for prompt in (*world.prompts, *world.further_prompts) if "fox" in prompt]
+    assert len(prompts) == 8
+    for one, other in itertools.combinations(prompts, 2):
+        assert abs(world.outcomes(one).weights - world.outcomes(other).weights).sum() > 0.2
+
+
+def test_prompts_that_nobody_judged_are_further_prompts_of_the_kl_term(tmp_path):
+    stats = run(DataConfig(rows=400, sft_rows=50), str(tmp_path / "data"))
+    saved = datasets.load_from_disk(str(tmp_path / "data" / "prompts"))["prompt"]
+    assert [*saved] == StoryWorld().further_prompts
+    assert stats["extra_prompts"] == {"train": 64, "held_out": 0, "rejected": {}}
+    known = {json.loads(line)["prompt"] for line in (tmp_path / "data" / "outcomes.jsonl").open()}
+    assert known == {*StoryWorld().prompts}
+
+
+def test_a_source_of_further_prompts_takes_their_place(tmp_path):
+    source = tmp_path / "prompts.jsonl"
+    source.write_text('{"prompt": "Write about a fox."}\n', encoding="utf-8")
+    run(DataConfig(rows=400, sft_rows=50, prompts_source=str(source)), str(tmp_path / "data"))
+    saved = datasets.load_from_disk(str(tmp_path / "data" / "prompts"))["prompt"]
+    assert [*saved] == ["Write about a fox."]
+
+
 @pytest.mark.parametrize("kind", ["ranking", "best_of_n"])
 def test_the_data_stage_saves_rows_of_the_kind_asked_for(tmp_path, kind):
     stats = run(DataConfig(rows=300, sft_rows=50, story_kind=kind, group_size=5), str(tmp_path / "data"))

@@ -301,11 +301,11 @@ def test_slices_of_one_refresh_are_all_of_it_once(train, direct, watch, logs_of,
     [
         ("preferences", {"a", "b"}),
         ("separate", {"g", "h"}),
-        ("auto", {"g", "h"}),
+        ("auto", {"a", "b", "g", "h"}),
         ("both", {"a", "b", "g", "h"}),
     ],
 )
-def test_the_kl_terms_prompts_are_those_asked_for_as_often_as_they_stand_there(
+def test_the_kl_terms_prompts_are_those_asked_for_and_of_two_sets_half_from_each(
     train, tokenizer, kl_prompts, expected
 ):
     rows = [{"prompt": prompt, "completions": ["c", "dd"], "probability": 0.5} for prompt in "aab"]
@@ -320,6 +320,28 @@ def test_the_kl_terms_prompts_are_those_asked_for_as_often_as_they_stand_there(
     assert set(prompts) == expected
     if "a" in expected:
         assert prompts.count("a") == 2 * prompts.count("b")
+    if len(expected) == 4:
+        assert prompts.count("g") == prompts.count("h") == 15
+        assert len(prompts) == 60
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+def test_beta_weighs_the_mean_kl_over_each_of_two_sets_of_prompts(train, direct, watch, tokenizer, interval):
+    trainer, drawn = train(
+        learning_rate=0.0,
+        sampling_interval=interval,
+        samples_per_refresh=24,
+        num_train_epochs=interval,
+        trainer_options={"prompt_dataset": [{"prompt": "g"}, {"prompt": "hh"}, {"prompt": "ggg"}]},
+    )
+    ((_, samples),) = drawn
+    model, reference, rows = watch.models[0], trainer.ref_model.double(), trainer.train_dataset.rows
+    further = {tuple(tokenizer("ghhggg"[i:j]).input_ids) for i, j in ((0, 1), (1, 3), (3, 6))}
+    sets = [[s for s in samples if (tuple(s.prompt) in further) is own] for own in (False, True)]
+    assert [len(own) for own in sets] == [12, 12]
+    kls = [kl_surrogate(direct, model, reference, own, discount=0)[0] for own in sets]
+    expected = direct.gradient(model, preference_loss(direct, model, rows) + BETA * sum(kls))
+    direct.agree(sum(watch.gradients) / interval, expected, 3e-4)
 
 
 def test_a_prompt_of_the_kl_term_that_has_no_room_is_refused_before_training(make_trainer, make_rows):

@@ -59,14 +59,14 @@ def test_cut_rows_are_kept_where_asked(one_step, tokenizer, caplog):
 def test_prompts_of_rows_left_out_still_serve_the_kl_term(make_trainer, tokenizer):
     trainer = make_trainer([SHORT, CUT, EQUAL])
     expected = [tokenize_prompt(tokenizer, row["prompt"]).ids for row in (SHORT, CUT, EQUAL)]
-    assert trainer.buffer._prompts == expected
+    assert trainer.buffer._prompts == [expected]
 
 
 def test_prompts_may_come_one_by_one(make_trainer, tokenizer):
     texts = ["abc", "cab", "bad"]
     prompts = ({"prompt": text} for text in texts)
-    trainer = make_trainer([SHORT], trainer_options={"prompt_dataset": prompts})
-    assert trainer.buffer._prompts == [tokenize_prompt(tokenizer, text).ids for text in texts]
+    trainer = make_trainer([SHORT], kl_prompts="separate", trainer_options={"prompt_dataset": prompts})
+    assert trainer.buffer._prompts == [[tokenize_prompt(tokenizer, text).ids for text in texts]]
 
 
 @pytest.mark.parametrize("split", ["training", "validation"])

@@ -175,7 +175,8 @@ class DataConfig:
             `sft_source`.
         sft_source: demonstrations for the reference model, read like `source`.
         sft_columns: from `prompt` and `completion` to the columns of `sft_source`; also `input` and `system`.
-        prompts_source: further prompts to sample from in training, read like `source`.
+        prompts_source: further prompts to sample from in training, read like `source`. The story world has
+            some of its own.
         prompts_columns: from `prompt` to the column of `prompts_source`; also `input` and `system`.
         unpaired_source: completions without a counterpart, read like `source`: a `prompt`, a `completion` and
             a `label`, true or false. Only the method `kto` learns from them, beside the preferences. Each row

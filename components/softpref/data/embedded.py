@@ -30,6 +30,11 @@ def embedded_demonstrations(config: DataConfig) -> Iterator[SourceRow]:
     return _numbered(_world(config).demonstrations(config.sft_rows or STORY_SFT_ROWS, config.seed + 1))
 
 
+def embedded_prompts(config: DataConfig) -> list[SourceRow]:
+    """Prompts of the world that its experts have not judged."""
+    return [*_numbered({"prompt": prompt} for prompt in _world(config).further_prompts)]
+
+
 def write_known_answers(config: DataConfig, folder: Path) -> None:
     """Write `outcomes.jsonl` of the story world, `reward.json` of the storyteller, and nothing of others."""
     if config.source == "story":

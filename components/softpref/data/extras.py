@@ -10,7 +10,7 @@ from pathlib import Path
 
 from softpref.data.columns import check_present, further_columns, value_at
 from softpref.data.config import FURTHER, DataConfig
-from softpref.data.embedded import embedded_demonstrations
+from softpref.data.embedded import embedded_demonstrations, embedded_prompts
 from softpref.data.intake import RejectionLog, peek
 from softpref.data.rows import Demonstration, Judged, read_demonstration, read_judged, read_prompt
 from softpref.data.sources import SourceRow
@@ -60,11 +60,13 @@ def write_extras(
         writer.save(folder / "sft", skip_empty=True)
         rejected = dict(rejections.extras["sft"])
         extras["sft"] = {**writer.counts, "held_out": held_out, "rejected": rejected}
-    if "prompts" in streams:
+    unjudged = embedded_prompts(config) if config.embedded else []
+    if unjudged or "prompts" in streams:
+        prompts = streams.get("prompts") or iter(unjudged)
         writer = SplitWriter(folder / "work", ("train",), of["prompts"], "prompts-")
         seen: set[bytes] = set()
         held_out = 0
-        for row in _extra_rows(streams["prompts"], config, "prompts", conversational, rejections, listing):
+        for row in _extra_rows(prompts, config, "prompts", conversational, rejections, listing):
             key = prompt_key(row.prompt)
             if split_of.get(key, "train") != "train":
                 held_out += 1

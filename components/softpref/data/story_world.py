@@ -22,7 +22,7 @@ from softpref.judges.outcomes import Outcomes
 
 _TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 _SLOTS: list[list[str]] = [*_TABLES["slots"].values()]
-_TASTE: dict[str, list[list[float]]] = _TABLES["taste"]
+_TASTE: dict[str, list[list[float]]] = _TABLES["taste"] | _TABLES["unjudged"]
 _HOME = {hero: place for place, heroes in enumerate(_TABLES["heroes"]) for hero in heroes}
 STORIES = math.prod(map(len, _SLOTS))  # of one prompt
 # How often writers take each option of a slot: they have habits, but every story can occur. They lean
@@ -41,11 +41,13 @@ class World(ABC):
     """Draws of preferences and demonstrations whose expert reward is known.
 
     Attributes:
-        prompts: each is drawn equally often.
+        prompts: those of preferences; each is drawn equally often.
+        further_prompts: those of which there are only demonstrations, drawn as often as the others.
         dimensions: what experts judge each draw by, one after another; empty: by the one reward alone.
     """
 
     prompts: list[str]
+    further_prompts: Sequence[str] = ()
     dimensions: Sequence[str] = ()
 
     @abstractmethod
@@ -147,8 +149,9 @@ class World(ABC):
     def demonstrations(self, rows: int, seed: int) -> Iterator[dict[str, object]]:
         """Draw completions as writers write them, as SFT data: `prompt` and `completion`."""
         random = np.random.default_rng(seed)
+        prompts = [*self.prompts, *self.further_prompts]
         for _ in range(rows):
-            prompt = self._prompt(random)
+            prompt = prompts[random.integers(len(prompts))]
             yield {"prompt": prompt, "completion": self.story(prompt, random)}
 
     def _prompt(self, random: np.random.Generator) -> str:
@@ -157,6 +160,9 @@ class World(ABC):
 
 class StoryWorld(World):
     """Prompts, one for each hero and trait, and their stories.
+
+    Experts judge half of the traits. As elsewhere, there are more prompts than preferences: the reference has
+    demonstrations of all, and the KL term samples the others, too.
 
     Args:
         dimensions: of `DIMENSIONS`.
@@ -169,7 +175,8 @@ class StoryWorld(World):
             for hero, trait in itertools.product(_HOME, _TASTE)
         }
         self._outcomes: dict[str, Outcomes] = {}
-        self.prompts = list(self._subjects)
+        self.prompts = [prompt for prompt, (trait, _) in self._subjects.items() if trait in _TABLES["taste"]]
+        self.further_prompts = [prompt for prompt in self._subjects if prompt not in self.prompts]
 
     def outcomes(self, prompt: str) -> Outcomes:
         """Every story of `prompt` with its reward and the probability of being drawn.

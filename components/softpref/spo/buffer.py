@@ -23,8 +23,9 @@ class SampleBuffer:
     """Completions drawn every `interval` optimizer steps and consumed in equal slices between.
 
     Args:
-        prompts: prompt ids to draw from, uniformly; with the training rows' prompts, repeats and all, the
-            regulariser sees prompts as often as the preference term does.
+        prompts: sets of prompt ids, which take turns and of which each is drawn from uniformly; with the
+            training rows' prompts, repeats and all, the regulariser sees prompts as often as the preference
+            term does.
         size: completions per refresh, all processes together.
         interval: optimizer steps a refresh lasts.
         max_new_tokens: length limit of a completion.
@@ -37,7 +38,7 @@ class SampleBuffer:
 
     def __init__(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[Sequence[int]]],
         *,
         size: int,
         interval: int,
@@ -79,6 +80,11 @@ class SampleBuffer:
         # samples are dealt round robin: sample g of all lies at g // world_size of process g % world_size
         mine = range(first + (self._rank - first) % self._world_size, last, self._world_size)
         return [g // self._world_size for g in mine]
+
+    @property
+    def sets(self) -> int:
+        """How many sets of prompts take turns."""
+        return len(self._prompts)
 
     def slice_size(self, step: int) -> int:
         """Samples that all processes together consume at `step`, which `slice_for` has served."""
@@ -122,11 +128,15 @@ class SampleBuffer:
 
     def _refresh(self, step: int) -> None:
         random = np.random.default_rng((self._seed, step))
-        rounds = -(-self._size // len(self._prompts))  # each prompt once before any comes twice
-        order = np.concatenate([random.permutation(len(self._prompts)) for _ in range(rounds)])[: self._size]
+        orders = []
+        for prompts in self._prompts:  # of each set, every prompt once before any comes twice
+            rounds = -(-self._size // (len(self._prompts) * len(prompts)))
+            orders.append(np.concatenate([random.permutation(len(prompts)) for _ in range(rounds)]))
         noise = sampling_noise(self._size, self._max_new_tokens, seed=int(random.integers(2**62)))
         mine = range(self._rank, self._size, self._world_size)
-        self._samples = self._draw([list(self._prompts[order[g]]) for g in mine], noise[list(mine)])
+        turns = [divmod(g, len(self._prompts)) for g in mine]
+        drawn = [list(self._prompts[of][orders[of][place]]) for place, of in turns]
+        self._samples = self._draw(drawn, noise[list(mine)])
         self._annotations = []
         self.policy_step, self._expired = step, False
 

@@ -68,9 +68,10 @@ class SPOConfig(Derived, StageArguments, TrainingArguments):
             between: Σ_t ∇log π(y_t) · Σ_{s>t} λ^{s−t} KL_s is added, less a baseline. Where a step is split
             into micro-batches or processes, all but `token` run their samples once more beforehand, for a
             baseline over all of them (as `weight_exponent` does with its rows).
-        kl_prompts: prompts that the KL term's samples answer: those of the training rows (`preferences`), of
-            the separate set (`separate`), or `both`, each as often as it occurs. `auto` takes the separate
-            set if there is one.
+        kl_prompts: prompts that the KL term's samples answer: those of the training rows (`preferences`),
+            each as often as it occurs there, those of the separate set (`separate`), or `both`: half of the
+            samples answer each, and `beta` weighs the mean over each, so that the rows' prompts have the same
+            optimum as without the separate set. `auto` is `both` where there is a separate set.
         samples_per_refresh: completions drawn from the policy at each refresh, all processes together.
         sampling_interval: optimizer steps between refreshes; each consumes an equal slice of the samples.
         refresh: `fixed`, or `adaptive`: samples are drawn anew before the interval is over as soon as those

@@ -499,8 +499,8 @@ def kl_prompts(
     given: Sequence[list[int]],
     prompt_dataset: Iterable[Mapping[str, Any]] | None,
     tokenizer: PreTrainedTokenizerBase,
-) -> list[list[int]]:
-    """Ids of the prompts that the KL term's samples answer, as `SPOConfig.kl_prompts` says.
+) -> list[list[list[int]]]:
+    """Ids of the prompts that the KL term's samples answer, set by set, as `SPOConfig.kl_prompts` says.
 
     Args:
         given: those of all training rows.
@@ -511,12 +511,12 @@ def kl_prompts(
             f"kl_prompts is {args.kl_prompts}, but there is no separate prompt set: give SPOTrainer a "
             "prompt_dataset, or the data stage a prompts_source"
         )
-    prompts: list[list[int]] = []
-    if prompt_dataset is None or args.kl_prompts in ("preferences", "both"):
-        prompts += given
+    sets: list[list[list[int]]] = []
+    if prompt_dataset is None or args.kl_prompts != "separate":
+        sets.append([*given])
     if prompt_dataset is not None and args.kl_prompts != "preferences":
-        prompts += tokenize_prompts(prompt_dataset, tokenizer, args)
-    return prompts
+        sets.append(tokenize_prompts(prompt_dataset, tokenizer, args))
+    return sets
 
 
 def collate(rows: list[Row]) -> dict[str, Any]:

@@ -106,8 +106,8 @@ class SPOTrainer(RowsTrainer):
         processing_class: the tokenizer; by default that of the model's name.
         ref_model: the frozen reference, a model or its name; by default a copy of the model (with an adapter:
             the model with the adapter off).
-        prompt_dataset: rows with `prompt` from which the KL term draws (see `SPOConfig.kl_prompts`); by
-            default the training prompts.
+        prompt_dataset: rows with `prompt` from which the KL term draws beside the training prompts (see
+            `SPOConfig.kl_prompts`).
         peft_config: a `peft.LoraConfig`, to train an adapter; by default what `SPOConfig.use_peft` says.
         callbacks: as in `transformers.Trainer`.
         judge: judges completions drawn in rounds: anything with
@@ -315,7 +315,7 @@ class SPOTrainer(RowsTrainer):
         if given is None or not args.samples_policy:
             return None
         prompts = kl_prompts(args, given.prompts, prompt_dataset, self.processing_class)
-        asked: list[tuple[list[int], list[int]]] = [(prompt, []) for prompt in prompts]
+        asked: list[tuple[list[int], list[int]]] = [(prompt, []) for own in prompts for prompt in own]
         check_sequences(self.accelerator.unwrap_model(self.model), asked, args.max_completion_length)
         return SampleBuffer(
             prompts,
@@ -356,6 +356,7 @@ class SPOTrainer(RowsTrainer):
                 share = slice(len(samples) * i // len(batches), len(samples) * (i + 1) // len(batches))
                 batch.update(sample_tensors(samples[share], states[share], age))
                 batch["samples_in_step"] = size
+                batch["sample_weight"] = self.buffer.sets / size  # of the mean over each set of prompts
             if cut and kl_lambda(self.args.kl_gradient) > 0:
                 total = self._to_go_total(batches)
                 for batch in batches:
@@ -444,7 +445,7 @@ class SPOTrainer(RowsTrainer):
             loss = loss + self.args.kl_strength * row_kl.sum() / num_items_in_batch
         if "sample_lengths" in inputs:
             kl = self.objective.sample_losses(model, inputs)
-            loss = loss + self.args.kl_strength * kl.sum() / inputs["samples_in_step"]
+            loss = loss + self.args.kl_strength * kl.sum() * inputs["sample_weight"]
         if degree is not None:
             sides, counts = inputs["degree_sides"], inputs["degree_counts"]
             share = degree_loss(degree, sides, counts, len(sides_of(self.args)))
