@@ -13,6 +13,7 @@ import textwrap
 import datasets
 import numpy as np
 import pytest
+from softpref.config import build_config
 from softpref.data.config import DataConfig
 from softpref.data.splits import prompt_key
 from softpref.data.stage import run
@@ -214,6 +215,13 @@ def test_an_absent_column_is_refused_before_anything_is_written(tmp_path, config
     with pytest.raises(ConfigError, match=message):
         run(DataConfig(source=source, **config), str(tmp_path / "data"))
     assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["sft", "prompts", "unpaired"])
+def test_an_empty_further_source_is_named_by_its_parameter(tmp_path, name):
+    empty, source = write(tmp_path / "empty.jsonl", []), write(tmp_path / "rows.jsonl", pairs())
+    with pytest.raises(DataError, match=f"{name}_source .*empty.jsonl holds no rows"):
+        run(build_config(DataConfig, {"source": source, f"{name}_source": empty}), str(tmp_path / "data"))
 
 
 def test_an_empty_source_and_too_few_prompts_are_errors(tmp_path):

@@ -137,7 +137,8 @@ def _extra_rows(
     completions. What cannot be used is listed.
     """
     source = config.further_sources.get(name, config.source)
-    first, stream, known, _ = peek(stream, source)
+    parameter = f"{name}_source" if name in config.further_sources else "source"
+    first, stream, known, _ = peek(stream, f"{parameter} {source}")
     own = getattr(config, f"{name}_columns")
     columns, fields = further_columns(own, FURTHER[name], known), config.template_fields
     if "system" in {*columns} - {*own}:
