@@ -21,10 +21,12 @@ SHARED = {
     "sampling_interval": 3,
     "num_train_epochs": 2,
 }
+# the rows' own prompts come in the order of the rows
+APART = {"kl_prompts": "separate"}
 CASES = {
-    "token": {"beta": 0.3, "learning_rate": 0.1},
-    "limited": {"beta": 0.3, "learning_rate": 0.02, "reverse_kl_limit": 0.001},
-    "lambda": {"beta": 0.3, "learning_rate": 0.1, "kl_gradient": 0.7, "max_importance_ratio": 1.5},
+    "token": {"beta": 0.3, "learning_rate": 0.1, **APART},
+    "limited": {"beta": 0.3, "learning_rate": 0.02, "reverse_kl_limit": 0.001, **APART},
+    "lambda": {"beta": 0.3, "learning_rate": 0.1, "kl_gradient": 0.7, "max_importance_ratio": 1.5, **APART},
     "full-weighted": {
         "beta": 0.3,
         "learning_rate": 0.1,
@@ -33,6 +35,7 @@ CASES = {
         "refresh": "adaptive",
         "sampling_interval": 4,
         "samples_per_refresh": 32,
+        **APART,
     },
     "on data": {
         "beta": 0.3,
@@ -58,6 +61,7 @@ CASES = {
         "weight_exponent": 0.5,
         "weight_scores": "token",
         "kinds": ("pairwise", "best_of_n", "ranking"),
+        **APART,
     },
     "tdpo": {
         "method": "tdpo",
