@@ -325,9 +325,13 @@ def test_the_kl_terms_prompts_are_those_asked_for_and_of_two_sets_half_from_each
         assert len(prompts) == 60
 
 
-@pytest.mark.parametrize("interval", [1, 4])
-def test_beta_weighs_the_mean_kl_over_each_of_two_sets_of_prompts(train, direct, watch, tokenizer, interval):
+@pytest.mark.parametrize(("interval", "micro_batches"), [(1, 1), (4, 1), (1, 3)])
+def test_beta_weighs_the_mean_kl_over_each_of_two_sets_of_prompts(
+    train, direct, watch, tokenizer, interval, micro_batches
+):
     trainer, drawn = train(
+        per_device_train_batch_size=6 // micro_batches,
+        gradient_accumulation_steps=micro_batches,
         learning_rate=0.0,
         sampling_interval=interval,
         samples_per_refresh=24,
