@@ -1,7 +1,6 @@
 """The dataset folder: what is in it, what is refused, and that it is whole or absent."""
 
 import collections
-import dataclasses
 import html
 import json
 import os
@@ -15,9 +14,7 @@ import numpy as np
 import pytest
 from softpref.config import build_config
 from softpref.data.config import DataConfig
-from softpref.data.splits import prompt_key
 from softpref.data.stage import run
-from softpref.data.story_world import StoryWorld
 from softpref.errors import ConfigError, DataError
 
 from tests.data.files import everything, lines, write
@@ -29,14 +26,6 @@ def pairs(prompts=20, per_prompt=3):
         for i in range(per_prompt)
         for p in range(prompts)
     ]
-
-
-@pytest.fixture(scope="module")
-def story(tmp_path_factory):
-    """The story world's dataset, with votes of five experts."""
-    folder = tmp_path_factory.mktemp("story") / "dataset"
-    stats = run(DataConfig(rows=1500, sft_rows=1500, votes=5), str(folder))
-    return folder, stats
 
 
 def test_what_is_recognised_assumed_and_unused_is_said(tmp_path, caplog):
@@ -51,92 +40,6 @@ def test_what_is_recognised_assumed_and_unused_is_said(tmp_path, caplog):
     assert "columns without use: id" in caplog.text
     assert "the split test has only 2 of 20 prompts, and intervals take 10" in caplog.text
     assert "columns without use</th><td><code>id<" in page
-
-
-# The story world
-
-
-def test_the_folder_has_the_documented_layout(story):
-    folder, stats = story
-    saved = datasets.load_from_disk(str(folder))
-    assert list(saved) == ["train", "validation", "test"]
-    for split in saved.values():
-        assert split.column_names == ["prompt", "completions", "kind", "probability", "source_row"]
-    assert {split: len(rows) for split, rows in saved.items()} == stats["rows"]
-    assert sum(stats["rows"].values()) == 1500
-    assert stats["prompts"] == {"train": 52, "validation": 6, "test": 6}
-    assert sorted(row["source_row"] for row in everything(folder)) == list(range(1, 1501))
-    assert json.loads((folder / "stats.json").read_text()) == stats
-    assert lines(folder / "rejected.jsonl") == []
-    assert [*datasets.load_from_disk(str(folder / "prompts"))["prompt"]] == StoryWorld().further_prompts
-    assert not (folder / "work").exists()
-
-
-def test_prompts_never_cross_splits(story):
-    folder, _ = story
-    saved = datasets.load_from_disk(str(folder))
-    prompts = {split: {prompt_key(prompt) for prompt in rows["prompt"]} for split, rows in saved.items()}
-    assert not prompts["train"] & prompts["validation"]
-    assert not (prompts["train"] | prompts["validation"]) & prompts["test"]
-
-
-def test_the_reference_never_sees_a_test_prompt(story):
-    folder, stats = story
-    saved, demonstrations = datasets.load_from_disk(str(folder)), datasets.load_from_disk(str(folder / "sft"))
-    known = {*saved["train"]["prompt"], *StoryWorld().further_prompts}
-    assert {*demonstrations["train"]["prompt"]} == known
-    assert set(demonstrations["validation"]["prompt"]) == set(saved["validation"]["prompt"])
-    assert demonstrations["train"].column_names == ["prompt", "completion"]
-    assert stats["sft"]["train"] + stats["sft"]["validation"] + stats["sft"]["held_out"] == 1500
-
-
-def test_story_preferences_follow_the_rewards_in_outcomes(story):
-    folder, _ = story
-    rewards, listed = {}, lines(folder / "outcomes.jsonl")
-    for outcome in listed:
-        assert len(set(outcome["completions"])) == len(outcome["rewards"]) == len(outcome["weights"])
-        assert np.sum(outcome["weights"]) == pytest.approx(1)
-        for completion, reward in zip(outcome["completions"], outcome["rewards"], strict=True):
-            rewards[outcome["prompt"], completion] = reward
-    shares, expected = [], []
-    for row in everything(folder):
-        first, second = (rewards[row["prompt"], completion] for completion in row["completions"])
-        shares.append(row["probability"])
-        # The better of five votes comes first: E[max(K, 5 − K)] / 5 for K ~ Binomial(5, p).
-        p = 1 / (1 + np.exp(second - first))
-        chances = [np.math.comb(5, k) * p**k * (1 - p) ** (5 - k) for k in range(6)] if False else None
-        expected.append(sum(max(k, 5 - k) / 5 * c for k, c in enumerate(_binomial(5, p))))
-        assert chances is None
-    assert np.mean(shares) == pytest.approx(np.mean(expected), abs=0.01)
-
-
-def test_exact_probabilities_are_the_bradley_terry_ones(tmp_path):
-    run(DataConfig(rows=300, sft_rows=50, votes=0), str(tmp_path / "data"))
-    rewards = {
-        (outcome["prompt"], completion): reward
-        for outcome in lines(tmp_path / "data" / "outcomes.jsonl")
-        for completion, reward in zip(outcome["completions"], outcome["rewards"], strict=True)
-    }
-    for row in everything(tmp_path / "data"):
-        first, second = (rewards[row["prompt"], completion] for completion in row["completions"])
-        assert row["probability"] == pytest.approx(1 / (1 + np.exp(second - first)))
-        assert first >= second - 1e-9
-
-
-def test_a_single_vote_is_a_hard_label(tmp_path):
-    stats = run(DataConfig(rows=300, sft_rows=50), str(tmp_path / "data"))
-    assert stats["labels"] == {"hard": 300, "soft": 0}
-    assert {row["probability"] for row in everything(tmp_path / "data")} == {None}
-
-
-def test_the_same_configuration_gives_the_same_rows_and_another_seed_others(tmp_path):
-    config = DataConfig(rows=300, sft_rows=50)
-    first, again = (run(config, str(tmp_path / name)) for name in ("first", "again"))
-    assert first == again
-    assert everything(tmp_path / "first") == everything(tmp_path / "again")
-    other = run(dataclasses.replace(config, seed=1), str(tmp_path / "other"))
-    assert other["dataset_hash"] != first["dataset_hash"]
-    assert other["test_hash"] != first["test_hash"]
 
 
 # Local sources
@@ -438,12 +341,6 @@ def test_a_run_that_dies_leaves_no_half_dataset(tmp_path):
     assert not (tmp_path / "data").exists()
     run(DataConfig(source=source), str(tmp_path / "data"))
     assert sorted(os.listdir(tmp_path)) == ["data", "rows.jsonl"]
-
-
-def _binomial(n, p):
-    import math
-
-    return [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
 
 
 def test_one_odd_row_does_not_decide_for_the_others(tmp_path):

@@ -1,6 +1,7 @@
-"""Draws of the story world: rankings follow Plackett-Luce, and pairs stay what they have always been."""
+"""Draws of the story world and the dataset of them: rankings follow Plackett-Luce, and pairs never change."""
 
 import collections
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -11,10 +12,13 @@ import pytest
 from scipy.stats import chisquare
 from softpref.config import build_config
 from softpref.data.config import DataConfig
+from softpref.data.splits import prompt_key
 from softpref.data.stage import run
 from softpref.data.story_world import STORIES, StoryWorld
 from softpref.errors import ConfigError
 from softpref.judges.outcomes import Outcomes
+
+from tests.data.files import everything, lines
 
 REWARDS = np.array([1.2, -0.4, 0.3, 0.0, -1.0])
 WEIGHTS = np.array([0.1, 0.4, 0.2, 0.05, 0.25])
@@ -150,6 +154,103 @@ def test_the_data_stage_saves_rows_of_the_kind_asked_for(tmp_path, kind):
     assert {number: row["completions"] for number, row in rows.items()} == expected
     assert {(row["kind"], row["probability"]) for row in rows.values()} == {(kind, None)}
     assert (tmp_path / "data" / "outcomes.jsonl").is_file()
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """The story world's dataset, with votes of five experts."""
+    folder = tmp_path_factory.mktemp("story") / "dataset"
+    stats = run(DataConfig(rows=1500, sft_rows=1500, votes=5), str(folder))
+    return folder, stats
+
+
+def test_the_folder_has_the_documented_layout(story):
+    folder, stats = story
+    saved = datasets.load_from_disk(str(folder))
+    assert list(saved) == ["train", "validation", "test"]
+    for split in saved.values():
+        assert split.column_names == ["prompt", "completions", "kind", "probability", "source_row"]
+    assert {split: len(rows) for split, rows in saved.items()} == stats["rows"]
+    assert sum(stats["rows"].values()) == 1500
+    assert stats["prompts"] == {"train": 52, "validation": 6, "test": 6}
+    assert sorted(row["source_row"] for row in everything(folder)) == list(range(1, 1501))
+    assert json.loads((folder / "stats.json").read_text()) == stats
+    assert lines(folder / "rejected.jsonl") == []
+    assert [*datasets.load_from_disk(str(folder / "prompts"))["prompt"]] == StoryWorld().further_prompts
+    assert not (folder / "work").exists()
+
+
+def test_prompts_never_cross_splits(story):
+    folder, _ = story
+    saved = datasets.load_from_disk(str(folder))
+    prompts = {split: {prompt_key(prompt) for prompt in rows["prompt"]} for split, rows in saved.items()}
+    assert not prompts["train"] & prompts["validation"]
+    assert not (prompts["train"] | prompts["validation"]) & prompts["test"]
+
+
+def test_the_reference_never_sees_a_test_prompt(story):
+    folder, stats = story
+    saved, demonstrations = datasets.load_from_disk(str(folder)), datasets.load_from_disk(str(folder / "sft"))
+    known = {*saved["train"]["prompt"], *StoryWorld().further_prompts}
+    assert {*demonstrations["train"]["prompt"]} == known
+    assert set(demonstrations["validation"]["prompt"]) == set(saved["validation"]["prompt"])
+    assert demonstrations["train"].column_names == ["prompt", "completion"]
+    assert stats["sft"]["train"] + stats["sft"]["validation"] + stats["sft"]["held_out"] == 1500
+
+
+def _binomial(n, p):
+    import math
+
+    return [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+
+
+def test_story_preferences_follow_the_rewards_in_outcomes(story):
+    folder, _ = story
+    rewards, listed = {}, lines(folder / "outcomes.jsonl")
+    for outcome in listed:
+        assert len(set(outcome["completions"])) == len(outcome["rewards"]) == len(outcome["weights"])
+        assert np.sum(outcome["weights"]) == pytest.approx(1)
+        for completion, reward in zip(outcome["completions"], outcome["rewards"], strict=True):
+            rewards[outcome["prompt"], completion] = reward
+    shares, expected = [], []
+    for row in everything(folder):
+        first, second = (rewards[row["prompt"], completion] for completion in row["completions"])
+        shares.append(row["probability"])
+        # The better of five votes comes first: E[max(K, 5 − K)] / 5 for K ~ Binomial(5, p).
+        p = 1 / (1 + np.exp(second - first))
+        chances = [np.math.comb(5, k) * p**k * (1 - p) ** (5 - k) for k in range(6)] if False else None
+        expected.append(sum(max(k, 5 - k) / 5 * c for k, c in enumerate(_binomial(5, p))))
+        assert chances is None
+    assert np.mean(shares) == pytest.approx(np.mean(expected), abs=0.01)
+
+
+def test_exact_probabilities_are_the_bradley_terry_ones(tmp_path):
+    run(DataConfig(rows=300, sft_rows=50, votes=0), str(tmp_path / "data"))
+    rewards = {
+        (outcome["prompt"], completion): reward
+        for outcome in lines(tmp_path / "data" / "outcomes.jsonl")
+        for completion, reward in zip(outcome["completions"], outcome["rewards"], strict=True)
+    }
+    for row in everything(tmp_path / "data"):
+        first, second = (rewards[row["prompt"], completion] for completion in row["completions"])
+        assert row["probability"] == pytest.approx(1 / (1 + np.exp(second - first)))
+        assert first >= second - 1e-9
+
+
+def test_a_single_vote_is_a_hard_label(tmp_path):
+    stats = run(DataConfig(rows=300, sft_rows=50), str(tmp_path / "data"))
+    assert stats["labels"] == {"hard": 300, "soft": 0}
+    assert {row["probability"] for row in everything(tmp_path / "data")} == {None}
+
+
+def test_the_same_configuration_gives_the_same_rows_and_another_seed_others(tmp_path):
+    config = DataConfig(rows=300, sft_rows=50)
+    first, again = (run(config, str(tmp_path / name)) for name in ("first", "again"))
+    assert first == again
+    assert everything(tmp_path / "first") == everything(tmp_path / "again")
+    other = run(dataclasses.replace(config, seed=1), str(tmp_path / "other"))
+    assert other["dataset_hash"] != first["dataset_hash"]
+    assert other["test_hash"] != first["test_hash"]
 
 
 @pytest.mark.parametrize(

@@ -212,12 +212,12 @@ class PreferenceRows(TrainingRows):
 
     def text(self, row: Mapping[str, Any]) -> RowText:
         if self._alone(row):
-            return RowText(_cell(row, "prompt"), [row["completion"]])
+            return RowText(cell(row, "prompt"), [row["completion"]])
         return RowText(*_columns(row))
 
     def _alone(self, row: Mapping[str, Any]) -> bool:
         """Whether a row of `kto` holds one completion, with a label."""
-        row = _mapping(row)
+        row = mapping_of(row)
         # a column of a table, in which others have completions, is null where a row has none
         return (
             self._args.method == "kto"
@@ -266,10 +266,10 @@ class AnswerRows(TrainingRows):
 
     def text(self, row: Mapping[str, Any]) -> RowText:
         answers = self._args.train_on == "self_play"
-        if _implies_prompt(_mapping(row)) or (answers and row.get("completion") is None):
+        if _implies_prompt(mapping_of(row)) or (answers and row.get("completion") is None):
             prompt, completions = _columns(row)
             return RowText(prompt, completions[:1] if answers else ())
-        return RowText(_cell(row, "prompt"), [row["completion"]] if answers else ())
+        return RowText(cell(row, "prompt"), [row["completion"]] if answers else ())
 
     def _made(self, row: Mapping[str, Any], sequences: list[TokenizedSequence]) -> Row:
         [sequence] = sequences
@@ -310,7 +310,7 @@ def rows_of(given: Iterable[Mapping[str, Any]], name: str) -> Collection[Mapping
     return given if isinstance(given, Sized) else list(given)  # type: ignore[return-value]
 
 
-def _mapping(row: Any) -> Mapping[str, Any]:
+def mapping_of(row: Any) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
         raise DataError(
             f"a row must be a mapping from column to value, got {row!r:.60}; of a table, "
@@ -319,14 +319,14 @@ def _mapping(row: Any) -> Mapping[str, Any]:
     return row
 
 
-def _cell(row: Mapping[str, Any], column: str) -> Any:
+def cell(row: Mapping[str, Any], column: str) -> Any:
     if column not in row:
         raise DataError(f"needs {column}; has {', '.join(sorted(row))}")
     return row[column]
 
 
 def _columns(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
-    if "completions" in _mapping(row):
+    if "completions" in mapping_of(row):
         if isinstance(row["completions"], str) or not isinstance(row["completions"], Sequence):
             raise DataError(f"completions must be a list, best first, got {row['completions']!r}")
         completions = list(row["completions"])
@@ -388,7 +388,7 @@ def _number(row: Mapping[str, Any], column: str, most: float, range_: str) -> fl
 
 def _label(row: Mapping[str, Any]) -> float:
     """Whether a completion is desirable: 1 or 0."""
-    label = _cell(row, "label")
+    label = cell(row, "label")
     if not isinstance(label, bool):
         raise DataError(f"label must be true of a desirable completion, or false, got {label!r}")
     return float(label)
@@ -466,57 +466,6 @@ def extremes(row: Row) -> Row:
     if "ref_logps" in row:
         made["ref_logps"] = [row["ref_logps"][place] for place in (0, -1)]
     return made
-
-
-def tokenize_prompts(
-    rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, args: SPOConfig
-) -> list[list[int]]:
-    rows = rows_of(rows, "prompt_dataset")
-    prompts: list[list[int]] = []
-    counts: Counter[str] = Counter()
-
-    def jobs() -> Iterator[tuple[None, Job]]:
-        for row in rows:
-            try:
-                yield None, RowText(_cell(_mapping(row), "prompt"))
-            except DataError as error:
-                yield None, error
-
-    limit = args.max_prompt_length
-    made = tokenize_rows(jobs, tokenizer, args, name="prompt row", count=len(rows), max_prompt_length=limit)
-    for _, [found] in made:
-        prompts.append(found.prompt)
-        counts.update(["given", *(["cut_prompt"] if found.prompt_truncated else [])])
-    if not prompts:
-        raise DataError("prompt_dataset holds no prompt; the KL term needs some to sample from")
-    if args.process_index == 0:
-        log_findings(counts, "prompt rows")
-    return prompts
-
-
-def kl_prompts(
-    args: SPOConfig,
-    given: Sequence[list[int]],
-    prompt_dataset: Iterable[Mapping[str, Any]] | None,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[list[list[int]]]:
-    """Ids of the prompts that the KL term's samples answer, set by set, as `SPOConfig.kl_prompts` says.
-
-    Args:
-        given: those of all training rows.
-        prompt_dataset: the separate ones.
-    """
-    if prompt_dataset is None and args.kl_prompts in ("separate", "both"):
-        raise ConfigError(
-            f"kl_prompts is {args.kl_prompts}, but there is no separate prompt set: give SPOTrainer a "
-            "prompt_dataset, or the data stage a prompts_source"
-        )
-    sets: list[list[list[int]]] = []
-    if prompt_dataset is None or args.kl_prompts != "separate":
-        sets.append([*given])
-    if prompt_dataset is not None and args.kl_prompts != "preferences":
-        sets.append(tokenize_prompts(prompt_dataset, tokenizer, args))
-    return sets
 
 
 def collate(rows: list[Row]) -> dict[str, Any]:

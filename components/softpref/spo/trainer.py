@@ -63,6 +63,7 @@ from softpref.spo.given import (
 from softpref.spo.health import health_warnings
 from softpref.spo.lineage import EarlierRound, offsets_of
 from softpref.spo.objective import Objective, mismatched, sample_tensors
+from softpref.spo.prompts import kl_prompts
 from softpref.spo.reference import (
     Scorer,
     adapter_off,
@@ -78,7 +79,6 @@ from softpref.spo.rows import (
     Row,
     TrainingRows,
     collate,
-    kl_prompts,
     rows_of,
 )
 
